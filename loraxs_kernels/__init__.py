@@ -1,0 +1,27 @@
+"""Fused kernels, layers, initialisation and adapter files for LoRA-XS: y = W x + s B R A x, where only R trains."""
+
+from . import functional
+from .adapter_file import AdapterMismatch, load_adapter, save_adapter
+from .backends import BackendUnavailable, backend
+from .info import info
+from .linear import LoRAXSLinear
+from .model import attach, detach, merge, unmerge
+from .svd import truncated_svd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterMismatch",
+    "BackendUnavailable",
+    "LoRAXSLinear",
+    "attach",
+    "backend",
+    "detach",
+    "functional",
+    "info",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "truncated_svd",
+    "unmerge",
+]

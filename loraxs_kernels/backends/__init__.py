@@ -1,0 +1,78 @@
+"""Which implementation of the primitive runs: one module a backend, each with the same two functions.
+
+    unavailable() -> str | None                                       why it cannot run here, or None
+    lowrank_linear(x, W, A, R, B, s, bias=None, out=None) -> (y, z)   the primitive, see backends/torch.py
+
+A backend is a file of this package, found by its name in NAMES; nothing is registered and nothing is imported
+before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import Tensor
+
+from . import torch as torch_backend
+
+NAMES = ("torch", "triton", "cuda")
+
+Primitive = Callable[..., tuple[Tensor, Tensor]]
+
+# A plain global and not a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get (torch 2.13).
+_forced: str | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every LoRA-XS layer called inside the block on one backend: "torch", "triton" or "cuda".
+
+    None gives the choice back to `choose`.  The setting is process-wide, as torch's own precision settings are, and
+    holds for the calls made inside the block, their backward included whenever that runs.
+    Raises ValueError for an unknown name, BackendUnavailable with the reason when it cannot run here.
+    """
+    global _forced
+    if name is not None:
+        if name not in NAMES:
+            raise ValueError(f"backend: got {name!r}, must be one of {', '.join(map(repr, NAMES))} or None")
+        if reason := unavailable(name):
+            raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend `name` cannot run here, as a sentence for a person; None: it can."""
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return f"this version of loraxs_kernels has no {name} backend"
+    return load(name).unavailable()
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def choose(x: Tensor, A: Tensor, B: Tensor) -> str:
+    """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the best that can run.
+
+    A pure function of shapes, dtype, layout and device capability; it always returns a backend that can run.  The
+    torch backend is the only one of this version, so nothing is weighed yet.
+    """
+    return _forced or "torch"
+
+
+def primitive(name: str) -> Primitive:
+    """The `lowrank_linear` of a backend."""
+    return torch_backend.lowrank_linear if name == "torch" else load(name).lowrank_linear

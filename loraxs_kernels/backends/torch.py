@@ -1,0 +1,51 @@
+"""The primitive with the library's own GEMMs, on any device: the definition of a backend, and the CPU path.
+
+Expand first, then let the base GEMM accumulate: y is written once by u B^T and read once in the epilogue of
+x W^T, so next to the frozen linear the adapter costs one more read of x, one write and one read of y.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only.
+_MM_OUT_DTYPE = torch.__version__ >= (2, 8)
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here; None: it can."""
+    return None
+
+
+def lowrank_linear(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + u B^T (+ bias), with z = x A^T and u = s z R^T; returns (y, z).
+
+    x (T, K), W (N, K), A (r, K), B (N, r), bias (N,) in the compute dtype and any strides; R (r, r) in any float
+    dtype; z (T, r) in fp32 (fp64 for fp64 operands).  W = None leaves the low-rank part alone; with `out` (T, N)
+    that part is added to it in place and y is out.
+    """
+    z = shrink(x, A)
+    # beta = 0: the first operand only gives the shape.  Scaling by alpha costs no launch and no rounding.
+    u = torch.addmm(z, z, R.to(z.dtype).t(), beta=0, alpha=s).to(x.dtype)
+    y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
+    return (y if W is None else y.addmm_(x, W.t())), z
+
+
+def shrink(x: Tensor, A: Tensor) -> Tensor:
+    """z = x A^T, x (T, K), A (r, K) -> (T, r) in fp32 (fp64 for fp64 operands), accumulated in that dtype."""
+    if x.dtype in (torch.float32, torch.float64):
+        return F.linear(x, A)
+    if x.is_cuda and _MM_OUT_DTYPE and x.numel():
+        return torch.mm(x, A.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), A.float())

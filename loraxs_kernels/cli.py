@@ -1,0 +1,37 @@
+"""The `loraxs` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `loraxs info` or `loraxs demo`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed, which backends can run here, and why not")
+    demo = commands.add_parser("demo", help="fine-tune a real model on real questions, offline")
+    demo.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
+    length = demo.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
+    length.add_argument("--full", action="store_true", help="three seeds")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")
+    demo.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        from .info import info
+
+        for key, value in info().items():
+            print(f"{key:16} {value}")
+        return 0
+    from . import demo as demos
+
+    try:
+        demos.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
+    except demos.DemoError as error:
+        print(f"loraxs demo: {error}", file=sys.stderr)
+        return 1
+    return 0

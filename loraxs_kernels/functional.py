@@ -1,0 +1,186 @@
+"""LoRA-XS as functions of tensors: lora_xs_linear, lora_xs_delta, and the autograd Function behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, ops
+
+
+def lora_xs_linear(
+    x: Tensor, weight: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """A frozen linear layer with its LoRA-XS adapter: y = x W^T + scale (x A^T) R^T B^T (+ bias).
+
+    Args:
+        x: (..., K), bf16, fp16, fp32 or fp64; any strides, any number of leading dimensions, empty ones too.
+        weight: W (N, K) in x's dtype, frozen; a transposed view is as good as a contiguous one.
+        A: (r, K) and B: (N, r), in x's dtype, frozen: A = S_r V_r^T, B = U_r of W = U S V^T.
+        R: (r, r), the trained matrix, usually fp32 whatever the other dtypes.
+        scale: s = alpha / r, a number.
+        bias: (N,), added to y; the only frozen operand that may also train.
+
+    Returns:
+        y (..., N) in x's dtype.  Gradients reach x, R and bias, once (no double backward).  Between forward and
+        backward only z = x A^T (T x r, fp32) is kept, never x.
+
+    Under torch.autocast, x, weight, A, B and bias are cast to the autocast dtype, as F.linear does.
+
+    Raises:
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+
+    Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
+    """
+    x, weight, A, B, bias = autocast(x, weight, A, B, bias)
+    check(x, A, R, B, scale, weight=weight, bias=bias)
+    return unchecked(x, weight, A, R, B, scale, bias)
+
+
+def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """The adapter alone: scale (x A^T) R^T B^T, added in place to `out` when one is given.
+
+    For a base layer that cannot hand over a dense weight (quantised, wrapped, hooked) and for dropout on the
+    adapter's input: base(x) + lora_xs_delta(dropout(x), ...).
+
+    Args:
+        x, A, R, B, scale: as in `lora_xs_linear`.
+        out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.
+
+    Returns:
+        (..., N): the delta, or out + delta.
+
+    Raises:
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+    """
+    x, A, B = autocast(x, A, B)
+    check(x, A, R, B, scale, out=out)
+    return unchecked(x, None, A, R, B, scale, out=out)
+
+
+def unchecked(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The functions above on operands known to be good: flatten x to rows, pick the backend, join autograd."""
+    if bias is not None and bias.requires_grad:
+        return unchecked(x, W, A, R, B, s) + bias
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    backend = backends.choose(rows, A, B)
+    if torch.compiler.is_compiling():
+        y, _ = ops.lowrank_linear(rows, W, A, R, B, s, bias, backend)
+        y = y.view(*x.shape[:-1], B.shape[0])
+        return y if out is None else out.add_(y)
+    primitive = backends.primitive(backend)
+    rows_out = out if out is None or out.dim() == 2 else _view_rows(out)
+    with ops.no_autocast(x):
+        if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
+            y = _LowRankLinear.apply(rows, W, A, R, B, s, bias, rows_out, primitive)
+        else:
+            y, _ = primitive(rows, W, A, R, B, s, bias, rows_out)
+    if out is not None:
+        return out
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
+
+
+def _view_rows(out: Tensor) -> Tensor:
+    try:
+        return out.view(-1, out.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"out: got shape {tuple(out.shape)} with strides {out.stride()}, must be viewable as rows of "
+            f"{out.shape[-1]} to be written in place"
+        ) from None
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The primitive of one backend, with the gradient of ops.gradients.  `out` is written in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor | None,
+        A: Tensor,
+        R: Tensor,
+        B: Tensor,
+        s: float,
+        bias: Tensor | None,
+        out: Tensor | None,
+        primitive: backends.Primitive,
+    ) -> Tensor:
+        y, z = primitive(x, W, A, R, B, s, bias, out)
+        need_gX, _, _, need_gR = ctx.needs_input_grad[:4]
+        # Only what the backward will read: W for gX, z for gR.
+        ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
+        ctx.s, ctx.primitive = s, primitive
+        if out is not None:
+            ctx.mark_dirty(out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gY: Tensor) -> tuple[Tensor | None, ...]:
+        need_gX, _, _, need_gR = ctx.needs_input_grad[:4]
+        with ops.no_autocast(gY):
+            gX, gR = ops.gradients(ctx.primitive, gY, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
+        return gX, None, None, gR, None, None, None, gY if ctx.needs_input_grad[7] else None, None
+
+
+def autocast(x: Tensor, *frozen: Tensor | None) -> tuple:
+    """x and the frozen operands in the dtype torch.autocast asks for, where it is on for x's device."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *frozen))
+    return (x, *frozen)
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check(
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """Raise a TypeError or ValueError that names the operand, what it was and what it must be."""
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, must be a number")
+    operands = {"x": x, "A": A, "R": R, "B": B, "weight": weight, "bias": bias, "out": out}
+    operands = {name: t for name, t in operands.items() if t is not None or name in "xARB"}
+    for name, t in operands.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, must be a torch.Tensor")
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name}: got dtype {t.dtype}, must be bfloat16, float16, float32 or float64")
+        if t.dtype != x.dtype and name != "R":
+            raise TypeError(f"{name}: got dtype {t.dtype}, must be {x.dtype} like x")
+        if t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
+        if t.dim() != 2 and name in ("A", "R", "B", "weight"):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, must have 2 dimensions")
+        if t.requires_grad and name in ("A", "B", "weight") and torch.is_grad_enabled():
+            raise ValueError(f"{name}: got requires_grad=True, must be frozen (LoRA-XS trains R alone): .detach() it")
+    (r, K), N = A.shape, B.shape[0]
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., {K}) for A of shape {tuple(A.shape)}")
+    expected = {"R": (r, r), "B": (N, r), "weight": (N, K), "bias": (N,), "out": (*x.shape[:-1], N)}
+    for name, shape in expected.items():
+        if name in operands and operands[name].shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(operands[name].shape)}, must be {shape}")
+    if r == 0:
+        raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")

@@ -1,0 +1,300 @@
+"""LoRAXSLinear: a frozen linear layer with its LoRA-XS adapter, as an nn.Module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .basis import INITS, Factors, Recipe
+from .functional import autocast, lora_xs_delta, unchecked
+from .svd import N_ITER
+
+
+class LoRAXSLinear(nn.Module):
+    """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
+
+    Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
+    (..., K) to (..., N)).  `base_layer` is never changed, so taking the wrapper off gives the very same layer back.
+    One launch sequence computes the whole where W can be read as a dense tensor; where it cannot (a quantised weight,
+    a hooked or overridden forward) or where dropout is active, the delta is added to base_layer's own output.
+
+    Attributes:
+        A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
+            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, sigma, recipe.
+        weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
+
+    `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        A: Tensor,
+        R: Tensor,
+        B: Tensor,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        sigma: float = 1e-5,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+        self.R = nn.Parameter(R)
+        self.register_buffer("merged_weight", None, persistent=False)  # (N, K), while merged
+        self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
+        self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init: str | Factors = "svd",
+        sigma: float = 1e-5,
+        seed: int = 0,
+        n_iter: int = N_ITER,
+        dtype: torch.dtype | None = None,
+        name: str = "",
+        like: LoRAXSLinear | None = None,
+    ) -> LoRAXSLinear:
+        """Adapt one linear layer; it is frozen and kept as `base_layer`.
+
+        Args:
+            linear: nn.Linear or transformers' Conv1D; with init=(A, B) any layer from (..., K) to (..., N).
+            rank: r, 1 <= r <= min(N, K) (any r >= 1 when A and B are not from the SVD).
+            alpha: s = alpha / rank; None: alpha = rank, s = 1.
+            dropout: on the adapter's input, while training.
+            init: "svd", "random" (Kaiming uniform A and B), or the pair (A, B).
+            sigma: R ~ N(0, sigma^2).
+            seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
+            n_iter: of `truncated_svd`.
+            dtype: of A and B; None: the weight's.  A dtype other than the weight's costs a separate pass.
+            name: the layer's name in its model, also used in errors.
+            like: a layer with the same weight, rank and recipe, whose SVD factors are copied and not computed again.
+
+        On the meta device only shapes are made; `reset_parameters` fills them once the weight is there.
+        Raises TypeError or ValueError, naming the layer, before anything is changed.
+        """
+        label = _label(name)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: got {dropout} for {label}, must be in [0, 1)")
+        if sigma < 0:
+            raise ValueError(f"sigma: got {sigma} for {label}, must be at least 0")
+        if isinstance(linear, LoRAXSLinear):
+            raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
+        given = None if isinstance(init, str) else tuple(init)
+        if given is None and init not in INITS[:2]:
+            raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
+        recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter)
+        if given:
+            W = weight_view(linear)
+            _check_given(given, rank, None if W is None else tuple(W.shape), label)
+            dtype = dtype or (given[0].dtype if W is None else W.dtype)
+            device = given[0].device if W is None else W.device
+            A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
+        else:
+            W = dense_weight(linear, label)
+            N, K = W.shape
+            if init == "svd" and rank > min(N, K):
+                raise ValueError(
+                    f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
+                    "leave the module out or give it a smaller rank"
+                )
+            A, B = W.new_empty(rank, K, dtype=dtype), W.new_empty(N, rank, dtype=dtype)
+        R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
+        layer = cls(
+            linear, A, R, B, alpha=rank if alpha is None else alpha, dropout=dropout, sigma=sigma, recipe=recipe
+        )
+        if not A.is_meta:
+            layer.reset_parameters(like if recipe.init == "svd" else None)
+        linear.requires_grad_(False)
+        return layer
+
+    def reset_parameters(self, like: LoRAXSLinear | None = None) -> None:
+        """Make A and B again from the weight as it is now, by the layer's recipe, and draw R again.
+
+        A and B come from `like` where such a layer is given; those that were given to `from_linear` stay.
+        """
+        if like is not None:
+            self.A.copy_(like.A)
+            self.B.copy_(like.B)
+        elif self.recipe.init != "given":
+            W = dense_weight(self.base_layer, self.label)
+            try:
+                A, B = self.recipe.factors(W, self.rank)
+            except ValueError as error:
+                raise ValueError(f"{self.label}: {error}") from error
+            self.A.copy_(A)
+            self.B.copy_(B)
+        with torch.no_grad():
+            self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, A, B = self.base_layer, self.A, self.B
+        if self.merged_weight is not None:
+            return F.linear(x, self.merged_weight, base.bias)
+        W = weight_view(base)
+        plain = W is not None and not _hooked(base)
+        dropping = self.dropout > 0.0 and self.training
+        if plain and not dropping and W.dtype == A.dtype:
+            x, W, A, B, bias = autocast(x, W, A, B, base.bias)
+            if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
+                raise ValueError(
+                    f"x: got shape {tuple(x.shape)} and {x.dtype} for {self.label}, "
+                    f"must be (..., {A.shape[1]}) and {W.dtype}"
+                )
+            return unchecked(x, W, A, self.R, B, self.scaling, bias)
+        y = base(x)
+        h = F.dropout(x, self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):
+            h = h.to(A.dtype)
+        if plain and y.dtype == h.dtype and not torch.compiler.is_compiling():
+            return lora_xs_delta(h, A, self.R, B, self.scaling, out=y)
+        return y + lora_xs_delta(h, A, self.R, B, self.scaling).to(y.dtype)
+
+    @property
+    def label(self) -> str:
+        """What errors call this layer."""
+        return _label(self.recipe.name)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is part of the weight that the forward uses."""
+        return self.merged_weight is not None
+
+    @property
+    def weight(self) -> Tensor:
+        if self.merged_weight is None:
+            return self.base_layer.weight
+        return self.merged_weight.t() if _is_conv1d(self.base_layer) else self.merged_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s B R A (N, K), in fp32 (fp64 for fp64 layers)."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute with W + s B R A from now on; W itself is kept, so that `unmerge` restores it to the bit.
+
+        Holds a second copy of the weight while merged.  Raises ValueError where the merged weight is not finite, and
+        TypeError where W is not a dense tensor; the layer is then as it was.
+        """
+        if not self.merged:
+            self.merged_weight = self.merged_dense_weight()
+
+    def unmerge(self) -> None:
+        """Back to the base weight and a separate adapter."""
+        self.merged_weight = None
+
+    @torch.no_grad()
+    def merged_dense_weight(self) -> Tensor:
+        """W + s B R A (N, K), added in fp32 and rounded to W's dtype once; finite or a ValueError."""
+        W = dense_weight(self.base_layer, self.label)
+        merged = (self.delta_weight().add_(W)).to(W.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
+        return merged
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        text += f", alpha={self.alpha:g}, init={self.recipe.init}"
+        return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
+        # `.to(bf16)` would round the trained numbers; they follow the device and keep their precision.
+        base = {id(p) for p in self.base_layer.parameters()}
+        before = [(p, p.data) for p in self.parameters() if id(p) not in base and p.dtype.itemsize >= 4]
+        super()._apply(fn, recurse)
+        for p, data in before:
+            if p.dtype.itemsize < 4:
+                p.data = data.to(p.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def weight_view(layer: nn.Module) -> Tensor | None:
+    """W (N, K) of a layer that computes x W^T + bias, as a view; None where no plain dense weight can be read."""
+    if type(layer).forward is not nn.Linear.forward and not _is_conv1d(layer):
+        return None
+    weight = layer.weight
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return None
+    return weight.t() if _is_conv1d(layer) else weight
+
+
+def dense_weight(layer: nn.Module, label: str) -> Tensor:
+    """W (N, K) of a layer, or a TypeError that names it and says what it is."""
+    W = weight_view(layer)
+    if W is None:
+        weight = getattr(layer, "weight", None)
+        what = f" with a {type(weight).__name__} weight of dtype {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise TypeError(
+            f"{label}: got a {type(layer).__name__}{what}, must be an nn.Linear or Conv1D with a dense floating-point "
+            "weight; a quantised layer has no dequantiser here: leave it out, or give its A and B with init=(A, B)"
+        )
+    return W.detach()
+
+
+def _label(name: str) -> str:
+    return f"module {name!r}" if name else "linear"
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its class's forward: hooks, or a forward replaced on the instance."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
+    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in factors):
+        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of floating-point tensors")
+    A, B = factors
+    N, K = shape or (B.shape[0], A.shape[-1])
+    if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):
+        raise ValueError(
+            f"init: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
+            f"must be {(rank, K)} and {(N, rank)}"
+        )
+    if not all(torch.isfinite(t).all() for t in factors if not t.is_meta):
+        raise ValueError(f"init: A or B for {label} has NaN or Inf values")

@@ -1,0 +1,272 @@
+"""LoRA-XS on a whole model, in place: attach, detach, merge, unmerge."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .basis import Factors
+from .linear import LoRAXSLinear, weight_view
+from .svd import N_ITER
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files."""
+
+    modules_to_save: tuple[str, ...]
+    trainable_before: frozenset[str]
+
+
+def attach(
+    model: M,
+    rank: int,
+    *,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    init: str | Mapping[str, Factors] = "svd",
+    sigma: float = 1e-5,
+    seed: int = 0,
+    n_iter: int = N_ITER,
+    dtype: torch.dtype | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    progress: bool = True,
+) -> M:
+    """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
+
+    Args:
+        model: any nn.Module with nn.Linear or transformers Conv1D layers below it.
+        rank: r of every adapter, unless `rank_pattern` says otherwise.
+        target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
+            regular expression that matches the whole name, or "all-linear": every linear layer but the output
+            embeddings.
+        exclude_modules: names, name endings or a regular expression, likewise.
+        rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
+        alpha: s = alpha / r; None: s = 1 everywhere.
+        dropout, sigma, n_iter, dtype: as in LoRAXSLinear.from_linear.
+        init: "svd", "random", or {module name: (A, B)} with a pair for every target.
+        seed: of everything random; two layers never share their random numbers.
+        modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
+            adapter file beside R.
+        progress: show a bar when it takes more than a second.
+
+    Returns:
+        `model`.  A module or weight that stands in several places is adapted once.
+
+    Raises:
+        TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
+    """
+    if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+        raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+    saved = _named(model, modules_to_save or ())
+    names = match(model, target_modules, exclude_modules, saved)
+    options: dict[str, dict[str, Any]] = {}
+    for name in names:
+        r = _pattern_value(rank_pattern, name, rank)
+        a = _pattern_value(alpha_pattern, name, alpha)
+        options[name] = {"rank": r, "alpha": a, "init": init}
+        if not isinstance(init, str):
+            if name not in init:
+                raise ValueError(f"init: has no pair (A, B) for module {name!r}")
+            options[name]["init"] = init[name]
+        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "dtype": dtype}
+    return install(model, options, saved, progress)
+
+
+def install(model: M, options: Mapping[str, Mapping[str, Any]], modules_to_save: Sequence[str], progress: bool) -> M:
+    """Adapt the named modules, each with its own options of LoRAXSLinear.from_linear; all of them or none."""
+    modules = dict(model.named_modules())
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers: dict[int, LoRAXSLinear] = {}
+    by_weight: dict[tuple, LoRAXSLinear] = {}  # a weight that two layers share is factored once
+    try:
+        for name in tqdm(options, desc="LoRA-XS factors", unit="layer", delay=1, disable=not progress):
+            linear, o = modules[name], options[name]
+            key = (id(getattr(linear, "weight", linear)), o["rank"])
+            layer = LoRAXSLinear.from_linear(linear, name=name, like=by_weight.get(key), **o)
+            layers[id(linear)] = by_weight[key] = layer
+    except BaseException:
+        for name, p in model.named_parameters():
+            p.requires_grad_(before[name])
+        raise
+    for parent in list(modules.values()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in layers:
+                parent._modules[child_name] = layers[id(child)]
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.R.requires_grad_(True)
+    for name in modules_to_save:
+        model.get_submodule(name).requires_grad_(True)
+    model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
+    return model
+
+
+def detach(model: M, *, merge: bool = False) -> M:
+    """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
+
+    With merge=True the adapter is added to the weight first, layer by layer, without a second copy of the model; a
+    weight that another module shares stays as it is there.  A model that is merged at the time needs merge=True to
+    keep the merged weights, or `unmerge` first to get the old ones: losing either by accident is an error.
+    modules_to_save keep their trained values.
+
+    Raises ValueError where a merged weight would not be finite or the choice above was not made; TypeError where
+    a base layer has no dense weight to merge into.  The model is then as it was.
+    """
+    adapted = list(adapted_layers(model))
+    if not merge and any(layer.merged for _, layer in adapted):
+        raise ValueError(
+            "merge: the adapters are merged; detach(model, merge=True) keeps the merged weights, "
+            "unmerge(model) before detach gives the original ones back"
+        )
+    if isinstance(model, LoRAXSLinear):
+        raise ValueError("model: is itself a LoRAXSLinear; its base_layer is what detach would give back")
+    if merge:
+        for _, layer in adapted:
+            if not layer.merged:
+                layer.merged_dense_weight()  # raises before anything has changed
+        for _, layer in adapted:
+            layer.merge()
+            layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
+            layer.unmerge()
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if isinstance(child, LoRAXSLinear):
+                parent._modules[child_name] = child.base_layer
+    attachment = model.__dict__.pop("loraxs", None)
+    if attachment:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in attachment.trainable_before)
+    return model
+
+
+def merge(model: M) -> M:
+    """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
+
+    The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
+    bit.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError where a base layer
+    has no dense weight; the model is then as it was.
+    """
+    merged = []
+    try:
+        for _, layer in adapted_layers(model):
+            if not layer.merged:
+                layer.merge()
+                merged.append(layer)
+    except BaseException:
+        for layer in merged:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Undo `merge`: the original weights and separate adapters."""
+    for _, layer in adapted_layers(model):
+        layer.unmerge()
+    return model
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
+    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
+    if not found:
+        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
+    yield from found
+
+
+def match(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> list[str]:
+    """The names of the modules that `target_modules` means in this model; see `attach`.
+
+    Raises TypeError for a match that is no linear layer, ValueError for no match at all.  A list entry that matches
+    nothing is a warning, since lists are shared between architectures.
+    """
+    modules = dict(model.named_modules())
+    saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    unused = set() if isinstance(target_modules, str) else set(target_modules)
+    names = []
+    for name, module in modules.items():
+        if not name or id(module) in saved or (exclude_modules and _matches(name, exclude_modules)):
+            continue
+        if everything:
+            hit = _is_linear(module) and module is not _output_embeddings(model) and not _never_called(module)
+        else:
+            hit = _matches(name, target_modules)
+        if not hit:
+            continue
+        unused -= {t for t in unused if _matches(name, [t])}
+        if not _is_linear(module):
+            raise TypeError(
+                f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
+            )
+        if _never_called(module):
+            raise TypeError(
+                f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
+                "calling the layer, so that an adapter on it would have no effect"
+            )
+        names.append(name)
+    if not names:
+        linear = [name for name, m in modules.items() if _is_linear(m)]
+        shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
+        raise ValueError(
+            f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
+        )
+    if unused:
+        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
+    return names
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
+    """The modules that modules_to_save means; every entry must match."""
+    if isinstance(endings, str):
+        raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
+    names = [name for name, _ in model.named_modules() if name and _matches(name, endings)]
+    for ending in endings:
+        if not any(_matches(name, [ending]) for name in names):
+            raise ValueError(f"modules_to_save: no module of the model is named {ending!r}")
+    return names
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or weight_view(module) is not None
+
+
+def _never_called(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None

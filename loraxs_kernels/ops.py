@@ -1,0 +1,100 @@
+"""The gradient of the primitive, and the primitive as a torch.library operator.
+
+The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the autograd
+Function of functional.py instead, because the operator's Python boundary costs several times as much per call
+(bench/bench_layer.py measures both).
+"""
+
+# No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.torch import shrink
+
+_NOTHING = nullcontext()
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Keep torch.autocast, where it is on, from casting the fp32 side (z, u, R) of the primitive."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
+def gradients(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    gY: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    z: Optional[Tensor],  # noqa: UP045
+    s: float,
+    need_gX: bool,
+    need_gR: bool,
+) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
+    """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, and one r x r product.
+
+    `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.
+    """
+    gX = gR = None
+    if need_gX:
+        gX, v = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, None)
+    else:
+        v = shrink(gY, B.t())
+    if need_gR:
+        gR = (s * (v.t() @ z)).to(R.dtype)
+    return gX, gR
+
+
+@torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())
+def lowrank_linear(
+    x: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Optional[Tensor],  # noqa: UP045
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, z) of the backend's primitive."""
+    with no_autocast(x):
+        return backends.primitive(backend)(x, W, A, R, B, s, bias)
+
+
+@lowrank_linear.register_fake
+def _(
+    x: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Optional[Tensor],  # noqa: UP045
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    z_dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0], dtype=z_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, W, A, R, B, ctx.s, _, ctx.backend = inputs
+    ctx.save_for_backward(W, A, R, B, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, gY: Tensor, _gz: None) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
+    def op(*operands: Any) -> tuple[Tensor, Tensor]:
+        return lowrank_linear(*operands, ctx.backend)
+
+    needed = ctx.needs_input_grad
+    gX, gR = gradients(op, gY, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
+    return gX, None, None, gR, None, None, None, None
+
+
+lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
