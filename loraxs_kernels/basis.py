@@ -112,7 +112,7 @@ def single_flips(R: Tensor) -> list[Tensor]:
 def align_by_sketch(R: Tensor, S: Tensor, old: Factors, A: Tensor, B: Tensor, cluster: float) -> Tensor:
     """R' with B R' A ~ the old delta, whose R, singular values S and sketch `old` are known.
 
-    Each run of singular values with relative gaps of at most `cluster` may have turned by an orthogonal Q, a single
+    Each run of singular values with relative gaps below `cluster` may have turned by an orthogonal Q, a single
     one by its sign: U = U' Q, V = V' Q.  Q maximises the agreement of the sketches (Procrustes), and
     R' = Q R (S Q^T / S').
     """
@@ -122,7 +122,7 @@ def align_by_sketch(R: Tensor, S: Tensor, old: Factors, A: Tensor, B: Tensor, cl
     Q = torch.zeros_like(agreement)
     start = 0
     for end in range(1, len(S) + 1):
-        if end == len(S) or S[end - 1] - S[end] > cluster * S[end - 1]:
+        if end == len(S) or S[end - 1] - S[end] >= cluster * S[end - 1]:
             block = slice(start, end)
             left, _, right_t = torch.linalg.svd(agreement[block, block])
             Q[block, block] = left @ right_t

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, ops
 
@@ -81,18 +80,17 @@ def unchecked(
         y = y.view(*x.shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
     primitive = backends.primitive(backend)
-    rows_out = out if out is None or out.dim() == 2 else _view_rows(out)
     with ops.no_autocast(x):
         if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
-            y = _LowRankLinear.apply(rows, W, A, R, B, s, bias, rows_out, primitive)
+            y = _LowRankLinear.apply(out, rows, W, A, R, B, s, bias, primitive)
         else:
-            y, _ = primitive(rows, W, A, R, B, s, bias, rows_out)
+            y, _ = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))
     if out is not None:
         return out
     return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
 
 
-def _view_rows(out: Tensor) -> Tensor:
+def _rows(out: Tensor) -> Tensor:
     try:
         return out.view(-1, out.shape[-1])
     except RuntimeError:
@@ -103,11 +101,16 @@ def _view_rows(out: Tensor) -> Tensor:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """The primitive of one backend, with the gradient of ops.gradients.  `out` is written in place."""
+    """The primitive of one backend on x (T, K), with the gradient of ops.gradients.
+
+    `out` (..., N) is written in place and comes first: autograd takes the first input for the one an in-place
+    Function changes, where that is a view.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        out: Tensor | None,
         x: Tensor,
         W: Tensor | None,
         A: Tensor,
@@ -115,30 +118,50 @@ class _LowRankLinear(torch.autograd.Function):
         B: Tensor,
         s: float,
         bias: Tensor | None,
-        out: Tensor | None,
         primitive: backends.Primitive,
     ) -> Tensor:
-        y, z = primitive(x, W, A, R, B, s, bias, out)
-        need_gX, _, _, need_gR = ctx.needs_input_grad[:4]
+        y, z = primitive(x, W, A, R, B, s, bias, None if out is None else _rows(out))
+        _, need_gX, _, _, need_gR = ctx.needs_input_grad[:5]
         # Only what the backward will read: W for gX, z for gR.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
         ctx.s, ctx.primitive = s, primitive
-        if out is not None:
-            ctx.mark_dirty(out)
-        return y
+        if out is None:
+            return y
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gY: Tensor) -> tuple[Tensor | None, ...]:
-        need_gX, _, _, need_gR = ctx.needs_input_grad[:4]
-        with ops.no_autocast(gY):
-            gX, gR = ops.gradients(ctx.primitive, gY, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
-        return gX, None, None, gR, None, None, None, gY if ctx.needs_input_grad[7] else None, None
+        need_gOut, need_gX, _, _, need_gR = ctx.needs_input_grad[:5]
+        rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
+        with torch.no_grad(), ops.no_autocast(gY):
+            gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
+        if torch.is_grad_enabled():  # create_graph=True
+            gX, gR = _OnceDifferentiable.apply(gY.new_zeros((), requires_grad=True), gX, gR)
+        return gY if need_gOut else None, gX, None, None, gR, None, None, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hands gradients on; whoever differentiates them is told that they cannot be.
+
+    torch's own `once_differentiable` lets them pass as constants when gY is one, although gX depends on R.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "lora_xs_linear: is differentiable once, its gradients cannot be differentiated again; "
+            "for second derivatives use loraxs_kernels.reference.lowrank_linear"
+        )
 
 
 def autocast(x: Tensor, *frozen: Tensor | None) -> tuple:
     """x and the frozen operands in the dtype torch.autocast asks for, where it is on for x's device."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if isinstance(x, Tensor) and ops.autocast_on(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *frozen))
     return (x, *frozen)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .basis import INITS, Factors, Recipe
 from .functional import autocast, lora_xs_delta, unchecked
+from .ops import autocast_on
 from .svd import N_ITER
 
 
@@ -18,8 +19,8 @@ class LoRAXSLinear(nn.Module):
 
     Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
     (..., K) to (..., N)).  `base_layer` is never changed, so taking the wrapper off gives the very same layer back.
-    One launch sequence computes the whole where W can be read as a dense tensor; where it cannot (a quantised weight,
-    a hooked or overridden forward) or where dropout is active, the delta is added to base_layer's own output.
+    The primitive computes the whole where W is a frozen dense tensor; where it is not (a quantised weight, a hooked or
+    overridden forward, an unfrozen W) or where dropout is active, the delta is added to base_layer's own output.
 
     Attributes:
         A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
@@ -148,7 +149,7 @@ class LoRAXSLinear(nn.Module):
         W = weight_view(base)
         plain = W is not None and not _hooked(base)
         dropping = self.dropout > 0.0 and self.training
-        if plain and not dropping and W.dtype == A.dtype:
+        if plain and not dropping and W.dtype == A.dtype and not W.requires_grad:
             x, W, A, B, bias = autocast(x, W, A, B, base.bias)
             if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
                 raise ValueError(
@@ -158,7 +159,7 @@ class LoRAXSLinear(nn.Module):
             return unchecked(x, W, A, self.R, B, self.scaling, bias)
         y = base(x)
         h = F.dropout(x, self.dropout, self.training)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_on(x):
             h = h.to(A.dtype)
         if plain and y.dtype == h.dtype and not torch.compiler.is_compiling():
             return lora_xs_delta(h, A, self.R, B, self.scaling, out=y)
@@ -227,14 +228,16 @@ class LoRAXSLinear(nn.Module):
         return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
-        # `.to(bf16)` would round the trained numbers; they follow the device and keep their precision.
-        base = {id(p) for p in self.base_layer.parameters()}
-        before = [(p, p.data) for p in self.parameters() if id(p) not in base and p.dtype.itemsize >= 4]
-        super()._apply(fn, recurse)
-        for p, data in before:
-            if p.dtype.itemsize < 4:
-                p.data = data.to(p.device)
-        return self
+        # `.to(bf16)` would round what trains (R, or the parts of its parametrization): it follows the device alone.
+        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), self.A, self.B, self.merged_weight]
+        ids = {id(t) for t in frozen}
+
+        def moved(t: Tensor) -> Tensor:
+            result = fn(t)
+            rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
+            return t.to(result.device) if rounds else result
+
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.merged:

@@ -19,10 +19,15 @@ from .backends.torch import shrink
 _NOTHING = nullcontext()
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of x (there is none for meta tensors)."""
+    device_type = x.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Keep torch.autocast, where it is on, from casting the fp32 side (z, u, R) of the primitive."""
-    device_type = x.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else _NOTHING
 
 
 def gradients(

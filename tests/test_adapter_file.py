@@ -1,0 +1,375 @@
+"""Adapter files: small, exact, checked against the basis they are loaded on, and never half written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import loraxs_kernels as lx
+from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
+from loraxs_kernels.model import adapted_layers
+
+TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
+
+
+def deltas(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.delta_weight().double() for name, layer in adapted_layers(model)}
+
+
+def worst_error(model: nn.Module, expected: dict[str, torch.Tensor]) -> float:
+    return max(((d - expected[name]).norm() / expected[name].norm()).item() for name, d in deltas(model).items())
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.R, std=0.3)
+    return model
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20), nn.Linear(20, 5))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A small adapted model with different ranks and a head, and its file."""
+    model = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, alpha=8, modules_to_save=["3"])
+    nn.init.normal_(randomise(model)[3].weight)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    return model, tmp_path / "adapter.safetensors"
+
+
+def unchanged(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[k], v) for k, v in state.items())
+
+
+def test_a_fresh_model_gets_the_whole_adapter(trained):
+    model, path = trained
+    x = torch.randn(6, 20)
+    fresh = lx.load_adapter(mlp(), path)
+    assert torch.equal(fresh(x), model(x))
+    assert [(layer.rank, layer.scaling) for _, layer in adapted_layers(fresh)] == [(4, 2.0), (3, 8 / 3)]
+    assert [n for n, p in fresh.named_parameters() if p.requires_grad] == ["0.R", "2.R", "3.weight", "3.bias"]
+    again = path.with_name("again.safetensors")
+    lx.save_adapter(fresh, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_an_adapted_model_takes_R_and_alpha(trained):
+    model, path = trained
+    other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3})
+    assert lx.load_adapter(other, path) is other
+    x = torch.randn(6, 20)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("init", ["random", "given"])
+def test_other_inits(init, tmp_path):
+    factors = init if init == "random" else {"0": (torch.randn(4, 20), torch.randn(30, 4))}
+    model = randomise(lx.attach(mlp(), 4, target_modules=["0"], init=factors, seed=5))
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    fresh = lx.load_adapter(mlp(), tmp_path / "a.safetensors")
+    assert torch.equal(fresh[0].A, model[0].A) and torch.equal(fresh[0].delta_weight(), model[0].delta_weight())
+
+
+def test_real_model_through_a_bf16_file(minilm, tmp_path):
+    base = copy.deepcopy(minilm)
+    lx.attach(minilm, 16, target_modules=TARGETS)
+    randomise(minilm)
+    lx.save_adapter(minilm, tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.load_adapter(base, tmp_path / "a.safetensors")
+    for (_, a), (_, b) in zip(adapted_layers(minilm), adapted_layers(base), strict=True):
+        assert torch.equal(a.R.bfloat16().float(), b.R) and b.R.dtype == torch.float32
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+
+
+def test_224_modules_are_112_kib_and_a_fingerprint(tmp_path):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn, self.mlp = nn.Module(), nn.Module()
+            for parent, names in ((self.self_attn, "qkvo"), (self.mlp, ("gate", "up", "down"))):
+                for name in names:
+                    setattr(parent, f"{name}_proj", nn.Linear(16, 16))
+
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList(Layer() for _ in range(32))  # the module names of Mistral-7B
+    lx.attach(model, 16, target_modules="all-linear", init="random")
+    path = tmp_path / "a.safetensors"
+    lx.save_adapter(model, path, dtype=torch.bfloat16)
+    R, fingerprint = 224 * 16 * 16 * 2, 224 * (16 + 8) * 4
+    assert R == 112 * 1024
+    assert path.stat().st_size - fingerprint <= 1.1 * R
+
+
+def test_threads_do_not_matter(minilm, tmp_path):
+    base, threads = copy.deepcopy(minilm), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        randomise(lx.attach(minilm, 16, target_modules=TARGETS))
+        lx.save_adapter(minilm, tmp_path / "a.safetensors")
+        torch.set_num_threads(2)
+        lx.load_adapter(base, tmp_path / "a.safetensors")
+    finally:
+        torch.set_num_threads(threads)
+    assert worst_error(base, deltas(minilm)) < 2e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("there", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_devices_do_not_matter(minilm, tmp_path, there):
+    base = copy.deepcopy(minilm).to(there[1])
+    randomise(lx.attach(minilm.to(there[0]), 16, target_modules=TARGETS))
+    lx.save_adapter(minilm, tmp_path / "a.safetensors")
+    lx.load_adapter(base, tmp_path / "a.safetensors")
+    assert worst_error(base.cpu(), deltas(minilm.cpu())) < 2e-4
+
+
+@pytest.mark.parametrize("how", [dict(portable=True), dict(save_factors=True)], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):
+    base = copy.deepcopy(minilm).to(dtypes[1])
+    minilm.to(dtypes[0])
+    randomise(lx.attach(minilm, 16, target_modules=TARGETS))
+    path = tmp_path / "a.safetensors"
+    lx.save_adapter(minilm, path)
+    state = copy.deepcopy(base.state_dict())
+    with pytest.raises(AdapterMismatch, match=r"error of delta W in module '.*' is \d\.\de-0\d.*portable=True"):
+        lx.load_adapter(base, path)
+    assert unchanged(base, state) and all(p.requires_grad for p in base.parameters())
+    lx.save_adapter(minilm, path, **how)
+    with pytest.warns(UserWarning, match=r"aligned to it, with an estimated relative error of delta W of up to"):
+        lx.load_adapter(base, path)
+    assert worst_error(base, deltas(minilm)) < 3e-2
+
+
+def test_a_flipped_sign_is_mended_by_the_probes_alone(trained):
+    """No rule for signs is safe, so one pair of vectors the other way round is found and undone."""
+    model, path = trained
+    expected = deltas(model)
+    model[0].A[2].neg_()
+    model[0].B[:, 2].neg_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.load_adapter(model, path)
+    assert worst_error(model, expected) < 1e-6
+
+
+def scaled_by(factor):
+    return lambda model: model[0].weight.data.mul_(factor)
+
+
+def other_weights(model):
+    nn.init.normal_(model[2].weight)
+
+
+OTHER_BASES = {
+    "another model": (other_weights, r"module '2' is .* its singular values are not those"),
+    "edited weights": (
+        scaled_by(1.01),
+        r"module '0' is 1\.\de-02, more than 1e-03, and the file has nothing to align R",
+    ),
+    "quantised weights": (
+        lambda m: m[0].weight.data.copy_((m[0].weight / 0.03).round() * 0.03),
+        r"module '0' is .*, more than 3e-02: the weights differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BASES)
+@pytest.mark.parametrize("attached", [False, True])
+def test_another_base_is_refused_and_nothing_changes(trained, case, attached):
+    change, message = OTHER_BASES[case]
+    model = mlp()
+    change(model)
+    if attached:
+        lx.attach(model, 4, target_modules=["0", "2"], rank_pattern={"2": 3})
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterMismatch, match=message):
+        lx.load_adapter(model, trained[1])
+    assert unchanged(model, state)
+
+
+def test_modules_that_do_not_match_are_named(trained):
+    _, path = trained
+    with pytest.raises(ValueError, match="is for other modules than the model's adapters; the first difference: '2'"):
+        lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0"]), path)
+    with pytest.raises(ValueError, match="module '2' has rank 3 there and 4 in the model"):
+        lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0", "2"]), path)
+    with pytest.raises(ValueError, match="model: has no module '3', which the adapter is for"):
+        lx.load_adapter(mlp()[:3], path)
+    model = nn.Sequential(*mlp()[:3], nn.Linear(20, 6))
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"3\.weight: is of shape \(5, 20\) in the file, must be of shape \(6, 20\)"):
+        lx.load_adapter(model, path)
+    assert unchanged(model, state)
+    merged = lx.merge(lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}))
+    with pytest.raises(ValueError, match="module '0' is merged; unmerge it"):
+        lx.load_adapter(merged, path)
+
+
+def edited(path: Path, change) -> None:
+    """Rewrite the file with a changed header."""
+    with safetensors.safe_open(path, framework="pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        header = json.loads(f.metadata()["loraxs"])
+    metadata = change(header, tensors)
+    safetensors.torch.save_file(tensors, path, metadata or {"loraxs": json.dumps(header)})
+
+
+FILES = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is not a whole safetensors file"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:50]), "is not a whole safetensors file"),
+    "empty": (lambda p: p.write_bytes(b""), "is not a whole safetensors file"),
+    "a pickle": (lambda p: torch.save({"R": torch.ones(2)}, p), "is not a whole safetensors file"),
+    "foreign": (lambda p: safetensors.torch.save_file({"x": torch.ones(1)}, p), "no LoRA-XS adapter"),
+    "a newer version": (
+        lambda p: edited(p, lambda h, t: h.update(version=2)),
+        "is of format version 2, this loraxs_kernels reads 1; upgrade it",
+    ),
+    "a module too many": (lambda p: edited(p, lambda h, t: h["modules"].update({"9": {}})), "is damaged"),
+    "a tensor missing": (lambda p: edited(p, lambda h, t: t.clear()), "is damaged"),
+    "R of another shape": (lambda p: edited(p, lambda h, t: t.update({"R/4": torch.ones(1, 2, 4)})), "is damaged"),
+    "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "is damaged"),
+    "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_not_adapters_are_refused(trained, case):
+    damage, message = FILES[case]
+    damage(trained[1])
+    model = mlp()
+    with pytest.raises(ValueError, match=message):
+        lx.load_adapter(model, trained[1])
+    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+
+
+def test_missing_files_and_folders(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        lx.load_adapter(mlp(), tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="is a directory"):
+        lx.save_adapter(trained[0], tmp_path)
+    lx.save_adapter(trained[0], tmp_path / "new" / "folder" / "a.safetensors")
+    assert lx.load_adapter(mlp(), tmp_path / "new" / "folder" / "a.safetensors")
+
+
+def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(trained):
+    model, path = trained
+    old = path.read_bytes()
+    model[2].R.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="module '2': R has NaN or Inf values; nothing was written"):
+        lx.save_adapter(model, path)
+    with pytest.raises(ValueError, match=r"dtype: got torch\.float16"):
+        lx.save_adapter(model, path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="has no LoRA-XS adapters"):
+        lx.save_adapter(mlp(), path)
+    assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_at_any_moment_leaves_the_old_file_whole(trained, moment):
+    _, path = trained
+    old = path.read_bytes()
+    script = f"""
+import os, signal, sys
+import loraxs_kernels as lx
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_adapter_file import mlp, randomise
+model = randomise(lx.attach(mlp(), 4, target_modules=["0"]))
+os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+lx.save_adapter(model, {str(path)!r})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert path.read_bytes() == old
+    lx.load_adapter(mlp(), path)
+
+
+def test_a_failing_disk_leaves_the_old_file_and_no_rubbish(trained, monkeypatch):
+    model, path = trained
+    old = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space left"):
+        lx.save_adapter(randomise(model), path)
+    assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
+
+
+class Doubled(nn.Module):
+    def forward(self, R):
+        return 2 * R
+
+    def right_inverse(self, R):
+        return R / 2
+
+
+def test_parametrised_R(trained):
+    model, path = trained
+    other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3})
+    parametrize.register_parametrization(other[0], "R", Doubled())
+    lx.load_adapter(other, path)
+    torch.testing.assert_close(other[0].R, model[0].R)
+    lx.save_adapter(other, path)
+    assert torch.equal(lx.load_adapter(mlp(), path)[0].R, other[0].R)
+
+    class Fixed(nn.Module):
+        def forward(self, R):
+            return R * 0
+
+    parametrize.register_parametrization(other[2], "R", Fixed())
+    with pytest.raises(ValueError, match="the parametrization of R in module '2' has no right_inverse"):
+        lx.load_adapter(other, path)
+
+
+def test_alignment_turns_R_within_a_cluster_of_singular_values():
+    """Two copies of one SVD whose equal singular values were turned, and one pair negated: delta W is kept."""
+    U, V = torch.linalg.qr(torch.randn(50, 6)).Q, torch.linalg.qr(torch.randn(70, 6)).Q
+    S = torch.tensor([9.0, 5.0, 5.0, 5.0, 2.0, 1.0])
+    A, B, R = S[:, None] * V.T, U, torch.randn(6, 6)
+    turn = torch.block_diag(torch.eye(1), torch.linalg.qr(torch.randn(3, 3)).Q, -torch.eye(1), torch.eye(1))
+    A_new, B_new = turn @ A, B @ turn.T
+    sketch = basis.sketch(A, B)
+    turned = basis.align_by_sketch(R, S, sketch, A_new, B_new, basis.CLUSTER)
+    torch.testing.assert_close(B_new @ turned @ A_new, B @ R @ A, atol=1e-4, rtol=1e-4)
+    signs_only = basis.align_by_sketch(R, S, sketch, A_new, B_new, 0.0)
+    assert basis.residual(basis.probes(A, R, B), A_new, signs_only, B_new) > basis.ALIGNED
+    by_factors = basis.align_by_factors(R, (A, B), A_new, B_new)
+    torch.testing.assert_close(B_new @ by_factors @ A_new, B @ R @ A, atol=1e-4, rtol=1e-4)
+
+
+def test_the_residual_estimates_the_true_error():
+    """Over many perturbations of very different size, the 8 probes are right to within their sampling error."""
+    A, B, R = torch.randn(8, 300), torch.randn(200, 8), torch.randn(8, 8)
+    expected = basis.probes(A, R, B)
+    ratios = []
+    for i in range(60):
+        noise = 10.0 ** -(1 + i % 4) * torch.randn(8, 8)
+        true = ((B @ noise @ A).norm() / (B @ (R + noise) @ A).norm()).item()
+        ratios.append(basis.residual(expected, A, R + noise, B) / true)
+    ratios = torch.tensor(ratios)
+    assert 0.85 < ratios.square().mean().sqrt() < 1.15 and ratios.min() > 0.2 and ratios.max() < 2.5
+
+
+def test_zero_adapters_and_rank_deficient_bases():
+    A, B = torch.zeros(3, 10), torch.linalg.qr(torch.randn(8, 3)).Q
+    assert basis.residual(basis.probes(A, torch.ones(3, 3), B), A, torch.ones(3, 3), B) == 0.0
+    sketch = basis.sketch(A, B)
+    aligned = basis.align_by_sketch(torch.ones(3, 3), basis.singular_values(A), sketch, A, B, 0.0)
+    assert aligned.isfinite().all()

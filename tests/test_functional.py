@@ -1,0 +1,334 @@
+"""lora_xs_linear and lora_xs_delta against an fp64 oracle, in every dtype, shape and layout, and their contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, unfused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from loraxs_kernels import functional, reference
+from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
+
+
+def check_against_oracle(o: Operands, call=lora_xs_linear, bias: bool = True) -> None:
+    dtype = o.x.dtype
+    got, chain = gradients(o, call, bias), gradients(o, unfused, bias)
+    oracle = gradients(o.to(torch.float64), unfused, bias)
+    assert got[0].dtype == got[1].dtype == dtype and got[2].dtype == o.R.dtype
+    for name, *three in zip(("y", "gX", "gR"), got, chain, oracle, strict=True):
+        assert_accurate(*three, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_and_dtype(shape, dtype):
+    check_against_oracle(operands(*shape, dtype), bias=shape[0] % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_every_layout(layout, dtype):
+    check_against_oracle(operands(17, 33, 65, 12, dtype, layout))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from(LAYOUTS))
+def test_any_shape(T, N, K, r, layout):
+    o = operands(T, N, K, r, torch.float64, layout)
+    for got, expected in zip(gradients(o, lora_xs_linear), gradients(o, unfused), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3), (2, 1, 3, 2)], ids=str)
+def test_leading_dimensions(lead):
+    o = operands(1, 5, 7, 3)
+    x = torch.randn(*lead, 7)
+    y = lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s, o.bias)
+    assert y.shape == (*lead, 5)
+    torch.testing.assert_close(y, unfused(x, o.W, o.A, o.R, o.B, o.s, o.bias))
+
+
+def test_non_contiguous_3d_x_with_gradient():
+    o = operands(1, 5, 7, 3)
+    x = torch.randn(4, 7, 2).transpose(1, 2).requires_grad_()
+    gX = torch.autograd.grad(lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s).square().sum(), x)[0]
+    expected = torch.autograd.grad(unfused(x, o.W, o.A, o.R, o.B, o.s).square().sum(), x)[0]
+    torch.testing.assert_close(gX, expected)
+
+
+@pytest.mark.parametrize("bias_trains", [False, True])
+def test_gradcheck(bias_trains):
+    o = operands(5, 4, 6, 3, torch.float64)
+    inputs = [o.x.requires_grad_(), o.R.requires_grad_()] + [o.bias.requires_grad_()] * bias_trains
+    assert torch.autograd.gradcheck(lambda x, R, b=o.bias: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, b), inputs)
+
+
+def test_gradcheck_of_the_delta_in_place():
+    o = operands(5, 4, 6, 3, torch.float64)
+    base = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, R, b: lora_xs_delta(x, o.A, R, o.B, o.s, out=b * 2),
+        (o.x.requires_grad_(), o.R.requires_grad_(), base),
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("base_grad", [False, True])
+@pytest.mark.parametrize("view", [False, True])
+def test_delta_adds_into_out_and_returns_it(shape, base_grad, view):
+    o = operands(6, 5, 7, 3)
+    x = o.x.view(*shape[:-1], 7)
+    base = torch.randn(shape, requires_grad=base_grad)
+    out = torch.cat([base, base], dim=-1)[..., :5] if view else base * 1
+    y = lora_xs_delta(x, o.A, o.R.requires_grad_(), o.B, o.s, out=out)
+    assert y is out
+    expected = base + unfused(x, None, o.A, o.R, o.B, o.s)
+    torch.testing.assert_close(y, expected)
+    wanted = (o.R, base) if base_grad else (o.R,)
+    for got, right in zip(
+        torch.autograd.grad(y.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(got, right)
+
+
+def test_delta_alone_matches_the_primitive_without_W():
+    o = operands(17, 33, 65, 12)
+    call = lambda x, W, A, R, B, s, b: lora_xs_delta(x, A, R, B, s)  # noqa: E731
+    got = gradients(o, call)
+    expected = gradients(o, lambda x, W, A, R, B, s, b: unfused(x, None, A, R, B, s))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def saved_tensors(fn) -> list[torch.Tensor]:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fn()
+    return saved
+
+
+def test_only_z_is_kept_for_backward_besides_references():
+    o = operands(50, 33, 65, 4)
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    frozen = {t.data_ptr() for t in (o.W, o.A, R, o.B)}
+    own = [t for t in saved_tensors(lambda: lora_xs_linear(x, o.W, o.A, R, o.B, o.s)) if t.data_ptr() not in frozen]
+    assert [(tuple(t.shape), t.dtype) for t in own] == [((50, 4), torch.float32)]
+    own = [t for t in saved_tensors(lambda: lora_xs_linear(x, o.W, o.A, R.detach(), o.B, o.s))]
+    assert {t.data_ptr() for t in own} <= frozen  # a frozen R needs no z
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the matrix products by the shape of their result."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__:
+            self.products.append(tuple(out.shape))
+        return out
+
+
+def test_needs_input_grad_is_honoured():
+    o = operands(50, 33, 65, 4)
+    R = o.R.requires_grad_()
+    y = lora_xs_linear(o.x, o.W, o.A, R, o.B, o.s)  # x needs no gradient
+    with Counting() as counting:
+        y.backward(o.gY)
+    assert sorted(counting.products) == [(4, 4), (50, 4)]  # gR and v = gY B, and no gX
+    y = lora_xs_linear(o.x.requires_grad_(), o.W, o.A, R.detach(), o.B, o.s)  # R is frozen
+    with Counting() as counting:
+        y.backward(o.gY)
+    assert (4, 4) not in counting.products
+
+
+def test_saved_and_incoming_tensors_are_never_written():
+    o = operands(17, 33, 65, 12)
+    before = o.to(torch.float32)
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias)
+    first = torch.autograd.grad(y, (x, R), o.gY, retain_graph=True)
+    second = torch.autograd.grad(y, (x, R), o.gY)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for name in ("x", "W", "A", "R", "B", "bias", "gY"):
+        assert torch.equal(getattr(o, name), getattr(before, name)), name
+
+
+def test_R_changed_between_forward_and_backward_is_an_error():
+    o = operands(17, 33, 65, 12)
+    R = o.R.requires_grad_()
+    y = lora_xs_linear(o.x.requires_grad_(), o.W, o.A, R, o.B, o.s)
+    with torch.no_grad():
+        R.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_second_derivatives_are_refused_with_a_reason():
+    o = operands(5, 4, 6, 3)
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s)
+    (gX,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # gX depends on R, though gY is a constant
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (R.sum() + gX.square().sum()).backward()
+
+
+def test_in_place_ops_on_the_output_keep_gradients_right():
+    o = operands(6, 5, 7, 3)
+    for shape in ((6, 7), (2, 3, 7)):
+        R = o.R.detach().requires_grad_()
+        x = o.x.view(shape)
+        lora_xs_linear(x, o.W, o.A, R, o.B, o.s).mul_(2).sum().backward()
+        expected = torch.autograd.grad(unfused(x, o.W, o.A, R, o.B, o.s).mul(2).sum(), R)[0]
+        torch.testing.assert_close(R.grad, expected)
+
+
+def test_same_inputs_same_bits():
+    o = operands(130, 257, 129, 20, torch.bfloat16)
+    first, second = gradients(o, lora_xs_linear), gradients(o, lora_xs_linear)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_z_in_fp32():
+    o = operands(17, 33, 65, 12)
+    half = Operands(*(getattr(o, k).bfloat16() for k in ("x", "W", "A")), o.R, o.B.bfloat16(), o.bias.bfloat16(), o.gY)
+
+    def under_autocast(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lora_xs_linear(*arguments)
+            assert y.dtype == torch.bfloat16
+            y.float().backward(o.gY, inputs=[arguments[3]], retain_graph=True)  # inside the block, as some trainers do
+        return y
+
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    y = under_autocast(x, o.W, o.A, R, o.B, o.s, o.bias)
+    got = R.grad.clone()
+    hR = half.R.detach().requires_grad_()
+    expected = lora_xs_linear(half.x, half.W, half.A, hR, half.B, o.s, half.bias)
+    assert torch.equal(y, expected)
+    expected.float().backward(o.gY)
+    assert torch.equal(got, hR.grad)
+    (kept,) = (
+        t for t in saved_tensors(lambda: under_autocast(x, o.W, o.A, R, o.B, o.s, o.bias)) if t.shape == (17, 12)
+    )
+    assert kept.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    o = operands(17, 33, 65, 12)
+    call = lambda x, R: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias)  # noqa: E731
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    expected = torch.autograd.grad(call(x, R), (x, R), o.gY)
+    checkpoint(call, x, R, use_reentrant=reentrant).backward(o.gY)
+    assert torch.equal(x.grad, expected[0]) and torch.equal(R.grad, expected[1])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_sees_no_break(dynamic):
+    o = operands(17, 33, 65, 12)
+
+    def step(x, R):
+        y = lora_xs_linear(x.relu(), o.W, o.A, R, o.B, o.s, o.bias)
+        return lora_xs_delta(x, o.A, R, o.B, o.s, out=y * 2)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (17, 9):
+        x, R = o.x[:T].detach().requires_grad_(), o.R.detach().requires_grad_()
+        expected = torch.autograd.grad(step(x, R), (x, R), o.gY[:T])
+        got = torch.autograd.grad(compiled(x, R), (x, R), o.gY[:T])
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e)
+
+
+def test_compile_with_inductor_in_bf16():
+    o = operands(17, 33, 65, 12, torch.bfloat16)
+    compiled = torch.compile(lora_xs_linear, fullgraph=True)
+    check_against_oracle(o, compiled)
+
+
+def test_operator_is_well_formed():
+    from loraxs_kernels import ops
+
+    o = operands(5, 4, 6, 3)
+    arguments = (o.x.requires_grad_(), o.W, o.A, o.R.requires_grad_(), o.B, o.s, o.bias, "torch")
+    torch.library.opcheck(ops.lowrank_linear, arguments)
+
+
+def test_meta_tensors_give_shapes():
+    o = operands(5, 4, 6, 3, torch.bfloat16)
+    x, W, A, R, B = (t.to("meta") for t in (o.x, o.W, o.A, o.R, o.B))
+    y = lora_xs_linear(x, W, A, R, B, 1.0)
+    assert y.shape == (5, 4) and y.dtype == torch.bfloat16 and y.is_meta
+
+
+def test_training_follows_the_reference_formula():
+    """The same seeds give the same losses, fused and unfused, over a short run of AdamW."""
+    o = operands(64, 48, 96, 8)
+
+    def losses(call) -> list[float]:
+        R = torch.nn.Parameter(o.R * 1e-5)
+        optimizer = torch.optim.AdamW([R], lr=1e-2)
+        history = []
+        for _ in range(30):
+            loss = (call(o.x, o.W, o.A, R, o.B, o.s, o.bias) - o.gY).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return history
+
+    fused, separate = losses(lora_xs_linear), losses(unfused)
+    assert fused[-1] < fused[0] - 1e-3
+    assert max(abs(a - b) for a, b in zip(fused, separate, strict=True)) < 1e-5
+
+
+BAD = {
+    "x is no tensor": (dict(x=[1.0]), TypeError, "x: got list"),
+    "x is an integer": (dict(x=torch.ones(3, 6, dtype=torch.int64)), TypeError, "x: got dtype torch.int64"),
+    "x is complex": (dict(x=torch.ones(3, 6, dtype=torch.complex64)), TypeError, "x: got dtype torch.complex64"),
+    "x has other features": (dict(x=torch.ones(3, 5)), ValueError, r"x: got shape \(3, 5\), must be \(\.\.\., 6\)"),
+    "x is a scalar": (dict(x=torch.tensor(1.0)), ValueError, r"x: got shape \(\)"),
+    "x is elsewhere": (dict(x=torch.ones(3, 6, device="meta")), ValueError, "A: got device cpu, must be meta like x"),
+    "weight in another dtype": (dict(weight=torch.ones(4, 6).half()), TypeError, "weight: got dtype torch.float16"),
+    "weight in another shape": (dict(weight=torch.ones(6, 4)), ValueError, r"weight: got shape \(6, 4\)"),
+    "weight trains": (dict(weight=torch.ones(4, 6, requires_grad=True)), ValueError, "weight: got requires_grad=True"),
+    "A trains": (dict(A=torch.ones(3, 6, requires_grad=True)), ValueError, "A: got requires_grad=True"),
+    "A has one dimension": (dict(A=torch.ones(6)), ValueError, r"A: got shape \(6,\), must have 2 dimensions"),
+    "rank zero": (dict(A=torch.ones(0, 6), R=torch.ones(0, 0), B=torch.ones(4, 0)), ValueError, "A: .*rank >= 1"),
+    "R is not square": (dict(R=torch.ones(3, 2)), ValueError, r"R: got shape \(3, 2\), must be \(3, 3\)"),
+    "B has another rank": (dict(B=torch.ones(4, 2)), ValueError, r"B: got shape \(4, 2\), must be \(4, 3\)"),
+    "bias in another shape": (dict(bias=torch.ones(3)), ValueError, r"bias: got shape \(3,\), must be \(4,\)"),
+    "scale is a tensor": (dict(scale=torch.tensor(1.0)), TypeError, "scale: got Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_operands_are_named(case):
+    change, error, message = BAD[case]
+    good = dict(x=torch.ones(3, 6), weight=torch.ones(4, 6), A=torch.ones(3, 6), R=torch.ones(3, 3), B=torch.ones(4, 3))
+    with pytest.raises(error, match=message):
+        lora_xs_linear(**(good | dict(scale=1.0) | change))
+
+
+def test_out_must_be_writable_in_place():
+    o = operands(6, 5, 7, 3)
+    with pytest.raises(ValueError, match=r"out: got shape \(6, 4\), must be \(6, 5\)"):
+        lora_xs_delta(o.x, o.A, o.R, o.B, o.s, out=torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"out: .* must be viewable"):
+        lora_xs_delta(o.x.view(2, 3, 7), o.A, o.R, o.B, o.s, out=torch.ones(3, 2, 5).transpose(0, 1))
+
+
+def test_reference_is_its_formula():
+    """The specification itself, against the formula written out in another way."""
+    o = operands(5, 4, 6, 3, torch.float64)
+    y, z = reference.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
+    delta = o.s * torch.einsum("nr,rq,qk->nk", o.B, o.R, o.A)
+    torch.testing.assert_close(y, torch.einsum("tk,nk->tn", o.x, o.W + delta) + o.bias)
+    torch.testing.assert_close(z, torch.einsum("tk,rk->tr", o.x, o.A))
+    assert functional.lora_xs_linear.__doc__ and "arXiv 2405.17604" in functional.lora_xs_linear.__doc__

@@ -1,0 +1,355 @@
+"""LoRAXSLinear: one layer, over nn.Linear and Conv1D, through everything that happens to a module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import assert_accurate
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels.reference import UnfusedLinear
+
+
+def make(kind: str = "linear", dtype: torch.dtype = torch.float32, N: int = 24, K: int = 40, **options) -> LoRAXSLinear:
+    """A layer with an R large enough to matter."""
+    linear = Conv1D(N, K) if kind == "conv1d" else nn.Linear(K, N, bias=kind != "no bias")
+    nn.init.normal_(linear.weight, std=K**-0.5)
+    layer = LoRAXSLinear.from_linear(linear.to(dtype), options.pop("rank", 6), **options)
+    nn.init.normal_(layer.R, std=0.3)
+    return layer
+
+
+def dense(layer: LoRAXSLinear) -> torch.Tensor:
+    """W + s B R A in fp64."""
+    W = layer.base_layer.weight.double()
+    W = W.T if isinstance(layer.base_layer, Conv1D) else W
+    return W + layer.alpha / layer.rank * layer.B.double() @ layer.R.double() @ layer.A.double()
+
+
+def test_factors_are_the_svd_of_the_weight():
+    layer = make(alpha=12)
+    U, S, Vh = torch.linalg.svd(layer.base_layer.weight.double(), full_matrices=False)
+    torch.testing.assert_close(layer.B.double().abs(), U[:, :6].abs(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(layer.A.double().abs(), (S[:6, None] * Vh[:6]).abs(), atol=1e-4, rtol=0)
+    fresh = LoRAXSLinear.from_linear(nn.Linear(40, 24), 24, sigma=1e-5)
+    assert layer.scaling == 2.0 and fresh.scaling == 1.0
+    assert 0.7e-5 < fresh.R.std() < 1.3e-5 and fresh.R.dtype == torch.float32 and fresh.R.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_gradients(kind, dtype):
+    layer = make(kind, dtype, alpha=9)
+    assert layer.R.dtype == torch.promote_types(dtype, torch.float32) and layer.A.dtype == layer.B.dtype == dtype
+    x, gY = torch.randn(2, 5, 40, dtype=dtype), torch.randn(2, 5, 24, dtype=dtype)
+
+    def run(forward, x, R) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        y = forward(x)
+        return [y, *torch.autograd.grad(y, (x, R), gY.to(y.dtype))]
+
+    oracle_R = layer.R.detach().double().requires_grad_()
+    bias = None if layer.bias is None else layer.bias.double()
+    W = layer.base_layer.weight.double() if kind != "conv1d" else layer.base_layer.weight.double().T
+    delta = lambda: layer.scaling * layer.B.double() @ oracle_R @ layer.A.double()  # noqa: E731
+    oracle = run(lambda x: F.linear(x, W + delta(), bias), x.double(), oracle_R)
+    unfused = copy.deepcopy(layer)
+    unfused.R.data = unfused.R.data.to(dtype)
+    separate = UnfusedLinear(unfused)
+    chain = run(separate, x, separate.lora_latent.weight)
+    for name, *three in zip(("y", "gX", "gR"), run(layer, x, layer.R), chain, oracle, strict=True):
+        assert_accurate(*three, dtype, name)
+
+
+def test_opaque_bases_get_the_delta_on_top():
+    """A hooked base, one with an overridden forward, one of another class: called as they are, delta added."""
+    layer = make()
+    x = torch.randn(3, 40)
+    expected = layer(x)
+    seen = []
+    handle = layer.base_layer.register_forward_hook(lambda m, args, y: seen.append(y.clone()) or y + 1)
+    torch.testing.assert_close(layer(x), expected + 1)
+    torch.testing.assert_close(seen[0], layer.base_layer(x) - 1)
+    handle.remove()
+    layer.base_layer.forward = lambda x: F.linear(x, layer.base_layer.weight, layer.base_layer.bias) + 2
+    torch.testing.assert_close(layer(x), expected + 2)
+
+    class Quantised(nn.Module):
+        """What a quantised layer looks like from outside: integers for a weight, and a forward of its own."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("weight", linear.weight.detach().mul(100).round().to(torch.int8))
+
+        def forward(self, x):
+            return x @ (self.weight.to(x.dtype) / 100).T
+
+    base = Quantised(layer.base_layer)
+    opaque = LoRAXSLinear.from_linear(base, 6, init=(layer.A, layer.B))
+    nn.init.normal_(opaque.R)
+    x.requires_grad_()
+    y = opaque(x)
+    expected = base(x) + x @ (opaque.B @ opaque.R @ opaque.A).T
+    torch.testing.assert_close(y, expected)
+    got, right = (torch.autograd.grad(t.square().sum(), (x, opaque.R)) for t in (y, expected))
+    for g, r in zip(got, right, strict=True):
+        torch.testing.assert_close(g, r)
+    with pytest.raises(TypeError, match=r"linear: got a Quantised with a Tensor weight of dtype torch\.int8"):
+        opaque.merge()
+    with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* no dequantiser"):
+        LoRAXSLinear.from_linear(base, 6, name="q")
+
+
+def test_unfrozen_base_weight_still_gets_its_gradient():
+    layer = make()
+    layer.base_layer.requires_grad_(True)
+    x = torch.randn(3, 40)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base_layer.weight.grad, torch.ones(3, 24).T @ x)
+    assert layer.base_layer.bias.grad is not None and layer.R.grad is not None
+
+
+def test_adapter_dtype_other_than_the_base():
+    base = nn.Linear(40, 24).bfloat16()
+    mixed = LoRAXSLinear.from_linear(base, 6, dtype=torch.float32)
+    nn.init.normal_(mixed.R)
+    assert mixed.A.dtype == torch.float32
+    x = torch.randn(3, 40).bfloat16()
+    y = mixed(x)
+    assert y.dtype == torch.bfloat16
+    expected = base(x).double() + x.double() @ (mixed.B @ mixed.R @ mixed.A).T.double()
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_is_on_the_adapter_alone_and_in_training_only():
+    layer = make(dropout=0.5)
+    x = torch.randn(2000, 40)
+    layer.eval()
+    torch.testing.assert_close(layer(x), F.linear(x, dense(layer).float(), layer.bias))
+    layer.train()
+    with torch.random.fork_rng():
+        y = layer(x)
+    with torch.random.fork_rng():
+        dropped = F.dropout(x, 0.5)
+    torch.testing.assert_close(y - layer.base_layer(x), dropped @ layer.delta_weight().T, atol=1e-4, rtol=1e-4)
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.R.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_and_exact_restoration(kind, dtype):
+    layer = make(kind, dtype)
+    x = torch.randn(3, 40, dtype=dtype)
+    weight, before, y = layer.base_layer.weight, layer.base_layer.weight.clone(), layer(x)
+    assert layer.weight is weight
+    layer.merge()
+    layer.merge()  # once is enough
+    assert layer.merged and "merged" in repr(layer) and layer.weight.shape == weight.shape
+    torch.testing.assert_close(layer(x), y, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=3e-2)
+    merged = layer.weight.T if kind == "conv1d" else layer.weight
+    torch.testing.assert_close(merged.double(), dense(layer), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert layer.base_layer.weight is weight and torch.equal(weight, before)
+    layer.unmerge()
+    assert layer.weight is weight and torch.equal(layer(x), y)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    layer = LoRAXSLinear.from_linear(nn.Linear(8, 8), 2, name="block.proj")
+    nn.init.constant_(layer.R, float("inf"))
+    with pytest.raises(ValueError, match=r"module 'block\.proj': the merged weight has NaN or Inf"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_state_dict_round_trip_even_while_merged():
+    layer, other = make(), make()
+    x = torch.randn(3, 40)
+    y = layer(x)
+    layer.merge()
+    state = layer.state_dict()
+    assert sorted(state) == ["A", "B", "R", "base_layer.bias", "base_layer.weight"]
+    other.load_state_dict(state)
+    assert torch.equal(other(x), y)
+    with pytest.raises(RuntimeError, match="is merged"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies(way, merged):
+    layer = make("conv1d", alpha=9, dropout=0.1).eval()
+    if merged:
+        layer.merge()
+    x = torch.randn(3, 40)
+    copied = way(layer)
+    assert torch.equal(copied(x), layer(x)) and repr(copied) == repr(layer) and copied.recipe == layer.recipe
+    copied.R.data.zero_()
+    assert layer.R.any()
+
+
+def test_moves_keep_R_in_full_precision():
+    layer = make()
+    R = layer.R.detach().clone()
+    parameter = layer.R
+    layer.merge()
+    layer.to(torch.bfloat16)
+    assert layer.A.dtype == layer.B.dtype == layer.base_layer.weight.dtype == layer.weight.dtype == torch.bfloat16
+    assert layer.R is parameter and layer.R.dtype == torch.float32 and torch.equal(layer.R, R)
+    layer.unmerge()
+    assert layer(torch.randn(3, 40).bfloat16()).dtype == torch.bfloat16
+    assert layer.half().R.dtype == torch.float32 and layer.double().R.dtype == torch.float64
+    assert layer.float().R.dtype == torch.float32 and torch.equal(layer.R, R)
+    assert layer.to("meta").R.is_meta
+
+
+def test_meta_device_then_real_weights():
+    with torch.device("meta"):
+        layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+    assert layer.A.is_meta and layer.R.is_meta
+    linear = nn.Linear(40, 24)
+    layer.to_empty(device="cpu").base_layer.load_state_dict(linear.state_dict())
+    layer.reset_parameters()
+    expected = LoRAXSLinear.from_linear(linear, 6)
+    assert all(
+        torch.equal(a, b) for a, b in zip(layer.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+
+
+def test_seed_decides_everything_random():
+    linear = nn.Linear(40, 24)
+
+    def state(**options):
+        return LoRAXSLinear.from_linear(linear, 6, **options)
+
+    for init in ("svd", "random"):
+        a, b = state(init=init, seed=1, name="a"), state(init=init, seed=1, name="a")
+        assert torch.equal(a.R, b.R) and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+        assert not torch.equal(a.R, state(init=init, seed=2, name="a").R)
+        assert not torch.equal(a.R, state(init=init, seed=1, name="b").R)
+
+
+def test_random_init_is_kaiming_uniform():
+    layer = LoRAXSLinear.from_linear(nn.Linear(4000, 3000), 16, init="random")
+    for factor, fan_in in ((layer.A, 4000), (layer.B, 16)):
+        bound = fan_in**-0.5
+        assert factor.abs().max() <= bound and abs(factor.std() / (bound / 3**0.5) - 1) < 0.02
+
+
+class TinyLoRA(nn.Module):
+    """R = sum_i v_i P_i: u numbers train instead of r^2."""
+
+    def __init__(self, u: int, r: int):
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(u))
+        self.register_buffer("P", torch.randn(u, r, r) / r)
+
+    def forward(self, R):
+        return R + torch.einsum("u,urq->rq", self.v, self.P)
+
+
+def train(layer: LoRAXSLinear, steps: int = 60) -> tuple[float, float]:
+    """First and last loss of fitting another layer's output."""
+    x, target = torch.randn(64, 40), torch.randn(64, 24)
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(steps):
+        loss = F.mse_loss(layer(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def test_tinylora_by_parametrization():
+    layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+    parametrize.register_parametrization(layer, "R", TinyLoRA(13, 6))
+    layer.parametrizations.R.original.requires_grad_(False)
+    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 13
+    first, last = train(layer)
+    assert last < first
+    layer.to(torch.bfloat16)
+    assert (
+        layer.parametrizations.R[0].v.dtype == torch.float32 and layer(torch.randn(2, 40).bfloat16()).isfinite().all()
+    )
+
+
+def test_psoft_by_parametrization():
+    """PSOFT: R is orthogonal; the adapter starts at the identity's delta and stays on the group."""
+    layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+    layer.R.data = torch.eye(6)
+    nn.utils.parametrizations.orthogonal(layer, "R", orthogonal_map="cayley")
+    first, last = train(layer)
+    assert last < first
+    torch.testing.assert_close(layer.R @ layer.R.T, torch.eye(6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile(compiled):
+    layer = make(dropout=0.0)
+    model = nn.Sequential(nn.Linear(40, 40), layer, nn.ReLU())
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x = torch.randn(3, 40)
+    run(x).sum().backward()
+    expected = torch.autograd.grad((model[1](model[0](x))).relu().sum(), layer.R)[0]
+    torch.testing.assert_close(layer.R.grad, expected)
+
+
+def test_autocast_over_an_fp32_layer():
+    layer = make()
+    x = torch.randn(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        layer.dropout = 0.5
+        dropped = layer(x)
+    assert y.dtype == dropped.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), x.double() @ dense(layer).T + layer.bias.double(), rtol=3e-2, atol=3e-2)
+
+
+BAD = {
+    "rank zero": (dict(rank=0), ValueError, "rank: got 0 for module 'a.b', must be an integer of at least 1"),
+    "rank too large": (dict(rank=9), ValueError, r"rank: got 9 for module 'a\.b' of shape 8 x 12, must be at most 8"),
+    "rank no integer": (dict(rank=2.0), ValueError, r"rank: got 2\.0"),
+    "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
+    "sigma": (dict(sigma=-1.0), ValueError, r"sigma: got -1\.0"),
+    "init": (dict(init="kaiming"), ValueError, "init: got 'kaiming' for module 'a.b'"),
+    "factors of another shape": (dict(init=(torch.ones(2, 8), torch.ones(8, 2))), ValueError, r"must be \(2, 12\)"),
+    "factors not finite": (dict(init=(torch.ones(2, 12) / 0, torch.ones(8, 2))), ValueError, "NaN or Inf"),
+    "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(1, 2\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    options, error, message = BAD[case]
+    linear = nn.Linear(12, 8)
+    with pytest.raises(error, match=message):
+        LoRAXSLinear.from_linear(linear, **(dict(rank=2, name="a.b") | options))
+    assert linear.weight.requires_grad
+
+
+def test_bad_layers_are_named():
+    nan = nn.Linear(12, 8)
+    nan.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"module 'a\.b': W: has a largest magnitude of nan, must be finite"):
+        LoRAXSLinear.from_linear(nan, 2, name="a.b")
+    with pytest.raises(TypeError, match=r"module 'norm': got a LayerNorm .* must be an nn\.Linear or Conv1D"):
+        LoRAXSLinear.from_linear(nn.LayerNorm(8), 2, name="norm")
+    with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
+        LoRAXSLinear.from_linear(make(), 2)
+
+
+def test_bad_x_is_named():
+    layer = LoRAXSLinear.from_linear(nn.Linear(12, 8), 2, name="a.b")
+    with pytest.raises(ValueError, match=r"x: got shape \(3, 11\) and torch\.float32 for module 'a\.b', must be"):
+        layer(torch.ones(3, 11))
+    with pytest.raises(ValueError, match=r"torch\.float64 for module"):
+        layer(torch.ones(3, 12).double())

@@ -1,0 +1,335 @@
+"""attach, detach, merge, unmerge on whole models: what is matched, what trains, and that a failure changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import loraxs_kernels as lx
+from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels.model import match
+
+
+@pytest.fixture
+def bert():
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRAXSLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)}
+
+
+def snapshot(model: nn.Module):
+    return (
+        [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)],
+        [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
+        model.training,
+        sorted(model.__dict__),
+    )
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    for layer in adapters(model).values():
+        nn.init.normal_(layer.R, std=0.5)
+    return model
+
+
+def test_attach_trains_R_and_the_saved_modules_alone(bert):
+    y = bert(IDS).logits
+    assert lx.attach(bert, 4, target_modules=["query", "value"], modules_to_save=["classifier"], alpha=8) is bert
+    layers = adapters(bert)
+    assert len(layers) == 4 and all(layer.scaling == 2 and not layer.training for layer in layers.values())
+    trained = [name for name, p in bert.named_parameters() if p.requires_grad]
+    assert trained == [*(f"{name}.R" for name in layers), "classifier.weight", "classifier.bias"]
+    torch.testing.assert_close(bert(IDS).logits, y, atol=1e-4, rtol=0)  # R starts at 1e-5
+    bert(IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in bert.parameters() if p.requires_grad)
+    assert not torch.equal(*(layer.R for layer in list(layers.values())[:2]))
+
+
+def test_matching_is_pefts(bert):
+    """The same modules, ranks and scales as PEFT itself picks for LoRA, for every way to say it."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    cases = [
+        dict(target_modules=["query", "value"]),
+        dict(target_modules=["output.dense"]),
+        dict(target_modules=r".*layer\.1\..*(key|dense)"),
+        dict(target_modules="all-linear", modules_to_save=["classifier"]),
+        dict(target_modules=["query", "dense"], exclude_modules=["pooler.dense", "intermediate.dense"]),
+        dict(target_modules=["query", "key"], exclude_modules=r".*layer\.0.*"),
+        dict(
+            target_modules=["query", "value", "dense"],
+            rank_pattern={"query": 2, r"layer\.1\.output\.dense": 3},
+            alpha_pattern={"value": 5, "attention.output.dense": 6},
+        ),
+    ]
+    for case in cases:
+        ours = lx.attach(copy.deepcopy(bert), 4, alpha=16, **case)
+        theirs = get_peft_model(copy.deepcopy(bert), LoraConfig(r=4, lora_alpha=16, **case)).base_model.model
+        expected = {
+            name: (m.r["default"], m.scaling["default"])
+            for name, m in theirs.named_modules()
+            if isinstance(m, LoraLayer)
+        }
+        assert {name: (m.rank, m.scaling) for name, m in adapters(ours).items()} == expected, case
+
+
+def test_all_linear_leaves_the_output_embeddings_out(gpt2):
+    assert len(match(gpt2, "all-linear")) == 8 and "lm_head" not in match(gpt2, "all-linear")
+    y = gpt2(IDS).logits
+    lx.attach(gpt2, 4, target_modules="all-linear")  # Conv1D
+    torch.testing.assert_close(gpt2(IDS).logits, y, atol=1e-4, rtol=0)
+    merged = lx.merge(randomise(gpt2))
+    separate = lx.unmerge(copy.deepcopy(gpt2))
+    torch.testing.assert_close(merged(IDS).logits, separate(IDS).logits, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(merged(IDS).logits, y, atol=1e-3)
+
+
+def test_detach_gives_the_very_same_model_back(bert):
+    bert.bert.embeddings.requires_grad_(False)
+    before, y = snapshot(bert), bert(IDS).logits
+    lx.attach(bert, 4, target_modules="all-linear", modules_to_save=["classifier"])
+    randomise(bert)
+    assert not torch.equal(bert(IDS).logits, y)
+    assert lx.detach(bert) is bert
+    assert snapshot(bert) == before and torch.equal(bert(IDS).logits, y)
+
+
+def test_merge_unmerge_restores_to_the_bit(bert):
+    y = bert(IDS).logits
+    lx.attach(bert.bfloat16(), 4, target_modules=["query", "dense"])
+    bits = {name: p.clone() for name, p in bert.named_parameters()}
+    adapted = randomise(bert)(IDS).logits
+    assert not torch.equal(adapted, y)
+    torch.testing.assert_close(lx.merge(bert)(IDS).logits, adapted, atol=5e-2, rtol=5e-2)
+    lx.unmerge(bert)
+    assert torch.equal(bert(IDS).logits, adapted)
+    assert all(torch.equal(p, bits[name]) for name, p in bert.named_parameters() if not name.endswith(".R"))
+
+
+def test_detach_of_a_merged_model_needs_the_choice(bert):
+    y = bert(IDS).logits
+    lx.merge(randomise(lx.attach(bert, 4, target_modules=["query", "dense"])))
+    adapted = bert(IDS).logits
+    with pytest.raises(ValueError, match="detach\\(model, merge=True\\) keeps the merged weights"):
+        lx.detach(bert)
+    restored = lx.detach(lx.unmerge(copy.deepcopy(bert)))
+    assert torch.equal(restored(IDS).logits, y)
+    lx.detach(bert, merge=True)
+    assert not adapters(bert) and torch.equal(bert(IDS).logits, adapted)
+    assert all(p.requires_grad for p in bert.parameters())
+
+
+def test_detach_with_merge_from_separate_adapters(gpt2):
+    randomise(lx.attach(gpt2, 4, target_modules=["c_attn", "c_fc"]))
+    adapted = gpt2(IDS).logits
+    lx.detach(gpt2, merge=True)
+    assert not adapters(gpt2)
+    torch.testing.assert_close(gpt2(IDS).logits, adapted, atol=1e-4, rtol=1e-3)
+
+
+class Tied(nn.Module):
+    """One Linear in two places, and another Linear with the same weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(12, 12)
+        self.b = self.a
+        self.blocks = nn.ModuleList([self.a, nn.Linear(12, 12, bias=False)])
+        self.blocks[1].weight = self.a.weight
+
+    def forward(self, x):
+        return self.blocks[1](self.b(self.a(x)))
+
+
+def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
+    from loraxs_kernels import basis
+
+    calls = []
+    monkeypatch.setattr(basis, "truncated_svd", lambda *a, **k: calls.append(a) or lx.truncated_svd(*a, **k))
+    model, x = Tied(), torch.randn(3, 12)
+    y, weight = model(x), model.a.weight
+    lx.attach(model, 4, target_modules="all-linear")
+    assert len(calls) == 1 and len(adapters(model)) == 2
+    assert model.a is model.b is model.blocks[0] and isinstance(model.a, LoRAXSLinear)
+    assert torch.equal(model.a.A, model.blocks[1].A) and not torch.equal(model.a.R, model.blocks[1].R)
+    torch.testing.assert_close(model(x), y, atol=1e-4, rtol=0)
+    adapted = randomise(model)(x)
+    lx.merge(model)
+    torch.testing.assert_close(model(x), adapted)
+    lx.detach(lx.unmerge(model))
+    assert model.a is model.b is model.blocks[0] and model.blocks[1].weight is model.a.weight is weight
+    assert torch.equal(model(x), y)
+
+
+def test_merging_into_a_tied_head_leaves_the_embedding_alone(gpt2):
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+    embedding = gpt2.transformer.wte.weight.detach().clone()
+    randomise(lx.attach(gpt2, 4, target_modules=["lm_head"]))
+    adapted = gpt2(IDS).logits
+    lx.detach(gpt2, merge=True)
+    torch.testing.assert_close(gpt2(IDS).logits, adapted, atol=1e-4, rtol=1e-3)
+    assert torch.equal(gpt2.transformer.wte.weight, embedding)
+
+
+def spoil_nan(model):
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = float("nan")
+
+
+FAILURES = {
+    "NaN in one weight": (spoil_nan, {}, ValueError, r"module 'bert\.encoder\.layer\.1\.output\.dense': W: .* finite"),
+    "rank too large for one": (None, dict(rank_pattern={r"layer\.1\.output\.dense": 33}), ValueError, "rank: got 33"),
+    "not a linear layer": (None, dict(target_modules=["LayerNorm"]), TypeError, r"LayerNorm', a LayerNorm; must match"),
+    "nothing matches": (None, dict(target_modules=["q_proj"]), ValueError, r"\['q_proj'\].*layers: classifier, dense"),
+    "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
+    "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
+    "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),
+    "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
+    "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failed_attach_changes_nothing(bert, case):
+    spoil, options, error, message = FAILURES[case]
+    if spoil:
+        spoil(bert)
+    bert.bert.pooler.requires_grad_(False)
+    before = snapshot(bert)
+    options = dict(rank=4, target_modules=["query", "output.dense"]) | options
+    with pytest.raises(error, match=message):
+        lx.attach(bert, options.pop("rank"), progress=False, **options)
+    assert snapshot(bert) == before
+
+
+def test_a_failed_merge_changes_nothing(bert):
+    lx.attach(bert, 4, target_modules=["query", "value"])
+    randomise(bert)
+    y = bert(IDS).logits
+    last = list(adapters(bert).values())[-1]
+    R = last.R.detach().clone()
+    last.R.data.fill_(float("nan"))
+    for call in (lx.merge, lambda model: lx.detach(model, merge=True)):
+        with pytest.raises(ValueError, match=r"module 'bert\.encoder\.layer\.1\.attention\.self\.value': the merged"):
+            call(bert)
+        assert len(adapters(bert)) == 4 and not any(layer.merged for layer in adapters(bert).values())
+    last.R.data.copy_(R)
+    assert torch.equal(bert(IDS).logits, y)
+
+
+def test_calls_out_of_order_say_what_to_do(bert):
+    for call in (lx.detach, lx.merge, lx.unmerge):
+        with pytest.raises(ValueError, match=r"has no LoRA-XS adapters; lx\.attach"):
+            call(bert)
+    lx.attach(bert, 4, target_modules=["query"])
+    with pytest.raises(ValueError, match=r"already has LoRA-XS adapters; lx\.detach"):
+        lx.attach(bert, 4, target_modules=["value"])
+
+
+def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of an nn\.MultiheadAttention"):
+        lx.attach(model, 4, target_modules=["out_proj"])
+    assert match(model, "all-linear") == ["linear1", "linear2"]
+
+
+def test_an_unused_name_in_the_list_is_a_warning(bert):
+    with pytest.warns(UserWarning, match="no module matches q_proj, v_proj"):
+        lx.attach(bert, 4, target_modules=["query", "q_proj", "v_proj"])
+
+
+def test_given_factors(bert):
+    names = match(bert, ["query"])
+    pairs = {name: (torch.randn(4, 32), torch.randn(32, 4)) for name in names}
+    lx.attach(bert, 4, target_modules=["query"], init=pairs)
+    for name, layer in adapters(bert).items():
+        assert torch.equal(layer.A, pairs[name][0]) and torch.equal(layer.B, pairs[name][1])
+
+
+def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypatch):
+    from loraxs_kernels import model as model_module
+
+    seen = []
+    original = model_module.tqdm
+    monkeypatch.setattr(model_module, "tqdm", lambda *a, **k: seen.append(k) or original(*a, **k))
+    lx.attach(copy.deepcopy(bert), 4, target_modules=["query"])
+    lx.attach(bert, 4, target_modules=["query"], progress=False)
+    assert [k["disable"] for k in seen] == [False, True] and seen[0]["delay"] == 1
+    assert "LoRA-XS" not in capsys.readouterr().err  # over in less than a second
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_transformers(bert, reentrant):
+    lx.attach(bert, 4, target_modules="all-linear", modules_to_save=["classifier"])
+    randomise(bert).train()
+    for m in bert.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    expected = torch.autograd.grad(bert(IDS).logits.sum(), [m.R for m in adapters(bert).values()], allow_unused=True)
+    if reentrant:
+        bert.enable_input_require_grads()
+    bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    bert(IDS).logits.sum().backward()
+    for layer, gR in zip(adapters(bert).values(), expected, strict=True):
+        torch.testing.assert_close(layer.R.grad, gR)
+
+
+def test_compile_of_a_whole_model_sees_no_break(gpt2):
+    lx.attach(gpt2, 4, target_modules="all-linear")
+    randomise(gpt2)
+    compiled = torch.compile(gpt2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, gpt2(IDS).logits)
+
+
+def test_meta_model_gets_shapes_and_loads_a_state_dict(bert):
+    other = copy.deepcopy(bert).to("meta")
+    lx.attach(bert, 4, target_modules=["query"])
+    lx.attach(other, 4, target_modules=["query"])
+    assert all(layer.A.is_meta for layer in adapters(other).values())
+    other.load_state_dict(bert.state_dict(), assign=True)
+    other.bert.embeddings.position_ids = bert.bert.embeddings.position_ids
+    other.bert.embeddings.token_type_ids = bert.bert.embeddings.token_type_ids
+    assert torch.equal(other(IDS).logits, bert(IDS).logits)
+
+
+def test_training_a_real_model_follows_the_unfused_formula(minilm):
+    """MiniLM, 24 adapters, fp32: the same losses as four separate ops, to 1e-5, over a short run."""
+    from loraxs_kernels.reference import UnfusedLinear
+
+    ids, target = torch.randint(1000, 20000, (8, 12)), torch.randn(8, 384) / 10
+    targets = ["query", "value", "attention.output.dense", "intermediate.dense"]
+    lx.attach(minilm, 16, target_modules=targets, alpha=64)
+    unfused = copy.deepcopy(minilm)
+    for parent in list(unfused.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRAXSLinear):
+                setattr(parent, name, UnfusedLinear(child))
+    histories = []
+    for model in (minilm, unfused):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+        assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == 24 * 16 * 16
+        history = []
+        for _ in range(8):
+            loss = (model(ids).last_hidden_state.mean(1) - target).square().mean() * 10
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        histories.append(history)
+    assert histories[0][-1] < 0.9 * histories[0][0]
+    assert max(abs(a - b) for a, b in zip(*histories, strict=True)) < 1e-5

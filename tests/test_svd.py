@@ -1,0 +1,174 @@
+"""truncated_svd against the full SVD in fp64, on spectra of every kind and on real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraxs_kernels import truncated_svd
+from loraxs_kernels.svd import rademacher
+
+
+def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
+    k = min(m, n)
+    U, V = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64)).Q, torch.linalg.qr(torch.randn(n, k).double()).Q
+    return (U * spectrum[:k]) @ V.T
+
+
+def power(k: int) -> Tensor:
+    return torch.arange(1, k + 1, dtype=torch.float64) ** -0.6
+
+
+def check(W: Tensor, rank: int, tolerance: float, **options) -> None:
+    """Orthonormal vectors, right singular values, and a reconstruction as good as the best one."""
+    U, S, Vh = (t.double() for t in truncated_svd(W, rank, **options))
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert (U.T @ U - eye).abs().max() < 1e-6 and (Vh @ Vh.T - eye).abs().max() < 1e-6
+    assert (S.diff() <= 0).all()
+    W = W.double()
+    truth = torch.linalg.svdvals(W)
+    assert (S - truth[:rank]).abs().max() <= tolerance * truth[0]
+    best = truth[rank:].norm()
+    assert (W - (U * S) @ Vh).norm() - best <= tolerance * truth.norm()
+
+
+SPECTRA = {
+    "power law": (300, 700, power(300)),
+    "tall": (700, 300, power(300)),
+    "flat": (400, 300, torch.ones(300).double()),
+    "tiny gaps": (300, 400, 1 - 1e-4 * torch.arange(300).double()),
+    "rank 5": (300, 400, (torch.arange(300) < 5).double()),
+    "rank 5 of a decaying one": (400, 300, (torch.arange(300) < 5).double() * power(300)),
+    "steep": (300, 300, 10.0 ** (-0.1 * torch.arange(300).double())),
+    "the whole space": (20, 500, power(20)),
+    "one row": (1, 50, power(1)),
+}
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_spectra(kind):
+    m, n, spectrum = SPECTRA[kind]
+    W = with_spectrum(m, n, spectrum)
+    rank = min(16, m)
+    # A flat spectrum never converges: any r vectors are as good, to within the width of the spectrum they came from.
+    check(W.float(), rank, 2e-3 if kind == "tiny gaps" else 1e-5)
+
+
+def test_zero_matrix_gets_orthonormal_vectors():
+    for shape in ((6, 40), (40, 6), (300, 300)):
+        U, S, Vh = truncated_svd(torch.zeros(shape), 5)
+        assert not S.any()
+        torch.testing.assert_close(U.T @ U, torch.eye(5))
+        torch.testing.assert_close(Vh @ Vh.T, torch.eye(5))
+
+
+def test_full_rank_of_a_small_zero_matrix():
+    U, _, Vh = truncated_svd(torch.zeros(2, 2), 2)
+    torch.testing.assert_close(U.T @ U, torch.eye(2))
+    torch.testing.assert_close(Vh @ Vh.T, torch.eye(2))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
+def test_any_scale(scale):
+    W = with_spectrum(200, 300, power(200))
+    U, S, Vh = truncated_svd((W * scale).float(), 8)
+    U1, S1, Vh1 = truncated_svd(W.float(), 8)
+    torch.testing.assert_close(S.double() / scale, S1.double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close((U * S1) @ Vh, (U1 * S1) @ Vh1, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    W = with_spectrum(300, 200, power(200)).to(dtype)
+    S = truncated_svd(W, 8)[1]
+    assert S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    check(W, 8, 1e-6)
+
+
+def test_fp16_near_overflow():
+    check((torch.rand(100, 90) * 60000 + 5000).half(), 4, 1e-6)
+
+
+def test_batches_give_the_bits_of_single_matrices():
+    W = torch.stack([with_spectrum(60, 90, power(60)).float() * (i + 1) for i in range(6)]).view(2, 3, 60, 90)
+    U, S, Vh = truncated_svd(W, 4)
+    assert U.shape == (2, 3, 60, 4) and S.shape == (2, 3, 4) and Vh.shape == (2, 3, 4, 90)
+    one = truncated_svd(W[1, 2], 4)
+    assert all(torch.equal(a[1, 2], b) for a, b in zip((U, S, Vh), one, strict=True))
+    assert truncated_svd(W[:0], 4)[0].shape == (0, 3, 60, 4)
+
+
+def test_deterministic_by_seed_and_blind_to_global_state():
+    W = torch.randn(300, 400)
+    first = truncated_svd(W, 8, seed=3)
+    torch.manual_seed(123)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            second = truncated_svd(W, 8, seed=3)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], truncated_svd(W, 8, seed=4)[0])  # random W: not converged, so the seed shows
+
+
+def test_start_vectors_are_pinned():
+    """Files of version 1 stand on these bits."""
+    assert rademacher(2, 6, 0, torch.device("cpu")).tolist() == [[1, 1, -1, -1, -1, 1], [-1, 1, 1, -1, 1, 1]]
+    big = rademacher(2000, 64, 7, torch.device("cpu")).float()
+    assert big.mean().abs() < 0.01 and (big.T @ big / 2000 - torch.eye(64)).abs().max() < 0.12
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3), st.data())
+def test_any_shape(m, n, n_iter, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(m * 61 + n), dtype=torch.float64)
+    U, S, Vh = truncated_svd(W, rank, n_iter=n_iter)
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert (U.T @ U - eye).abs().max() < 1e-6 and (Vh @ Vh.T - eye).abs().max() < 1e-6
+    assert (torch.linalg.svdvals(W)[:rank] * (1 + 1e-6) + 1e-9 - S).min() >= 0  # Rayleigh-Ritz never overshoots
+
+
+def test_real_weights_beat_scikit_learn(minilm):
+    """On MiniLM's own weights: nearer to the truth than the paper's TruncatedSVD(n_iter=10), in sigma and in error."""
+    from sklearn.decomposition import TruncatedSVD
+
+    for W in (minilm.encoder.layer[2].attention.self.query.weight, minilm.encoder.layer[3].intermediate.dense.weight):
+        W = W.detach()
+        truth, best = torch.linalg.svdvals(W.double()), 0.0
+        for rank in (4, 16, 25):
+            U, S, Vh = truncated_svd(W, rank)
+            peer = TruncatedSVD(rank, n_iter=10, random_state=42)
+            projected = torch.from_numpy(peer.fit_transform(W.numpy()))
+            ours, theirs = (U * S).double() @ Vh.double(), (projected @ torch.from_numpy(peer.components_)).double()
+            sigma = torch.from_numpy(peer.singular_values_)
+            assert (S - truth[:rank]).norm() <= (sigma - truth[:rank]).norm() + 1e-6 * truth[0]
+            best = truth[rank:].norm()
+            assert (W - ours).norm() - best <= (W - theirs).norm() - best + 1e-7 * truth.norm()
+            check(W, rank, 1e-4)
+
+
+BAD = {
+    "no tensor": ([[1.0]], 1, {}, TypeError, "W: got list"),
+    "integer": (torch.ones(3, 3, dtype=torch.int64), 1, {}, TypeError, "W: got dtype torch.int64"),
+    "complex": (torch.ones(3, 3, dtype=torch.complex64), 1, {}, TypeError, "W: got dtype torch.complex64"),
+    "vector": (torch.ones(3), 1, {}, ValueError, r"W: got shape \(3,\), must have at least 2 dimensions"),
+    "rank too large": (torch.ones(3, 5), 4, {}, ValueError, r"rank: got 4, must be from 1 to min\(m, n\) = 3"),
+    "rank zero": (torch.ones(3, 5), 0, {}, ValueError, "rank: got 0"),
+    "empty": (torch.ones(0, 5), 1, {}, ValueError, "rank: got 1"),
+    "NaN": (torch.tensor([[1.0, float("nan")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
+    "Inf": (torch.tensor([[1.0, -float("inf")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
+    "n_iter": (torch.ones(3, 5), 1, {"n_iter": -1}, ValueError, "n_iter: got 16 and -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    W, rank, options, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        truncated_svd(W, rank, **options)
