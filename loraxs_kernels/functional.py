@@ -132,12 +132,14 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gY: Tensor) -> tuple[Tensor | None, ...]:
-        need_gOut, need_gX, _, _, need_gR = ctx.needs_input_grad[:5]
-        rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
-        with torch.no_grad(), ops.no_autocast(gY):
-            gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
         if torch.is_grad_enabled():  # create_graph=True
-            gX, gR = _OnceDifferentiable.apply(gY.new_zeros((), requires_grad=True), gX, gR)
+            with torch.no_grad():
+                gradients = _LowRankLinear.backward(ctx, gY)
+            return _OnceDifferentiable.apply(gY.new_zeros((), requires_grad=True), *gradients)
+        need_gOut, need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
+        rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
+        with ops.no_autocast(gY):
+            gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
         return gY if need_gOut else None, gX, None, None, gR, None, None, None, None
 
 

@@ -1,19 +1,24 @@
-"""What is installed and what can run here."""
+"""What is installed, what can run here, and on which machine: for people, and for the reports of demo and bench."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import backends
 
+PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft")
+
 
 def info() -> dict[str, str]:
     """Versions, devices, and for each backend "available" or the reason why it is not.  Prints nothing."""
-    report = {"loraxs_kernels": _version("loraxs_kernels"), "python": platform.python_version()}
-    report |= {name: _version(name) for name in ("torch", "triton", "safetensors", "transformers", "peft")}
+    report = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["devices"] = ", ".join(["cpu", *devices])
     for name in backends.NAMES:
@@ -22,8 +27,32 @@ def info() -> dict[str, str]:
     return report
 
 
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """When and where a measurement was made: date (UTC), machine and versions, as plain data for a JSON report."""
+    device = torch.device(device)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES[:3]}},
+    }
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

