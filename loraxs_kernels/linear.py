@@ -30,6 +30,12 @@ class LoRAXSLinear(nn.Module):
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.
     """
 
+    base_layer: nn.Module
+    A: Tensor
+    B: Tensor
+    R: nn.Parameter
+    merged_weight: Tensor | None
+
     def __init__(
         self,
         base_layer: nn.Module,

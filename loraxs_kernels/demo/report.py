@@ -10,16 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import loraxs_kernels
-
+from ..info import environment
 from . import Settings
 
 VERSION = 1
@@ -47,19 +42,8 @@ def header(settings: Settings, what: str) -> dict[str, Any]:
         "what": what,
         "model": settings.model,
         "length": settings.length,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seeds": settings.seeds,
-        "machine": {
-            "device": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else "cpu",
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "loraxs_kernels": loraxs_kernels.__version__,
-        },
+        **environment(settings.device),
     }
 
 
@@ -74,7 +58,7 @@ def finish(report: dict[str, Any], settings: Settings) -> None:
 
 def _results(report: dict[str, Any]) -> str:
     tests = report["questions"]["test"]
-    cells = [(report["what"], f"accuracy, {tests} test", "trainable", "training s")]
+    cells = [(report["what"], f"accuracy on {tests}", "trainable", "training s")]
     for row in report["rows"].values():
         accuracy = f"{row['accuracy']:.1%}"
         if row["accuracy_std"] is not None:
@@ -88,10 +72,9 @@ def _results(report: dict[str, Any]) -> str:
 
 def _storage(report: dict[str, Any]) -> str:
     sizes = report["bytes"]
+    content = "R, head, fingerprint" if sizes["head"] else "R, fingerprint"
     rows = {
-        "LoRA-XS adapter file (R, head, fingerprint)"
-        if sizes["head"]
-        else "LoRA-XS adapter file (R, fingerprint)": sizes["adapter_file"],
+        f"LoRA-XS adapter file ({content})": sizes["adapter_file"],
         "LoRA, same layers and rank (computed)": sizes["lora"],
         "the whole model": sizes["model"],
     }
@@ -127,11 +110,11 @@ def _table(cells: list[tuple[str, ...]]) -> str:
 
 
 def _plot(report: dict[str, Any]) -> bytes:
-    """Loss and validation accuracy over the steps of the first seed, as a PNG."""
+    """Loss and validation accuracy over the steps, of the first seed, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key, row in report["rows"].items():
         if not row["loss"]:
@@ -149,7 +132,7 @@ def _plot(report: dict[str, Any]) -> bytes:
         axes.set_xlim(0, None)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(report["what"])
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
@@ -161,12 +144,3 @@ def _write(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
-
-
-def _cpu() -> str:
-    """The processor's name; platform.processor() has none on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), platform.processor())

@@ -20,9 +20,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "Question: {}\nThe answer is a"
 WORDS = (" abbreviation", " description", " thing", " person", " place", " number")  # in the order of trec.CLASSES
 ZERO_SHOT = Variant("zero-shot", "zero-shot")
-RANDOM = Variant("random", "LoRA-XS r = 16, random factors", init="random")
+RANDOM = Variant("random", "LoRA-XS r = 16, random factors, same lr", init="random")
 SVD = Variant("svd", "LoRA-XS r = 16, SVD factors", init="svd")
-UNFUSED = Variant("unfused", "  the same, unfused reference formula", init="svd", fused=False)
+UNFUSED = Variant("unfused", "LoRA-XS r = 16, SVD factors, unfused", init="svd", fused=False)
 VARIANTS = {
     "quick": (ZERO_SHOT, SVD),
     "default": (ZERO_SHOT, RANDOM, SVD),
@@ -68,10 +68,11 @@ def _job(settings: Settings) -> Job:
         what="SmolLM2-135M-Instruct on TREC questions",
         fresh=lambda: Answerer(copy.deepcopy(lm), words),
         train=encoded(split.train),
-        validation=encoded(split.validation),
+        validation=encoded(split.validation[:100]),
         test=encoded(split.test[:tests]),
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         modules_to_save=(),
         scale=4.0,
-        schedule=Schedule(steps=steps, batch=16, lr=4e-3, warmup=steps // 10, validate_every=steps // 2),
+        # Chosen on validation questions for SVD factors; random ones, without the singular values, take a higher.
+        schedule=Schedule(steps=steps, batch=8, lr=2e-3, warmup=steps // 10, validate_every=steps // 2),
     )

