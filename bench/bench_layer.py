@@ -3,7 +3,7 @@
     python bench/bench_layer.py [--quick] [--out FILE]    paired runs; prints ratios, writes them as JSON
     pytest bench/ --benchmark-only                        the same calls as pytest-benchmark groups
 
-A pair is the two layers timed in turn, many times, in one process; the ratio is that of the medians.  On a shared CPU
+A pair is two layers timed in turn, many times, in one process; the figure is the median ratio.  On a shared CPU
 absolute times mean little and are not reported.  Groups: `layer` (forward and backward, real sizes), `host` (one token
 on a tiny layer: the cost of the call itself, and of the torch.library operator, which eager calls avoid).
 """
@@ -74,7 +74,7 @@ def step(layer: nn.Module | Callable, dtype: torch.dtype, T: int, K: int) -> Cal
 
 
 def paired(first: Callable[[], None], second: Callable[[], None], seconds: float) -> dict[str, float]:
-    """How long `first` takes, as a multiple of `second`: ratio of medians, and the quartiles of the pairs' ratios."""
+    """How long `first` takes, as a multiple of `second`: the median and the quartiles over pairs run in turn."""
     for run in (first, second):
         run()
     times: list[tuple[float, float]] = []
@@ -88,8 +88,8 @@ def paired(first: Callable[[], None], second: Callable[[], None], seconds: float
             pair.append(time.perf_counter() - start)
         times.append((pair[0], pair[1]) if len(times) % 2 else (pair[1], pair[0]))
     a, b = torch.tensor(times).unbind(1)
-    low, high = (a / b).quantile(torch.tensor([0.25, 0.75])).tolist()
-    return {"ratio": (a.median() / b.median()).item(), "low": low, "high": high, "pairs": len(times)}
+    low, ratio, high = (a / b).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return {"ratio": ratio, "low": low, "high": high, "pairs": len(times)}
 
 
 def _inner(run: Callable[[], None]) -> int:
