@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis
+from .basis import Recipe
 from .linear import LoRAXSLinear
-from .model import Attachment, adapted_layers, detach, install
+from .model import adapted_layers, detach, install
 
 FORMAT_VERSION = 1
 
@@ -55,7 +56,7 @@ def save_adapter(
 
     Args:
         model: with adapters from `attach` (merged or not).
-        path: of the file, by custom *.safetensors.  It is replaced in one step: whoever reads it, and whatever
+        path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
             stops this process, finds the old file or the new one, whole.
         dtype: of R in the file, fp32 or bf16; None: as trained.
         portable: add a sketch of the singular vectors (8 columns for each side), with which `load_adapter` can align
@@ -86,18 +87,21 @@ def save_adapter(
             tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
         descriptions[name] = _description(layer, name)
     tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
-    attachment: Attachment | None = getattr(model, "loraxs", None)
-    modules_to_save = attachment.modules_to_save if attachment else ()
+    modules_to_save = _modules_to_save(model)
     for name in modules_to_save:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"model/{name}.{key}": _plain(t) for key, t in state.items()}
-    common = next(iter(descriptions.values()))
+    first = next(iter(descriptions.values()))
+    common = {key: value for key, value in first.items() if key != "name"}
     header = {
         "version": FORMAT_VERSION,
-        "base_model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or "",
         "modules_to_save": modules_to_save,
         "layer": common,
-        "modules": {name: dict(d.items() - common.items()) for name, d in descriptions.items()},
+        "modules": {
+            name: {key: value for key, value in d.items() if key not in common or common[key] != value}
+            for name, d in descriptions.items()
+        },
     }
     _write(path, safetensors.torch.save(tensors, {"loraxs": json.dumps(header, separators=(",", ":"))}))
 
@@ -150,6 +154,12 @@ def load_adapter(model: M, path: str | os.PathLike, *, progress: bool = True) ->
     return model
 
 
+def _modules_to_save(model: nn.Module) -> list[str]:
+    """By their names in this model, whichever part of it `attach` was called on."""
+    attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
+    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
+
+
 def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer; the recipe's name only where it is not the module's."""
     recipe = {k: v for k, v in asdict(layer.recipe).items() if k != "name" or v != name}
@@ -164,10 +174,9 @@ def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: 
             raise ValueError(f"model: has no module {name!r}, which the adapter is for; it is of another base model")
     options = {}
     for name, entry in entries.items():
-        keys = ("rank", "alpha", "dropout", "sigma", "seed", "n_iter")
-        options[name] = {key: entry[key] for key in keys} | {"init": entry["init"]}
-        if entry["init"] == "given":
-            options[name]["init"] = (entry["A"], entry["B"])
+        recipe = Recipe(**{f.name: entry.get(f.name, name) for f in fields(Recipe)})  # only "name" can be missing
+        init = (entry["A"], entry["B"]) if recipe.init == "given" else recipe
+        options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
     install(model, options, header["modules_to_save"], progress)
 
 
@@ -282,6 +291,8 @@ def _entries(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, di
         entry |= {key: tensors[f"{key}/{rank}"][row] for key in ("R", "S", "probe")}
         entry |= {key: tensors[f"{key}/{rank}"][row] for key in ("U", "V") if f"{key}/{rank}" in tensors}
         entry |= {key: tensors[f"{key}/{i}"] for key in ("A", "B") if f"{key}/{i}" in tensors}
+        if entry["init"] == "given" and not {"A", "B"} <= entry.keys():
+            raise KeyError(f"A and B of module {name!r}")
         if entry["R"].shape != (rank, rank):
             raise IndexError(f"R of module {name!r} has shape {tuple(entry['R'].shape)}")
         entries[name] = entry

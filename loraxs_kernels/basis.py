@@ -83,11 +83,11 @@ def probes(A: Tensor, R: Tensor, B: Tensor) -> Tensor:
 
 
 def residual(expected: Tensor, A: Tensor, R: Tensor, B: Tensor) -> float:
-    """The estimated relative error of the delta B R A against the one whose probes are `expected`."""
+    """The estimated relative error of the delta B R A against the one whose probes are `expected`; inf for NaN."""
     error = (probes(A, R, B).double() - expected.to(A.device).double()).square().mean().sqrt()
     G_B, G_A = B.double().t() @ B.double(), A.double() @ A.double().t()
     norm = ((R.double().t() @ G_B @ R.double()) * G_A.t()).sum().clamp(min=0).sqrt()  # |B R A|_F
-    return float(error / norm) if norm > 0 else float("inf") if error > 0 else 0.0
+    return float((error / norm).nan_to_num(nan=torch.inf)) if norm > 0 or error != 0 else 0.0
 
 
 def same_base(expected: Tensor, A: Tensor) -> bool:

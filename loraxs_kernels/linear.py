@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class LoRAXSLinear(nn.Module):
         *,
         alpha: float | None = None,
         dropout: float = 0.0,
-        init: str | Factors = "svd",
+        init: str | Factors | Recipe = "svd",
         sigma: float = 1e-5,
         seed: int = 0,
         n_iter: int = N_ITER,
@@ -81,7 +82,8 @@ class LoRAXSLinear(nn.Module):
             rank: r, 1 <= r <= min(N, K) (any r >= 1 when A and B are not from the SVD).
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: on the adapter's input, while training.
-            init: "svd", "random" (Kaiming uniform A and B), or the pair (A, B).
+            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
+                seed and n_iter.
             sigma: R ~ N(0, sigma^2).
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter: of `truncated_svd`.
@@ -95,16 +97,18 @@ class LoRAXSLinear(nn.Module):
         label = _label(name)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+            raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout} for {label}, must be in [0, 1)")
         if sigma < 0:
             raise ValueError(f"sigma: got {sigma} for {label}, must be at least 0")
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
-        given = None if isinstance(init, str) else tuple(init)
-        if given is None and init not in INITS[:2]:
+        if isinstance(init, str) and init not in INITS[:2]:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
-        recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter)
+        given = None if isinstance(init, (str, Recipe)) else tuple(init)
+        recipe = init if isinstance(init, Recipe) else Recipe("given" if given else init, seed, name, n_iter=n_iter)
         if given:
             W = weight_view(linear)
             _check_given(given, rank, None if W is None else tuple(W.shape), label)
@@ -114,7 +118,7 @@ class LoRAXSLinear(nn.Module):
         else:
             W = dense_weight(linear, label)
             N, K = W.shape
-            if init == "svd" and rank > min(N, K):
+            if recipe.init == "svd" and rank > min(N, K):
                 raise ValueError(
                     f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
                     "leave the module out or give it a smaller rank"

@@ -146,10 +146,10 @@ def detach(model: M, *, merge: bool = False) -> M:
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, LoRAXSLinear):
                 parent._modules[child_name] = child.base_layer
-    attachment = model.__dict__.pop("loraxs", None)
-    if attachment:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in attachment.trainable_before)
+    for module in model.modules():
+        if attachment := module.__dict__.pop("loraxs", None):
+            for name, p in module.named_parameters():
+                p.requires_grad_(name in attachment.trainable_before)
     return model
 
 

@@ -86,6 +86,20 @@ def test_other_inits(init, tmp_path):
     assert torch.equal(fresh[0].A, model[0].A) and torch.equal(fresh[0].delta_weight(), model[0].delta_weight())
 
 
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_a_part_adapted_and_the_whole_saved(init, tmp_path):
+    """attach on a part, save and load on the whole: the recipe keeps the names that the random numbers came from."""
+    part = lx.attach(mlp(), 4, target_modules=["0"], init=init, modules_to_save=["3"], n_iter=2)
+    whole = nn.Sequential(nn.Identity(), randomise(part))
+    lx.save_adapter(whole, tmp_path / "a.safetensors")
+    fresh = lx.load_adapter(nn.Sequential(nn.Identity(), mlp()), tmp_path / "a.safetensors")
+    x = torch.randn(6, 20)
+    assert torch.equal(fresh(x), whole(x)) and fresh[1][0].recipe == part[0].recipe
+    assert fresh[1][3].weight.requires_grad
+    lx.detach(whole)
+    assert all(p.requires_grad for p in whole.parameters())
+
+
 def test_real_model_through_a_bf16_file(minilm, tmp_path):
     base = copy.deepcopy(minilm)
     lx.attach(minilm, 16, target_modules=TARGETS)
@@ -247,6 +261,7 @@ FILES = {
     "a module too many": (lambda p: edited(p, lambda h, t: h["modules"].update({"9": {}})), "is damaged"),
     "a tensor missing": (lambda p: edited(p, lambda h, t: t.clear()), "is damaged"),
     "R of another shape": (lambda p: edited(p, lambda h, t: t.update({"R/4": torch.ones(1, 2, 4)})), "is damaged"),
+    "NaN for probes": (lambda p: edited(p, lambda h, t: t.update({"probe/4": t["probe/4"] * torch.nan})), "delta W in"),
     "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "is damaged"),
     "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged"),
 }

@@ -318,6 +318,7 @@ BAD = {
     "rank zero": (dict(rank=0), ValueError, "rank: got 0 for module 'a.b', must be an integer of at least 1"),
     "rank too large": (dict(rank=9), ValueError, r"rank: got 9 for module 'a\.b' of shape 8 x 12, must be at most 8"),
     "rank no integer": (dict(rank=2.0), ValueError, r"rank: got 2\.0"),
+    "alpha": (dict(alpha=float("nan")), ValueError, r"alpha: got nan for module 'a\.b'"),
     "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
     "sigma": (dict(sigma=-1.0), ValueError, r"sigma: got -1\.0"),
     "init": (dict(init="kaiming"), ValueError, "init: got 'kaiming' for module 'a.b'"),
