@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.torch import shrink
+from .backends.torch import cast, scale_, shrink
 
 _NOTHING = nullcontext()
 
@@ -52,7 +52,7 @@ def gradients(
     else:
         v = shrink(gY, B.t())
     if need_gR:
-        gR = (v.t() @ z).mul_(s).to(R.dtype)
+        gR = cast(scale_(v.t() @ z, s), R.dtype)
     return gX, gR
 
 

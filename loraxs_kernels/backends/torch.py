@@ -36,10 +36,7 @@ def lowrank_linear(
     that part is added to it in place and y is out.
     """
     z = shrink(x, A)
-    u = F.linear(z, _cast(R, z.dtype))
-    if s != 1.0:  # alpha = rank, the default, saves a launch
-        u.mul_(s)
-    u = _cast(u, x.dtype)
+    u = cast(scale_(F.linear(z, cast(R, z.dtype)), s), x.dtype)
     y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
     return (y if W is None else y.addmm_(x, W.t())), z
 
@@ -53,6 +50,11 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     return F.linear(x.float(), A.float())
 
 
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_(t: Tensor, s: float) -> Tensor:
+    """t *= s in place; nothing for s = 1 (alpha = rank, the default), which saves a launch."""
+    return t if s == 1.0 else t.mul_(s)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), at a tenth of its cost where there is nothing to do."""
     return t if t.dtype is dtype else t.to(dtype)
