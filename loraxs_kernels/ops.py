@@ -1,7 +1,7 @@
 """The gradient of the primitive, and the primitive as a torch.library operator.
 
 The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the autograd
-Function of functional.py instead: with the operator's Python boundary a small step takes half as long again
+Function of functional.py instead: with the operator's Python boundary a small step takes over half as long again
 (bench/results/cpu, group "host", path "operator").
 """
 
