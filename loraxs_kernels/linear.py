@@ -263,7 +263,7 @@ def weight_view(layer: nn.Module) -> Tensor | None:
     if conv1d and not _is_conv1d(layer):
         return None
     weight = layer.weight
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return None
     return weight.t() if conv1d else weight
 
@@ -273,10 +273,13 @@ def dense_weight(layer: nn.Module, label: str) -> Tensor:
     W = weight_view(layer)
     if W is None:
         weight = getattr(layer, "weight", None)
-        what = f" with a {type(weight).__name__} weight of dtype {weight.dtype}" if isinstance(weight, Tensor) else ""
+        what = type(layer).__name__
+        if isinstance(weight, Tensor):
+            what += f" with a {type(weight).__name__} weight of shape {tuple(weight.shape)} and dtype {weight.dtype}"
         raise TypeError(
-            f"{label}: got a {type(layer).__name__}{what}, must be an nn.Linear or Conv1D with a dense floating-point "
-            "weight; a quantised layer has no dequantiser here: leave it out, or give its A and B with init=(A, B)"
+            f"{label}: got a {what}, must be an nn.Linear or Conv1D with a dense 2-dimensional floating-point weight. "
+            "A quantised layer has no dequantiser here: leave it out, or give its A and B with init=(A, B). "
+            "A sharded one must be gathered first"
         )
     return W.detach()
 

@@ -101,7 +101,7 @@ def test_opaque_bases_get_the_delta_on_top():
     got, right = (torch.autograd.grad(t.square().sum(), (x, opaque.R)) for t in (y, expected))
     for g, r in zip(got, right, strict=True):
         torch.testing.assert_close(g, r)
-    with pytest.raises(TypeError, match=r"linear: got a Quantised with a Tensor weight of dtype torch\.int8"):
+    with pytest.raises(TypeError, match=r"linear: got a Quantised with a Tensor weight of shape .* dtype torch\.int8"):
         opaque.merge()
     with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* no dequantiser"):
         LoRAXSLinear.from_linear(base, 6, name="q")
@@ -221,6 +221,16 @@ def test_meta_device_then_real_weights():
     assert all(
         torch.equal(a, b) for a, b in zip(layer.state_dict().values(), expected.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("true_rank", [0, 2])
+def test_rank_deficient_weights_train_all_the_same(true_rank):
+    linear = nn.Linear(40, 24)
+    linear.weight.data = torch.randn(24, true_rank) @ torch.randn(true_rank, 40)
+    layer = LoRAXSLinear.from_linear(linear, 6)
+    torch.testing.assert_close(layer.B.T @ layer.B, torch.eye(6), atol=1e-5, rtol=0)
+    assert layer.A[true_rank:].abs().max() == 0 and layer(torch.randn(3, 40)).isfinite().all()
+    torch.testing.assert_close(layer.B @ layer.A, linear.weight.data, atol=1e-4, rtol=0)
 
 
 def test_seed_decides_everything_random():
@@ -344,6 +354,10 @@ def test_bad_layers_are_named():
         LoRAXSLinear.from_linear(nan, 2, name="a.b")
     with pytest.raises(TypeError, match=r"module 'norm': got a LayerNorm .* must be an nn\.Linear or Conv1D"):
         LoRAXSLinear.from_linear(nn.LayerNorm(8), 2, name="norm")
+    sharded = nn.Linear(12, 8)
+    sharded.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(TypeError, match=r"module 'z': got a Linear with a Parameter weight of shape \(0,\)"):
+        LoRAXSLinear.from_linear(sharded, 2, name="z")
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
         LoRAXSLinear.from_linear(make(), 2)
 
