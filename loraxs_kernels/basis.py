@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .svd import N_ITER, OVERSAMPLE, rademacher, truncated_svd
 
-INITS = ("svd", "random", "given")
+INITS = ("svd", "random")  # that can be computed again; the third is "given"
 
 PROBES = 8  # bilinear probes of a delta, and columns of a sketch
 ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
@@ -40,6 +40,10 @@ class Recipe:
     name: str = ""
     oversample: int = OVERSAMPLE
     n_iter: int = N_ITER
+
+    def __post_init__(self) -> None:
+        if self.init not in (*INITS, "given"):
+            raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or a pair (A, B)')
 
     def factors(self, W: Tensor, rank: int) -> Factors:
         """A (r, K) and B (N, r) for W (N, K), in fp32 (fp64 for fp64 W) on W's device.

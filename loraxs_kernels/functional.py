@@ -138,8 +138,7 @@ class _LowRankLinear(torch.autograd.Function):
             return _OnceDifferentiable.apply(gY.new_zeros((), requires_grad=True), *gradients)
         need_gOut, need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
         rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
-        with ops.no_autocast(gY):
-            gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
+        gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
         return gY if need_gOut else None, gX, None, None, gR, None, None, None, None
 
 

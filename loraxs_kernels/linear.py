@@ -105,7 +105,7 @@ class LoRAXSLinear(nn.Module):
             raise ValueError(f"sigma: got {sigma} for {label}, must be at least 0")
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
-        if isinstance(init, str) and init not in INITS[:2]:
+        if isinstance(init, str) and init not in INITS:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given = None if isinstance(init, (str, Recipe)) else tuple(init)
         recipe = init if isinstance(init, Recipe) else Recipe("given" if given else init, seed, name, n_iter=n_iter)

@@ -203,12 +203,13 @@ def match(
     saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     unused = set() if isinstance(target_modules, str) else set(target_modules)
+    head = _output_embeddings(model)
     names = []
     for name, module in modules.items():
         if not name or id(module) in saved or (exclude_modules and _matches(name, exclude_modules)):
             continue
         if everything:
-            hit = _is_linear(module) and module is not _output_embeddings(model) and not _never_called(module)
+            hit = _is_linear(module) and module is not head and not _never_called(module)
         else:
             hit = _matches(name, target_modules)
         if not hit:

@@ -47,12 +47,13 @@ def gradients(
     `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.
     """
     gX = gR = None
-    if need_gX:
-        gX, v = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, None)
-    else:
-        v = shrink(gY, B.t())
-    if need_gR:
-        gR = cast(scale_(v.t() @ z, s), R.dtype)
+    with no_autocast(gY):
+        if need_gX:
+            gX, v = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, None)
+        else:
+            v = shrink(gY, B.t())
+        if need_gR:
+            gR = cast(scale_(v.t() @ z, s), R.dtype)
     return gX, gR
 
 

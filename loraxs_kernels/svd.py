@@ -108,7 +108,8 @@ def _krylov(W: Tensor, rank: int, block: int, n_iter: int, seed: int) -> tuple[T
     live = 8 * torch.finfo(W.dtype).eps * S[0] < S
     U = _completed(Q @ P, live, seed + 1)
     V = _completed((Z @ P) / S.where(live, 1), live, seed + 2)
-    return U, S.where(live, 0) * 2.0**exponent, V
+    half = exponent // 2  # 2^e itself may be out of range
+    return U, S.where(live, 0) * 2.0**half * 2.0 ** (exponent - half), V
 
 
 def _prescaled(W: Tensor, peak: float) -> tuple[Tensor, int]:
@@ -117,7 +118,7 @@ def _prescaled(W: Tensor, peak: float) -> tuple[Tensor, int]:
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     if abs(exponent) <= 32:
         return W, 0
-    half = exponent // 2  # 2^-e itself may be out of the dtype's range
+    half = exponent // 2
     return (W * 2.0**-half).mul_(2.0 ** (half - exponent)), exponent
 
 

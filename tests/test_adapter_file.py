@@ -261,6 +261,7 @@ FILES = {
     "a module too many": (lambda p: edited(p, lambda h, t: h["modules"].update({"9": {}})), "is damaged"),
     "a tensor missing": (lambda p: edited(p, lambda h, t: t.clear()), "is damaged"),
     "R of another shape": (lambda p: edited(p, lambda h, t: t.update({"R/4": torch.ones(1, 2, 4)})), "is damaged"),
+    "an init unknown here": (lambda p: edited(p, lambda h, t: h["layer"].update(init="pissa")), "init: got 'pissa'"),
     "NaN for probes": (lambda p: edited(p, lambda h, t: t.update({"probe/4": t["probe/4"] * torch.nan})), "delta W in"),
     "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "is damaged"),
     "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged"),

@@ -246,6 +246,22 @@ def test_compile_sees_no_break(dynamic):
             torch.testing.assert_close(g, e)
 
 
+@pytest.mark.parametrize("x_trains", [False, True])
+def test_compile_under_autocast_keeps_gR_in_fp32(x_trains):
+    """The compiled backward is traced inside the autocast block, which must not round v^T z to bf16."""
+    o = operands(17, 33, 65, 12)
+
+    def gR(call) -> torch.Tensor:
+        R = o.R.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(o.x.detach().requires_grad_(x_trains), o.W, o.A, R, o.B, o.s, o.bias)
+        y.float().backward(o.gY)
+        return R.grad
+
+    compiled = torch.compile(lora_xs_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gR(compiled), gR(lora_xs_linear), rtol=1e-6, atol=1e-6)
+
+
 def test_compile_with_inductor_in_bf16():
     o = operands(17, 33, 65, 12, torch.bfloat16)
     compiled = torch.compile(lora_xs_linear, fullgraph=True)

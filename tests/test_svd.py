@@ -88,6 +88,11 @@ def test_dtypes(dtype):
     check(W, 8, 1e-6)
 
 
+def test_fp64_at_the_ends_of_its_range():
+    for value in (1.7e308, 5e-324):
+        assert truncated_svd(torch.tensor([[value, 0.0]], dtype=torch.float64), 1)[1].item() == value
+
+
 def test_fp16_near_overflow():
     check((torch.rand(100, 90) * 60000 + 5000).half(), 4, 1e-6)
 
