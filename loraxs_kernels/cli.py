@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info` or `loraxs demo`; returns the exit status."""
+    """Run `loraxs info`, `demo`, `bench` or `roofline`; returns the exit status."""
+    from .bench import BenchError, command
+
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, which backends can run here, and why not")
@@ -20,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     length.add_argument("--full", action="store_true", help="three seeds")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")
     demo.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
+    command.add_bench(commands.add_parser("bench", help="time LoRA-XS layers and their neighbours, side by side"))
+    command.add_roofline(commands.add_parser("roofline", help="what bandwidth and flops alone allow, path by path"))
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         from .info import info
@@ -30,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import demo as demos
 
     try:
+        if arguments.command == "bench":
+            return command.bench(arguments)
+        if arguments.command == "roofline":
+            return command.show_roofline(arguments)
         demos.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
-    except demos.DemoError as error:
-        print(f"loraxs demo: {error}", file=sys.stderr)
+    except (demos.DemoError, BenchError) as error:
+        print(f"loraxs {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from . import backends
 
 PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft")
+NOT_INSTALLED = "not installed"
 
 
 def info() -> dict[str, str]:
@@ -30,15 +32,23 @@ def info() -> dict[str, str]:
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """When and where a measurement was made: date (UTC), machine and versions, as plain data for a JSON report."""
     device = torch.device(device)
+    machine = {"device": device.type, "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        machine |= {
+            "device": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory,
+            "L2_bytes": found.L2_cache_size,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
+    versions = {name: version for name in PACKAGES if (version := _version(name)) != NOT_INSTALLED}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES[:3]}},
+        "machine": machine,
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 
@@ -46,7 +56,16 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, where its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _cpu() -> str:

@@ -1,7 +1,8 @@
-"""The primitive in plain torch: what every backend must compute, and the layer people run today."""
+"""The primitive in plain torch: what every backend must compute, how exactly, and the layer people run today."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +41,8 @@ class UnfusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         h = self.lora_dropout(x.to(self.lora_A.weight.dtype))
-        return y + self.lora_B(self.lora_latent(self.lora_A(h))) * self.scaling
+        y += self.lora_B(self.lora_latent(self.lora_A(h))) * self.scaling  # in place, as the reference does
+        return y.to(x.dtype)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -48,3 +50,20 @@ def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     return linear
+
+
+def relative_error(got: Tensor, oracle: Tensor) -> float:
+    """Frobenius norm of the difference over that of the oracle; NaN counts as infinite."""
+    if oracle.numel() == 0:
+        return 0.0
+    error = (got.double() - oracle.double()).norm() / oracle.double().norm().clamp(min=1e-300)
+    return error.nan_to_num(nan=torch.inf).item()
+
+
+def allowed_error(chain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+    """The accuracy rule: at most twice the error of the unfused torch chain in the same dtype, plus a floor.
+
+    The floor is one rounding, for results so small that the chain may be exact by luck (four in fp64, where the
+    oracle rounds as well).
+    """
+    return 2 * relative_error(chain, oracle) + torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1)

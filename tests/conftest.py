@@ -14,10 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu skip, visibly, where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
+    """Tests marked gpu("component") skip, visibly, where there is none, and tell pytest's XML their component."""
+    for item in items:
+        if mark := item.get_closest_marker("gpu"):
+            item.user_properties.append(("component", mark.args[0]))
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 

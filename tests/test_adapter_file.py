@@ -146,7 +146,7 @@ def test_threads_do_not_matter(minilm, tmp_path):
     assert worst_error(base, deltas(minilm)) < 2e-4
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("adapter files")
 @pytest.mark.parametrize("there", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_devices_do_not_matter(minilm, tmp_path, there):
     base = copy.deepcopy(minilm).to(there[1])

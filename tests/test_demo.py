@@ -29,9 +29,10 @@ def test_the_questions_are_the_published_ones_and_the_parts_are_disjoint():
 
 
 @needs_data
-def test_quick_demo(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("demo"))])
+def test_quick_demo(tmp_path, device):
     """LoRA-XS learns real questions: well above the same steps on the head alone, and the adapter survives the disk."""
-    command = [sys.executable, "-m", "loraxs_kernels", "demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "loraxs_kernels", "demo", "--quick", "--device", device, "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "report.json").read_text())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from loraxs_kernels import functional, reference
+from loraxs_kernels import backends, functional, reference
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
 
@@ -32,6 +32,45 @@ def test_every_shape_and_dtype(shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_every_layout(layout, dtype):
     check_against_oracle(operands(17, 33, 65, 12, dtype, layout))
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu(f"{name} backend")) for name in backends.NAMES])
+def on_gpu(request):
+    """Each backend that can run on this GPU, forced."""
+    if reason := backends.unavailable(request.param):
+        pytest.skip(f"{request.param} backend: {reason}")
+    with backends.backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 1024, 4096, 64), (2100, 4096, 1024, 256)], ids=str)
+def test_every_shape_and_dtype_on_a_gpu(on_gpu, shape, dtype):
+    check_against_oracle(operands(*shape, dtype, device="cuda"), bias=shape[0] % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_every_layout_on_a_gpu(on_gpu, layout, dtype):
+    check_against_oracle(operands(17, 33, 65, 12, dtype, layout, "cuda"))
+
+
+def test_same_bits_on_a_gpu_in_a_graph_and_on_another_stream(on_gpu):
+    o = operands(130, 257, 129, 20, torch.bfloat16, device="cuda")
+    expected = gradients(o, lora_xs_linear)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        elsewhere = gradients(o, lora_xs_linear)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(o, lora_xs_linear)
+    for t in captured:
+        t.fill_(float("nan"))  # whatever is there afterwards, the replay has written
+    graph.replay()
+    for a, b, c in zip(expected, elsewhere, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 @settings(max_examples=40, deadline=None)

@@ -177,3 +177,16 @@ def test_bad_input_is_named(case):
     W, rank, options, error, message = BAD[case]
     with pytest.raises(error, match=message):
         truncated_svd(W, rank, **options)
+
+
+@pytest.mark.gpu("truncated_svd")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300), (1024, 4096)], ids=str)
+def test_a_gpu_finds_the_same_factors(shape, dtype):
+    W = with_spectrum(*shape, power(min(shape))).to(dtype)
+    here, there = truncated_svd(W, 16), truncated_svd(W.cuda(), 16)
+    assert all(t.is_cuda for t in there)
+    torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-5, atol=0)
+    low_rank = [(U.double().cpu() * S.double().cpu()) @ Vh.double().cpu() for U, S, Vh in (here, there)]
+    assert (low_rank[0] - low_rank[1]).norm() <= 2e-4 * low_rank[0].norm()
+    assert all(torch.equal(a, b) for a, b in zip(there, truncated_svd(W.cuda(), 16), strict=True))

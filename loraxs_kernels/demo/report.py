@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
+from ..adapter_file import write_atomically
 from ..info import environment
 from . import Settings
 
@@ -49,9 +48,9 @@ def header(settings: Settings, what: str) -> dict[str, Any]:
 
 def finish(report: dict[str, Any], settings: Settings) -> None:
     """Print the tables, and write the plot and the report."""
-    _write(settings.out / PLOT, _plot(report))
+    write_atomically(settings.out / PLOT, _plot(report))
     report["seconds"] = time.perf_counter() - settings.started
-    _write(settings.out / REPORT, json.dumps(report, indent=1).encode())
+    write_atomically(settings.out / REPORT, json.dumps(report, indent=1).encode())
     say("\n" + "\n\n".join([_results(report), _storage(report), _checks(report)]) + "\n")
     say(f"{report['seconds']:.0f} s in all; {REPORT}, {PLOT} and {ADAPTER} are in {settings.out}")
 
@@ -137,10 +136,3 @@ def _plot(report: dict[str, Any]) -> bytes:
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     return png.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace the file in one step, so that nobody reads half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

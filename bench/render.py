@@ -1,0 +1,165 @@
+"""Make every document that quotes a figure from the reports in bench/results/.
+
+    python bench/render.py            bench/results/README.md and its plots, STATUS.md, and the figures in README.md
+    python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
+
+In README.md a block of figures lies between two comments, the first of which names its report (below bench/results/)
+and, for a report of `loraxs bench`, the questions whose tables are wanted:
+
+    <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
+    <!-- end of figures -->
+
+Reports of three kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
+they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), and those of 0.1.0's first days (no `format`), which are
+kept but shown nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import status  # noqa: E402
+
+from loraxs_kernels.bench import BenchError, page, plots, report, tables  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \w+)*) -->\n).*?<!-- end of figures -->", re.S)
+
+Reports = dict[str, dict[str, Any]]
+
+
+def read() -> tuple[Reports, Reports]:
+    """Reports of bench and of demo, {path below bench/results: report}, oldest first."""
+    benches: Reports = {}
+    demos: Reports = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
+        if report.is_report(data):
+            benches[name] = report.load(path)
+        elif isinstance(data.get("rows"), dict):
+            demos[name] = data
+    by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, demos)]
+    return by_date[0], by_date[1]
+
+
+def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
+    """Where it was measured, and the tables of some questions."""
+    found = tables.of(data, questions or tables.QUESTIONS)
+    if not found:
+        raise BenchError(f"README.md: {name} has nothing on {', '.join(questions)}")
+    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
+    return "\n\n".join([where, *(table.markdown() for table in found)])
+
+
+def demo_block(name: str, data: dict[str, Any]) -> str:
+    """The accuracies, the sizes on disk and the checks of a demo."""
+    lines = []
+    for row in data["rows"].values():
+        spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
+        parameters = f"{row['adapter_parameters']:,} + {row['head_parameters']:,}"
+        lines.append([row["label"], f"{100 * row['accuracy']:.1f}{spread}", parameters])
+    seeds = f"{len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else "one seed"
+    title = f"{data['what']}: {data['questions']['test']:,} test questions, {seeds}"
+    where = f"{data['machine']['cpu']}, {data['date'][:10]}, `bench/results/{name}`:"
+    table = tables.Table(title, ["", "accuracy, %", "adapter + head parameters"], lines)
+    size = {what: f"{data['bytes'][what] / 1024:,.0f} KiB" for what in ("adapter_file", "lora", "model")}
+    checks = data["checks"]
+    text = f"A fine-tuned copy takes {size['adapter_file']} on disk, LoRA's {size['lora']}, the model {size['model']}."
+    differ = [checks[way]["different_predictions"] for way in ("loaded", "merged")]
+    text += f" Loaded into a fresh model, {differ[0]} predictions differ; merged, {differ[1]}."
+    if "unfused" in checks:
+        text += f" Fused and unfused losses agree to {checks['unfused']['largest_loss_difference']:.1e}."
+    return "\n\n".join([where, table.markdown(), text])
+
+
+def readme(text: str, benches: Reports, demos: Reports) -> str:
+    """README.md with its blocks of figures as the reports have them."""
+
+    def block(match: re.Match) -> str:
+        name, questions = match.group(2), match.group(3).split()
+        if name not in benches and name not in demos:
+            raise BenchError(f"README.md: there is no report bench/results/{name}")
+        body = demo_block(name, demos[name]) if name in demos else bench_block(name, benches[name], questions)
+        return f"{match.group(1)}{body}\n<!-- end of figures -->"
+
+    return BLOCK.sub(block, text)
+
+
+def results(benches: Reports, demos: Reports) -> str:
+    """bench/results/README.md: the newest complete report of each device in full, the newest demos, and all files."""
+    parts = [
+        "# What has been measured",
+        "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
+        "on a GPU stands in STATUS.md.",
+    ]
+    for name, data in _newest(benches).items():
+        facts = "\n\n".join(page.provenance(data))
+        images = [f"![{plot.title}]({_image(name, plot)})" for plot in plots.of(data)]
+        texts = [table.markdown() for table in tables.of(data)]
+        parts += [f"## {page.machine(data)}", f"`{name}`", facts, *texts, *images]
+    newest: dict[tuple, str] = {}
+    for name, data in demos.items():
+        newest[Path(name).parent, data["model"], data["length"]] = name
+    parts += ["## Demos", *(demo_block(name, demos[name]) for name in newest.values())]
+    files = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob("*/*.json"))]
+    parts += ["## All files", "\n".join(f"- [`{name}`]({name})" for name in files)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _newest(benches: Reports) -> Reports:
+    """The newest report of each folder, a complete one where there is one."""
+    found: dict[Path, str] = {}
+    for name, data in benches.items():
+        folder = Path(name).parent
+        if folder not in found or data["complete"] or not benches[found[folder]]["complete"]:
+            found[folder] = name
+    return {name: benches[name] for name in found.values()}
+
+
+def _image(name: str, plot: plots.Plot) -> str:
+    return f"{name.removesuffix('.json')}-{plot.name}.png"
+
+
+def documents() -> Iterator[tuple[Path, str]]:
+    """Every document with a figure in it, and what it should say."""
+    benches, demos = read()
+    yield ROOT / "README.md", readme((ROOT / "README.md").read_text(), benches, demos)
+    yield RESULTS / "README.md", results(benches, demos)
+    yield RESULTS / "STATUS.md", status.render(benches)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document is out of date")
+    check = parser.parse_args(argv).check
+    try:
+        wanted = list(documents())
+    except BenchError as error:
+        print(f"render: {error}", file=sys.stderr)
+        return 1
+    stale = [path for path, text in wanted if not path.exists() or path.read_text() != text]
+    if check:
+        images = re.findall(r"\]\(([^)]+\.png)\)", dict(wanted)[RESULTS / "README.md"])
+        stale += [RESULTS / image for image in images if not (RESULTS / image).exists()]
+        for path in stale:
+            print(f"render: {path.relative_to(ROOT)} is out of date; run python bench/render.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in wanted:
+        path.write_text(text)
+    for name, data in _newest(read()[0]).items():
+        for plot in plots.of(data):
+            (RESULTS / _image(name, plot)).write_bytes(plot.png())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

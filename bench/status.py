@@ -1,0 +1,75 @@
+"""Which component last passed its tests on a GPU, and whether its files have changed since: STATUS.md.
+
+A component is what the tests marked `gpu("<component>")` test.  bench/gpu_suite.py notes in its report how many of them
+passed, and a hash of the component's files; STATUS.md is rendered from all reports by bench/render.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# Its files or folders, and what is known of it beyond its tests.
+COMPONENTS = {
+    "torch backend": (
+        ["loraxs_kernels/backends/torch.py", "loraxs_kernels/ops.py", "loraxs_kernels/functional.py"],
+        "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
+    ),
+    "triton backend": (["loraxs_kernels/backends/triton.py"], ""),
+    "cuda backend": (["loraxs_kernels/backends/cuda.py", "csrc"], ""),
+    "truncated_svd": (["loraxs_kernels/svd.py"], "upcasts one half-precision matrix at a time"),
+    "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),
+    "demo": (["loraxs_kernels/demo"], ""),
+    "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
+}
+
+
+def sources(component: str) -> str | None:
+    """A hash of the component's files, or None where it has none yet."""
+    digest, found = hashlib.sha256(), False
+    for name in COMPONENTS[component][0]:
+        path = ROOT / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and file.suffix not in (".pyc", ".so"):
+                found = True
+                digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16] if found else None
+
+
+def render(reports: dict[str, dict[str, Any]]) -> str:
+    """STATUS.md from every report, {path below bench/results: report}."""
+    lines = []
+    for component, (files, note) in COMPONENTS.items():
+        where = ", ".join(f"`{name}`" for name in files)
+        lines.append(f"| {component} ({where}) | {_state(component, reports)} | {note} |")
+    body = "\n".join(lines)
+    return f"""# What has run on a GPU
+
+Made by bench/render.py from the reports of bench/gpu_suite.py; never edited. A component has passed when all its tests
+marked `gpu` have. What has not run on a GPU may not work on one.
+
+| component | on a GPU | note |
+|---|---|---|
+{body}
+"""
+
+
+def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
+    now = sources(component)
+    if now is None:
+        return "does not exist yet"
+    runs = [(report, path) for path, report in reports.items() if component in report.get("tests", {})]
+    if not runs:
+        return "**not yet run on a GPU**"
+    runs.sort(key=lambda run: run[0]["date"])
+    last, path = runs[-1]
+    result = last["tests"][component]
+    at = f"{last['date'][:10]}, commit {last['commit']}, {last['machine']['device']} (`{path}`)"
+    if result["failed"] or not result["passed"]:
+        good = [run for run, _ in runs if run["tests"][component]["passed"] and not run["tests"][component]["failed"]]
+        passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
+        return f"**failed** {result['failed']} of {result['passed'] + result['failed']}, {at}; {passed}"
+    stale = "" if result["sources"] == now else "; **stale: its files have changed since**"
+    return f"passed all {result['passed']}, {at}{stale}"

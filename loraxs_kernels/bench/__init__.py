@@ -1,0 +1,17 @@
+"""`loraxs bench` and `loraxs roofline`: what LoRA-XS costs, measured side by side, and what it must cost at least.
+
+    command.py    the two commands: arguments, checks, the run, what is printed
+    shapes.py     the linear layers of real models
+    paths.py      the ways to compute one layer, and the check that each is right
+    layer.py host.py model.py svd.py   the questions, each a function that yields rows
+    timer.py      timing several calls in turn; the machine's ceilings
+    roofline.py   floors from counted bytes and flops
+    report.py     the JSON of a run: its fields, writing it safely, reading it
+    tables.py plots.py page.py         what people read: text and Markdown, figures, one HTML page
+
+Nothing here is imported by `import loraxs_kernels`.
+"""
+
+
+class BenchError(RuntimeError):
+    """The benchmark cannot run as asked; the message says what to do about it."""

@@ -1,0 +1,182 @@
+"""The commands `loraxs bench` and `loraxs roofline`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import BenchError, page, roofline, settings, tables, timer
+from .layer import Row
+from .paths import PATHS
+from .report import Report
+from .settings import Settings
+from .shapes import MODELS, parse
+from .svd import METHODS
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("questions", nargs="*", metavar="question", help="layer, host (the default is these two), svd, model")
+    add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
+    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
+    add("--tokens", nargs="+", type=int, default=[], metavar="T")
+    add("--rank", nargs="+", type=int, default=[], metavar="r")
+    add("--dtype", help=f"{', '.join(settings.DTYPES)}; default: bf16 on a GPU, fp32 on a CPU")
+    add("--direction", default="both", help="both (forward and backward, the default), forward or backward")
+    add("--paths", nargs="+", default=[], metavar="path", help=f"all, or some of {', '.join([*PATHS, *METHODS])}")
+    add("--mode", nargs="+", default=[], metavar="mode", help="eager, graph; default on a GPU: both")
+    add("--device", help="default: the GPU where there is one, else the CPU")
+    add("--seconds", type=float, help="for each path at each point of the grid; default 0.1 on a GPU, 0.5 on a CPU")
+    add("--blocks", type=int, help="of the model, where not all: questions model and svd")
+    add("--sequence", type=int, help="tokens in a sequence: question model")
+    add("--batch", type=int, help="sequences in a step: question model")
+    add("--out", type=Path, help="a new .json file, or a folder: <folder>/<device>/<date>-<commit>.json")
+    add("--html", type=Path, metavar="FILE", help="also write one self-contained page with plots (needs matplotlib)")
+    add("--commit", help="what to note as the source, where it is not a git checkout")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run `loraxs bench`; returns 0, or 1 where some path was wrong or failed."""
+    if arguments.html is not None:
+        page.check(arguments.html)
+    request = settings.check(
+        questions=arguments.questions,
+        model=arguments.model,
+        shapes=arguments.shape,
+        tokens=arguments.tokens,
+        ranks=arguments.rank,
+        dtype=arguments.dtype,
+        direction=arguments.direction,
+        paths=arguments.paths,
+        modes=arguments.mode,
+        device=arguments.device,
+        seconds=arguments.seconds,
+        blocks=arguments.blocks,
+        sequence=arguments.sequence,
+        batch=arguments.batch,
+    )
+    report = run(request, arguments.out, arguments.commit)
+    if arguments.html is not None:
+        page.write(report.data, arguments.html)
+        print(f"{arguments.html} has the plots")
+    return 1 if any(row["status"] == "failed" for row in report.data["rows"]) else 0
+
+
+def run(request: Settings, out: Path | None, commit: str | None = None) -> Report:
+    """Measure everything that was asked for, telling of each point, and print the tables.
+
+    Every row is in the report's file as soon as it is known: a run that is stopped (Ctrl-C, kill) loses nothing.
+    """
+    report = Report(request, out, commit)
+    print(f"loraxs bench: {', '.join(request.questions)} on {page.machine(report.data)}; writing {report.path}")
+    if request.device.type != "cuda":
+        print("  no GPU in use: a small grid, and ratios alone, since times on a shared CPU mean little")
+    for name, why in request.left_out.items():
+        print(f"  without {name}: {why}")
+    sys.stdout.flush()
+    try:
+        if request.device.type == "cuda":
+            report.data["ceilings"] = dataclasses.asdict(timer.ceilings(request.device))
+            report.save()
+        for question in request.questions:
+            module = importlib.import_module(f".{question}", __package__)
+            for row in _watched(question, module.rows(request), module.points(request)):
+                report.add(row)
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured until now:", file=sys.stderr)
+    else:
+        report.finish()
+    tables.show(tables.of(report.data))
+    print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
+    return report
+
+
+def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
+    """Show how far it is: a bar for a person, a line for each point elsewhere."""
+    seen: dict[tuple, None] = {}
+    with tqdm(total=points, desc=question, unit="point", disable=None, leave=False) as bar:
+        for row in rows:
+            where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing") if key in row)
+            if question == "model":
+                where = (row["path"], *where)
+            if where not in seen:
+                seen[where] = None
+                bar.set_postfix_str(" ".join(where))
+                bar.update()
+                if bar.disable:
+                    print(f"  {question} {len(seen)}/{points}: {' '.join(where)}", flush=True)
+            if row["status"] == "failed":
+                tqdm.write(f"  {row['path']} at {' '.join(where)}: {row['reason']}")
+            yield row
+
+
+def add_roofline(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--gpu", help=f"ceilings by the datasheet: {', '.join(roofline.DATASHEETS)}; default: this GPU's, measured")
+    add("--ceilings", type=Path, metavar="FILE", help="ceilings measured in a run: the .json that loraxs bench wrote")
+    add("--model", help=f"{', '.join(MODELS)}; default mistral-7b")
+    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
+    add("--tokens", nargs="+", type=int, default=[512, 8192], metavar="T")
+    add("--rank", nargs="+", type=int, default=[16, 64], metavar="r")
+    add("--direction", default="both", choices=roofline.DIRECTIONS)
+
+
+def show_roofline(arguments: argparse.Namespace) -> int:
+    """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
+    if arguments.model is not None and arguments.shape:
+        raise BenchError(f"model and shape: got {arguments.model!r} and {arguments.shape[0]!r}, give one of the two")
+    model = arguments.model or "mistral-7b"
+    if model not in MODELS:
+        raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
+    if any(number < 1 for number in (*arguments.tokens, *arguments.rank)):
+        raise BenchError(f"tokens and rank: got {min(*arguments.tokens, *arguments.rank)}, must be at least 1")
+    try:
+        shapes = [parse(text) for text in arguments.shape] or list(MODELS[model].shapes)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    ceilings = _ceilings(arguments)
+    points = [(T, r) for T in arguments.tokens for r in arguments.rank]
+
+    def floor(path: str, T: int, r: int) -> float:
+        each = (s.count * roofline.floor(ceilings, path, T, s.N, s.K, r, arguments.direction) for s in shapes)
+        return 1e3 * sum(each)
+
+    lines = [[what, *(f"{floor(path, T, r):.3f}" for T, r in points)] for path, what in roofline.PATHS.items()]
+    lines = [
+        [*line, *(f"{100 * (floor(path, T, r) / floor('frozen', T, r) - 1):.1f}" for T, r in points)]
+        for line, path in zip(lines, roofline.PATHS, strict=True)
+    ]
+    what = "the shapes given" if arguments.shape else f"the linears of one block of {model}"
+    notes = (
+        f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.half / 1e12:.0f} TFLOP/s in 16 bits, "
+        f"{ceilings.single / 1e12:.0f} in fp32 ({ceilings.source}).",
+        "A model: bytes and flops counted once, launches free, nothing kept in the cache between steps.",
+    )
+    head = ["least time, and tax", *(f"ms T {T} r {r}" for T, r in points), *(f"% T {T} r {r}" for T, r in points)]
+    direction = arguments.direction.replace("both", "forward + backward")
+    tables.show([tables.Table(f"Floors for {what}, 16-bit weights, {direction}", head, lines, notes)])
+    return 0
+
+
+def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
+    import torch
+
+    if arguments.ceilings is not None:
+        from .report import load
+
+        found = load(arguments.ceilings)["ceilings"]
+        if found is None:
+            raise BenchError(f"ceilings: {arguments.ceilings} has none, it was not measured on a GPU")
+        return roofline.Ceilings(**found)
+    if arguments.gpu is None and torch.cuda.is_available():
+        return timer.ceilings(torch.device("cuda"))
+    name = arguments.gpu or "H200"
+    if name not in roofline.DATASHEETS:
+        raise BenchError(f"gpu: got {name!r}, must be one of {', '.join(roofline.DATASHEETS)}")
+    return roofline.DATASHEETS[name]

@@ -1,0 +1,287 @@
+"""The ways to compute one adapted layer, side by side: who they are, how they are built, and whether they are right.
+
+Every path gets the same operands and is checked against an fp64 oracle, by the accuracy rule of
+`loraxs_kernels/reference.py`, before it is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import backends, ops, reference
+from ..functional import _LowRankLinear
+from ..linear import LoRAXSLinear
+from .timer import Call
+
+ROWS = 64  # of y and gX that are compared with the oracle; gR is compared whole
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Random operands of one layer, y of order 1; s = 1/2, so that a path that forgets it is found out."""
+
+    x: Tensor  # (T, K), requires grad
+    gY: Tensor  # (T, N)
+    W: Tensor  # (N, K)
+    A: Tensor  # (r, K)
+    R: Tensor  # (r, r), fp32
+    B: Tensor  # (N, r)
+    s: float = 0.5
+
+    @classmethod
+    def random(cls, T: int, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device, seed: int) -> Operands:
+        g = torch.Generator(device).manual_seed(seed)
+
+        def rand(*shape: int, over: int = 1) -> Tensor:
+            return (torch.randn(*shape, generator=g, device=device) / over**0.5).to(dtype)
+
+        R = torch.randn(r, r, generator=g, device=device) / r**0.5
+        x, gY, W, A, B = rand(T, K), rand(T, N), rand(N, K, over=K), rand(r, K, over=K), rand(N, r, over=r)
+        return cls(x.requires_grad_(), gY, W, A, R, B)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.x, self.gY, self.W, self.A, self.B))
+
+    def linear(self) -> nn.Linear:
+        """The frozen linear alone."""
+        linear = nn.Linear(self.W.shape[1], self.W.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(self.W, requires_grad=False)
+        return linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A built path: y = call(x); `trained` get gradients; what it computes is x W^T + s x (B R A)^T with `factors`."""
+
+    call: Callable[[Tensor], Tensor]
+    trained: tuple[Tensor, ...] = ()
+    factors: tuple[Tensor, Tensor, Tensor] | None = None  # (A, R, B); None: no adapter
+    s: float = 1.0
+
+
+@dataclass(frozen=True)
+class Path:
+    """`build` makes one layer for each set of operands; `within` is open while they run."""
+
+    name: str
+    what: str
+    build: Callable[[list[Operands]], list[Layer]]
+    default: bool = True  # part of a run that names no paths
+    missing: Callable[[], str | None] = lambda: None  # why it cannot be built here
+    within: Callable[[], AbstractContextManager] = field(default=nullcontext)
+
+
+def _each(build: Callable[[Operands], Layer]) -> Callable[[list[Operands]], list[Layer]]:
+    return lambda sets: [build(o) for o in sets]
+
+
+def _fused(o: Operands, dtype: torch.dtype | None = None) -> LoRAXSLinear:
+    layer = LoRAXSLinear.from_linear(o.linear(), o.R.shape[0], alpha=o.s * o.R.shape[0], init=(o.A, o.B), dtype=dtype)
+    layer.R.data.copy_(o.R)
+    return layer
+
+
+def _frozen(o: Operands) -> Layer:
+    return Layer(o.linear())
+
+
+def _reference(o: Operands, dtype: torch.dtype | None = None) -> Layer:
+    layer = reference.UnfusedLinear(_fused(o, dtype))
+    layer.lora_latent.to(dtype or o.x.dtype)
+    R = layer.lora_latent.weight
+    return Layer(layer, (R,), (layer.lora_A.weight, R, layer.lora_B.weight), o.s)
+
+
+def _addmm(o: Operands) -> Layer:
+    """What unsloth does for LoRA, for R: the base GEMM, then the adapter added by a second, in one autograd node."""
+    R = o.R.to(o.x.dtype).requires_grad_()
+
+    def primitive(
+        x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, bias: Tensor | None, out: None = None
+    ) -> tuple[Tensor, Tensor]:
+        z = x @ A.t()
+        return F.linear(x, W, bias).addmm_(z @ R.t(), B.t(), alpha=s), z
+
+    def call(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return _LowRankLinear.apply(None, x, o.W, o.A, R, o.B, o.s, None, primitive)
+        return primitive(x, o.W, o.A, R, o.B, o.s, None)[0]
+
+    return Layer(call, (R,), (o.A, R, o.B), o.s)
+
+
+def _backend(o: Operands) -> Layer:
+    layer = _fused(o)
+    return Layer(layer, (layer.R,), (o.A, layer.R, o.B), o.s)
+
+
+def _operator(o: Operands) -> Layer:
+    """The torch.library operator, called eagerly."""
+    R = nn.Parameter(o.R.clone())
+
+    def call(x: Tensor) -> Tensor:
+        return ops.lowrank_linear(x, o.W, o.A, R, o.B, o.s, None, "torch")[0]
+
+    return Layer(call, (R,), (o.A, R, o.B), o.s)
+
+
+def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
+    torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
+
+    # Without cudagraphs of its own: graph mode measures those for every path alike.
+    @partial(torch.compile, mode=mode, dynamic=False)
+    def chain(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float) -> Tensor:
+        return reference.lowrank_linear(x, W, A, R, B, s)[0]
+
+    def layer(o: Operands) -> Layer:
+        R = o.R.to(o.x.dtype).requires_grad_()
+        return Layer(lambda x: chain(x, o.W, o.A, R, o.B, o.s), (R,), (o.A, R, o.B), o.s)
+
+    return [layer(o) for o in sets]
+
+
+def _peft_lora(o: Operands) -> Layer:
+    """PEFT's own LoRA layer with its defaults: A and B train, in fp32.  It starts with lora_A = R A, lora_B = B."""
+    from peft import LoraConfig, get_peft_model
+
+    r = o.R.shape[0]
+    config = LoraConfig(r=r, lora_alpha=o.s * r, target_modules=["0"])
+    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A.data.copy_(o.R @ o.A.float())
+    B.data.copy_(o.B)
+    return Layer(layer, (A, B), (A, torch.eye(r, device=A.device), B), o.s)
+
+
+def _peft_tinylora(o: Operands) -> Layer:
+    """PEFT's own TinyLoRA layer with its defaults: R = sum v_i P_i and v trains, in fp32; A and B are the operands'."""
+    from peft import TinyLoraConfig, get_peft_model
+    from peft.tuners.tinylora.layer import TinyLoraLayer
+
+    def given(layer: TinyLoraLayer, adapter: str, r: int, *_: object) -> None:  # in place of a full SVD of W
+        layer.tinylora_A[adapter], layer.tinylora_B[adapter], layer.r[adapter] = o.A.clone(), o.B.clone(), r
+
+    config = TinyLoraConfig(r=o.R.shape[0], target_modules=["0"], init_v_bound=0.2)
+    with mock.patch.object(TinyLoraLayer, "_init_svd", given):
+        layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    v = next(p for p in layer.parameters() if p.requires_grad)
+    factors = (layer.tinylora_A["default"], layer._compute_R("default").detach(), layer.tinylora_B["default"])
+    return Layer(layer, (v,), factors)
+
+
+def _peft(config: str) -> str | None:
+    if importlib.util.find_spec("peft") is None:
+        return "the package peft is not installed"
+    import peft
+
+    return None if hasattr(peft, config) else f"peft {peft.__version__} has no {config}"
+
+
+PATHS = {
+    path.name: path
+    for path in (
+        Path("frozen", "the frozen linear alone: the floor", _each(_frozen)),
+        Path(
+            "reference-fp32",
+            "the reference layer as PEFT runs it: four ops, adapters upcast to fp32",
+            _each(partial(_reference, dtype=torch.float32)),
+        ),
+        Path("reference", "the reference layer: four ops, adapters in the weight's dtype", _each(_reference)),
+        Path("addmm", "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)", _each(_addmm)),
+        Path("compile", "torch.compile of the reference chain", partial(_compiled, mode="default"), default=False),
+        Path(
+            "compile-max",
+            "torch.compile of the reference chain, max-autotune",
+            partial(_compiled, mode="max-autotune-no-cudagraphs"),
+            default=False,
+        ),
+        Path("peft-lora", "PEFT's LoRA layer (A and B train)", _each(_peft_lora), missing=lambda: _peft("LoraConfig")),
+        Path(
+            "peft-tinylora",
+            "PEFT's TinyLoRA layer (R = sum v_i P_i)",
+            _each(_peft_tinylora),
+            missing=lambda: _peft("TinyLoraConfig"),
+        ),
+        *(
+            Path(
+                name,
+                f"LoRAXSLinear on the {name} backend",
+                _each(_backend),
+                missing=partial(backends.unavailable, name),
+                within=partial(backends.backend, name),
+            )
+            for name in backends.NAMES
+        ),
+        Path("operator", "the same through the torch.library operator, called eagerly", _each(_operator), False),
+    )
+}
+
+
+def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
+    """What is timed: forward (under no_grad), backward (of a kept graph) or both; gradients for x and `trained`."""
+
+    def forward(layer: Layer, o: Operands) -> Call:
+        def run() -> None:
+            with torch.no_grad():
+                layer.call(o.x)
+
+        return run
+
+    def both(layer: Layer, o: Operands) -> Call:
+        inputs = (o.x, *layer.trained)
+        return lambda: torch.autograd.grad(layer.call(o.x), inputs, o.gY)
+
+    def backward(layer: Layer, o: Operands) -> Call:
+        inputs, y = (o.x, *layer.trained), layer.call(o.x)
+        return lambda: torch.autograd.grad(y, inputs, o.gY, retain_graph=True)
+
+    make = {"forward": forward, "both": both, "backward": backward}[direction]
+    return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
+
+
+def errors(layer: Layer, o: Operands) -> dict[str, tuple[float, float]]:
+    """{"y", "gX" and, where R itself trains, "gR": (relative error against the fp64 oracle, what is allowed)}.
+
+    y and gX are compared on rows spread over all of x, gR whole: its oracle is low-rank and costs little.
+    """
+    inputs = (o.x, *layer.trained)
+    y = layer.call(o.x)
+    gX, *trained = torch.autograd.grad(y, inputs, o.gY)
+    T, dtype = o.x.shape[0], o.x.dtype
+    rows = torch.linspace(0, T - 1, min(T, ROWS), device=o.x.device).round().long()
+    got = {"y": y.detach()[rows], "gX": gX[rows]}
+    r = o.R.shape[0]
+    if layer.factors and len(trained) == 1 and trained[0].shape == (r, r):
+        got["gR"] = trained[0]
+    chain, oracle = (_expected(layer, o, rows, dt) for dt in (dtype, torch.float64))
+    return {
+        name: (
+            reference.relative_error(value, oracle[name]),
+            reference.allowed_error(chain[name], oracle[name], dtype),
+        )
+        for name, value in got.items()
+    }
+
+
+def _expected(layer: Layer, o: Operands, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """y and gX on some rows, and gR, from the specification, with every operand in `dtype`."""
+    x, gY, W = (t.detach().to(dtype) for t in (o.x[rows], o.gY[rows], o.W))
+    if layer.factors is None:
+        return {"y": x @ W.T, "gX": gY @ W}
+    A, R, B = (t.detach().to(dtype) for t in layer.factors)
+    z, v = o.x.detach().to(dtype) @ A.T, o.gY.to(dtype) @ B
+    return {
+        "y": reference.lowrank_linear(x, W, A, R, B, layer.s)[0],
+        "gX": reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.s)[0],
+        "gR": layer.s * (v.T @ z),
+    }

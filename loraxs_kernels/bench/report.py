@@ -1,0 +1,183 @@
+"""The JSON of a run, version 2: one object, written anew after every row, so that a run may stop at any moment.
+
+    format, version          "loraxs-bench", 2
+    date, machine, versions  when and where (info.environment): date in UTC; on a GPU its driver and memory too
+    commit, dirty            of the source, where it is a git checkout; else the package's version, and null
+    settings                 what was asked for
+    ceilings                 bandwidth (bytes/s), half and single (flop/s) of this GPU, measured in this run, or null
+    complete, seconds        whether the run came to its end, and how long it took
+    rows                     a list, below
+    tests                    of bench/gpu_suite.py alone: for each component a hash of its files, and how many of its
+                             tests passed and failed
+
+Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
+quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.
+
+    layer, host  model, layers, count (of this shape in a block), N, K, T, r, dtype, direction, mode; errors, and
+                 what the accuracy rule allows; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept);
+                 over: {frozen, reference, peft-lora: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
+                 peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward, backward}
+    model        model, blocks, r, T (a step's tokens), sequence, checkpointing; seconds and over as above; peak_bytes;
+                 loss, trained (parameters), gR_difference (from the first way measured)
+    svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a
+                 singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
+                 for a whole model: matrices, peak_bytes
+
+Files are added, never changed: a name that is taken gets a number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..adapter_file import write_atomically
+from ..info import environment
+from . import BenchError
+from .settings import QUESTIONS, Settings
+
+FORMAT, VERSION = "loraxs-bench", 2
+_FIELDS = ("date", "machine", "versions", "commit", "settings", "ceilings", "complete", "seconds", "rows")
+
+
+class Report:
+    """A run in the making; every `add` is on the disk when it returns."""
+
+    def __init__(self, settings: Settings, out: Path | None, commit: str | None = None) -> None:
+        self.started = time.perf_counter()
+        found = source()
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            **environment(settings.device),
+            "commit": commit or found[0],
+            "dirty": None if commit else found[1],
+            "settings": {
+                "questions": settings.questions,
+                "model": settings.model,
+                "shapes": [str(shape) for shape in settings.shapes],
+                "tokens": settings.tokens,
+                "ranks": settings.ranks,
+                "dtype": settings.dtype_name,
+                "direction": settings.direction,
+                "paths": [*settings.paths, *settings.svd_paths],
+                "left_out": settings.left_out,
+                "modes": settings.modes,
+                "seconds": settings.seconds,
+                "blocks": settings.blocks,
+                "sequence": settings.sequence,
+                "batch": settings.batch,
+            },
+            "ceilings": None,
+            "complete": False,
+            "seconds": 0.0,
+            "rows": [],
+        }
+        self.path = _target(out, self.data)
+        self.save()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.data["rows"].append(row)
+        self.save()
+
+    def finish(self) -> None:
+        self.data["complete"] = True
+        self.save()
+
+    def save(self) -> None:
+        self.data["seconds"] = round(time.perf_counter() - self.started, 1)
+        save(self.data, self.path)
+
+
+def save(data: dict[str, Any], path: Path) -> None:
+    write_atomically(path, dumps(data).encode())
+
+
+def dumps(data: dict[str, Any]) -> str:
+    """JSON with a line for each row: small, and readable in a diff."""
+    head = {key: value for key, value in data.items() if key != "rows"}
+    text = json.dumps(head, indent=1)
+    rows = ",\n".join("  " + json.dumps(_short(row)) for row in data["rows"])
+    return f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def _short(value: Any) -> Any:
+    """Numbers to five figures: the sixth is noise."""
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A report, checked.  Raises BenchError, naming the file, where it is not one this version reads."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: cannot be read as a report: {error}") from error
+    if not is_report(data) or data.get("version") != VERSION:
+        raise BenchError(f"{path}: must be a report of `loraxs bench`, version {VERSION}")
+    if missing := [field for field in _FIELDS if field not in data]:
+        raise BenchError(f"{path}: has no {', '.join(missing)}")
+    for i, row in enumerate(data["rows"]):
+        ok = row.get("status") == "ok" or (row.get("status") == "failed" and row.get("reason"))
+        if row.get("question") not in QUESTIONS or not row.get("path") or not ok:
+            raise BenchError(
+                f"{path}: row {i} must have a question, a path, and the status ok, or failed with a reason"
+            )
+    return data
+
+
+def is_report(data: Any) -> bool:
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def source() -> tuple[str, bool | None]:
+    """(commit, whether files differ from it) of the checkout this package runs from, else (its version, None)."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return __version__, None
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return __version__, None
+
+
+def folder(device: str) -> str:
+    """The folder of a device's results: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _target(out: Path | None, data: dict[str, Any]) -> Path:
+    """Where to write: the file asked for, which must not be there; or a new one in <folder asked for>/<device>/."""
+    name = f"{data['date'][:10]}-{data['commit']}.json"
+    if out is None:
+        path = free(Path(f"loraxs-bench-{name}"))
+    elif out.suffix != ".json":
+        path = free(out / folder(data["machine"]["device"]) / name)
+    elif out.exists():
+        raise BenchError(f"out: {out} is there already, and measurements are never overwritten; name another file")
+    else:
+        path = out
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"out: the folder {path.parent} cannot be made: {error}") from error
+    return path
+
+
+def free(path: Path) -> Path:
+    """The path, with a number where it is taken."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())

@@ -1,0 +1,145 @@
+"""What a run was asked to measure, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import BenchError
+from .paths import PATHS
+from .roofline import DIRECTIONS
+from .shapes import MODELS, Shape, parse
+from .svd import METHODS
+
+QUESTIONS = ("layer", "host", "svd", "model")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = ("eager", "graph")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked request; `check` makes one."""
+
+    questions: tuple[str, ...]
+    model: str  # a name of shapes.MODELS, a folder with a Hugging Face model, or "" for shapes given one by one
+    shapes: tuple[Shape, ...]
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    dtype_name: str
+    direction: str
+    paths: tuple[str, ...]  # of paths.PATHS
+    svd_paths: tuple[str, ...]  # of svd.METHODS
+    left_out: dict[str, str]  # paths that were not asked for by name and cannot run here: why
+    modes: tuple[str, ...]
+    device: torch.device
+    seconds: float  # for each path at each point
+    blocks: int | None  # of the model, where not all
+    sequence: int  # of the question model: tokens of a sequence, and sequences of a step
+    batch: int
+
+
+def check(
+    questions: Sequence[str] = (),
+    model: str | None = None,
+    shapes: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    ranks: Sequence[int] = (),
+    dtype: str | None = None,
+    direction: str = "both",
+    paths: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    device: str | None = None,
+    seconds: float | None = None,
+    blocks: int | None = None,
+    sequence: int | None = None,
+    batch: int | None = None,
+) -> Settings:
+    """Fill in what was not asked for, by what the device can do in about a minute; refuse what cannot be.
+
+    Raises BenchError, naming the option, what it was and what it must be.
+    """
+    there = _device(device)
+    gpu = there.type == "cuda"
+    _known("question", questions, QUESTIONS)
+    _known("direction", [direction], DIRECTIONS)
+    _known("path", paths, (*PATHS, *METHODS, "all"))
+    _known("mode", modes, MODES)
+    if model is not None and shapes:
+        raise BenchError(f"model and shape: got {model!r} and {shapes[0]!r}, give one of the two")
+    model = model or ("" if shapes else "mistral-7b" if gpu else "tiny" if "model" in questions else "")
+    if model and model not in MODELS and not (Path(model) / "config.json").is_file():
+        known = ", ".join(MODELS)
+        raise BenchError(f"model: got {model!r}, must be one of {known}, or a folder with a Hugging Face model")
+    if model and model not in MODELS and set(questions) != {"model"}:
+        raise BenchError(f"model: got the folder {model!r}, which answers the question model alone")
+    if "graph" in modes and not gpu:
+        raise BenchError("mode: got 'graph' on a CPU, CUDA graphs need a GPU")
+    dtype = dtype or ("bf16" if gpu else "fp32")
+    _known("dtype", [dtype], DTYPES)
+    for name, numbers in dict(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch]).items():
+        if any(number is not None and number < 1 for number in numbers):
+            raise BenchError(f"{name}: got {min(numbers)}, must be at least 1")
+    if seconds is not None and not 0 < seconds < 3600:
+        raise BenchError(f"seconds: got {seconds:g}, must be above 0 and below 3600")
+    try:
+        given = tuple(parse(text) for text in shapes)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    if not given:
+        given = MODELS[model].shapes if model in MODELS else (Shape(1024, 1024), Shape(1024, 4096))
+    chosen, left_out = _paths(paths, PATHS)
+    chosen_svd, left_out_svd = _paths(paths, METHODS)
+    return Settings(
+        questions=tuple(questions) or ("layer", "host"),
+        model=model,
+        shapes=given,
+        tokens=tuple(tokens) or ((512, 8192) if gpu else (64, 512)),
+        ranks=tuple(ranks) or ((16, 64) if gpu else (16,)),
+        dtype=DTYPES[dtype],
+        dtype_name=dtype,
+        direction=direction,
+        paths=chosen,
+        svd_paths=chosen_svd,
+        left_out=left_out | left_out_svd,
+        modes=tuple(modes) or (MODES if gpu else MODES[:1]),
+        device=there,
+        seconds=seconds or (0.1 if gpu else 0.5),
+        blocks=blocks,
+        sequence=sequence or (2048 if gpu else 64),
+        batch=batch or (4 if gpu else 2),
+    )
+
+
+def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise BenchError(f"{what}: got {name!r}, must be one of {', '.join(known)}")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BenchError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BenchError(f"device: got {name!r}, must be a CPU or a CUDA device")
+    return device
+
+
+def _paths(asked: Sequence[str], known: dict) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Which of `known` to run, the floor always among them, and those left out because they cannot run here."""
+    wanted = {name for name in known if name in asked or name == "frozen"}
+    if "all" in asked:
+        wanted |= {name for name in known if name != "operator"}  # that one is for the question host
+    elif not asked:
+        wanted |= {name for name in known if known[name].default}
+    missing = {name: why for name in known if name in wanted and (why := known[name].missing())}
+    for name in missing:
+        if name in asked:
+            raise BenchError(f"path: {name!r} cannot run here: {missing[name]}")
+    return tuple(name for name in known if name in wanted and name not in missing), missing

@@ -1,0 +1,83 @@
+"""The linear layers of the models people fine-tune: their shapes, and how often each occurs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Linears of one shape: weight (N, K), `count` of them in each of the model's blocks."""
+
+    N: int
+    K: int
+    count: int = 1
+    names: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.K}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer by its linears; `config` are the sizes of its Hugging Face configuration (of `model_type`)."""
+
+    name: str
+    model_type: str
+    blocks: int
+    shapes: tuple[Shape, ...]
+    config: dict[str, int]
+
+    @property
+    def linears(self) -> int:
+        return self.blocks * sum(shape.count for shape in self.shapes)
+
+
+def _decoder(name: str, model_type: str, blocks: int, hidden: int, kv: int, mlp: int, q: int, config: dict) -> Model:
+    """A Llama-like block: q, k, v, o and a gated MLP."""
+    shapes = [Shape(q, hidden, 1, "q"), Shape(kv, hidden, 2, "k v"), Shape(hidden, q, 1, "o")]
+    if q == hidden:
+        shapes = [Shape(hidden, hidden, 2, "q o"), Shape(kv, hidden, 2, "k v")]
+    shapes += [Shape(mlp, hidden, 2, "gate up"), Shape(hidden, mlp, 1, "down")]
+    config = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks) | config
+    return Model(name, model_type, blocks, tuple(shapes), config)
+
+
+# Sizes from the models' published configurations.
+MODELS = {
+    model.name: model
+    for model in (
+        _decoder(
+            *("mistral-7b", "mistral", 32, 4096, 1024, 14336, 4096),
+            dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=32000),
+        ),
+        _decoder(
+            *("llama-3-8b", "llama", 32, 4096, 1024, 14336, 4096),
+            dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+        ),
+        _decoder(
+            *("gemma-7b", "gemma", 28, 3072, 4096, 24576, 4096),
+            dict(num_attention_heads=16, num_key_value_heads=16, head_dim=256, vocab_size=256000),
+        ),
+        Model(
+            *("roberta-large", "roberta", 24),
+            (Shape(1024, 1024, 4, "q k v o"), Shape(4096, 1024, 1, "intermediate"), Shape(1024, 4096, 1, "output")),
+            dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+            | dict(vocab_size=50265, max_position_embeddings=514),
+        ),
+        # Not a model anyone uses: a block small enough to run everything on a CPU in seconds.
+        _decoder(
+            *("tiny", "mistral", 2, 256, 128, 512, 256),
+            dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
+        ),
+    )
+}
+
+
+def parse(text: str) -> Shape:
+    """The shape written "NxK", as in 4096x14336.  Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or 0 in (N_K := tuple(map(int, match.groups()))):
+        raise ValueError(f"shape: got {text!r}, must be NxK, out-features by in-features, such as 4096x14336")
+    return Shape(*N_K)

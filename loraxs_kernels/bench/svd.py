@@ -1,0 +1,179 @@
+"""How long do the factors take, and how exact are they?  truncated_svd beside scikit-learn's and torch's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import LoRAXSLinear
+from ..svd import truncated_svd
+from . import timer
+from .layer import Row, failure, release
+from .shapes import MODELS, Shape
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+SPIKES = 256
+MIN_ROUNDS = 3  # a full decomposition may take minutes
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """`run(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
+
+    what: str
+    run: Callable[[Tensor, int], Triplets]
+    default: bool = True
+    missing: Callable[[], str | None] = lambda: None
+
+
+def _sklearn(W: Tensor, r: int) -> Triplets:
+    """As the LoRA-XS reference calls it: n_iter = 10, on the CPU, the vectors from the fitted transform."""
+    from sklearn.decomposition import TruncatedSVD
+
+    svd = TruncatedSVD(n_components=r, n_iter=10, random_state=42)
+    U = svd.fit_transform(W.float().cpu().numpy()) / svd.singular_values_
+    return tuple(torch.from_numpy(t).to(W.device) for t in (U, svd.singular_values_, svd.components_))
+
+
+def _svd_lowrank(W: Tensor, r: int) -> Triplets:
+    U, S, V = torch.svd_lowrank(W.float(), q=min(r + 10, *W.shape), niter=10)
+    return U[:, :r], S[:r], V[:, :r].T
+
+
+def _full(W: Tensor, r: int) -> Triplets:
+    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+METHODS = {
+    "loraxs-svd": Method("truncated_svd", truncated_svd),
+    "sklearn": Method(
+        "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)",
+        _sklearn,
+        missing=lambda: None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed",
+    ),
+    "svd-lowrank": Method("torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank),
+    "svd-full": Method("torch.linalg.svd", _full, default=False),
+}
+
+
+def points(settings: Settings) -> int:
+    return len(settings.shapes) * len(settings.ranks) + (len(settings.ranks) if _whole(settings) else 0)
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each method, shape and rank; on a GPU one more for all linears of the model."""
+    for shape in settings.shapes:
+        W = weight(shape, settings)
+        sigma, energy = truth(W)
+        for r in settings.ranks:
+            if r <= min(shape.N, shape.K):
+                yield from point(settings, shape, W, r, sigma, energy)
+        del W
+        release()
+    if _whole(settings):
+        for r in settings.ranks:
+            yield whole(settings, r)
+
+
+def _whole(settings: Settings) -> bool:
+    return settings.model in MODELS and (settings.device.type == "cuda" or settings.model == "tiny")
+
+
+def weight(shape: Shape, settings: Settings, seed: int = 0) -> Tensor:
+    """A random matrix with the spectrum of a trained weight: a slowly decaying head over a Gaussian bulk."""
+    g = torch.Generator(settings.device).manual_seed(seed)
+    k = min(SPIKES, shape.N, shape.K)
+    U, V, W = (
+        torch.randn(*size, generator=g, device=settings.device) / size[1 if size[1] != k else 0] ** 0.5
+        for size in ((shape.N, k), (shape.K, k), (shape.N, shape.K))
+    )
+    head = 10 / (1 + torch.arange(k, device=settings.device)) ** 0.5
+    return (W + (U * head) @ V.T).to(settings.dtype)
+
+
+def truth(W: Tensor) -> tuple[Tensor, float]:
+    """All singular values of W, descending, and the sum of their squares, from the fp64 Gram of its shorter side."""
+    W = W.double()
+    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return squares.sqrt(), squares.sum().item()
+
+
+def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, energy: float) -> Iterator[Row]:
+    where = {"question": "svd", "model": settings.model, "layers": shape.names, "count": shape.count}
+    where |= {"N": shape.N, "K": shape.K, "r": r, "dtype": settings.dtype_name}
+    passes, facts = {}, {}
+    for name in settings.svd_paths:
+
+        def call(method: Method = METHODS[name]) -> Triplets:
+            return method.run(W, r)
+
+        try:
+            facts[name] = accuracy(W, *call(), sigma, energy)
+            passes[name] = timer.Pass(call, 1)
+        except Exception as error:
+            yield where | failure(name, error)
+    samples = timer.interleave(passes, settings.device, settings.seconds, MIN_ROUNDS)
+    for name, own in samples.items():
+        row = where | {"path": name, "status": "ok", "rounds": len(own)} | facts[name]
+        if settings.device.type == "cuda":
+            row["seconds"] = dataclasses.asdict(timer.Spread.of(own))
+        row["over"] = {other: dataclasses.asdict(timer.Spread.of(own / samples[other])) for other in samples}
+        yield row | {"noisy": timer.Spread.of(own).noisy}
+
+
+def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy: float) -> Row:
+    """The largest relative error of a singular value; how much the reconstruction loses beyond the best of its rank."""
+    r = len(S)
+    U, S, Vh = U.double(), S.double(), Vh.double()
+    best = energy - sigma[:r].square().sum().item()
+    lost = (W.double() - (U * S) @ Vh).square().sum().item()
+    return {
+        "sigma_error": ((S - sigma[:r]).abs() / sigma[:r]).max().item(),
+        "excess": lost / best - 1 if best > 0 else None,
+    }
+
+
+def whole(settings: Settings, r: int) -> Row:
+    """Every linear of the model, resident in its dtype: the layers that `attach` would make, one after another."""
+    model = MODELS[settings.model]
+    row = {"question": "svd", "model": model.name, "r": r, "dtype": settings.dtype_name, "path": "loraxs-svd"}
+    row |= {"matrices": (settings.blocks or model.blocks) * sum(shape.count for shape in model.shapes)}
+    try:
+        linears = []
+        for i in range(settings.blocks or model.blocks):
+            for shape in model.shapes:
+                for j in range(shape.count):
+                    linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
+                    linear.weight = nn.Parameter(weight(shape, settings, 7 * i + j), requires_grad=False)
+                    linears.append(linear)
+        gpu = settings.device.type == "cuda"
+        made: list[LoRAXSLinear] = []
+
+        def attach() -> None:
+            made.extend(LoRAXSLinear.from_linear(linear, r, init="svd") for linear in linears)
+
+        if gpu:
+            held = torch.cuda.memory_allocated(settings.device)
+            torch.cuda.reset_peak_memory_stats(settings.device)
+        seconds = timer.once(attach)
+        if gpu:
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(settings.device) - held
+            row["seconds"] = dict.fromkeys(("low", "median", "high"), seconds)
+        return row | {"status": "ok", "rounds": 1, "over": {}, "noisy": False}
+    except Exception as error:
+        return row | failure("loraxs-svd", error)
+    finally:
+        linears = made = None
+        release()

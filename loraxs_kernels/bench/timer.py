@@ -1,0 +1,198 @@
+"""Timing: several calls side by side, in turn, so that whatever drifts drifts for all of them.
+
+A sample is the time of one call, averaged over a pass through all sets of operands; a round takes one sample of every
+call.  Figures are medians and quartiles over rounds, and ratios are taken within a round.
+
+On a GPU a sample lies between two CUDA events, queued without waiting; the sets together are larger than the L2
+cache, so every call finds its operands in memory, as it would in a model.  In graph mode a pass over all sets is one
+CUDA graph: what is left is the GPU's own time, without the host's.  On a CPU only ratios are meant to be read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .roofline import Ceilings
+
+MIN_ROUNDS, MAX_ROUNDS = 9, 200
+SAMPLE = 5e-3  # seconds a sample should last at least
+NOISY = 0.10  # quartiles further apart than this fraction of the median: the figure is not to be trusted
+QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+_L2_MULTIPLE = 3  # the sets of operands together, as a multiple of the L2 cache
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quartiles of a figure over rounds."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Spread:
+        return cls(*samples.double().quantile(QUARTILES).tolist())
+
+    @property
+    def noisy(self) -> bool:
+        return self.high - self.low > NOISY * self.median
+
+
+def sets_needed(device: torch.device, bytes_each: int) -> int:
+    """How many sets of operands of `bytes_each` it takes to leave the L2 cache; 1 on a CPU, where only ratios count."""
+    if device.type != "cuda":
+        return 1
+    L2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 if bytes_each > _L2_MULTIPLE * L2 else -(-_L2_MULTIPLE * L2 // bytes_each) + 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call for each set of operands, ready to be timed; `within` is open while it runs."""
+
+    run: Call
+    length: int
+    within: Callable[[], AbstractContextManager] = nullcontext
+
+
+def prepare(
+    calls: list[Call],
+    device: torch.device,
+    graph: bool = False,
+    within: Callable[[], AbstractContextManager] = nullcontext,
+) -> Pass:
+    """Warm up, apart from every measurement; with `graph` (CUDA), capture the pass over all sets as one graph."""
+    with _on(device), within():
+        if graph:
+            return Pass(_captured(calls), len(calls))
+        for call in (*calls, *calls):
+            call()
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return Pass(run, len(calls), within)
+
+
+def interleave(
+    passes: dict[str, Pass], device: torch.device, seconds: float, min_rounds: int = MIN_ROUNDS, issue: bool = False
+) -> dict[str, Tensor]:
+    """Time the passes in turn, for about `seconds` each; {name: seconds of one call, for each round}.
+
+    With `issue`, on a GPU, what is timed is the host issuing the calls to an idle device.
+    """
+    clock = _host_clock if issue or device.type != "cuda" else _cuda_clock
+    with _on(device):
+        once = {name: max(clock([(each, 1)])[0], 1e-9) for name, each in passes.items()}
+        repeats = {name: max(1, round(SAMPLE / t)) for name, t in once.items()}
+        if clock is _host_clock and device.type == "cuda":  # more would fill the launch queue, and wait for the device
+            repeats = {name: min(n, max(1, 16 // passes[name].length)) for name, n in repeats.items()}
+        round_s = sum(once[name] * repeats[name] for name in passes)
+        rounds = max(min_rounds, min(MAX_ROUNDS, int(seconds * len(passes) / round_s)))
+        names, samples = list(passes), {name: [] for name in passes}
+        for i in range(rounds):
+            order = names[i % len(names) :] + names[: i % len(names)]
+            for name, t in zip(order, clock([(passes[name], repeats[name]) for name in order]), strict=True):
+                samples[name].append(t / (repeats[name] * passes[name].length))
+    return {name: torch.tensor(each, dtype=torch.float64) for name, each in samples.items()}
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _captured(calls: list[Call]) -> Call:
+    """Every set is in the graph, so that none is found in the cache."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call does (handles, compilation, autograd) must not be captured
+        for call in (*calls, *calls):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph.replay
+
+
+def _cuda_clock(runs: list[tuple[Pass, int]]) -> list[float]:
+    """Seconds of each pass, repeated as often as it says, between CUDA events; the host waits once, at the end."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
+    torch.cuda.synchronize()
+    for (each, repeats), (start, end) in zip(runs, events, strict=True):
+        with each.within():
+            start.record()
+            for _ in range(repeats):
+                each.run()
+            end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+def _host_clock(runs: list[tuple[Pass, int]]) -> list[float]:
+    times = []
+    for each, repeats in runs:
+        with each.within():
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                each.run()
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def once(run: Call) -> float:
+    """Seconds of one run, the GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def ceilings(device: torch.device, size: int = 8192) -> Ceilings:
+    """This machine's own, measured: a copy (bytes read and written) and a GEMM of size^3 on random data, two dtypes."""
+    words = size * size * (8 if device.type == "cuda" else 1)  # on a GPU well past the cache
+    source = torch.randn(words, device=device)
+    target = torch.empty_like(source)
+    half, single = (torch.randn(2, size, size, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "half": lambda: torch.mm(half[0], half[1]),
+        "single": lambda: torch.mm(single[0], single[1]),
+    }
+    samples = interleave({name: prepare([call], device) for name, call in calls.items()}, device, 0.1)
+    copy, half_s, single_s = (samples[name].median().item() for name in ("copy", "half", "single"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    flops = 2.0 * size**3
+    return Ceilings(name, 8.0 * words / copy, flops / half_s, flops / single_s, f"measured: copy, GEMM of {size}^3")
+
+
+def gauges(device: torch.device) -> dict[str, int]:
+    """The GPU's SM clock (MHz), temperature (C) and power (W) now, as far as the driver's library tells them."""
+    found = {}
+    if device.type == "cuda":
+        for name, read in (("MHz", "clock_rate"), ("C", "temperature"), ("W", "power_draw")):
+            with suppress(Exception):  # no nvidia-ml-py, or not allowed to ask: a figure less, not a failure
+                found[name] = getattr(torch.cuda, read)(device)
+    if "W" in found:
+        found["W"] = round(found["W"] / 1000)  # mW
+    return found
