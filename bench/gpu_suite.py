@@ -93,7 +93,7 @@ class Suite:
                 try:
                     process.wait(min(EVERY, max(0.1, seconds - (time.monotonic() - began))))
                 except subprocess.TimeoutExpired:
-                    self.take(watch, rows)
+                    self.take(name, watch, rows)
         finally:
             if process.poll() is None:
                 self.cut = True
@@ -104,16 +104,16 @@ class Suite:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-            self.take(watch, rows)
+            self.take(name, watch, rows)
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
         return process.returncode
 
-    def take(self, part: Path | None, rows: list[dict]) -> None:
+    def take(self, name: str, part: Path | None, rows: list[dict]) -> None:
         """The rows before this bench and those it has written until now."""
         if part is None or not part.exists():
             return
         found = report.load(part)
-        self.data["rows"] = rows + found["rows"]
+        self.data["rows"] = rows + [{"run": name, **row} for row in found["rows"]]
         self.data["ceilings"] = self.data["ceilings"] or found["ceilings"]
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
         self.save()
@@ -159,12 +159,11 @@ def summary(data: dict[str, Any]) -> str:
     lines = [f"{name}: {each['passed']} passed, {each['failed']} failed" for name, each in data["tests"].items()]
     lines = ["gpu tests: " + ("; ".join(lines) or "none ran")]
     points = tables.mix(row for row in data["rows"] if row["status"] == "ok")
-    for key, paths in points.items():
-        _, dtype, direction, mode, T, r = key
-        if (T, r) in ((512, 16), (512, 64), (8192, 16), (8192, 64)) and direction == "both":
+    for at, paths in points.items():
+        if at.T in (512, 8192) and at.r in (16, 64) and at.direction == "both":
             taxes = {path: tables.measured_tax(paths, path) for path in paths if path != "frozen"}
             cells = ", ".join(f"{path} {100 * tax:.1f}" for path, tax in taxes.items() if tax is not None)
-            lines.append(f"tax % T {T} r {r} {dtype} {mode}: {cells}")
+            lines.append(f"{at.run}: tax % T {at.T} r {at.r} {at.dtype} {at.mode}: {cells}")
     for row in data["rows"]:
         if row["status"] != "ok" or "seconds" not in row:
             continue

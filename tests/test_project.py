@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
@@ -24,7 +23,8 @@ import sys, torch
 before = set(sys.modules)
 import loraxs_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not new & {"transformers", "peft", "matplotlib", "sklearn", "triton"}, new
+assert not new & {"transformers", "peft", "matplotlib", "sklearn", "triton", "rich"}, new
+assert "loraxs_kernels.bench" not in sys.modules and "loraxs_kernels.demo" not in sys.modules
 assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules), "a compiler was loaded"
 assert not torch.cuda.is_initialized()
 assert torch.get_float32_matmul_precision() == "highest"
@@ -62,25 +62,3 @@ def test_unknown_commands_are_refused(capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2 and "usage: loraxs" in capsys.readouterr().err
-
-
-def test_the_readmes_figures_stand_in_the_results():
-    """Every row of its tables is the rendering of a committed result."""
-    readme, results = (ROOT / "README.md").read_text(), ROOT / "bench" / "results"
-    reports = [path for path in re.findall(r"`bench/results/([\w./-]+\.json)`", readme)]
-    rows = set()
-    for report in (json.loads((results / path).read_text()) for path in reports):
-        assert report["date"][:10] in readme and report["machine"]["cpu"] in readme
-        if report.get("question") == "layer":
-            rows |= {
-                f"| {row['group']}, {row['dtype']} | {row['T']} | {row['K']} | {row['path']} / {row['over']} "
-                f"| {row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f} |"
-                for row in report["rows"]
-            }
-        else:
-            for row in report["rows"].values():
-                spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
-                parameters = f"{row['adapter_parameters']:,} + {row['head_parameters']:,}"
-                rows.add(f"| {row['label']} | {100 * row['accuracy']:.1f}{spread} | {parameters} |")
-    quoted = set(re.findall(r"^\| .*\d\.\d.*\|$", readme, re.M))
-    assert len(reports) >= 2 and quoted and quoted <= rows, quoted - rows

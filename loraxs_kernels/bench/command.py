@@ -42,7 +42,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Run `loraxs bench`; returns 0, or 1 where some path was wrong or failed."""
+    """Run `loraxs bench`; returns 0, 1 where some path was wrong or failed, or 130 where the run was stopped."""
     if arguments.html is not None:
         page.check(arguments.html)
     request = settings.check(
@@ -65,6 +65,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         page.write(report.data, arguments.html)
         print(f"{arguments.html} has the plots")
+    if not report.data["complete"]:
+        return 130
     return 1 if any(row["status"] == "failed" for row in report.data["rows"]) else 0
 
 

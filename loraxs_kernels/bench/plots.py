@@ -108,14 +108,17 @@ def _tax_points(report: dict[str, Any], ok: list[dict]) -> Iterator[dict[str, An
                 of = f"{row['N']} x {row['K']} {row['dtype']}"
                 yield where | {"of": of, "tax": tax, "low": low, "high": high, "floor": None}
         return
-    for key, paths in tables.mix(ok).items():
-        model, dtype, direction, mode, T, r = key
+    seen: set[tuple] = set()
+    for at, paths in tables.mix(ok).items():
         for path in (*paths, "one-pass"):
             tax = tables.measured_tax(paths, path)
-            floor = tables.floor_tax(report, paths.get("frozen", {}), path, key) if "frozen" in paths else None
-            if path != "frozen" and (tax is not None or floor is not None):
+            floor = tables.floor_tax(report, paths.get("frozen", {}), path, at) if "frozen" in paths else None
+            spot = (*at[1:], path)  # of several runs the first
+            if path != "frozen" and spot not in seen and (tax is not None or floor is not None):
+                seen.add(spot)
                 tax, floor = (None if value is None else 100 * value for value in (tax, floor))
-                point = {"of": f"{model} {dtype} {direction}".strip(), "mode": mode, "T": T, "r": r, "path": path}
+                of = f"{at.model} {at.dtype} {at.direction}".strip()
+                point = {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path}
                 yield point | {"tax": tax, "low": tax, "high": tax, "floor": floor}
 
 

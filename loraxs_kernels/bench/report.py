@@ -8,7 +8,7 @@
     complete, seconds        whether the run came to its end, and how long it took
     rows                     a list, below
     tests                    of bench/gpu_suite.py alone: for each component a hash of its files, and how many of its
-                             tests passed and failed
+                             tests passed and failed; its rows have the `run` that they are of
 
 Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
 quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.

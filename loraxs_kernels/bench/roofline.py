@@ -55,33 +55,36 @@ class Step:
     single: bool = False
 
 
-def _gemm(T: int, N: int, K: int, accumulate: bool = False, flops_too: float = 0.0) -> Step:
-    """x W^T (+ y when it accumulates)."""
-    return Step(2 * (T * K + N * K + T * N * (2 if accumulate else 1)), 2 * T * N * K + flops_too)
+def _gemm(T: int, N: int, K: int, accumulate: bool = False, more: Step | None = None) -> Step:
+    """x W^T (+ y when it accumulates), and what else the same kernel reads and does."""
+    more = more or Step(0)
+    return Step(2 * (T * K + N * K + T * N * (1 + accumulate)) + more.bytes, 2 * T * N * K + more.flops)
 
 
 def _one_way(path: str, T: int, N: int, K: int, r: int, backward: bool) -> list[Step]:
     """The steps of one direction; for the backward pass N and K come exchanged, as in the primitive itself."""
-    X, Y, low = T * K, T * N, 2 * T * r * (N + K + r)
-    base, shrink, expand = _gemm(T, N, K), 2 * T * r * (K + r), 2 * T * r * N
+    X, Y = T * K, T * N
+    A, B = 2 * r * K, 2 * r * N
+    shrink, expand = 2 * T * r * (K + r), 2 * T * r * N  # flops
+    base = _gemm(T, N, K)
     if path == "reference-fp32":  # x and the adapters in fp32; the scale and the addition are passes of their own
-        chain = [Step(4 * X, shrink, True), Step(4 * Y, expand, True)]
+        chain = [Step(4 * X + 2 * A, shrink, True), Step(4 * Y + 2 * B, expand, True)]
         if backward:  # gY to fp32; scale; shrink; expand; gX to two bytes; add
             return [base, Step(6 * X), Step(8 * X), *chain, Step(6 * Y), Step(6 * Y)]
         return [base, Step(6 * X), *chain, Step(8 * Y), Step(8 * Y)]  # x to fp32; shrink; expand; scale; y += delta
     if path == "reference":
         scale = Step(4 * (X if backward else Y))
-        return [base, Step(2 * X, shrink), Step(2 * Y, expand), scale, Step(6 * Y)]
+        return [base, Step(2 * X + A, shrink), Step(2 * Y + B, expand), scale, Step(6 * Y)]
     if path == "addmm":
-        return [base, Step(2 * X, shrink), Step(4 * Y, expand)]
+        return [base, Step(2 * X + A, shrink), Step(4 * Y + B, expand)]
     if path == "torch":  # u B^T written, then read and written again by the base GEMM
-        return [Step(2 * X, shrink), Step(2 * Y, expand), _gemm(T, N, K, accumulate=True)]
+        return [Step(2 * X + A, shrink), Step(2 * Y + B, expand), _gemm(T, N, K, accumulate=True)]
     if path == "triton":  # the same bytes, in one kernel
-        return [Step(2 * (X + Y), low), _gemm(T, N, K, accumulate=True)]
+        return [Step(2 * (X + Y) + A + B, shrink + expand), _gemm(T, N, K, accumulate=True)]
     if path == "cuda":  # a shrink, then B rides in the base GEMM's K loop
-        return [Step(2 * X, shrink), _gemm(T, N, K, flops_too=expand)]
-    if path == "one-pass":  # x read once, for W and A together: nothing but flops
-        return [_gemm(T, N, K, flops_too=low)]
+        return [Step(2 * X + A, shrink), _gemm(T, N, K, more=Step(B, expand))]
+    if path == "one-pass":  # x read once, for W and A together
+        return [_gemm(T, N, K, more=Step(A + B, shrink + expand))]
     return [base]
 
 

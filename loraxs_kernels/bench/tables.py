@@ -6,7 +6,7 @@ import html
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import roofline
 from .paths import PATHS
@@ -91,12 +91,24 @@ def gpu(report: dict[str, Any]) -> bool:
     return report["machine"]["device"] != "cpu"
 
 
-def mix(ok: Iterable[Row]) -> dict[tuple, dict[str, dict[Shape, Row]]]:
-    """Layer rows with absolute times, by (model, dtype, direction, mode, T, r), then path, then shape."""
-    found: dict[tuple, dict[str, dict[Shape, Row]]] = {}
+class Point(NamedTuple):
+    """A point of the grid, but for the shape."""
+
+    run: str  # of bench/gpu_suite.py; "" where there is but one
+    model: str
+    dtype: str
+    direction: str
+    mode: str
+    T: int
+    r: int
+
+
+def mix(ok: Iterable[Row]) -> dict[Point, dict[str, dict[Shape, Row]]]:
+    """Layer rows with absolute times, by point of the grid, then path, then shape; separate runs stay apart."""
+    found: dict[Point, dict[str, dict[Shape, Row]]] = {}
     for row in ok:
         if row["question"] == "layer" and "seconds" in row:
-            key = tuple(row[name] for name in ("model", "dtype", "direction", "mode", "T", "r"))
+            key = Point(row.get("run", ""), *(row[name] for name in Point._fields[1:]))
             shape = Shape(row["N"], row["K"], row["count"], row["layers"])
             found.setdefault(key, {}).setdefault(row["path"], {})[shape] = row
     return found
@@ -110,22 +122,21 @@ def measured_tax(paths: dict[str, dict[Shape, Row]], path: str) -> float | None:
     return roofline.tax(lambda name, shape: paths[name][shape]["seconds"]["median"], path, shapes)
 
 
-def floor_tax(report: dict[str, Any], shapes: Iterable[Shape], path: str, key: tuple) -> float | None:
+def floor_tax(report: dict[str, Any], shapes: Iterable[Shape], path: str, at: Point) -> float | None:
     """The same from counted bytes and flops and this run's own ceilings; bf16 and fp16 alone are counted."""
-    _, dtype, direction, _, T, r = key
-    if not report["ceilings"] or dtype == "fp32" or path not in roofline.PATHS:
+    if not report["ceilings"] or at.dtype == "fp32" or path not in roofline.PATHS:
         return None
     ceilings = roofline.Ceilings(**report["ceilings"])
     return roofline.tax(
-        lambda name, shape: roofline.floor(ceilings, name, T, shape.N, shape.K, r, direction), path, shapes
+        lambda name, shape: roofline.floor(ceilings, name, at.T, shape.N, shape.K, at.r, at.direction), path, shapes
     )
 
 
 def taxes(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     """The headline, on a GPU: time added to the frozen linears of a block, in percent, and its floor."""
     points = mix(ok)
-    for group in dict.fromkeys(key[:4] for key in points):
-        keys = sorted((key for key in points if key[:4] == group), key=lambda key: key[4:])
+    for group in dict.fromkeys(key[:-2] for key in points):
+        keys = sorted(key for key in points if key[:-2] == group)
         names = [name for name in PATHS if any(name in points[key] for key in keys) and name != "frozen"]
         rows = []
         for name in names:
@@ -136,12 +147,12 @@ def taxes(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
                 cell = NO_FIGURE if tax is None else f"{100 * tax:.1f}" + "~" * noisy
                 cells.append(cell + (f" ({100 * least:.1f})" if tax is not None and least is not None else ""))
             rows.append([f"{name}: {PATHS[name].what}", *cells])
-        model, dtype, direction, mode = group
-        what = {"both": "forward + backward", "forward": "forward", "backward": "backward"}[direction]
+        run, model, dtype, direction, mode = group
+        what = direction.replace("both", "forward + backward") + (f" ({run})" if run else "")
         shapes = ", ".join(f"{shape.count} x {shape}" for shape in points[keys[0]]["frozen"])
         yield Table(
             f"Adapter tax in % of the frozen linears, {model or 'shapes as given'}, {dtype}, {what}, {mode}",
-            ["", *(f"T {key[4]} r {key[5]}" for key in keys)],
+            ["", *(f"T {key.T} r {key.r}" for key in keys)],
             rows,
             (
                 f"Linears: {shapes}. In brackets: what bytes and flops alone allow at this run's ceilings.",
