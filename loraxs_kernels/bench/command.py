@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from . import BenchError, page, roofline, settings, tables, timer
-from .layer import Row
+from .layer import Row, release
 from .paths import PATHS
 from .report import Report
 from .settings import Settings
@@ -84,8 +85,7 @@ def run(request: Settings, out: Path | None, commit: str | None = None) -> Repor
     sys.stdout.flush()
     try:
         if request.device.type == "cuda":
-            report.data["ceilings"] = dataclasses.asdict(timer.ceilings(request.device))
-            report.save()
+            _measure_ceilings(report, request)
         for question in request.questions:
             module = importlib.import_module(f".{question}", __package__)
             for row in _watched(question, module.rows(request), module.points(request)):
@@ -97,6 +97,15 @@ def run(request: Settings, out: Path | None, commit: str | None = None) -> Repor
     tables.show(tables.of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report
+
+
+def _measure_ceilings(report: Report, request: Settings) -> None:
+    try:
+        report.data["ceilings"] = dataclasses.asdict(timer.ceilings(request.device))
+        report.save()
+    except torch.OutOfMemoryError:
+        print("  without floors: there is no memory for the copy and the GEMM that give this machine's ceilings")
+    release()
 
 
 def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
@@ -167,8 +176,6 @@ def show_roofline(arguments: argparse.Namespace) -> int:
 
 
 def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
-    import torch
-
     if arguments.ceilings is not None:
         from .report import load
 

@@ -79,7 +79,7 @@ def point(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
                     "gauges": gauges,
                 }
             )
-    del sets, built
+    del sets, built, passes
     release()
 
 
@@ -115,10 +115,9 @@ def build(name: str, sets: list[Operands], settings: Settings) -> tuple[list[Lay
 
 def ready(name: str, layers: list[Layer], sets: list[Operands], settings: Settings, graph: bool = False) -> timer.Pass:
     """A built path, warmed up."""
-    within = PATHS[name].within
-    with within():
-        made = calls(layers, sets, settings.direction)
-    return timer.prepare(made, settings.device, graph, within)
+    return timer.prepare(
+        lambda: calls(layers, sets, settings.direction), settings.device, graph, within=PATHS[name].within
+    )
 
 
 def figures(samples: dict[str, torch.Tensor], name: str, device: torch.device) -> Row:

@@ -72,18 +72,28 @@ def points(settings: Settings) -> int:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each method, shape and rank; on a GPU one more for all linears of the model."""
-    for shape in settings.shapes:
-        W = weight(shape, settings)
-        sigma, energy = truth(W)
-        for r in settings.ranks:
-            if r <= min(shape.N, shape.K):
-                yield from point(settings, shape, W, r, sigma, energy)
-        del W
-        release()
+    """On a GPU a row for all linears of the model; then one for each method, shape and rank."""
     if _whole(settings):
         for r in settings.ranks:
             yield whole(settings, r)
+    for shape in settings.shapes:
+        ranks = [r for r in settings.ranks if r <= min(shape.N, shape.K)]
+        try:
+            W = weight(shape, settings)
+            sigma, energy = truth(W)
+        except torch.OutOfMemoryError as error:
+            lost = failure("", error)["reason"]
+            yield from (_where(settings, shape, r) | failure(name, lost) for r in ranks for name in settings.svd_paths)
+            continue
+        for r in ranks:
+            yield from point(settings, shape, W, r, sigma, energy)
+        del W
+        release()
+
+
+def _where(settings: Settings, shape: Shape, r: int) -> Row:
+    where = {"question": "svd", "model": settings.model, "layers": shape.names, "count": shape.count}
+    return where | {"N": shape.N, "K": shape.K, "r": r, "dtype": settings.dtype_name}
 
 
 def _whole(settings: Settings) -> bool:
@@ -111,9 +121,7 @@ def truth(W: Tensor) -> tuple[Tensor, float]:
 
 
 def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, energy: float) -> Iterator[Row]:
-    where = {"question": "svd", "model": settings.model, "layers": shape.names, "count": shape.count}
-    where |= {"N": shape.N, "K": shape.K, "r": r, "dtype": settings.dtype_name}
-    passes, facts = {}, {}
+    where, passes, facts = _where(settings, shape, r), {}, {}
     for name in settings.svd_paths:
 
         def call(method: Method = METHODS[name]) -> Triplets:
@@ -161,13 +169,15 @@ def whole(settings: Settings, r: int) -> Row:
         gpu = settings.device.type == "cuda"
         made: list[LoRAXSLinear] = []
 
-        def attach() -> None:
-            made.extend(LoRAXSLinear.from_linear(linear, r, init="svd") for linear in linears)
+        def attach(some: list[nn.Linear]) -> None:
+            made.extend(LoRAXSLinear.from_linear(linear, r, init="svd") for linear in some)
 
+        attach(linears[: len(linears) // (settings.blocks or model.blocks)])  # warm-up: one block
+        made.clear()
         if gpu:
             held = torch.cuda.memory_allocated(settings.device)
             torch.cuda.reset_peak_memory_stats(settings.device)
-        seconds = timer.once(attach)
+        seconds = timer.once(lambda: attach(linears))
         if gpu:
             row["peak_bytes"] = torch.cuda.max_memory_allocated(settings.device) - held
             row["seconds"] = dict.fromkeys(("low", "median", "high"), seconds)

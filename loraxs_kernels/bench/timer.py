@@ -65,15 +65,16 @@ class Pass:
 
 
 def prepare(
-    calls: list[Call],
+    make: Callable[[], list[Call]],
     device: torch.device,
     graph: bool = False,
     within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Pass:
-    """Warm up, apart from every measurement; with `graph` (CUDA), capture the pass over all sets as one graph."""
+    """Make the calls and warm up, apart from every measurement; with `graph` (CUDA), capture a pass over all sets."""
     with _on(device), within():
         if graph:
-            return Pass(_captured(calls), len(calls))
+            return Pass(*_captured(make))
+        calls = make()
         for call in (*calls, *calls):
             call()
 
@@ -111,20 +112,24 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _captured(calls: list[Call]) -> Call:
-    """Every set is in the graph, so that none is found in the cache."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first call does (handles, compilation, autograd) must not be captured
-        for call in (*calls, *calls):
+def _captured(make: Callable[[], list[Call]]) -> tuple[Call, int]:
+    """The replay of a graph with every set in it, so that none is found in the cache; and how many sets those are.
+
+    All on one stream: autograd runs a backward on the stream of its forward, and a capture must not leave its own.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls = make()
+        for call in (*calls, *calls):  # what a first call does (handles, compilation, autograd) must not be captured
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     graph.replay()
-    return graph.replay
+    return graph.replay, len(calls)
 
 
 def _cuda_clock(runs: list[tuple[Pass, int]]) -> list[float]:
@@ -179,7 +184,8 @@ def ceilings(device: torch.device, size: int = 8192) -> Ceilings:
         "half": lambda: torch.mm(half[0], half[1]),
         "single": lambda: torch.mm(single[0], single[1]),
     }
-    samples = interleave({name: prepare([call], device) for name, call in calls.items()}, device, 0.1)
+    passes = {name: prepare(lambda call=call: [call], device) for name, call in calls.items()}
+    samples = interleave(passes, device, 0.1)
     copy, half_s, single_s = (samples[name].median().item() for name in ("copy", "half", "single"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     flops = 2.0 * size**3
