@@ -95,7 +95,7 @@ def readme(text: str, benches: Reports, demos: Reports) -> str:
 
 
 def results(benches: Reports, demos: Reports) -> str:
-    """bench/results/README.md: the newest complete report of each device in full, the newest demos, and all files."""
+    """bench/results/README.md: the newest complete reports of each device in full, the newest demos, and all files."""
     parts = [
         "# What has been measured",
         "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
@@ -116,12 +116,12 @@ def results(benches: Reports, demos: Reports) -> str:
 
 
 def _newest(benches: Reports) -> Reports:
-    """The newest report of each folder, a complete one where there is one."""
-    found: dict[Path, str] = {}
+    """The newest report of each folder, dtype and set of questions, a complete one where there is one."""
+    found: dict[tuple, str] = {}
     for name, data in benches.items():
-        folder = Path(name).parent
-        if folder not in found or data["complete"] or not benches[found[folder]]["complete"]:
-            found[folder] = name
+        about = (Path(name).parent, data["settings"].get("dtype"), *data["settings"].get("questions", ()))
+        if about not in found or data["complete"] or not benches[found[about]]["complete"]:
+            found[about] = name
     return {name: benches[name] for name in found.values()}
 
 

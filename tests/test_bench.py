@@ -399,6 +399,17 @@ def test_tables_say_the_same_in_every_form():
         assert len({line.count("|") for line in table.markdown().splitlines() if line.startswith("|")}) == 1
 
 
+def test_a_person_gets_the_tables_with_rich(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    made = tables.of(report.load(SAMPLE))
+    tables.show(made)
+    printed = capsys.readouterr().out
+    for table in made:
+        assert table.head[1] in printed and table.rows[0][1] in printed
+
+
 def test_the_page_is_self_contained_and_has_every_plot():
     data = report.load(SAMPLE)
     text = page.page(data)

@@ -117,7 +117,7 @@ def _tax_points(report: dict[str, Any], ok: list[dict]) -> Iterator[dict[str, An
             if path != "frozen" and spot not in seen and (tax is not None or floor is not None):
                 seen.add(spot)
                 tax, floor = (None if value is None else 100 * value for value in (tax, floor))
-                of = f"{at.model} {at.dtype} {at.direction}".strip()
+                of = f"{at.model} {at.dtype} {at.direction.replace('both', 'forward + backward')}".strip()
                 point = {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path}
                 yield point | {"tax": tax, "low": tax, "high": tax, "floor": floor}
 
@@ -158,7 +158,8 @@ def ceilings(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
     for axes, mode in zip(panels, modes, strict=True):
         spots: dict[str, list[tuple[float, float]]] = {}
         for row in (row for row in rows if row["mode"] == mode):
-            moved, flops = roofline.needed(*(row[k] for k in ("T", "N", "K", "r", "direction")))
+            sizes = (row[k] for k in ("T", "N", "K", "r", "direction"))
+            moved, flops = roofline.needed(*sizes, adapter=row["path"] != "frozen")
             spots.setdefault(row["path"], []).append((flops / moved, flops / row["seconds"]["median"] / 1e12))
         for path, xy in spots.items():
             axes.plot(*zip(*xy, strict=True), "o", color=COLOURS[path], label=path, markersize=4, alpha=0.7)
@@ -167,7 +168,11 @@ def ceilings(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
         roof = [min(limit.bandwidth * x, limit.half) / 1e12 for x in grid]
         what = f"copy {limit.bandwidth / 1e12:.2f} TB/s, GEMM {limit.half / 1e12:.0f} TFLOP/s"
         axes.plot(grid, roof, "-", color="black", label=what)
-        axes.set(title=f"{mode} mode", xscale="log", yscale="log", xlabel="flops needed per byte needed")
+        axes.set(title=f"{mode} mode", xlabel="flops needed per byte needed")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
         axes.set_ylabel("TFLOP/s of what is needed")
     _finish(figure)
     yield Plot("achieved", title, figure)
