@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -28,26 +29,31 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it must run where nothing is 
 import status  # noqa: E402
 import torch  # noqa: E402
 
-from loraxs_kernels.bench import BenchError, report, tables  # noqa: E402
+from loraxs_kernels.bench import BenchError, report, tax  # noqa: E402
+from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running bench has written
+TAIL = 25  # lines of the log that are shown when a command broke
 LEAST = 20.0  # seconds under which nothing more is started
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
+ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
 # (name, seconds it may take at most, arguments of `loraxs bench`); the grids of performance.md, the headline first.
+# All of it takes more than ten minutes: with less, call twice, each time with some steps (--only).
 BENCHES: list[tuple[str, float, list[str]]] = [
-    ("tax", 120, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
-    ("host", 20, ["host"]),
-    ("svd", 90, ["svd", "--rank", "64"]),
-    ("step", 180, ["model", "--rank", "64", "--paths", "reference-fp32", "reference", "torch", "compile"]),
-    ("compiled", 150, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile", "compile-max"]),
-    ("tokens", 150, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
-    ("ranks", 150, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
-    ("decode", 60, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
-    ("svd-small", 60, ["svd", "--rank", "16"]),
+    ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
+    ("host", 60, ["host"]),
+    ("svd", 120, ["svd", "--rank", "64"]),
+    ("decode", 90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
+    ("step", 300, ["model", "--rank", "64", "--paths", "reference-fp32", "reference", "peft-lora", "compile"]),
+    ("tokens", 120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
+    ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
+    ("svd-small", 90, ["svd", "--rank", "16"]),
+    ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
+    ("compile-max", 120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
 ]
 OURS = ["torch", "triton", "cuda"]
 
@@ -87,7 +93,8 @@ class Suite:
         seconds = min(seconds, self.left - GRACE)
         began, rows = time.monotonic(), list(self.data["rows"])
         self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command[1:])} (at most {seconds:.0f} s)")
-        process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None and time.monotonic() - began < seconds:
                 try:
@@ -106,6 +113,9 @@ class Suite:
                     process.wait()
             self.take(name, watch, rows)
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
+        if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
+            self.cut = True
+            print("\n".join(self.path.with_name("suite.log").read_text().splitlines()[-TAIL:]), flush=True)
         return process.returncode
 
     def take(self, name: str, part: Path | None, rows: list[dict]) -> None:
@@ -127,42 +137,50 @@ class Suite:
     def tests(self, folder: Path) -> None:
         """pytest -m gpu; results by component, which tests/conftest.py writes beside each."""
         results = folder / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
-        self.run("tests", [*command, f"--junitxml={results}", "tests"], 180)
-        if results.exists():
-            self.data["tests"] = by_component(results)
-            self.save()
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider"]
+        code = self.run("tests", [*command, f"--junitxml={results}", "tests"], 180)
+        self.data["tests"] = by_component(results) if results.exists() else {}
+        if code not in (0, 1):  # stopped or crashed: what passed until then proves nothing
+            for component in status.COMPONENTS:
+                if status.sources(component):
+                    found = self.data["tests"].setdefault(component, outcome(component))
+                    found["failed"] += 1
+                    found["why"] = f"pytest ended with {code} before its end"
+        self.save()
 
     def bench(self, folder: Path, name: str, seconds: float, arguments: list[str]) -> None:
         part = folder / f"{name}.json"
         if "--paths" in arguments:
-            arguments = [*arguments, *(path for path in OURS if tables.PATHS[path].missing() is None)]
+            arguments = [*arguments, *(path for path in OURS if PATHS[path].missing() is None)]
         self.data["settings"]["suite"].append(arguments)
         command = [sys.executable, "-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
         self.run(name, [*command, "--device", self.device, "--commit", self.data["commit"]], seconds, part)
 
 
+def outcome(component: str) -> dict[str, Any]:
+    return {"sources": status.sources(component), "passed": 0, "failed": 0, "skipped": 0}
+
+
 def by_component(results: Path) -> dict[str, dict[str, Any]]:
-    """{component: sources, passed, failed} from pytest's XML; a component none of whose tests ran is left out."""
+    """{component: sources, passed, failed, skipped} from pytest's XML; those with nothing but skips are left out."""
     found: dict[str, dict[str, Any]] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        names = [p.get("value") for p in case.iter("property") if p.get("name") == "component"]
-        if names and case.find("skipped") is None:
-            count = found.setdefault(names[0], {"sources": status.sources(names[0]), "passed": 0, "failed": 0})
+        for name in (p.get("value") for p in case.iter("property") if p.get("name") == "component"):
             bad = case.find("failure") is not None or case.find("error") is not None
-            count["failed" if bad else "passed"] += 1
-    return found
+            what = "skipped" if case.find("skipped") is not None else "failed" if bad else "passed"
+            found.setdefault(name, outcome(name))[what] += 1
+    return {name: each for name, each in found.items() if each["passed"] or each["failed"]}
 
 
 def summary(data: dict[str, Any]) -> str:
     """A few lines: what passed, and the figures performance.md asks for."""
-    lines = [f"{name}: {each['passed']} passed, {each['failed']} failed" for name, each in data["tests"].items()]
+    counts = ("passed", "failed", "skipped")
+    lines = [f"{name}: {', '.join(f'{each[c]} {c}' for c in counts)}" for name, each in data["tests"].items()]
     lines = ["gpu tests: " + ("; ".join(lines) or "none ran")]
-    points = tables.mix(row for row in data["rows"] if row["status"] == "ok")
-    for at, paths in points.items():
+    for at, paths in tax.points(data["rows"]).items():
         if at.T in (512, 8192) and at.r in (16, 64) and at.direction == "both":
-            taxes = {path: tables.measured_tax(paths, path) for path in paths if path != "frozen"}
-            cells = ", ".join(f"{path} {100 * tax:.1f}" for path, tax in taxes.items() if tax is not None)
+            found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
+            cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
             lines.append(f"{at.run}: tax % T {at.T} r {at.r} {at.dtype} {at.mode}: {cells}")
     for row in data["rows"]:
         if row["status"] != "ok" or "seconds" not in row:
@@ -222,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         suite.say("stopped")
     suite.save()
     suite.say(f"\n{summary(suite.data)}\n{suite.path}")
-    return 1 if any(each["failed"] for each in suite.data["tests"].values()) else 0
+    return 1 if suite.cut or any(each["failed"] for each in suite.data["tests"].values()) else 0
 
 
 if __name__ == "__main__":

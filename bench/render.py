@@ -95,7 +95,7 @@ def readme(text: str, benches: Reports, demos: Reports) -> str:
 
 
 def results(benches: Reports, demos: Reports) -> str:
-    """bench/results/README.md: the newest complete reports of each device in full, the newest demos, and all files."""
+    """bench/results/README.md: the newest reports of each device in full, the newest demos, and all files."""
     parts = [
         "# What has been measured",
         "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
@@ -116,13 +116,17 @@ def results(benches: Reports, demos: Reports) -> str:
 
 
 def _newest(benches: Reports) -> Reports:
-    """The newest report of each folder, dtype and set of questions, a complete one where there is one."""
-    found: dict[tuple, str] = {}
-    for name, data in benches.items():
-        about = (Path(name).parent, data["settings"].get("dtype"), *data["settings"].get("questions", ()))
-        if about not in found or data["complete"] or not benches[found[about]]["complete"]:
-            found[about] = name
-    return {name: benches[name] for name in found.values()}
+    """The reports with something that no newer complete report of the same device has: a run, a question, a dtype."""
+    found: Reports = {}
+    covered: set[tuple] = set()
+    for name, data in reversed(benches.items()):
+        ok = (row for row in data["rows"] if row["status"] == "ok")
+        about = {(Path(name).parent, row.get("run", ""), row["question"], row["dtype"]) for row in ok}
+        if about - covered:
+            found[name] = data
+        if data["complete"]:
+            covered |= about
+    return found
 
 
 def _image(name: str, plot: plots.Plot) -> str:

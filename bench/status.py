@@ -70,6 +70,8 @@ def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
     if result["failed"] or not result["passed"]:
         good = [run for run, _ in runs if run["tests"][component]["passed"] and not run["tests"][component]["failed"]]
         passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
-        return f"**failed** {result['failed']} of {result['passed'] + result['failed']}, {at}; {passed}"
+        why = f" ({result['why']})" if "why" in result else ""
+        return f"**failed** {result['failed']} of {result['passed'] + result['failed']}{why}, {at}; {passed}"
     stale = "" if result["sources"] == now else "; **stale: its files have changed since**"
-    return f"passed all {result['passed']}, {at}{stale}"
+    skipped = f" ({result['skipped']} skipped)" if result.get("skipped") else ""
+    return f"passed all {result['passed']}{skipped}, {at}{stale}"

@@ -14,7 +14,7 @@ import torch
 
 from . import backends
 
-PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft")
+PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft", "scikit-learn")
 NOT_INSTALLED = "not installed"
 
 
@@ -63,8 +63,8 @@ def _driver() -> str | None:
     """The NVIDIA driver's version, where its own tool tells it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
 

@@ -55,12 +55,25 @@ def test_a_report_renders_into_a_readme():
 
 
 def outcome(component: str, passed: int, failed: int, date: str = "2026-01-02", sources: str | None = None) -> dict:
-    result = {"sources": sources or status.sources(component), "passed": passed, "failed": failed}
+    result = gpu_suite.outcome(component) | {"passed": passed, "failed": failed}
+    result |= {"sources": sources} if sources else {}
     return report.load(SAMPLE) | {"date": date, "tests": {component: result}}
 
 
 def line(reports: dict) -> str:
     return next(line for line in status.render(reports).splitlines() if line.startswith("| truncated_svd"))
+
+
+def test_newer_results_take_the_place_of_older_ones_only_where_they_have_them():
+    def of(*runs: str, date: str, complete: bool = True) -> dict:
+        rows = [{"question": "layer", "path": "torch", "status": "ok", "dtype": "bf16", "run": run} for run in runs]
+        return {"date": date, "complete": complete, "rows": rows}
+
+    a, b = of("tax", "host", date="1"), of("host", date="2")
+    assert set(render._newest({"gpu/a": a, "gpu/b": b})) == {"gpu/a", "gpu/b"}
+    assert set(render._newest({"gpu/a": b, "gpu/b": a})) == {"gpu/b"}
+    assert set(render._newest({"gpu/a": b, "cpu/b": a})) == {"gpu/a", "cpu/b"}
+    assert set(render._newest({"gpu/a": b, "gpu/b": of("host", date="3", complete=False)})) == {"gpu/a", "gpu/b"}
 
 
 def test_status_is_not_flattering():
@@ -100,7 +113,37 @@ def test_results_by_component(tmp_path):
     cases += [case.format("d", "<skipped/>"), '<testcase name="e"/>']
     xml.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     found = gpu_suite.by_component(xml)
-    assert found == {"truncated_svd": {"sources": status.sources("truncated_svd"), "passed": 1, "failed": 2}}
+    expected = {"sources": status.sources("truncated_svd"), "passed": 1, "failed": 2, "skipped": 1}
+    assert found == {"truncated_svd": expected}
+
+
+@pytest.mark.parametrize("code", [-2, -11, 2, 3])
+def test_tests_that_did_not_end_prove_nothing(tmp_path, monkeypatch, code):
+    """Interrupted or crashed: a component whose tests had passed until then has not passed."""
+    suite = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu")
+
+    def run(name, command, seconds):
+        case = '<testcase name="a"><properties><property name="component" value="demo"/></properties></testcase>'
+        (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+        return code
+
+    monkeypatch.setattr(suite, "run", run)
+    suite.tests(tmp_path)
+    assert suite.data["tests"]["demo"]["passed"] == 1
+    assert {each["failed"] for each in suite.data["tests"].values()} == {1}
+    text = status.render({"a": report.load(suite.path)})
+    assert (
+        text.count(f"pytest ended with {code} before its end") == len(suite.data["tests"]) and "passed all" not in text
+    )
+
+
+def test_a_bench_that_crashes_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite, "BENCHES", [("crash", 20, ["layer", "--rank", "many"])])
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "60", "--only", "crash"]
+    assert gpu_suite.main(arguments) == 1
+    assert "invalid int value: 'many'" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    assert not report.load(path)["complete"]
 
 
 def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypatch, capsys):
@@ -109,7 +152,7 @@ def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypa
     monkeypatch.setattr(gpu_suite, "BENCHES", [("endless", 10, endless), ("never", 9, [])])
     monkeypatch.setattr(gpu_suite, "LEAST", 20.0)
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "40"]
-    assert gpu_suite.main([*arguments, "--only", "build", "endless", "never"]) == 0
+    assert gpu_suite.main([*arguments, "--only", "build", "endless", "never"]) == 1
     (path,) = tmp_path.glob("*.json")
     data = report.load(path)
     assert data["rows"] and all(row["run"] == "endless" and row["status"] == "ok" for row in data["rows"])
@@ -121,9 +164,9 @@ def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypa
 
 def test_the_suite_sums_up_in_a_few_lines():
     data = copy.deepcopy(report.load(SAMPLE))
-    data["tests"] = {"truncated_svd": {"sources": "0", "passed": 3, "failed": 1}}
+    data["tests"] = {"truncated_svd": {"sources": "0", "passed": 3, "failed": 1, "skipped": 0}}
     text = gpu_suite.summary(data)
-    assert "truncated_svd: 3 passed, 1 failed" in text and len(text.splitlines()) < 40
+    assert "truncated_svd: 3 passed, 1 failed, 0 skipped" in text and len(text.splitlines()) < 40
     assert "tax % T 8192 r 64 bf16 graph: reference 38.2" in text and "svd 224 matrices r 64: 1.50 s" in text
     assert "failed: layer compile: out of memory" in text
     assert json.dumps(data)  # untouched by the summary

@@ -6,6 +6,7 @@
     layer.py host.py model.py svd.py   the questions, each a function that yields rows
     timer.py      timing several calls in turn; the machine's ceilings
     roofline.py   floors from counted bytes and flops
+    tax.py        the adapter tax over a block, from a report's rows
     report.py     the JSON of a run: its fields, writing it safely, reading it
     tables.py plots.py page.py         what people read: text and Markdown, figures, one HTML page
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import BenchError, page, roofline, settings, tables, timer
-from .layer import Row, release
+from .layer import Row, failure, release
 from .paths import PATHS
 from .report import Report
 from .settings import Settings
@@ -84,12 +84,11 @@ def run(request: Settings, out: Path | None, commit: str | None = None) -> Repor
         print(f"  without {name}: {why}")
     sys.stdout.flush()
     try:
-        if request.device.type == "cuda":
-            _measure_ceilings(report, request)
-        for question in request.questions:
-            module = importlib.import_module(f".{question}", __package__)
-            for row in _watched(question, module.rows(request), module.points(request)):
-                report.add(row)
+        with timer.on(request.device):
+            if request.device.type == "cuda":
+                _measure_ceilings(report, request)
+            for question in request.questions:
+                _answer(question, request, report)
     except KeyboardInterrupt:
         print("\nstopped; what was measured until now:", file=sys.stderr)
     else:
@@ -97,6 +96,18 @@ def run(request: Settings, out: Path | None, commit: str | None = None) -> Repor
     tables.show(tables.of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report
+
+
+def _answer(question: str, request: Settings, report: Report) -> None:
+    """All rows of one question; what breaks it is noted, and the next question has its turn."""
+    module = importlib.import_module(f".{question}", __package__)
+    try:
+        for row in _watched(question, module.rows(request), module.points(request)):
+            report.add(row)
+    except Exception as error:
+        row = {"question": question} | failure("(the rest)", error)
+        report.add(row)
+        print(f"  {question} broke off: {row['reason']}", file=sys.stderr)
 
 
 def _measure_ceilings(report: Report, request: Settings) -> None:
@@ -113,7 +124,7 @@ def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
     seen: dict[tuple, None] = {}
     with tqdm(total=points, desc=question, unit="point", disable=None, leave=False) as bar:
         for row in rows:
-            where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing") if key in row)
+            where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing", "again") if key in row)
             if question == "model":
                 where = (row["path"], *where)
             if where not in seen:
@@ -155,6 +166,7 @@ def show_roofline(arguments: argparse.Namespace) -> int:
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 
     def floor(path: str, T: int, r: int) -> float:
+        """Milliseconds of the block."""
         each = (s.count * roofline.floor(ceilings, path, T, s.N, s.K, r, arguments.direction) for s in shapes)
         return 1e3 * sum(each)
 

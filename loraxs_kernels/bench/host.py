@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import timer
-from .layer import Row, build, failure, figures, operands, ready
-from .paths import PATHS, Layer, Operands
+from .layer import Row, build, failure, figures, ready
+from .paths import PATHS, Operands
 from .shapes import Shape
 
 if TYPE_CHECKING:
@@ -24,38 +24,59 @@ def points(settings: Settings) -> int:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each path and rank; on a GPU with the kernels that it launches."""
+    """A row for each path and rank; on a GPU with the kernels that it launches, at the first rank.
+
+    All is timed before anything is counted: programs stay slower once the profiler has run.
+    """
+    measured, names = [], (*settings.paths, "operator")
     for r in settings.ranks:
         where = {"question": "host", "N": SHAPE.N, "K": SHAPE.K, "T": TOKENS, "r": r, "dtype": settings.dtype_name}
         where |= {"direction": settings.direction, "mode": "eager"}
-        sets = operands(settings, SHAPE, TOKENS, r)[:1]
-        passes, facts = {}, {}
-        for name in (*settings.paths, "operator"):
+        sets, passes, facts = [operand(settings, r)], {}, {}
+        for name in names:
             try:
                 layers, facts[name] = build(name, sets, settings)
-                if settings.device.type == "cuda":
-                    facts[name]["kernels"] = kernels(name, layers[0], sets[0])
+                if facts[name]["wrong"]:
+                    yield where | facts[name] | failure(name, f"not timed, it is wrong: {facts[name]['wrong']}")
+                    continue
                 passes[name] = ready(name, layers, sets, settings)
             except Exception as error:
                 yield where | failure(name, error)
         samples = timer.interleave(passes, settings.device, settings.seconds, issue=True)
-        for name in samples:
-            yield where | {"path": name} | facts[name] | figures(samples, name, settings.device)
+        measured += [where | {"path": name} | facts[name] | figures(samples, name, settings.device) for name in samples]
+    counts = {}
+    if settings.device.type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]):  # the first one may miss events while it starts up
+            torch.ones(1, device=settings.device).sum()
+        counts = {name: {"kernels": kernels(name, settings)} for name in names}
+    for row in measured:
+        yield row | counts.get(row["path"], {})
 
 
-def kernels(name: str, layer: Layer, o: Operands) -> dict[str, int]:
-    """How many kernels forward and backward launch, counted by the profiler; the GEMMs of the base are among them."""
-    counted, y = {}, None
-    with profile(activities=[ProfilerActivity.CUDA]):  # the first one may miss events while it starts up
-        o.x.sum()
-    with PATHS[name].within():
-        for what in ("forward", "backward"):
+def operand(settings: Settings, r: int) -> Operands:
+    return Operands.random(TOKENS, SHAPE.N, SHAPE.K, r, settings.dtype, settings.device, seed=0)
+
+
+def kernels(name: str, settings: Settings) -> dict[str, int] | None:
+    """How many kernels forward and backward launch, those of the frozen linear among them; None where it cannot run."""
+    o, counted = operand(settings, settings.ranks[0]), {}
+    try:
+        with PATHS[name].within():
+            (layer,) = PATHS[name].build([o])
+            inputs = (o.x, *layer.trained)
+            torch.autograd.grad(layer.call(o.x), inputs, o.gY)  # warm-up
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                if y is None:
-                    y = layer.call(o.x)
-                else:
-                    torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+                y = layer.call(o.x)
                 torch.cuda.synchronize()
-            on_gpu = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-            counted[what] = len(on_gpu)
+            counted["forward"] = _on_gpu(trace)
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                torch.autograd.grad(y, inputs, o.gY)
+                torch.cuda.synchronize()
+            counted["backward"] = _on_gpu(trace)
+    except Exception:
+        return None
     return counted
+
+
+def _on_gpu(trace: profile) -> int:
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,12 @@ Row = dict[str, Any]
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each path and mode at each point of the grid."""
-    for shape in settings.shapes:
-        for T in settings.tokens:
-            for r in settings.ranks:
+    """A row for each path and mode at each point of the grid; all shapes of one T and r first, then the next."""
+    for T in settings.tokens:
+        for r in settings.ranks:
+            for shape in settings.shapes:
                 yield from point(settings, shape, T, r)
+                release()
 
 
 def points(settings: Settings) -> int:
@@ -38,6 +40,8 @@ def point(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
         **{"question": "layer", "model": settings.model, "layers": shape.names, "count": shape.count},
         **{"N": shape.N, "K": shape.K, "T": T, "r": r, "dtype": settings.dtype_name, "direction": settings.direction},
     }
+    if any(name.startswith("compile") for name in settings.paths):
+        torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
     try:
         sets = operands(settings, shape, T, r)
     except torch.OutOfMemoryError:
@@ -64,23 +68,14 @@ def point(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
         before = timer.gauges(settings.device)
         try:
             samples = timer.interleave(passes, settings.device, settings.seconds)
-        except torch.OutOfMemoryError:
-            yield from (where | {"mode": mode} | failure(name, "out of memory") for name in passes)
+        except Exception as error:
+            lost = failure("", error)["reason"]
+            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
             continue
         gauges = [before, timer.gauges(settings.device)]
         for name in samples:
-            yield (
-                where
-                | {"path": name, "mode": mode}
-                | facts[name]
-                | figures(samples, name, settings.device)
-                | {
-                    "sets": len(sets),
-                    "gauges": gauges,
-                }
-            )
-    del sets, built, passes
-    release()
+            row = where | {"path": name, "mode": mode, "sets": len(sets), "gauges": gauges}
+            yield row | facts[name] | figures(samples, name, settings.device)
 
 
 def operands(settings: Settings, shape: Shape, T: int, r: int) -> list[Operands]:
@@ -148,4 +143,5 @@ def release() -> None:
     """Give back what a point held, so that the next one starts from the same memory."""
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an error that took the device with it
+            torch.cuda.empty_cache()

@@ -66,14 +66,16 @@ def provenance(report: dict[str, Any]) -> list[str]:
     lines = [f"{report['date']}, commit {report['commit']}{dirty}; {versions}."]
     if not report["complete"]:
         lines.append("The run was stopped before its end; this is what it had measured.")
-    if tables.gpu(report):
+    questions = {row["question"] for row in report["rows"]}
+    clock = "medians of CUDA-event times" if tables.gpu(report) else "times on a shared CPU mean little: ratios alone"
+    cold = ", operands rotated past the L2 cache" if tables.gpu(report) else ""
+    if questions & {"layer", "host"}:
         lines.append(
-            "Random data, outputs checked against an fp64 oracle first, inputs rotated past the L2 cache, warm-up "
-            "apart; medians of CUDA-event times, all paths in turn within each round."
+            f"Layers: random data, outputs checked against an fp64 oracle first{cold}, warm-up apart, all paths in "
+            f"turn within each round; {clock}. The host's question is timed by the host's clock, with the device idle."
         )
-    else:
-        lines.append(
-            "Random data, outputs checked against an fp64 oracle first, warm-up apart; paired runs, all paths in turn "
-            "within each round. Times on a shared CPU mean little, so ratios alone are given."
-        )
+    if "svd" in questions:
+        lines.append("SVD: random weights, a decaying head over a Gaussian bulk; the truth is an fp64 eigensolver's.")
+    if "model" in questions:
+        lines.append("Steps: gR of the first step is compared with the reference layers' over the whole model.")
     return lines

@@ -136,8 +136,6 @@ def _operator(o: Operands) -> Layer:
 
 
 def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
-    torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
-
     # Without cudagraphs of its own: graph mode measures those for every path alike.
     @partial(torch.compile, mode=mode, dynamic=False)
     def chain(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float) -> Tensor:

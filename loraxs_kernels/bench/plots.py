@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import BenchError, roofline, tables
+from . import BenchError, roofline, tables, tax
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,23 +104,23 @@ def _tax_points(report: dict[str, Any], ok: list[dict]) -> Iterator[dict[str, An
     if not tables.gpu(report):
         for row in ok:
             if row["question"] == "layer" and row["path"] != "frozen" and "frozen" in row["over"]:
-                low, tax, high = (100 * (row["over"]["frozen"][name] - 1) for name in ("low", "median", "high"))
+                low, median, high = (100 * (row["over"]["frozen"][name] - 1) for name in ("low", "median", "high"))
                 where = {name: row[name] for name in ("mode", "T", "r", "path")}
                 of = f"{row['N']} x {row['K']} {row['dtype']}"
-                yield where | {"of": of, "tax": tax, "low": low, "high": high, "floor": None}
+                yield where | {"of": of, "tax": median, "low": low, "high": high, "floor": None}
         return
     seen: set[tuple] = set()
-    for at, paths in tables.mix(ok).items():
+    for at, paths in tax.points(ok).items():
         for path in (*paths, "one-pass"):
-            tax = tables.measured_tax(paths, path)
-            floor = tables.floor_tax(report, paths.get("frozen", {}), path, at) if "frozen" in paths else None
+            found, least = tax.measured(paths, path), tax.least(report, at, paths, path)
             spot = (*at[1:], path)  # of several runs the first
-            if path != "frozen" and spot not in seen and (tax is not None or floor is not None):
+            if path != "frozen" and spot not in seen and (found is not None or least is not None):
                 seen.add(spot)
-                tax, floor = (None if value is None else 100 * value for value in (tax, floor))
                 of = f"{at.model} {at.dtype} {at.direction.replace('both', 'forward + backward')}".strip()
                 point = {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path}
-                yield point | {"tax": tax, "low": tax, "high": tax, "floor": floor}
+                low, median, high = (100 * v for v in dataclasses.astuple(found)) if found else (None, None, None)
+                point |= {"tax": median, "low": low, "high": high, "floor": None if least is None else 100 * least}
+                yield point
 
 
 def _tax_panel(axes: Axes, group: list[dict], x: str) -> None:
@@ -190,7 +191,7 @@ def host(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
 
 
 def models(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
-    rows = [row for row in ok if row["question"] == "model" and "frozen" in row["over"]]
+    rows = [row for row in ok if row["question"] == "model" and "frozen" in row["over"] and not row["again"]]
     if not rows:
         return
     memory = any("peak_bytes" in row for row in rows)
@@ -214,7 +215,7 @@ def models(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
 
 
 def svd(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
-    rows = [row for row in ok if row["question"] == "svd" and "sigma_error" in row]
+    rows = [row for row in ok if row["question"] == "svd" and "matrices" not in row]
     if not rows:
         return
     title = "Truncated SVD: time against error"

@@ -17,11 +17,11 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  what the accuracy rule allows; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept);
                  over: {frozen, reference, peft-lora: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
                  peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward, backward}
-    model        model, blocks, r, T (a step's tokens), sequence, checkpointing; seconds and over as above; peak_bytes;
-                 loss, trained (parameters), gR_difference (from the first way measured)
+    model        model, blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); seconds
+                 and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')
     svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a
                  singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
-                 for a whole model: matrices, peak_bytes
+                 for a whole model: matrices, peak_bytes (beyond weights and results), and the errors of the last
 
 Files are added, never changed: a name that is taken gets a number.
 """
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import time
@@ -80,7 +81,10 @@ class Report:
             "rows": [],
         }
         self.path = _target(out, self.data)
-        self.save()
+        try:
+            self.save()
+        except OSError as error:
+            raise BenchError(f"out: {self.path} cannot be written: {error}") from error
 
     def add(self, row: dict[str, Any]) -> None:
         self.data["rows"].append(row)
@@ -108,12 +112,14 @@ def dumps(data: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Numbers to five figures: the sixth is noise."""
+    """Numbers to five figures: the sixth is noise.  JSON has no infinity and no NaN: null."""
     if isinstance(value, dict):
         return {key: _short(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_short(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -8,10 +8,7 @@ fit there (small T).  Counted for W, A, B and x in a two-byte dtype; z and u are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-from .shapes import Shape
 
 DIRECTIONS = ("both", "forward", "backward")
 
@@ -117,13 +114,3 @@ def needed(T: int, N: int, K: int, r: int, direction: str = "both", adapter: boo
     steps = [_one_way(path, T, *sizes, r, False)[0] for sizes in ((N, K), (K, N))]
     steps = {"both": steps, "forward": steps[:1], "backward": steps[1:]}[direction]
     return sum(step.bytes for step in steps), sum(step.flops for step in steps)
-
-
-def tax(seconds: Callable[[str, Shape], float], path: str, shapes: Iterable[Shape]) -> float:
-    """The adapter tax over a block: (time with adapter - frozen) / frozen, shapes weighted by how often they occur.
-
-    `seconds(path, shape)` is the time of one layer, measured or a floor.
-    """
-    shapes = list(shapes)
-    frozen = sum(shape.count * seconds("frozen", shape) for shape in shapes)
-    return sum(shape.count * seconds(path, shape) for shape in shapes) / frozen - 1

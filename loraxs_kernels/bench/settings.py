@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +93,15 @@ def check(
         raise BenchError(str(error)) from None
     if not given:
         given = MODELS[model].shapes if model in MODELS else (Shape(1024, 1024), Shape(1024, 4096))
-    chosen, left_out = _paths(paths, PATHS)
-    chosen_svd, left_out_svd = _paths(paths, METHODS)
+    longest = _longest_sequence(model) if "model" in questions else None
+    if sequence and longest and sequence > longest:
+        raise BenchError(f"sequence: got {sequence}, must be at most {longest}, what {model} takes")
+    questions = tuple(questions) or ("layer", "host")
+    # Asking whether a path can run may import what it needs.
+    chosen, left_out = _paths(paths, PATHS) if set(questions) != {"svd"} else ((), {})
+    chosen_svd, left_out_svd = _paths(paths, METHODS) if "svd" in questions else ((), {})
     return Settings(
-        questions=tuple(questions) or ("layer", "host"),
+        questions=questions,
         model=model,
         shapes=given,
         tokens=tuple(tokens) or ((512, 8192) if gpu else (64, 512)),
@@ -109,9 +116,28 @@ def check(
         device=there,
         seconds=seconds or (0.1 if gpu else 0.5),
         blocks=blocks,
-        sequence=sequence or (2048 if gpu else 64),
+        sequence=sequence or min(2048 if gpu else 64, longest or 2048),
         batch=batch or (4 if gpu else 2),
     )
+
+
+def _longest_sequence(model: str) -> int | None:
+    """How many positions the model takes, where it says; BenchError where the question model cannot be asked."""
+    if importlib.util.find_spec("transformers") is None:
+        raise BenchError("question: 'model' needs the package transformers: pip install transformers")
+    if not model:
+        raise BenchError("question: 'model' needs a model, not shapes")
+    if model in MODELS:
+        config = {"model_type": MODELS[model].model_type, **MODELS[model].config}
+    else:
+        try:
+            config = json.loads((Path(model) / "config.json").read_text())
+        except ValueError as error:
+            raise BenchError(f"model: {model}/config.json cannot be read: {error}") from error
+    if "num_hidden_layers" not in config:
+        raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
+    longest = config.get("max_position_embeddings")
+    return longest and longest - 2 * (config["model_type"] == "roberta")  # whose positions start at 2
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -133,11 +159,12 @@ def _device(name: str | None) -> torch.device:
 
 def _paths(asked: Sequence[str], known: dict) -> tuple[tuple[str, ...], dict[str, str]]:
     """Which of `known` to run, the floor always among them, and those left out because they cannot run here."""
-    wanted = {name for name in known if name in asked or name == "frozen"}
+    wanted = {name for name in known if name in asked}
     if "all" in asked:
         wanted |= {name for name in known if name != "operator"}  # that one is for the question host
-    elif not asked:
+    elif not wanted:
         wanted |= {name for name in known if known[name].default}
+    wanted |= {"frozen"} & set(known)
     missing = {name: why for name in known if name in wanted and (why := known[name].missing())}
     for name in missing:
         if name in asked:

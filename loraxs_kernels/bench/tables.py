@@ -6,12 +6,11 @@ import html
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import roofline
+from . import tax
 from .paths import PATHS
 from .settings import QUESTIONS
-from .shapes import Shape
 from .svd import METHODS
 from .timer import NOISY
 
@@ -91,74 +90,35 @@ def gpu(report: dict[str, Any]) -> bool:
     return report["machine"]["device"] != "cpu"
 
 
-class Point(NamedTuple):
-    """A point of the grid, but for the shape."""
-
-    run: str  # of bench/gpu_suite.py; "" where there is but one
-    model: str
-    dtype: str
-    direction: str
-    mode: str
-    T: int
-    r: int
-
-
-def mix(ok: Iterable[Row]) -> dict[Point, dict[str, dict[Shape, Row]]]:
-    """Layer rows with absolute times, by point of the grid, then path, then shape; separate runs stay apart."""
-    found: dict[Point, dict[str, dict[Shape, Row]]] = {}
-    for row in ok:
-        if row["question"] == "layer" and "seconds" in row:
-            key = Point(row.get("run", ""), *(row[name] for name in Point._fields[1:]))
-            shape = Shape(row["N"], row["K"], row["count"], row["layers"])
-            found.setdefault(key, {}).setdefault(row["path"], {})[shape] = row
-    return found
-
-
-def measured_tax(paths: dict[str, dict[Shape, Row]], path: str) -> float | None:
-    """The tax over the shapes of one point of the grid; None where a shape or the floor is missing."""
-    shapes = paths.get("frozen", {})
-    if not shapes or set(paths.get(path, {})) != set(shapes):
-        return None
-    return roofline.tax(lambda name, shape: paths[name][shape]["seconds"]["median"], path, shapes)
-
-
-def floor_tax(report: dict[str, Any], shapes: Iterable[Shape], path: str, at: Point) -> float | None:
-    """The same from counted bytes and flops and this run's own ceilings; bf16 and fp16 alone are counted."""
-    if not report["ceilings"] or at.dtype == "fp32" or path not in roofline.PATHS:
-        return None
-    ceilings = roofline.Ceilings(**report["ceilings"])
-    return roofline.tax(
-        lambda name, shape: roofline.floor(ceilings, name, at.T, shape.N, shape.K, at.r, at.direction), path, shapes
-    )
-
-
 def taxes(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
-    """The headline, on a GPU: time added to the frozen linears of a block, in percent, and its floor."""
-    points = mix(ok)
-    for group in dict.fromkeys(key[:-2] for key in points):
-        keys = sorted(key for key in points if key[:-2] == group)
-        names = [name for name in PATHS if any(name in points[key] for key in keys) and name != "frozen"]
-        rows = []
-        for name in names:
-            cells = []
-            for key in keys:
-                tax, least = measured_tax(points[key], name), floor_tax(report, points[key]["frozen"], name, key)
-                noisy = any(row["noisy"] for row in points[key].get(name, {}).values())
-                cell = NO_FIGURE if tax is None else f"{100 * tax:.1f}" + "~" * noisy
-                cells.append(cell + (f" ({100 * least:.1f})" if tax is not None and least is not None else ""))
-            rows.append([f"{name}: {PATHS[name].what}", *cells])
+    """The headline, on a GPU: time added to the frozen linears of a block, in percent, and what it must be at least."""
+    points = tax.points(ok)
+    for group in dict.fromkeys(at[:-2] for at in points):
+        grid = sorted(at for at in points if at[:-2] == group)
+        names = [name for name in PATHS if any(name in points[at] for at in grid) and name != "frozen"]
+        rows = [[f"{name}: {PATHS[name].what}", *(_tax(report, at, points[at], name) for at in grid)] for name in names]
         run, model, dtype, direction, mode = group
         what = direction.replace("both", "forward + backward") + (f" ({run})" if run else "")
-        shapes = ", ".join(f"{shape.count} x {shape}" for shape in points[keys[0]]["frozen"])
+        shapes = ", ".join(f"{shape.count} x {shape}" for shape in points[grid[0]]["frozen"])
         yield Table(
             f"Adapter tax in % of the frozen linears, {model or 'shapes as given'}, {dtype}, {what}, {mode}",
-            ["", *(f"T {key.T} r {key.r}" for key in keys)],
+            ["", *(f"T {at.T} r {at.r}" for at in grid)],
             rows,
             (
-                f"Linears: {shapes}. In brackets: what bytes and flops alone allow at this run's ceilings.",
-                *_noise(rows),
+                f"Linears: {shapes}. Quartiles in brackets; in square ones what bytes and flops alone add at this "
+                "run's own ceilings.",
+                *_noise(rows, "its quartiles are too far apart"),
             ),
         )
+
+
+def _tax(report: dict[str, Any], at: tax.Point, paths: tax.Paths, name: str) -> str:
+    found, least = tax.measured(paths, name), tax.least(report, at, paths, name)
+    if found is None:
+        return NO_FIGURE
+    spread = f"({100 * found.low:.1f} to {100 * found.high:.1f})"
+    text = f"{100 * found.median:.1f}{'~' * found.noisy} {spread}"
+    return text if least is None else f"{text} [{100 * least:.1f}]"
 
 
 def layers(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
@@ -169,14 +129,20 @@ def layers(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     points: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         points.setdefault(tuple(row[k] for k in ("dtype", "direction", "T", "N", "K", "r")), {})[row["path"]] = row
-    names = [name for name in PATHS if any(name in point for point in points.values()) and name != "reference"]
+    other = _baseline(rows)
+    names = [name for name in PATHS if any(name in point for point in points.values()) and name != other]
     lines = [
-        [f"{dtype} T {T}, {N} x {K}, r {r}", *(_over(point.get(name), "reference") for name in names)]
+        [f"{dtype} T {T}, {N} x {K}, r {r}", *(_over(point.get(name), other) for name in names)]
         for (dtype, _, T, N, K, r), point in points.items()
     ]
     direction = rows[0]["direction"].replace("both", "forward + backward")
-    notes = ("The reference layer, four ops in the weight's dtype, is 1; below 1 is faster. Quartiles in brackets.",)
-    yield Table(f"One layer, {direction}, as a multiple of the reference layer's time", ["", *names], lines, notes)
+    notes = (f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets.", *_noise(lines))
+    yield Table(f"One layer, {direction}, as a multiple of the time of: {other}", ["", *names], lines, notes)
+
+
+def _baseline(rows: list[Row]) -> str:
+    """What ratios are shown over: the reference layer where it was measured, else the floor."""
+    return "reference" if any(row["path"] == "reference" for row in rows) else "frozen"
 
 
 def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
@@ -184,18 +150,19 @@ def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     rows = [row for row in ok if row["question"] == "host"]
     if not rows:
         return
-    head = ["", "r", "over reference", "over PEFT LoRA", *(["us a call", "kernels"] if gpu(report) else [])]
+    others = [name for name in (_baseline(rows), "peft-lora") if any(name in row["over"] for row in rows)]
+    head = ["", "r", *(f"over {name}" for name in others), *(["us a call", "kernels"] if gpu(report) else [])]
     lines = []
     for row in rows:
-        line = [f"{row['path']}: {PATHS[row['path']].what}", str(row["r"]), _over(row, "reference")]
-        line.append(_over(row, "peft-lora"))
+        line = [f"{row['path']}: {PATHS[row['path']].what}", str(row["r"]), *(_over(row, name) for name in others)]
         if gpu(report):
             kernels = row.get("kernels", {})
             line.append(f"{1e6 * row['seconds']['median']:.0f}{'~' * row['noisy']}")
             line.append(" + ".join(str(kernels[way]) for way in ("forward", "backward")) if kernels else NO_FIGURE)
         lines.append(line)
     first = rows[0]
-    title = f"Host: issuing forward + backward of one token on a {first['N']} x {first['K']} layer, {first['dtype']}"
+    what = first["direction"].replace("both", "forward + backward")
+    title = f"Host: issuing {what} of one token on a {first['N']} x {first['K']} layer, {first['dtype']}"
     yield Table(title, head, lines, ("Quartiles in brackets.", *_noise(lines)))
 
 
@@ -216,8 +183,14 @@ def svd(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     for row in ok:
         if row["question"] == "svd" and "matrices" in row and "seconds" in row:
             cells = [f"{row['matrices']}, r {row['r']}, {row['dtype']}", f"{row['seconds']['median']:.2f}"]
-            cells.append(f"{row['peak_bytes'] / 2**30:.2f}")
-            yield Table(f"Factors of every linear of {row['model']}", ["linears", "s", "peak GiB"], [cells])
+            cells += [f"{row['peak_bytes'] / 2**30:.2f}", f"{row['sigma_error']:.1e}"]
+            head = [
+                "linears",
+                "s",
+                "peak GiB beyond weights and results",
+                "largest error of a singular value (the last)",
+            ]
+            yield Table(f"Factors of every linear of {row['model']}", head, [cells])
 
 
 def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
@@ -228,20 +201,27 @@ def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         if not group:
             continue
         first = group[0]
+        compiled = any("frozen+compile" in row["over"] for row in group)
         head = ["", "r", "trained", *(["tokens/s", "peak GiB"] if gpu(report) else []), "time over the frozen model"]
+        head += ["over it compiled"] if compiled else []
         lines = []
         for row in group:
-            line = [row["path"], str(row["r"] or NO_FIGURE), f"{row['trained']:,}"]
+            name = row["path"] + (", again" if row["again"] else "")
+            line = [name, str(row["r"] or NO_FIGURE), f"{row['trained']:,}"]
             if gpu(report):
                 line += [f"{row['T'] / row['seconds']['median']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
-            lines.append([*line, _over(row, "frozen")])
+            lines.append([*line, _over(row, "frozen"), *([_over(row, "frozen+compile")] if compiled else [])])
         with_it = "with" if checkpointing else "without"
         yield Table(
             f"A training step of {first['model']}, {first['blocks']} blocks, random weights, {first['dtype']}, "
             f"{first['T']} tokens in sequences of {first['sequence']}, {with_it} activation checkpointing",
             head,
             lines,
-            ("The frozen model, forward and gradients for its input, is timed first and again last.", *_noise(lines)),
+            (
+                "One way after another, by the host's clock. The frozen model: forward, and gradients for its input. "
+                "Quartiles in brackets.",
+                *_noise(lines),
+            ),
         )
 
 
@@ -266,7 +246,5 @@ def _over(row: Row | None, other: str) -> str:
     return f"{ratio['median']:.2f}{'~' * row['noisy']} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def _noise(lines: list[list[str]]) -> tuple[str, ...]:
-    if not any("~" in cell for line in lines for cell in line[1:]):
-        return ()
-    return (f"~ too noisy to be trusted: quartiles more than {NOISY:.0%} of the median apart.",)
+def _noise(lines: list[list[str]], why: str = f"quartiles over {NOISY:.0%} of the median apart") -> tuple[str, ...]:
+    return (f"~ too noisy to be trusted: {why}.",) if any("~" in cell for line in lines for cell in line[1:]) else ()

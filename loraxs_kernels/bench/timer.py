@@ -3,16 +3,17 @@
 A sample is the time of one call, averaged over a pass through all sets of operands; a round takes one sample of every
 call.  Figures are medians and quartiles over rounds, and ratios are taken within a round.
 
-On a GPU a sample lies between two CUDA events, queued without waiting; the sets together are larger than the L2
+On a GPU a sample lies between two CUDA events, begun with the device idle; the sets together are larger than the L2
 cache, so every call finds its operands in memory, as it would in a model.  In graph mode a pass over all sets is one
 CUDA graph: what is left is the GPU's own time, without the host's.  On a CPU only ratios are meant to be read.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def prepare(
     within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Pass:
     """Make the calls and warm up, apart from every measurement; with `graph` (CUDA), capture a pass over all sets."""
-    with _on(device), within():
+    with on(device), within():
         if graph:
             return Pass(*_captured(make))
         calls = make()
@@ -92,8 +93,10 @@ def interleave(
 
     With `issue`, on a GPU, what is timed is the host issuing the calls to an idle device.
     """
+    if not passes:
+        return {}
     clock = _host_clock if issue or device.type != "cuda" else _cuda_clock
-    with _on(device):
+    with on(device), _no_collection():
         once = {name: max(clock([(each, 1)])[0], 1e-9) for name, each in passes.items()}
         repeats = {name: max(1, round(SAMPLE / t)) for name, t in once.items()}
         if clock is _host_clock and device.type == "cuda":  # more would fill the launch queue, and wait for the device
@@ -108,8 +111,20 @@ def interleave(
     return {name: torch.tensor(each, dtype=torch.float64) for name, each in samples.items()}
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager:
+    """Make a GPU the current one: streams, events and synchronize mean that."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the samples."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _captured(make: Callable[[], list[Call]]) -> tuple[Call, int]:
@@ -124,20 +139,33 @@ def _captured(make: Callable[[], list[Call]]) -> tuple[Call, int]:
         for call in (*calls, *calls):  # what a first call does (handles, compilation, autograd) must not be captured
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    graph.replay()
-    return graph.replay, len(calls)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    except BaseException:
+        # torch before 2.12 leaves a failed capture's stream current and its pool open, and every empty_cache then fails
+        # (pytorch #180395).
+        torch.cuda.set_stream(before)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(before.device_index, graph.pool())
+            torch._C._cuda_releasePool(before.device_index, graph.pool())
+        raise
+
+    def replay(graph: torch.cuda.CUDAGraph = graph, calls: list[Call] = calls) -> None:
+        graph.replay()  # `calls` are held on to: they own what a kept backward reads
+
+    replay()
+    return replay, len(calls)
 
 
 def _cuda_clock(runs: list[tuple[Pass, int]]) -> list[float]:
-    """Seconds of each pass, repeated as often as it says, between CUDA events; the host waits once, at the end."""
+    """Seconds of each pass, repeated as often as it says, between CUDA events."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
-    torch.cuda.synchronize()
     for (each, repeats), (start, end) in zip(runs, events, strict=True):
         with each.within():
+            torch.cuda.synchronize()  # or the host would be ahead after a slow neighbour, and behind after a fast one
             start.record()
             for _ in range(repeats):
                 each.run()

@@ -1,0 +1,88 @@
+"""The adapter tax, from the rows of a report: (time with the adapter - frozen linear) / frozen linear, over a block.
+
+Shapes are weighted by how often they occur and by the time of their frozen linear; the ratio of each shape is the
+paired one, taken within rounds.  A point of the grid that lacks a shape has no tax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import roofline
+from .shapes import MODELS, Shape
+
+Row = dict[str, Any]
+Paths = dict[str, dict[Shape, Row]]
+
+
+class Point(NamedTuple):
+    """A point of the grid, but for the shape."""
+
+    run: str  # of bench/gpu_suite.py; "" where there is but one
+    model: str
+    dtype: str
+    direction: str
+    mode: str
+    T: int
+    r: int
+
+
+@dataclass(frozen=True)
+class Tax:
+    """A fraction of the frozen linears' time, with quartiles; goals are hundredths apart, so noise is told early."""
+
+    low: float
+    median: float
+    high: float
+
+    @property
+    def noisy(self) -> bool:
+        return self.high - self.low > max(0.01, 0.25 * abs(self.median))
+
+
+def points(rows: Iterable[Row]) -> dict[Point, Paths]:
+    """Layer rows with absolute times (a GPU's), by point, path and shape; separate runs stay apart."""
+    found: dict[Point, Paths] = {}
+    shapes: dict[tuple[str, str], set[Shape]] = {}
+    for row in rows:
+        if row["question"] == "layer" and row["status"] == "ok" and "seconds" in row:
+            at = Point(row.get("run", ""), *(row[name] for name in Point._fields[1:]))
+            shape = Shape(row["N"], row["K"], row["count"], row["layers"])
+            found.setdefault(at, {}).setdefault(row["path"], {})[shape] = row
+            shapes.setdefault((at.run, at.model), set()).add(shape)
+    whole = {key: set(MODELS[key[1]].shapes) if key[1] in MODELS else each for key, each in shapes.items()}
+    return {at: paths for at, paths in found.items() if set(paths.get("frozen", ())) == whole[at.run, at.model]}
+
+
+def measured(paths: Paths, path: str) -> Tax | None:
+    """Of one path at one point; None where it lacks a shape."""
+    frozen, own = paths["frozen"], paths.get(path, {})
+    if set(own) != set(frozen):
+        return None
+    weight = {shape: shape.count * row["seconds"]["median"] for shape, row in frozen.items()}
+
+    def over(quartile: str) -> float:
+        each = (weight[shape] * row["over"]["frozen"][quartile] for shape, row in own.items())
+        return sum(each) / sum(weight.values()) - 1
+
+    return Tax(over("low"), over("median"), over("high"))
+
+
+def least(report: dict[str, Any], at: Point, paths: Paths, path: str) -> float | None:
+    """What bytes and flops alone add, at this run's own ceilings, to the frozen linears as measured.
+
+    Counted for 16-bit dtypes; None for others, and for paths without a count.
+    """
+    if not report["ceilings"] or at.dtype == "fp32" or path not in roofline.PATHS:
+        return None
+    ceilings, frozen = roofline.Ceilings(**report["ceilings"]), paths["frozen"]
+
+    def block(seconds: Callable[[Shape], float]) -> float:
+        return sum(shape.count * seconds(shape) for shape in frozen)
+
+    def floor(name: str) -> float:
+        return block(lambda s: roofline.floor(ceilings, name, at.T, s.N, s.K, at.r, at.direction))
+
+    return (floor(path) - floor("frozen")) / block(lambda shape: frozen[shape]["seconds"]["median"])
