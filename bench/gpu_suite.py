@@ -41,7 +41,7 @@ WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
 ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
-# (name, seconds it may take at most, arguments of `loraxs bench`); the grids of performance.md, the headline first.
+# (name, seconds it may take at most, arguments of `loraxs bench`); the headline first.
 # All of it takes more than ten minutes: with less, call twice, each time with some steps (--only).
 BENCHES: list[tuple[str, float, list[str]]] = [
     ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
@@ -173,7 +173,7 @@ def by_component(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def summary(data: dict[str, Any]) -> str:
-    """A few lines: what passed, and the figures performance.md asks for."""
+    """A few lines: what passed, and the figures that goals are set for."""
     counts = ("passed", "failed", "skipped")
     lines = [f"{name}: {', '.join(f'{each[c]} {c}' for c in counts)}" for name, each in data["tests"].items()]
     lines = ["gpu tests: " + ("; ".join(lines) or "none ran")]

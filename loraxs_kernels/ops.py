@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.torch import cast, scale_, shrink
+from .backends.torch import cast, scaled_mm, shrink
 
 _NOTHING = nullcontext()
 
@@ -53,7 +53,7 @@ def gradients(
         else:
             v = shrink(gY, B.t())
         if need_gR:
-            gR = cast(scale_(v.t() @ z, s), R.dtype)
+            gR = cast(scaled_mm(v.t(), z, s, cast(R, v.dtype)), R.dtype)
     return gX, gR
 
 

@@ -505,7 +505,7 @@ def test_every_path_has_a_colour():
 
 # --- floors
 
-H200 = roofline.Ceilings("H200", 4.3e12, 790e12, 67e12, "shared figures of the design")
+H200 = roofline.Ceilings("H200", 4.3e12, 790e12, 67e12, "figures of the design")
 
 
 def test_floors_are_the_bytes_and_flops_written_out():

@@ -36,7 +36,7 @@ def lowrank_linear(
     that part is added to it in place and y is out.
     """
     z = shrink(x, A)
-    u = cast(scale_(F.linear(z, cast(R, z.dtype)), s), x.dtype)
+    u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
     y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
     return (y if W is None else y.addmm_(x, W.t())), z
 
@@ -50,9 +50,9 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     return F.linear(x.float(), A.float())
 
 
-def scale_(t: Tensor, s: float) -> Tensor:
-    """t *= s in place; nothing for s = 1 (alpha = rank, the default), which saves a launch."""
-    return t if s == 1.0 else t.mul_(s)
+def scaled_mm(a: Tensor, b: Tensor, s: float, like: Tensor) -> Tensor:
+    """s a b in one launch; `like` has the shape and dtype of the result and is not read (beta = 0)."""
+    return torch.addmm(like, a, b, beta=0, alpha=s)
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
