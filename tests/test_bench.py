@@ -53,8 +53,6 @@ def test_every_path_agrees_with_the_oracle(name, dtype):
     path = paths.PATHS[name]
     if reason := path.missing():
         pytest.skip(f"{name}: {reason}")
-    if name == "compile-max" and dtype == "bf16":
-        pytest.skip("compiled once is enough")
     request = tiny(dtype=dtype, paths=[name])
     sets = layer.operands(request, Shape(48, 64), 33, 4)
     layers, facts = layer.build(name, sets, request)
@@ -205,6 +203,24 @@ def test_shapes_are_those_of_the_models(name):
     for shape in known.shapes:
         expected[shape.N, shape.K] += shape.count * known.blocks
     assert found == expected and known.linears == found.total()
+
+
+def test_a_model_from_a_folder(tmp_path, capsys):
+    """A real one's configuration and weights, in the dtype asked for, as many blocks as asked for."""
+    transformers = pytest.importorskip("transformers")
+    sizes = MODELS["tiny"].config | {"num_hidden_layers": 3, "max_position_embeddings": 32}
+    saved = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    saved.save_pretrained(tmp_path)
+    asked = dict(questions=["model"], model=str(tmp_path), shapes=[], dtype="bf16", sequence=8, batch=1, blocks=2)
+    request = tiny(**asked)
+    built = model.build(request)
+    weight = built.model.layers[1].mlp.up_proj.weight
+    assert len(built.model.layers) == 2 and not weight.requires_grad
+    assert torch.equal(weight, saved.model.layers[1].mlp.up_proj.weight.bfloat16())
+    rows = list(model.rows(dataclasses.replace(request, paths=("frozen", "torch"))))
+    assert {(row["path"], row["status"]) for row in rows} == {("frozen", "ok"), ("torch", "ok")}
+    with pytest.raises(BenchError, match="sequence: got 33, must be at most 32"):
+        tiny(**asked | {"sequence": 33})
 
 
 @pytest.fixture(scope="module")
@@ -577,3 +593,25 @@ def test_a_run_on_a_gpu(tmp_path):
     assert 1 <= kernels["frozen"]["forward"] < kernels["reference"]["forward"]
     assert 1e11 < data["ceilings"]["bandwidth"] < 2e13 and 1e12 < data["ceilings"]["half"] < 1e16
     assert command.tables.of(data) and data["machine"]["driver"]
+
+
+@pytest.mark.gpu("bench")
+@pytest.mark.parametrize("direction", roofline.DIRECTIONS)
+def test_every_direction_in_a_graph_on_a_gpu(direction):
+    request = tiny(device="cuda", direction=direction, modes=["graph"], paths=["reference", "addmm", "torch"])
+    rows = list(layer.rows(request))
+    assert [row["status"] for row in rows] == ["ok"] * 4, [row.get("reason") for row in rows]
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu("bench")
+def test_a_failed_capture_leaves_the_others_on_a_gpu(monkeypatch):
+    def build(o: paths.Operands) -> paths.Layer:
+        return paths.Layer(lambda x: (x.sum().item(), o.linear()(x))[1])  # waits for the device: cannot be captured
+
+    monkeypatch.setitem(paths.PATHS, "addmm", paths.Path("addmm", "", paths._each(build)))
+    rows = list(layer.rows(tiny(device="cuda", tokens=[33, 5], paths=["addmm", "torch"])))
+    states = {(row["path"], row["mode"], row["T"]): row["status"] for row in rows}
+    for T in (33, 5):
+        assert states["addmm", "eager", T] == "ok" and states["addmm", "graph", T] == "failed"
+        assert states["torch", "graph", T] == "ok"

@@ -185,6 +185,8 @@ def _peft(config: str) -> str | None:
     return None if hasattr(peft, config) else f"peft {peft.__version__} has no {config}"
 
 
+HOW = {"torch": ": expand first, then the base GEMM accumulates"}
+
 PATHS = {
     path.name: path
     for path in (
@@ -213,7 +215,7 @@ PATHS = {
         *(
             Path(
                 name,
-                f"LoRAXSLinear on the {name} backend",
+                f"LoRAXSLinear on the {name} backend{HOW.get(name, '')}",
                 _each(_backend),
                 missing=partial(backends.unavailable, name),
                 within=partial(backends.backend, name),
