@@ -78,7 +78,11 @@ def rows(settings: Settings) -> Iterator[Row]:
         for r in settings.ranks:
             yield whole(settings, r)
     for shape in settings.shapes:
-        ranks = [r for r in settings.ranks if r <= min(shape.N, shape.K)]
+        highest = min(shape.N, shape.K)
+        for r in (r for r in settings.ranks if r > highest):
+            lost = f"rank {r} is above min(N, K) = {highest}"
+            yield from (_where(settings, shape, r) | failure(name, lost) for name in settings.svd_paths)
+        ranks = [r for r in settings.ranks if r <= highest]
         try:
             W = weight(shape, settings)
             sigma, energy = truth(W)
@@ -105,12 +109,13 @@ def weight(shape: Shape, settings: Settings, seed: int = 0) -> Tensor:
     """A random matrix with the spectrum of a trained weight: a slowly decaying head over a Gaussian bulk."""
     g = torch.Generator(settings.device).manual_seed(seed)
     k = min(SPIKES, shape.N, shape.K)
-    U, V, W = (
-        torch.randn(*size, generator=g, device=settings.device) / size[1 if size[1] != k else 0] ** 0.5
-        for size in ((shape.N, k), (shape.K, k), (shape.N, shape.K))
-    )
+
+    def rand(rows: int, columns: int, over: int) -> Tensor:
+        return torch.randn(rows, columns, generator=g, device=settings.device) / over**0.5
+
+    U, V, bulk = rand(shape.N, k, shape.N), rand(shape.K, k, shape.K), rand(shape.N, shape.K, shape.K)
     head = 10 / (1 + torch.arange(k, device=settings.device)) ** 0.5
-    return (W + (U * head) @ V.T).to(settings.dtype)
+    return (bulk + (U * head) @ V.T).to(settings.dtype)
 
 
 def truth(W: Tensor) -> tuple[Tensor, float]:
