@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from loraxs_kernels import backends, functional, reference
+from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
 
@@ -32,6 +33,17 @@ def test_every_shape_and_dtype(shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_every_layout(layout, dtype):
     check_against_oracle(operands(17, 33, 65, 12, dtype, layout))
+
+
+@pytest.mark.parametrize("shape", [(64, 48, 96, 25), (300, 8, 1024, 64), (130, 8, 4100, 20)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_z_is_fp32_whatever_the_operands(shape, layout):
+    """Not just by its dtype: small products and, past _LARGE, large ones have far more than bf16's 8 bits."""
+    o = operands(*shape, torch.bfloat16, layout)
+    for x, A in ((o.x, o.A), (o.gY, o.B.t())):
+        z = torch_backend.shrink(x, A)
+        assert z.dtype == torch.float32
+        assert reference.relative_error(z, x.double() @ A.double().T) < 1e-5
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu(f"{name} backend")) for name in backends.NAMES])

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 # torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only.
 _MM_OUT_DTYPE = torch.__version__ >= (2, 8)
+# Whether this CPU multiplies bf16 by instructions of its own (unknown to old versions of torch: then not used).
+_CPU_BF16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+_LARGE = 1 << 23  # multiplications from which two bf16 products on such a CPU take less time than one in fp32
 
 
 def unavailable() -> str | None:
@@ -42,11 +45,18 @@ def lowrank_linear(
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
-    """z = x A^T, x (T, K), A (r, K) -> (T, r) in fp32 (fp64 for fp64 operands), accumulated in that dtype."""
+    """z = x A^T, x (T, K), A (r, K) -> (T, r) in fp32 (fp64 for fp64 operands), accumulated in that dtype.
+
+    On a CPU with bf16 instructions a large product is made twice in bf16, the second time for what the first one
+    rounded off (8 bits of z, then 8 more), which takes less time than one product in fp32.
+    """
     if x.dtype in (torch.float32, torch.float64):
         return F.linear(x, A)
     if x.is_cuda and _MM_OUT_DTYPE and x.numel():
         return torch.mm(x, A.t(), out_dtype=torch.float32)
+    if _CPU_BF16 and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() * A.shape[0] > _LARGE:
+        z = F.linear(x, A)
+        return z.float().add_(torch.addmm(z, x, A.t(), beta=-1))
     return F.linear(x.float(), A.float())
 
 
