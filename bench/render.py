@@ -159,9 +159,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if stale else 0
     for path, text in wanted:
         path.write_text(text)
-    for name, data in _newest(read()[0]).items():
-        for plot in plots.of(data):
-            (RESULTS / _image(name, plot)).write_bytes(plot.png())
+    benches, _ = read()
+    images = {RESULTS / _image(name, plot): plot for name, data in _newest(benches).items() for plot in plots.of(data)}
+    for path, plot in images.items():
+        path.write_bytes(plot.png())
+    for stem in (name.removesuffix(".json") for name in benches):  # what newer reports have taken the place of
+        for path in set(RESULTS.glob(f"{stem}-*.png")) - set(images):
+            path.unlink()
     return 0
 
 
