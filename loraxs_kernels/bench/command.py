@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import BenchError, page, roofline, settings, tables, timer
 from .layer import Row, failure, release
 from .paths import PATHS
-from .report import Report
+from .report import Report, load
 from .settings import Settings
 from .shapes import MODELS, parse
 from .svd import METHODS
@@ -121,14 +121,14 @@ def _measure_ceilings(report: Report, request: Settings) -> None:
 
 def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
     """Show how far it is: a bar for a person, a line for each point elsewhere."""
-    seen: dict[tuple, None] = {}
+    seen: set[tuple] = set()
     with tqdm(total=points, desc=question, unit="point", disable=None, leave=False) as bar:
         for row in rows:
             where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing", "again") if key in row)
             if question == "model":
                 where = (row["path"], *where)
             if where not in seen:
-                seen[where] = None
+                seen.add(where)
                 bar.set_postfix_str(" ".join(where))
                 bar.update()
                 if bar.disable:
@@ -151,17 +151,13 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
 
 def show_roofline(arguments: argparse.Namespace) -> int:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
-    if arguments.model is not None and arguments.shape:
-        raise BenchError(f"model and shape: got {arguments.model!r} and {arguments.shape[0]!r}, give one of the two")
+    settings.one_of("model", arguments.model, "shape", arguments.shape)
+    settings.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
+    settings.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
     model = arguments.model or "mistral-7b"
     if model not in MODELS:
         raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
-    if any(number < 1 for number in (*arguments.tokens, *arguments.rank)):
-        raise BenchError(f"tokens and rank: got {min(*arguments.tokens, *arguments.rank)}, must be at least 1")
-    try:
-        shapes = [parse(text) for text in arguments.shape] or list(MODELS[model].shapes)
-    except ValueError as error:
-        raise BenchError(str(error)) from None
+    shapes = [parse(text) for text in arguments.shape] or MODELS[model].shapes
     ceilings = _ceilings(arguments)
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 
@@ -170,11 +166,11 @@ def show_roofline(arguments: argparse.Namespace) -> int:
         each = (s.count * roofline.floor(ceilings, path, T, s.N, s.K, r, arguments.direction) for s in shapes)
         return 1e3 * sum(each)
 
-    lines = [[what, *(f"{floor(path, T, r):.3f}" for T, r in points)] for path, what in roofline.PATHS.items()]
-    lines = [
-        [*line, *(f"{100 * (floor(path, T, r) / floor('frozen', T, r) - 1):.1f}" for T, r in points)]
-        for line, path in zip(lines, roofline.PATHS, strict=True)
-    ]
+    lines = []
+    for path, what in roofline.PATHS.items():
+        least = [floor(path, T, r) for T, r in points]
+        taxes = [100 * (ms / floor("frozen", T, r) - 1) for ms, (T, r) in zip(least, points, strict=True)]
+        lines.append([what, *(f"{ms:.3f}" for ms in least), *(f"{tax:.1f}" for tax in taxes)])
     what = "the shapes given" if arguments.shape else f"the linears of one block of {model}"
     notes = (
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.half / 1e12:.0f} TFLOP/s in 16 bits, "
@@ -182,15 +178,13 @@ def show_roofline(arguments: argparse.Namespace) -> int:
         "A model: bytes and flops counted once, launches free, nothing kept in the cache between steps.",
     )
     head = ["least time, and tax", *(f"ms T {T} r {r}" for T, r in points), *(f"% T {T} r {r}" for T, r in points)]
-    direction = arguments.direction.replace("both", "forward + backward")
+    direction = roofline.DIRECTIONS[arguments.direction]
     tables.show([tables.Table(f"Floors for {what}, 16-bit weights, {direction}", head, lines, notes)])
     return 0
 
 
 def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
     if arguments.ceilings is not None:
-        from .report import load
-
         found = load(arguments.ceilings)["ceilings"]
         if found is None:
             raise BenchError(f"ceilings: {arguments.ceilings} has none, it was not measured on a GPU")

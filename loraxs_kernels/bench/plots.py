@@ -116,7 +116,7 @@ def _tax_points(report: dict[str, Any], ok: list[dict]) -> Iterator[dict[str, An
             spot = (*at[1:], path)  # of several runs the first
             if path != "frozen" and spot not in seen and (found is not None or least is not None):
                 seen.add(spot)
-                of = f"{at.model} {at.dtype} {at.direction.replace('both', 'forward + backward')}".strip()
+                of = f"{at.model} {at.dtype} {roofline.DIRECTIONS[at.direction]}".strip()
                 point = {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path}
                 low, median, high = (100 * v for v in dataclasses.astuple(found)) if found else (None, None, None)
                 point |= {"tax": median, "low": low, "high": high, "floor": None if least is None else 100 * least}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DIRECTIONS = ("both", "forward", "backward")
+DIRECTIONS = {"both": "forward + backward", "forward": "forward", "backward": "backward"}  # and in words
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ def check(
     _known("direction", [direction], DIRECTIONS)
     _known("path", paths, (*PATHS, *METHODS, "all"))
     _known("mode", modes, MODES)
-    if model is not None and shapes:
-        raise BenchError(f"model and shape: got {model!r} and {shapes[0]!r}, give one of the two")
+    one_of("model", model, "shape", shapes)
     model = model or ("" if shapes else "mistral-7b" if gpu else "tiny" if "model" in questions else "")
     if model and model not in MODELS and not (Path(model) / "config.json").is_file():
         known = ", ".join(MODELS)
@@ -82,15 +81,10 @@ def check(
         raise BenchError("mode: got 'graph' on a CPU, CUDA graphs need a GPU")
     dtype = dtype or ("bf16" if gpu else "fp32")
     _known("dtype", [dtype], DTYPES)
-    for name, numbers in dict(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch]).items():
-        if any(number is not None and number < 1 for number in numbers):
-            raise BenchError(f"{name}: got {min(numbers)}, must be at least 1")
+    at_least_one(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch])
     if seconds is not None and not 0 < seconds < 3600:
         raise BenchError(f"seconds: got {seconds:g}, must be above 0 and below 3600")
-    try:
-        given = tuple(parse(text) for text in shapes)
-    except ValueError as error:
-        raise BenchError(str(error)) from None
+    given = tuple(map(parse, shapes))
     if not given:
         given = MODELS[model].shapes if model in MODELS else (Shape(1024, 1024), Shape(1024, 4096))
     longest = _longest_sequence(model) if "model" in questions else None
@@ -119,6 +113,20 @@ def check(
         sequence=sequence or min(2048 if gpu else 64, longest or 2048),
         batch=batch or (4 if gpu else 2),
     )
+
+
+def one_of(name: str, value: object, other: str, other_value: object) -> None:
+    """Refuse two options of which one makes the other meaningless."""
+    if value and other_value:
+        raise BenchError(f"{name} and {other}: got {value} and {other_value}, give one of the two")
+
+
+def at_least_one(**options: Sequence[int | None]) -> None:
+    """Refuse numbers below 1; None: not given."""
+    for name, numbers in options.items():
+        for number in numbers:
+            if number is not None and number < 1:
+                raise BenchError(f"{name}: got {number}, must be at least 1")
 
 
 def _longest_sequence(model: str) -> int | None:

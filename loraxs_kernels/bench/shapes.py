@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from . import BenchError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,10 +30,6 @@ class Model:
     blocks: int
     shapes: tuple[Shape, ...]
     config: dict[str, int]
-
-    @property
-    def linears(self) -> int:
-        return self.blocks * sum(shape.count for shape in self.shapes)
 
 
 def _decoder(name: str, model_type: str, blocks: int, hidden: int, kv: int, mlp: int, q: int, config: dict) -> Model:
@@ -76,8 +74,8 @@ MODELS = {
 
 
 def parse(text: str) -> Shape:
-    """The shape written "NxK", as in 4096x14336.  Raises ValueError for anything else."""
+    """The shape written "NxK", as in 4096x14336; BenchError for anything else."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or 0 in (N_K := tuple(map(int, match.groups()))):
-        raise ValueError(f"shape: got {text!r}, must be NxK, out-features by in-features, such as 4096x14336")
+        raise BenchError(f"shape: got {text!r}, must be NxK, out-features by in-features, such as 4096x14336")
     return Shape(*N_K)

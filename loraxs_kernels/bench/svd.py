@@ -171,15 +171,16 @@ def whole(settings: Settings, r: int) -> Row:
     """
     model = MODELS[settings.model]
     row = {"question": "svd", "model": model.name, "r": r, "dtype": settings.dtype_name, "path": "loraxs-svd"}
-    row |= {"matrices": (settings.blocks or model.blocks) * sum(shape.count for shape in model.shapes)}
+    blocks = settings.blocks or model.blocks
     try:
         linears = []
-        for i in range(settings.blocks or model.blocks):
+        for i in range(blocks):
             for shape in model.shapes:
                 for j in range(shape.count):
                     linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
                     linear.weight = nn.Parameter(weight(shape, settings, 7 * i + j), requires_grad=False)
                     linears.append(linear)
+        row["matrices"] = len(linears)
         gpu = settings.device.type == "cuda"
         made: list[LoRAXSLinear] = []
 
@@ -187,7 +188,7 @@ def whole(settings: Settings, r: int) -> Row:
             made.clear()
             made.extend(LoRAXSLinear.from_linear(linear, r, init="svd") for linear in some)
 
-        attach(linears[: len(linears) // (settings.blocks or model.blocks)])  # warm-up: one block
+        attach(linears[: len(linears) // blocks])  # warm-up: one block
         made.clear()
         if gpu:
             held = torch.cuda.memory_allocated(settings.device)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import tax
+from .layer import Row
 from .paths import PATHS
+from .roofline import DIRECTIONS
 from .settings import QUESTIONS
 from .svd import METHODS
 from .timer import NOISY
 
-Row = dict[str, Any]
 NO_FIGURE = "-"
 
 
@@ -98,7 +99,7 @@ def taxes(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         names = [name for name in PATHS if any(name in points[at] for at in grid) and name != "frozen"]
         rows = [[f"{name}: {PATHS[name].what}", *(_tax(report, at, points[at], name) for at in grid)] for name in names]
         run, model, dtype, direction, mode = group
-        what = direction.replace("both", "forward + backward") + (f" ({run})" if run else "")
+        what = DIRECTIONS[direction] + (f" ({run})" if run else "")
         shapes = ", ".join(f"{shape.count} x {shape}" for shape in points[grid[0]]["frozen"])
         yield Table(
             f"Adapter tax in % of the frozen linears, {model or 'shapes as given'}, {dtype}, {what}, {mode}",
@@ -135,7 +136,7 @@ def layers(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         [f"{dtype} T {T}, {N} x {K}, r {r}", *(_over(point.get(name), other) for name in names)]
         for (dtype, _, T, N, K, r), point in points.items()
     ]
-    direction = rows[0]["direction"].replace("both", "forward + backward")
+    direction = DIRECTIONS[rows[0]["direction"]]
     notes = (f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets.", *_noise(lines))
     yield Table(f"One layer, {direction}, as a multiple of the time of: {other}", ["", *names], lines, notes)
 
@@ -161,7 +162,7 @@ def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
             line.append(" + ".join(str(kernels[way]) for way in ("forward", "backward")) if kernels else NO_FIGURE)
         lines.append(line)
     first = rows[0]
-    what = first["direction"].replace("both", "forward + backward")
+    what = DIRECTIONS[first["direction"]]
     title = f"Host: issuing {what} of one token on a {first['N']} x {first['K']} layer, {first['dtype']}"
     yield Table(title, head, lines, ("Quartiles in brackets.", *_noise(lines)))
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import roofline
+from .layer import Row
 from .shapes import MODELS, Shape
 
-Row = dict[str, Any]
 Paths = dict[str, dict[Shape, Row]]
 
 
