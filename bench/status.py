@@ -17,7 +17,10 @@ COMPONENTS = {
         ["loraxs_kernels/backends/torch.py", "loraxs_kernels/ops.py", "loraxs_kernels/functional.py"],
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
-    "triton backend": (["loraxs_kernels/backends/triton.py"], ""),
+    "triton backend": (
+        ["loraxs_kernels/backends/triton"],
+        "interpreted and compiled ahead of time on a CPU; its tiles are counted, not measured; never run on an AMD GPU",
+    ),
     "cuda backend": (["loraxs_kernels/backends/cuda.py", "csrc"], ""),
     "truncated_svd": (["loraxs_kernels/svd.py"], "upcasts one half-precision matrix at a time"),
     "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),

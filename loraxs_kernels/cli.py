@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `demo`, `bench` or `roofline`; returns the exit status."""
-    from .bench import BenchError, command
+    """Run `loraxs info`, `demo`, `bench`, `roofline` or `tune`; returns the exit status."""
+    from .bench import BenchError, command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
     command.add_bench(commands.add_parser("bench", help="time LoRA-XS layers and their neighbours, side by side"))
     command.add_roofline(commands.add_parser("roofline", help="what bandwidth and flops alone allow, path by path"))
+    tune.add_tune(commands.add_parser("tune", help="find the fastest tiles of the Triton kernels for this GPU"))
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         from .info import info
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.bench(arguments)
         if arguments.command == "roofline":
             return command.show_roofline(arguments)
+        if arguments.command == "tune":
+            return tune.tune(arguments)
         demos.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
     except (demos.DemoError, BenchError) as error:
         print(f"loraxs {arguments.command}: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ def unchecked(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     backend = backends.choose(rows, A, B)
     if torch.compiler.is_compiling():
-        y, _ = ops.lowrank_linear(rows, W, A, R, B, s, bias, backend)
+        y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, backend)[0]
         y = y.view(*x.shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
     primitive = backends.primitive(backend)
@@ -84,7 +84,7 @@ def unchecked(
         if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
             y = _LowRankLinear.apply(out, rows, W, A, R, B, s, bias, primitive)
         else:
-            y, _ = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))
+            y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))[0]
     if out is not None:
         return out
     return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
@@ -120,7 +120,7 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         primitive: backends.Primitive,
     ) -> Tensor:
-        y, z = primitive(x, W, A, R, B, s, bias, None if out is None else _rows(out))
+        y, z, _ = primitive(x, W, A, R, B, s, bias, None if out is None else _rows(out))
         _, need_gX, _, _, need_gR = ctx.needs_input_grad[:5]
         # Only what the backward will read: W for gX, z for gR.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)

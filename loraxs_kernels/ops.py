@@ -31,7 +31,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def gradients(
-    op: Callable[..., tuple[Tensor, Tensor]],
+    op: Callable[..., tuple[Tensor, Tensor, Tensor]],
     gY: Tensor,
     W: Optional[Tensor],  # noqa: UP045
     A: Tensor,
@@ -42,19 +42,18 @@ def gradients(
     need_gX: bool,
     need_gR: bool,
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
-    """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, and one r x r product.
+    """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, whose gram gR is.
 
     `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.
     """
     gX = gR = None
     with no_autocast(gY):
         if need_gX:
-            gX, v = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, None)
-        else:
-            v = shrink(gY, B.t())
-        if need_gR:
-            gR = cast(scaled_mm(v.t(), z, s, cast(R, v.dtype)), R.dtype)
-    return gX, gR
+            W_t = None if W is None else W.t()
+            gX, _, gR = op(gY, W_t, B.t(), R.t(), A.t(), s, other=z if need_gR else None)
+        elif need_gR:
+            gR = scaled_mm(shrink(gY, B.t()).t(), z, s, cast(R, z.dtype))
+    return gX, cast(gR, R.dtype) if need_gR else None
 
 
 @torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())
@@ -66,11 +65,13 @@ def lowrank_linear(
     B: Tensor,
     s: float,
     bias: Optional[Tensor],  # noqa: UP045
+    other: Optional[Tensor],  # noqa: UP045
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(y, z) of the backend's primitive."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, z, gram) of the backend's primitive; gram is empty without `other`, as an operator cannot return None."""
     with no_autocast(x):
-        return backends.primitive(backend)(x, W, A, R, B, s, bias)
+        y, z, gram = backends.primitive(backend)(x, W, A, R, B, s, bias, None, other)
+    return y, z, z.new_empty(0) if gram is None else gram
 
 
 @lowrank_linear.register_fake
@@ -82,25 +83,26 @@ def _(
     B: Tensor,
     s: float,
     bias: Optional[Tensor],  # noqa: UP045
+    other: Optional[Tensor],  # noqa: UP045
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    z_dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0], dtype=z_dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = x.new_empty(x.shape[0], A.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[0], B.shape[0]), z, z.new_empty(0) if other is None else z.new_empty(R.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, W, A, R, B, ctx.s, _, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, W, A, R, B, ctx.s, _, _, ctx.backend = inputs
     ctx.save_for_backward(W, A, R, B, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gY: Tensor, _gz: None) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
-    def op(*operands: Any) -> tuple[Tensor, Tensor]:
-        return lowrank_linear(*operands, ctx.backend)
+def _backward(ctx: Any, gY: Tensor, *_: None) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
+    def op(*operands: Any, other: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: UP045
+        return lowrank_linear(*operands, None, other, ctx.backend)
 
     needed = ctx.needs_input_grad
     gX, gR = gradients(op, gY, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
-    return gX, None, None, gR, None, None, None, None
+    return gX, None, None, gR, None, None, None, None, None
 
 
 lowrank_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,8 @@
-"""Fixtures: small real models, read from ordinary Python packages, offline."""
+"""Fixtures: small real models, read from ordinary Python packages, offline; and Triton's interpreter.
+
+With TRITON_INTERPRET=1 kernels run on the CPU, slowly, and every layer on the triton backend: `make test` runs some of
+the tests that way, in a process of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +30,33 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+if INTERPRETED:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from loraxs_kernels import backends
+
+    own_dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *more):
+        """Triton's interpreter keeps bf16 as its 16 bits and its dot takes them for integers: hand it fp32 instead."""
+
+        def number(t: TensorHandle) -> TensorHandle:
+            if t.dtype.scalar != tl.bfloat16:
+                return t
+            return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        return own_dot(self, number(a), number(b), *more)
+
+    InterpreterBuilder.create_dot = create_dot
+
+    @pytest.fixture(autouse=True)
+    def on_the_triton_backend():
+        with backends.backend("triton"):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """Which implementation of the primitive runs: one module a backend, each with the same two functions.
 
-    unavailable() -> str | None                                       why it cannot run here, or None
-    lowrank_linear(x, W, A, R, B, s, bias=None, out=None) -> (y, z)   the primitive, see backends/torch.py
+    unavailable() -> str | None                                  why it cannot run here, or None
+    lowrank_linear(x, W, A, R, B, s, bias=None, out=None, other=None) -> (y, z, gram)
+                                                                 the primitive, see backends/torch.py
 
-A backend is a file of this package, found by its name in NAMES; nothing is registered and nothing is imported
+A backend is a module of this package, found by its name in NAMES; nothing is registered and nothing is imported
 before it is asked for.
 """
 
@@ -21,7 +22,7 @@ from . import torch as torch_backend
 
 NAMES = ("torch", "triton", "cuda")
 
-Primitive = Callable[..., tuple[Tensor, Tensor]]
+Primitive = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 # A plain global and not a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get (torch 2.13).
 _forced: str | None = None

@@ -31,17 +31,20 @@ def lowrank_linear(
     s: float,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y = x W^T + u B^T (+ bias), with z = x A^T and u = s z R^T; returns (y, z).
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y = x W^T + u B^T (+ bias), with z = x A^T and u = s z R^T; returns (y, z, gram).
 
     x (T, K), W (N, K), A (r, K), B (N, r), bias (N,) in the compute dtype and any strides; R (r, r) in any float
     dtype; z (T, r) in fp32 (fp64 for fp64 operands).  W = None leaves the low-rank part alone; with `out` (T, N)
-    that part is added to it in place and y is out.
+    that part is added to it in place and y is out.  gram = s z^T other, (r, r) in the dtype of z, for `other` (T, r)
+    in that dtype: gR, where this is the backward pass (whose z is v) and other the z of the forward; else None.
     """
     z = shrink(x, A)
     u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
     y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
-    return (y if W is None else y.addmm_(x, W.t())), z
+    gram = None if other is None else scaled_mm(z.t(), other, s, cast(R, z.dtype))
+    return (y if W is None else y.addmm_(x, W.t())), z, gram
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:

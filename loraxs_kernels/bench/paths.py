@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends, ops, reference
+from ..backends.torch import scaled_mm
 from ..functional import _LowRankLinear
 from ..linear import LoRAXSLinear
 from .timer import Call
@@ -107,10 +108,19 @@ def _addmm(o: Operands) -> Layer:
     R = o.R.to(o.x.dtype).requires_grad_()
 
     def primitive(
-        x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, bias: Tensor | None, out: None = None
-    ) -> tuple[Tensor, Tensor]:
+        x: Tensor,
+        W: Tensor,
+        A: Tensor,
+        R: Tensor,
+        B: Tensor,
+        s: float,
+        bias: None = None,
+        out: None = None,
+        other: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         z = x @ A.t()
-        return F.linear(x, W, bias).addmm_(z @ R.t(), B.t(), alpha=s), z
+        gram = None if other is None else scaled_mm(z.t(), other, s, R)
+        return F.linear(x, W).addmm_(z @ R.t(), B.t(), alpha=s), z, gram
 
     def call(x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -130,7 +140,7 @@ def _operator(o: Operands) -> Layer:
     R = nn.Parameter(o.R.clone())
 
     def call(x: Tensor) -> Tensor:
-        return ops.lowrank_linear(x, o.W, o.A, R, o.B, o.s, None, "torch")[0]
+        return ops.lowrank_linear(x, o.W, o.A, R, o.B, o.s, None, None, "torch")[0]
 
     return Layer(call, (R,), (o.A, R, o.B), o.s)
 

@@ -1,0 +1,179 @@
+"""The primitive with Triton: x -> A -> R -> B in one kernel, then the library's GEMM accumulates x W^T into y.
+
+kernels.py holds the kernels, config.py how they are cut.  Ranks too wide to stay on chip (config.WIDEST) leave the two
+large products to the library, where they are GEMMs in their own right, and those with R to a kernel.  fp64, empty
+operands and tensors that are not on a GPU go to the torch backend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import torch as torch_backend
+from .config import Config, Device, padded, pick_config, precision
+
+OLDEST = (3, 2)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NOTHING = nullcontext()
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here; None: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"triton {version} is too old, it must be at least {'.'.join(map(str, OLDEST))}: pip install -U triton"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here (torch.cuda.is_available() is False); the torch backend runs on a CPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU has compute capability {major}.{minor}, it must be at least 8.0 (Ampere)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, for tests (TRITON_INTERPRET=1, set before it is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def lowrank_linear(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, z, gram), see backends/torch.py.
+
+    Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not, and one
+    that sums the gram's parts where there are several.  The workspace is those parts, r x r fp32 for each block of
+    rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs, same bits.
+    """
+    (T, K), (N, r) = x.shape, B.shape
+    if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
+        return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
+    with _on(x.device):
+        config = pick_config(T, N, K, r, x.dtype, layout(A), _facts(x.device))
+        if config is not None:
+            y, z, gram = _chain(config, x, A, R, B, s, bias, out, other)
+        elif precision(x.dtype) == "ieee":  # no matrix instructions: the library's products are as good
+            y, z, gram = torch_backend.lowrank_linear(x, None, A, R, B, s, bias, out, other)
+        else:
+            z = torch_backend.shrink(x, A)
+            u = product(z, R.t(), s, x.dtype)
+            y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
+            gram = None if other is None else product(z.t(), other, s, z.dtype)
+        return (y if W is None else y.addmm_(x, W.t())), z, gram
+
+
+def _chain(
+    config: Config,
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    out: Tensor | None,
+    other: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, z, gram) without W, on chip."""
+    from . import kernels
+
+    (T, K), (N, r) = x.shape, B.shape
+    blocks = -(-T // config.block_t)
+    y = empty(x, (T, N), x.dtype) if out is None else out
+    z = empty(x, (T, r), torch.float32)
+    gram = None if other is None else empty(x, (blocks, r, r), torch.float32)
+    bias = bias if bias is None else bias.contiguous()
+    other = other if other is None else other.contiguous()
+    rank, (large, small) = padded(r), dot_precision(x.dtype)
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, BLOCK_T=config.block_t, RANK=rank)
+    shrink = dict(BLOCK_K=config.block_k, PRECISION=large)
+    expand = dict(BLOCK_N=config.block_n, ADD=out is not None, PRECISION=large, R_PRECISION=small)
+    results = (y, z, gram)
+    if config.one_launch:
+        kernels.chain_kernel[(blocks,)](
+            *(x, A, R, B, bias, other, *results, T, N, K, r, s),
+            *(*x.stride(), *A.stride(), *R.stride(), *B.stride(), *y.stride()),
+            **options | shrink | expand,
+        )
+    else:
+        parts = empty(x, (config.split_k, T, r), torch.float32)
+        kernels.shrink_kernel[(blocks, config.split_k)](
+            *(x, A, parts, T, K, r, *x.stride(), *A.stride()), **options | shrink
+        )
+        kernels.expand_kernel[(blocks, config.split_n)](
+            *(parts, R, B, bias, other, *results, T, N, r, s, config.split_k),
+            *(*R.stride(), *B.stride(), *y.stride()),
+            **options | expand,
+        )
+    if gram is not None:
+        gram = gram[0] if blocks == 1 else gram.sum(0)
+    return y, z, gram
+
+
+def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
+    """s a b for fp32 a (M, L) and any float b (L, N), on tensor cores; programs share L where M x N has few tiles."""
+    from . import kernels
+
+    (M, L), N = a.shape, b.shape[1]
+    m, n, k = 64, 64, 32
+    tiles = -(-M // m) * -(-N // n)
+    shares = max(1, min(_facts(a.device).multiprocessors // tiles, L // (8 * k)))
+    c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)
+    kernels.product_kernel[(-(-M // m), -(-N // n), shares)](
+        *(a, b, c, M, N, L, s, *a.stride(), *b.stride()),
+        **dict(BLOCK_M=m, BLOCK_N=n, BLOCK_L=k, PRECISION=dot_precision(torch.bfloat16)[1], num_warps=4, num_stages=2),
+    )
+    return c[0] if shares == 1 else c.sum(0).to(dtype)
+
+
+def layout(A: Tensor) -> str:
+    """Which way A lies: as stored in the forward pass, or B^T of the backward pass."""
+    return "forward" if A.stride(1) == 1 else "backward"
+
+
+def dot_precision(dtype: torch.dtype) -> tuple[str, str]:
+    """`input_precision` of the products with A and B, and of those with R, whose operands are fp32 throughout.
+
+    For half-precision x the latter take three tf32 products: a single one would truncate z and R to 10 bits.
+    """
+    if torch.version.hip is not None:
+        return "ieee", "ieee"
+    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32", "tf32"), "ieee": ("ieee", "ieee")}[precision(dtype)]
+
+
+def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on the device of `like`: everything this backend allocates."""
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Launches go to torch's current device, which need not be the tensors'."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+@lru_cache(maxsize=64)
+def _facts(device: torch.device) -> Device:
+    if device.type == "cpu":  # interpreted, as if on an H100
+        return Device((9, 0), 132)
+    found = torch.cuda.get_device_properties(device)
+    return Device((found.major, found.minor), found.multi_processor_count)

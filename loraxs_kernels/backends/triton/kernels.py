@@ -1,0 +1,172 @@
+"""The kernels: x -> A -> R -> B in one launch or two, and a small fp32 product.
+
+Letters as everywhere: x (T, K), A (r, K), R (r, r), B (N, r), y (T, N); z = x A^T, u = s z R^T, both on chip in a tile
+of RANK >= r columns, the rest of which is zero.  z is fp32, u is rounded to the dtype of x, sums are fp32.  Row and
+column offsets are 64-bit, strides are as given, masks take care of every edge.  PRECISION is that of fp32 products
+(`input_precision` of tl.dot); products of half-precision operands are exact.
+
+Bytes, in units of the two-byte T K and T N: chain_kernel reads x once and writes y once, 2 T (K + N), and no more from
+memory as long as A and B, 2 r (K + N), stay in the L2 cache; every program reads them from there.  The library's GEMM
+then reads x, reads y and writes it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _shrink(
+    x, A, rows, T, r, begin, end, x_t, x_k, A_r, A_k,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z = x A^T over begin <= k < end."""
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    first = tl.cast(begin, tl.int64)
+    x_tile = x + rows[:, None] * x_t + (first + k)[None, :] * x_k
+    A_tile = A + ranks[None, :] * A_r + (first + k)[:, None] * A_k
+    x_step, A_step = BLOCK_K * tl.cast(x_k, tl.int64), BLOCK_K * tl.cast(A_k, tl.int64)
+    z = tl.zeros((BLOCK_T, RANK), tl.float32)
+    for at in range(begin, end, BLOCK_K):
+        inside = at + k < end
+        x_part = tl.load(x_tile, mask=(rows < T)[:, None] & inside[None, :], other=0.0)
+        A_part = tl.load(A_tile, mask=(ranks < r)[None, :] & inside[:, None], other=0.0)
+        z = tl.dot(x_part, A_part, z, input_precision=PRECISION)
+        x_tile += x_step
+        A_tile += A_step
+    return z
+
+
+@triton.jit
+def _mix(z, R, r, s, R_o, R_i, RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """u = s z R^T."""
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    inside = (ranks < r)[:, None] & (ranks < r)[None, :]
+    Rt = tl.load(R + ranks[None, :] * R_o + ranks[:, None] * R_i, mask=inside, other=0.0)
+    return s * tl.dot(z, Rt.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def _expand(
+    u, B, bias, y, rows, T, N, r, begin, end, B_n, B_r, y_t, y_n,
+    BLOCK_N: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = u B^T (+ bias) (+ y) over begin <= n < end."""
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    u = u.to(B.dtype.element_ty)
+    y_rows = y + rows[:, None] * y_t
+    for at in range(begin, end, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        wide = n.to(tl.int64)
+        B_part = tl.load(
+            B + wide[None, :] * B_n + ranks[:, None] * B_r,
+            mask=(n < N)[None, :] & (ranks < r)[:, None],
+            other=0.0,
+        )
+        tile = tl.dot(u, B_part, input_precision=PRECISION)
+        if bias is not None:
+            tile += tl.load(bias + wide, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        y_tile = y_rows + wide[None, :] * y_n
+        inside = (rows < T)[:, None] & (n < N)[None, :]
+        if ADD:
+            tile += tl.load(y_tile, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_tile, tile.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _keep(z, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """Store z, and this row block's part of the gram s z^T other where there is an `other`."""
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    at = rows[:, None] * r + ranks[None, :]
+    inside = (rows < T)[:, None] & (ranks < r)[None, :]
+    tl.store(z_out + at, z, mask=inside)
+    if other is not None:
+        part = s * tl.dot(tl.trans(z), tl.load(other + at, mask=inside, other=0.0), input_precision=PRECISION)
+        square = (ranks < r)[:, None] & (ranks < r)[None, :]
+        tl.store(gram + block * r * r + ranks[:, None] * r + ranks[None, :], part, mask=square)
+
+
+@triton.jit
+def chain_kernel(
+    x, A, R, B, bias, other, y, z_out, gram, T, N, K, r, s,
+    x_t, x_k, A_r, A_k, R_o, R_i, B_n, B_r, y_t, y_n,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK_T rows: z = x A^T over all of K, u = s z R^T, y = u B^T (+ bias) (+ y) tile by tile."""
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    z = _shrink(x, A, rows, T, r, 0, K, x_t, x_k, A_r, A_k, BLOCK_T, BLOCK_K, RANK, PRECISION)
+    _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
+    u = _mix(z, R, r, s, R_o, R_i, RANK, R_PRECISION)
+    _expand(u, B, bias, y, rows, T, N, r, 0, N, B_n, B_r, y_t, y_n, BLOCK_N, RANK, ADD, PRECISION)
+
+
+@triton.jit
+def shrink_kernel(
+    x, A, parts, T, K, r, x_t, x_k, A_r, A_k,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first half of chain_kernel for few rows: program (i, j) leaves z of its share of K in parts[j] (T, r)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    share = tl.cdiv(tl.cdiv(K, tl.num_programs(1)), BLOCK_K) * BLOCK_K
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, K)
+    z = _shrink(x, A, rows, T, r, begin, end, x_t, x_k, A_r, A_k, BLOCK_T, BLOCK_K, RANK, PRECISION)
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    part = parts + tl.program_id(1).to(tl.int64) * T * r
+    inside = (rows < T)[:, None] & (ranks < r)[None, :]
+    tl.store(part + rows[:, None] * r + ranks[None, :], z, mask=inside)
+
+
+@triton.jit
+def expand_kernel(
+    parts, R, B, bias, other, y, z_out, gram, T, N, r, s, shares,
+    R_o, R_i, B_n, B_r, y_t, y_n,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The second half: z is the sum of the parts, always in the same order; program (i, j) makes its share of N.
+
+    Every program of a row block sums z anew (they are small, and in the cache); the first one keeps it.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, RANK).to(tl.int64)
+    part = parts + rows[:, None] * r + ranks[None, :]
+    inside = (rows < T)[:, None] & (ranks < r)[None, :]
+    z = tl.zeros((BLOCK_T, RANK), tl.float32)
+    for _ in range(shares):
+        z += tl.load(part, mask=inside, other=0.0)
+        part += tl.cast(T, tl.int64) * r
+    if tl.program_id(1) == 0:
+        _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
+    u = _mix(z, R, r, s, R_o, R_i, RANK, R_PRECISION)
+    share = tl.cdiv(tl.cdiv(N, tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
+    _expand(u, B, bias, y, rows, T, N, r, begin, end, B_n, B_r, y_t, y_n, BLOCK_N, RANK, ADD, PRECISION)
+
+
+@triton.jit
+def product_kernel(
+    a, b, c, M, N, L, s, a_m, a_l, b_l, b_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c = s a b for fp32 a (M, L), b (L, N), on tensor cores: what ranks too wide for the chip do with R.
+
+    Program (i, j, k) makes one tile over its share of L, into c[k] (M, N), contiguous and of any dtype.
+    """
+    share = tl.cdiv(tl.cdiv(L, tl.num_programs(2)), BLOCK_L) * BLOCK_L
+    begin = tl.program_id(2).to(tl.int64) * share
+    end = tl.minimum(begin + share, L)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(begin, end, BLOCK_L):
+        k = at + tl.arange(0, BLOCK_L)
+        a_part = tl.load(a + m[:, None] * a_m + k[None, :] * a_l, mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
+        b_part = tl.load(b + k[:, None] * b_l + n[None, :] * b_n, mask=(k < end)[:, None] & (n < N)[None, :], other=0.0)
+        tile = tl.dot(a_part, b_part.to(tl.float32), tile, input_precision=PRECISION)
+    at = tl.program_id(2).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+    tl.store(c + at, (s * tile).to(c.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

@@ -1,0 +1,236 @@
+"""Which tiles the Triton kernels run fastest with: `loraxs tune`, and bench/tune.py, which makes the committed table.
+
+For each layout, rank and number of rows: begin with tiles that were counted on paper (START), change one of their sizes
+at a time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs,
+on operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
+fastest that spills no register is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import backends, reference
+from ..adapter_file import write_atomically
+from ..backends.triton import _chain, config
+from ..backends.triton.config import Config, Device, Row
+from . import BenchError, timer
+from .layer import release
+from .paths import Operands
+from .settings import at_least_one, one_of
+from .shapes import MODELS, Shape, parse
+
+RANKS = (16, 32, 64, 128)
+TYPICAL = {1: 32, 257: 512, 2049: 8192}  # from how many rows on a row of the table is meant: with how many it is timed
+OPTIONS = {
+    "block_t": (16, 32, 64, 128),
+    "block_k": (32, 64, 128),
+    "block_n": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+# By family, precision and least number of rows: block_t, block_k, block_n, warps and stages for each padded rank.
+# Few rows: the least a matrix instruction takes.  Many: as many as registers hold without spilling, so that A and B are
+# read least often, and 8 to 16 KiB of x in each of three or four stages, to keep the memory busy.
+_MANY = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
+START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
+    ("wgmma", "half"): {257: _MANY},
+    ("tcgen05", "half"): {257: _MANY},
+    ("mma", "half"): {
+        1: {16: (16, 128, 64, 4, 4), 32: (16, 128, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 64, 64, 8, 3)},
+        257: {16: (64, 64, 64, 4, 3), 32: (32, 64, 64, 4, 3), 64: (32, 64, 64, 4, 3)},
+    },
+    ("mma", "tf32"): {
+        1: {16: (16, 32, 32, 4, 3), 32: (16, 32, 32, 4, 3), 64: (16, 32, 32, 4, 3), 128: (16, 32, 32, 8, 3)},
+        257: {16: (32, 32, 32, 4, 3), 32: (32, 32, 32, 4, 3), 64: (32, 32, 32, 8, 3)},
+    },
+    ("mma", "ieee"): {
+        1: {16: (16, 16, 32, 4, 2), 32: (16, 16, 32, 4, 2)},
+        257: {16: (32, 16, 32, 4, 2), 32: (32, 16, 32, 4, 2)},
+    },
+}
+FOR = {
+    "mma": [(8, 0), (9, 0), (10, 0), (12, 0)],
+    "wgmma": [(9, 0)],
+    "tcgen05": [(10, 0)],
+}  # who may pick a family's rows
+SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high"), "ieee": (torch.float32, "highest")}
+
+
+class Spills(RuntimeError):
+    """A kernel needs more registers than there are."""
+
+
+def counted() -> tuple[Row, ...]:
+    """START as a table, each row compiled ahead of time for all that may pick it; needs no GPU.  Raises Spills."""
+    rows = [
+        Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
+        for (family, precision), by_tokens in START.items()
+        for tokens, by_rank in by_tokens.items()
+        for rank, tiles in by_rank.items()
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return tuple(tqdm(pool.map(_compiled, rows), total=len(rows), desc="compiling", unit="row"))
+
+
+def _compiled(row: Row) -> Row:
+    return row._replace(shared=shared(row, FOR[row.family], ("forward", "backward")))
+
+
+def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:
+    """The largest shared memory of a row's kernels, compiled for these GPUs; Spills where one needs more registers."""
+    from ..backends.triton.aot import Problem, compile_problem
+
+    (dtype, matmul), found = SETTING[row.precision], []
+    for capability in capabilities:
+        for layout in layouts:
+            for programs in (1, 4):
+                cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
+                for each in compile_problem(
+                    Problem(1024, 4096, 4096, row.rank, dtype, layout, matmul), capability, cut
+                ):
+                    if each.spilled:
+                        raise Spills(f"{row}: {each.kernel} spills {each.spilled} bytes on {capability}")
+                    found.append(each.shared)
+    return max(found)
+
+
+def measured(shapes: Iterable[Shape], rank: int, tokens: int, layout: str, device: torch.device, seconds: float) -> Row:
+    """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on."""
+    properties = torch.cuda.get_device_properties(device)
+    facts = Device((properties.major, properties.minor), properties.multi_processor_count)
+    family = config.family(facts.capability)
+    cases = [Case(shape, TYPICAL[tokens], rank, layout, device, facts) for shape in shapes]
+    times = search(start(family, rank, tokens), lambda tiles: sum(case.cost(tiles, seconds) for case in cases))
+    for tiles in sorted(times, key=times.__getitem__):
+        row = Row(family, "half", layout, rank, tokens, tiles, 0, f"measured on {properties.name}")
+        with suppress(Spills):
+            return row._replace(shared=shared(row, [facts.capability], [layout]))
+    raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
+
+
+def start(family: str, rank: int, tokens: int) -> Config:
+    """Where the search begins: the counted tiles of the GPU's family, or else those that every GPU can run."""
+    for name in (family, "mma"):
+        by_tokens = START[name, "half"]
+        for rows in sorted(by_tokens, reverse=True):
+            if rows <= tokens and rank in by_tokens[rows]:
+                return Config(*by_tokens[rows][rank])
+    raise KeyError(rank)
+
+
+def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float]:
+    """{tiles: seconds} of those that ran: one size is changed at a time, the best kept, until no change helps."""
+    times, before = {tiles: cost(tiles)}, None
+    while tiles != before:
+        before = tiles
+        for name, options in OPTIONS.items():
+            others = [dataclasses.replace(tiles, **{name: option}) for option in options]
+            times |= {other: cost(other) for other in others if other not in times}
+            tiles = min(times, key=times.__getitem__)
+    return {each: t for each, t in times.items() if t < math.inf}
+
+
+class Case:
+    """The chain without W on one shape and in one direction: its operands, and what tiles cost."""
+
+    def __init__(self, shape: Shape, T: int, rank: int, layout: str, device: torch.device, facts: Device) -> None:
+        def operands(seed: int) -> tuple:
+            o = Operands.random(T, shape.N, shape.K, rank, torch.bfloat16, device, seed)
+            x = o.x.detach()
+            if layout == "forward":
+                return x, o.A, o.R, o.B, o.s, None, None, None
+            return o.gY, o.B.t(), o.R.t(), o.A.t(), o.s, None, None, (x @ o.A.t()).float()
+
+        first = operands(0)
+        each = 4 * T * (shape.N + shape.K)  # bytes of x and y in bf16, twice: near enough
+        self.sets = [first, *map(operands, range(1, timer.sets_needed(device, each)))]
+        self.count, self.device, self.facts = shape.count, device, facts
+
+    def cost(self, tiles: Config, seconds: float) -> float:
+        """Seconds of one call times how often the shape occurs; infinite where the tiles fail or are wrong."""
+        x, A, _, B, *_ = self.sets[0]
+        cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], self.facts.multiprocessors)
+        try:
+            if not self.right(*_chain(cut, *self.sets[0])):
+                return math.inf
+            calls = [lambda operands=operands: _chain(cut, *operands) for operands in self.sets]
+            each = timer.prepare(lambda: calls, self.device, graph=True)
+            return self.count * timer.interleave({"": each}, self.device, seconds)[""].median().item()
+        except Exception:  # does not compile or does not fit: another one will
+            return math.inf
+
+    def right(self, y: Tensor, z: Tensor, gram: Tensor | None) -> bool:
+        """The accuracy rule, on some rows of y and z and on all of the gram."""
+        x, A, R, B, s, _, _, other = self.sets[0]
+        rows = torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).round().long()
+
+        def expected(dtype: torch.dtype) -> list[Tensor]:
+            found = list(reference.lowrank_linear(x[rows].to(dtype), None, A.to(dtype), R.to(dtype), B.to(dtype), s))
+            return found if other is None else [*found, s * (x.to(dtype) @ A.to(dtype).T).T @ other.to(dtype)]
+
+        got = [y[rows], z[rows]] if gram is None else [y[rows], z[rows], gram]
+        return all(
+            reference.relative_error(g, oracle) <= reference.allowed_error(chain, oracle, x.dtype)
+            for g, chain, oracle in zip(got, expected(x.dtype), expected(torch.float64), strict=True)
+        )
+
+
+def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
+    """The new rows, and the old ones that they do not replace, in that order."""
+    new = list(new)
+    keys = {row[:5] for row in new}
+    return [*new, *(row for row in old if row[:5] not in keys)]
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help=f"whose shapes: {', '.join(MODELS)}; default: mistral-7b")
+    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
+    add("--rank", nargs="+", type=int, default=list(RANKS), metavar="r", help="default: 16 32 64 128")
+    add("--seconds", type=float, default=0.02, help="for each size tried; default 0.02")
+    add("--out", type=Path, help=f"default: {config.user_path()}, which is used from then on")
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Run `loraxs tune`: measure, and write after every row, so that a run that is stopped has not been in vain."""
+    one_of("model", arguments.model, "shape", arguments.shape)
+    at_least_one(rank=arguments.rank)
+    model = arguments.model or "mistral-7b"
+    if model not in MODELS:
+        raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
+    shapes = tuple(map(parse, arguments.shape)) or MODELS[model].shapes
+    ranks = sorted({config.padded(r) for r in arguments.rank})
+    if ranks[-1] > config.WIDEST["half"]:
+        raise BenchError(
+            f"rank: got {max(arguments.rank)}, must be at most {config.WIDEST['half']}: wider ones have no tiles"
+        )
+    if reason := backends.unavailable("triton") or (None if torch.cuda.is_available() else "there is no GPU"):
+        raise BenchError(reason)
+    path, device = arguments.out or config.user_path(), torch.device("cuda", torch.cuda.current_device())
+    table = list(config.read(path)) if path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    points = [(rank, tokens, layout) for rank in ranks for tokens in TYPICAL for layout in ("forward", "backward")]
+    for rank, tokens, layout in tqdm(points, unit="row"):
+        row = measured(shapes, rank, tokens, layout, device, arguments.seconds)
+        table = merged([row], table)
+        write(table, path)
+        tqdm.write(f"r {rank}, T >= {tokens}, {layout}: {row.tiles}")
+        release()
+    print(path)
+    return 0
+
+
+def write(table: Iterable[Row], path: Path) -> None:
+    write_atomically(path, config.text(table).encode())

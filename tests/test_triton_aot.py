@@ -1,0 +1,113 @@
+"""Every kernel, as every configuration that can be picked, compiled to machine code for GPUs that are not here."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from loraxs_kernels.backends.triton import config
+from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem
+from loraxs_kernels.backends.triton.config import Config, Device
+from loraxs_kernels.bench.tune import SETTING
+
+CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+FORWARD_AND_BACKWARD = ("forward", "backward")
+
+
+class Job(NamedTuple):
+    capability: tuple[int, int]
+    precision: str
+    problem: Problem
+
+    @property
+    def config(self) -> Config | None:
+        """What pick_config says for it."""
+        p, before = self.problem, torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(p.matmul_precision)
+        try:
+            return config.pick_config(p.T, p.N, p.K, p.r, p.dtype, p.layout, Device(self.capability, 132))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def compiled(self) -> list[Compiled]:
+        return compile_problem(self.problem, self.capability, self.config)
+
+    def __str__(self) -> str:
+        p = self.problem
+        return f"sm_{self.capability[0]}{self.capability[1]}-{self.precision}-{p.T}x{p.N}x{p.K}-r{p.r}-{p.layout}"
+
+
+def jobs() -> list[Job]:
+    """Each row of the table, in one launch and in two; a rank of the paper's; awkward sizes; ranks past the widest."""
+    found = []
+    for capability in CAPABILITIES:
+        for precision, (dtype, matmul) in SETTING.items():
+            problems = [
+                (T, 4096, 14336, rank, layout)
+                for rank in (16, 32, 64, 128)
+                if rank <= config.WIDEST[precision]
+                for layout in FORWARD_AND_BACKWARD
+                for T in (8, 500, 100_000)
+            ]
+            if precision == "half":
+                problems += [(T, 4096, 4096, 20, layout) for layout in FORWARD_AND_BACKWARD for T in (500, 100_000)]
+            if precision != "ieee":
+                problems.append((8192, 4096, 4096, 256, "forward"))
+            found += [
+                Job(capability, precision, Problem(T, N, K, r, dtype, layout, matmul))
+                for T, N, K, r, layout in problems
+            ]
+        fp16 = Problem(96, 997, 1001, 25, torch.float16)
+        found.append(Job(capability, "half", fp16))
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """{job: what will have been compiled for it}, on every core."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield {job: pool.submit(job.compiled) for job in jobs()}
+
+
+@pytest.mark.parametrize("job", jobs(), ids=str)
+def test_compiles_for_a_gpu_that_is_not_here(compiling, job):
+    """No spilled registers, matrix instructions unless fp32 is to mean fp32, and no address in fewer than 64 bits."""
+    room = config.shared_memory(job.capability)
+    kernels = compiling[job].result()
+    assert kernels
+    for each in kernels:
+        assert each.spilled == 0, each
+        assert each.shared <= room, each
+        assert not each.narrow, each
+        used = {word for word, count in each.instructions.items() if count}
+        if job.precision == "ieee":
+            assert not used, each
+        else:
+            assert used & {"wgmma.mma_async", "mma.sync", "tcgen05.mma"}, each
+
+
+def test_hopper_and_blackwell_use_their_own_matrix_instructions(compiling):
+    for job, own in (((9, 0), "wgmma.mma_async"), ((10, 0), "tcgen05.mma")):
+        (chain,) = compiling[next(j for j in jobs() if j.capability == job and j.problem.T == 100_000)].result()
+        assert chain.kernel == "chain_kernel" and chain.instructions[own] > 0
+
+
+def test_every_row_of_the_table_is_reached_and_tells_its_shared_memory(compiling):
+    """A row nobody picks is dead; one that understates its memory would be picked where it cannot run."""
+    needed = {}
+    for job in jobs():
+        if (cut := job.config) is not None:
+            p = job.problem
+            device = Device(job.capability, 132)
+            row = config.pick_row(config.committed_table(), p.T, config.padded(p.r), job.precision, p.layout, device)
+            assert config.split(row.tiles, p.T, p.N, p.K, 132) == cut
+            needed[row] = max([needed.get(row, 0), *(each.shared for each in compiling[job].result())])
+    assert set(needed) == set(config.committed_table())
+    for row, shared in needed.items():
+        assert shared <= row.shared, row

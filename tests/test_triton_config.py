@@ -1,0 +1,175 @@
+"""The table of Triton configurations: what is picked, from which table, and how a table is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from loraxs_kernels.backends.triton import config
+from loraxs_kernels.backends.triton.config import Config, Device, Row, pick_config
+from loraxs_kernels.bench import tune
+from loraxs_kernels.cli import main
+
+H200, SMALL, FUTURE = Device((9, 0), 132), Device((8, 6), 20), Device((13, 0), 300)
+
+
+@pytest.fixture(autouse=True)
+def no_table_of_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAXS_CONFIGS", str(tmp_path / "configs.json"))
+    forget()
+    yield tmp_path / "configs.json"
+    forget()
+
+
+def forget() -> None:
+    config.user_table.cache_clear()
+    config._pick.cache_clear()
+
+
+@pytest.mark.parametrize("device", [H200, SMALL, FUTURE], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["forward", "backward"])
+def test_something_valid_is_picked_for_everything(device, dtype, layout):
+    for T in (1, 16, 17, 512, 8192, 10**7):
+        for N, K in ((1, 1), (1000, 7), (14336, 4096)):
+            for r in (1, 4, 16, 17, 25, 64, 128):
+                cut = pick_config(T, N, K, r, dtype, layout, device)
+                if dtype == torch.float32 and r > config.WIDEST["ieee"]:
+                    assert cut is None
+                    continue
+                assert cut == pick_config(T, N, K, r, dtype, layout, device)
+                assert cut.split_k <= min(config.MOST, -(-K // cut.block_k))
+                assert cut.split_n <= -(-N // cut.block_n)
+            assert pick_config(T, N, K, 129, dtype, layout, device) is None
+
+
+def test_few_rows_fill_the_chip_and_many_take_one_launch():
+    for T in (1, 16, 64, 256, 512, 1024, 2048):
+        cut = pick_config(T, 4096, 4096, 64, torch.bfloat16, "forward", H200)
+        blocks = -(-T // cut.block_t)
+        assert not cut.one_launch
+        assert 0.2 * H200.multiprocessors <= blocks * cut.split_k <= H200.multiprocessors
+        assert 0.4 * H200.multiprocessors <= blocks * cut.split_n <= H200.multiprocessors
+    assert pick_config(8192, 4096, 4096, 64, torch.bfloat16, "forward", H200).one_launch
+
+
+def test_fp32_follows_torchs_setting():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert config.precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert config.precision(torch.float32) == "tf32"
+        assert pick_config(8, 8, 8, 64, torch.float32, "forward", H200) is not None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+OWN = Row("wgmma", "half", "forward", 64, 257, Config(32, 32, 32, 8, 2), 1, "mine")
+
+
+def test_a_table_of_the_users_own_goes_first(no_table_of_the_users):
+    """Where it says something: for its layout, its rank, its rows and its family; the committed one has the rest."""
+    committed = {key: pick_config(*key) for key in problems()}
+    no_table_of_the_users.write_text(config.text([OWN]))
+    forget()
+    for key, before in committed.items():
+        now = pick_config(*key)
+        if key == (*(8192, 4096, 4096, 64, torch.bfloat16), "forward", H200):
+            assert now == OWN.tiles
+        else:
+            assert now == before
+
+
+def problems() -> list[tuple]:
+    return [
+        (T, 4096, 4096, r, torch.bfloat16, layout, device)
+        for T in (16, 8192)
+        for r in (16, 64)
+        for layout in ("forward", "backward")
+        for device in (H200, SMALL)
+    ]
+
+
+def test_a_row_that_does_not_fit_is_not_picked(no_table_of_the_users):
+    no_table_of_the_users.write_text(config.text([OWN._replace(family="mma", shared=100 * 1024)]))
+    forget()
+    key = (8192, 4096, 4096, 64, torch.bfloat16, "forward")
+    assert pick_config(*key, SMALL) != OWN.tiles  # 99 KiB
+    assert pick_config(*key, Device((8, 0), 108)) == OWN.tiles  # 163 KiB
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"family": "mma"}]}', '{"rows": [1]}'])
+def test_a_broken_table_is_named(no_table_of_the_users, text):
+    no_table_of_the_users.write_text(text)
+    with pytest.raises(ValueError, match=r"configs.json: not a table of configurations .*: delete it, or run"):
+        pick_config(8, 8, 8, 4, torch.bfloat16, "forward", H200)
+
+
+def test_a_table_reads_as_it_was_written(tmp_path):
+    path = tmp_path / "deep" / "table.json"
+    tune.write(config.committed_table(), path)
+    assert config.read(path) == config.committed_table()
+    assert path.read_text() == config.TABLE.read_text()
+
+
+def test_the_committed_table_is_what_was_counted_or_measured():
+    """Rows without a measurement are those of tune.START; test_triton_aot.py checks what they say of shared memory."""
+    counted = {row[:6] for row in config.committed_table() if row.source == "counted, not measured"}
+    started = {
+        (family, precision, "any", rank, tokens, Config(*tiles))
+        for (family, precision), by_tokens in tune.START.items()
+        for tokens, by_rank in by_tokens.items()
+        for rank, tiles in by_rank.items()
+    }
+    assert counted == started
+    assert all(row.source.startswith("measured on ") for row in config.committed_table() if row[:6] not in counted)
+
+
+def test_the_search_finds_what_is_fastest_and_leaves_out_what_fails():
+    best = Config(128, 64, 32, 8, 2)
+
+    def cost(tiles: Config) -> float:
+        if tiles.block_k == 128:
+            return float("inf")
+        return 1.0 + sum(a != b for a, b in zip(dataclasses.astuple(tiles), dataclasses.astuple(best), strict=True))
+
+    times = tune.search(tune.start("wgmma", 64, 2049), cost)
+    assert min(times, key=times.__getitem__) == best and times[best] == 1.0
+    assert all(tiles.block_k != 128 for tiles in times)
+
+
+def test_new_rows_take_the_place_of_old_ones():
+    other = OWN._replace(tokens=2049)
+    again = OWN._replace(tiles=Config(16, 16, 16, 4, 2))
+    assert tune.merged([again], [OWN, other]) == [again, other]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "rank: got 0, must be at least 1"),
+        (["--rank", "256"], "rank: got 256, must be at most 128"),
+        (["--model", "nobody"], "model: got 'nobody', must be one of"),
+        (["--shape", "4096"], "shape: got '4096', must be NxK"),
+        (["--shape", "8x8", "--model", "tiny"], "model and shape: got"),
+    ],
+)
+def test_tune_refuses_what_cannot_be(capsys, no_table_of_the_users, arguments, message):
+    assert main(["tune", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not no_table_of_the_users.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_needs_a_gpu(capsys):
+    assert main(["tune"]) == 1
+    assert "loraxs tune: torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_rows_are_json_that_people_can_read():
+    row = json.loads(config.TABLE.read_text())["rows"][0]
+    assert set(row) == {"family", "precision", "layout", "rank", "tokens", "tiles", "shared", "source"}

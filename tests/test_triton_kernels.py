@@ -1,0 +1,186 @@
+"""The Triton kernels, interpreted on the CPU: every configuration, against the fp64 oracle; what they write, and where.
+
+In a process of its own (`TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py tests/test_functional.py`; `make test`
+does): Triton looks at the variable when it is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from helpers import Operands, assert_accurate, operands
+from torch import Tensor
+
+from loraxs_kernels import backends, reference
+
+if not INTERPRETED:
+    pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
+
+from loraxs_kernels.backends import triton as backend
+from loraxs_kernels.backends.triton import config
+
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+ROWS = [row for row in config.committed_table() if row.layout in ("any", "forward")]
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def backward(o: Operands) -> Operands:
+    """The operands of the backward pass, as views: its x is gY, its bias none."""
+    return Operands(o.gY, o.W.t(), o.B.t(), o.R.t(), o.A.t(), None, o.x, o.s)
+
+
+def check(o: Operands, results: tuple, other: Tensor | None, out: Tensor | None = None, W: bool = False) -> None:
+    """y, z and the gram of the primitive against the oracle, by the accuracy rule."""
+    y, z, gram = results
+    dtype = o.x.dtype
+
+    def expected(at: torch.dtype) -> tuple:
+        x, A, R, B = (t.detach().to(at) for t in (o.x, o.A, o.R, o.B))
+        bias = None if o.bias is None or out is not None else o.bias.to(at)
+        y, z = reference.lowrank_linear(x, o.W.to(at) if W else None, A, R, B, o.s, bias)
+        y = y if out is None else out.to(at) + y
+        return y, z, None if other is None else o.s * z.T @ other.to(at)
+
+    for name, got, chain, oracle in zip("yzg", results, expected(dtype), expected(torch.float64), strict=True):
+        if oracle is not None:
+            assert_accurate(got, chain, oracle, dtype, name)
+    assert y.dtype == dtype and z.dtype == torch.float32
+    assert gram is None or gram.dtype == torch.float32
+    assert reference.relative_error(z, expected(torch.float64)[1]) < 1e-5  # fp32 also of half-precision operands
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("layout", ["forward", "backward"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.family}-{row.precision}-r{row.rank}-T{row.tokens}")
+def test_every_configuration(row, layout, programs, matmul_precision):
+    """More than one tile of everything, none of it whole; the rank a little less than its tile."""
+    matmul_precision("high" if row.precision == "tf32" else "highest")
+    cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
+    T, N, K = cut.block_t + 5, cut.block_n + 21, 2 * cut.block_k + 3
+    o = operands(T, N, K, row.rank - 3, DTYPES[row.precision])
+    o = o if layout == "forward" else backward(o)
+    other = None if layout == "forward" else torch.randn(T, row.rank - 3)
+    check(o, backend._chain(cut, o.x, o.A, o.R, o.B, o.s, o.bias, None, other), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("T", "r"), [(1, 1), (1, 25), (40, 4), (40, 12), (40, 129)])
+def test_any_rank(T, r, dtype, matmul_precision):
+    check_rank(T, r, dtype, matmul_precision)
+
+
+def test_the_widest_rank(matmul_precision):
+    check_rank(3, 1024, torch.bfloat16, matmul_precision)
+
+
+def check_rank(T, r, dtype, matmul_precision):
+    matmul_precision("high")
+    o = operands(T, 67, 71, r, dtype)
+    out, other = torch.randn(T, 67).to(dtype), torch.randn(T, r)
+    before = out.clone()
+    y, z, gram = backend.lowrank_linear(o.x, None, o.A, o.R, o.B, o.s, None, out, other)
+    assert y is out
+    check(o, (y, z, gram), other, before)
+    o = backward(o)
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, other), other, W=True)
+
+
+def test_ranks_too_wide_for_the_chip_still_use_a_kernel_for_R(monkeypatch):
+    made = []
+    own = backend.product
+    monkeypatch.setattr(backend, "product", lambda *args: made.append(own(*args)) or made[-1])
+    o = operands(700, 40, 48, 200, torch.bfloat16)
+    check(
+        o,
+        backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other := torch.randn(700, 200)),
+        other,
+        W=True,
+    )
+    assert [tuple(t.shape) for t in made] == [(700, 200), (200, 200)]
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Everything the backend allocates is poisoned with NaN and lies between guard bands; `whole()` checks these."""
+    held = []
+
+    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size, band = torch.Size(shape).numel(), 1 << 12
+        memory = torch.full((size + 2 * band,), 7.0, dtype=dtype)
+        memory[band : band + size] = float("nan")
+        held.append((memory, band))
+        return memory[band : band + size].view(shape)
+
+    def whole() -> bool:
+        return len(held) > 0 and all(
+            (memory[:band] == 7).all() and (memory[-band:] == 7).all() and not memory.isnan().any()
+            for memory, band in held
+        )
+
+    monkeypatch.setattr(backend, "empty", empty)
+    return whole
+
+
+@pytest.mark.parametrize("layout", ["forward", "backward"])
+@pytest.mark.parametrize(("T", "N", "K", "r"), [(1, 1, 1, 1), (17, 33, 65, 12), (67, 130, 257, 20), (70, 9, 300, 140)])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_writes_everything_and_nothing_else(guarded, monkeypatch, processors, T, N, K, r, layout):
+    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    o = operands(T, N, K, r, torch.bfloat16)
+    o = o if layout == "forward" else backward(o)
+    other = torch.randn(o.x.shape[0], r)
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other, W=True)
+    assert guarded()
+
+
+def test_out_is_written_in_place_and_nothing_around_it():
+    o = operands(35, 67, 130, 12, torch.bfloat16)
+    memory = torch.full((50, 90), 7.0, dtype=torch.bfloat16)
+    out = memory[5:40, 11:78]
+    out.copy_(o.gY)
+    before = out.clone()
+    check(o, backend.lowrank_linear(o.x, None, o.A, o.R, o.B, o.s, None, out), None, before)
+    memory[5:40, 11:78] = 7.0
+    assert (memory == 7).all()
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("r", [12, 140])
+def test_same_inputs_same_bits(monkeypatch, processors, r):
+    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    o = operands(130, 70, 300, r, torch.bfloat16)
+    other = torch.randn(130, r)
+    first, second = (backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_offsets_beyond_32_bits(monkeypatch, processors):
+    """Rows of x, y and A and columns of B more than 2^31 elements apart; the memory between is never touched."""
+    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    far, o = 2**31 + 16, operands(2, 3, 24, 3, torch.float16)
+    spread = torch.empty(far + 24, dtype=torch.float16)
+    x, out = spread.as_strided((2, 24), (far, 1)), torch.empty_like(spread).as_strided((2, 3), (far, 1))
+    A, B = torch.empty_like(spread).as_strided((2, 24), (far, 1)), torch.empty_like(spread).as_strided((3, 2), (1, far))
+    for there, here in ((x, o.x), (A, o.A[:2]), (B, o.B[:, :2]), (out, o.gY)):
+        there.copy_(here)
+    o.x, o.A, o.B, o.R = o.x, o.A[:2], o.B[:, :2], o.R[:2, :2]
+    check(o, backend.lowrank_linear(x, None, A, o.R, B, o.s, None, out), None, o.gY)
+
+
+def test_what_the_kernels_are_not_for_goes_to_the_torch_backend(monkeypatch):
+    monkeypatch.setattr(backend, "_chain", None)
+    for shape, dtype in (((5, 4, 6, 2), torch.float64), ((0, 4, 6, 2), torch.bfloat16)):
+        o = operands(*shape, dtype)
+        y, z, _ = backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
+        expected = backends.torch_backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
+        assert torch.equal(y, expected[0]) and torch.equal(z, expected[1])
