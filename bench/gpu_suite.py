@@ -40,17 +40,21 @@ LEAST = 20.0  # seconds under which nothing more is started
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
+WAY = ["--tokens", "512", "8192", "--rank", "64", "--mode", "graph", "--paths", *RIVALS]
 ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
 # (name, seconds it may take at most, arguments of `loraxs bench`); the headline first.
 # All of it takes more than ten minutes: with less, call twice, each time with some steps (--only).
 BENCHES: list[tuple[str, float, list[str]]] = [
     ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
+    ("chain", 60, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
     ("host", 60, ["host"]),
     ("svd", 120, ["svd", "--rank", "64"]),
     ("decode", 90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
     ("step", 300, ["model", "--rank", "64", "--paths", "reference-fp32", "reference", "peft-lora", "compile"]),
     ("tokens", 120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
     ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
+    ("forward", 60, ["layer", *WAY, "--direction", "forward"]),
+    ("backward", 60, ["layer", *WAY, "--direction", "backward"]),
     ("svd-small", 90, ["svd", "--rank", "16"]),
     ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
     ("compile-max", 120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),

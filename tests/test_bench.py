@@ -18,6 +18,7 @@ from torch import nn
 from loraxs_kernels import LoRAXSLinear, reference
 from loraxs_kernels.bench import (
     BenchError,
+    chain,
     command,
     host,
     layer,
@@ -155,6 +156,32 @@ def test_ceilings_are_of_this_machine():
 
 
 # --- the other questions
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_chain_rows_are_checked_and_timed_both_ways(dtype):
+    rows = list(chain.rows(tiny(questions=["chain"], dtype=dtype)))
+    found = [(row["direction"], row["path"], row["status"]) for row in rows]
+    assert sorted(found) == [(way, path, "ok") for way in ("backward", "forward") for path in ("reference", "torch")]
+    itemsize = {"fp32": 4, "bf16": 2}[dtype]
+    assert all(row["bytes"] == itemsize * (33 * (48 + 64) + 4 * (48 + 64)) for row in rows)
+    assert all(row["over"]["reference"]["median"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("what", ["y", "z", "gram"])
+def test_a_wrong_chain_is_not_timed(monkeypatch, what):
+    def wrong(*operands):
+        results = dict(zip(("y", "z", "gram"), chain._reference(*operands), strict=True))
+        if results[what] is not None:
+            results[what] = results[what] * 1.1
+        return tuple(results.values())
+
+    monkeypatch.setitem(chain.PATHS, "torch", lambda: wrong)
+    rows = list(chain.rows(tiny(questions=["chain"], direction="backward")))
+    assert {row["path"]: row.get("reason") for row in rows} == {
+        "torch": f"not timed, it is wrong: {what}",
+        "reference": None,
+    }
 
 
 def test_host_measures_each_path_and_the_operator():
@@ -336,7 +363,7 @@ def test_a_failed_path_shows_in_the_exit_status_and_the_table(tmp_path, monkeypa
 
 
 BAD = {
-    "an unknown question": (["quality"], "question: got 'quality', must be one of layer, host, svd, model"),
+    "an unknown question": (["quality"], "question: got 'quality', must be one of layer, chain, host, svd, model"),
     "an unknown model": (["--model", "gpt-9"], "model: got 'gpt-9', must be one of mistral-7b"),
     "a folder, for shapes": (["layer", "--model", "{tmp}"], "model: got "),
     "an unknown path": (["--paths", "magic"], "path: got 'magic', must be one of frozen"),
@@ -462,6 +489,19 @@ def test_tables_say_the_same_in_every_form():
             for cell in (cell for row in table.rows for cell in row):
                 assert cell in form.replace("&#x27;", "'").replace("&quot;", '"').replace("&gt;", ">")
         assert len({line.count("|") for line in table.markdown().splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_chain_table_tells_the_bandwidth():
+    (table,) = tables.of(report.load(SAMPLE), ["chain"])
+    (row,) = table.rows
+    assert dict(zip(table.head, row, strict=True)) == {
+        "": "bf16 forward T 8192, 4096 x 4096, r 64",
+        "reference, TB/s": "1.35 (34%)",  # 135 MB in 100 us, of the sample's 4 TB/s
+        "torch, TB/s": "1.69 (42%)",
+        "triton, TB/s": "3.38 (85%)",
+        "torch over reference": "0.80 (0.78 to 0.82)",
+        "triton over reference": "0.40 (0.39 to 0.41)",
+    }
 
 
 def test_a_person_gets_the_tables_with_rich(monkeypatch, capsys):

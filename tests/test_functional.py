@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, unfused
@@ -52,7 +57,7 @@ def on_gpu(request):
     if reason := backends.unavailable(request.param):
         pytest.skip(f"{request.param} backend: {reason}")
     with backends.backend(request.param):
-        yield
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,6 +70,70 @@ def test_every_shape_and_dtype_on_a_gpu(on_gpu, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_every_layout_on_a_gpu(on_gpu, layout, dtype):
     check_against_oracle(operands(17, 33, 65, 12, dtype, layout, "cuda"))
+
+
+# Layers of Mistral-7B, Llama-3-8B and RoBERTa-large, the paper's ranks, few rows and many.
+REAL = [
+    (8192, 4096, 4096, 64),
+    (4100, 1024, 4096, 25),
+    (2048, 4096, 14336, 128),
+    (512, 14336, 4096, 16),
+    (77, 4096, 1024, 12),
+    (1, 1024, 1024, 4),
+]
+
+
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_real_shapes_on_a_gpu(on_gpu, shape):
+    check_against_oracle(operands(*shape, torch.bfloat16, device="cuda"), bias=shape[1] == 1024)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fp32_on_a_gpu_follows_torchs_setting(on_gpu, precision):
+    """The chain of the accuracy rule follows it too: "highest" leaves no room for TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for r in (16, 64):
+            check_against_oracle(operands(300, 512, 1024, r, device="cuda"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_more_than_2_31_elements_on_a_gpu(on_gpu):
+    """The last rows of x and gX, whose offsets need 64 bits."""
+    T, o = 2**31 // 4096 + 64, operands(64, 64, 4096, 16, torch.bfloat16, device="cuda")
+    x = torch.zeros(T, 4096, dtype=torch.bfloat16, device="cuda")
+    x[-64:] = o.x
+    gY = torch.zeros(T, 64, dtype=torch.bfloat16, device="cuda")
+    gY[-64:] = o.gY
+    R = o.R.requires_grad_()
+    y = lora_xs_linear(x.requires_grad_(), o.W, o.A, R, o.B, o.s)
+    gX, gR = torch.autograd.grad(y, (x, R), gY)
+    oracle = gradients(o.to(torch.float64), unfused, bias=False)
+    for got, chain, right in zip((y[-64:], gX[-64:], gR), gradients(o, unfused, bias=False), oracle, strict=True):
+        assert_accurate(got.detach(), chain, right, torch.bfloat16)
+    assert not y[:-64].any() and not gX[:-64].any()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(on_gpu, tool):
+    """A small step, forward and backward, in few rows and in many, under NVIDIA's checker."""
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = """
+import sys; sys.path.insert(0, "tests")
+import torch, loraxs_kernels as lx
+from helpers import gradients, operands
+from loraxs_kernels.functional import lora_xs_linear
+with lx.backend(sys.argv[1]):
+    for T in (17, 9000):
+        gradients(operands(T, 65, 129, 12, torch.bfloat16, device="cuda"), lora_xs_linear)
+torch.cuda.synchronize()
+"""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", sys.executable, "-c", script, on_gpu]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 def test_same_bits_on_a_gpu_in_a_graph_and_on_another_stream(on_gpu):

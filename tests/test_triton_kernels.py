@@ -21,6 +21,8 @@ if not INTERPRETED:
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import config
+from loraxs_kernels.bench import tune
+from loraxs_kernels.bench.shapes import Shape
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 ROWS = [row for row in config.committed_table() if row.layout in ("any", "forward")]
@@ -184,3 +186,26 @@ def test_what_the_kernels_are_not_for_goes_to_the_torch_backend(monkeypatch):
         y, z, _ = backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
         expected = backends.torch_backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
         assert torch.equal(y, expected[0]) and torch.equal(z, expected[1])
+
+
+def test_tune_leaves_out_tiles_that_fail_or_are_wrong(monkeypatch):
+    """The whole search, on a small problem: what it takes are tiles that run, are right and are the fastest."""
+    spoiled, own = 32, backend._chain
+
+    def spoil(cut, *operands):
+        y, z, gram = own(cut, *operands)
+        return (y + 1 if cut.block_n == spoiled else y), z, gram
+
+    times = {}
+    monkeypatch.setattr(tune, "_chain", spoil)
+    monkeypatch.setattr(tune, "shared", lambda row, *_: 1000 + row.tiles.block_k)
+    monkeypatch.setattr(tune, "TYPICAL", {1: 20})
+    monkeypatch.setattr(tune, "OPTIONS", {"block_t": (16, 24), "block_n": (16, spoiled), "block_k": (16, 32)})
+    real = tune.search
+    monkeypatch.setattr(tune, "search", lambda *args: times.update(real(*args)) or times)
+    facts, device = config.Device((9, 0), 8), torch.device("cpu")
+    row = tune.measured([Shape(40, 48)], 16, 1, "backward", device, facts, "measured here", 1e-3)
+    assert row.tiles == min(times, key=times.__getitem__)
+    assert all(tiles.block_t == 16 and tiles.block_n != spoiled for tiles in times)  # 24 is no power of two
+    assert len(times) >= 4 and row.shared == 1000 + row.tiles.block_k
+    assert row[:5] == ("wgmma", "half", "backward", 16, 1) and row.source == "measured here"

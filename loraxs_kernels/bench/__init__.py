@@ -3,12 +3,13 @@
     command.py    the two commands: arguments, checks, the run, what is printed
     shapes.py     the linear layers of real models
     paths.py      the ways to compute one layer, and the check that each is right
-    layer.py host.py model.py svd.py   the questions, each a function that yields rows
+    layer.py chain.py host.py model.py svd.py   the questions, each a function that yields rows
     timer.py      timing several calls in turn; the machine's ceilings
     roofline.py   floors from counted bytes and flops
     tax.py        the adapter tax over a block, from a report's rows
     report.py     the JSON of a run: its fields, writing it safely, reading it
     tables.py plots.py page.py         what people read: text and Markdown, figures, one HTML page
+    tune.py       `loraxs tune`: the fastest tiles of the Triton kernels
 
 Nothing here is imported by `import loraxs_kernels`.
 """

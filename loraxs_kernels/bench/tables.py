@@ -82,7 +82,7 @@ def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Tab
     """Every table of a report that it has rows for; those of all questions end with what was not measured."""
     ok = [row for row in report["rows"] if row["status"] == "ok"]
     makers: dict[str, tuple[Callable[..., Iterator[Table]], ...]]
-    makers = {"layer": (taxes, layers), "host": (host,), "svd": (svd,), "model": (models,)}
+    makers = {"layer": (taxes, layers), "chain": (chains,), "host": (host,), "svd": (svd,), "model": (models,)}
     tables = [table for question in questions for make in makers[question] for table in make(report, ok)]
     return tables + (list(failures(report)) if set(questions) == set(QUESTIONS) else [])
 
@@ -144,6 +144,35 @@ def layers(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
 def _baseline(rows: list[Row]) -> str:
     """What ratios are shown over: the reference layer where it was measured, else the floor."""
     return "reference" if any(row["path"] == "reference" for row in rows) else "frozen"
+
+
+def chains(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """x -> A -> R -> B alone: ratios to the reference's four ops, and on a GPU the bandwidth achieved."""
+    rows = [row for row in ok if row["question"] == "chain"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points: dict[tuple, dict[str, Row]] = {}
+        for row in (row for row in rows if row["mode"] == mode):
+            at = tuple(row[k] for k in ("dtype", "direction", "T", "N", "K", "r"))
+            points.setdefault(at, {})[row["path"]] = row
+        names = [name for name in PATHS if any(name in point for point in points.values())]
+        lines = []
+        for (dtype, direction, T, N, K, r), point in points.items():
+            cells = [_bandwidth(report, point.get(name)) for name in names] if gpu(report) else []
+            cells += [_over(point.get(name), "reference") for name in names if name != "reference"]
+            lines.append([f"{dtype} {direction} T {T}, {N} x {K}, r {r}", *cells])
+        ratios = [f"{name} over reference" for name in names if name != "reference"]
+        head = ["", *(f"{name}, TB/s" for name in names if gpu(report)), *ratios]
+        what = "reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."
+        speed = "TB/s: x once and y once, over the time; in brackets, of this GPU's copy." if gpu(report) else ""
+        yield Table(f"x, A, R, B without W, {mode}", head, lines, tuple(filter(None, (what, speed, *_noise(lines)))))
+
+
+def _bandwidth(report: dict[str, Any], row: Row | None) -> str:
+    if row is None:
+        return NO_FIGURE
+    speed = row["bytes"] / row["seconds"]["median"]
+    of = f" ({speed / report['ceilings']['bandwidth']:.0%})" if report["ceilings"] else ""
+    return f"{speed / 1e12:.2f}{'~' * row['noisy']}{of}"
 
 
 def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:

@@ -14,20 +14,21 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from datetime import datetime, timezone
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .. import backends, reference
+from .. import backends
 from ..adapter_file import write_atomically
 from ..backends.triton import _chain, config
 from ..backends.triton.config import Config, Device, Row
 from . import BenchError, timer
+from .chain import Case
 from .layer import release
-from .paths import Operands
 from .settings import at_least_one, one_of
 from .shapes import MODELS, Shape, parse
 
@@ -106,15 +107,26 @@ def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[
     return max(found)
 
 
-def measured(shapes: Iterable[Shape], rank: int, tokens: int, layout: str, device: torch.device, seconds: float) -> Row:
+def measured(
+    shapes: Iterable[Shape],
+    rank: int,
+    tokens: int,
+    layout: str,
+    device: torch.device,
+    facts: Device,
+    source: str,
+    seconds: float,
+) -> Row:
     """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on."""
-    properties = torch.cuda.get_device_properties(device)
-    facts = Device((properties.major, properties.minor), properties.multi_processor_count)
     family = config.family(facts.capability)
-    cases = [Case(shape, TYPICAL[tokens], rank, layout, device, facts) for shape in shapes]
-    times = search(start(family, rank, tokens), lambda tiles: sum(case.cost(tiles, seconds) for case in cases))
+    cases = [(shape.count, Case(shape, TYPICAL[tokens], rank, layout, torch.bfloat16, device)) for shape in shapes]
+
+    def cost(tiles: Config) -> float:
+        return sum(count * time(case, tiles, facts, seconds) for count, case in cases)
+
+    times = search(start(family, rank, tokens), cost)
     for tiles in sorted(times, key=times.__getitem__):
-        row = Row(family, "half", layout, rank, tokens, tiles, 0, f"measured on {properties.name}")
+        row = Row(family, "half", layout, rank, tokens, tiles, 0, source)
         with suppress(Spills):
             return row._replace(shared=shared(row, [facts.capability], [layout]))
     raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
@@ -142,49 +154,21 @@ def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float
     return {each: t for each, t in times.items() if t < math.inf}
 
 
-class Case:
-    """The chain without W on one shape and in one direction: its operands, and what tiles cost."""
-
-    def __init__(self, shape: Shape, T: int, rank: int, layout: str, device: torch.device, facts: Device) -> None:
-        def operands(seed: int) -> tuple:
-            o = Operands.random(T, shape.N, shape.K, rank, torch.bfloat16, device, seed)
-            x = o.x.detach()
-            if layout == "forward":
-                return x, o.A, o.R, o.B, o.s, None, None, None
-            return o.gY, o.B.t(), o.R.t(), o.A.t(), o.s, None, None, (x @ o.A.t()).float()
-
-        first = operands(0)
-        each = 4 * T * (shape.N + shape.K)  # bytes of x and y in bf16, twice: near enough
-        self.sets = [first, *map(operands, range(1, timer.sets_needed(device, each)))]
-        self.count, self.device, self.facts = shape.count, device, facts
-
-    def cost(self, tiles: Config, seconds: float) -> float:
-        """Seconds of one call times how often the shape occurs; infinite where the tiles fail or are wrong."""
-        x, A, _, B, *_ = self.sets[0]
-        cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], self.facts.multiprocessors)
-        try:
-            if not self.right(*_chain(cut, *self.sets[0])):
-                return math.inf
-            calls = [lambda operands=operands: _chain(cut, *operands) for operands in self.sets]
-            each = timer.prepare(lambda: calls, self.device, graph=True)
-            return self.count * timer.interleave({"": each}, self.device, seconds)[""].median().item()
-        except Exception:  # does not compile or does not fit: another one will
+def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
+    """Seconds of one call; infinite where the tiles do not run or are wrong."""
+    x, A, _, B, *_ = case.sets[0]
+    cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
+    chain = partial(_chain, cut)
+    try:
+        if not all(error <= allowed for error, allowed in case.errors(chain).values()):
             return math.inf
-
-    def right(self, y: Tensor, z: Tensor, gram: Tensor | None) -> bool:
-        """The accuracy rule, on some rows of y and z and on all of the gram."""
-        x, A, R, B, s, _, _, other = self.sets[0]
-        rows = torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).round().long()
-
-        def expected(dtype: torch.dtype) -> list[Tensor]:
-            found = list(reference.lowrank_linear(x[rows].to(dtype), None, A.to(dtype), R.to(dtype), B.to(dtype), s))
-            return found if other is None else [*found, s * (x.to(dtype) @ A.to(dtype).T).T @ other.to(dtype)]
-
-        got = [y[rows], z[rows]] if gram is None else [y[rows], z[rows], gram]
-        return all(
-            reference.relative_error(g, oracle) <= reference.allowed_error(chain, oracle, x.dtype)
-            for g, chain, oracle in zip(got, expected(x.dtype), expected(torch.float64), strict=True)
+        return (
+            timer.interleave({"": case.prepare(chain, graph=case.device.type == "cuda")}, case.device, seconds)[""]
+            .median()
+            .item()
         )
+    except Exception:  # does not compile, or does not fit: others will
+        return math.inf
 
 
 def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
@@ -219,11 +203,14 @@ def tune(arguments: argparse.Namespace) -> int:
     if reason := backends.unavailable("triton") or (None if torch.cuda.is_available() else "there is no GPU"):
         raise BenchError(reason)
     path, device = arguments.out or config.user_path(), torch.device("cuda", torch.cuda.current_device())
+    found = torch.cuda.get_device_properties(device)
+    facts = Device((found.major, found.minor), found.multi_processor_count)
+    source = f"measured on {found.name}, {datetime.now(timezone.utc):%Y-%m-%d}"
     table = list(config.read(path)) if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     points = [(rank, tokens, layout) for rank in ranks for tokens in TYPICAL for layout in ("forward", "backward")]
     for rank, tokens, layout in tqdm(points, unit="row"):
-        row = measured(shapes, rank, tokens, layout, device, arguments.seconds)
+        row = measured(shapes, rank, tokens, layout, device, facts, source, arguments.seconds)
         table = merged([row], table)
         write(table, path)
         tqdm.write(f"r {rank}, T >= {tokens}, {layout}: {row.tiles}")

@@ -133,7 +133,7 @@ def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
     from . import kernels
 
     (M, L), N = a.shape, b.shape[1]
-    m, n, k = 64, 64, 32
+    m, n, k = 64, 32, 32
     tiles = -(-M // m) * -(-N // n)
     shares = max(1, min(_facts(a.device).multiprocessors // tiles, L // (8 * k)))
     c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)

@@ -125,15 +125,17 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
+        specialised = not launch.kernel.params[i].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif (name.isupper() and len(name) > 1) or value is None or value == 1:
+        elif (name.isupper() and len(name) > 1) or value is None or (value == 1 and specialised):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (signature[name] in ("i32", "i64") and value % 16 == 0):
+        whole = signature[name] in ("i32", "i64") and specialised and value % 16 == 0
+        if isinstance(value, torch.Tensor) or whole:
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     source = ASTSource(launch.kernel, signature, constants, attributes)

@@ -1,0 +1,136 @@
+"""How near does x -> A -> R -> B come to the memory's speed?  The primitive without W, forward and backward, alone.
+
+Whatever computes it must read x and write y, T (K + N) numbers; A, B and R are small.  What a path reads and writes
+beyond that lowers the bandwidth it achieves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from . import timer
+from .layer import Row, failure, figures, points, release
+from .paths import Operands
+from .shapes import Shape
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+__all__ = ["Case", "points", "rows"]
+
+Chain = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+
+def _reference(
+    x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, bias: None, out: None, other: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The four ops of the reference layer's branch, in the dtype of x."""
+    z, R = x @ A.t(), R.to(x.dtype)
+    gram = None if other is None else (z.t() @ other.to(z.dtype)) * s
+    return z @ R.t() @ B.t() * s, z, gram
+
+
+def _backend(name: str) -> Chain:
+    primitive = backends.primitive(name)
+    return lambda x, *more: primitive(x, None, *more)
+
+
+PATHS: dict[str, Callable[[], Chain]] = {
+    "reference": lambda: _reference,
+    **{name: partial(_backend, name) for name in backends.NAMES},
+}
+
+
+class Case:
+    """x -> A -> R -> B on operands of one shape in one direction, in sets that leave the cache.
+
+    backward: x is gY, A is B^T, B is A^T, R is R^T, all as views, and `other` is z.  N and K stay those of the layer.
+    """
+
+    def __init__(self, shape: Shape, T: int, r: int, direction: str, dtype: torch.dtype, device: torch.device) -> None:
+        def operands(seed: int) -> tuple:
+            o = Operands.random(T, shape.N, shape.K, r, dtype, device, seed)
+            x = o.x.detach()
+            if direction == "forward":
+                return x, o.A, o.R, o.B, o.s, None, None, None
+            return o.gY, o.B.t(), o.R.t(), o.A.t(), o.s, None, None, (x @ o.A.t()).float()
+
+        self.bytes = (T + r) * (shape.N + shape.K) * dtype.itemsize  # that must move
+        self.sets = [operands(seed) for seed in range(timer.sets_needed(device, self.bytes))]
+        self.device = device
+
+    def prepare(self, chain: Chain, graph: bool = False) -> timer.Pass:
+        return timer.prepare(lambda: [partial(chain, *operands) for operands in self.sets], self.device, graph)
+
+    def errors(self, chain: Chain) -> dict[str, tuple[float, float]]:
+        """{what: (relative error, what is allowed)} by the accuracy rule: on some rows of y and z, and all of gram."""
+        x, A, R, B, s, _, _, other = self.sets[0]
+        rows = torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).round().long()
+
+        def expected(dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+            operands = (t.to(dtype) for t in (A, R, B))
+            y, z = reference.lowrank_linear(x[rows].to(dtype), None, *operands, s)
+            return y, z, None if other is None else s * (x.to(dtype) @ A.to(dtype).T).T @ other.to(dtype)
+
+        y, z, gram = chain(*self.sets[0])
+        found = zip(
+            ("y", "z", "gram"), (y[rows], z[rows], gram), expected(x.dtype), expected(torch.float64), strict=True
+        )
+        return {
+            what: (reference.relative_error(got, oracle), reference.allowed_error(rounded, oracle, x.dtype))
+            for what, got, rounded, oracle in found
+            if oracle is not None
+        }
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each path, direction and mode at each point of the grid."""
+    directions = ("forward", "backward") if settings.direction == "both" else (settings.direction,)
+    for T in settings.tokens:
+        for r in settings.ranks:
+            for shape in settings.shapes:
+                for direction in directions:
+                    yield from _point(settings, shape, T, r, direction)
+                    release()
+
+
+def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
+    names = [name for name in PATHS if name in settings.paths]
+    where: dict[str, Any] = {
+        **{"question": "chain", "model": settings.model, "N": shape.N, "K": shape.K, "T": T, "r": r},
+        **{"dtype": settings.dtype_name, "direction": direction},
+    }
+    try:
+        case = Case(shape, T, r, direction, settings.dtype, settings.device)
+    except torch.OutOfMemoryError:
+        yield from (where | failure(name, "out of memory: the operands alone") for name in names)
+        return
+    where["bytes"] = case.bytes
+    chains: dict[str, Chain] = {}
+    for name in names:
+        try:
+            chain = PATHS[name]()
+            wrong = [what for what, (error, allowed) in case.errors(chain).items() if not error <= allowed]
+        except Exception as error:  # a path that cannot run must not cost the others their figures
+            yield where | failure(name, error)
+            continue
+        if wrong:
+            yield where | failure(name, f"not timed, it is wrong: {', '.join(wrong)}")
+        else:
+            chains[name] = chain
+    for mode in settings.modes:
+        passes = {}
+        for name, chain in chains.items():
+            try:
+                passes[name] = case.prepare(chain, mode == "graph")
+            except Exception as error:
+                yield where | {"mode": mode} | failure(name, error)
+        samples = timer.interleave(passes, settings.device, settings.seconds)
+        for name in samples:
+            yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)
