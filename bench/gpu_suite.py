@@ -47,6 +47,7 @@ ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
 BENCHES: list[tuple[str, float, list[str]]] = [
     ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
     ("chain", 60, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
+    ("group", 45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
     ("host", 60, ["host"]),
     ("svd", 120, ["svd", "--rank", "64"]),
     ("decode", 90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),

@@ -4,7 +4,7 @@ from . import functional
 from .adapter_file import AdapterMismatch, load_adapter, save_adapter
 from .backends import BackendUnavailable, backend
 from .info import info
-from .linear import LoRAXSLinear
+from .linear import LoRAXSLinear, forward_together
 from .model import attach, detach, merge, unmerge
 from .svd import truncated_svd
 
@@ -17,6 +17,7 @@ __all__ = [
     "attach",
     "backend",
     "detach",
+    "forward_together",
     "functional",
     "info",
     "load_adapter",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import backends, ops
+from .backends.torch import cast, scaled_mm, shrink
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]  # W, A, R, B, s, bias of one layer
 
 
 def lora_xs_linear(
@@ -140,6 +145,62 @@ class _LowRankLinear(torch.autograd.Function):
         rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
         gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
         return gY if need_gOut else None, gX, None, None, gR, None, None, None, None
+
+
+def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
+    """y_i = x W_i^T + s_i (x A_i^T) R_i^T B_i^T (+ bias_i) for layers that share x, on operands known to be good.
+
+    Reads x once for all A_i, and in the backward writes their share of gX once and lets every GEMM accumulate into it,
+    where separate layers leave one gX each for autograd to add up.  By bytes, for q, k, v, gate and up of a Mistral-7B
+    block at T = 8192 on an H200: 47 us in the forward and 190 us in the backward, 2.6 % of the block's frozen linears.
+    The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
+    would with a kernel, and z and u are small.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    with ops.no_autocast(x):
+        ys = _LowRankLinears.apply(rows, operands, *(R for _, _, R, *_ in operands))
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """The primitive of several layers on one x (T, K); see `together`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operands: Sequence[Operands], *Rs: Tensor) -> tuple[Tensor, ...]:
+        z = shrink(x, torch.cat([A for _, A, *_ in operands]))
+        ys = []
+        for (W, _, R, B, s, bias), z_i in zip(operands, z.split([len(R) for R in Rs], dim=1), strict=True):
+            u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
+            ys.append(F.linear(u, B, bias).addmm_(x, W.t()))
+        kept = z if any(ctx.needs_input_grad[2:]) else None
+        ctx.save_for_backward(kept, *(t for W, A, R, B, *_ in operands for t in (W, A, R, B)))
+        ctx.scales = [s for *_, s, _ in operands]
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *gYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = _LowRankLinears.backward(ctx, *gYs)
+            anchor = next(gY for gY in gYs if gY is not None).new_zeros((), requires_grad=True)
+            return _OnceDifferentiable.apply(anchor, *gradients)
+        z, *saved = ctx.saved_tensors
+        Ws, As, Rs, Bs = (saved[i::4] for i in range(4))
+        zs = () if z is None else z.split([len(R) for R in Rs], dim=1)
+        need_gX, _, *need_gR = ctx.needs_input_grad
+        gX, gRs, us, used = None, [None] * len(gYs), [], [i for i, gY in enumerate(gYs) if gY is not None]
+        with ops.no_autocast(Rs[0]):
+            for i in used:
+                v, R, s = shrink(gYs[i], Bs[i].t()), Rs[i], ctx.scales[i]
+                if need_gR[i]:
+                    gRs[i] = cast(scaled_mm(v.t(), zs[i], s, cast(R, v.dtype)), R.dtype)
+                us.append(cast(scaled_mm(v, cast(R, v.dtype), s, v), gYs[i].dtype))
+            if need_gX and used:
+                gX = torch.cat(us, dim=1) @ torch.cat([As[i] for i in used])
+                for i in used:
+                    gX.addmm_(gYs[i], Ws[i])
+        return gX, None, *gRs
 
 
 class _OnceDifferentiable(torch.autograd.Function):

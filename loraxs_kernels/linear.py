@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .basis import INITS, Factors, Recipe
-from .functional import autocast, lora_xs_delta, unchecked
+from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .svd import N_ITER
 
@@ -160,14 +160,8 @@ class LoRAXSLinear(nn.Module):
             return F.linear(x, merged_weight, base.bias)
         W = weight_view(base)
         plain = W is not None and not _hooked(base)
-        dropping = self.dropout > 0.0 and self.training
-        if plain and not dropping and W.dtype == A.dtype and not W.requires_grad:
-            x, W, A, B, bias = autocast(x, W, A, B, base.bias)
-            if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
-                raise ValueError(
-                    f"x: got shape {tuple(x.shape)} and {x.dtype} for {self.label}, "
-                    f"must be (..., {A.shape[1]}) and {W.dtype}"
-                )
+        if plain and self._is_one_primitive(W, A):
+            x, W, A, B, bias = self._cast(x, W, A, B, base.bias)
             return unchecked(x, W, A, self.R, B, self.scaling, bias)
         y = base(x)
         h = F.dropout(x, self.dropout, self.training)
@@ -176,6 +170,28 @@ class LoRAXSLinear(nn.Module):
         if plain and y.dtype == h.dtype and not torch.compiler.is_compiling():
             return lora_xs_delta(h, A, self.R, B, self.scaling, out=y)
         return y + lora_xs_delta(h, A, self.R, B, self.scaling).to(y.dtype)
+
+    def _is_one_primitive(self, W: Tensor, A: Tensor) -> bool:
+        """Whether the primitive computes the whole layer, given a plain base layer with weight W."""
+        return W.dtype == A.dtype and not W.requires_grad and not (self.dropout > 0.0 and self.training)
+
+    def _cast(self, x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> tuple:
+        """The operands under autocast, x checked."""
+        x, W, A, B, bias = autocast(x, W, A, B, bias)
+        if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)} and {x.dtype} for {self.label}, "
+                f"must be (..., {A.shape[1]}) and {W.dtype}"
+            )
+        return x, W, A, B, bias
+
+    def _joins(self) -> bool:
+        """Whether `forward_together` may compute this layer with others, in place of calling it."""
+        base = self.base_layer
+        W = weight_view(base)
+        plain = W is not None and not self.merged and not _hooked(base) and not _hooked(self)
+        trains = base.bias is not None and base.bias.requires_grad if plain else False
+        return plain and not trains and self._is_one_primitive(W, self.A)
 
     @property
     def label(self) -> str:
@@ -255,6 +271,36 @@ class LoRAXSLinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """(layer(x) for each layer), reading x once: for projections of one input, such as q, k, v or gate and up.
+
+        q, k, v = forward_together(x, attention.q_proj, attention.k_proj, attention.v_proj)
+
+    Args:
+        x: (..., K), as for each layer.
+        layers: any modules.  LoRA-XS layers that compute their whole output themselves are made together; merged,
+            hooked, quantised or dropping ones, and modules of other kinds, are called one by one, as are all under
+            torch.compile, which fuses on its own terms.
+
+    Returns:
+        One y (..., N_i) a layer, in order.  Gradients and what is kept for them are those of the separate calls.
+
+    Raises:
+        ValueError: x does not fit a layer; it is named.
+    """
+    joined = []
+    if not torch.compiler.is_compiling():
+        joined = [i for i, layer in enumerate(layers) if type(layer) is LoRAXSLinear and layer._joins()]
+    if len(joined) < 2:
+        return tuple(layer(x) for layer in layers)
+    operands, h = [], x
+    for layer in (layers[i] for i in joined):
+        h, W, A, B, bias = layer._cast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias)
+        operands.append((W, A, layer.R, B, layer.scaling, bias))
+    made = dict(zip(joined, together(h, operands), strict=True))
+    return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
 def weight_view(layer: nn.Module) -> Tensor | None:

@@ -20,6 +20,7 @@ from loraxs_kernels.bench import (
     BenchError,
     chain,
     command,
+    group,
     host,
     layer,
     model,
@@ -166,6 +167,30 @@ def test_chain_rows_are_checked_and_timed_both_ways(dtype):
     itemsize = {"fp32": 4, "bf16": 2}[dtype]
     assert all(row["bytes"] == itemsize * (33 * (48 + 64) + 4 * (48 + 64)) for row in rows)
     assert all(row["over"]["reference"]["median"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("model", ["", "tiny"])
+def test_group_rows(model):
+    request = settings.check(
+        **dict(questions=["group"], tokens=[33], ranks=[4], seconds=0.01, device="cpu"),
+        **(dict(model=model) if model else dict(shapes=["48x64"])),
+    )
+    rows = list(group.rows(request))
+    sizes = [[256, 128, 128], [512, 512]] if model else [[48, 48, 48]]
+    assert [(row["N"], row["path"], row["status"]) for row in rows] == [
+        (size, path, "ok") for size in sizes for path in group.PATHS
+    ]
+    assert len(sizes) == group.points(request)
+    assert all(row["over"]["separate"]["median"] > 0 for row in rows)
+
+
+def test_a_wrong_group_is_not_timed(monkeypatch):
+    def wrong(x, *layers):
+        return tuple(y * (1 + i / 10) for i, y in enumerate(group._separate(x, *layers)))
+
+    monkeypatch.setitem(group.PATHS, "together", wrong)
+    (row,) = group.rows(tiny(questions=["group"]))
+    assert row["reason"] == "not timed, it is wrong: gX, gR of layer 1, gR of layer 2"
 
 
 @pytest.mark.parametrize("what", ["y", "z", "gram"])
@@ -363,7 +388,10 @@ def test_a_failed_path_shows_in_the_exit_status_and_the_table(tmp_path, monkeypa
 
 
 BAD = {
-    "an unknown question": (["quality"], "question: got 'quality', must be one of layer, chain, host, svd, model"),
+    "an unknown question": (
+        ["quality"],
+        "question: got 'quality', must be one of layer, chain, group, host, svd, model",
+    ),
     "an unknown model": (["--model", "gpt-9"], "model: got 'gpt-9', must be one of mistral-7b"),
     "a folder, for shapes": (["layer", "--model", "{tmp}"], "model: got "),
     "an unknown path": (["--paths", "magic"], "path: got 'magic', must be one of frozen"),

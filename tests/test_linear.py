@@ -11,10 +11,11 @@ from helpers import assert_accurate
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.reference import UnfusedLinear
+from loraxs_kernels import LoRAXSLinear, forward_together
+from loraxs_kernels.reference import UnfusedLinear, relative_error
 
 
 def make(kind: str = "linear", dtype: torch.dtype = torch.float32, N: int = 24, K: int = 40, **options) -> LoRAXSLinear:
@@ -368,3 +369,116 @@ def test_bad_x_is_named():
         layer(torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"torch\.float64 for module"):
         layer(torch.ones(3, 12).double())
+
+
+# --- layers that share their input
+
+
+def siblings(dtype: torch.dtype = torch.float32) -> list[LoRAXSLinear]:
+    """Of other sizes, ranks, scales, kinds and biases."""
+    return [
+        make("linear", dtype, N=24, rank=6),
+        make("conv1d", dtype, N=8, rank=3, alpha=9),
+        make("no bias", dtype, N=40, rank=8, alpha=2),
+    ]
+
+
+def separately(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    return tuple(layer(x) for layer in layers)
+
+
+def joint_gradients(call, layers, x, used=(0, 1, 2)) -> list[torch.Tensor]:
+    """The ys, gX and the gRs of those layers whose output is used."""
+    x = x.detach().requires_grad_()
+    ys = call(x, *layers)
+    g = torch.Generator().manual_seed(0)
+    gYs = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in ys]
+    wanted = (x, *(layers[i].R for i in used))
+    return [*ys, *torch.autograd.grad([ys[i] for i in used], wanted, [gYs[i] for i in used])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
+def test_together_is_what_separate_calls_give(dtype, used):
+    layers, x = siblings(dtype), torch.randn(2, 5, 40, dtype=dtype)
+    exact = [copy.deepcopy(layer).double() for layer in layers]
+    got = joint_gradients(forward_together, layers, x, used)
+    chain = joint_gradients(separately, layers, x, used)
+    oracle = joint_gradients(separately, exact, x.double(), used)
+    for i, three in enumerate(zip(got, chain, oracle, strict=True)):
+        assert three[0].dtype == three[1].dtype
+        assert_accurate(*three, dtype, f"result {i}")
+
+
+def test_together_reads_x_once_and_keeps_z_alone():
+    layers, x = siblings(), torch.randn(5, 40, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        forward_together(x, *layers)
+    own = {t.data_ptr() for layer in layers for t in (layer.base_layer.weight, layer.A, layer.B, layer.R)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(5, 6 + 3 + 8)]
+
+
+def test_together_calls_what_it_cannot_join():
+    """A merged layer, a dropping one, one with a hook, a plain linear, one of a subclass; the rest are still joined."""
+
+    class Own(LoRAXSLinear):
+        pass
+
+    a, b, merged, dropping, hooked, plain = *siblings()[:2], make(), make(dropout=0.5), make(), nn.Linear(40, 3)
+    own, calls = make(), []
+    own.__class__ = Own
+    merged.merge()
+    hooked.register_forward_hook(lambda module, args, y: calls.append(module) or y + 1)
+    layers, x = (a, merged, dropping, b, hooked, plain, own), torch.randn(5, 40)
+    torch.manual_seed(1)
+    expected = separately(x, *layers)
+    torch.manual_seed(1)
+    for y, right in zip(forward_together(x, *layers), expected, strict=True):
+        torch.testing.assert_close(y, right)
+    assert calls == [hooked, hooked]
+    assert [layer._joins() for layer in layers if isinstance(layer, LoRAXSLinear)] == [
+        *(True, False, False, True, False),
+        True,  # of a subclass: left to its own forward all the same
+    ]
+    assert forward_together(x) == ()
+
+
+def test_together_under_checkpointing():
+    layers, x = siblings(), torch.randn(5, 40)
+    expected = joint_gradients(separately, layers, x)
+    got = joint_gradients(lambda x, *layers: checkpoint(forward_together, x, *layers, use_reentrant=False), layers, x)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_together_under_compile_and_autocast():
+    layers, x = siblings(), torch.randn(5, 40)
+    compiled = torch.compile(forward_together, fullgraph=True, backend="aot_eager")
+    for g, e in zip(joint_gradients(compiled, layers, x), joint_gradients(separately, layers, x), strict=True):
+        torch.testing.assert_close(g, e)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = joint_gradients(forward_together, layers, x), joint_gradients(separately, layers, x)
+    assert [t.dtype for t in got] == [torch.bfloat16] * 3 + [torch.float32] * 4
+    for g, e in zip(got, expected, strict=True):
+        assert relative_error(g, e) < 1e-2
+
+
+def test_together_lets_outputs_change_in_place_and_refuses_second_derivatives():
+    layers, x = siblings(), torch.randn(2, 5, 40, requires_grad=True)
+    q, k, _ = forward_together(x, *layers)
+    q.mul_(2)
+    (q.sum() + k.sum()).backward()
+    got, x.grad = x.grad, None
+    q, k, _ = separately(x, *layers)
+    (2 * q.sum() + k.sum()).backward()
+    torch.testing.assert_close(got, x.grad)
+    (gX,) = torch.autograd.grad(sum(y.sum() for y in forward_together(x, *layers)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (layers[0].R.sum() + gX.square().sum()).backward()
+
+
+def test_together_names_the_layer_that_x_does_not_fit():
+    layers = [make(), LoRAXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
+    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must be \(\.\.\., 7\)"):
+        forward_together(torch.randn(5, 40), *layers)

@@ -23,7 +23,12 @@ from .svd import METHODS
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("questions", nargs="*", metavar="question", help="layer, host (the default is these two), chain, svd, model")
+    add(
+        "questions",
+        nargs="*",
+        metavar="question",
+        help="layer, host (the default is these two), chain, group, svd, model",
+    )
     add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--tokens", nargs="+", type=int, default=[], metavar="T")

@@ -115,13 +115,18 @@ def ready(name: str, layers: list[Layer], sets: list[Operands], settings: Settin
     )
 
 
-def figures(samples: dict[str, torch.Tensor], name: str, device: torch.device) -> Row:
-    """Time (on a GPU) and ratios to the floor and to the reference layer, taken round by round."""
+def figures(
+    samples: dict[str, torch.Tensor],
+    name: str,
+    device: torch.device,
+    others: tuple[str, ...] = ("frozen", "reference", "peft-lora"),
+) -> Row:
+    """Time (on a GPU) and ratios to other paths, by default floor, reference and PEFT's layer, taken round by round."""
     own = samples[name]
     row: Row = {"status": "ok", "rounds": len(own), "over": {}}
     if device.type == "cuda":
         row["seconds"] = dataclasses.asdict(timer.Spread.of(own))
-    for other in ("frozen", "reference", "peft-lora"):
+    for other in others:
         if other in samples:
             row["over"][other] = dataclasses.asdict(timer.Spread.of(own / samples[other]))
     spreads = [timer.Spread.of(own)] if device.type == "cuda" else []

@@ -86,7 +86,7 @@ def _each(build: Callable[[Operands], Layer]) -> Callable[[list[Operands]], list
     return lambda sets: [build(o) for o in sets]
 
 
-def _fused(o: Operands, dtype: torch.dtype | None = None) -> LoRAXSLinear:
+def fused(o: Operands, dtype: torch.dtype | None = None) -> LoRAXSLinear:
     layer = LoRAXSLinear.from_linear(o.linear(), o.R.shape[0], alpha=o.s * o.R.shape[0], init=(o.A, o.B), dtype=dtype)
     layer.R.data.copy_(o.R)
     return layer
@@ -97,7 +97,7 @@ def _frozen(o: Operands) -> Layer:
 
 
 def _reference(o: Operands, dtype: torch.dtype | None = None) -> Layer:
-    layer = reference.UnfusedLinear(_fused(o, dtype))
+    layer = reference.UnfusedLinear(fused(o, dtype))
     layer.lora_latent.to(dtype or o.x.dtype)
     R = layer.lora_latent.weight
     return Layer(layer, (R,), (layer.lora_A.weight, R, layer.lora_B.weight), o.s)
@@ -131,7 +131,7 @@ def _addmm(o: Operands) -> Layer:
 
 
 def _backend(o: Operands) -> Layer:
-    layer = _fused(o)
+    layer = fused(o)
     return Layer(layer, (layer.R,), (o.A, layer.R, o.B), o.s)
 
 

@@ -18,6 +18,7 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  over: {frozen, reference, peft-lora: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
                  peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward, backward}
     chain        model, N, K, T, r, dtype, direction, mode, bytes (that must move); seconds and over as above
+    group        model, N (a list), K, T, r, dtype, direction, mode; seconds and over {frozen, separate} as above
     model        model, blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); seconds
                  and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')
     svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a

@@ -82,7 +82,14 @@ def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Tab
     """Every table of a report that it has rows for; those of all questions end with what was not measured."""
     ok = [row for row in report["rows"] if row["status"] == "ok"]
     makers: dict[str, tuple[Callable[..., Iterator[Table]], ...]]
-    makers = {"layer": (taxes, layers), "chain": (chains,), "host": (host,), "svd": (svd,), "model": (models,)}
+    makers = {
+        "layer": (taxes, layers),
+        "chain": (chains,),
+        "group": (groups,),
+        "host": (host,),
+        "svd": (svd,),
+        "model": (models,),
+    }
     tables = [table for question in questions for make in makers[question] for table in make(report, ok)]
     return tables + (list(failures(report)) if set(questions) == set(QUESTIONS) else [])
 
@@ -173,6 +180,23 @@ def _bandwidth(report: dict[str, Any], row: Row | None) -> str:
     speed = row["bytes"] / row["seconds"]["median"]
     of = f" ({speed / report['ceilings']['bandwidth']:.0%})" if report["ceilings"] else ""
     return f"{speed / 1e12:.2f}{'~' * row['noisy']}{of}"
+
+
+def groups(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """Layers that share their input."""
+    rows = [row for row in ok if row["question"] == "group" and row["path"] != "frozen"]
+    if not rows:
+        return
+    times = ["ms"] if gpu(report) else []
+    lines = []
+    for row in rows:
+        sizes = " + ".join(map(str, row["N"]))
+        line = [f"{row['path']}, {row['dtype']} {row['mode']} T {row['T']}, {sizes} x {row['K']}, r {row['r']}"]
+        line += [f"{1e3 * row['seconds']['median']:.3f}"] if times else []
+        lines.append([*line, *(_over(row, name) for name in ("frozen", "separate"))])
+    head = ["", *times, "over their frozen linears", "over separate layers"]
+    title = "Layers that share their input, together or one by one, forward + backward"
+    yield Table(title, head, lines, ("Quartiles in brackets.", *_noise(lines)))
 
 
 def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:

@@ -1,0 +1,120 @@
+"""What do layers that share their input gain from one read of it (`forward_together`)?  Forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..linear import LoRAXSLinear, forward_together
+from . import timer
+from .layer import Row, failure, figures, release
+from .paths import Operands, fused
+from .shapes import MODELS, Shape
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+SHARING = (("q", "k", "v"), ("gate", "up"))
+
+
+def _separate(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(layer(x) for layer in layers)
+
+
+# What each does with the layers, or with their frozen linears.
+PATHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "frozen": lambda x, *layers: _separate(x, *(layer.base_layer for layer in layers)),
+    "separate": _separate,
+    "together": forward_together,
+}
+
+
+def groups(settings: Settings) -> list[tuple[Shape, ...]]:
+    """The shapes that share an input in the model's block; for shapes given one by one, three layers of each."""
+    if settings.model not in MODELS:
+        return [(shape,) * 3 for shape in settings.shapes]
+    by_name = {name: shape for shape in settings.shapes for name in shape.names.split()}
+    return [tuple(by_name[name] for name in names) for names in SHARING if set(names) <= set(by_name)]
+
+
+def points(settings: Settings) -> int:
+    return len(groups(settings)) * len(settings.tokens) * len(settings.ranks)
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each path and mode at each point of the grid."""
+    for T in settings.tokens:
+        for r in settings.ranks:
+            for shapes in groups(settings):
+                yield from _point(settings, shapes, T, r)
+                release()
+
+
+def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Iterator[Row]:
+    where = {
+        **{"question": "group", "model": settings.model, "N": [shape.N for shape in shapes], "K": shapes[0].K},
+        **{"T": T, "r": r, "dtype": settings.dtype_name, "direction": "both"},
+    }
+    try:
+        sets = _operands(settings, shapes, T, r)
+    except torch.OutOfMemoryError:
+        yield from (where | failure(name, "out of memory: the operands alone") for name in PATHS)
+        return
+    if wrong := _wrong(*sets[0]):
+        yield where | failure("together", f"not timed, it is wrong: {', '.join(wrong)}")
+        return
+    for mode in settings.modes:
+        passes = {}
+        for name, call in PATHS.items():
+            try:
+                calls = [partial(_step, call, name != "frozen", *each) for each in sets]
+                passes[name] = timer.prepare(lambda calls=calls: calls, settings.device, mode == "graph")
+            except Exception as error:
+                yield where | {"mode": mode} | failure(name, error)
+        samples = timer.interleave(passes, settings.device, settings.seconds)
+        for name in samples:
+            yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen", "separate"))
+
+
+def _operands(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> list[tuple]:
+    """(x, layers, gYs), in as many sets as leave the cache."""
+
+    def make(seed: int) -> tuple[Tensor, list[LoRAXSLinear], list[Tensor]]:
+        each = [
+            Operands.random(T, shape.N, shape.K, r, settings.dtype, settings.device, seed + i)
+            for i, shape in enumerate(shapes)
+        ]
+        return each[0].x, [fused(o) for o in each], [o.gY for o in each]
+
+    first = make(0)
+    size = sum(t.numel() * t.element_size() for t in (first[0], *first[2], *(layer.weight for layer in first[1])))
+    return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(settings.device, size)))]
+
+
+def _step(
+    call: Callable[..., tuple[Tensor, ...]], adapted: bool, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Forward, and gradients for x and each R."""
+    return torch.autograd.grad(call(x, *layers), (x, *(layer.R for layer in layers if adapted)), gYs)
+
+
+def _wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]:
+    """Which gradients of `forward_together` break the accuracy rule, with the separate layers as the chain."""
+    got, chain = (_step(PATHS[name], True, x, layers, gYs) for name in ("together", "separate"))
+    exact_gX, expected = 0, []
+    for layer, gY in zip(layers, gYs, strict=True):
+        W, A, R, B, gY = (t.detach().double() for t in (layer.weight, layer.A, layer.R, layer.B, gY))
+        gX, v = reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.scaling)
+        exact_gX = exact_gX + gX
+        expected.append(layer.scaling * v.T @ (x.detach().double() @ A.T))
+    names = ("gX", *(f"gR of layer {i}" for i in range(len(layers))))
+    return [
+        name
+        for name, own, rounded, oracle in zip(names, got, chain, (exact_gX, *expected), strict=True)
+        if not reference.relative_error(own, oracle) <= reference.allowed_error(rounded, oracle, x.dtype)
+    ]
