@@ -69,7 +69,7 @@ def choose(x: Tensor, A: Tensor, B: Tensor) -> str:
     """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the best that can run.
 
     Where none is forced, a pure function of shapes, dtype, layout and device capability, which always returns a backend
-    that can run.  The torch backend is the only one of this version, so nothing is weighed yet.
+    that can run: "torch", until a measurement in bench/results says where another is faster.
     """
     return _forced or "torch"
 
