@@ -148,13 +148,27 @@ def _signs(U: Tensor, seed: int) -> Tensor:
     return torch.where(rademacher(len(U), 1, seed + 3, U.device).double().t() @ U < 0, -1.0, 1.0)
 
 
+_NEW_PRECISION = all(
+    hasattr(getattr(backend, "matmul", None), "fp32_precision")
+    for backend in (torch.backends.cuda, torch.backends.mkldnn)
+)
+
+
 @contextmanager
 def _exact_matmul(device_type: str) -> Iterator[None]:
     """fp32 products in fp32: neither autocast nor the user's TF32 or bf16 settings reach in."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if _NEW_PRECISION else []
+    # The older functions raise once the newer settings have been used.
+    before = [each.fp32_precision for each in settings] or torch.get_float32_matmul_precision()
+    for each in settings:
+        each.fp32_precision = "ieee"
+    if not settings:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for each, value in zip(settings, before, strict=False):
+            each.fp32_precision = value
+        if not settings:
+            torch.set_float32_matmul_precision(before)

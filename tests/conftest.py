@@ -15,6 +15,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LORAXS_CONFIGS"] = os.devnull + "/none"  # not the table of whoever runs the tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -30,6 +31,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fp32_precision():
+    """torch's newer settings of how fp32 is multiplied, by device, which go back to what they were."""
+    settings = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    if not all(hasattr(each, "fp32_precision") for each in settings.values()):
+        pytest.skip("this torch has no fp32_precision")
+    before = {name: each.fp32_precision for name, each in settings.items()}
+    yield settings
+    for name, each in settings.items():
+        each.fp32_precision = before[name]
 
 
 if INTERPRETED:

@@ -121,6 +121,16 @@ def test_deterministic_by_seed_and_blind_to_global_state():
     assert not torch.equal(first[0], truncated_svd(W, 8, seed=4)[0])  # random W: not converged, so the seed shows
 
 
+def test_torchs_newer_precision_settings_do_not_reach_in_either(fp32_precision):
+    """Once they have been used, torch.get_float32_matmul_precision() raises."""
+    W = torch.randn(60, 40)
+    expected = truncated_svd(W, 5)
+    fp32_precision["cuda"].fp32_precision, fp32_precision["cpu"].fp32_precision = "tf32", "bf16"
+    for got, right in zip(truncated_svd(W, 5), expected, strict=True):
+        assert torch.equal(got, right)
+    assert [each.fp32_precision for each in fp32_precision.values()] == ["tf32", "bf16"]
+
+
 def test_start_vectors_are_pinned():
     """Files of version 1 stand on these bits."""
     assert rademacher(2, 6, 0, torch.device("cpu")).tolist() == [[1, 1, -1, -1, -1, 1], [-1, 1, 1, -1, 1, 1]]
