@@ -173,7 +173,10 @@ class _LowRankLinears(torch.autograd.Function):
             u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
             ys.append(F.linear(u, B, bias).addmm_(x, W.t()))
         kept = z if any(ctx.needs_input_grad[2:]) else None
-        ctx.save_for_backward(kept, *(t for W, A, R, B, *_ in operands for t in (W, A, R, B)))
+        Ws = (W if ctx.needs_input_grad[0] else None for W, *_ in operands)
+        ctx.save_for_backward(
+            kept, *(t for W, (_, A, R, B, *_) in zip(Ws, operands, strict=True) for t in (W, A, R, B))
+        )
         ctx.scales = [s for *_, s, _ in operands]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -195,7 +198,8 @@ class _LowRankLinears(torch.autograd.Function):
                 v, R, s = shrink(gYs[i], Bs[i].t()), Rs[i], ctx.scales[i]
                 if need_gR[i]:
                     gRs[i] = cast(scaled_mm(v.t(), zs[i], s, cast(R, v.dtype)), R.dtype)
-                us.append(cast(scaled_mm(v, cast(R, v.dtype), s, v), gYs[i].dtype))
+                if need_gX:
+                    us.append(cast(scaled_mm(v, cast(R, v.dtype), s, v), gYs[i].dtype))
             if need_gX and used:
                 gX = torch.cat(us, dim=1) @ torch.cat([As[i] for i in used])
                 for i in used:

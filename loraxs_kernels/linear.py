@@ -285,7 +285,8 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
             torch.compile, which fuses on its own terms.
 
     Returns:
-        One y (..., N_i) a layer, in order.  Gradients and what is kept for them are those of the separate calls.
+        One y (..., N_i) a layer, in order.  Gradients, and what is kept for them, are those of the separate calls.
+        All joined outputs require grad where x or any R does.
 
     Raises:
         ValueError: x does not fit a layer; it is named.

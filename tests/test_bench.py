@@ -190,7 +190,7 @@ def test_a_wrong_group_is_not_timed(monkeypatch):
 
     monkeypatch.setitem(group.PATHS, "together", wrong)
     (row,) = group.rows(tiny(questions=["group"]))
-    assert row["reason"] == "not timed, it is wrong: gX, gR of layer 1, gR of layer 2"
+    assert row["reason"] == ("not timed, it is wrong: y of layer 1, y of layer 2, gX, gR of layer 1, gR of layer 2")
 
 
 @pytest.mark.parametrize("what", ["y", "z", "gram"])

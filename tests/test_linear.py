@@ -392,7 +392,7 @@ def joint_gradients(call, layers, x, used=(0, 1, 2)) -> list[torch.Tensor]:
     x = x.detach().requires_grad_()
     ys = call(x, *layers)
     g = torch.Generator().manual_seed(0)
-    gYs = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in ys]
+    gYs = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y) for y in ys]
     wanted = (x, *(layers[i].R for i in used))
     return [*ys, *torch.autograd.grad([ys[i] for i in used], wanted, [gYs[i] for i in used])]
 
@@ -400,7 +400,18 @@ def joint_gradients(call, layers, x, used=(0, 1, 2)) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 def test_together_is_what_separate_calls_give(dtype, used):
-    layers, x = siblings(dtype), torch.randn(2, 5, 40, dtype=dtype)
+    check_together(siblings(dtype), torch.randn(2, 5, 40, dtype=dtype), used)
+
+
+@pytest.mark.gpu("torch backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_together_on_a_gpu(dtype):
+    layers = [make(dtype=dtype, N=N, K=1024, rank=r).cuda() for N, r in ((1024, 20), (256, 16), (256, 16))]
+    check_together(layers, torch.randn(2, 300, 1024, dtype=dtype, device="cuda"), (0, 1, 2))
+
+
+def check_together(layers, x, used):
+    dtype = x.dtype
     exact = [copy.deepcopy(layer).double() for layer in layers]
     got = joint_gradients(forward_together, layers, x, used)
     chain = joint_gradients(separately, layers, x, used)
@@ -417,6 +428,16 @@ def test_together_reads_x_once_and_keeps_z_alone():
         forward_together(x, *layers)
     own = {t.data_ptr() for layer in layers for t in (layer.base_layer.weight, layer.A, layer.B, layer.R)}
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(5, 6 + 3 + 8)]
+
+
+def test_together_keeps_no_weight_where_x_needs_no_gradient():
+    layers, kept = siblings(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ys = forward_together(torch.randn(5, 40), *layers)
+    weights = {layer.base_layer.weight.data_ptr() for layer in layers}
+    assert kept and not weights & {t.data_ptr() for t in kept}
+    sum(y.sum() for y in ys).backward()
+    assert all(layer.R.grad is not None for layer in layers)
 
 
 def test_together_calls_what_it_cannot_join():

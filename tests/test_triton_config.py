@@ -68,6 +68,13 @@ def test_fp32_follows_torchs_setting():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize(("value", "expected"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_fp32_follows_torchs_newer_setting(fp32_precision, value, expected):
+    """Once it has been used, torch.get_float32_matmul_precision() raises."""
+    fp32_precision["cuda"].fp32_precision = value
+    assert config.precision(torch.float32) == expected
+
+
 OWN = Row("wgmma", "half", "forward", 64, 257, Config(32, 32, 32, 8, 2), 1, "mine")
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only.
-_MM_OUT_DTYPE = torch.__version__ >= (2, 8)
+# torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only, and not on ROCm.
+_MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
 # Whether this CPU multiplies bf16 by instructions of its own (unknown to old versions of torch: then not used).
 _CPU_BF16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 _LARGE = 1 << 23  # multiplications from which two bf16 products on such a CPU take less time than one in fp32

@@ -66,7 +66,13 @@ class Case:
         self.device = device
 
     def prepare(self, chain: Chain, graph: bool = False) -> timer.Pass:
-        return timer.prepare(lambda: [partial(chain, *operands) for operands in self.sets], self.device, graph)
+        """A call for each set; its results are held until its next, so that each set writes a y of its own."""
+        held: list[Any] = [None] * len(self.sets)
+
+        def call(i: int) -> None:
+            held[i] = chain(*self.sets[i])
+
+        return timer.prepare(lambda: [partial(call, i) for i in range(len(self.sets))], self.device, graph)
 
     def errors(self, chain: Chain) -> dict[str, tuple[float, float]]:
         """{what: (relative error, what is allowed)} by the accuracy rule: on some rows of y and z, and all of gram."""
@@ -131,6 +137,11 @@ def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> 
                 passes[name] = case.prepare(chain, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        samples = timer.interleave(passes, settings.device, settings.seconds)
+        try:
+            samples = timer.interleave(passes, settings.device, settings.seconds)
+        except Exception as error:
+            lost = failure("", error)["reason"]
+            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
+            continue
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)

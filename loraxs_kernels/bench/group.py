@@ -65,7 +65,12 @@ def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Ite
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in PATHS)
         return
-    if wrong := _wrong(*sets[0]):
+    try:
+        wrong = _wrong(*sets[0])
+    except Exception as error:
+        yield where | failure("together", error)
+        return
+    if wrong:
         yield where | failure("together", f"not timed, it is wrong: {', '.join(wrong)}")
         return
     for mode in settings.modes:
@@ -76,7 +81,12 @@ def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Ite
                 passes[name] = timer.prepare(lambda calls=calls: calls, settings.device, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        samples = timer.interleave(passes, settings.device, settings.seconds)
+        try:
+            samples = timer.interleave(passes, settings.device, settings.seconds)
+        except Exception as error:
+            lost = failure("", error)["reason"]
+            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
+            continue
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen", "separate"))
 
@@ -104,17 +114,25 @@ def _step(
 
 
 def _wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]:
-    """Which gradients of `forward_together` break the accuracy rule, with the separate layers as the chain."""
-    got, chain = (_step(PATHS[name], True, x, layers, gYs) for name in ("together", "separate"))
-    exact_gX, expected = 0, []
+    """Which results of `forward_together` break the accuracy rule, with the separate layers as the chain."""
+
+    def results(name: str) -> list[Tensor]:
+        return [*(y.detach() for y in PATHS[name](x, *layers)), *_step(PATHS[name], True, x, layers, gYs)]
+
+    ys, gX, gRs = [], 0, []
     for layer, gY in zip(layers, gYs, strict=True):
         W, A, R, B, gY = (t.detach().double() for t in (layer.weight, layer.A, layer.R, layer.B, gY))
-        gX, v = reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.scaling)
-        exact_gX = exact_gX + gX
-        expected.append(layer.scaling * v.T @ (x.detach().double() @ A.T))
-    names = ("gX", *(f"gR of layer {i}" for i in range(len(layers))))
+        y, z = reference.lowrank_linear(x.detach().double(), W, A, R, B, layer.scaling)
+        share, v = reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.scaling)
+        ys.append(y)
+        gX = gX + share
+        gRs.append(layer.scaling * v.T @ z)
+    each = range(len(layers))
+    names = (*(f"y of layer {i}" for i in each), "gX", *(f"gR of layer {i}" for i in each))
     return [
         name
-        for name, own, rounded, oracle in zip(names, got, chain, (exact_gX, *expected), strict=True)
+        for name, own, rounded, oracle in zip(
+            names, results("together"), results("separate"), (*ys, gX, *gRs), strict=True
+        )
         if not reference.relative_error(own, oracle) <= reference.allowed_error(rounded, oracle, x.dtype)
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -49,7 +50,7 @@ START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
     ("wgmma", "half"): {257: _MANY},
     ("tcgen05", "half"): {257: _MANY},
     ("mma", "half"): {
-        1: {16: (16, 128, 64, 4, 4), 32: (16, 128, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 64, 64, 8, 3)},
+        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 64, 64, 8, 3)},
         257: {16: (64, 64, 64, 4, 3), 32: (32, 64, 64, 4, 3), 64: (32, 64, 64, 4, 3)},
     },
     ("mma", "tf32"): {
@@ -90,20 +91,21 @@ def _compiled(row: Row) -> Row:
 
 
 def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:
-    """The largest shared memory of a row's kernels, compiled for these GPUs; Spills where one needs more registers."""
+    """The largest shared memory of a row's kernels, compiled for these GPUs; Spills where one needs more registers.
+
+    For the padded rank, the next multiple of 4 below it, and sizes that are multiples of nothing: these cannot be
+    copied to shared memory in the background, and may spill a little, as no model has them.
+    """
     from ..backends.triton.aot import Problem, compile_problem
 
     (dtype, matmul), found = SETTING[row.precision], []
-    for capability in capabilities:
-        for layout in layouts:
-            for programs in (1, 4):
-                cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
-                for each in compile_problem(
-                    Problem(1024, 4096, 4096, row.rank, dtype, layout, matmul), capability, cut
-                ):
-                    if each.spilled:
-                        raise Spills(f"{row}: {each.kernel} spills {each.spilled} bytes on {capability}")
-                    found.append(each.shared)
+    sizes = [(4096, 4096, row.rank), (4096, 4096, row.rank - 4), (997, 1001, row.rank - 3)]
+    for capability, layout, programs, (N, K, r) in itertools.product(capabilities, layouts, (1, 4), sizes):
+        cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
+        for each in compile_problem(Problem(1024, N, K, r, dtype, layout, matmul), capability, cut):
+            if each.spilled and N == 4096:
+                raise Spills(f"{row}: {each.kernel} spills {each.spilled} bytes on {capability} for rank {r}")
+            found.append(each.shared)
     return max(found)
 
 
@@ -168,6 +170,7 @@ def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
             .item()
         )
     except Exception:  # does not compile, or does not fit: others will
+        timer.synchronize()  # raises where the device itself is lost
         return math.inf
 
 
@@ -202,6 +205,10 @@ def tune(arguments: argparse.Namespace) -> int:
         )
     if reason := backends.unavailable("triton") or (None if torch.cuda.is_available() else "there is no GPU"):
         raise BenchError(reason)
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        raise BenchError(f"triton {triton.__version__} cannot compile ahead of time as this needs, 3.3 can")
     path, device = arguments.out or config.user_path(), torch.device("cuda", torch.cuda.current_device())
     found = torch.cuda.get_device_properties(device)
     facts = Device((found.major, found.minor), found.multi_processor_count)

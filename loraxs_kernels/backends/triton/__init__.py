@@ -7,7 +7,6 @@ operands and tensors that are not on a GPU go to the torch backend.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from .. import torch as torch_backend
 from .config import Config, Device, padded, pick_config, precision
 
 OLDEST = (3, 2)
+GRAM_ON_CHIP = 64  # the widest padded rank whose gram is made beside z: a wider one would spill registers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NOTHING = nullcontext()
 
@@ -29,9 +29,11 @@ def unavailable() -> str | None:
     """Why this backend cannot run here; None: it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        return f"triton {version} is too old, it must be at least {'.'.join(map(str, OLDEST))}: pip install -U triton"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"triton {triton.__version__} is too old, it must be at least {oldest}: pip install -U triton"
     if interpreted():
         return None
     if not torch.cuda.is_available():
@@ -99,17 +101,18 @@ def _chain(
     blocks = -(-T // config.block_t)
     y = empty(x, (T, N), x.dtype) if out is None else out
     z = empty(x, (T, r), torch.float32)
+    rank, (large, small) = padded(r), dot_precision(x.dtype)
+    wanted = None if other is None else other.contiguous()
+    other = wanted if rank <= GRAM_ON_CHIP else None
     gram = None if other is None else empty(x, (blocks, r, r), torch.float32)
     bias = bias if bias is None else bias.contiguous()
-    other = other if other is None else other.contiguous()
-    rank, (large, small) = padded(r), dot_precision(x.dtype)
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, BLOCK_T=config.block_t, RANK=rank)
     shrink = dict(BLOCK_K=config.block_k, PRECISION=large)
     expand = dict(BLOCK_N=config.block_n, ADD=out is not None, PRECISION=large, R_PRECISION=small)
     results = (y, z, gram)
     if config.one_launch:
         kernels.chain_kernel[(blocks,)](
-            *(x, A, R, B, bias, other, *results, T, N, K, r, s),
+            *(x, A, R, B, bias, other, *results, T, N, K, r, float(s)),
             *(*x.stride(), *A.stride(), *R.stride(), *B.stride(), *y.stride()),
             **options | shrink | expand,
         )
@@ -119,12 +122,14 @@ def _chain(
             *(x, A, parts, T, K, r, *x.stride(), *A.stride()), **options | shrink
         )
         kernels.expand_kernel[(blocks, config.split_n)](
-            *(parts, R, B, bias, other, *results, T, N, r, s, config.split_k),
+            *(parts, R, B, bias, other, *results, T, N, r, float(s), config.split_k),
             *(*R.stride(), *B.stride(), *y.stride()),
             **options | expand,
         )
     if gram is not None:
         gram = gram[0] if blocks == 1 else gram.sum(0)
+    elif wanted is not None:
+        gram = product(z.t(), wanted, s, z.dtype)
     return y, z, gram
 
 
@@ -138,7 +143,7 @@ def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
     shares = max(1, min(_facts(a.device).multiprocessors // tiles, L // (8 * k)))
     c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)
     kernels.product_kernel[(-(-M // m), -(-N // n), shares)](
-        *(a, b, c, M, N, L, s, *a.stride(), *b.stride()),
+        *(a, b, c, M, N, L, float(s), *a.stride(), *b.stride()),
         **dict(BLOCK_M=m, BLOCK_N=n, BLOCK_L=k, PRECISION=dot_precision(torch.bfloat16)[1], num_warps=4, num_stages=2),
     )
     return c[0] if shares == 1 else c.sum(0).to(dtype)
@@ -152,11 +157,12 @@ def layout(A: Tensor) -> str:
 def dot_precision(dtype: torch.dtype) -> tuple[str, str]:
     """`input_precision` of the products with A and B, and of those with R, whose operands are fp32 throughout.
 
-    For half-precision x the latter take three tf32 products: a single one would truncate z and R to 10 bits.
+    Where TF32 may be used it takes three products: a single one would truncate its operands to 10 bits, not round them,
+    and the kernels wait for memory anyway.
     """
     if torch.version.hip is not None:
         return "ieee", "ieee"
-    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32", "tf32"), "ieee": ("ieee", "ieee")}[precision(dtype)]
+    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32x3", "tf32x3"), "ieee": ("ieee", "ieee")}[precision(dtype)]
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

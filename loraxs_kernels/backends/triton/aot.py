@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     layout: str = "forward"  # or "backward": A, B and R are transposed views, there is a gram and no bias
     matmul_precision: str = "highest"
+    out: bool = False  # whether the chain is added to an output that is there
 
 
 class Launch(NamedTuple):
@@ -66,7 +67,7 @@ def compile_problem(problem: Problem, capability: tuple[int, int], config: Confi
 
 
 def launches(problem: Problem, capability: tuple[int, int], config: Config | None) -> list[Launch]:
-    T, N, K, r, dtype, layout, matmul_precision = problem
+    T, N, K, r, dtype, layout, matmul_precision, adds = problem
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         if layout == "forward":
@@ -76,10 +77,11 @@ def launches(problem: Problem, capability: tuple[int, int], config: Config | Non
     x = torch.empty(T, K, dtype=dtype, device="meta")
     A, R, B = meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r)
     z = torch.empty(T, r, device="meta")
+    out = torch.empty(T, N, dtype=dtype, device="meta") if adds else None
     bias, other = (torch.empty(N, dtype=dtype, device="meta"), None) if layout == "forward" else (None, z)
     with _recorded(capability) as found, _precision(matmul_precision):
         if config is not None:
-            backend._chain(config, x, A, R, B, 0.5, bias, None, other)
+            backend._chain(config, x, A, R, B, 0.5, bias, out, other)
         else:
             backend.product(z, R.t(), 0.5, dtype)
             backend.product(z.t(), z, 0.5, torch.float32)

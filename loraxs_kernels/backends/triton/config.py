@@ -20,6 +20,7 @@ import torch
 
 TABLE = Path(__file__).with_name("configs.json")
 WIDEST = {"half": 128, "tf32": 128, "ieee": 32}  # by precision, the largest padded rank whose chain stays on chip
+_NEW_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 MOST = 32  # parts of z at most: every program of the expand reads them all
 
 
@@ -59,7 +60,7 @@ class Row(NamedTuple):
     rank: int  # padded
     tokens: int  # this many or more, up to the next such row
     tiles: Config
-    shared: int  # bytes of shared memory that the largest of its kernels uses, as compiled; none of them spills
+    shared: int  # bytes of shared memory that the largest of its kernels uses, as compiled (bench/tune.py)
     source: str
 
     def fits(self, precision: str, layout: str, rank: int, T: int, device: Device) -> bool:
@@ -119,12 +120,15 @@ def shared_memory(capability: tuple[int, int]) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are made for operands of a dtype, by torch.get_float32_matmul_precision() where they are fp32.
+    """How operands are multiplied: "half" ones; fp32 ones by "tf32" instructions, where torch may; or "ieee".
 
-    "half": not among the large ones; "tf32"; "ieee": in fp32 throughout.
+    Torch may where torch.set_float32_matmul_precision says so, or torch.backends.cuda.matmul.fp32_precision, which
+    newer versions have and which follows both.
     """
     if dtype is not torch.float32:
         return "half"
+    if _NEW_PRECISION:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
