@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from . import timer
-from .layer import Row, failure, figures, points, release
+from .layer import Row, failure, figures, points, release, timed
 from .paths import Operands
 from .shapes import Shape
 
@@ -137,11 +137,7 @@ def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> 
                 passes[name] = case.prepare(chain, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        try:
-            samples = timer.interleave(passes, settings.device, settings.seconds)
-        except Exception as error:
-            lost = failure("", error)["reason"]
-            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
-            continue
+        samples, lost = timed(passes, settings)
+        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if lost)
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)

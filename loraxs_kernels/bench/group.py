@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..linear import LoRAXSLinear, forward_together
 from . import timer
-from .layer import Row, failure, figures, release
+from .layer import Row, failure, figures, release, timed
 from .paths import Operands, fused
 from .shapes import MODELS, Shape
 
@@ -81,12 +81,8 @@ def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Ite
                 passes[name] = timer.prepare(lambda calls=calls: calls, settings.device, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        try:
-            samples = timer.interleave(passes, settings.device, settings.seconds)
-        except Exception as error:
-            lost = failure("", error)["reason"]
-            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
-            continue
+        samples, lost = timed(passes, settings)
+        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if lost)
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen", "separate"))
 

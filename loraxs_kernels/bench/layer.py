@@ -66,12 +66,8 @@ def point(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
         before = timer.gauges(settings.device)
-        try:
-            samples = timer.interleave(passes, settings.device, settings.seconds)
-        except Exception as error:
-            lost = failure("", error)["reason"]
-            yield from (where | {"mode": mode} | failure(name, lost) for name in passes)
-            continue
+        samples, lost = timed(passes, settings)
+        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if lost)
         gauges = [before, timer.gauges(settings.device)]
         for name in samples:
             row = where | {"path": name, "mode": mode, "sets": len(sets), "gauges": gauges}
@@ -113,6 +109,14 @@ def ready(name: str, layers: list[Layer], sets: list[Operands], settings: Settin
     return timer.prepare(
         lambda: calls(layers, sets, settings.direction), settings.device, graph, within=PATHS[name].within
     )
+
+
+def timed(passes: dict[str, timer.Pass], settings: Settings) -> tuple[dict[str, torch.Tensor], str]:
+    """(samples, ""), or ({}, why) where one of the passes broke: then none has figures."""
+    try:
+        return timer.interleave(passes, settings.device, settings.seconds), ""
+    except Exception as error:
+        return {}, failure("", error)["reason"]
 
 
 def figures(
