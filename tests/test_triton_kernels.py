@@ -71,7 +71,7 @@ def test_every_configuration(row, layout, programs, matmul_precision):
     o = operands(T, N, K, row.rank - 3, DTYPES[row.precision])
     o = o if layout == "forward" else backward(o)
     other = None if layout == "forward" else torch.randn(T, row.rank - 3)
-    check(o, backend._chain(cut, o.x, o.A, o.R, o.B, o.s, o.bias, None, other), other)
+    check(o, backend.low_rank(cut, o.x, o.A, o.R, o.B, o.s, o.bias, None, other), other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -136,7 +136,7 @@ def guarded(monkeypatch):
 @pytest.mark.parametrize(("T", "N", "K", "r"), [(1, 1, 1, 1), (17, 33, 65, 12), (67, 130, 257, 20), (70, 9, 300, 140)])
 @pytest.mark.parametrize("processors", [1, 132])
 def test_writes_everything_and_nothing_else(guarded, monkeypatch, processors, T, N, K, r, layout):
-    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    monkeypatch.setattr(backend, "facts", lambda _: config.Device((9, 0), processors))
     o = operands(T, N, K, r, torch.bfloat16)
     o = o if layout == "forward" else backward(o)
     other = torch.randn(o.x.shape[0], r)
@@ -158,7 +158,7 @@ def test_out_is_written_in_place_and_nothing_around_it():
 @pytest.mark.parametrize("processors", [1, 132])
 @pytest.mark.parametrize("r", [12, 140])
 def test_same_inputs_same_bits(monkeypatch, processors, r):
-    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    monkeypatch.setattr(backend, "facts", lambda _: config.Device((9, 0), processors))
     o = operands(130, 70, 300, r, torch.bfloat16)
     other = torch.randn(130, r)
     first, second = (backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other) for _ in range(2))
@@ -168,7 +168,7 @@ def test_same_inputs_same_bits(monkeypatch, processors, r):
 @pytest.mark.parametrize("processors", [1, 132])
 def test_offsets_beyond_32_bits(monkeypatch, processors):
     """Rows of x, y and A and columns of B more than 2^31 elements apart; the memory between is never touched."""
-    monkeypatch.setattr(backend, "_facts", lambda _: config.Device((9, 0), processors))
+    monkeypatch.setattr(backend, "facts", lambda _: config.Device((9, 0), processors))
     far, o = 2**31 + 16, operands(2, 3, 24, 3, torch.float16)
     spread = torch.empty(far + 24, dtype=torch.float16)
     x, out = spread.as_strided((2, 24), (far, 1)), torch.empty_like(spread).as_strided((2, 3), (far, 1))
@@ -180,7 +180,7 @@ def test_offsets_beyond_32_bits(monkeypatch, processors):
 
 
 def test_what_the_kernels_are_not_for_goes_to_the_torch_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_chain", None)
+    monkeypatch.setattr(backend, "low_rank", None)
     for shape, dtype in (((5, 4, 6, 2), torch.float64), ((0, 4, 6, 2), torch.bfloat16)):
         o = operands(*shape, dtype)
         y, z, _ = backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
@@ -190,14 +190,14 @@ def test_what_the_kernels_are_not_for_goes_to_the_torch_backend(monkeypatch):
 
 def test_tune_leaves_out_tiles_that_fail_or_are_wrong(monkeypatch):
     """The whole search, on a small problem: what it takes are tiles that run, are right and are the fastest."""
-    spoiled, own = 32, backend._chain
+    spoiled, own = 32, backend.low_rank
 
     def spoil(cut, *operands):
         y, z, gram = own(cut, *operands)
         return (y + 1 if cut.block_n == spoiled else y), z, gram
 
     times = {}
-    monkeypatch.setattr(tune, "_chain", spoil)
+    monkeypatch.setattr(tune, "low_rank", spoil)
     monkeypatch.setattr(tune, "shared", lambda row, *_: 1000 + row.tiles.block_k)
     monkeypatch.setattr(tune, "TYPICAL", {1: 20})
     monkeypatch.setattr(tune, "OPTIONS", {"block_t": (16, 24), "block_n": (16, spoiled), "block_k": (16, 32)})

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from .. import backends
 from ..adapter_file import write_atomically
-from ..backends.triton import _chain, config
+from ..backends.triton import config, low_rank
+from ..backends.triton import facts as device_facts
 from ..backends.triton.config import Config, Device, Row
 from . import BenchError, timer
 from .chain import Case
@@ -62,11 +63,8 @@ START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
         257: {16: (32, 16, 32, 4, 2), 32: (32, 16, 32, 4, 2)},
     },
 }
-FOR = {
-    "mma": [(8, 0), (9, 0), (10, 0), (12, 0)],
-    "wgmma": [(9, 0)],
-    "tcgen05": [(10, 0)],
-}  # who may pick a family's rows
+# Who may pick a family's rows.
+FOR = {"mma": [(8, 0), (9, 0), (10, 0), (12, 0)], "wgmma": [(9, 0)], "tcgen05": [(10, 0)]}
 SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high"), "ieee": (torch.float32, "highest")}
 
 
@@ -160,15 +158,12 @@ def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
     """Seconds of one call; infinite where the tiles do not run or are wrong."""
     x, A, _, B, *_ = case.sets[0]
     cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
-    chain = partial(_chain, cut)
+    chain = partial(low_rank, cut)
     try:
         if not all(error <= allowed for error, allowed in case.errors(chain).values()):
             return math.inf
-        return (
-            timer.interleave({"": case.prepare(chain, graph=case.device.type == "cuda")}, case.device, seconds)[""]
-            .median()
-            .item()
-        )
+        each = case.prepare(chain, graph=case.device.type == "cuda")
+        return timer.interleave({"": each}, case.device, seconds)[""].median().item()
     except Exception:  # does not compile, or does not fit: others will
         timer.synchronize()  # raises where the device itself is lost
         return math.inf
@@ -210,9 +205,8 @@ def tune(arguments: argparse.Namespace) -> int:
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         raise BenchError(f"triton {triton.__version__} cannot compile ahead of time as this needs, 3.3 can")
     path, device = arguments.out or config.user_path(), torch.device("cuda", torch.cuda.current_device())
-    found = torch.cuda.get_device_properties(device)
-    facts = Device((found.major, found.minor), found.multi_processor_count)
-    source = f"measured on {found.name}, {datetime.now(timezone.utc):%Y-%m-%d}"
+    facts, name = device_facts(device), torch.cuda.get_device_name(device)
+    source = f"measured on {name}, {datetime.now(timezone.utc):%Y-%m-%d}"
     table = list(config.read(path)) if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     points = [(rank, tokens, layout) for rank in ranks for tokens in TYPICAL for layout in ("forward", "backward")]

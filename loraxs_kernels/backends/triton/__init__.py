@@ -70,9 +70,9 @@ def lowrank_linear(
     if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
     with _on(x.device):
-        config = pick_config(T, N, K, r, x.dtype, layout(A), _facts(x.device))
+        config = pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
         if config is not None:
-            y, z, gram = _chain(config, x, A, R, B, s, bias, out, other)
+            y, z, gram = low_rank(config, x, A, R, B, s, bias, out, other)
         elif precision(x.dtype) == "ieee":  # no matrix instructions: the library's products are as good
             y, z, gram = torch_backend.lowrank_linear(x, None, A, R, B, s, bias, out, other)
         else:
@@ -83,7 +83,7 @@ def lowrank_linear(
         return (y if W is None else y.addmm_(x, W.t())), z, gram
 
 
-def _chain(
+def low_rank(
     config: Config,
     x: Tensor,
     A: Tensor,
@@ -140,7 +140,7 @@ def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
     (M, L), N = a.shape, b.shape[1]
     m, n, k = 64, 32, 32
     tiles = -(-M // m) * -(-N // n)
-    shares = max(1, min(_facts(a.device).multiprocessors // tiles, L // (8 * k)))
+    shares = max(1, min(facts(a.device).multiprocessors // tiles, L // (8 * k)))
     c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)
     kernels.product_kernel[(-(-M // m), -(-N // n), shares)](
         *(a, b, c, M, N, L, float(s), *a.stride(), *b.stride()),
@@ -178,7 +178,8 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
 
 
 @lru_cache(maxsize=64)
-def _facts(device: torch.device) -> Device:
+def facts(device: torch.device) -> Device:
+    """What of a device decides how a launch is cut."""
     if device.type == "cpu":  # interpreted, as if on an H100
         return Device((9, 0), 132)
     found = torch.cuda.get_device_properties(device)

@@ -81,7 +81,7 @@ def launches(problem: Problem, capability: tuple[int, int], config: Config | Non
     bias, other = (torch.empty(N, dtype=dtype, device="meta"), None) if layout == "forward" else (None, z)
     with _recorded(capability) as found, _precision(matmul_precision):
         if config is not None:
-            backend._chain(config, x, A, R, B, 0.5, bias, out, other)
+            backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
         else:
             backend.product(z, R.t(), 0.5, dtype)
             backend.product(z.t(), z, 0.5, torch.float32)
@@ -108,7 +108,7 @@ def _recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
     recorders = {name: _Recorder(getattr(kernels, name), found) for name in NAMES}
     with (
         mock.patch.multiple(kernels, **recorders),
-        mock.patch.object(backend, "_facts", lambda _: Device(capability, 132)),
+        mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
     ):
         yield found
 
