@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import re
 import sys
 import types
@@ -78,3 +79,22 @@ def test_a_backend_file_is_all_it_takes(plugged_in, compiled):
     assert plugged_in.calls[1][1].shape == (6, 5)  # W^T
     call(o.x, o.W, o.A, o.R, o.B, o.s)
     assert len(plugged_in.calls) == 2
+
+
+def test_the_triton_backend_says_what_is_missing(monkeypatch):
+    triton = pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        assert backends.unavailable("triton") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU here" in backends.unavailable("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compute capability 7.5, it must be at least 8.0" in backends.unavailable("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert backends.unavailable("triton") is None
+    monkeypatch.setattr(triton, "__version__", "2.1.0")
+    assert "triton 2.1.0 is too old, it must be at least 3.2" in backends.unavailable("triton")
+    module, own = backends.load("triton"), importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "triton" else own(name))
+    assert "the package triton is not installed: pip install triton" in backends.unavailable("triton")
