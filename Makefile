@@ -24,7 +24,7 @@ demo: $(VENV)/.demo-$(MODEL)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -rs $(ARGS)
-	! $(BIN)/python -c "import triton" || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" $(INTERPRETED)
+	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" $(INTERPRETED)
 	$(BIN)/python -m pytest bench --quiet --benchmark-disable
 
 lint: $(VENV)/.test

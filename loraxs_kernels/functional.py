@@ -172,11 +172,9 @@ class _LowRankLinears(torch.autograd.Function):
         for (W, _, R, B, s, bias), z_i in zip(operands, z.split([len(R) for R in Rs], dim=1), strict=True):
             u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
             ys.append(F.linear(u, B, bias).addmm_(x, W.t()))
-        kept = z if any(ctx.needs_input_grad[2:]) else None
-        Ws = (W if ctx.needs_input_grad[0] else None for W, *_ in operands)
-        ctx.save_for_backward(
-            kept, *(t for W, (_, A, R, B, *_) in zip(Ws, operands, strict=True) for t in (W, A, R, B))
-        )
+        need_gX, _, *need_gR = ctx.needs_input_grad
+        frozen = (t for W, A, R, B, *_ in operands for t in (W if need_gX else None, A, R, B))
+        ctx.save_for_backward(z if any(need_gR) else None, *frozen)
         ctx.scales = [s for *_, s, _ in operands]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -192,7 +190,8 @@ class _LowRankLinears(torch.autograd.Function):
         Ws, As, Rs, Bs = (saved[i::4] for i in range(4))
         zs = () if z is None else z.split([len(R) for R in Rs], dim=1)
         need_gX, _, *need_gR = ctx.needs_input_grad
-        gX, gRs, us, used = None, [None] * len(gYs), [], [i for i, gY in enumerate(gYs) if gY is not None]
+        used = [i for i, gY in enumerate(gYs) if gY is not None]
+        gX, gRs, us = None, [None] * len(gYs), []
         with ops.no_autocast(Rs[0]):
             for i in used:
                 v, R, s = shrink(gYs[i], Bs[i].t()), Rs[i], ctx.scales[i]

@@ -187,11 +187,10 @@ class LoRAXSLinear(nn.Module):
 
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
-        base = self.base_layer
-        W = weight_view(base)
-        plain = W is not None and not self.merged and not _hooked(base) and not _hooked(self)
-        trains = base.bias is not None and base.bias.requires_grad if plain else False
-        return plain and not trains and self._is_one_primitive(W, self.A)
+        W = weight_view(self.base_layer)
+        if W is None or self.merged or _hooked(self.base_layer) or _hooked(self):
+            return False
+        return not (self.bias is not None and self.bias.requires_grad) and self._is_one_primitive(W, self.A)
 
     @property
     def label(self) -> str:

@@ -148,17 +148,12 @@ def _signs(U: Tensor, seed: int) -> Tensor:
     return torch.where(rademacher(len(U), 1, seed + 3, U.device).double().t() @ U < 0, -1.0, 1.0)
 
 
-_NEW_PRECISION = all(
-    hasattr(getattr(backend, "matmul", None), "fp32_precision")
-    for backend in (torch.backends.cuda, torch.backends.mkldnn)
-)
-
-
 @contextmanager
 def _exact_matmul(device_type: str) -> Iterator[None]:
     """fp32 products in fp32: neither autocast nor the user's TF32 or bf16 settings reach in."""
-    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if _NEW_PRECISION else []
-    # The older functions raise once the newer settings have been used.
+    # The older functions raise once the newer settings, of torch 2.9 on, have been used.
+    settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    settings = [each for each in settings if hasattr(each, "fp32_precision")]
     before = [each.fp32_precision for each in settings] or torch.get_float32_matmul_precision()
     for each in settings:
         each.fp32_precision = "ieee"

@@ -98,3 +98,12 @@ def test_the_triton_backend_says_what_is_missing(monkeypatch):
     module, own = backends.load("triton"), importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "triton" else own(name))
     assert "the package triton is not installed: pip install triton" in backends.unavailable("triton")
+
+
+def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on torch's current device: another one is made current for the call."""
+    module = backends.load("triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert module._on(torch.device("cuda", 0)) is module._on(torch.device("cpu"))
+    other = module._on(torch.device("cuda", 1))
+    assert isinstance(other, torch.cuda.device) and other.idx == 1

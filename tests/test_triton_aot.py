@@ -14,7 +14,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     pytest.skip("the table was compiled with Triton 3.6; older ones spill here and there", allow_module_level=True)
 
 from loraxs_kernels.backends.triton import config  # noqa: E402
-from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem  # noqa: E402
+from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config, Device  # noqa: E402
 from loraxs_kernels.bench.tune import SETTING  # noqa: E402
 
@@ -30,12 +30,9 @@ class Job(NamedTuple):
     @property
     def config(self) -> Config | None:
         """What pick_config says for it."""
-        p, before = self.problem, torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(p.matmul_precision)
-        try:
+        p = self.problem
+        with fp32_matmul_precision(p.matmul_precision):
             return config.pick_config(p.T, p.N, p.K, p.r, p.dtype, p.layout, Device(self.capability, 132))
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def compiled(self) -> list[Compiled]:
         return compile_problem(self.problem, self.capability, self.config)
@@ -46,7 +43,7 @@ class Job(NamedTuple):
 
 
 def jobs() -> list[Job]:
-    """Each row of the table, in one launch and in two; a rank of the paper's; awkward sizes; ranks past the widest."""
+    """Each row of the table, in one launch and in two; ranks below their tile and past the widest; fp16; `out`."""
     found = []
     for capability in CAPABILITIES:
         for precision, (dtype, matmul) in SETTING.items():

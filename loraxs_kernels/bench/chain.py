@@ -7,7 +7,7 @@ beyond that lowers the bandwidth it achieves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,25 +74,35 @@ class Case:
 
         return timer.prepare(lambda: [partial(call, i) for i in range(len(self.sets))], self.device, graph)
 
-    def errors(self, chain: Chain) -> dict[str, tuple[float, float]]:
-        """{what: (relative error, what is allowed)} by the accuracy rule: on some rows of y and z, and all of gram."""
-        x, A, R, B, s, _, _, other = self.sets[0]
-        rows = torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).round().long()
-
-        def expected(dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-            operands = (t.to(dtype) for t in (A, R, B))
-            y, z = reference.lowrank_linear(x[rows].to(dtype), None, *operands, s)
-            return y, z, None if other is None else s * (x.to(dtype) @ A.to(dtype).T).T @ other.to(dtype)
-
+    def wrong(self, chain: Chain) -> list[str]:
+        """Which results of the first set break the accuracy rule: y and z, on some rows, and all of the gram."""
         y, z, gram = chain(*self.sets[0])
-        found = zip(
-            ("y", "z", "gram"), (y[rows], z[rows], gram), expected(x.dtype), expected(torch.float64), strict=True
-        )
-        return {
-            what: (reference.relative_error(got, oracle), reference.allowed_error(rounded, oracle, x.dtype))
-            for what, got, rounded, oracle in found
-            if oracle is not None
-        }
+        got = {"y": y[self._rows], "z": z[self._rows], "gram": gram}
+        return [
+            what
+            for what, (oracle, allowed) in self._oracle.items()
+            if not reference.relative_error(got[what], oracle) <= allowed
+        ]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        x = self.sets[0][0]
+        return torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).round().long()
+
+    @cached_property
+    def _oracle(self) -> dict[str, tuple[Tensor, float]]:
+        """{what: (its value in fp64, the error that is allowed)}."""
+        x, A, R, B, s, _, _, other = self.sets[0]
+
+        def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+            A_, R_, B_ = (t.to(dtype) for t in (A, R, B))
+            y, z = reference.lowrank_linear(x[self._rows].to(dtype), None, A_, R_, B_, s)
+            if other is None:
+                return {"y": y, "z": z}
+            return {"y": y, "z": z, "gram": s * (x.to(dtype) @ A_.T).T @ other.to(dtype)}
+
+        rounded, exact = expected(x.dtype), expected(torch.float64)
+        return {what: (t, reference.allowed_error(rounded[what], t, x.dtype)) for what, t in exact.items()}
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -122,7 +132,7 @@ def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> 
     for name in names:
         try:
             chain = PATHS[name]()
-            wrong = [what for what, (error, allowed) in case.errors(chain).items() if not error <= allowed]
+            wrong = case.wrong(chain)
         except Exception as error:  # a path that cannot run must not cost the others their figures
             yield where | failure(name, error)
             continue

@@ -17,7 +17,7 @@ from .layer import Row, failure, release
 from .paths import PATHS
 from .report import Report, load
 from .settings import Settings
-from .shapes import MODELS, parse
+from .shapes import MODELS
 from .svd import METHODS
 
 
@@ -156,13 +156,9 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
 
 def show_roofline(arguments: argparse.Namespace) -> int:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
-    settings.one_of("model", arguments.model, "shape", arguments.shape)
+    model, shapes = settings.model_or_shapes(arguments.model, arguments.shape)
     settings.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
     settings.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
-    model = arguments.model or "mistral-7b"
-    if model not in MODELS:
-        raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
-    shapes = [parse(text) for text in arguments.shape] or MODELS[model].shapes
     ceilings = _ceilings(arguments)
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 

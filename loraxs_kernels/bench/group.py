@@ -61,23 +61,23 @@ def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Ite
         **{"T": T, "r": r, "dtype": settings.dtype_name, "direction": "both"},
     }
     try:
-        sets = _operands(settings, shapes, T, r)
+        sets = operands(settings, shapes, T, r)
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in PATHS)
         return
     try:
-        wrong = _wrong(*sets[0])
+        broken = wrong(*sets[0])
     except Exception as error:
         yield where | failure("together", error)
         return
-    if wrong:
-        yield where | failure("together", f"not timed, it is wrong: {', '.join(wrong)}")
+    if broken:
+        yield where | failure("together", f"not timed, it is wrong: {', '.join(broken)}")
         return
     for mode in settings.modes:
         passes = {}
-        for name, call in PATHS.items():
+        for name in PATHS:
             try:
-                calls = [partial(_step, call, name != "frozen", *each) for each in sets]
+                calls = [partial(step, name, *each) for each in sets]
                 passes[name] = timer.prepare(lambda calls=calls: calls, settings.device, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
@@ -87,7 +87,7 @@ def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Ite
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen", "separate"))
 
 
-def _operands(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> list[tuple]:
+def operands(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> list[tuple]:
     """(x, layers, gYs), in as many sets as leave the cache."""
 
     def make(seed: int) -> tuple[Tensor, list[LoRAXSLinear], list[Tensor]]:
@@ -102,18 +102,17 @@ def _operands(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> 
     return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(settings.device, size)))]
 
 
-def _step(
-    call: Callable[..., tuple[Tensor, ...]], adapted: bool, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]
-) -> tuple[Tensor, ...]:
+def step(name: str, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> tuple[Tensor, ...]:
     """Forward, and gradients for x and each R."""
-    return torch.autograd.grad(call(x, *layers), (x, *(layer.R for layer in layers if adapted)), gYs)
+    trained = [layer.R for layer in layers if name != "frozen"]
+    return torch.autograd.grad(PATHS[name](x, *layers), (x, *trained), gYs)
 
 
-def _wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]:
+def wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]:
     """Which results of `forward_together` break the accuracy rule, with the separate layers as the chain."""
 
     def results(name: str) -> list[Tensor]:
-        return [*(y.detach() for y in PATHS[name](x, *layers)), *_step(PATHS[name], True, x, layers, gYs)]
+        return [*(y.detach() for y in PATHS[name](x, *layers)), *step(name, x, layers, gYs)]
 
     ys, gX, gRs = [], 0, []
     for layer, gY in zip(layers, gYs, strict=True):

@@ -121,6 +121,15 @@ def one_of(name: str, value: object, other: str, other_value: object) -> None:
         raise BenchError(f"{name} and {other}: got {value} and {other_value}, give one of the two")
 
 
+def model_or_shapes(model: str | None, shapes: Sequence[str]) -> tuple[str, tuple[Shape, ...]]:
+    """A known model's name (default mistral-7b) and its shapes, or those given in their place."""
+    one_of("model", model, "shape", shapes)
+    model = model or "mistral-7b"
+    if model not in MODELS:
+        raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
+    return model, tuple(map(parse, shapes)) or MODELS[model].shapes
+
+
 def at_least_one(**options: Sequence[int | None]) -> None:
     """Refuse numbers below 1; None: not given."""
     for name, numbers in options.items():

@@ -31,8 +31,8 @@ from ..backends.triton.config import Config, Device, Row
 from . import BenchError, timer
 from .chain import Case
 from .layer import release
-from .settings import at_least_one, one_of
-from .shapes import MODELS, Shape, parse
+from .settings import at_least_one, model_or_shapes
+from .shapes import MODELS, Shape
 
 RANKS = (16, 32, 64, 128)
 TYPICAL = {1: 32, 257: 512, 2049: 8192}  # from how many rows on a row of the table is meant: with how many it is timed
@@ -160,7 +160,7 @@ def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
     cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
     chain = partial(low_rank, cut)
     try:
-        if not all(error <= allowed for error, allowed in case.errors(chain).values()):
+        if case.wrong(chain):
             return math.inf
         each = case.prepare(chain, graph=case.device.type == "cuda")
         return timer.interleave({"": each}, case.device, seconds)[""].median().item()
@@ -187,12 +187,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(arguments: argparse.Namespace) -> int:
     """Run `loraxs tune`: measure, and write after every row, so that a run that is stopped has not been in vain."""
-    one_of("model", arguments.model, "shape", arguments.shape)
+    _, shapes = model_or_shapes(arguments.model, arguments.shape)
     at_least_one(rank=arguments.rank)
-    model = arguments.model or "mistral-7b"
-    if model not in MODELS:
-        raise BenchError(f"model: got {model!r}, must be one of {', '.join(MODELS)}")
-    shapes = tuple(map(parse, arguments.shape)) or MODELS[model].shapes
     ranks = sorted({config.padded(r) for r in arguments.rank})
     if ranks[-1] > config.WIDEST["half"]:
         raise BenchError(

@@ -63,8 +63,9 @@ def lowrank_linear(
     """(y, z, gram), see backends/torch.py.
 
     Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not, and one
-    that sums the gram's parts where there are several.  The workspace is those parts, r x r fp32 for each block of
-    rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs, same bits.
+    that sums the gram's parts where there are several; past GRAM_ON_CHIP one more, that makes them.  The workspace is
+    those parts, r x r fp32 for each block of rows, and for few rows at most config.MOST parts of z.  Every sum has a
+    fixed order: same inputs, same bits.
     """
     (T, K), (N, r) = x.shape, B.shape
     if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
@@ -101,7 +102,7 @@ def low_rank(
     blocks = -(-T // config.block_t)
     y = empty(x, (T, N), x.dtype) if out is None else out
     z = empty(x, (T, r), torch.float32)
-    rank, (large, small) = padded(r), dot_precision(x.dtype)
+    rank, (large, small) = padded(r), dot_precision(precision(x.dtype))
     wanted = None if other is None else other.contiguous()
     other = wanted if rank <= GRAM_ON_CHIP else None
     gram = None if other is None else empty(x, (blocks, r, r), torch.float32)
@@ -144,7 +145,7 @@ def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
     c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)
     kernels.product_kernel[(-(-M // m), -(-N // n), shares)](
         *(a, b, c, M, N, L, float(s), *a.stride(), *b.stride()),
-        **dict(BLOCK_M=m, BLOCK_N=n, BLOCK_L=k, PRECISION=dot_precision(torch.bfloat16)[1], num_warps=4, num_stages=2),
+        **dict(BLOCK_M=m, BLOCK_N=n, BLOCK_L=k, PRECISION=dot_precision("tf32")[1], num_warps=4, num_stages=2),
     )
     return c[0] if shares == 1 else c.sum(0).to(dtype)
 
@@ -154,15 +155,15 @@ def layout(A: Tensor) -> str:
     return "forward" if A.stride(1) == 1 else "backward"
 
 
-def dot_precision(dtype: torch.dtype) -> tuple[str, str]:
-    """`input_precision` of the products with A and B, and of those with R, whose operands are fp32 throughout.
+def dot_precision(which: str) -> tuple[str, str]:
+    """`input_precision` of the products with A and B, and of those with R, whose operands are always fp32.
 
     Where TF32 may be used it takes three products: a single one would truncate its operands to 10 bits, not round them,
     and the kernels wait for memory anyway.
     """
     if torch.version.hip is not None:
         return "ieee", "ieee"
-    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32x3", "tf32x3"), "ieee": ("ieee", "ieee")}[precision(dtype)]
+    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32x3", "tf32x3"), "ieee": ("ieee", "ieee")}[which]
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,7 @@ def launches(problem: Problem, capability: tuple[int, int], config: Config | Non
     z = torch.empty(T, r, device="meta")
     out = torch.empty(T, N, dtype=dtype, device="meta") if adds else None
     bias, other = (torch.empty(N, dtype=dtype, device="meta"), None) if layout == "forward" else (None, z)
-    with _recorded(capability) as found, _precision(matmul_precision):
+    with _recorded(capability) as found, fp32_matmul_precision(matmul_precision):
         if config is not None:
             backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
         else:
@@ -114,7 +114,8 @@ def _recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[None]:
+def fp32_matmul_precision(name: str) -> Iterator[None]:
+    """torch.set_float32_matmul_precision, for a while."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:

@@ -159,7 +159,7 @@ def product_kernel(
     a, b, c, M, N, L, s, a_m, a_l, b_l, b_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c = s a b for fp32 a (M, L), b (L, N), on tensor cores: what ranks too wide for the chip do with R.
+    """c = s a b for fp32 a (M, L), b (L, N), on tensor cores: u and the gram, where the rank is too wide for the chip.
 
     Program (i, j, k) makes one tile over its share of L, into c[k] (M, N), contiguous and of any dtype.
     """
