@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .svd import N_ITER, OVERSAMPLE, rademacher, truncated_svd
+from .svd import Plan, plan, rademacher, truncated_svd
 
 INITS = ("svd", "random")  # that can be computed again; the third is "given"
 
@@ -32,18 +33,29 @@ class Recipe:
 
     init: "svd" (A = S_r V_r^T, B = U_r), "random" (Kaiming uniform, the paper's ablation) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
-    oversample, n_iter: of truncated_svd, unused by the other inits.
+    method, block, n_iter, tier: of truncated_svd, unused by the other inits.  `pinned` puts what "auto" and None mean
+        today in their place, so that a recipe in a file means the same tomorrow.
     """
 
     init: str = "svd"
     seed: int = 0
     name: str = ""
-    oversample: int = OVERSAMPLE
-    n_iter: int = N_ITER
+    method: str = "auto"
+    block: int | None = None
+    n_iter: int | None = None
+    tier: str = "standard"
 
     def __post_init__(self) -> None:
         if self.init not in (*INITS, "given"):
             raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or a pair (A, B)')
+
+    def plan(self, rank: int, shape: Sequence[int]) -> Plan:
+        """What truncated_svd does by this recipe with weights of this shape."""
+        return plan(rank, shape, method=self.method, block=self.block, n_iter=self.n_iter, tier=self.tier)
+
+    def pinned(self, rank: int, shape: Sequence[int]) -> Recipe:
+        """The recipe with nothing left open for weights of this shape."""
+        return replace(self, **asdict(self.plan(rank, shape))) if self.init == "svd" else self
 
     def factors(self, W: Tensor, rank: int) -> Factors:
         """A (r, K) and B (N, r) for W (N, K), in fp32 (fp64 for fp64 W) on W's device.
@@ -52,7 +64,7 @@ class Recipe:
         """
         N, K = W.shape
         if self.init == "svd":
-            U, S, Vh = truncated_svd(W, rank, oversample=self.oversample, n_iter=self.n_iter, seed=self.seed)
+            U, S, Vh = truncated_svd(W, rank, seed=self.seed, **asdict(self.plan(rank, W.shape)))
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(W.dtype, torch.float32)

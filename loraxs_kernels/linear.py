@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from .basis import INITS, Factors, Recipe
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
-from .svd import N_ITER
 
 
 class LoRAXSLinear(nn.Module):
@@ -70,7 +69,7 @@ class LoRAXSLinear(nn.Module):
         init: str | Factors | Recipe = "svd",
         sigma: float = 1e-5,
         seed: int = 0,
-        n_iter: int = N_ITER,
+        n_iter: int | None = None,
         dtype: torch.dtype | None = None,
         name: str = "",
         like: LoRAXSLinear | None = None,

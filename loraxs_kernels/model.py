@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from .basis import Factors
 from .linear import LoRAXSLinear, weight_view
-from .svd import N_ITER
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +39,7 @@ def attach(
     init: str | Mapping[str, Factors] = "svd",
     sigma: float = 1e-5,
     seed: int = 0,
-    n_iter: int = N_ITER,
+    n_iter: int | None = None,
     dtype: torch.dtype | None = None,
     modules_to_save: Sequence[str] | None = None,
     progress: bool = True,

@@ -1,47 +1,125 @@
-"""Randomized truncated SVD by block Krylov iteration: the largest r singular triplets of a weight."""
+"""Randomized truncated SVD: the largest r singular triplets of a weight, or of many.
+
+How a group of equally shaped weights is taken apart, with m <= n (a tall one is read transposed), all at once but for
+the products with W, which are the library's and go through the group one by one:
+
+    krylov     Q = orth[W X, (W W^T) W X, ..., (W W^T)^q W X]         D = (q + 1) b columns, 2 (q + 1) reads of W
+    subspace   Q = orth[T_q(2 W W^T / c - 1) W X]                     D = b columns, 2 (q + 1) reads
+    both       Z = W^T Q,   Z^T Z = P diag(S^2) P^T,   U = Q P,   V = Z P / S          (Rayleigh-Ritz)
+
+X (n, b) is +-1 from a hash.  Reading W bounds the time: a bf16 weight of 4096 x 14336 is 117 MB, 27 us at 4.3 TB/s,
+and its product with b = 72 columns 8 to 17 GFLOP, 11 to 21 us at 790 TFLOP/s, so that the library's product is at the
+limit; both terms of a split factor go into one product, which reads W once.  Next in bytes is Z^T Z in fp64 (Z is
+25 MB there), then the orthogonalisation on the smaller side.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-OVERSAMPLE = 16
-N_ITER = 4
+METHODS = ("krylov", "subspace")
+TIERS = {"standard": (1, 2), "precise": (3, 3)}  # half-precision terms of X in W X and of Q in W^T Q
+KRYLOV_COLUMNS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
+GROUP_BYTES = 256 * 2**20  # of working memory for the weights taken apart together on a GPU
+GROUP = 16  # and at most so many of them
+GRAM_ROWS = 4096  # of an fp64 copy at a time
+DROWNED = 1e-6  # eigenvalues of W W^T, over their sum, below which a power step buries them in rounding
+
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `truncated_svd` does, nothing left to choose: with the seed, the weight and the device it fixes U, S, Vh.
+
+    method: "krylov" or "subspace".  block: b, columns of X.  n_iter: q.  tier: "standard" or "precise".
+    """
+
+    method: str
+    block: int
+    n_iter: int
+    tier: str
+
+
+def plan(
+    rank: int,
+    shape: Sequence[int],
+    *,
+    method: str = "auto",
+    block: int | None = None,
+    n_iter: int | None = None,
+    tier: str = "standard",
+) -> Plan:
+    """The defaults filled in for weights of this shape, as `truncated_svd` describes them.
+
+    Raises ValueError where an argument is out of range.
+    """
+    if method not in ("auto", *METHODS):
+        raise ValueError(f'method: got {method!r}, must be "auto", "krylov" or "subspace"')
+    if tier not in TIERS:
+        raise ValueError(f'tier: got {tier!r}, must be "standard" or "precise"')
+    if block is not None and block < rank:
+        raise ValueError(f"block: got {block}, must be at least the rank, {rank}")
+    if n_iter is not None and n_iter < 0:
+        raise ValueError(f"n_iter: got {n_iter}, must be at least 0")
+    # For the Krylov space a narrow block and one more step cost what a wide block costs and come nearer to the truth.
+    # Multiples of 8 keep rows of bf16 aligned.
+    krylov = Plan("krylov", block or -(-rank // 8) * 8 + 8, 5 if n_iter is None else n_iter, tier)
+    if method == "krylov" or (method == "auto" and basis_columns(min(shape), krylov) <= KRYLOV_COLUMNS):
+        return krylov
+    return Plan("subspace", block or -(-3 * rank // 16) * 8, 6 if n_iter is None else n_iter, tier)
 
 
 @torch.no_grad()
 def truncated_svd(
-    W: Tensor, rank: int, *, oversample: int = OVERSAMPLE, n_iter: int = N_ITER, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    W: Tensor,
+    rank: int,
+    *,
+    method: str = "auto",
+    block: int | None = None,
+    n_iter: int | None = None,
+    tier: str = "standard",
+    seed: int = 0,
+) -> Triplets:
     """The `rank` largest singular triplets of W: W ~ U diag(S) Vh.
 
-    Block Krylov iteration (Musco and Musco, arXiv 1504.05477): with b = rank + oversample columns and q = n_iter,
-    Rayleigh-Ritz on the span of W X, (W W^T) W X, ..., (W W^T)^q W X, which reads W 2 (q + 1) times.  The start X is
-    +-1 from a hash of (seed, row, column), the same on every device; the answer is deterministic, and two devices
-    agree to rounding.  Singular values that are zero to working precision get orthonormal vectors all the same.
+    Block Krylov iteration (Musco and Musco, arXiv 1504.05477) or, for large ranks, subspace iteration with a
+    Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007), from a start of +-1 that is a hash of
+    (seed, row, column).  The same arguments give the same bits on one device, alone or in a batch; two devices agree
+    to rounding.  Neither autocast nor the user's TF32 settings reach in.  Singular values that are zero to working
+    precision get orthonormal vectors all the same.
 
     Args:
-        W: (..., m, n), bf16, fp16, fp32 or fp64, finite; read one matrix at a time, half precision upcast to fp32.
+        W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  On a GPU half precision is never upcast: the other factor
+            of each product is split into terms of W's dtype and the products are summed in fp32.  On a CPU one matrix
+            at a time is.
         rank: r, 1 <= r <= min(m, n).
-        oversample: columns beyond rank in the block; more is more accurate and slower.
-        n_iter: q; each more is two more reads of W, and more accurate.
-        seed: of the start block.
+        method: "krylov", "subspace", or "auto": krylov up to 1024 columns of Q, rank 160 by default.
+        block: b >= r, columns of the start; None: r + 8 for krylov, 3 r / 2 for subspace, on multiples of 8.
+        n_iter: q; each is two more reads of W.  None: 5 for krylov, 6 for subspace.
+        tier: "standard", whose products are exact to 2^-9 where they only choose the subspace and to 2^-17 where they
+            enter the values, or "precise": 2^-24 everywhere.  It is the same for fp32 and fp64 weights, and on a CPU.
+        seed: of the start.
 
     Returns:
-        U (..., m, r) and Vh (..., r, n) with orthonormal columns and rows, S (..., r) descending; fp32, or fp64 for
-        fp64 W.  Each column of U has a positive inner product with a hashed +-1 vector, so signs are the same
+        U (..., m, r) and Vh (..., r, n) with orthonormal columns and rows (to 1e-6), S (..., r) descending; fp32, or
+        fp64 for fp64 W.  Each column of U has a positive inner product with a hashed +-1 vector, so signs are the same
         everywhere but for the rare vector nearly orthogonal to it; vectors of equal singular values are any basis of
         their span.
 
     Raises:
         TypeError: W is not a tensor of one of these dtypes.  ValueError: W has fewer than 2 dimensions or holds NaN
-        or Inf, or rank, oversample or n_iter is out of range.
+        or Inf, or another argument is out of range.
     """
-    if not isinstance(W, Tensor) or W.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if not isinstance(W, Tensor) or W.dtype not in DTYPES:
         what = f"dtype {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
         raise TypeError(f"W: got {what}, must be a bfloat16, float16, float32 or float64 tensor")
     if W.dim() < 2:
@@ -49,21 +127,85 @@ def truncated_svd(
     *batch, m, n = W.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank: got {rank}, must be from 1 to min(m, n) = {min(m, n)} for W of shape {(m, n)}")
-    if oversample < 0 or n_iter < 0:
-        raise ValueError(f"oversample and n_iter: got {oversample} and {n_iter}, must be at least 0")
+    how = plan(rank, (m, n), method=method, block=block, n_iter=n_iter, tier=tier)
     dtype = torch.promote_types(W.dtype, torch.float32)
     U = W.new_empty(*batch, m, rank, dtype=dtype)
     S = W.new_empty(*batch, rank, dtype=dtype)
     Vh = W.new_empty(*batch, rank, n, dtype=dtype)
-    matrices = zip(W.reshape(-1, m, n), U.view(-1, m, rank), S.view(-1, rank), Vh.view(-1, rank, n), strict=True)
-    with _exact_matmul(W.device.type):
-        for W_i, U_i, S_i, Vh_i in matrices:
-            flip = m > n  # the basis lives on the smaller side
-            left, S_i[:], right = _krylov(W_i.t() if flip else W_i, rank, rank + oversample, n_iter, seed)
-            left, right = (right, left) if flip else (left, right)
-            signs = _signs(left, seed)
-            U_i[:], Vh_i[:] = left * signs, (right * signs).t()
+    if not W.numel():
+        return U, S, Vh
+    matrices = W.reshape(-1, m, n).unbind()
+    size = group_size((m, n), W.dtype, W.device, how)
+    groups = [matrices[i : i + size] for i in range(0, len(matrices), size)]
+    outputs = zip(
+        U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
+    )
+    try:
+        for made, out in zip(decompose(groups, rank, how, seed), outputs, strict=True):
+            for target, value in zip(out, made, strict=True):
+                target.copy_(value)
+    except NotFinite as error:
+        raise ValueError(f"W: {error}") from None
     return U, S, Vh
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or Inf; `index` is its place among those given to `decompose`."""
+
+    def __init__(self, index: int, peak: float) -> None:
+        super().__init__(f"has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
+        self.index = index
+
+
+def group_size(shape: Sequence[int], dtype: torch.dtype, device: torch.device, how: Plan) -> int:
+    """How many weights of a shape are taken apart together; it never depends on how many there are.
+
+    On a GPU the small steps always run on that many, empty places included: another number of matrices may choose
+    another kernel of the library's, and other bits.
+    """
+    if device.type == "cpu":
+        return 1
+    return min(GROUP, max(1, GROUP_BYTES // working_bytes(shape, dtype, how)))
+
+
+def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
+    """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
+    m, n = sorted(shape[-2:])
+    itemsize, D = max(4, dtype.itemsize), basis_columns(m, how)
+    Q_and_Z, step = (m + n) * D * itemsize, 4 * m * how.block * 8 + 3 * n * how.block * itemsize
+    return Q_and_Z + step + 6 * D * D * 8 + min(n, GRAM_ROWS) * D * 8
+
+
+@torch.no_grad()
+def decompose(groups: Iterable[Sequence[Tensor]], rank: int, how: Plan, seed: int = 0) -> Iterator[Triplets]:
+    """(U, S, Vh) of each group of weights of one shape, dtype and device, stacked: (g, m, r), (g, r), (g, r, n).
+
+    On a GPU the small eigenproblem of one group is solved on the host while the next one's products run.
+
+    Args:
+        groups: of up to `group_size` weights.
+        rank, how, seed: as for `truncated_svd`.
+
+    Raises NotFinite.
+    """
+    threads = torch.get_num_threads()
+    # LAPACK runs fastest with a matrix to a thread (half the time of many threads on each, even on 2 cores).
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            pending, start = None, 0
+            for weights in groups:
+                begun = _Group(weights, start, rank, how, seed, pool)
+                start += len(weights)
+                if pending is not None:
+                    yield pending.triplets()
+                pending = begun
+                if weights[0].device.type == "cpu":  # nothing to overlap, and memory to save
+                    yield pending.triplets()
+                    pending = None
+            if pending is not None:
+                yield pending.triplets()
+        finally:
+            torch.set_num_threads(threads)  # of this thread it never changed, of threads to come it has
 
 
 def rademacher(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
@@ -82,88 +224,305 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def _krylov(W: Tensor, rank: int, block: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, V) of W (m, n), m <= n, in fp64."""
-    low, high = torch.aminmax(W)
-    peak = torch.maximum(-low, high).item()  # NaN and Inf both end here
-    if not peak < float("inf"):
-        raise ValueError(f"W: has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
-    W, exponent = _prescaled(W, peak)
-    m, n = W.shape
-    if (n_iter + 1) * block >= m:  # the Krylov space would be the whole space
-        Q, Z = torch.eye(m, dtype=torch.float64, device=W.device), W.t().double()
-    else:
-        Q = W.new_empty(m, 0, dtype=torch.float64)
-        X, Zs = rademacher(n, block, seed, W.device).to(W.dtype), []
-        for _ in range(n_iter + 1):
-            new = _orthonormal((W @ X).double(), Q)
-            X = W.t() @ new.to(W.dtype)
-            Q = torch.cat([Q, new], dim=1)
-            Zs.append(X.double())
-        Z = torch.cat(Zs, dim=1)
-    # Rayleigh-Ritz: Z = W^T Q, so Z^T Z = Q^T W W^T Q.
-    ritz, P = torch.linalg.eigh(Z.t() @ Z)
-    ritz, P = ritz.flip(0)[:rank], P.flip(1)[:, :rank]
-    S = ritz.clamp(min=0).sqrt()
-    live = 8 * torch.finfo(W.dtype).eps * S[0] < S
-    U = _completed(Q @ P, live, seed + 1)
-    V = _completed((Z @ P) / S.where(live, 1), live, seed + 2)
-    half = exponent // 2  # 2^e itself may be out of range
-    return U, S.where(live, 0) * 2.0**half * 2.0 ** (exponent - half), V
+class _Group:
+    """Weights of one shape on their way: all work up to the eigenproblem is under way once this is made."""
+
+    def __init__(self, weights: Sequence[Tensor], start: int, rank: int, how: Plan, seed: int, pool: Executor) -> None:
+        self.start, self.rank, self.seed = start, rank, seed
+        with exact_matmul():
+            first = weights[0]
+            places = group_size(first.shape, first.dtype, first.device, how)
+            self.products = products = _Products(weights, places, TIERS[how.tier])
+            if basis_columns(products.m, how) == products.m:  # all of the smaller side: Q is the identity
+                self.Q, self.Z = None, products.transposed()
+            else:
+                self.Q, self.Z = (_krylov if how.method == "krylov" else _subspace)(products, how, seed)
+            self.eigenpairs = _eigenpairs(_gram(self.Z), len(weights), rank, pool)
+
+    def triplets(self) -> Triplets:
+        with exact_matmul():
+            peaks, scales = self.products.facts()
+            for i, peak in enumerate(peaks.tolist()):
+                if not peak < float("inf"):
+                    raise NotFinite(self.start + i, peak)
+            ritz, P = self.eigenpairs()
+            # On the host, as `live` is: to ask the GPU would be to wait for the next group.
+            S = ritz.clamp(min=0).sqrt()
+            live = 8 * torch.finfo(self.Z.dtype).eps * S[:, :1] < S
+            P, inverse = (_to_device(t, self.Z) for t in (P, 1 / S.where(live, 1)))
+            U = P if self.Q is None else self.Q @ P
+            V = self.Z @ P * inverse[:, None, :]
+            g = len(self.products.weights)
+            U, V = _finished(U, live, g, self.seed + 1), _finished(V, live, g, self.seed + 2)
+            S = _to_device(S.where(live, 0) / scales[:, None], U)
+            U, V = (V, U) if self.products.flip else (U, V)
+            signs = _signs(U, self.seed)
+            return (U * signs)[:g], S[:g], (V * signs).mT[:g]
 
 
-def _prescaled(W: Tensor, peak: float) -> tuple[Tensor, int]:
-    """(2^-e W in fp32 or fp64, e) with e = 0, and no copy, where products of W neither overflow nor underflow."""
-    _, exponent = math.frexp(peak)
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    if abs(exponent) <= 32:
-        return W, 0
-    half = exponent // 2
-    return (W * 2.0**-half).mul_(2.0 ** (half - exponent)), exponent
+class _Products:
+    """W X and W^T Q for each weight of a group, with W (m, n) turned so that m <= n, and scaled.
+
+    `scale` is the power of two that brings max |W| into [1/2, 1); it goes to the other factor, or to the product, and
+    never to W.  Tensors are stacked to `places`, of which those past the weights hold zeros.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], places: int, terms: tuple[int, int]) -> None:
+        first = weights[0]
+        self.flip = first.shape[0] > first.shape[1]
+        self.m, self.n = sorted(first.shape)
+        self.dtype, self.device = torch.promote_types(first.dtype, torch.float32), first.device
+        self.places, self.terms = places, terms
+        low, high = (torch.stack(each) for each in zip(*(torch.aminmax(W) for W in weights), strict=True))
+        peak = torch.zeros(places, dtype=torch.float64, device=self.device)
+        peak[: len(weights)] = torch.maximum(-low, high)  # NaN and Inf both show
+        limit = 2.0**120 if self.dtype == torch.float32 else 2.0**1000
+        scale = (torch.frexp(peak)[0] / peak).clamp(1 / limit, limit).where(peak > 0, 1)
+        self.scale = scale.to(self.dtype)[:, None, None]
+        self.facts = _to_host(torch.stack([peak, scale]))
+        self.split = first.dtype != self.dtype and _can_sum_in_fp32(first)
+        if first.device.type == "cpu" and not self.split:
+            weights = [W.to(self.dtype) for W in weights]
+        self.weights = [W.mT if self.flip else W for W in weights]
+
+    def times(self, X: Tensor) -> Tensor:
+        """W X (places, m, b) for X (places, n, b) or one X (n, b) for all."""
+        return self._each(self.weights, X, self.m, self.terms[0])
+
+    def transposed_times(self, Q: Tensor) -> Tensor:
+        """W^T Q (places, n, b)."""
+        return self._each([W.mT for W in self.weights], Q, self.n, self.terms[1])
+
+    def transposed(self) -> Tensor:
+        """W^T (places, n, m) itself, scaled, in the dtype of the products."""
+        out = torch.zeros(self.places, self.n, self.m, dtype=self.dtype, device=self.device)
+        for W, scale, out_i in zip(self.weights, self.scale, out, strict=False):
+            torch.mul(W.mT, scale, out=out_i)
+        return out
+
+    def _each(self, weights: Sequence[Tensor], X: Tensor, rows: int, terms: int) -> Tensor:
+        dtype = weights[0].dtype
+        before, after = self.scale, None
+        if dtype == torch.float16:  # of little range: the factor as large as it can be, the scale to the product
+            peak = X.abs().amax(dim=(-2, -1), keepdim=True).double()
+            before = (torch.frexp(peak)[0] / peak * 2.0**13).where(peak > 0, 1).to(self.dtype)
+            after = self.scale / before
+        X = (X * before).expand(self.places, -1, -1)
+        out = torch.zeros(self.places, rows, X.shape[-1], dtype=self.dtype, device=X.device)
+        if self.split:
+            X = _split(X, dtype, terms)
+        for W, X_i, out_i in zip(weights, X, out, strict=False):
+            if self.split:
+                parts = _mm_in_fp32(W, X_i).split(out.shape[-1], dim=-1)
+                for part in reversed(parts):  # the small ones first
+                    out_i += part
+            else:
+                torch.mm(W.to(self.dtype), X_i, out=out_i)
+        return out if after is None else out.mul_(after)
 
 
-def _orthonormal(Y: Tensor, Q: Tensor) -> Tensor:
-    """Orthonormal columns that span Y (m, b) minus the span of Q, in fp64; a dependent direction becomes a zero one."""
-    for _ in range(2):  # twice is enough
-        Y = Y - Q @ (Q.t() @ Y)
-        eigenvalues, P = torch.linalg.eigh(Y.t() @ Y)
-        live = eigenvalues > 1e-14 * eigenvalues[-1]
-        Y = Y @ (P * eigenvalues.where(live, 1).rsqrt().where(live, 0))
+def _split(X: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """X as a sum of terms of a narrower dtype, side by side (..., terms b): one product with them reads W once."""
+    parts = []
+    for _ in range(terms):
+        parts.append(X.to(dtype))
+        X = X - parts[-1]
+    return torch.cat(parts, dim=-1)
+
+
+def _can_sum_in_fp32(W: Tensor) -> bool:
+    """Whether `_mm_in_fp32` can multiply this half-precision W; else it is upcast, one matrix at a time."""
+    return W.is_cuda and torch.version.hip is None and torch.__version__ >= (2, 8)
+
+
+def _mm_in_fp32(W: Tensor, X: Tensor) -> Tensor:
+    """W X in fp32 of half-precision factors, and no fp32 W is made."""
+    return torch.mm(W, X, out_dtype=torch.float32)
+
+
+def basis_columns(m: int, how: Plan) -> int:
+    """D, the columns of Q for weights whose smaller side is m."""
+    return min(m, how.block * (how.n_iter + 1 if how.method == "krylov" else 1))
+
+
+def _krylov(products: _Products, how: Plan, seed: int) -> tuple[Tensor, Tensor]:
+    """Q (places, m, D), orthonormal, and Z = W^T Q."""
+    X = rademacher(products.n, how.block, seed, products.device).to(products.dtype)
+    Q = X.new_empty(products.places, products.m, basis_columns(products.m, how))
+    Z = X.new_empty(products.places, products.n, Q.shape[-1])
+    for k in range(0, Q.shape[-1], how.block):
+        block = slice(k, k + how.block)
+        Q[..., block] = _orthonormal(products.times(X), Q[..., :k])
+        X = Z[..., block] = products.transposed_times(Q[..., block])
+    return Q, Z
+
+
+def _subspace(products: _Products, how: Plan, seed: int) -> tuple[Tensor, Tensor]:
+    """Q (places, m, b), orthonormal, and Z = W^T Q: a power step, then its Chebyshev polynomial of degree q.
+
+    The polynomial is flat on [0, c], where c is about the square of the b-th singular value, and grows past it.
+    Where c is so small that rounding would bury the small values in the next step, the first is kept: it has
+    converged, but for what rounding hides.
+    """
+    X = rademacher(products.n, how.block, seed, products.device).to(products.dtype)
+    first = now = _orthonormal(products.times(X))
+    Z_first = Z = products.transposed_times(first)
+    H, before = _gram(Z), None
+    c, trace = _smallest(H), H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    sound, c = c > DROWNED * trace, c.where(c > 0, 1).to(Z.dtype)
+    for _ in range(how.n_iter):
+        now, before = _chebyshev(products.times(Z), now, before, c)
+        now, before = now.where(sound, first), before.where(sound, first)
+        Z = products.transposed_times(now)
+    now = _orthonormal(now).where(sound, first)
+    return now, products.transposed_times(now).where(sound, Z_first)
+
+
+def _chebyshev(MQ: Tensor, now: Tensor, before: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The next and this polynomial in M on a start, T_k+1(y) = 2 y T_k - T_k-1 with y = 2 M / c - 1, from M T_k.
+
+    Both are multiplied by one matrix from the right, which keeps the recurrence and makes the first orthonormal.
+    """
+    after = MQ * (2 / c) - now if before is None else MQ * (4 / c) - 2 * now - before
+    R = _whitening(after)
+    return after @ R, now @ R
+
+
+def _orthonormal(Y: Tensor, Q: Tensor | None = None) -> Tensor:
+    """Orthonormal columns that span Y (places, m, b) minus the span of Q; dependent directions become noise or zero."""
+    # Where nothing but rounding is left of Y it lies half in Q again: hence twice before the first scaling.
+    for projections in (2, 1):
+        for _ in range(projections if Q is not None and Q.shape[-1] else 0):
+            Y = torch.baddbmm(Y, Q, Q.mT @ Y, alpha=-1)
+        Y = Y @ _whitening(Y)
     return Y
 
 
+def _whitening(Y: Tensor) -> Tensor:
+    """Upper triangular R (places, b, b) that makes the columns of Y R orthonormal, from the fp64 Gram (CholeskyQR)."""
+    return _inverse_factor(_gram(Y)).to(Y.dtype)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    L = _cholesky(gram)
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L, eye, upper=False).mT
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """L with L L^T = gram, lifted by 1e-14 of its trace so that a singular one has a factor too; of 0 the identity."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky_ex(gram + eye * (1e-14 * trace).where(trace > 0, 1))[0]
+
+
+def _smallest(gram: Tensor) -> Tensor:
+    """About the smallest eigenvalue, from above (places, 1, 1): the least pivot."""
+    return _cholesky(gram).diagonal(dim1=-2, dim2=-1).amin(-1).square()[..., None, None]
+
+
+def _gram(Y: Tensor) -> Tensor:
+    """Y^T Y (places, b, b) in fp64, some rows at a time."""
+    out = torch.zeros(len(Y), Y.shape[-1], Y.shape[-1], dtype=torch.float64, device=Y.device)
+    for rows in Y.split(GRAM_ROWS, dim=-2):
+        rows = rows.double()
+        out.baddbmm_(rows.mT, rows)
+    return out
+
+
+def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Starts on the r largest eigenvalues (places, r), descending, and eigenvectors (places, D, r) of H (places, D, D).
+
+    Both in fp64 and on the host, zeros past `count`, by LAPACK, one matrix to a thread, while the GPU goes on to the
+    next group: on the GPU torch.linalg.eigh goes through a batch of D > 32 one by one (pytorch issues 174674, 175585
+    and 183806).
+    """
+    there = _to_host(H)
+    ritz = torch.zeros(len(H), rank, dtype=H.dtype)
+    P = torch.zeros(len(H), H.shape[-1], rank, dtype=H.dtype)
+
+    def solve(i: int) -> None:
+        H_i = there()[i]
+        if torch.isfinite(H_i).all():  # else W was not: `triplets` says so
+            values, vectors = torch.linalg.eigh(H_i)
+            ritz[i], P[i] = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+
+    solved = (pool.map if H.is_cuda else map)(solve, range(count))
+
+    def wait() -> tuple[Tensor, Tensor]:
+        for _ in solved:
+            pass
+        return ritz, P
+
+    return wait
+
+
+def _to_host(t: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host; the function waits for it, and for nothing that comes after."""
+    if t.device.type == "cpu":
+        return lambda: t
+    there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+    there.copy_(t, non_blocking=True)
+    copied = torch.cuda.current_stream(t.device).record_event()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return there
+
+    return wait
+
+
+def _to_device(t: Tensor, like: Tensor) -> Tensor:
+    """A host tensor on the device and in the dtype of another; the host does not wait for what is there to finish."""
+    t = t.to(like.dtype)
+    return t.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else t
+
+
+def _finished(U: Tensor, live: Tensor, count: int, seed: int) -> Tensor:
+    """U (places, m, r) orthonormal to rounding, with columns that are not live replaced; zeros past `count`."""
+    for i in range(count):
+        if not live[i].all():
+            U[i] = _completed(U[i], live[i], seed)
+    return U @ _whitening(U)
+
+
 def _completed(U: Tensor, live: Tensor, seed: int) -> Tensor:
-    """U (m, r) with the columns that are not live replaced by orthonormal ones."""
+    """U (m, r) with the columns that are not live, which come last, replaced by orthonormal ones."""
     k = int(live.sum())
-    if k == len(live):
-        return U
-    fill = rademacher(len(U), len(live) - k, seed, U.device).double()
+    fill = rademacher(len(U), len(live) - k, seed, U.device).to(U.dtype)
     # Householder QR gives orthonormal columns even where `fill` is singular.
     complement = torch.linalg.qr(torch.cat([U[:, :k], fill], dim=1)).Q[:, k:]
     return torch.cat([U[:, :k], complement], dim=1)
 
 
 def _signs(U: Tensor, seed: int) -> Tensor:
-    """+-1 for each column of U (m, r): what makes its product with a hashed vector positive."""
-    return torch.where(rademacher(len(U), 1, seed + 3, U.device).double().t() @ U < 0, -1.0, 1.0)
+    """+-1 for each column of U (places, 1, r): what makes its product with a hashed vector positive."""
+    products = rademacher(U.shape[-2], 1, seed + 3, U.device).double().mT @ U.double()
+    return torch.where(products < 0, -1.0, 1.0).to(U.dtype)
 
 
 @contextmanager
-def _exact_matmul(device_type: str) -> Iterator[None]:
-    """fp32 products in fp32: neither autocast nor the user's TF32 or bf16 settings reach in."""
+def exact_matmul() -> Iterator[None]:
+    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in."""
+    cuda = torch.backends.cuda.matmul
     # The older functions raise once the newer settings, of torch 2.9 on, have been used.
-    settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    settings = [cuda, getattr(torch.backends.mkldnn, "matmul", None)]
     settings = [each for each in settings if hasattr(each, "fp32_precision")]
     before = [each.fp32_precision for each in settings] or torch.get_float32_matmul_precision()
-    for each in settings:
-        each.fp32_precision = "ieee"
-    if not settings:
-        torch.set_float32_matmul_precision("highest")
+    in_fp16 = getattr(cuda, "allow_fp16_accumulation", False)
     try:
-        with torch.autocast(device_type, enabled=False):
+        for each in settings:
+            each.fp32_precision = "ieee"
+        if not settings:
+            torch.set_float32_matmul_precision("highest")
+        if in_fp16:
+            cuda.allow_fp16_accumulation = False
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
         for each, value in zip(settings, before, strict=False):
             each.fp32_precision = value
         if not settings:
             torch.set_float32_matmul_precision(before)
+        if in_fp16:
+            cuda.allow_fp16_accumulation = True
