@@ -7,6 +7,7 @@ from .info import info
 from .linear import LoRAXSLinear, forward_together
 from .model import attach, detach, merge, unmerge
 from .svd import truncated_svd
+from .weights import register_weight_reader
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "info",
     "load_adapter",
     "merge",
+    "register_weight_reader",
     "save_adapter",
     "truncated_svd",
     "unmerge",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .basis import INITS, Factors, Recipe
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
+from .weights import is_conv1d, mergeable_weight, weight_of, weight_view
 
 
 class LoRAXSLinear(nn.Module):
@@ -77,7 +78,8 @@ class LoRAXSLinear(nn.Module):
         """Adapt one linear layer; it is frozen and kept as `base_layer`.
 
         Args:
-            linear: nn.Linear or transformers' Conv1D; with init=(A, B) any layer from (..., K) to (..., N).
+            linear: nn.Linear or transformers' Conv1D, dense, quantised or sharded as `weights.weight_of` lists it, or
+                of a type that `register_weight_reader` knows; with init=(A, B) any layer from (..., K) to (..., N).
             rank: r, 1 <= r <= min(N, K) (any r >= 1 when A and B are not from the SVD).
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: on the adapter's input, while training.
@@ -86,7 +88,8 @@ class LoRAXSLinear(nn.Module):
             sigma: R ~ N(0, sigma^2).
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter: of `truncated_svd`.
-            dtype: of A and B; None: the weight's.  A dtype other than the weight's costs a separate pass.
+            dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
+                the weight's costs a separate pass.
             name: the layer's name in its model, also used in errors.
             like: a layer with the same weight, rank and recipe, whose SVD factors are copied and not computed again.
 
@@ -108,21 +111,25 @@ class LoRAXSLinear(nn.Module):
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given = None if isinstance(init, (str, Recipe)) else tuple(init)
         recipe = init if isinstance(init, Recipe) else Recipe("given" if given else init, seed, name, n_iter=n_iter)
+        try:
+            W = weight_of(linear, label)
+        except TypeError:
+            if not given:
+                raise
+            W = None  # what cannot be read can still be given its factors
         if given:
-            W = weight_view(linear)
-            _check_given(given, rank, None if W is None else tuple(W.shape), label)
+            _check_given(given, rank, None if W is None else W.shape, label)
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
         else:
-            W = dense_weight(linear, label)
             N, K = W.shape
             if recipe.init == "svd" and rank > min(N, K):
                 raise ValueError(
                     f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
                     "leave the module out or give it a smaller rank"
                 )
-            A, B = W.new_empty(rank, K, dtype=dtype), W.new_empty(N, rank, dtype=dtype)
+            A, B = (torch.empty(*size, dtype=dtype or W.dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
         layer = cls(
             linear, A, R, B, alpha=rank if alpha is None else alpha, dropout=dropout, sigma=sigma, recipe=recipe
@@ -135,13 +142,14 @@ class LoRAXSLinear(nn.Module):
     def reset_parameters(self, like: LoRAXSLinear | None = None) -> None:
         """Make A and B again from the weight as it is now, by the layer's recipe, and draw R again.
 
+        A quantised weight is dequantised, a sharded one gathered (all ranks must call alike), for this call only.
         A and B come from `like` where such a layer is given; those that were given to `from_linear` stay.
         """
         if like is not None:
             self.A.copy_(like.A)
             self.B.copy_(like.B)
         elif self.recipe.init != "given":
-            W = dense_weight(self.base_layer, self.label)
+            W = weight_of(self.base_layer, self.label).read()
             try:
                 A, B = self.recipe.factors(W, self.rank)
             except ValueError as error:
@@ -205,7 +213,7 @@ class LoRAXSLinear(nn.Module):
     def weight(self) -> Tensor:
         if self.merged_weight is None:
             return self.base_layer.weight
-        return self.merged_weight.t() if _is_conv1d(self.base_layer) else self.merged_weight
+        return self.merged_weight.t() if is_conv1d(self.base_layer) else self.merged_weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -242,7 +250,7 @@ class LoRAXSLinear(nn.Module):
     @torch.no_grad()
     def merged_dense_weight(self) -> Tensor:
         """W + s B R A (N, K), added in fp32 and rounded to W's dtype once; finite or a ValueError."""
-        W = dense_weight(self.base_layer, self.label)
+        W = mergeable_weight(self.base_layer, self.label)
         merged = (self.delta_weight().add_(W)).to(W.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
@@ -302,41 +310,8 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
-def weight_view(layer: nn.Module) -> Tensor | None:
-    """W (N, K) of a layer that computes x W^T + bias, as a view; None where no plain dense weight can be read."""
-    conv1d = type(layer).forward is not nn.Linear.forward
-    if conv1d and not _is_conv1d(layer):
-        return None
-    weight = layer.weight
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        return None
-    return weight.t() if conv1d else weight
-
-
-def dense_weight(layer: nn.Module, label: str) -> Tensor:
-    """W (N, K) of a layer, or a TypeError that names it and says what it is."""
-    W = weight_view(layer)
-    if W is None:
-        weight = getattr(layer, "weight", None)
-        what = type(layer).__name__
-        if isinstance(weight, Tensor):
-            what += f" with a {type(weight).__name__} weight of shape {tuple(weight.shape)} and dtype {weight.dtype}"
-        raise TypeError(
-            f"{label}: got a {what}, must be an nn.Linear or Conv1D with a dense 2-dimensional floating-point weight. "
-            "A quantised layer has no dequantiser here: leave it out, or give its A and B with init=(A, B). "
-            "A sharded one must be gathered first"
-        )
-    return W.detach()
-
-
 def _label(name: str) -> str:
     return f"module {name!r}" if name else "linear"
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
-    kind = type(layer)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _hooked(layer: nn.Module) -> bool:

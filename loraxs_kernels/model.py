@@ -13,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .basis import Factors
-from .linear import LoRAXSLinear, weight_view
+from .linear import LoRAXSLinear
+from .weights import is_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,7 +48,9 @@ def attach(
     """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
 
     Args:
-        model: any nn.Module with nn.Linear or transformers Conv1D layers below it.
+        model: any nn.Module with nn.Linear or transformers Conv1D layers below it, dense or quantised (bitsandbytes,
+            torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (DTensor,
+            ZeRO-3) are gathered one layer at a time: every rank must then call with the same arguments.
         rank: r of every adapter, unless `rank_pattern` says otherwise.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
@@ -208,13 +211,13 @@ def match(
         if not name or id(module) in saved or (exclude_modules and _matches(name, exclude_modules)):
             continue
         if everything:
-            hit = _is_linear(module) and module is not head and not _never_called(module)
+            hit = is_linear(module) and module is not head and not _never_called(module)
         else:
             hit = _matches(name, target_modules)
         if not hit:
             continue
         unused -= {t for t in unused if _matches(name, [t])}
-        if not _is_linear(module):
+        if not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
@@ -225,7 +228,7 @@ def match(
             )
         names.append(name)
     if not names:
-        linear = [name for name, m in modules.items() if _is_linear(m)]
+        linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
         raise ValueError(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
@@ -257,10 +260,6 @@ def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
         if not any(_matches(name, [ending]) for name in names):
             raise ValueError(f"modules_to_save: no module of the model is named {ending!r}")
     return names
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or weight_view(module) is not None
 
 
 def _never_called(module: nn.Module) -> bool:

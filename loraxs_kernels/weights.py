@@ -1,0 +1,319 @@
+"""W (N, K) of a layer, whatever holds it: a dense parameter, a quantised one, one sharded over ranks, or a layer that
+only its author knows.
+
+    weight_view    W itself, where it is plain and dense: what the forward computes with, and what merging changes
+    weight_of      what is known of W before it is read, and the way to read it: what A and B are made from
+
+What is read is for making A and B, one layer at a time; the forward of a layer without a plain W calls the layer.
+Other packages are told by the names of their classes and imported only to read one of their layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that A, B and what is read may have
+
+Shape = tuple[int, int]
+Read = Callable[[nn.Module], Tensor]
+ShapeOf = Callable[[nn.Module], Shape]
+
+_registered: dict[type[nn.Module], tuple[Read, ShapeOf]] = {}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """W of one layer, known by its shape until it is read.
+
+    shape: (N, K).
+    dtype: that the layer computes in, one of FLOATS; A and B take it where nothing else is asked for.
+    device: of the layer, and of what `read` returns.
+    read: makes W (N, K) as a dense tensor without a gradient, in one of FLOATS, which need not be `dtype`: W itself
+        where it is plain (not to be written), else a copy that nothing here keeps.  A collective for a weight that is
+        sharded over ranks: every rank must read the same layers in the same order.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    read: Callable[[], Tensor]
+
+
+def weight_view(layer: nn.Module) -> Tensor | None:
+    """W (N, K) of a layer that computes x W^T + bias, as a view; None where no plain dense weight can be read."""
+    conv1d = type(layer).forward is not nn.Linear.forward
+    if conv1d and not is_conv1d(layer):
+        return None
+    weight = layer.weight
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    return weight.t() if conv1d else weight
+
+
+def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
+    """W (N, K), as a view, of a layer that an adapter can be merged into, or a TypeError that names it."""
+    W = weight_view(layer)
+    if W is None:
+        raise TypeError(
+            f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a dense 2-dimensional floating-point "
+            "weight to merge into; the adapter stays beside it"
+        )
+    return W.detach()
+
+
+def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
+    """What is known of W before it is read, and the way to read it; nothing is read, dequantised or gathered here.
+
+    Readers that were registered go first.  Known besides, on nn.Linear and transformers' Conv1D:
+        a dense weight;
+        tensor subclasses that dequantise themselves (torchao), in their own dtype;
+        DTensor (FSDP2, tensor parallelism) and DeepSpeed's ZeRO-3, gathered for the read, a collective;
+    and bitsandbytes' (0.45 and later)
+        Linear4bit: read in fp32, since rounding code times scale to bf16 moved delta W of real weights by 4e-3 to 3e-2,
+            more than an adapter file accepts; dtype: its compute_dtype, else that of the weight it was made from;
+        Linear8bitLt: read in fp32; dtype: fp32, because an int8 layer follows its input and records no dtype.
+
+    Raises TypeError, naming `label`, what the layer is and what it must be, where W cannot be read as the layer is now.
+    """
+    if (reader := _registered_for(layer)) is not None:
+        return _registered_weight(layer, label, *reader)
+    if _is_a(layer, "bitsandbytes.nn.modules", "Linear4bit"):
+        return _linear4bit(layer, label)
+    if _is_a(layer, "bitsandbytes.nn.modules", "Linear8bitLt"):
+        return _linear8bit(layer, label)
+    return _linear(layer, label)
+
+
+def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, shape: ShapeOf | None = None) -> None:
+    """Teach loraxs_kernels to read the weight of one more type of linear layer, so that `attach` can adapt it.
+
+        lx.register_weight_reader(HQQLinear, lambda layer: layer.dequantize())
+
+    Args:
+        layer_type: the class.  Its subclasses are read the same way unless they have a reader of their own, and it goes
+            before what is known here: a reader for nn.Linear reads every kind of nn.Linear.
+        read: layer -> W (N, K), a dense bf16, fp16, fp32 or fp64 tensor; None takes the reader back.  It is called once
+            for the layer's A and B, never by the forward, which calls the layer and adds the delta.
+        shape: layer -> (N, K) without reading W; None: (layer.out_features, layer.in_features).
+
+    A and B take the layer's `compute_dtype`, else the dtype of its first floating-point parameter or buffer.
+    Raises TypeError where layer_type is no class of modules or read cannot be called.
+    """
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise TypeError(f"layer_type: got {layer_type!r}, must be a subclass of nn.Module")
+    for argument, value in (("read", read), ("shape", shape)):
+        if not (value is None or callable(value)):
+            raise TypeError(
+                f"{argument}: got {value!r} for {layer_type.__name__}, must be a function of a layer or None"
+            )
+    if read is None:
+        _registered.pop(layer_type, None)
+    else:
+        _registered[layer_type] = (read, shape or _features)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one by its type, so that asking for its weight makes sense."""
+    return (
+        isinstance(layer, nn.Linear)
+        or is_conv1d(layer)
+        or weight_view(layer) is not None
+        or _registered_for(layer) is not None
+    )
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
+    return next((_registered[kind] for kind in type(layer).__mro__ if kind in _registered), None)
+
+
+def _registered_weight(layer: nn.Module, label: str, read: Read, shape_of: ShapeOf) -> Weight:
+    shape = shape_of(layer)
+    if not (isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        raise TypeError(
+            f"{label}: the shape of its weight, a {type(layer).__name__}'s, is given as {shape!r}, must be two "
+            "integers (N, K): its out_features and in_features, or what lx.register_weight_reader(..., shape=...) says"
+        )
+    held = [*layer.parameters(), *layer.buffers()]
+    device = held[0].device if held else torch.device("cpu")
+    dtype = _float_dtype(getattr(layer, "compute_dtype", None), *(t.dtype for t in held))
+    return _weight(layer, label, tuple(shape), dtype, device, lambda: read(layer))
+
+
+def _features(layer: nn.Module) -> tuple:
+    return getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+
+
+def _linear(layer: nn.Module, label: str) -> Weight:
+    """nn.Linear and Conv1D: whatever their weight is, the layer computes x W^T + bias with it."""
+    conv1d = is_conv1d(layer)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not (conv1d or type(layer).forward is nn.Linear.forward):
+        raise _unreadable(layer, label)
+    shape = getattr(weight, "ds_shape", weight.shape)
+    plain = type(weight) in (nn.Parameter, Tensor)
+    if plain and _is_fsdp1_part(weight, whole=len(shape) == 2):
+        raise _fsdp1(layer, label)
+    if len(shape) != 2 or not (weight.dtype in FLOATS if plain else _is_dtensor(weight) or _dequantises(weight)):
+        raise _unreadable(layer, label)
+    N, K = reversed(shape) if conv1d else shape
+
+    def read() -> Tensor:
+        W = _gathered(weight, _dense)
+        return W.t() if conv1d else W
+
+    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), weight.device, read)
+
+
+def _linear4bit(layer: nn.Module, label: str) -> Weight:
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        state = layer.quant_state  # where a wrapper such as FSDP has put another parameter in place of the Params4bit
+    if state is None and not weight.is_meta:
+        raise _not_quantised(layer, label)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise TypeError(
+            f"{label}: got {_what(layer)} that bitsandbytes has packed anew and rounded for inference on this CPU, as "
+            "the first forward in eval mode does, must be as it was loaded: load the model again and attach before that"
+        )
+    if _is_fsdp1_part(weight, whole=2 * weight.nbytes >= shape[0] * shape[1]):
+        raise _fsdp1(layer, label)
+
+    def dequantised(weight: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        in_fp32 = copy.copy(state)
+        in_fp32.dtype = torch.float32
+        return dequantize_4bit(_dense(weight).data, in_fp32)
+
+    dtype = _float_dtype(layer.compute_dtype, getattr(state, "dtype", None))
+    return _weight(layer, label, shape, dtype, weight.device, lambda: _gathered(weight, dequantised))
+
+
+def _linear8bit(layer: nn.Module, label: str) -> Weight:
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
+
+    def scales() -> Tensor | None:
+        """Of the rows; the first forward moves them from the weight to the state."""
+        of_weight = getattr(layer.weight, "SCB", None)
+        return layer.state.SCB if of_weight is None else of_weight
+
+    if not (weight.is_meta or (layer.state.has_fp16_weights if weight.is_floating_point() else scales() is not None)):
+        raise _not_quantised(layer, label)
+    if _is_fsdp1_part(weight, whole=weight.numel() >= shape[0] * shape[1]):
+        raise _fsdp1(layer, label)
+
+    def dequantised(weight: Tensor) -> Tensor:
+        codes = _dense(weight).data
+        if codes.is_floating_point():  # has_fp16_weights: quantised anew in every forward
+            return codes
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(codes, scales().to(codes.device))
+
+    return _weight(
+        layer, label, shape, _float_dtype(weight.dtype), weight.device, lambda: _gathered(weight, dequantised)
+    )
+
+
+def _weight(
+    layer: nn.Module, label: str, shape: Shape, dtype: torch.dtype, device: torch.device, read: Callable[[], Tensor]
+) -> Weight:
+    """A Weight whose read is checked: where it comes from is other people's code."""
+
+    @torch.no_grad()
+    def checked() -> Tensor:
+        W = read()
+        must = f"must be a dense tensor of shape {shape} in bf16, fp16, fp32 or fp64"
+        if type(W) not in (Tensor, nn.Parameter) or W.layout is not torch.strided or W.dtype not in FLOATS:
+            found = f"a {type(W).__name__} of {W.dtype}, {W.layout}" if isinstance(W, Tensor) else repr(W)
+            raise TypeError(f"{label}: reading the weight of a {type(layer).__name__} gave {found}, {must}")
+        if tuple(W.shape) != shape:
+            raise ValueError(
+                f"{label}: reading the weight of a {type(layer).__name__} gave shape {tuple(W.shape)}, {must}"
+            )
+        return W.detach()
+
+    return Weight(shape, dtype, device, checked)
+
+
+def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    """dense(weight), with all of the weight in place: ZeRO-3 leaves every rank with a part, and the parameter empty."""
+    if not hasattr(weight, "ds_id") or weight.shape == weight.ds_shape:  # gathered by the caller already
+        return dense(weight)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return dense(weight).clone()  # what was gathered is DeepSpeed's to free
+
+
+def _dense(weight: Tensor) -> Tensor:
+    if _is_dtensor(weight):
+        return _dense(weight.full_tensor())
+    return weight.dequantize() if _dequantises(weight) else weight
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    return hasattr(weight, "full_tensor")
+
+
+def _dequantises(weight: Tensor) -> bool:
+    """Every tensor has a `dequantize`; a quantised tensor subclass has its own."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def _is_fsdp1_part(weight: Tensor, whole: bool) -> bool:
+    """FSDP1 leaves a piece of its flat parameter (use_orig_params=True) or a view of memory it has freed."""
+    if weight.is_meta or _is_dtensor(weight):
+        return False
+    freed = weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+    return freed or (getattr(weight, "_fsdp_flattened", False) and not whole)
+
+
+def _is_a(layer: nn.Module, module: str, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__ == module for kind in type(layer).__mro__)
+
+
+def _float_dtype(*candidates: torch.dtype | None) -> torch.dtype:
+    return next((dtype for dtype in candidates if dtype in FLOATS), torch.float32)
+
+
+def _what(layer: nn.Module) -> str:
+    weight = getattr(layer, "weight", None)
+    what = f"a {type(layer).__name__}"
+    if isinstance(weight, Tensor):
+        what += f" with a {type(weight).__name__} weight of shape {tuple(weight.shape)} and dtype {weight.dtype}"
+    return what
+
+
+def _unreadable(layer: nn.Module, label: str) -> TypeError:
+    return TypeError(
+        f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight. "
+        "A quantised layer of this kind has no dequantiser here: lx.register_weight_reader adds one; or leave it out, "
+        "or give its A and B with init=(A, B). A sharded one must be gathered first"
+    )
+
+
+def _not_quantised(layer: nn.Module, label: str) -> TypeError:
+    return TypeError(
+        f"{label}: got {_what(layer)} that has no scales yet, must be quantised first, as moving it to its device "
+        "does: that changes W, and A and B with it"
+    )
+
+
+def _fsdp1(layer: nn.Module, label: str) -> TypeError:
+    return TypeError(
+        f"{label}: got {_what(layer)}, of which FullyShardedDataParallel has left a part here, must be whole: attach "
+        "before the model is wrapped, or inside FullyShardedDataParallel.summon_full_params(model, writeback=False)"
+    )

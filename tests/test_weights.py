@@ -1,0 +1,527 @@
+"""Reading W wherever it is held: quantised by real bitsandbytes and torchao, sharded by real torch.distributed, or by a
+reader of the user's own; and adapters on such layers, from attach to their file.
+
+DeepSpeed is not installed: its ZeRO-3 is a stand-in with the attributes and the context manager that are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import loraxs_kernels as lx
+from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels.model import match
+from loraxs_kernels.weights import weight_of
+
+N, K = 32, 64  # whole blocks of every scheme
+
+
+@pytest.fixture
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, to quantise as it does")
+
+
+def linear4bit(linear: nn.Linear, quant_type: str = "nf4", compute_dtype=torch.bfloat16, **options) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, to quantise as it does")
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, compute_dtype=compute_dtype, quant_type=quant_type, **options
+    )
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.detach().clone(),
+        False,
+        quant_type=quant_type,
+        compress_statistics=layer.weight.compress_statistics,
+    )
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    return layer.to("cpu")  # quantises
+
+
+def linear8bit(linear: nn.Linear) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, to quantise as it does")
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")  # quantises
+
+
+def torchao(linear: nn.Linear, bits: int) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
+    config = {
+        8: lambda: quantization.Int8WeightOnlyConfig(),
+        4: lambda: quantization.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=quantization.PerGroup(32), intx_packing_format="unpacked_to_int8"
+        ),
+    }
+    layer = copy.deepcopy(linear)
+    quantization.quantize_(layer, config[bits]())
+    assert type(layer.weight) not in (nn.Parameter, torch.Tensor)
+    return layer
+
+
+QUANTISED = {
+    "nf4": lambda linear: linear4bit(linear),
+    "fp4": lambda linear: linear4bit(linear, "fp4", compress_statistics=False),
+    "bnb int8": linear8bit,
+    "torchao int8": lambda linear: torchao(linear, 8),
+    "torchao int4": lambda linear: torchao(linear, 4),
+}
+ERROR = {"nf4": 0.12, "fp4": 0.16, "bnb int8": 0.01, "torchao int8": 0.01, "torchao int4": 0.12}
+everywhere = pytest.mark.parametrize("kind", QUANTISED)
+
+
+def model_of(kind: str | None = None) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(K, 96), nn.GELU(), nn.Linear(96, N))
+    for i in (0, 2):
+        if kind is not None:
+            model[i] = QUANTISED[kind](model[i])
+    return model
+
+
+def effective(layer: nn.Module) -> torch.Tensor:
+    """W (N, K), fp32, as the layer's own forward has it: its answers to unit vectors."""
+    eye = torch.eye(layer.in_features).requires_grad_()  # bitsandbytes packs anew for inference where nothing trains
+    return (layer(eye) - layer(torch.zeros_like(eye).requires_grad_())).detach().t().float()
+
+
+def adapters(model: nn.Module) -> list[LoRAXSLinear]:
+    return [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
+
+
+def snapshot(model: nn.Module):
+    modules = [(name, id(m)) for name, m in model.named_modules()]
+    return modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", [nn.Linear(K, N), Conv1D(N, K)], ids=["linear", "conv1d"])
+def test_a_plain_weight_is_read_as_it_is(layer, dtype):
+    layer = layer.to(dtype)
+    W = weight_of(layer)
+    assert (W.shape, W.dtype, W.device) == ((N, K), dtype, torch.device("cpu"))
+    assert W.read().data_ptr() == layer.weight.data_ptr() and not W.read().requires_grad
+    torch.testing.assert_close(
+        W.read(), layer.weight.T.detach() if isinstance(layer, Conv1D) else layer.weight.detach()
+    )
+
+
+@everywhere
+def test_what_is_read_is_what_the_quantised_layer_computes_with(kind):
+    linear = nn.Linear(K, N)
+    layer = QUANTISED[kind](linear)
+    weight = layer.weight
+    W = weight_of(layer, "q")
+    assert W.shape == (N, K) and W.device.type == "cpu"
+    assert W.dtype == (torch.bfloat16 if kind in ("nf4", "fp4") else torch.float32)
+    read = W.read()
+    assert read.dtype == torch.float32 and not read.requires_grad and type(read) is torch.Tensor
+    assert 0 < (read - linear.weight).norm() < ERROR[kind] * linear.weight.norm()
+    if kind in ("nf4", "fp4"):  # bf16 inside
+        torch.testing.assert_close(effective(layer), read, rtol=2**-7, atol=2**-7 * read.abs().max().item())
+    else:
+        torch.testing.assert_close(effective(layer), read, rtol=1e-4, atol=1e-4)
+    assert torch.equal(W.read(), read), "before the first forward and after"
+    assert layer.weight is weight and type(weight) is not nn.Parameter
+
+
+def test_4bit_layers_say_their_dtype_and_lose_nothing_by_it(bnb):
+    linear = nn.Linear(K, N)
+    exact = weight_of(linear4bit(linear, compute_dtype=torch.float16)).read()
+    for compute_dtype in (torch.bfloat16, torch.float16, torch.float32, None):
+        layer = linear4bit(linear, compute_dtype=compute_dtype)
+        assert weight_of(layer).dtype == (compute_dtype or torch.float32)
+        assert torch.equal(weight_of(layer).read(), exact)
+    half = linear4bit(linear.bfloat16(), compute_dtype=None)
+    assert weight_of(half).dtype == torch.bfloat16 == half.weight.quant_state.dtype
+    own = bnb.functional.dequantize_4bit(half.weight.data, half.weight.quant_state)
+    assert own.dtype == torch.bfloat16 and half.weight.quant_state.dtype == torch.bfloat16
+    torch.testing.assert_close(weight_of(half).read().bfloat16(), own, rtol=2**-7, atol=0)
+
+
+def test_int8_layers_that_keep_a_float_weight(bnb):
+    layer = bnb.nn.Linear8bitLt(K, N)  # has_fp16_weights: quantised in every forward
+    assert weight_of(layer.half()).dtype == torch.float16
+    assert torch.equal(weight_of(layer).read(), layer.weight.detach())
+
+
+def test_layers_that_are_not_as_they_will_be_are_refused(bnb):
+    for layer in (bnb.nn.Linear4bit(K, N), bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)):
+        with pytest.raises(
+            TypeError, match=r"module 'q': got a Linear\dbit\w* .* no scales yet, must be quantised first"
+        ):
+            LoRAXSLinear.from_linear(layer, 4, name="q")
+    packed = linear4bit(nn.Linear(K, N))
+    # What Linear4bit.forward does in eval mode where the CPU has AVX512-BF16, here wherever the test runs.
+    packed.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(packed.weight.data, packed.weight.quant_state)
+    with pytest.raises(TypeError, match=r"module 'q': .* packed anew and rounded .* load the model again"):
+        LoRAXSLinear.from_linear(packed, 4, name="q")
+
+
+def test_shapes_are_known_on_the_meta_device(bnb):
+    for layer in (
+        bnb.nn.Linear4bit(K, N, compute_dtype=torch.bfloat16, device="meta"),
+        bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False, device="meta"),
+    ):
+        adapted = LoRAXSLinear.from_linear(layer, 4)
+        assert adapted.A.is_meta and adapted.A.shape == (4, K) and adapted.B.shape == (N, 4)
+        assert adapted.A.dtype == weight_of(layer).dtype
+
+
+@everywhere
+def test_adapters_on_a_quantised_model(kind):
+    """Matched, made from the W that is read, trained through the quantised base, taken off again."""
+    model = model_of(kind)
+    before = snapshot(model)
+    dense = [weight_of(model[i]).read() for i in (0, 2)]
+    assert match(model, "all-linear") == ["0", "2"]
+    lx.attach(model, 8, target_modules="all-linear", alpha=16)
+    layers = adapters(model)
+    for layer, W in zip(layers, dense, strict=True):
+        S = torch.linalg.svdvals(W)[:8]
+        assert layer.A.dtype == layer.B.dtype == (torch.bfloat16 if kind in ("nf4", "fp4") else torch.float32)
+        torch.testing.assert_close(layer.A.float().norm(dim=1), S, rtol=2e-2, atol=0)
+        nn.init.normal_(layer.R, std=0.3)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.R", "2.R"]
+
+    x = torch.randn(5, K)
+    y = model(x)
+    W0, W2 = (effective(layer.base_layer) for layer in layers)
+    R0, R2 = (layer.R.detach().clone().requires_grad_() for layer in layers)
+    delta = [2 * layer.B.float() @ R @ layer.A.float() for layer, R in zip(layers, (R0, R2), strict=True)]
+    bias = [layer.bias.detach().float() for layer in layers]
+    right = F.linear(F.gelu(F.linear(x, W0 + delta[0], bias[0])), W2 + delta[1], bias[1])
+    tolerance = dict(rtol=3e-2, atol=3e-2) if kind in ("nf4", "fp4") else dict(rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, right, **tolerance)
+    got = torch.autograd.grad(y.square().sum(), [layer.R for layer in layers])
+    for g, r in zip(got, torch.autograd.grad(right.square().sum(), (R0, R2)), strict=True):
+        assert (g - r).norm() < tolerance["rtol"] * r.norm()
+
+    for call in (lx.merge, lambda m: lx.detach(m, merge=True)):
+        with pytest.raises(TypeError, match=r"module '0': got a Linear\w* with a \w+ weight .* to merge into"):
+            call(model)
+    assert adapters(model) == layers and not any(layer.merged for layer in layers)
+    lx.detach(model)
+    assert snapshot(model) == before
+
+
+@everywhere
+def test_a_failed_attach_changes_nothing(kind):
+    model = model_of(kind)
+    model[2] = nn.Linear(96, N)
+    nn.init.constant_(model[2].weight, float("nan"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"module '2': W: .* finite"):
+        lx.attach(model, 8, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"rank: got 65 for module '0' of shape 96 x 64"):
+        lx.attach(model, 65, target_modules="all-linear")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8"])
+def test_the_adapter_file_of_a_quantised_model(kind, tmp_path):
+    model = model_of(kind)
+    fresh, x = copy.deepcopy(model), torch.randn(5, K)
+    lx.attach(model, 8, target_modules="all-linear", seed=3)
+    for layer in adapters(model):
+        nn.init.normal_(layer.R, std=0.3)
+    y = model(x)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    lx.load_adapter(fresh, tmp_path / "adapter.safetensors")
+    torch.testing.assert_close(fresh(x), y)
+    for ours, theirs in zip(adapters(fresh), adapters(model), strict=True):
+        assert torch.equal(ours.A, theirs.A) and torch.equal(ours.R, theirs.R)
+    with pytest.raises(lx.AdapterMismatch, match="relative error of delta W in module"):
+        lx.load_adapter(model_of(kind), tmp_path / "adapter.safetensors")
+
+
+def test_given_factors_take_the_dtype_a_quantised_layer_computes_in():
+    layer = linear4bit(nn.Linear(K, N))
+    adapted = LoRAXSLinear.from_linear(layer, 4, init=(torch.randn(4, K), torch.randn(N, 4)))
+    assert adapted.A.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=rf"must be \(4, {K}\) and \({N}, 4\)"):
+        LoRAXSLinear.from_linear(layer, 4, init=(torch.randn(4, K + 1), torch.randn(N, 4)))
+
+
+# Layers that only their author knows.
+
+
+class Halved(nn.Module):
+    """Its weight in two halves, and no attribute that tells."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("left", linear.weight.detach()[:, : K // 2].clone())
+        self.register_buffer("right", linear.weight.detach()[:, K // 2 :].clone())
+
+    def forward(self, x):
+        return x[..., : K // 2] @ self.left.T + x[..., K // 2 :] @ self.right.T
+
+
+class HalvedAgain(Halved):
+    pass
+
+
+def whole(layer: Halved) -> torch.Tensor:
+    return torch.cat([layer.left, layer.right], 1)
+
+
+@pytest.fixture
+def register():
+    """lx.register_weight_reader, undone at the end of the test."""
+    registered = []
+
+    def register(layer_type, read, **options):
+        registered.append(layer_type)
+        lx.register_weight_reader(layer_type, read, **options)
+
+    yield register
+    for layer_type in registered:
+        lx.register_weight_reader(layer_type, None)
+
+
+def test_a_registered_layer_is_adapted_like_any_other(register):
+    linear = nn.Linear(K, N, bias=False)
+    model = nn.Sequential(Halved(linear), nn.GELU())
+    with pytest.raises(TypeError, match=r"matches module '0', a Halved; must match linear layers alone"):
+        lx.attach(model, 4, target_modules=["0"])
+    reads = []
+    register(Halved, lambda layer: reads.append(layer) or whole(layer))
+    lx.attach(model, 4, target_modules="all-linear")
+    expected = LoRAXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
+    assert torch.equal(model[0].A, expected.A) and torch.equal(model[0].B, expected.B) and len(reads) == 1
+    nn.init.normal_(model[0].R)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(model[0](x), F.linear(x, linear.weight + model[0].delta_weight()))
+    model[0](x).sum().backward()
+    assert len(reads) == 1 and model[0].R.grad.any()
+    with pytest.raises(TypeError, match=r"module '0': got a Halved, must be an nn\.Linear or Conv1D .* to merge into"):
+        lx.merge(model)
+
+
+def test_the_most_specific_reader_wins_and_users_readers_over_ours(register):
+    layer, linear = HalvedAgain(nn.Linear(K, N)), nn.Linear(K, N)
+    register(Halved, whole)
+    assert torch.equal(weight_of(layer).read(), whole(layer))
+    register(HalvedAgain, lambda layer: 2 * whole(layer))
+    register(Halved, lambda layer: 3 * whole(layer))
+    assert torch.equal(weight_of(layer).read(), 2 * whole(layer))
+    lx.register_weight_reader(HalvedAgain, None)
+    assert torch.equal(weight_of(layer).read(), 3 * whole(layer))
+    register(nn.Linear, lambda layer: 4 * layer.weight)
+    assert torch.equal(weight_of(linear).read(), 4 * linear.weight.detach())
+    lx.register_weight_reader(nn.Linear, None)
+    assert torch.equal(weight_of(linear).read(), linear.weight.detach())
+
+
+def test_a_registered_layers_shape_dtype_and_device(register):
+    class Odd(nn.Module):
+        """No features by name, a compute_dtype as quantised layers have, only integers for a weight."""
+
+        compute_dtype = torch.float16
+
+        def __init__(self, device=None):
+            super().__init__()
+            self.register_buffer("codes", torch.zeros(K, N, dtype=torch.int8, device=device))
+
+    register(Odd, lambda layer: layer.codes.t().half())
+    with pytest.raises(TypeError, match=r"module 'q': .* an? Odd's, is given as \(None, None\), must be two integers"):
+        LoRAXSLinear.from_linear(Odd(), 4, name="q")
+    register(Odd, lambda layer: layer.codes.t().half(), shape=lambda layer: layer.codes.t().shape)
+    W = weight_of(Odd())
+    assert (W.shape, W.dtype, W.read().shape) == ((N, K), torch.float16, (N, K))
+    assert LoRAXSLinear.from_linear(Odd("meta"), 4).A.is_meta
+    del Odd.compute_dtype
+    assert weight_of(Odd()).dtype == torch.float32
+
+
+BAD = {
+    "shape": (lambda layer: whole(layer).t(), ValueError, r"gave shape \(64, 32\), must be .* of shape \(32, 64\)"),
+    "no tensor": (lambda layer: whole(layer).numpy(), TypeError, r"gave array\(.*must be a dense tensor"),
+    "nothing": (lambda layer: None, TypeError, r"gave None, must be a dense tensor"),
+    "integers": (lambda layer: whole(layer).to(torch.int8), TypeError, r"gave a Tensor of torch\.int8, .* must be"),
+    "sparse": (
+        lambda layer: whole(layer).to_sparse(),
+        TypeError,
+        r"gave a Tensor .* torch\.sparse_coo, must be a dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_a_reader_returns_is_checked(register, case):
+    read, error, message = BAD[case]
+    register(Halved, read)
+    model = nn.Sequential(nn.Linear(K, K), Halved(nn.Linear(K, N)))
+    before = snapshot(model)
+    with pytest.raises(error, match=rf"(?s)module '1': reading the weight of a Halved {message}"):
+        lx.attach(model, 4, target_modules="all-linear")
+    assert snapshot(model) == before
+
+
+def test_what_is_registered_is_checked():
+    with pytest.raises(TypeError, match=r"layer_type: got 'Linear', must be a subclass of nn\.Module"):
+        lx.register_weight_reader("Linear", whole)
+    with pytest.raises(TypeError, match=r"read: got 3 for Halved, must be a function"):
+        lx.register_weight_reader(Halved, 3)
+    with pytest.raises(TypeError, match=r"shape: got \(2, 3\) for Halved, must be a function"):
+        lx.register_weight_reader(Halved, whole, shape=(2, 3))
+    lx.register_weight_reader(Halved, None)  # nothing to take back
+
+
+def test_a_linear_with_a_forward_of_its_own_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match=r"module 'q': got a Scaled .* no dequantiser here: lx\.register_weight_reader"):
+        LoRAXSLinear.from_linear(Scaled(K, N), 4, name="q")
+
+
+# Weights that are sharded over ranks.
+
+
+@pytest.fixture
+def mesh():
+    """One rank, on the CPU."""
+    if not dist.is_available():
+        pytest.skip("this torch has no distributed package")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensor_weights_are_gathered(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    linear = nn.Linear(K, N)
+    sharded = copy.deepcopy(linear)
+    for dim in (0, 1):
+        sharded.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)]))
+        layer, expected = (LoRAXSLinear.from_linear(each, 4) for each in (sharded, linear))
+        assert type(layer.A) is torch.Tensor and torch.equal(layer.A, expected.A) and torch.equal(layer.B, expected.B)
+        with pytest.raises(TypeError, match=r"got a Linear with a DTensor weight .* to merge into"):
+            layer.merge()
+
+
+@pytest.mark.parametrize("first", ["shard", "attach"])
+def test_fsdp2_models_train_like_whole_ones(mesh, first):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(model_of(), model_of())
+    model[1][0] = nn.Linear(N, 96)
+    expected = lx.attach(copy.deepcopy(model), 4, target_modules="all-linear")
+
+    def attach():
+        lx.attach(model, 4, target_modules="all-linear")
+
+    def shard():
+        for block in model:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    for step in (shard, attach) if first == "shard" else (attach, shard):
+        step()
+    assert type(adapters(model)[0].base_layer.weight).__name__ == "DTensor"
+    x = torch.randn(5, K)
+    for each in (model, expected):
+        each(x).square().sum().backward()
+    for ours, theirs in zip(adapters(model), adapters(expected), strict=True):
+        gR = ours.R.grad if first == "shard" else ours.R.grad.full_tensor()
+        torch.testing.assert_close(gR, theirs.R.grad)
+        assert torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B)
+
+
+def two_ranks(rank: int, store: str) -> None:
+    """What needs a second rank: pieces that are really missing here, and of unequal size."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        linear = nn.Linear(40, 25)
+        expected = LoRAXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
+
+        def check(model: nn.Sequential) -> None:
+            lx.attach(model, 4, target_modules=["0"])
+            assert torch.equal(model[0].A, expected.A) and torch.equal(model[0].B, expected.B)
+
+        model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
+        check(fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,))))
+        for use_orig_params in (True, False):
+            model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
+            wrapped = FSDP(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+            with pytest.raises(TypeError, match=r"module '0': got a Linear .* has left a part here, must be whole"):
+                lx.attach(model, 4, target_modules=["0"])
+            with FSDP.summon_full_params(wrapped, writeback=False):
+                check(model)
+            wrapped(torch.randn(3, 40)).sum().backward()
+            assert model[0].R.grad.any()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_weights_sharded_over_two_ranks(tmp_path):
+    if not dist.is_available():
+        pytest.skip("this torch has no distributed package")
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.fixture
+def zero3(monkeypatch):
+    """Stands in for DeepSpeed, which is not installed: a parameter that holds nothing outside GatheredParameters."""
+    gathered = []
+
+    @contextlib.contextmanager
+    def gather(params, modifier_rank=None):
+        assert modifier_rank is None, "what is only read is not broadcast"
+        for p in params:
+            assert p.numel() == 0, "DeepSpeed refuses to gather a parameter twice"
+            p.data = p.ds_tensor.clone()
+        gathered.append(len(params))
+        yield
+        for p in params:
+            p.data.fill_(float("nan") if p.is_floating_point() else 0)  # another's memory now
+            p.data = torch.empty(0, dtype=p.dtype)
+
+    deepspeed = types.ModuleType("deepspeed")
+    deepspeed.zero = types.SimpleNamespace(GatheredParameters=gather)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+
+    def partition(layer: nn.Module) -> nn.Module:
+        p = layer.weight
+        p.ds_id, p.ds_shape, p.ds_tensor = 0, p.shape, p.data.clone()
+        p.data = torch.empty(0, dtype=p.dtype)
+        return layer
+
+    return types.SimpleNamespace(partition=partition, gathered=gathered)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(K, N), Conv1D(N, K)], ids=["linear", "conv1d"])
+def test_zero3_weights_are_gathered_one_at_a_time(zero3, layer):
+    expected = LoRAXSLinear.from_linear(copy.deepcopy(layer), 4, name="0")
+    model = nn.Sequential(zero3.partition(copy.deepcopy(layer)))
+    assert weight_of(model[0]).shape == (N, K) and zero3.gathered == []
+    lx.attach(model, 4, target_modules=["0"])
+    assert torch.equal(model[0].A, expected.A) and torch.equal(model[0].B, expected.B)
+    assert zero3.gathered == [1] and model[0].base_layer.weight.numel() == 0
+    with pytest.raises(TypeError, match=r"module '0': .* to merge into"):
+        lx.merge(model)
+
+
+def test_zero3_weights_that_are_gathered_already_and_quantised_ones(zero3):
+    layer = zero3.partition(nn.Linear(K, N))
+    layer.weight.data = layer.weight.ds_tensor.clone()
+    assert torch.equal(weight_of(layer).read(), layer.weight.ds_tensor) and zero3.gathered == []
+    quantised = linear4bit(nn.Linear(K, N))
+    expected = weight_of(quantised).read()
+    assert torch.equal(weight_of(zero3.partition(quantised)).read(), expected) and zero3.gathered == [1]
