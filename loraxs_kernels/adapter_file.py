@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis
+from .atomic import write_atomically
 from .basis import Recipe
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
@@ -177,7 +177,7 @@ def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: 
         recipe = Recipe(**{f.name: entry.get(f.name, name) for f in fields(Recipe)})  # only "name" can be missing
         init = (entry["A"], entry["B"]) if recipe.init == "given" else recipe
         options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
-    install(model, options, header["modules_to_save"], progress)
+    install(model, options, header["modules_to_save"], progress=progress)
 
 
 def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
@@ -302,24 +302,3 @@ def _entries(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, di
 def _plain(t: Tensor) -> Tensor:
     """A copy that shares memory with nothing, on the CPU."""
     return t.detach().to("cpu", copy=True).contiguous()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file in one step: a temporary file beside it, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

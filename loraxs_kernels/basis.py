@@ -112,6 +112,22 @@ def same_base(expected: Tensor, A: Tensor) -> bool:
     return bool((singular_values(A) - expected).norm() <= OTHER_BASE * expected.norm())
 
 
+def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
+    """How far A = S V^T and B = U are from singular triplets of W (N, K): about 0, or about 1 for another weight.
+
+    The relative error of U^T W = A, or of W V S = B S^2 where W is tall, estimated at PROBES hashed +-1 vectors: the
+    one of the two that `truncated_svd` meets to rounding even where it has not converged.
+    """
+    if W.shape[0] <= W.shape[1]:
+        X = rademacher(W.shape[1], PROBES, 5, W.device)
+        got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X.double()
+    else:
+        X = rademacher(A.shape[0], PROBES, 5, W.device).double()
+        got = (W @ (A.double().t() @ X).to(W.dtype)).double()
+        right = B.double() @ (singular_values(A).double().square()[:, None] * X)
+    return float(((got - right).norm() / right.norm()).nan_to_num(nan=torch.inf))
+
+
 def sketch(A: Tensor, B: Tensor) -> Factors:
     """U^T Omega_m and V^T Omega_n, (r, PROBES) fp32 each: enough to recognise turned singular vectors by."""
     V_t = A.double() / singular_values(A).double().clamp(min=torch.finfo(torch.float32).tiny)[:, None]

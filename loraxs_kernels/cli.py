@@ -9,12 +9,13 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `demo`, `bench`, `roofline` or `tune`; returns the exit status."""
+    """Run `loraxs info`, `init`, `demo`, `bench`, `roofline` or `tune`; returns the exit status."""
     from .bench import BenchError, command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, which backends can run here, and why not")
+    _add_init(commands.add_parser("init", help="compute A and B of a checkpoint, for attach(..., basis=FILE)"))
     demo = commands.add_parser("demo", help="fine-tune a real model on real questions, offline")
     demo.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
     length = demo.add_mutually_exclusive_group()
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key, value in info().items():
             print(f"{key:16} {value}")
         return 0
+    if arguments.command == "init":
+        return _init(arguments)
     from . import demo as demos
 
     try:
@@ -45,4 +48,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (demos.DemoError, BenchError) as error:
         print(f"loraxs {arguments.command}: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of a model with *.safetensors, or one such file")
+    parser.add_argument("-r", "--rank", type=int, required=True)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="names or their endings; default: all but embeddings",
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or name endings to leave out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
+    parser.add_argument("--tier", choices=("standard", "precise"), default="standard", help="of the SVD")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
+    parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
+    parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .basis_file import make_basis
+    from .factors import compute_devices
+
+    try:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+        names = make_basis(
+            arguments.model,
+            arguments.rank,
+            arguments.out,
+            target_modules=arguments.target_modules or "all-linear",
+            exclude_modules=arguments.exclude_modules,
+            seed=arguments.seed,
+            n_iter=arguments.n_iter,
+            tier=arguments.tier,
+            dtype=arguments.dtype and getattr(torch, arguments.dtype),
+            devices=compute_devices(arguments.device or there),
+            workspace=int(arguments.workspace * 2**30),
+        )
+    except (ValueError, OSError) as error:
+        print(f"loraxs init: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0

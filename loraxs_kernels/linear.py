@@ -71,9 +71,10 @@ class LoRAXSLinear(nn.Module):
         sigma: float = 1e-5,
         seed: int = 0,
         n_iter: int | None = None,
+        tier: str = "standard",
         dtype: torch.dtype | None = None,
         name: str = "",
-        like: LoRAXSLinear | None = None,
+        fill: bool = True,
     ) -> LoRAXSLinear:
         """Adapt one linear layer; it is frozen and kept as `base_layer`.
 
@@ -84,14 +85,14 @@ class LoRAXSLinear(nn.Module):
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
-                seed and n_iter.
+                seed, n_iter and tier.
             sigma: R ~ N(0, sigma^2).
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
-            n_iter: of `truncated_svd`.
+            n_iter, tier: of `truncated_svd`.
             dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
                 the weight's costs a separate pass.
             name: the layer's name in its model, also used in errors.
-            like: a layer with the same weight, rank and recipe, whose SVD factors are copied and not computed again.
+            fill: False leaves A, B and R to `reset_parameters`, as `attach` does to make those of many layers together.
 
         On the meta device only shapes are made; `reset_parameters` fills them once the weight is there.
         Raises TypeError or ValueError, naming the layer, before anything is changed.
@@ -110,7 +111,10 @@ class LoRAXSLinear(nn.Module):
         if isinstance(init, str) and init not in INITS:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given = None if isinstance(init, (str, Recipe)) else tuple(init)
-        recipe = init if isinstance(init, Recipe) else Recipe("given" if given else init, seed, name, n_iter=n_iter)
+        recipe = init
+        if not isinstance(init, Recipe):
+            how = {"n_iter": n_iter, "tier": tier} if init == "svd" else {}
+            recipe = Recipe("given" if given else init, seed, name, **how)
         try:
             W = weight_of(linear, label)
         except TypeError:
@@ -129,35 +133,34 @@ class LoRAXSLinear(nn.Module):
                     f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
                     "leave the module out or give it a smaller rank"
                 )
+            recipe = recipe.pinned(rank, (N, K))
             A, B = (torch.empty(*size, dtype=dtype or W.dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
         layer = cls(
             linear, A, R, B, alpha=rank if alpha is None else alpha, dropout=dropout, sigma=sigma, recipe=recipe
         )
-        if not A.is_meta:
-            layer.reset_parameters(like if recipe.init == "svd" else None)
+        if fill and not A.is_meta:
+            layer.reset_parameters()
         linear.requires_grad_(False)
         return layer
 
-    def reset_parameters(self, like: LoRAXSLinear | None = None) -> None:
+    @torch.no_grad()
+    def reset_parameters(self, factors: Factors | None = None) -> None:
         """Make A and B again from the weight as it is now, by the layer's recipe, and draw R again.
 
         A quantised weight is dequantised, a sharded one gathered (all ranks must call alike), for this call only.
-        A and B come from `like` where such a layer is given; those that were given to `from_linear` stay.
+        `factors` are A and B where they have been made already; those that were given to `from_linear` stay.
         """
-        if like is not None:
-            self.A.copy_(like.A)
-            self.B.copy_(like.B)
-        elif self.recipe.init != "given":
+        if factors is None and self.recipe.init != "given":
             W = weight_of(self.base_layer, self.label).read()
             try:
-                A, B = self.recipe.factors(W, self.rank)
+                factors = self.recipe.factors(W, self.rank)
             except ValueError as error:
                 raise ValueError(f"{self.label}: {error}") from error
-            self.A.copy_(A)
-            self.B.copy_(B)
-        with torch.no_grad():
-            self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
+        if factors is not None:
+            self.A.copy_(factors[0])
+            self.B.copy_(factors[1])
+        self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.

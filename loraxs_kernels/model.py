@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from .basis import Factors
+from .basis_file import Basis, read_basis
+from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
-from .weights import is_linear
+from .matching import matches
+from .weights import is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,8 +44,12 @@ def attach(
     sigma: float = 1e-5,
     seed: int = 0,
     n_iter: int | None = None,
+    tier: str = "standard",
     dtype: torch.dtype | None = None,
     modules_to_save: Sequence[str] | None = None,
+    basis: str | os.PathLike | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
+    workspace: int = WORKSPACE,
     progress: bool = True,
 ) -> M:
     """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
@@ -58,11 +65,17 @@ def attach(
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: s = alpha / r; None: s = 1 everywhere.
-        dropout, sigma, n_iter, dtype: as in LoRAXSLinear.from_linear.
+        dropout, sigma, n_iter, tier, dtype: as in LoRAXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
             adapter file beside R.
+        basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
+            pair is checked against its weight.  The recipe is the file's, so that init, seed, n_iter and tier say
+            nothing (but for the seed of R).
+        device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
+            Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
+        workspace: bytes the SVD may take on each GPU beside the weights that are there already.
         progress: show a bar when it takes more than a second.
 
     Returns:
@@ -84,22 +97,44 @@ def attach(
             if name not in init:
                 raise ValueError(f"init: has no pair (A, B) for module {name!r}")
             options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "dtype": dtype}
-    return install(model, options, saved, progress)
+        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "tier": tier}
+        options[name]["dtype"] = dtype
+    opened = None if basis is None else _basis_for(basis, options)
+    devices = None if device is None else compute_devices(device)
+    return install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
 
 
-def install(model: M, options: Mapping[str, Mapping[str, Any]], modules_to_save: Sequence[str], progress: bool) -> M:
+def _basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Basis:
+    """The basis file, with every module's recipe put into its options."""
+    found = read_basis(path)
+    for name, o in options.items():
+        if o["init"] != "svd":
+            raise ValueError(f'init: got {o["init"]!r} beside basis, must be "svd"')
+        rank, recipe = found.modules[found.find(name)]
+        if o["rank"] != rank:
+            raise ValueError(f"rank: got {o['rank']} for module {name!r}, must be {rank} as in the basis file {path}")
+        o["init"] = replace(recipe, name=name)
+    return found
+
+
+def install(
+    model: M,
+    options: Mapping[str, Mapping[str, Any]],
+    modules_to_save: Sequence[str],
+    *,
+    basis: Basis | None = None,
+    devices: Sequence[torch.device] | None = None,
+    workspace: int = WORKSPACE,
+    progress: bool = True,
+) -> M:
     """Adapt the named modules, each with its own options of LoRAXSLinear.from_linear; all of them or none."""
     modules = dict(model.named_modules())
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     layers: dict[int, LoRAXSLinear] = {}
-    by_weight: dict[tuple, LoRAXSLinear] = {}  # a weight that two layers share is factored once
     try:
-        for name in tqdm(options, desc="LoRA-XS factors", unit="layer", delay=1, disable=not progress):
-            linear, o = modules[name], options[name]
-            key = (id(getattr(linear, "weight", linear)), o["rank"])
-            layer = LoRAXSLinear.from_linear(linear, name=name, like=by_weight.get(key), **o)
-            layers[id(linear)] = by_weight[key] = layer
+        for name in options:
+            layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
+        _fill(list(layers.values()), basis, devices, workspace, progress)
     except BaseException:
         for name, p in model.named_parameters():
             p.requires_grad_(before[name])
@@ -115,6 +150,39 @@ def install(model: M, options: Mapping[str, Mapping[str, Any]], modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
     return model
+
+
+def _fill(
+    layers: Sequence[LoRAXSLinear],
+    basis: Basis | None,
+    devices: Sequence[torch.device] | None,
+    workspace: int,
+    progress: bool,
+) -> None:
+    """A, B and R of new layers: from the basis file, or by the SVD, all together."""
+    first: dict[tuple, LoRAXSLinear] = {}  # a weight that two layers share is factored once
+    others: list[tuple[LoRAXSLinear, LoRAXSLinear]] = []
+    for layer in layers:
+        if layer.A.is_meta:
+            continue
+        if layer.recipe.init != "svd":
+            layer.reset_parameters()
+        elif basis is not None:
+            there = basis.find(layer.recipe.name)
+            layer.reset_parameters(basis.read(there, weight_of(layer.base_layer, layer.label), layer.label))
+        else:
+            key = id(getattr(layer.base_layer, "weight", layer.base_layer)), layer.rank
+            if first.setdefault(key, layer) is not layer:
+                others.append((layer, first[key]))
+    made = list(first.values())
+    jobs = [Job(each.label, weight_of(each.base_layer, each.label), each.rank, each.recipe) for each in made]
+
+    def deliver(i: int, A: Tensor, B: Tensor) -> None:
+        made[i].reset_parameters((A, B))
+
+    factor(jobs, deliver, devices=devices, workspace=workspace, progress=progress)
+    for layer, like in others:
+        layer.reset_parameters((like.A, like.B))
 
 
 def detach(model: M, *, merge: bool = False) -> M:
@@ -208,15 +276,15 @@ def match(
     head = _output_embeddings(model)
     names = []
     for name, module in modules.items():
-        if not name or id(module) in saved or (exclude_modules and _matches(name, exclude_modules)):
+        if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
             hit = is_linear(module) and module is not head and not _never_called(module)
         else:
-            hit = _matches(name, target_modules)
+            hit = matches(name, target_modules)
         if not hit:
             continue
-        unused -= {t for t in unused if _matches(name, [t])}
+        unused -= {t for t in unused if matches(name, [t])}
         if not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
@@ -238,12 +306,6 @@ def match(
     return names
 
 
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-
 def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -255,9 +317,9 @@ def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
-    names = [name for name, _ in model.named_modules() if name and _matches(name, endings)]
+    names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
     for ending in endings:
-        if not any(_matches(name, [ending]) for name in names):
+        if not any(matches(name, [ending]) for name in names):
             raise ValueError(f"modules_to_save: no module of the model is named {ending!r}")
     return names
 

@@ -140,12 +140,9 @@ def truncated_svd(
     outputs = zip(
         U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
     )
-    try:
-        for made, out in zip(decompose(groups, rank, how, seed), outputs, strict=True):
-            for target, value in zip(out, made, strict=True):
-                target.copy_(value)
-    except NotFinite as error:
-        raise ValueError(f"W: {error}") from None
+    for made, out in zip(decompose(groups, rank, how, seed), outputs, strict=True):
+        for target, value in zip(out, made, strict=True):
+            target.copy_(value)
     return U, S, Vh
 
 
@@ -153,7 +150,7 @@ class NotFinite(ValueError):
     """A weight holds NaN or Inf; `index` is its place among those given to `decompose`."""
 
     def __init__(self, index: int, peak: float) -> None:
-        super().__init__(f"has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
+        super().__init__(f"W: has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
         self.index = index
 
 

@@ -33,6 +33,7 @@ class Weight:
     shape: (N, K).
     dtype: that the layer computes in, one of FLOATS; A and B take it where nothing else is asked for.
     device: of the layer, and of what `read` returns.
+    copies: whether `read` makes a tensor, and does not hand out the one that is there.
     read: makes W (N, K) as a dense tensor without a gradient, in one of FLOATS, which need not be `dtype`: W itself
         where it is plain (not to be written), else a copy that nothing here keeps.  A collective for a weight that is
         sharded over ranks: every rank must read the same layers in the same order.
@@ -41,6 +42,7 @@ class Weight:
     shape: Shape
     dtype: torch.dtype
     device: torch.device
+    copies: bool
     read: Callable[[], Tensor]
 
 
@@ -172,7 +174,8 @@ def _linear(layer: nn.Module, label: str) -> Weight:
         W = _gathered(weight, _dense)
         return W.t() if conv1d else W
 
-    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), weight.device, read)
+    copies = not plain or hasattr(weight, "ds_id")
+    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), weight.device, read, copies)
 
 
 def _linear4bit(layer: nn.Module, label: str) -> Weight:
@@ -228,7 +231,13 @@ def _linear8bit(layer: nn.Module, label: str) -> Weight:
 
 
 def _weight(
-    layer: nn.Module, label: str, shape: Shape, dtype: torch.dtype, device: torch.device, read: Callable[[], Tensor]
+    layer: nn.Module,
+    label: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    read: Callable[[], Tensor],
+    copies: bool = True,
 ) -> Weight:
     """A Weight whose read is checked: where it comes from is other people's code."""
 
@@ -245,7 +254,7 @@ def _weight(
             )
         return W.detach()
 
-    return Weight(shape, dtype, device, checked)
+    return Weight(shape, dtype, device, copies, checked)
 
 
 def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:

@@ -158,10 +158,11 @@ class Tied(nn.Module):
 
 
 def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
-    from loraxs_kernels import basis
+    from loraxs_kernels import model as models
 
     calls = []
-    monkeypatch.setattr(basis, "truncated_svd", lambda *a, **k: calls.append(a) or lx.truncated_svd(*a, **k))
+    real = models.factor
+    monkeypatch.setattr(models, "factor", lambda jobs, *a, **k: calls.extend(jobs) or real(jobs, *a, **k))
     model, x = Tied(), torch.randn(3, 12)
     y, weight = model(x), model.a.weight
     lx.attach(model, 4, target_modules="all-linear")
@@ -262,11 +263,11 @@ def test_given_factors(bert):
 
 
 def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypatch):
-    from loraxs_kernels import model as model_module
+    from loraxs_kernels import factors
 
     seen = []
-    original = model_module.tqdm
-    monkeypatch.setattr(model_module, "tqdm", lambda *a, **k: seen.append(k) or original(*a, **k))
+    original = factors.tqdm
+    monkeypatch.setattr(factors, "tqdm", lambda *a, **k: seen.append(k) or original(*a, **k))
     lx.attach(copy.deepcopy(bert), 4, target_modules=["query"])
     lx.attach(bert, 4, target_modules=["query"], progress=False)
     assert [k["disable"] for k in seen] == [False, True] and seen[0]["delay"] == 1

@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..adapter_file import write_atomically
+from ..atomic import write_atomically
 from . import BenchError, plots, tables
 
 STYLE = """

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..adapter_file import write_atomically
+from ..atomic import write_atomically
 from ..info import environment
 from . import BenchError
 from .settings import QUESTIONS, Settings

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .. import backends
-from ..adapter_file import write_atomically
+from ..atomic import write_atomically
 from ..backends.triton import config, low_rank
 from ..backends.triton import facts as device_facts
 from ..backends.triton.config import Config, Device, Row
