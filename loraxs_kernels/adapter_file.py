@@ -33,6 +33,7 @@ from .atomic import write_atomically
 from .basis import Recipe
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
+from .weights import weight_of
 
 FORMAT_VERSION = 1
 
@@ -161,9 +162,20 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one layer; the recipe's name only where it is not the module's."""
+    """The numbers and the recipe of one layer; the recipe's name only where it is not the module's.
+
+    dtype: of A and B where it was chosen, null where it is the weight's: rounded to another, they are another basis.
+    """
     recipe = {k: v for k, v in asdict(layer.recipe).items() if k != "name" or v != name}
-    return {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout, "sigma": layer.sigma, **recipe}
+    chosen = layer.recipe.init != "given" and layer.A.dtype != weight_of(layer.base_layer, layer.label).dtype
+    return {
+        "rank": layer.rank,
+        "alpha": layer.alpha,
+        "dropout": layer.dropout,
+        "sigma": layer.sigma,
+        "dtype": str(layer.A.dtype).removeprefix("torch.") if chosen else None,
+        **recipe,
+    }
 
 
 def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: bool) -> None:
@@ -174,9 +186,9 @@ def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: 
             raise ValueError(f"model: has no module {name!r}, which the adapter is for; it is of another base model")
     options = {}
     for name, entry in entries.items():
-        recipe = Recipe(**{f.name: entry.get(f.name, name) for f in fields(Recipe)})  # only "name" can be missing
-        init = (entry["A"], entry["B"]) if recipe.init == "given" else recipe
+        init = (entry["A"], entry["B"]) if entry["recipe"].init == "given" else entry["recipe"]
         options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
+        options[name]["dtype"] = entry["dtype"] and getattr(torch, entry["dtype"])
     install(model, options, header["modules_to_save"], progress=progress)
 
 
@@ -285,7 +297,7 @@ def _entries(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, di
     """{module name: its description, R, S, probe and, where the file has them, U and V or A and B}."""
     entries, position = {}, {}
     for i, (name, difference) in enumerate(header["modules"].items()):
-        entry = {"base_model": header["base_model"], **header["layer"], **difference}
+        entry = {"base_model": header["base_model"], "name": name, **header["layer"], **difference}
         rank = entry["rank"]
         row = position[rank] = position.get(rank, -1) + 1
         entry |= {key: tensors[f"{key}/{rank}"][row] for key in ("R", "S", "probe")}
@@ -293,6 +305,7 @@ def _entries(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, di
         entry |= {key: tensors[f"{key}/{i}"] for key in ("A", "B") if f"{key}/{i}" in tensors}
         if entry["init"] == "given" and not {"A", "B"} <= entry.keys():
             raise KeyError(f"A and B of module {name!r}")
+        entry["recipe"] = Recipe(**{f.name: entry[f.name] for f in fields(Recipe)})
         if entry["R"].shape != (rank, rank):
             raise IndexError(f"R of module {name!r} has shape {tuple(entry['R'].shape)}")
         entries[name] = entry

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .svd import Plan, plan, rademacher, truncated_svd
+from .weights import Weight
 
 INITS = ("svd", "random")  # that can be computed again; the third is "given"
 
@@ -57,20 +58,21 @@ class Recipe:
         """The recipe with nothing left open for weights of this shape."""
         return replace(self, **asdict(self.plan(rank, shape))) if self.init == "svd" else self
 
-    def factors(self, W: Tensor, rank: int) -> Factors:
-        """A (r, K) and B (N, r) for W (N, K), in fp32 (fp64 for fp64 W) on W's device.
+    def factors(self, weight: Weight, rank: int) -> Factors:
+        """A (r, K) and B (N, r) for W (N, K), in fp32 (fp64 for fp64 W) on W's device; random ones do not read W.
 
         Raises ValueError where W has no such factors or the init is "given".
         """
-        N, K = W.shape
+        N, K = weight.shape
         if self.init == "svd":
+            W = weight.read()
             U, S, Vh = truncated_svd(W, rank, seed=self.seed, **asdict(self.plan(rank, W.shape)))
             return S[:, None] * Vh, U
         if self.init == "random":
-            dtype = torch.promote_types(W.dtype, torch.float32)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
             A = torch.empty(rank, K).uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
             B = torch.empty(N, rank).uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
-            return A.to(W.device, dtype), B.to(W.device, dtype)
+            return A.to(weight.device, dtype), B.to(weight.device, dtype)
         raise ValueError("init: A and B were given, there is no recipe to make them again")
 
     def initial_R(self, rank: int, sigma: float) -> Tensor:

@@ -147,15 +147,16 @@ def _groups(
         W = job.weight.read()
         if W.device != device:
             W = upload(W) if upload is not None else W.to(device)
-        # What is read need not have the dtype that was announced: only the same go together.
-        if weights and (
-            W.dtype != weights[0].dtype or len(weights) == _weights_at_once(job, device, workspace, W.dtype)
-        ):
+        if weights and W.dtype != weights[0].dtype:  # what is read need not have the dtype that was announced
             started.append(ids)
             yield weights
             weights, ids = [], []
         weights.append(W)
         ids.append(i)
+        if len(weights) == _weights_at_once(job, device, workspace, W.dtype):
+            started.append(ids)
+            yield weights
+            weights, ids = [], []
         del W
     if weights:
         started.append(ids)

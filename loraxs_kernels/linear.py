@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .basis import INITS, Factors, Recipe
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
+from .svd import NotFinite
 from .weights import is_conv1d, mergeable_weight, weight_of, weight_view
 
 
@@ -152,10 +153,10 @@ class LoRAXSLinear(nn.Module):
         `factors` are A and B where they have been made already; those that were given to `from_linear` stay.
         """
         if factors is None and self.recipe.init != "given":
-            W = weight_of(self.base_layer, self.label).read()
+            weight = weight_of(self.base_layer, self.label)
             try:
-                factors = self.recipe.factors(W, self.rank)
-            except ValueError as error:
+                factors = self.recipe.factors(weight, self.rank)
+            except NotFinite as error:
                 raise ValueError(f"{self.label}: {error}") from error
         if factors is not None:
             self.A.copy_(factors[0])

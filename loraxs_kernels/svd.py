@@ -193,12 +193,14 @@ def decompose(groups: Iterable[Sequence[Tensor]], rank: int, how: Plan, seed: in
             for weights in groups:
                 begun = _Group(weights, start, rank, how, seed, pool)
                 start += len(weights)
+                on_cpu = weights[0].device.type == "cpu"
+                del weights  # no weight is held while the next ones are read
                 if pending is not None:
                     yield pending.triplets()
-                pending = begun
-                if weights[0].device.type == "cpu":  # nothing to overlap, and memory to save
-                    yield pending.triplets()
-                    pending = None
+                pending, begun = begun, None
+                if on_cpu:  # nothing to overlap, and memory to save
+                    made, pending = pending.triplets(), None
+                    yield made
             if pending is not None:
                 yield pending.triplets()
         finally:
@@ -260,7 +262,7 @@ class _Group:
 class _Products:
     """W X and W^T Q for each weight of a group, with W (m, n) turned so that m <= n, and scaled.
 
-    `scale` is the power of two that brings max |W| into [1/2, 1); it goes to the other factor, or to the product, and
+    `scale` is the power of two that brings max |W| into (1/2, 1]; it goes to the other factor and to the product, and
     never to W.  Tensors are stacked to `places`, of which those past the weights hold zeros.
     """
 
@@ -274,7 +276,7 @@ class _Products:
         peak = torch.zeros(places, dtype=torch.float64, device=self.device)
         peak[: len(weights)] = torch.maximum(-low, high)  # NaN and Inf both show
         limit = 2.0**120 if self.dtype == torch.float32 else 2.0**1000
-        scale = (torch.frexp(peak)[0] / peak).clamp(1 / limit, limit).where(peak > 0, 1)
+        scale = _power_of_two((1 / peak).clamp(1 / limit, limit))
         self.scale = scale.to(self.dtype)[:, None, None]
         self.facts = _to_host(torch.stack([peak, scale]))
         self.split = first.dtype != self.dtype and _can_sum_in_fp32(first)
@@ -299,23 +301,29 @@ class _Products:
 
     def _each(self, weights: Sequence[Tensor], X: Tensor, rows: int, terms: int) -> Tensor:
         dtype = weights[0].dtype
-        before, after = self.scale, None
-        if dtype == torch.float16:  # of little range: the factor as large as it can be, the scale to the product
-            peak = X.abs().amax(dim=(-2, -1), keepdim=True).double()
-            before = (torch.frexp(peak)[0] / peak * 2.0**13).where(peak > 0, 1).to(self.dtype)
-            after = self.scale / before
+        if dtype == torch.float16:  # of little range: the factor as large as it can be
+            before = _power_of_two(2.0**13 / X.abs().amax(dim=(-2, -1), keepdim=True).double()).to(self.dtype)
+        else:  # half of the scale: with all of it the last terms of X, or the sums, would leave the range
+            before = _power_of_two(self.scale.double().sqrt()).to(self.dtype)
+        after = self.scale / before
         X = (X * before).expand(self.places, -1, -1)
         out = torch.zeros(self.places, rows, X.shape[-1], dtype=self.dtype, device=X.device)
         if self.split:
             X = _split(X, dtype, terms)
-        for W, X_i, out_i in zip(weights, X, out, strict=False):
+        for W, X_i, after_i, out_i in zip(weights, X, after.expand(self.places, -1, -1), out, strict=False):
             if self.split:
-                parts = _mm_in_fp32(W, X_i).split(out.shape[-1], dim=-1)
-                for part in reversed(parts):  # the small ones first
-                    out_i += part
+                product, *rest = reversed(_mm_in_fp32(W, X_i).split(out.shape[-1], dim=-1))  # the small terms first
+                for part in rest:
+                    product = product + part
             else:
-                torch.mm(W.to(self.dtype), X_i, out=out_i)
-        return out if after is None else out.mul_(after)
+                product = torch.mm(W.to(self.dtype), X_i)
+            torch.mul(product, after_i, out=out_i)
+        return out
+
+
+def _power_of_two(t: Tensor) -> Tensor:
+    """The power of two in (t / 2, t] for each positive t, 1 for 0, NaN and Inf."""
+    return (t / (2 * torch.frexp(t)[0])).where((t > 0) & (t < torch.inf), 1)
 
 
 def _split(X: Tensor, dtype: torch.dtype, terms: int) -> Tensor:

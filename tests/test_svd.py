@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraxs_kernels import truncated_svd
-from loraxs_kernels.svd import rademacher
+from loraxs_kernels import svd, truncated_svd
+from loraxs_kernels.svd import Plan, plan, rademacher
 
 
 def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
@@ -48,13 +48,90 @@ SPECTRA = {
 }
 
 
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_spectra(kind):
+def test_spectra(kind, method):
     m, n, spectrum = SPECTRA[kind]
     W = with_spectrum(m, n, spectrum)
-    rank = min(16, m)
     # A flat spectrum never converges: any r vectors are as good, to within the width of the spectrum they came from.
-    check(W.float(), rank, 2e-3 if kind == "tiny gaps" else 1e-5)
+    tolerance = 1e-5 if kind != "tiny gaps" else 2e-3 if method == "krylov" else 1e-2
+    check(W.float(), min(16, m), tolerance, method=method, n_iter=5 if method == "krylov" else 8)
+    check(W.float(), min(60, m), tolerance, method=method)
+
+
+@pytest.mark.parametrize("shape", [(4, 14336), (14336, 4), (1, 1), (17, 16), (513, 511)], ids=str)
+def test_awkward_shapes(shape):
+    for rank in {1, min(4, *shape), min(*shape, 40)}:
+        check(with_spectrum(*shape, power(min(shape))).float(), rank, 1e-5)
+
+
+def test_vectors_where_the_spectrum_tells_them_apart():
+    """The sine of the largest angle to the true singular subspace."""
+    spectrum = power(400)
+    spectrum[:12] += 0.3
+    W = with_spectrum(400, 500, spectrum).float()
+    truth_U, _, truth_Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    for method in ("krylov", "subspace"):
+        U, _, Vh = truncated_svd(W, 12, method=method)
+        for found, truth in ((U.double(), truth_U[:, :12]), (Vh.double().T, truth_Vh[:12].T)):
+            assert torch.linalg.matrix_norm(found - truth @ (truth.T @ found), 2) < 1e-4
+
+
+def test_defaults_by_rank_and_shape():
+    assert plan(16, (4096, 4096)) == Plan("krylov", 24, 5, "standard")
+    assert plan(20, (4096, 4096)).block == 32  # rows of bf16 stay on 16 bytes
+    assert plan(64, (14336, 4096)) == Plan("krylov", 72, 5, "standard")
+    assert plan(256, (4096, 14336)) == Plan("subspace", 384, 6, "standard")
+    assert plan(256, (500, 14336)).method == "krylov"  # all of the smaller side
+    assert plan(256, (4096, 4096), method="krylov", block=300, n_iter=1, tier="precise") == Plan(
+        "krylov", 300, 1, "precise"
+    )
+
+
+@pytest.fixture
+def split_products(monkeypatch):
+    """The products of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=)."""
+    seen = []
+
+    def mm(W: Tensor, X: Tensor) -> Tensor:
+        assert W.dtype == X.dtype != torch.float32
+        seen.append(X.shape[1])
+        return W.float() @ X.float()
+
+    monkeypatch.setattr(svd, "_can_sum_in_fp32", lambda W: True)
+    monkeypatch.setattr(svd, "_mm_in_fp32", mm)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_terms(split_products, dtype, method):
+    W = with_spectrum(300, 400, power(300)).to(dtype)
+    truth = torch.linalg.svdvals(W.double())[:16]
+    block = plan(16, W.shape, method=method).block
+    for tier, widths, exact in (("standard", {block, 2 * block}, 1e-5), ("precise", {3 * block}, 1e-6)):
+        U, S, Vh = (t.double() for t in truncated_svd(W, 16, method=method, n_iter=8, tier=tier))
+        assert set(split_products) == widths  # W is read once for all terms
+        split_products.clear()
+        assert ((S - truth) / truth).abs().max() < exact
+        low_rank = (U * S) @ Vh
+        # B A = U U^T W is what the terms are for: the product with W, not only the subspace, is exact.
+        assert (U @ (U.T @ W.double()) - low_rank).norm() < 4e-5 * low_rank.norm()
+
+
+@pytest.mark.parametrize("scale", [6e-8, 1e-4, 60000.0])
+def test_terms_of_fp16_at_the_ends_of_its_range(split_products, scale):
+    W = (with_spectrum(200, 300, power(200)).sign() * torch.rand(200, 300).add(0.5).clamp(max=1) * scale).half()
+    check(W, 8, 1e-2)
+    U, S, Vh = (t.double() for t in truncated_svd(W, 8))
+    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 4e-5 * S.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e36])
+def test_terms_of_bf16_at_the_ends_of_its_range(split_products, scale):
+    W = torch.randn(200, 300).clamp(-1, 1).mul(scale).bfloat16()
+    U, S, Vh = (t.double() for t in truncated_svd(W, 8))
+    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 4e-5 * S.norm()
 
 
 def test_zero_matrix_gets_orthonormal_vectors():
@@ -139,11 +216,12 @@ def test_start_vectors_are_pinned():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3), st.data())
-def test_any_shape(m, n, n_iter, data):
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3), st.sampled_from(["krylov", "subspace"]), st.data())
+def test_any_shape(m, n, n_iter, method, data):
     rank = data.draw(st.integers(1, min(m, n)))
+    block = data.draw(st.integers(rank, rank + 5))
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(m * 61 + n), dtype=torch.float64)
-    U, S, Vh = truncated_svd(W, rank, n_iter=n_iter)
+    U, S, Vh = truncated_svd(W, rank, method=method, block=block, n_iter=n_iter)
     eye = torch.eye(rank, dtype=torch.float64)
     assert (U.T @ U - eye).abs().max() < 1e-6 and (Vh @ Vh.T - eye).abs().max() < 1e-6
     assert (torch.linalg.svdvals(W)[:rank] * (1 + 1e-6) + 1e-9 - S).min() >= 0  # Rayleigh-Ritz never overshoots
@@ -179,6 +257,9 @@ BAD = {
     "NaN": (torch.tensor([[1.0, float("nan")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
     "Inf": (torch.tensor([[1.0, -float("inf")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
     "n_iter": (torch.ones(3, 5), 1, {"n_iter": -1}, ValueError, "n_iter: got -1"),
+    "block": (torch.ones(3, 5), 2, {"block": 1}, ValueError, "block: got 1, must be at least the rank, 2"),
+    "method": (torch.ones(3, 5), 1, {"method": "qr"}, ValueError, "method: got 'qr', must be"),
+    "tier": (torch.ones(3, 5), 1, {"tier": "fast"}, ValueError, "tier: got 'fast', must be"),
 }
 
 

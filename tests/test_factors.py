@@ -1,0 +1,182 @@
+"""The factors of many layers: the same as of each alone, whatever shares their way, and nothing lost when one fails."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from loraxs_kernels import factors, svd, truncated_svd
+from loraxs_kernels.basis import Recipe
+from loraxs_kernels.factors import Job, compute_devices, factor
+from loraxs_kernels.svd import plan
+from loraxs_kernels.weights import weight_of
+
+CPU = torch.device("cpu")
+TWO = [torch.device("cpu", 0), torch.device("cpu", 1)]  # two devices as far as torch.device knows
+SHAPES = [(40, 300), (300, 40), (40, 300), (128, 96), (40, 300), (300, 40), (128, 96), (40, 300)]
+
+
+def make_jobs(dtype=torch.float32, rank=4) -> list[Job]:
+    torch.manual_seed(0)
+    linears = [nn.Linear(K, N, bias=False, dtype=dtype) for N, K in SHAPES]
+    weights = [weight_of(linear) for linear in linears]
+    return [Job(f"module '{i}'", W, rank, Recipe().pinned(rank, W.shape)) for i, W in enumerate(weights)]
+
+
+def made(jobs: list[Job], **options) -> list[tuple]:
+    results = {}
+
+    def keep(i, A, B):
+        assert i not in results
+        results[i] = A, B
+
+    factor(jobs, keep, progress=False, **options)
+    return [results[i] for i in range(len(jobs))]
+
+
+def test_every_layer_gets_the_bits_it_gets_alone():
+    for dtype in (torch.float32, torch.bfloat16):
+        jobs = make_jobs(dtype)
+        for job, (A, B) in zip(jobs, made(jobs), strict=True):
+            U, S, Vh = truncated_svd(job.weight.read(), job.rank)
+            assert torch.equal(B, U) and torch.equal(A, S[:, None] * Vh)
+
+
+def test_devices_share_the_layers():
+    jobs = make_jobs()
+    threads = set()
+
+    def keep(i, A, B):
+        threads.add(threading.current_thread())
+        results[i] = A, B
+
+    results = {}
+    factor(jobs, keep, devices=TWO, progress=False)
+    assert len(threads) == 2 and threading.main_thread() not in threads
+    for i, (A, B) in enumerate(made(jobs)):
+        assert torch.equal(results[i][0], A) and torch.equal(results[i][1], B)
+
+
+@pytest.mark.parametrize("devices", [None, [CPU], TWO], ids=["where they are", "one", "two"])
+def test_a_weight_that_is_not_finite_is_named(devices):
+    jobs = make_jobs()
+    with torch.no_grad():
+        jobs[5].weight.read()[3, 7] = float("inf")
+    with pytest.raises(ValueError, match=r"module '5': W: has a largest magnitude of inf, must be finite"):
+        made(jobs, devices=devices)
+    assert torch.get_num_threads() >= 1 and not torch.is_autocast_enabled("cpu")
+
+
+def test_what_the_caller_raises_comes_through():
+    for devices in (None, TWO):
+        with pytest.raises(KeyError, match="full"):
+            factor(make_jobs(), lambda i, A, B: {}["full"], devices=devices, progress=False)
+
+
+@pytest.fixture
+def four_places(monkeypatch):
+    """Groups of up to four, as on a GPU."""
+    for module in (svd, factors):
+        monkeypatch.setattr(module, "group_size", lambda *_: 4)
+
+
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_a_group_gives_each_weight_the_same_bits_whichever_others_it_holds(four_places, method):
+    weights = list(torch.randn(7, 60, 200))
+    weights[2] = weights[2][:, :1] @ torch.ones(1, 200)  # of rank 1
+    weights[4] = weights[4] * 1e-20
+    weights[5] = weights[5] * 0
+    how = plan(4, (60, 200), method=method, n_iter=2, block=8)
+    alone = [[t[0] for t in next(svd.decompose([[W]], 4, how))] for W in weights]
+    groups = [weights[:4], weights[4:]], [weights[6:], weights[2:6], weights[:2]]
+    orders = [0, 1, 2, 3, 4, 5, 6], [6, 2, 3, 4, 5, 0, 1]
+    for grouping, order in zip(groups, orders, strict=True):
+        found = [triplet for group in svd.decompose(grouping, 4, how) for triplet in zip(*group, strict=True)]
+        for triplet, i in zip(found, order, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(triplet, alone[i], strict=True)), i
+
+
+def test_groups_agree_with_single_weights(four_places):
+    jobs = make_jobs()
+    grouped = made(jobs)
+    for job, (A, B) in zip(jobs, grouped, strict=True):
+        U, S, Vh = torch.linalg.svd(job.weight.read().double(), full_matrices=False)
+        best = (U[:, :4] * S[:4]) @ Vh[:4]
+        W = job.weight.read().double()
+        assert (W - B.double() @ A.double()).norm() <= (W - best).norm() * (1 + 1e-3)
+        torch.testing.assert_close(A.double().norm(dim=1), S[:4], rtol=1e-3, atol=0)
+
+
+def test_weights_are_read_when_their_turn_comes_and_not_kept():
+    """A model larger than memory: one weight at a time is there, and what was made of it."""
+    alive, most = weakref.WeakSet(), 0
+    jobs = []
+    for i, job in enumerate(make_jobs()):
+        W = job.weight.read().clone()
+
+        def read(W=W):
+            nonlocal most
+            copy = W.clone()
+            alive.add(copy)
+            most = max(most, len(alive))
+            return copy
+
+        weight = factors.Weight(job.weight.shape, torch.float32, CPU, True, read)
+        jobs.append(Job(f"module '{i}'", weight, 4, job.recipe))
+    made(jobs)
+    assert most == 1
+
+
+def test_the_workspace_is_bounded_before_anything_is_read():
+    gpu = torch.device("cuda", 0)
+    weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, lambda: pytest.fail("was read"))
+    recipe = Recipe().pinned(64, weight.shape)
+    with pytest.raises(
+        ValueError, match=r"workspace: got 1000 bytes, must be at least \d+ for module 'up' of shape 8192"
+    ):
+        factor([Job("module 'up'", weight, 64, recipe)], pytest.fail, devices=[gpu], workspace=1000, progress=False)
+    # 70B on a card of 24 GB: the largest weight of Llama 3 70B, with the default workspace, twice over.
+    job = Job("module 'up'", weight, 64, recipe)
+    assert 1 <= factors._weights_at_once(job, gpu, factors.WORKSPACE) <= 16
+    assert factors.WORKSPACE <= 5e9
+
+
+def test_a_read_in_another_dtype_than_announced_goes_apart():
+    """4-bit weights are announced in the dtype they compute in and read in fp32."""
+    jobs = make_jobs(torch.bfloat16)
+    wide = [Job(j.label, factors.Weight(j.weight.shape, j.weight.dtype, CPU, True, lambda j=j: j.weight.read().float()),
+                j.rank, j.recipe) for j in jobs]  # fmt: skip
+    mixed = [job for pair in zip(jobs, wide, strict=True) for job in pair]
+    found, expected = made(mixed), made(jobs)
+    for i, (A, B) in enumerate(found):  # on a CPU bf16 is upcast, so that they are the same
+        assert torch.equal(A, expected[i // 2][0]) and torch.equal(B, expected[i // 2][1])
+
+
+def test_devices_are_checked():
+    assert compute_devices("cpu") == [CPU]
+    for bad, message in (([], "got no device"), ("meta", "must be the CPU or CUDA devices"), ("cuda:99", "torch sees")):
+        with pytest.raises(ValueError, match=f"device: {message}|device: got .*{message}"):
+            compute_devices(bad)
+
+
+@pytest.mark.gpu("truncated_svd")
+def test_a_gpu_streams_weights_from_the_host_within_its_workspace():
+    linears = [nn.Linear(4096, 1024, bias=False, dtype=torch.bfloat16) for _ in range(20)]
+    weights = [weight_of(linear) for linear in linears]
+    jobs = [Job(f"module '{i}'", W, 16, Recipe().pinned(16, W.shape)) for i, W in enumerate(weights)]
+    gpu = compute_devices("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    workspace = 400 * 2**20
+    host = {}
+    factor(jobs, lambda i, A, B: host.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=workspace)
+    assert torch.cuda.max_memory_allocated() - before <= workspace + 16 * 5120 * 16 * 4 * 2
+    for i in (0, 7, 19):
+        assert torch.equal(host[i][1], truncated_svd(linears[i].weight.detach().cuda(), 16)[0].cpu())
+    other = {}
+    factor(jobs, lambda i, A, B: other.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=2 * workspace)
+    assert all(torch.equal(a, b) for i in host for a, b in zip(host[i], other[i], strict=True))
