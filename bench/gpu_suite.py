@@ -42,6 +42,15 @@ WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
 WAY = ["--tokens", "512", "8192", "--rank", "64", "--mode", "graph", "--paths", *RIVALS]
 ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
+SVDS = [
+    "loraxs-svd",
+    "loraxs-precise",
+    "loraxs-krylov",
+    "loraxs-subspace",
+    "svd-lowrank-4",
+    "svd-lowrank-r",
+    "svd-full",
+]
 # (name, seconds it may take at most, arguments of `loraxs bench`); the headline first.
 # All of it takes more than ten minutes: with less, call twice, each time with some steps (--only).
 BENCHES: list[tuple[str, float, list[str]]] = [
@@ -56,7 +65,8 @@ BENCHES: list[tuple[str, float, list[str]]] = [
     ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
     ("forward", 60, ["layer", *WAY, "--direction", "forward"]),
     ("backward", 60, ["layer", *WAY, "--direction", "backward"]),
-    ("svd-small", 90, ["svd", "--rank", "16"]),
+    ("svd-ranks", 150, ["svd", "--rank", "4", "16", "256"]),
+    ("svd-paths", 120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
     ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
     ("compile-max", 120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
 ]
@@ -197,7 +207,7 @@ def summary(data: dict[str, Any]) -> str:
             speed = f"{row['T'] / row['seconds']['median']:,.0f} tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB"
             lines.append(f"step {row['path']} r {row['r']} checkpointing {row['checkpointing']}: {speed}")
         if "matrices" in row:
-            size = f"{row['matrices']} matrices r {row['r']}"
+            size = f"{row['matrices']} matrices r {row['r']} {row['path']}"
             lines.append(f"svd {size}: {row['seconds']['median']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]

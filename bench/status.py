@@ -22,7 +22,10 @@ COMPONENTS = {
         "interpreted and compiled ahead of time on a CPU; its tiles are counted, not measured; never run on an AMD GPU",
     ),
     "cuda backend": (["loraxs_kernels/backends/cuda.py", "csrc"], ""),
-    "truncated_svd": (["loraxs_kernels/svd.py"], "upcasts one half-precision matrix at a time"),
+    "truncated_svd": (
+        ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],
+        "split products, groups, streams from the host, several GPUs",
+    ),
     "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),
     "demo": (["loraxs_kernels/demo"], ""),
     "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),

@@ -234,8 +234,10 @@ def test_svd_rows():
     ok = {row["path"]: row for row in rows if row["r"] == 4}
     assert {"loraxs-svd", "svd-lowrank"} <= set(ok) and all(row["sigma_error"] < 1e-2 for row in ok.values())
     assert {row["reason"] for row in rows if row["r"] == 1000} == {"rank 1000 is above min(N, K) = 48"}
-    whole = svd.whole(tiny(model="tiny", shapes=[]), 4)
-    assert (whole["status"], whole["matrices"]) == ("ok", 2 * 7)
+    whole = list(svd.whole(tiny(questions=["svd"], model="tiny", shapes=[]), 4))
+    assert [row["path"] for row in whole] == ["loraxs-svd", "svd-lowrank"]
+    assert all((row["status"], row["matrices"]) == ("ok", 2 * 7) and row["sigma_error"] < 1e-2 for row in whole)
+    assert whole[0]["over"]["loraxs-svd"]["median"] == pytest.approx(1) and whole[1]["over"]["loraxs-svd"]["median"] > 0
 
 
 @pytest.mark.parametrize("name", MODELS)

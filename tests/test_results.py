@@ -165,7 +165,7 @@ def test_the_suite_sums_up_in_a_few_lines():
     data["tests"] = {"truncated_svd": {"sources": "0", "passed": 3, "failed": 1, "skipped": 0}}
     text = gpu_suite.summary(data)
     assert "truncated_svd: 3 passed, 1 failed, 0 skipped" in text and len(text.splitlines()) < 40
-    assert "tax % T 8192 r 64 bf16 graph: reference 38.2" in text and "svd 224 matrices r 64: 1.50 s" in text
+    assert "tax % T 8192 r 64 bf16 graph: reference 38.2" in text and "svd 224 matrices r 64 loraxs-svd: 1.50 s" in text
     assert "failed: layer compile: out of memory" in text
 
 

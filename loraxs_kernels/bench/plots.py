@@ -34,6 +34,12 @@ COLOURS = {
     "sklearn": "#e6550d",
     "svd-lowrank": "#b8860b",
     "svd-full": "#000000",
+    "loraxs-precise": "#08306b",
+    "loraxs-krylov": "#6baed6",
+    "loraxs-subspace": "#2ca02c",
+    "svd-lowrank-4": "#d9a441",
+    "svd-lowrank-r": "#8c6d31",
+    "svd-lowrank-4-r": "#e7cb94",
 }
 PANELS = 3  # in a row
 MOST_PANELS = 12

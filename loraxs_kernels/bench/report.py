@@ -23,7 +23,8 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')
     svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a
                  singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
-                 for a whole model: matrices, peak_bytes (beyond weights and results), and the errors of the last
+                 bytes (of every read of W, ours alone), peak_bytes (on a GPU, beyond weights and results); for a whole
+                 model matrices in place of N and K, and the errors of the last
 
 Files are added, never changed: a name that is taken gets a number.
 """

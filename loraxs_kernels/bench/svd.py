@@ -6,13 +6,15 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..linear import LoRAXSLinear
-from ..svd import truncated_svd
+from .. import basis
+from ..basis import Factors
+from ..model import attach, detach
+from ..svd import basis_columns, plan, truncated_svd
 from . import timer
 from .layer import Row, failure, release
 from .shapes import MODELS, Shape
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 SPIKES = 256
 WHOLE_ROUNDS = 2
-MIN_ROUNDS = 3  # a full decomposition may take minutes
+MIN_ROUNDS = 5  # a full decomposition may take minutes
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -46,9 +48,16 @@ def _sklearn(W: Tensor, r: int) -> Triplets:
     return tuple(torch.from_numpy(t).to(W.device) for t in (U, svd.singular_values_, svd.components_))
 
 
-def _svd_lowrank(W: Tensor, r: int) -> Triplets:
-    U, S, V = torch.svd_lowrank(W.float(), q=min(r + 10, *W.shape), niter=10)
-    return U[:, :r], S[:r], V[:, :r].T
+def _ours(**options: Any) -> Callable[[Tensor, int], Triplets]:
+    return lambda W, r: truncated_svd(W, r, **options)
+
+
+def _svd_lowrank(niter: int, more: int) -> Callable[[Tensor, int], Triplets]:
+    def run(W: Tensor, r: int) -> Triplets:
+        U, S, V = torch.svd_lowrank(W.float(), q=min(r + more, *W.shape), niter=niter)
+        return U[:, :r], S[:r], V[:, :r].T
+
+    return run
 
 
 def _full(W: Tensor, r: int) -> Triplets:
@@ -58,14 +67,21 @@ def _full(W: Tensor, r: int) -> Triplets:
 
 METHODS = {
     "loraxs-svd": Method("truncated_svd", truncated_svd),
+    "loraxs-precise": Method("truncated_svd, tier precise", _ours(tier="precise"), default=False),
+    "loraxs-krylov": Method("truncated_svd, krylov", _ours(method="krylov"), default=False),
+    "loraxs-subspace": Method("truncated_svd, subspace", _ours(method="subspace"), default=False),
     "sklearn": Method(
         "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)",
         _sklearn,
         missing=lambda: None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed",
     ),
-    "svd-lowrank": Method("torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank),
+    "svd-lowrank": Method("torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
+    "svd-lowrank-4": Method("torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10), default=False),
+    "svd-lowrank-r": Method("torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0), default=False),
+    "svd-lowrank-4-r": Method("torch.svd_lowrank, niter = 4, q = r", _svd_lowrank(4, 0), default=False),
     "svd-full": Method("torch.linalg.svd", _full, default=False),
 }
+WHOLE = ("loraxs-svd", "svd-lowrank")  # the methods that make the factors of a whole model
 
 
 def points(settings: Settings) -> int:
@@ -73,10 +89,10 @@ def points(settings: Settings) -> int:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """On a GPU a row for all linears of the model; then one for each method, shape and rank."""
+    """On a GPU the linears of the whole model, by each of WHOLE; then one row for each method, shape and rank."""
     if _whole(settings):
         for r in settings.ranks:
-            yield whole(settings, r)
+            yield from whole(settings, r)
     for shape in settings.shapes:
         highest = min(shape.N, shape.K)
         for r in (r for r in settings.ranks if r > highest):
@@ -134,10 +150,14 @@ def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, en
             return method.run(W, r)
 
         try:
-            facts[name] = accuracy(W, *call(), sigma, energy)
+            made, peak = _peak(call, settings)
+            facts[name] = accuracy(W, *made, sigma, energy) | peak
+            del made
             passes[name] = timer.Pass(call, 1)
         except Exception as error:
             yield where | failure(name, error)
+    if "loraxs-svd" in facts:
+        facts["loraxs-svd"]["bytes"] = bytes_read(W, r)
     try:
         samples = timer.interleave(passes, settings.device, settings.seconds, MIN_ROUNDS)
     except Exception as error:
@@ -152,6 +172,25 @@ def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, en
         yield row | {"noisy": timer.Spread.of(own).noisy}
 
 
+def bytes_read(W: Tensor, r: int) -> int:
+    """Every read of W by truncated_svd: for its peak, and twice a step or, where Q is all of its smaller side, once."""
+    how, m = plan(r, W.shape), min(W.shape)
+    return W.nbytes * (2 if basis_columns(m, how) == m else 1 + 2 * (how.n_iter + 1))
+
+
+def _peak(call: Callable[[], Any], settings: Settings) -> tuple[Any, Row]:
+    """What a call makes, and on a GPU the memory it took beyond that."""
+    if settings.device.type != "cuda":
+        return call(), {}
+    torch.cuda.synchronize(settings.device)
+    held = torch.cuda.memory_allocated(settings.device)
+    torch.cuda.reset_peak_memory_stats(settings.device)
+    made = call()
+    torch.cuda.synchronize(settings.device)
+    results = torch.cuda.memory_allocated(settings.device) - held
+    return made, {"peak_bytes": torch.cuda.max_memory_allocated(settings.device) - held - results}
+
+
 def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy: float) -> Row:
     """The largest relative error of a singular value; how much the reconstruction loses beyond the best of its rank."""
     r = len(S)
@@ -164,48 +203,69 @@ def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy:
     }
 
 
-def whole(settings: Settings, r: int) -> Row:
-    """Every linear of the model, resident in its dtype: the layers that `attach` would make, one after another.
+def whole(settings: Settings, r: int) -> Iterator[Row]:
+    """Every linear of the model, resident in its dtype: `attach` and a fingerprint of each layer, beside a loop.
 
     The accuracy is that of the last of them.
     """
     model = MODELS[settings.model]
-    row = {"question": "svd", "model": model.name, "r": r, "dtype": settings.dtype_name, "path": "loraxs-svd"}
+    where = {"question": "svd", "model": model.name, "r": r, "dtype": settings.dtype_name}
     blocks = settings.blocks or model.blocks
+    linears = None
     try:
-        linears = []
+        linears = nn.ModuleList()
         for i in range(blocks):
             for shape in model.shapes:
                 for j in range(shape.count):
                     linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
                     linear.weight = nn.Parameter(weight(shape, settings, 7 * i + j), requires_grad=False)
                     linears.append(linear)
-        row["matrices"] = len(linears)
-        gpu = settings.device.type == "cuda"
-        made: list[LoRAXSLinear] = []
-
-        def attach(some: list[nn.Linear]) -> None:
-            made.clear()
-            made.extend(LoRAXSLinear.from_linear(linear, r, init="svd") for linear in some)
-
-        attach(linears[: len(linears) // blocks])  # warm-up: one block
-        made.clear()
-        if gpu:
-            held = torch.cuda.memory_allocated(settings.device)
-            torch.cuda.reset_peak_memory_stats(settings.device)
-        samples = torch.tensor([timer.once(lambda: attach(linears)) for _ in range(WHOLE_ROUNDS)])
-        if gpu:  # beyond the weights and the results
-            results = sum(layer.A.nbytes + layer.B.nbytes + layer.R.nbytes for layer in made)
-            row["peak_bytes"] = torch.cuda.max_memory_allocated(settings.device) - held - results
-            row["seconds"] = dataclasses.asdict(timer.Spread.of(samples))
-        W, last = linears[-1].weight, made[-1]
-        A, B = last.A.float(), last.B.float()
-        S = A.norm(dim=1)
-        row |= accuracy(W, B, S, A / S[:, None], *truth(W))
-        noisy = timer.Spread.of(samples).noisy
-        return row | {"status": "ok", "rounds": WHOLE_ROUNDS, "over": {}, "noisy": noisy}
+        where["matrices"] = len(linears)
+        last = linears[-1].weight
+        sigma, energy = truth(last)
+        samples: dict[str, Tensor] = {}
+        for name in (name for name in WHOLE if name in settings.svd_paths):
+            make = _attached if name == "loraxs-svd" else _looped(METHODS[name])
+            make(linears[: len(linears) // blocks], r)  # warm-up: one block
+            made, peak = _peak(lambda make=make: make(linears, r), settings)
+            A, B = made[-1]
+            del made
+            S = A.float().norm(dim=1)
+            facts = accuracy(last, B.float(), S, A.float() / S[:, None], sigma, energy) | peak
+            rounds = WHOLE_ROUNDS if name == "loraxs-svd" else 1
+            samples[name] = torch.tensor([timer.once(lambda make=make: make(linears, r)) for _ in range(rounds)])
+            row = where | {"path": name, "status": "ok", "rounds": rounds} | facts
+            if settings.device.type == "cuda":
+                row["seconds"] = dataclasses.asdict(timer.Spread.of(samples[name]))
+            if name == "loraxs-svd":
+                row["bytes"] = sum(bytes_read(each.weight, r) for each in linears)
+            ours = timer.Spread.of(samples.get("loraxs-svd", samples[name])).median
+            row["over"] = {"loraxs-svd": dataclasses.asdict(timer.Spread.of(samples[name] / ours))}
+            yield row | {"noisy": timer.Spread.of(samples[name]).noisy}
     except Exception as error:
-        return row | failure("loraxs-svd", error)
+        yield where | failure("loraxs-svd", error)
     finally:
-        linears = made = None
+        linears = None
         release()
+
+
+def _attached(linears: nn.ModuleList, r: int) -> list[Factors]:
+    """A and B of every layer by `attach`, and what an adapter file knows them by."""
+    attach(linears, r, target_modules="all-linear", progress=False)
+    layers = list(linears)
+    for layer in layers:
+        basis.singular_values(layer.A)
+        basis.probes(layer.A, layer.R, layer.B)
+    detach(linears)
+    return [(layer.A, layer.B) for layer in layers]
+
+
+def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
+    def run(linears: nn.ModuleList, r: int) -> list[Factors]:
+        made = []
+        for W in (linear.weight for linear in linears):
+            U, S, Vh = method.run(W, r)
+            made.append(((S[:, None] * Vh).to(W.dtype), U.to(W.dtype)))
+        return made
+
+    return run

@@ -221,30 +221,30 @@ def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
 
 
 def svd(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
-    """How long the factors take, and how exact they are."""
-    rows = [row for row in ok if row["question"] == "svd" and "matrices" not in row]
-    if rows:
-        times = ["ms"] if gpu(report) else []
-        head = ["", *times, "time over truncated_svd", "largest error of a singular value", "excess reconstruction"]
+    """How long the factors take, and how exact they are: of one weight, and of all of a model."""
+    rows = [row for row in ok if row["question"] == "svd"]
+    for whole in (False, True):
+        group = [row for row in rows if whole == ("matrices" in row)]
+        if not group:
+            continue
+        errors = ["largest error of a singular value", "excess reconstruction"]
+        head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if gpu(report) else []), "time over truncated_svd", *errors]
         lines = []
-        for row in rows:
-            line = [f"{row['N']} x {row['K']} {row['dtype']} r {row['r']}: {METHODS[row['path']].what}"]
-            line += [f"{1e3 * row['seconds']['median']:.1f}{'~' * row['noisy']}"] if times else []
+        for row in group:
+            where = f"{row['matrices']} linears" if whole else f"{row['N']} x {row['K']}"
+            line = [f"{where} {row['dtype']} r {row['r']}: {METHODS[row['path']].what}"]
+            if gpu(report):
+                line += [f"{1e3 * row['seconds']['median']:.1f}{'~' * row['noisy']}"]
+                line += [f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else NO_FIGURE]
+                line += [_bandwidth(report, row if "bytes" in row else None)]
             excess = NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"
             lines.append([*line, _over(row, "loraxs-svd"), f"{row['sigma_error']:.1e}", excess])
-        notes = ("Excess: squared reconstruction error beyond the best of that rank, relative.", *_noise(lines))
-        yield Table("Truncated SVD of one weight", head, lines, notes)
-    for row in ok:
-        if row["question"] == "svd" and "matrices" in row and "seconds" in row:
-            cells = [f"{row['matrices']}, r {row['r']}, {row['dtype']}", f"{row['seconds']['median']:.2f}"]
-            cells += [f"{row['peak_bytes'] / 2**30:.2f}", f"{row['sigma_error']:.1e}"]
-            head = [
-                "linears",
-                "s",
-                "peak GiB beyond weights and results",
-                "largest error of a singular value (the last)",
-            ]
-            yield Table(f"Factors of every linear of {row['model']}", head, [cells])
+        notes = ["Excess: squared reconstruction error beyond the best of that rank, relative."]
+        if gpu(report):
+            notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
+        notes += ["Errors are those of the last one."] if whole else []
+        title = f"Factors of every linear of {group[0]['model']}" if whole else "Truncated SVD of one weight"
+        yield Table(title, head, lines, (*notes, *_noise(lines)))
 
 
 def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
