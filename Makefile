@@ -58,6 +58,6 @@ $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
 	$(PIP) gguf accelerate
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo-minilm
+$(VENV)/.test: $(VENV)/.demo-smollm2
 	$(PIP) --editable ".[demo,test]"
 	touch $@

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -121,10 +122,10 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
     one of the two that `truncated_svd` meets to rounding even where it has not converged.
     """
     if W.shape[0] <= W.shape[1]:
-        X = rademacher(W.shape[1], PROBES, 5, W.device)
-        got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X.double()
+        X = _probe_vectors(W.shape[1], 5, W.device)
+        got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X
     else:
-        X = rademacher(A.shape[0], PROBES, 5, W.device).double()
+        X = _probe_vectors(A.shape[0], 5, W.device)
         got = (W @ (A.double().t() @ X).to(W.dtype)).double()
         right = B.double() @ (singular_values(A).double().square()[:, None] * X)
     return float(((got - right).norm() / right.norm()).nan_to_num(nan=torch.inf))
@@ -175,4 +176,8 @@ def align_by_factors(R: Tensor, old: Factors, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _probe_vectors(length: int, seed: int, device: torch.device) -> Tensor:
-    return rademacher(length, PROBES, seed, device).double()
+    return _hashed(length, PROBES, seed, device).double()
+
+
+# A model has few lengths, and on a GPU the hash is some forty launches.  As int8, 28672 x 8 of them are 224 KiB.
+_hashed = lru_cache(maxsize=32)(rademacher)

