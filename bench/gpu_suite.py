@@ -58,7 +58,7 @@ BENCHES: list[tuple[str, float, list[str]]] = [
     ("chain", 100, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
     ("group", 45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
     ("host", 60, ["host"]),
-    ("svd", 120, ["svd", "--rank", "64"]),
+    ("svd", 150, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "sklearn", "svd-lowrank"]),
     ("decode", 90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
     ("step", 300, ["model", "--rank", "64", "--paths", "reference-fp32", "reference", "peft-lora", "compile"]),
     ("tokens", 120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .basis import Recipe
-from .svd import NotFinite, decompose, exact_matmul, group_size, working_bytes
+from .svd import Group, NotFinite, Plan, decompose, exact_matmul, group_size, working_bytes
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
@@ -116,6 +116,20 @@ def _made(
     jobs: Sequence[Job], queue: Sequence[int], device: torch.device, workspace: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(i, A, B) for the jobs of one device's queue."""
+    started: deque[list[int]] = deque()
+    try:
+        for U, S, Vh in decompose(_groups(jobs, queue, device, workspace, started)):
+            for i, U_i, S_i, Vh_i in zip(started[0], U, S, Vh, strict=True):
+                yield i, S_i[:, None] * Vh_i, U_i
+            started.popleft()
+    except NotFinite as error:
+        raise ValueError(f"{jobs[started[0][error.index]].label}: {error}") from None
+
+
+def _groups(
+    jobs: Sequence[Job], queue: Sequence[int], device: torch.device, workspace: int, started: deque[list[int]]
+) -> Iterator[Group]:
+    """The jobs of a queue, alike ones together, their weights read when they are asked for; `started` gets whose."""
     alike = defaultdict(list)
     for i in queue:
         job = jobs[i]
@@ -123,44 +137,26 @@ def _made(
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
     upload = _Upload(device) if device.type == "cuda" else None
     for (_, _, rank, how, seed), members in alike.items():
-        started: deque[list[int]] = deque()
-        groups = _groups([(i, jobs[i]) for i in members], device, workspace, upload, started)
-        try:
-            for U, S, Vh in decompose(groups, rank, how, seed):
-                for i, *triplet in zip(started.popleft(), U, S, Vh, strict=True):
-                    yield i, triplet[1][:, None] * triplet[2], triplet[0]
-        except NotFinite as error:
-            raise ValueError(f"{jobs[members[error.index]].label}: {error}") from None
+        batch: list[tuple[int, Tensor]] = []
 
+        def whole(batch: list = batch, rank: int = rank, how: Plan = how, seed: int = seed) -> Group:
+            started.append([i for i, _ in batch])
+            group = Group([W for _, W in batch], rank, how, seed)
+            batch.clear()
+            return group
 
-def _groups(
-    members: Sequence[tuple[int, Job]],
-    device: torch.device,
-    workspace: int,
-    upload: _Upload | None,
-    started: deque[list[int]],
-) -> Iterator[list[Tensor]]:
-    """The weights of alike layers on the device, read when they are asked for; `started` gets whose they are."""
-    weights: list[Tensor] = []
-    ids: list[int] = []
-    for i, job in members:
-        W = job.weight.read()
-        if W.device != device:
-            W = upload(W) if upload is not None else W.to(device)
-        if weights and W.dtype != weights[0].dtype:  # what is read need not have the dtype that was announced
-            started.append(ids)
-            yield weights
-            weights, ids = [], []
-        weights.append(W)
-        ids.append(i)
-        if len(weights) == _weights_at_once(job, device, workspace, W.dtype):
-            started.append(ids)
-            yield weights
-            weights, ids = [], []
-        del W
-    if weights:
-        started.append(ids)
-        yield weights
+        for i in members:
+            W = jobs[i].weight.read()
+            if W.device != device:
+                W = upload(W) if upload is not None else W.to(device)
+            if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
+                yield whole()
+            batch.append((i, W))
+            if len(batch) == _weights_at_once(jobs[i], device, workspace, W.dtype):
+                del W
+                yield whole()
+        if batch:
+            yield whole()
 
 
 def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torch.dtype | None = None) -> int:

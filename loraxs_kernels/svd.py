@@ -102,7 +102,7 @@ def truncated_svd(
             of each product is split into terms of W's dtype and the products are summed in fp32.  On a CPU one matrix
             at a time is.
         rank: r, 1 <= r <= min(m, n).
-        method: "krylov", "subspace", or "auto": krylov up to 1024 columns of Q, rank 160 by default.
+        method: "krylov", "subspace", or "auto": krylov where Q then has at most 512 columns, up to rank 72 by default.
         block: b >= r, columns of the start; None: r + 8 for krylov, 3 r / 2 for subspace, on multiples of 8.
         n_iter: q; each is two more reads of W.  None: 5 for krylov, 6 for subspace.
         tier: "standard", whose products are exact to 2^-9 where they only choose the subspace and to 2^-17 where they
@@ -136,18 +136,18 @@ def truncated_svd(
         return U, S, Vh
     matrices = W.reshape(-1, m, n).unbind()
     size = group_size((m, n), W.dtype, W.device, how)
-    groups = [matrices[i : i + size] for i in range(0, len(matrices), size)]
+    groups = (Group(matrices[i : i + size], rank, how, seed) for i in range(0, len(matrices), size))
     outputs = zip(
         U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
     )
-    for made, out in zip(decompose(groups, rank, how, seed), outputs, strict=True):
+    for made, out in zip(decompose(groups), outputs, strict=True):
         for target, value in zip(out, made, strict=True):
             target.copy_(value)
     return U, S, Vh
 
 
 class NotFinite(ValueError):
-    """A weight holds NaN or Inf; `index` is its place among those given to `decompose`."""
+    """A weight holds NaN or Inf; `index` is its place in its group."""
 
     def __init__(self, index: int, peak: float) -> None:
         super().__init__(f"W: has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
@@ -173,28 +173,32 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     return Q_and_Z + step + 6 * D * D * 8 + min(n, GRAM_ROWS) * D * 8
 
 
+@dataclass(frozen=True)
+class Group:
+    """Up to `group_size` weights of one shape, dtype and device, and what is to be made of them."""
+
+    weights: Sequence[Tensor]
+    rank: int
+    how: Plan
+    seed: int
+
+
 @torch.no_grad()
-def decompose(groups: Iterable[Sequence[Tensor]], rank: int, how: Plan, seed: int = 0) -> Iterator[Triplets]:
-    """(U, S, Vh) of each group of weights of one shape, dtype and device, stacked: (g, m, r), (g, r), (g, r, n).
+def decompose(groups: Iterable[Group]) -> Iterator[Triplets]:
+    """(U, S, Vh) of the weights of each group, in order, stacked: (g, m, r), (g, r), (g, r, n).
 
-    On a GPU the small eigenproblem of one group is solved on the host while the next one's products run.
-
-    Args:
-        groups: of up to `group_size` weights.
-        rank, how, seed: as for `truncated_svd`.
-
-    Raises NotFinite.
+    On a GPU the small eigenproblems of one group are solved on the host while the next one's products run.
+    Raises NotFinite, for the first group that was not yielded.
     """
     threads = torch.get_num_threads()
     # LAPACK runs fastest with a matrix to a thread (half the time of many threads on each, even on 2 cores).
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            pending, start = None, 0
-            for weights in groups:
-                begun = _Group(weights, start, rank, how, seed, pool)
-                start += len(weights)
-                on_cpu = weights[0].device.type == "cpu"
-                del weights  # no weight is held while the next ones are read
+            pending = None
+            for group in groups:
+                begun = _Started(group, pool)
+                on_cpu = group.weights[0].device.type == "cpu"
+                del group  # no weight is held while the next ones are read
                 if pending is not None:
                     yield pending.triplets()
                 pending, begun = begun, None
@@ -223,27 +227,26 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-class _Group:
-    """Weights of one shape on their way: all work up to the eigenproblem is under way once this is made."""
+class _Started:
+    """A group on its way: all work up to the eigenproblem is under way once this is made."""
 
-    def __init__(self, weights: Sequence[Tensor], start: int, rank: int, how: Plan, seed: int, pool: Executor) -> None:
-        self.start, self.rank, self.seed = start, rank, seed
+    def __init__(self, group: Group, pool: Executor) -> None:
+        self.seed, how, first = group.seed, group.how, group.weights[0]
         with exact_matmul():
-            first = weights[0]
             places = group_size(first.shape, first.dtype, first.device, how)
-            self.products = products = _Products(weights, places, TIERS[how.tier])
+            self.products = products = _Products(group.weights, places, TIERS[how.tier])
             if basis_columns(products.m, how) == products.m:  # all of the smaller side: Q is the identity
                 self.Q, self.Z = None, products.transposed()
             else:
-                self.Q, self.Z = (_krylov if how.method == "krylov" else _subspace)(products, how, seed)
-            self.eigenpairs = _eigenpairs(_gram(self.Z), len(weights), rank, pool)
+                self.Q, self.Z = (_krylov if how.method == "krylov" else _subspace)(products, how, group.seed)
+            self.eigenpairs = _eigenpairs(_gram(self.Z), len(group.weights), group.rank, pool)
 
     def triplets(self) -> Triplets:
         with exact_matmul():
             peaks, scales = self.products.facts()
             for i, peak in enumerate(peaks.tolist()):
                 if not peak < float("inf"):
-                    raise NotFinite(self.start + i, peak)
+                    raise NotFinite(i, peak)
             ritz, P = self.eigenpairs()
             # On the host, as `live` is: to ask the GPU would be to wait for the next group.
             S = ritz.clamp(min=0).sqrt()

@@ -12,7 +12,7 @@ from torch import nn
 from loraxs_kernels import factors, svd, truncated_svd
 from loraxs_kernels.basis import Recipe
 from loraxs_kernels.factors import Job, compute_devices, factor
-from loraxs_kernels.svd import plan
+from loraxs_kernels.svd import Group, plan
 from loraxs_kernels.weights import weight_of
 
 CPU = torch.device("cpu")
@@ -91,11 +91,12 @@ def test_a_group_gives_each_weight_the_same_bits_whichever_others_it_holds(four_
     weights[4] = weights[4] * 1e-20
     weights[5] = weights[5] * 0
     how = plan(4, (60, 200), method=method, n_iter=2, block=8)
-    alone = [[t[0] for t in next(svd.decompose([[W]], 4, how))] for W in weights]
+    alone = [[t[0] for t in next(svd.decompose([Group([W], 4, how, 0)]))] for W in weights]
     groups = [weights[:4], weights[4:]], [weights[6:], weights[2:6], weights[:2]]
     orders = [0, 1, 2, 3, 4, 5, 6], [6, 2, 3, 4, 5, 0, 1]
     for grouping, order in zip(groups, orders, strict=True):
-        found = [triplet for group in svd.decompose(grouping, 4, how) for triplet in zip(*group, strict=True)]
+        made = svd.decompose(Group(each, 4, how, 0) for each in grouping)
+        found = [triplet for group in made for triplet in zip(*group, strict=True)]
         for triplet, i in zip(found, order, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(triplet, alone[i], strict=True)), i
 

@@ -35,6 +35,7 @@ COLOURS = {
     "svd-lowrank": "#b8860b",
     "svd-full": "#000000",
     "loraxs-precise": "#08306b",
+    "loraxs-eigh-gpu": "#9e9ac8",
     "loraxs-krylov": "#6baed6",
     "loraxs-subspace": "#2ca02c",
     "svd-lowrank-4": "#d9a441",

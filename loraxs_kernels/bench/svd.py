@@ -7,11 +7,13 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from .. import basis
+from .. import svd as algorithm
 from ..basis import Factors
 from ..model import attach, detach
 from ..svd import basis_columns, plan, truncated_svd
@@ -65,9 +67,29 @@ def _full(W: Tensor, r: int) -> Triplets:
     return U[:, :r], S[:r], Vh[:r]
 
 
+def _eigh_on_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What `run` would be with the eigenproblem of truncated_svd by torch.linalg.eigh where the weights are."""
+
+    def eigenpairs(H: Tensor, count: int, rank: int, pool: object) -> Callable[[], tuple[Tensor, Tensor]]:
+        values, vectors = torch.linalg.eigh(H)
+        return lambda: (values.flip(-1)[:, :rank].cpu(), vectors.flip(-1)[..., :rank].cpu())
+
+    def other(*arguments: Any) -> Any:
+        with mock.patch.object(algorithm, "_eigenpairs", eigenpairs):
+            return run(*arguments)
+
+    return other
+
+
 METHODS = {
     "loraxs-svd": Method("truncated_svd", truncated_svd),
     "loraxs-precise": Method("truncated_svd, tier precise", _ours(tier="precise"), default=False),
+    "loraxs-eigh-gpu": Method(
+        "truncated_svd, its eigenproblem on the GPU",
+        _eigh_on_gpu(truncated_svd),
+        default=False,
+        missing=lambda: None if torch.cuda.is_available() else "there is no GPU",
+    ),
     "loraxs-krylov": Method("truncated_svd, krylov", _ours(method="krylov"), default=False),
     "loraxs-subspace": Method("truncated_svd, subspace", _ours(method="subspace"), default=False),
     "sklearn": Method(
@@ -81,7 +103,6 @@ METHODS = {
     "svd-lowrank-4-r": Method("torch.svd_lowrank, niter = 4, q = r", _svd_lowrank(4, 0), default=False),
     "svd-full": Method("torch.linalg.svd", _full, default=False),
 }
-WHOLE = ("loraxs-svd", "svd-lowrank")  # the methods that make the factors of a whole model
 
 
 def points(settings: Settings) -> int:
@@ -225,7 +246,7 @@ def whole(settings: Settings, r: int) -> Iterator[Row]:
         sigma, energy = truth(last)
         samples: dict[str, Tensor] = {}
         for name in (name for name in WHOLE if name in settings.svd_paths):
-            make = _attached if name == "loraxs-svd" else _looped(METHODS[name])
+            make = WHOLE[name]
             make(linears[: len(linears) // blocks], r)  # warm-up: one block
             made, peak = _peak(lambda make=make: make(linears, r), settings)
             A, B = made[-1]
@@ -269,3 +290,11 @@ def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
         return made
 
     return run
+
+
+# How the factors of a whole model are made.
+WHOLE = {
+    "loraxs-svd": _attached,
+    "loraxs-eigh-gpu": _eigh_on_gpu(_attached),
+    "svd-lowrank": _looped(METHODS["svd-lowrank"]),
+}
