@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +36,10 @@ CONV1D_MODELS = (
     "openai-gpt",
     "decision_transformer",
 )  # by config.json; their W is (K, N)
-EMBEDDINGS = ("embed", "lm_head", "wte", "wpe", "shared")  # parts of names that "all-linear" leaves out
+# Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
+EMBEDDINGS = re.compile(
+    r"(.*_)?embed(ding)?s?|embed_(tokens|positions|in|out)|lm_head|output_projection|wte|wpe|shared|relative_attention_bias"
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def make_basis(
         rank: r of every module.
         out: the file to write, in one step.
         target_modules, exclude_modules: as in `attach`, on the names of the tensors without ".weight"; "all-linear" is
-            every matrix but those with embed, lm_head, wte, wpe or shared in their names.
+            every matrix but embeddings and output embeddings, told by the last part of their names.
         seed, n_iter, tier: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         devices: to compute on, sharing the modules; None: the CPU.
@@ -142,15 +146,18 @@ def make_basis(
     weights, base_model = _checkpoint(Path(model))
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     jobs: list[Job] = []
-    for name, weight in weights.items():
+    for name, (shape, kind, weight) in weights.items():
         if exclude_modules and matches(name, exclude_modules):
             continue
-        if everything and (weight is None or any(part in name for part in EMBEDDINGS)):
+        if everything and (len(shape) != 2 or EMBEDDINGS.fullmatch(name.rpartition(".")[2])):
             continue
         if not everything and not matches(name, target_modules):
             continue
         if weight is None:
-            raise ValueError(f"target_modules: module {name!r} has no bf16, fp16, fp32 or fp64 matrix in {model}")
+            raise ValueError(
+                f"target_modules: module {name!r} of {model} has a weight of shape {tuple(shape)} and dtype {kind}, "
+                "must be a matrix of bf16, fp16, fp32 or fp64; leave it out, or attach to the loaded model"
+            )
         if not 1 <= rank <= min(weight.shape):
             raise ValueError(
                 f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}; "
@@ -187,8 +194,8 @@ def _entry(job: Job) -> dict[str, Any]:
     return {"rank": job.rank} | {key: value for key, value in asdict(job.recipe).items() if key != "name"}
 
 
-def _checkpoint(model: Path) -> tuple[dict[str, Weight | None], str]:
-    """{module: its weight, None where it is no matrix of floats} of a checkpoint, and the model's name."""
+def _checkpoint(model: Path) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
+    """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
     files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
     index = model / "model.safetensors.index.json"
     if index.is_file():
@@ -201,7 +208,7 @@ def _checkpoint(model: Path) -> tuple[dict[str, Weight | None], str]:
     config = model / "config.json"
     described = json.loads(config.read_text()) if config.is_file() else {}
     transposed = described.get("model_type") in CONV1D_MODELS
-    weights: dict[str, Weight | None] = {}
+    weights: dict[str, tuple[list[int], str, Weight | None]] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which is not there")
@@ -210,7 +217,8 @@ def _checkpoint(model: Path) -> tuple[dict[str, Weight | None], str]:
                 name, _, kind = key.rpartition(".")
                 if kind == "weight":
                     tensor = f.get_slice(key)
-                    weights[name] = _weight(file, key, tensor.get_shape(), tensor.get_dtype(), transposed)
+                    shape, dtype = tensor.get_shape(), tensor.get_dtype()
+                    weights[name] = shape, dtype, _weight(file, key, shape, dtype, transposed)
     return weights, described.get("_name_or_path") or (model.stem if model.is_file() else model.resolve().name)
 
 
@@ -224,7 +232,7 @@ def _weight(file: Path, key: str, shape: list[int], dtype: str, transposed: bool
         return W.mT if transposed else W
 
     N, K = reversed(shape) if transposed else shape
-    return Weight((N, K), DTYPES[dtype], torch.device("cpu"), True, read)
+    return Weight((N, K), DTYPES[dtype], torch.device("cpu"), True, False, read)
 
 
 @contextmanager

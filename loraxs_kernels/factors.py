@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .basis import Recipe
-from .svd import Group, NotFinite, Plan, decompose, exact_matmul, group_size, working_bytes
+from .svd import (
+    KEEP_BYTES,
+    Group,
+    NotFinite,
+    Plan,
+    can_sum_in_fp32,
+    check_device,
+    decompose,
+    exact_matmul,
+    group_size,
+    host_pool,
+    to_host,
+    working_bytes,
+)
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
@@ -47,15 +61,15 @@ def factor(
     Args:
         jobs: the layers.
         deliver: called as deliver(i, A, B) once for each job, in any order, one call at a time, with A and B on the
-            device that made them.
+            weight's device.
         devices: to compute on.  A weight that is on one of them is factored there, others are shared out and moved,
             host to GPU through two pinned buffers while the GPU works.  None: every weight on its own device.
         workspace: bytes on each GPU beside the weights that are there already and what is delivered.  A and B do not
             depend on it.
         progress: show a bar when it takes more than a second.
 
-    Raises ValueError, naming the layer, where a weight is not finite or the workspace holds not even one weight;
-    whatever a weight's `read` raises.
+    Raises ValueError, naming the layer, where a weight is not finite, is sharded while there are several devices, or
+    does not fit into the workspace; whatever a weight's `read` raises.
     """
     queues: dict[torch.device, list[int]] = defaultdict(list)
     load = dict.fromkeys(devices or (), 0)
@@ -63,23 +77,35 @@ def factor(
         device = job.weight.device
         if devices is not None and device not in load:
             device = min(load, key=load.__getitem__)
+        check_device(device, job.label)
+        _weights_at_once(job, device, workspace)  # raises before anything is read
         queues[device].append(i)
         if devices is not None:
             load[device] += job.weight.shape[0] * job.weight.shape[1]
-    for device, queue in queues.items():
-        for i in queue:
-            _weights_at_once(jobs[i], device, workspace)  # raises before anything is read
+    sharded = [job.label for job in jobs if job.weight.sharded]
+    if sharded and len(queues) > 1:
+        raise ValueError(
+            f"device: got {len(queues)} devices for {sharded[0]}, whose weight is sharded; must be one in each "
+            "process, so that all ranks gather in one order"
+        )
     stop, lock = threading.Event(), threading.Lock()
-    with tqdm(total=len(jobs), desc="LoRA-XS factors", unit="layer", delay=1, disable=not progress) as bar:
+    on_gpu = any(device.type == "cuda" for device in queues)
+    # What the caller's streams have under way comes first, and what is delivered is theirs.
+    streams = {device: torch.cuda.current_stream(device) for device in queues if device.type == "cuda"}
+    with (
+        tqdm(total=len(jobs), desc="LoRA-XS factors", unit="layer", delay=1, disable=not progress) as bar,
+        host_pool() if on_gpu else nullcontext() as pool,
+    ):
 
         def work(device: torch.device) -> None:
             try:
-                for i, A, B in _made(jobs, queues[device], device, workspace):
-                    if stop.is_set():
-                        return
-                    with lock:
-                        deliver(i, A, B)
-                        bar.update()
+                with torch.cuda.stream(streams.get(device)):
+                    for i, A, B in _made(jobs, queues[device], device, workspace, pool):
+                        if stop.is_set():
+                            return
+                        with lock:
+                            deliver(i, A, B)
+                            bar.update()
             except BaseException:
                 stop.set()
                 raise
@@ -100,7 +126,10 @@ def factor(
 
 def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -> list[torch.device]:
     """Devices to compute on, each with its index, so that it equals that of the tensors there."""
-    devices = [torch.device(each) for each in ([device] if isinstance(device, (str, torch.device)) else device)]
+    try:
+        devices = [torch.device(each) for each in ([device] if isinstance(device, (str, torch.device)) else device)]
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
     if not devices:
         raise ValueError("device: got no device, must be one or more, or None")
     for each in devices:
@@ -113,17 +142,34 @@ def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -
 
 @torch.no_grad()
 def _made(
-    jobs: Sequence[Job], queue: Sequence[int], device: torch.device, workspace: int
+    jobs: Sequence[Job], queue: Sequence[int], device: torch.device, workspace: int, pool: Executor | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, A, B) for the jobs of one device's queue."""
+    """(i, A, B) for the jobs of one device's queue, on the devices of their weights."""
     started: deque[list[int]] = deque()
+    coming: list[tuple[int, Callable[[], Tensor], Callable[[], Tensor]]] = []
+    groups = _groups(jobs, queue, device, workspace, started)
     try:
-        for U, S, Vh in decompose(_groups(jobs, queue, device, workspace, started)):
+        for U, S, Vh in decompose(groups, pool, min(KEEP_BYTES, workspace // 4)):
+            before, coming = coming, []
             for i, U_i, S_i, Vh_i in zip(started[0], U, S, Vh, strict=True):
-                yield i, S_i[:, None] * Vh_i, U_i
+                A, B = S_i[:, None] * Vh_i, U_i
+                coming.append((i, *(_towards(jobs[i].weight.device, t) for t in (A, B))))
             started.popleft()
+            # One group later: to wait for a copy now would be to wait for the products that were begun before it.
+            for i, A, B in before:
+                yield i, A(), B()
+        for i, A, B in coming:
+            yield i, A(), B()
     except NotFinite as error:
         raise ValueError(f"{jobs[started[0][error.index]].label}: {error}") from None
+
+
+def _towards(device: torch.device, t: Tensor) -> Callable[[], Tensor]:
+    """Starts to bring a tensor to the device it is for; the function waits for it."""
+    if device.type == "cpu":
+        return to_host(t)
+    there = t.to(device, non_blocking=True)
+    return lambda: there
 
 
 def _groups(
@@ -160,23 +206,28 @@ def _groups(
 
 
 def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torch.dtype | None = None) -> int:
-    """How many weights like this fit beside the working memory of two groups, one of them being prepared."""
+    """How many weights like this go together on a device.
+
+    A quarter of the workspace is for making one group, a quarter for those that wait for the host, half for the
+    weights of two groups, one of them on its way, where they are not on the device already.
+    """
     weight = job.weight
     dtype = dtype or weight.dtype
     how = job.recipe.plan(job.rank, weight.shape)
     places = group_size(weight.shape, dtype, device, how)
     if device.type == "cpu":
         return places
-    copies = weight.copies or weight.device != device
-    nbytes = weight.shape[0] * weight.shape[1] * dtype.itemsize if copies else 0
-    working = places * working_bytes(weight.shape, dtype, how)
-    room = workspace // 2 - working
-    if room < nbytes:
+    elements = weight.shape[0] * weight.shape[1]
+    nbytes = elements * dtype.itemsize if weight.copies or weight.device != device else 0
+    making = places * working_bytes(weight.shape, dtype, how)
+    if dtype.itemsize < 4 and not can_sum_in_fp32(device):
+        making += 4 * elements
+    if workspace < 4 * max(making, nbytes):
         raise ValueError(
-            f"workspace: got {workspace} bytes, must be at least {2 * (working + nbytes)} for {job.label} of shape "
+            f"workspace: got {workspace} bytes, must be at least {4 * max(making, nbytes)} for {job.label} of shape "
             f"{weight.shape[0]} x {weight.shape[1]} and rank {job.rank}"
         )
-    return min(places, room // nbytes) if copies else places
+    return min(places, workspace // 4 // nbytes) if nbytes else places
 
 
 class _Upload:
@@ -188,6 +239,8 @@ class _Upload:
 
     def __call__(self, W: Tensor) -> Tensor:
         """W on the GPU; the current stream waits for it, the host does not."""
+        if W.is_cuda:
+            return W.to(self.device, non_blocking=True)
         if not W.is_contiguous() and W.mT.is_contiguous():
             return self(W.mT).mT
         buffer, copied = self.buffers.popleft() if len(self.buffers) == 2 else (None, None)

@@ -161,6 +161,11 @@ class LoRAXSLinear(nn.Module):
         if factors is not None:
             self.A.copy_(factors[0])
             self.B.copy_(factors[1])
+        self.reset_R()
+
+    @torch.no_grad()
+    def reset_R(self) -> None:
+        """Draw R again."""
         self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -171,16 +171,23 @@ def _fill(
             there = basis.find(layer.recipe.name)
             layer.reset_parameters(basis.read(there, weight_of(layer.base_layer, layer.label), layer.label))
         else:
-            key = id(getattr(layer.base_layer, "weight", layer.base_layer)), layer.rank
+            # Only a parameter that the layer holds is the same object for as long: a property may make a new one.
+            held = layer.base_layer._parameters.get("weight")
+            whose = id(layer.base_layer if held is None else held)
+            key = whose, type(layer.base_layer), layer.rank, replace(layer.recipe, name="")
             if first.setdefault(key, layer) is not layer:
                 others.append((layer, first[key]))
     made = list(first.values())
     jobs = [Job(each.label, weight_of(each.base_layer, each.label), each.rank, each.recipe) for each in made]
 
+    @torch.no_grad()
     def deliver(i: int, A: Tensor, B: Tensor) -> None:
-        made[i].reset_parameters((A, B))
+        made[i].A.copy_(A)
+        made[i].B.copy_(B)
 
     factor(jobs, deliver, devices=devices, workspace=workspace, progress=progress)
+    for layer in made:
+        layer.reset_R()  # only now: it comes from the host, and each would have waited for the GPU
     for layer, like in others:
         layer.reset_parameters((like.A, like.B))
 

@@ -15,10 +15,14 @@ limit; both terms of a split factor go into one product, which reads W once.  Ne
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +31,11 @@ METHODS = ("krylov", "subspace")
 TIERS = {"standard": (1, 2), "precise": (3, 3)}  # half-precision terms of X in W X and of Q in W^T Q
 KRYLOV_COLUMNS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
 GROUP_BYTES = 256 * 2**20  # of working memory for the weights taken apart together on a GPU
-GROUP = 16  # and at most so many of them
+GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
+KEEP_BYTES = 512 * 2**20  # and what those may hold
 GRAM_ROWS = 4096  # of an fp64 copy at a time
-DROWNED = 1e-6  # eigenvalues of W W^T, over their sum, below which a power step buries them in rounding
+NARROW, PIECES = 128, 8  # a Gram of up to so many columns is summed in so many pieces
+LEAST = 1e-8  # of c, over the sum of the squares of the singular values: less, and rounding spoils the iteration
 
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -134,16 +140,24 @@ def truncated_svd(
     Vh = W.new_empty(*batch, rank, n, dtype=dtype)
     if not W.numel():
         return U, S, Vh
+    check_device(W.device, "W")
     matrices = W.reshape(-1, m, n).unbind()
     size = group_size((m, n), W.dtype, W.device, how)
     groups = (Group(matrices[i : i + size], rank, how, seed) for i in range(0, len(matrices), size))
     outputs = zip(
         U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
     )
-    for made, out in zip(decompose(groups), outputs, strict=True):
-        for target, value in zip(out, made, strict=True):
-            target.copy_(value)
+    with host_pool() if W.is_cuda else nullcontext() as pool:
+        for made, out in zip(decompose(groups, pool), outputs, strict=True):
+            for target, value in zip(out, made, strict=True):
+                target.copy_(value)
     return U, S, Vh
+
+
+def check_device(device: torch.device, what: str) -> None:
+    """ValueError for a device that truncated_svd does not know."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{what}: got a weight on {str(device)!r}, must be on a CPU or a CUDA device")
 
 
 class NotFinite(ValueError):
@@ -169,8 +183,10 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
     m, n = sorted(shape[-2:])
     itemsize, D = max(4, dtype.itemsize), basis_columns(m, how)
-    Q_and_Z, step = (m + n) * D * itemsize, 4 * m * how.block * 8 + 3 * n * how.block * itemsize
-    return Q_and_Z + step + 6 * D * D * 8 + min(n, GRAM_ROWS) * D * 8
+    kept = (m + n) * D * itemsize * (1 if how.method == "krylov" else 2)
+    step = (4 + TIERS[how.tier][0] / 2) * n * how.block * itemsize + 4 * m * how.block * 8
+    eigenproblem = min(n, GRAM_ROWS) * D * 8 + 3 * D * D * 8
+    return int(kept + max(step, eigenproblem))
 
 
 @dataclass(frozen=True)
@@ -184,66 +200,95 @@ class Group:
 
 
 @torch.no_grad()
-def decompose(groups: Iterable[Group]) -> Iterator[Triplets]:
+def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int = KEEP_BYTES) -> Iterator[Triplets]:
     """(U, S, Vh) of the weights of each group, in order, stacked: (g, m, r), (g, r), (g, r, n).
 
-    On a GPU the small eigenproblems of one group are solved on the host while the next one's products run.
+    On a GPU the small eigenproblems of some groups are solved by the host while the next ones' products run.
+
+    Args:
+        groups: read when their turn comes; their weights are let go when their products are under way.
+        pool: of the host, for groups on a GPU (`host_pool`).
+        keep: bytes that groups whose products are done may hold while they wait for the host.
+
     Raises NotFinite, for the first group that was not yielded.
     """
+    waiting: deque[_Started] = deque()
+    for group in groups:
+        begun = _Started(group, pool)
+        on_cpu = group.weights[0].device.type == "cpu"
+        del group
+        # As many as the host has threads for; on a CPU there is nothing to overlap.
+        while waiting and (
+            sum(each.count for each in waiting) >= GROUP or sum(each.nbytes for each in (*waiting, begun)) > keep
+        ):
+            yield waiting.popleft().triplets()
+        waiting.append(begun)
+        del begun
+        if on_cpu:
+            yield waiting.popleft().triplets()
+    while waiting:
+        yield waiting.popleft().triplets()
+
+
+@contextmanager
+def host_pool() -> Iterator[Executor]:
+    """Threads for the host's eigenproblems: one for each core this process may use, LAPACK with one thread in each.
+
+    That takes half the time of all threads on one matrix after another (D = 432, even on 2 cores).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, one process to a GPU
     threads = torch.get_num_threads()
-    # LAPACK runs fastest with a matrix to a thread (half the time of many threads on each, even on 2 cores).
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            pending = None
-            for group in groups:
-                begun = _Started(group, pool)
-                on_cpu = group.weights[0].device.type == "cpu"
-                del group  # no weight is held while the next ones are read
-                if pending is not None:
-                    yield pending.triplets()
-                pending, begun = begun, None
-                if on_cpu:  # nothing to overlap, and memory to save
-                    made, pending = pending.triplets(), None
-                    yield made
-            if pending is not None:
-                yield pending.triplets()
-        finally:
-            torch.set_num_threads(threads)  # of this thread it never changed, of threads to come it has
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # of this thread it never changed, of threads to come it has
 
 
 def rademacher(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
     """A (rows, columns) int8 matrix of +-1, each a hash of (seed, row, column): the same on every device."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
-    hashed = _mix(_mix(_mix(torch.tensor(seed, device=device)) + row) + column)
+    hashed = _mix(_mix(row + _mix(seed)) + column)
     return (1 - 2 * (hashed & 1)).to(torch.int8)
 
 
-def _mix(h: Tensor) -> Tensor:
-    """A 32-bit integer hash (C. Wellons' lowbias32) in int64 arithmetic, which wraps alike everywhere."""
+M = TypeVar("M", int, Tensor)
+
+
+def _mix(h: M) -> M:
+    """A 32-bit integer hash (C. Wellons' lowbias32) in arithmetic of 64 bits or more, which wraps alike everywhere."""
     h = h & 0xFFFFFFFF
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return h ^ (h >> 16)
 
 
+# The groups of one shape share their start; on a GPU the hash is some forty launches.
+_start = lru_cache(maxsize=4)(rademacher)
+_sign_vector = lru_cache(maxsize=16)(rademacher)
+
+
 class _Started:
     """A group on its way: all work up to the eigenproblem is under way once this is made."""
 
-    def __init__(self, group: Group, pool: Executor) -> None:
-        self.seed, how, first = group.seed, group.how, group.weights[0]
+    def __init__(self, group: Group, pool: Executor | None) -> None:
+        self.seed, self.count, how, first = group.seed, len(group.weights), group.how, group.weights[0]
         with exact_matmul():
             places = group_size(first.shape, first.dtype, first.device, how)
-            self.products = products = _Products(group.weights, places, TIERS[how.tier])
+            products = _Products(group.weights, places, TIERS[how.tier])
+            self.flip, self.facts = products.flip, products.facts
             if basis_columns(products.m, how) == products.m:  # all of the smaller side: Q is the identity
                 self.Q, self.Z = None, products.transposed()
             else:
                 self.Q, self.Z = (_krylov if how.method == "krylov" else _subspace)(products, how, group.seed)
-            self.eigenpairs = _eigenpairs(_gram(self.Z), len(group.weights), group.rank, pool)
+            self.eigenpairs = _eigenpairs(_gram(self.Z), self.count, group.rank, pool)
+        self.nbytes = self.Z.nbytes + (0 if self.Q is None else self.Q.nbytes)
 
     def triplets(self) -> Triplets:
         with exact_matmul():
-            peaks, scales = self.products.facts()
+            peaks, scales = self.facts()
             for i, peak in enumerate(peaks.tolist()):
                 if not peak < float("inf"):
                     raise NotFinite(i, peak)
@@ -254,11 +299,11 @@ class _Started:
             P, inverse = (_to_device(t, self.Z) for t in (P, 1 / S.where(live, 1)))
             U = P if self.Q is None else self.Q @ P
             V = self.Z @ P * inverse[:, None, :]
-            g = len(self.products.weights)
-            U, V = _finished(U, live, g, self.seed + 1), _finished(V, live, g, self.seed + 2)
+            U, V = (_finished(t, live, self.count, self.seed + i) for i, t in ((1, U), (2, V)))
             S = _to_device(S.where(live, 0) / scales[:, None], U)
-            U, V = (V, U) if self.products.flip else (U, V)
+            U, V = (V, U) if self.flip else (U, V)
             signs = _signs(U, self.seed)
+            g = self.count
             return (U * signs)[:g], S[:g], (V * signs).mT[:g]
 
 
@@ -281,10 +326,12 @@ class _Products:
         limit = 2.0**120 if self.dtype == torch.float32 else 2.0**1000
         scale = _power_of_two((1 / peak).clamp(1 / limit, limit))
         self.scale = scale.to(self.dtype)[:, None, None]
-        self.facts = _to_host(torch.stack([peak, scale]))
-        self.split = first.dtype != self.dtype and _can_sum_in_fp32(first)
-        if first.device.type == "cpu" and not self.split:
+        self.facts = to_host(torch.stack([peak, scale]))
+        self.split = first.dtype != self.dtype and can_sum_in_fp32(self.device)
+        if first.is_cpu and not self.split:
             weights = [W.to(self.dtype) for W in weights]
+        # The library may choose its kernel by the alignment: at an odd one a weight would get other bits than alone.
+        weights = [W.clone() if W.data_ptr() % 16 and not W.is_cpu else W for W in weights]
         self.weights = [W.mT if self.flip else W for W in weights]
 
     def times(self, X: Tensor) -> Tensor:
@@ -338,9 +385,9 @@ def _split(X: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _can_sum_in_fp32(W: Tensor) -> bool:
-    """Whether `_mm_in_fp32` can multiply this half-precision W; else it is upcast, one matrix at a time."""
-    return W.is_cuda and torch.version.hip is None and torch.__version__ >= (2, 8)
+def can_sum_in_fp32(device: torch.device) -> bool:
+    """Whether `_mm_in_fp32` can multiply half-precision weights there; else they are upcast, one matrix at a time."""
+    return device.type == "cuda" and torch.version.hip is None and torch.__version__ >= (2, 8)
 
 
 def _mm_in_fp32(W: Tensor, X: Tensor) -> Tensor:
@@ -355,7 +402,7 @@ def basis_columns(m: int, how: Plan) -> int:
 
 def _krylov(products: _Products, how: Plan, seed: int) -> tuple[Tensor, Tensor]:
     """Q (places, m, D), orthonormal, and Z = W^T Q."""
-    X = rademacher(products.n, how.block, seed, products.device).to(products.dtype)
+    X = _start(products.n, how.block, seed, products.device).to(products.dtype)
     Q = X.new_empty(products.places, products.m, basis_columns(products.m, how))
     Z = X.new_empty(products.places, products.n, Q.shape[-1])
     for k in range(0, Q.shape[-1], how.block):
@@ -369,21 +416,20 @@ def _subspace(products: _Products, how: Plan, seed: int) -> tuple[Tensor, Tensor
     """Q (places, m, b), orthonormal, and Z = W^T Q: a power step, then its Chebyshev polynomial of degree q.
 
     The polynomial is flat on [0, c], where c is about the square of the b-th singular value, and grows past it.
-    Where c is so small that rounding would bury the small values in the next step, the first is kept: it has
-    converged, but for what rounding hides.
+    Of the two subspaces the one that holds more of W is kept: where the values fall fast that may be the power step.
+    Values below 1e-4 of the largest are less exact than by `_krylov`.
     """
-    X = rademacher(products.n, how.block, seed, products.device).to(products.dtype)
-    first = now = _orthonormal(products.times(X))
+    first = now = _orthonormal(products.times(_start(products.n, how.block, seed, products.device).to(products.dtype)))
     Z_first = Z = products.transposed_times(first)
     H, before = _gram(Z), None
-    c, trace = _smallest(H), H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    sound, c = c > DROWNED * trace, c.where(c > 0, 1).to(Z.dtype)
+    c = torch.maximum(_smallest(H), LEAST * _trace(H)).clamp(min=torch.finfo(Z.dtype).tiny).to(Z.dtype)
     for _ in range(how.n_iter):
         now, before = _chebyshev(products.times(Z), now, before, c)
-        now, before = now.where(sound, first), before.where(sound, first)
         Z = products.transposed_times(now)
-    now = _orthonormal(now).where(sound, first)
-    return now, products.transposed_times(now).where(sound, Z_first)
+    now = _orthonormal(now)
+    Z = products.transposed_times(now)
+    better = _trace(_gram(Z)) > (1 + 1e-6) * _trace(H)  # by more than rounding
+    return now.where(better, first), Z.where(better, Z_first)
 
 
 def _chebyshev(MQ: Tensor, now: Tensor, before: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,44 +454,55 @@ def _orthonormal(Y: Tensor, Q: Tensor | None = None) -> Tensor:
 
 def _whitening(Y: Tensor) -> Tensor:
     """Upper triangular R (places, b, b) that makes the columns of Y R orthonormal, from the fp64 Gram (CholeskyQR)."""
-    return _inverse_factor(_gram(Y)).to(Y.dtype)
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    L = _cholesky(gram)
+    L, scale = _cholesky(_gram(Y))
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
-    return torch.linalg.solve_triangular(L, eye, upper=False).mT
+    return (scale[..., None] * torch.linalg.solve_triangular(L, eye, upper=False).mT).to(Y.dtype)
 
 
-def _cholesky(gram: Tensor) -> Tensor:
-    """L with L L^T = gram, lifted by 1e-14 of its trace so that a singular one has a factor too; of 0 the identity."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """L and a scale s (places, b) with L L^T = diag(s) gram diag(s), of unit diagonal, so that no column is too small.
+
+    The diagonal is lifted by 1e-14 b so that a singular one has a factor too.
+    """
+    d = gram.diagonal(dim1=-2, dim2=-1)
+    scale = d.rsqrt().where(d > 0, 1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky_ex(gram + eye * (1e-14 * trace).where(trace > 0, 1))[0]
+    lifted = gram * scale[..., None] * scale[..., None, :] + (1e-14 * gram.shape[-1]) * eye
+    return torch.linalg.cholesky_ex(lifted)[0], scale
 
 
 def _smallest(gram: Tensor) -> Tensor:
     """About the smallest eigenvalue, from above (places, 1, 1): the least pivot."""
-    return _cholesky(gram).diagonal(dim1=-2, dim2=-1).amin(-1).square()[..., None, None]
+    L, scale = _cholesky(gram)
+    return (L.diagonal(dim1=-2, dim2=-1) / scale).amin(-1).square()[..., None, None]
+
+
+def _trace(gram: Tensor) -> Tensor:
+    """(places, 1, 1)"""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def _gram(Y: Tensor) -> Tensor:
-    """Y^T Y (places, b, b) in fp64, some rows at a time."""
+    """Y^T Y (places, b, b) in fp64, some rows at a time; a narrow Y in pieces, for more of the GPU to work on."""
     out = torch.zeros(len(Y), Y.shape[-1], Y.shape[-1], dtype=torch.float64, device=Y.device)
     for rows in Y.split(GRAM_ROWS, dim=-2):
         rows = rows.double()
-        out.baddbmm_(rows.mT, rows)
+        if Y.is_cuda and Y.shape[-1] <= NARROW and rows.shape[-2] % PIECES == 0:
+            pieces = rows.unflatten(-2, (PIECES, -1))
+            out += (pieces.mT @ pieces).sum(1)
+        else:
+            out.baddbmm_(rows.mT, rows)
     return out
 
 
-def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor) -> Callable[[], tuple[Tensor, Tensor]]:
+def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor | None) -> Callable[[], tuple[Tensor, Tensor]]:
     """Starts on the r largest eigenvalues (places, r), descending, and eigenvectors (places, D, r) of H (places, D, D).
 
     Both in fp64 and on the host, zeros past `count`, by LAPACK, one matrix to a thread, while the GPU goes on to the
     next group: on the GPU torch.linalg.eigh goes through a batch of D > 32 one by one (pytorch issues 174674, 175585
     and 183806).
     """
-    there = _to_host(H)
+    there = to_host(H)
     ritz = torch.zeros(len(H), rank, dtype=H.dtype)
     P = torch.zeros(len(H), H.shape[-1], rank, dtype=H.dtype)
 
@@ -455,7 +512,7 @@ def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor) -> Callable[[]
             values, vectors = torch.linalg.eigh(H_i)
             ritz[i], P[i] = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
 
-    solved = (pool.map if H.is_cuda else map)(solve, range(count))
+    solved = (map if pool is None else pool.map)(solve, range(count))
 
     def wait() -> tuple[Tensor, Tensor]:
         for _ in solved:
@@ -465,13 +522,14 @@ def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor) -> Callable[[]
     return wait
 
 
-def _to_host(t: Tensor) -> Callable[[], Tensor]:
+def to_host(t: Tensor) -> Callable[[], Tensor]:
     """Starts a copy to the host; the function waits for it, and for nothing that comes after."""
     if t.device.type == "cpu":
         return lambda: t
     there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
     there.copy_(t, non_blocking=True)
-    copied = torch.cuda.current_stream(t.device).record_event()
+    # Those that wait sleep: their cores have eigenproblems to solve.
+    copied = torch.cuda.current_stream(t.device).record_event(torch.cuda.Event(blocking=True))
 
     def wait() -> Tensor:
         copied.synchronize()
@@ -505,7 +563,7 @@ def _completed(U: Tensor, live: Tensor, seed: int) -> Tensor:
 
 def _signs(U: Tensor, seed: int) -> Tensor:
     """+-1 for each column of U (places, 1, r): what makes its product with a hashed vector positive."""
-    products = rademacher(U.shape[-2], 1, seed + 3, U.device).double().mT @ U.double()
+    products = _sign_vector(U.shape[-2], 1, seed + 3, U.device).double().mT @ U.double()
     return torch.where(products < 0, -1.0, 1.0).to(U.dtype)
 
 

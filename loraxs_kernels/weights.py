@@ -34,6 +34,7 @@ class Weight:
     dtype: that the layer computes in, one of FLOATS; A and B take it where nothing else is asked for.
     device: of the layer, and of what `read` returns.
     copies: whether `read` makes a tensor, and does not hand out the one that is there.
+    sharded: whether `read` is a collective.
     read: makes W (N, K) as a dense tensor without a gradient, in one of FLOATS, which need not be `dtype`: W itself
         where it is plain (not to be written), else a copy that nothing here keeps.  A collective for a weight that is
         sharded over ranks: every rank must read the same layers in the same order.
@@ -43,6 +44,7 @@ class Weight:
     dtype: torch.dtype
     device: torch.device
     copies: bool
+    sharded: bool
     read: Callable[[], Tensor]
 
 
@@ -254,7 +256,8 @@ def _weight(
             )
         return W.detach()
 
-    return Weight(shape, dtype, device, copies, checked)
+    sharded = any(_is_dtensor(p) or hasattr(p, "ds_id") for p in layer.parameters(recurse=False))
+    return Weight(shape, dtype, device, copies, sharded, checked)
 
 
 def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:

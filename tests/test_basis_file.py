@@ -157,7 +157,10 @@ BAD = {
     "no folder": (["nowhere", "-r", "4"], "model: nowhere is no safetensors file and no folder"),
     "rank": (["toy", "-r", "30"], RANK),
     "no target": (["toy", "-r", "4", "--target-modules", "q"], r"target_modules: got \['q'\], which matches no"),
-    "no matrix": (["toy", "-r", "4", "--target-modules", "norm"], "module 'norm' has no bf16, fp16, fp32 or fp64"),
+    "no matrix": (
+        ["toy", "-r", "4", "--target-modules", "norm"],
+        r"module 'norm' of toy has a weight of shape \(24,\)",
+    ),
     "device": (["toy", "-r", "4", "--device", "cuda:77"], "device: got 'cuda:77', but torch sees"),
 }
 
@@ -169,6 +172,24 @@ def test_bad_arguments_of_init_write_nothing(checkpoint, tmp_path, monkeypatch, 
     assert main(["init", *arguments, "-o", "basis.safetensors"]) == 1
     assert re.search(f"loraxs init: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "basis.safetensors").exists()
+
+
+def test_all_linear_leaves_out_embeddings_alone(tmp_path):
+    """As in attach: an expert that is shared is a linear layer, T5's bias by position is not."""
+    matrices = ["embed_tokens", "0.relative_attention_bias", "lm_head", "shared", "0.shared_expert.up", "0.q_proj"]
+    state = {f"{name}.weight": torch.randn(20, 24) for name in matrices} | {"norm.weight": torch.ones(24)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    names = make_basis(tmp_path, 4, tmp_path / "out" / "basis.safetensors")
+    assert names == ["0.q_proj", "0.shared_expert.up"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+def test_quantised_checkpoints_are_refused_and_not_skipped(tmp_path, dtype):
+    state = {"0.gate.weight": torch.randn(8, 24), "0.q_proj.weight": torch.ones(20, 24).to(dtype)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"module '0.q_proj' of .* must be a matrix of bf16"):
+        make_basis(tmp_path, 4, tmp_path / "basis.safetensors")
+    assert make_basis(tmp_path, 4, tmp_path / "basis.safetensors", exclude_modules=["q_proj"]) == ["0.gate"]
 
 
 def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_weights_are_read_when_their_turn_comes_and_not_kept():
             most = max(most, len(alive))
             return copy
 
-        weight = factors.Weight(job.weight.shape, torch.float32, CPU, True, read)
+        weight = factors.Weight(job.weight.shape, torch.float32, CPU, True, False, read)
         jobs.append(Job(f"module '{i}'", weight, 4, job.recipe))
     made(jobs)
     assert most == 1
@@ -134,7 +135,7 @@ def test_weights_are_read_when_their_turn_comes_and_not_kept():
 
 def test_the_workspace_is_bounded_before_anything_is_read():
     gpu = torch.device("cuda", 0)
-    weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, lambda: pytest.fail("was read"))
+    weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, False, lambda: pytest.fail("was read"))
     recipe = Recipe().pinned(64, weight.shape)
     with pytest.raises(
         ValueError, match=r"workspace: got 1000 bytes, must be at least \d+ for module 'up' of shape 8192"
@@ -149,17 +150,52 @@ def test_the_workspace_is_bounded_before_anything_is_read():
 def test_a_read_in_another_dtype_than_announced_goes_apart():
     """4-bit weights are announced in the dtype they compute in and read in fp32."""
     jobs = make_jobs(torch.bfloat16)
-    wide = [Job(j.label, factors.Weight(j.weight.shape, j.weight.dtype, CPU, True, lambda j=j: j.weight.read().float()),
-                j.rank, j.recipe) for j in jobs]  # fmt: skip
+    wide = []
+    for job in jobs:
+        weight = replace(job.weight, copies=True, read=lambda job=job: job.weight.read().float())
+        wide.append(replace(job, weight=weight))
     mixed = [job for pair in zip(jobs, wide, strict=True) for job in pair]
     found, expected = made(mixed), made(jobs)
     for i, (A, B) in enumerate(found):  # on a CPU bf16 is upcast, so that they are the same
         assert torch.equal(A, expected[i // 2][0]) and torch.equal(B, expected[i // 2][1])
 
 
+def test_sharded_weights_are_gathered_by_one_thread():
+    jobs = make_jobs()
+    jobs[2] = replace(jobs[2], weight=replace(jobs[2].weight, sharded=True))
+    with pytest.raises(ValueError, match="device: got 2 devices for module '2', whose weight is sharded; must be one"):
+        made(jobs, devices=TWO)
+    assert len(made(jobs, devices=[CPU])) == len(jobs)
+
+
+def test_a_weight_elsewhere_is_refused():
+    job = make_jobs()[0]
+    job = replace(job, weight=replace(job.weight, device=torch.device("mps", 0)))
+    with pytest.raises(ValueError, match=r"module '0': got a weight on 'mps:0', must be on a CPU or a CUDA device"):
+        made([job])
+
+
+def test_the_hosts_threads_leave_the_callers_setting_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # torchrun's: each process still has a thread
+    before = torch.get_num_threads()
+    with svd.host_pool() as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
+    assert torch.get_num_threads() == before
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before]
+
+
 def test_devices_are_checked():
     assert compute_devices("cpu") == [CPU]
-    for bad, message in (([], "got no device"), ("meta", "must be the CPU or CUDA devices"), ("cuda:99", "torch sees")):
+    for bad, message in (
+        ([], "got no device"),
+        ("meta", "must be the CPU or CUDA devices"),
+        ("cuda:99", "torch sees"),
+        ("gpu", "Expected one of"),
+    ):
         with pytest.raises(ValueError, match=f"device: {message}|device: got .*{message}"):
             compute_devices(bad)
 
@@ -172,7 +208,7 @@ def test_a_gpu_streams_weights_from_the_host_within_its_workspace():
     gpu = compute_devices("cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    workspace = 400 * 2**20
+    workspace = 800 * 2**20
     host = {}
     factor(jobs, lambda i, A, B: host.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=workspace)
     assert torch.cuda.max_memory_allocated() - before <= workspace + 16 * 5120 * 16 * 4 * 2

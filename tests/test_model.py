@@ -157,6 +157,26 @@ class Tied(nn.Module):
         return self.blocks[1](self.b(self.a(x)))
 
 
+def test_weights_made_anew_at_every_access_are_not_taken_for_tied_ones():
+    """A parametrized weight is a new tensor each time, which may get the address of the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(40, 30)) for _ in range(6)))
+    weights = [layer.weight.detach().clone() for layer in model]
+    lx.attach(model, 4, target_modules="all-linear")
+    for layer, W in zip(model, weights, strict=True):
+        U, S, Vh = lx.truncated_svd(W, 4)
+        assert torch.equal(layer.B, U) and torch.equal(layer.A, S[:, None] * Vh)
+
+
+def test_a_linear_and_a_conv1d_with_one_weight_have_factors_of_their_own():
+    from transformers.pytorch_utils import Conv1D
+
+    linear, conv = nn.Linear(24, 24, bias=False), Conv1D(24, 24)
+    conv.weight = linear.weight
+    model = lx.attach(nn.Sequential(linear, conv), 4, target_modules="all-linear")
+    torch.testing.assert_close(model[0].B @ model[0].A, (model[1].B @ model[1].A).T)
+
+
 def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     from loraxs_kernels import model as models
 
