@@ -466,8 +466,8 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     d = gram.diagonal(dim1=-2, dim2=-1)
     scale = d.rsqrt().where(d > 0, 1)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lifted = gram * scale[..., None] * scale[..., None, :] + (1e-14 * gram.shape[-1]) * eye
+    lifted = gram * (scale[..., None] * scale[..., None, :])
+    lifted.diagonal(dim1=-2, dim2=-1).add_(1e-14 * gram.shape[-1])
     return torch.linalg.cholesky_ex(lifted)[0], scale
 
 

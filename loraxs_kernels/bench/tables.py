@@ -17,6 +17,7 @@ from .svd import METHODS
 from .timer import NOISY
 
 NO_FIGURE = "-"
+OURS = "loraxs-svd"
 
 
 @dataclass(frozen=True)
@@ -222,29 +223,49 @@ def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
 
 def svd(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     """How long the factors take, and how exact they are: of one weight, and of all of a model."""
-    rows = [row for row in ok if row["question"] == "svd"]
     for whole in (False, True):
-        group = [row for row in rows if whole == ("matrices" in row)]
-        if not group:
-            continue
-        errors = ["largest error of a singular value", "excess reconstruction"]
-        head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if gpu(report) else []), "time over truncated_svd", *errors]
-        lines = []
-        for row in group:
+        points: dict[str, dict[str, Row]] = {}
+        for row in (row for row in ok if row["question"] == "svd" and whole == ("matrices" in row)):
             where = f"{row['matrices']} linears" if whole else f"{row['N']} x {row['K']}"
-            line = [f"{where} {row['dtype']} r {row['r']}: {METHODS[row['path']].what}"]
+            points.setdefault(f"{where}, {row['dtype']}, r {row['r']}", {})[row["path"]] = row
+        if not points:
+            continue
+        names = [name for name in METHODS if any(name in point for point in points.values())]
+        rivals = [name for name in names if name != OURS]
+        head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if gpu(report) else []), "error", "excess"]
+        head += [f"{name}: {what}" for name in rivals for what in ("time", "error", "excess")]
+        lines = []
+        for where, point in points.items():
+            line = [where]
             if gpu(report):
-                line += [f"{1e3 * row['seconds']['median']:.1f}{'~' * row['noisy']}"]
-                line += [f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else NO_FIGURE]
-                line += [_bandwidth(report, row if "bytes" in row else None)]
-            excess = NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"
-            lines.append([*line, _over(row, "loraxs-svd"), f"{row['sigma_error']:.1e}", excess])
-        notes = ["Excess: squared reconstruction error beyond the best of that rank, relative."]
+                line += _svd_cost(report, point.get(OURS))
+            line += _svd_errors(point.get(OURS))
+            for name in rivals:
+                line += [_over(point.get(name), OURS), *_svd_errors(point.get(name))]
+            lines.append(line)
+        notes = [
+            "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
+            "value; excess: squared reconstruction error beyond the best of that rank, relative"
+            + ("; both of the last linear." if whole else ".")
+        ]
         if gpu(report):
             notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
-        notes += ["Errors are those of the last one."] if whole else []
-        title = f"Factors of every linear of {group[0]['model']}" if whole else "Truncated SVD of one weight"
+        notes += [f"{name}: {METHODS[name].what}." for name in rivals]
+        title = f"Factors of every linear of {row['model']}" if whole else "Truncated SVD of one weight"
         yield Table(title, head, lines, (*notes, *_noise(lines)))
+
+
+def _svd_cost(report: dict[str, Any], row: Row | None) -> list[str]:
+    if row is None:
+        return [NO_FIGURE] * 3
+    milliseconds = f"{1e3 * row['seconds']['median']:.1f}{'~' * row['noisy']}"
+    return [milliseconds, f"{row['peak_bytes'] / 2**20:,.0f}", _bandwidth(report, row)]
+
+
+def _svd_errors(row: Row | None) -> list[str]:
+    if row is None:
+        return [NO_FIGURE] * 2
+    return [f"{row['sigma_error']:.1e}", NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"]
 
 
 def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
