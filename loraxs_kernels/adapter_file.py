@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from torch.nn.utils import parametrize
 from . import basis
 from .atomic import write_atomically
 from .basis import Recipe
+from .factors import WORKSPACE, compute_devices
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
 from .weights import weight_of
@@ -108,7 +110,14 @@ def save_adapter(
 
 
 @torch.no_grad()
-def load_adapter(model: M, path: str | os.PathLike, *, progress: bool = True) -> M:
+def load_adapter(
+    model: M,
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
+    workspace: int = WORKSPACE,
+    progress: bool = True,
+) -> M:
     """Load an adapter file into a model, in place; the adapters are attached first where the model has none.
 
     A and B are recomputed from the model's own weights by the recipe in the file and checked: the estimated relative
@@ -118,7 +127,7 @@ def load_adapter(model: M, path: str | os.PathLike, *, progress: bool = True) ->
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
         path: of the file.
-        progress: show a bar when attaching takes more than a second.
+        device, workspace, progress: of the SVD, as in `attach`, where the adapters are attached here.
 
     Raises:
         FileNotFoundError: there is no such file.  ValueError: it is no whole adapter file of a version known here, or
@@ -128,7 +137,8 @@ def load_adapter(model: M, path: str | os.PathLike, *, progress: bool = True) ->
     header, entries, tensors = _read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if fresh:
-        _attach(model, header, entries, progress)
+        devices = None if device is None else compute_devices(device)
+        _attach(model, header, entries, devices=devices, workspace=workspace, progress=progress)
     try:
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
@@ -178,7 +188,7 @@ def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     }
 
 
-def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: bool) -> None:
+def _attach(model: nn.Module, header: dict, entries: dict[str, dict], **how: Any) -> None:
     """Attach the adapters of a file to a model that has none."""
     modules = dict(model.named_modules())
     for name in [*entries, *header["modules_to_save"]]:
@@ -189,7 +199,7 @@ def _attach(model: nn.Module, header: dict, entries: dict[str, dict], progress: 
         init = (entry["A"], entry["B"]) if entry["recipe"].init == "given" else entry["recipe"]
         options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
         options[name]["dtype"] = entry["dtype"] and getattr(torch, entry["dtype"])
-    install(model, options, header["modules_to_save"], progress=progress)
+    install(model, options, header["modules_to_save"], **how)
 
 
 def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:

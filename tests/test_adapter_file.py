@@ -183,6 +183,15 @@ def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
         assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
 
 
+def test_the_factors_of_a_loaded_adapter_can_be_computed_elsewhere(trained):
+    loaded = lx.load_adapter(mlp(), trained[1], device=["cpu"], workspace=2**30)
+    assert worst_error(loaded, deltas(trained[0])) == 0
+    model = mlp()
+    with pytest.raises(ValueError, match="device: got 'meta'"):
+        lx.load_adapter(model, trained[1], device="meta")
+    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+
+
 @pytest.mark.parametrize("how", [dict(portable=True), dict(save_factors=True)], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):
