@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,28 @@ def test_the_hosts_threads_leave_the_callers_setting_alone(monkeypatch):
     thread.start()
     thread.join()
     assert later == [before]
+
+
+@pytest.mark.parametrize("keep, most", [(10**9, 5), (7, 1), (24, 3), (1, 1)])
+def test_groups_on_a_gpu_wait_for_the_host_while_the_next_ones_begin(monkeypatch, keep, most):
+    """Up to 16 matrices may wait, or `keep` bytes, one group in any case; they come out in order."""
+    log = []
+
+    class Started:
+        def __init__(self, group, pool):
+            self.count, self.nbytes, self.name = len(group.weights), 8, group.seed
+            log.append(("begun", self.name))
+
+        def triplets(self):
+            log.append(("made", self.name))
+            return self.name
+
+    monkeypatch.setattr(svd, "_Started", Started)
+    on_gpu = [SimpleNamespace(device=torch.device("cuda", 0))] * 4
+    groups = (Group(on_gpu, 4, plan(4, (40, 300)), i) for i in range(9))
+    assert list(svd.decompose(groups, keep=keep)) == list(range(9))
+    waiting = [sum(1 if what == "begun" else -1 for what, _ in log[:i]) for i in range(len(log))]
+    assert max(waiting) == most + (keep < 10**9)  # and the one that was begun last
 
 
 def test_devices_are_checked():
