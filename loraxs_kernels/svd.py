@@ -8,8 +8,8 @@ the products with W, which are the library's and go through the group one by one
     both       Z = W^T Q,   Z^T Z = P diag(S^2) P^T,   U = Q P,   V = Z P / S          (Rayleigh-Ritz)
 
 X (n, b) is +-1 from a hash.  Reading W bounds the time: a bf16 weight of 4096 x 14336 is 117 MB, 27 us at 4.3 TB/s,
-and its product with b = 72 columns 8 to 17 GFLOP, 11 to 21 us at 790 TFLOP/s, so that the library's product is at the
-limit; both terms of a split factor go into one product, which reads W once.  Next in bytes is Z^T Z in fp64 (Z is
+and its product with b = 72 columns in two terms 17 GFLOP, 21 us at 790 TFLOP/s, so that the library's product is at the
+limit; all terms of a split factor go into one product, which reads W once.  Next in bytes is Z^T Z in fp64 (Z is
 25 MB there), then the orthogonalisation on the smaller side.
 """
 
@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 METHODS = ("krylov", "subspace")
-TIERS = {"standard": (1, 2), "precise": (3, 3)}  # half-precision terms of X in W X and of Q in W^T Q
+# Half-precision terms of X in W X and of Q in W^T Q.  With one term in W X delta W would be 2e-4 to 2e-3 from that of
+# a device that multiplies exactly, more than an adapter file accepts; with two it is below 1e-4, and up to r = 64 the
+# second one costs nothing beside reading W.
+TIERS = {"standard": 2, "precise": 3}
 KRYLOV_COLUMNS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
 GROUP_BYTES = 256 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
@@ -99,9 +102,10 @@ def truncated_svd(
 
     Block Krylov iteration (Musco and Musco, arXiv 1504.05477) or, for large ranks, subspace iteration with a
     Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007), from a start of +-1 that is a hash of
-    (seed, row, column).  The same arguments give the same bits on one device, alone or in a batch; two devices agree
-    to rounding.  Neither autocast nor the user's TF32 settings reach in.  Singular values that are zero to working
-    precision get orthonormal vectors all the same.
+    (seed, row, column).  The same arguments give the same bits on one device, alone or in a batch; U S Vh of two
+    devices agree to 1e-5, with tier "precise" to 2e-6, or as far as the spectrum tells the vectors apart.  Neither
+    autocast nor the user's TF32 settings reach in.  Singular values that are zero to working precision get orthonormal
+    vectors all the same.
 
     Args:
         W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  On a GPU half precision is never upcast: the other factor
@@ -111,8 +115,8 @@ def truncated_svd(
         method: "krylov", "subspace", or "auto": krylov where Q then has at most 512 columns, up to rank 72 by default.
         block: b >= r, columns of the start; None: r + 8 for krylov, 3 r / 2 for subspace, on multiples of 8.
         n_iter: q; each is two more reads of W.  None: 5 for krylov, 6 for subspace.
-        tier: "standard", whose products are exact to 2^-9 where they only choose the subspace and to 2^-17 where they
-            enter the values, or "precise": 2^-24 everywhere.  It is the same for fp32 and fp64 weights, and on a CPU.
+        tier: "standard", which splits the factors of a bf16 W into two terms, exact to 2^-17, or "precise": three
+            terms, 2^-24.  The two are the same for fp32 and fp64 weights, and on a CPU.
         seed: of the start.
 
     Returns:
@@ -122,8 +126,8 @@ def truncated_svd(
         their span.
 
     Raises:
-        TypeError: W is not a tensor of one of these dtypes.  ValueError: W has fewer than 2 dimensions or holds NaN
-        or Inf, or another argument is out of range.
+        TypeError: W is not a tensor of one of these dtypes.  ValueError: W has fewer than 2 dimensions, holds NaN or
+        Inf or has singular values past the range of the result, or another argument is out of range.
     """
     if not isinstance(W, Tensor) or W.dtype not in DTYPES:
         what = f"dtype {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
@@ -161,10 +165,10 @@ def check_device(device: torch.device, what: str) -> None:
 
 
 class NotFinite(ValueError):
-    """A weight holds NaN or Inf; `index` is its place in its group."""
+    """A weight, or what is made of it, holds NaN or Inf; `index` is its place in its group."""
 
-    def __init__(self, index: int, peak: float) -> None:
-        super().__init__(f"W: has a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(f"W: has {what}")
         self.index = index
 
 
@@ -184,7 +188,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     m, n = sorted(shape[-2:])
     itemsize, D = max(4, dtype.itemsize), basis_columns(m, how)
     kept = (m + n) * D * itemsize * (1 if how.method == "krylov" else 2)
-    step = (4 + TIERS[how.tier][0] / 2) * n * how.block * itemsize + 4 * m * how.block * 8
+    step = (4 + TIERS[how.tier] / 2) * n * how.block * itemsize + 4 * m * how.block * 8
     eigenproblem = min(n, GRAM_ROWS) * D * 8 + 3 * D * D * 8
     return int(kept + max(step, eigenproblem))
 
@@ -291,10 +295,13 @@ class _Started:
             peaks, scales = self.facts()
             for i, peak in enumerate(peaks.tolist()):
                 if not peak < float("inf"):
-                    raise NotFinite(i, peak)
+                    raise NotFinite(i, f"a largest magnitude of {peak}, must be finite (no NaN, no Inf)")
             ritz, P = self.eigenpairs()
             # On the host, as `live` is: to ask the GPU would be to wait for the next group.
             S = ritz.clamp(min=0).sqrt()
+            largest = (S[:, 0] / scales).to(self.Z.dtype)
+            for i in (~torch.isfinite(largest)).nonzero().flatten().tolist():
+                raise NotFinite(i, f"singular values past the range of {self.Z.dtype}, must be scaled down")
             live = 8 * torch.finfo(self.Z.dtype).eps * S[:, :1] < S
             P, inverse = (_to_device(t, self.Z) for t in (P, 1 / S.where(live, 1)))
             U = P if self.Q is None else self.Q @ P
@@ -314,7 +321,7 @@ class _Products:
     never to W.  Tensors are stacked to `places`, of which those past the weights hold zeros.
     """
 
-    def __init__(self, weights: Sequence[Tensor], places: int, terms: tuple[int, int]) -> None:
+    def __init__(self, weights: Sequence[Tensor], places: int, terms: int) -> None:
         first = weights[0]
         self.flip = first.shape[0] > first.shape[1]
         self.m, self.n = sorted(first.shape)
@@ -336,11 +343,11 @@ class _Products:
 
     def times(self, X: Tensor) -> Tensor:
         """W X (places, m, b) for X (places, n, b) or one X (n, b) for all."""
-        return self._each(self.weights, X, self.m, self.terms[0])
+        return self._each(self.weights, X, self.m)
 
     def transposed_times(self, Q: Tensor) -> Tensor:
         """W^T Q (places, n, b)."""
-        return self._each([W.mT for W in self.weights], Q, self.n, self.terms[1])
+        return self._each([W.mT for W in self.weights], Q, self.n)
 
     def transposed(self) -> Tensor:
         """W^T (places, n, m) itself, scaled, in the dtype of the products."""
@@ -349,7 +356,7 @@ class _Products:
             torch.mul(W.mT, scale, out=out_i)
         return out
 
-    def _each(self, weights: Sequence[Tensor], X: Tensor, rows: int, terms: int) -> Tensor:
+    def _each(self, weights: Sequence[Tensor], X: Tensor, rows: int) -> Tensor:
         dtype = weights[0].dtype
         if dtype == torch.float16:  # of little range: the factor as large as it can be
             before = _power_of_two(2.0**13 / X.abs().amax(dim=(-2, -1), keepdim=True).double()).to(self.dtype)
@@ -359,7 +366,7 @@ class _Products:
         X = (X * before).expand(self.places, -1, -1)
         out = torch.zeros(self.places, rows, X.shape[-1], dtype=self.dtype, device=X.device)
         if self.split:
-            X = _split(X, dtype, terms)
+            X = _split(X, dtype, self.terms)
         for W, X_i, after_i, out_i in zip(weights, X, after.expand(self.places, -1, -1), out, strict=False):
             if self.split:
                 product, *rest = reversed(_mm_in_fp32(W, X_i).split(out.shape[-1], dim=-1))  # the small terms first
@@ -508,9 +515,11 @@ def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor | None) -> Call
 
     def solve(i: int) -> None:
         H_i = there()[i]
-        if torch.isfinite(H_i).all():  # else W was not: `triplets` says so
+        if torch.isfinite(H_i).all():
             values, vectors = torch.linalg.eigh(H_i)
             ritz[i], P[i] = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+        else:  # as W was, and `triplets` says so
+            ritz[i] = torch.nan
 
     solved = (map if pool is None else pool.map)(solve, range(count))
 

@@ -119,14 +119,19 @@ def split_products(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_in_terms(split_products, dtype, method):
     W = with_spectrum(300, 400, power(300)).to(dtype)
-    truth = torch.linalg.svdvals(W.double())[:16]
+    truth, R = torch.linalg.svdvals(W.double())[:16], torch.randn(16, 16, dtype=torch.float64)
+    U, S, Vh = (t.double() for t in truncated_svd(W.float(), 16, method=method, n_iter=8))
+    exactly = U @ R @ (S[:, None] * Vh)
     block = plan(16, W.shape, method=method).block
-    for tier, widths, exact in (("standard", {block, 2 * block}, 1e-5), ("precise", {3 * block}, 1e-6)):
+    for tier, terms, near in (("standard", 2, 1e-4), ("precise", 3, 1e-5)):
         U, S, Vh = (t.double() for t in truncated_svd(W, 16, method=method, n_iter=8, tier=tier))
-        assert set(split_products) == widths  # W is read once for all terms
+        assert set(split_products) == {terms * block}  # W is read once for all terms
         split_products.clear()
-        assert ((S - truth) / truth).abs().max() < exact
+        assert ((S - truth) / truth).abs().max() < 1e-6
         low_rank = (U * S) @ Vh
+        # A device that multiplies otherwise finds the same delta W, so that it accepts the same adapter files.
+        delta = U @ R @ (S[:, None] * Vh)
+        assert (delta - exactly).norm() < near * exactly.norm()
         # B A = U U^T W is what the terms are for: the product with W, not only the subspace, is exact.
         assert (U @ (U.T @ W.double()) - low_rank).norm() < 4e-5 * low_rank.norm()
 
@@ -180,6 +185,11 @@ def test_dtypes(dtype):
 def test_fp64_at_the_ends_of_its_range():
     for value in (1.7e308, 5e-324):
         assert truncated_svd(torch.tensor([[value, 0.0]], dtype=torch.float64), 1)[1].item() == value
+
+
+def test_singular_values_past_the_range_are_an_error():
+    with pytest.raises(ValueError, match=r"W: has singular values past the range of torch.float32"):
+        truncated_svd(torch.full((300, 300), 3e38), 4)
 
 
 def test_fp16_near_overflow():
@@ -305,11 +315,9 @@ def test_a_gpu_finds_the_same_factors(shape, dtype, method):
     W = with_spectrum(*shape, power(min(shape))).to(dtype)
     here, there = (truncated_svd(each, 16, method=method) for each in (W, W.cuda()))
     assert all(t.is_cuda for t in there)
-    # One bf16 term in W X moves the subspace, where it has not converged, by what it rounds off.
-    torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-5 if method == "krylov" else 1e-3, atol=0)
+    torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-5, atol=0)
     low_rank = [(U.double().cpu() * S.double().cpu()) @ Vh.double().cpu() for U, S, Vh in (here, there)]
-    if method == "krylov":
-        assert (low_rank[0] - low_rank[1]).norm() <= 2e-4 * low_rank[0].norm()
+    assert (low_rank[0] - low_rank[1]).norm() <= 1e-4 * low_rank[0].norm()
     eye = torch.eye(16, dtype=torch.float64)
     for each in (there[0].mT, there[2]):
         each = each.double().cpu()
