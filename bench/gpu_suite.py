@@ -65,7 +65,7 @@ BENCHES: list[tuple[str, float, list[str]]] = [
     ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
     ("forward", 60, ["layer", *WAY, "--direction", "forward"]),
     ("backward", 60, ["layer", *WAY, "--direction", "backward"]),
-    ("svd-ranks", 150, ["svd", "--rank", "4", "16", "256"]),
+    ("svd-ranks", 200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", "svd-lowrank"]),
     ("svd-paths", 120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
     ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
     ("compile-max", 120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
