@@ -187,6 +187,14 @@ def test_fp64_at_the_ends_of_its_range():
         assert truncated_svd(torch.tensor([[value, 0.0]], dtype=torch.float64), 1)[1].item() == value
 
 
+@pytest.mark.parametrize("method, n_iter", [("krylov", 9), ("subspace", 25)])
+def test_fp64_weights_have_factors_of_fp64(method, n_iter):
+    check(with_spectrum(300, 500, power(300)), 8, 1e-12, method=method, n_iter=n_iter)
+    U, _, Vh = truncated_svd(with_spectrum(300, 500, power(300)), 8)
+    eye = torch.eye(8, dtype=torch.float64)
+    assert (U.T @ U - eye).abs().max() < 1e-12 and (Vh @ Vh.T - eye).abs().max() < 1e-12
+
+
 def test_singular_values_past_the_range_are_an_error():
     with pytest.raises(ValueError, match=r"W: has singular values past the range of torch.float32"):
         truncated_svd(torch.full((300, 300), 3e38), 4)
