@@ -71,8 +71,8 @@ def attach(
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
             adapter file beside R.
         basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
-            pair is checked against its weight.  The recipe is the file's, so that init, seed, n_iter and tier say
-            nothing (but for the seed of R).
+            pair is checked against its weight.  The recipe is the file's, its seed included: seed, n_iter and tier
+            given here say nothing.
         device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
             Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
         workspace: bytes the SVD may take on each GPU beside the weights that are there already.
