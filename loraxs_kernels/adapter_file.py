@@ -35,7 +35,6 @@ from .basis import Recipe
 from .factors import WORKSPACE, compute_devices
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
-from .weights import weight_of
 
 FORMAT_VERSION = 1
 
@@ -172,20 +171,9 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one layer; the recipe's name only where it is not the module's.
-
-    dtype: of A and B where it was chosen, null where it is the weight's: rounded to another, they are another basis.
-    """
+    """The numbers and the recipe of one layer; the recipe's name only where it is not the module's."""
     recipe = {k: v for k, v in asdict(layer.recipe).items() if k != "name" or v != name}
-    chosen = layer.recipe.init != "given" and layer.A.dtype != weight_of(layer.base_layer, layer.label).dtype
-    return {
-        "rank": layer.rank,
-        "alpha": layer.alpha,
-        "dropout": layer.dropout,
-        "sigma": layer.sigma,
-        "dtype": str(layer.A.dtype).removeprefix("torch.") if chosen else None,
-        **recipe,
-    }
+    return {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout, "sigma": layer.sigma, **recipe}
 
 
 def _attach(model: nn.Module, header: dict, entries: dict[str, dict], **how: Any) -> None:
@@ -198,7 +186,6 @@ def _attach(model: nn.Module, header: dict, entries: dict[str, dict], **how: Any
     for name, entry in entries.items():
         init = (entry["A"], entry["B"]) if entry["recipe"].init == "given" else entry["recipe"]
         options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
-        options[name]["dtype"] = entry["dtype"] and getattr(torch, entry["dtype"])
     install(model, options, header["modules_to_save"], **how)
 
 

@@ -35,6 +35,7 @@ class Recipe:
 
     init: "svd" (A = S_r V_r^T, B = U_r), "random" (Kaiming uniform, the paper's ablation) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
+    dtype: of A and B, by torch's name, where it is not the weight's: rounded to another they are another basis.
     method, block, n_iter, tier: of truncated_svd, unused by the other inits.  `pinned` puts what "auto" and None mean
         today in their place, so that a recipe in a file means the same tomorrow.
     """
@@ -42,6 +43,7 @@ class Recipe:
     init: str = "svd"
     seed: int = 0
     name: str = ""
+    dtype: str | None = None
     method: str = "auto"
     block: int | None = None
     n_iter: int | None = None
@@ -86,6 +88,11 @@ class Recipe:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a Recipe has it: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def singular_values(A: Tensor) -> Tensor:
     """The norms of the rows of A (r,), fp32: for A = S V^T the singular values S."""
     return torch.linalg.vector_norm(A.float(), dim=1)
@@ -128,7 +135,8 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
         X = _probe_vectors(A.shape[0], 5, W.device)
         got = (W @ (A.double().t() @ X).to(W.dtype)).double()
         right = B.double() @ (singular_values(A).double().square()[:, None] * X)
-    return float(((got - right).norm() / right.norm()).nan_to_num(nan=torch.inf))
+    error = (got - right).norm()
+    return float((error / right.norm()).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
 
 
 def sketch(A: Tensor, B: Tensor) -> Factors:

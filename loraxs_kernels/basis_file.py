@@ -30,12 +30,8 @@ from .weights import FLOATS, Weight
 
 FORMAT_VERSION = 1
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-CONV1D_MODELS = (
-    "gpt2",
-    "imagegpt",
-    "openai-gpt",
-    "decision_transformer",
-)  # by config.json; their W is (K, N)
+# By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
+CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 # Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
 EMBEDDINGS = re.compile(
     r"(.*_)?embed(ding)?s?|embed_(tokens|positions|in|out)|lm_head|output_projection|wte|wpe|shared|relative_attention_bias"
@@ -163,7 +159,8 @@ def make_basis(
                 f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}; "
                 "leave the module out with exclude_modules"
             )
-        recipe = Recipe("svd", seed, name, n_iter=n_iter, tier=tier).pinned(rank, weight.shape)
+        chosen = None if dtype in (None, weight.dtype) else basis.dtype_name(dtype)
+        recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, tier=tier).pinned(rank, weight.shape)
         jobs.append(Job(f"module {name!r}", weight, rank, recipe))
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
@@ -232,7 +229,7 @@ def _weight(file: Path, key: str, shape: list[int], dtype: str, transposed: bool
         return W.mT if transposed else W
 
     N, K = reversed(shape) if transposed else shape
-    return Weight((N, K), DTYPES[dtype], torch.device("cpu"), True, False, read)
+    return Weight((N, K), DTYPES[dtype], torch.device("cpu"), copies=True, sharded=False, read=read)
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .basis import INITS, Factors, Recipe
+from .basis import INITS, Factors, Recipe, dtype_name
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .svd import NotFinite
@@ -86,7 +87,7 @@ class LoRAXSLinear(nn.Module):
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
-                seed, n_iter and tier.
+                seed, n_iter and tier, and a dtype where none is given here.
             sigma: R ~ N(0, sigma^2).
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter, tier: of `truncated_svd`.
@@ -134,8 +135,9 @@ class LoRAXSLinear(nn.Module):
                     f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
                     "leave the module out or give it a smaller rank"
                 )
-            recipe = recipe.pinned(rank, (N, K))
-            A, B = (torch.empty(*size, dtype=dtype or W.dtype, device=W.device) for size in ((rank, K), (N, rank)))
+            dtype = dtype or (getattr(torch, recipe.dtype) if recipe.dtype else W.dtype)
+            recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
+            A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
         layer = cls(
             linear, A, R, B, alpha=rank if alpha is None else alpha, dropout=dropout, sigma=sigma, recipe=recipe

@@ -183,6 +183,17 @@ def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
         assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
 
 
+def test_saving_does_not_read_the_base(tmp_path):
+    """Which may have been packed, sharded or wrapped since the adapters were attached."""
+    model = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"]))
+    for _, layer in adapted_layers(model):
+        layer.base_layer.__class__ = type("Packed", (nn.Linear,), {"forward": None})
+    with pytest.raises(TypeError, match="got a Packed"):
+        model[0].reset_parameters()
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    assert worst_error(lx.load_adapter(mlp(), tmp_path / "a.safetensors"), deltas(model)) == 0
+
+
 def test_the_factors_of_a_loaded_adapter_can_be_computed_elsewhere(trained):
     loaded = lx.load_adapter(mlp(), trained[1], device=["cpu"], workspace=2**30)
     assert worst_error(loaded, deltas(trained[0])) == 0

@@ -116,6 +116,7 @@ def test_the_distance_to_a_weight(shape, dtype):
     if shape[0] == shape[1]:
         assert distance(W.T, A, B) > 0.3
     assert distance(torch.full(shape, float("nan"), dtype=dtype), A, B) == float("inf")
+    assert distance(0 * W, 0 * A, B) == 0
 
 
 def test_gpt2_stores_its_weights_the_other_way(tmp_path):
@@ -148,6 +149,8 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     assert len(names) == 5 and "layers.1.up" not in names and "stray.safetensors" not in opened
     with safe_open(out, framework="pt") as f:
         assert f.get_tensor("layers.0.up.A").dtype == torch.bfloat16
+    m = lx.attach(model(), 4, target_modules=["down"], basis=out)
+    assert m.layers[0]["down"].A.dtype == torch.bfloat16  # as the file says, in a model of fp32
     rank, recipe = read_basis(out).modules["layers.0.up"]
     assert (rank, recipe.tier, recipe.method, recipe.block, recipe.n_iter) == (4, "precise", "krylov", 16, 5)
 

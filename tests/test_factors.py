@@ -68,9 +68,10 @@ def test_a_weight_that_is_not_finite_is_named(devices):
     jobs = make_jobs()
     with torch.no_grad():
         jobs[5].weight.read()[3, 7] = float("inf")
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
     with pytest.raises(ValueError, match=r"module '5': W: has a largest magnitude of inf, must be finite"):
         made(jobs, devices=devices)
-    assert torch.get_num_threads() >= 1 and not torch.is_autocast_enabled("cpu")
+    assert before == (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))
 
 
 def test_what_the_caller_raises_comes_through():
@@ -142,10 +143,9 @@ def test_the_workspace_is_bounded_before_anything_is_read():
         ValueError, match=r"workspace: got 1000 bytes, must be at least \d+ for module 'up' of shape 8192"
     ):
         factor([Job("module 'up'", weight, 64, recipe)], pytest.fail, devices=[gpu], workspace=1000, progress=False)
-    # 70B on a card of 24 GB: the largest weight of Llama 3 70B, with the default workspace, twice over.
+    # The largest weight of Llama 3 70B fits the default workspace, which leaves a card of 24 GB most of its memory.
     job = Job("module 'up'", weight, 64, recipe)
     assert 1 <= factors._weights_at_once(job, gpu, factors.WORKSPACE) <= 16
-    assert factors.WORKSPACE <= 5e9
 
 
 def test_a_read_in_another_dtype_than_announced_goes_apart():
