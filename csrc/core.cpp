@@ -1,0 +1,37 @@
+// What of the interface is not a kernel: which instance of the GEMM, and what a status means.
+
+#include <cuda_runtime.h>
+
+#include "gemm_tail_instances.h"
+#include "loraxs.h"
+
+#ifndef LORAXS_ARCHITECTURES
+#error "CMakeLists.txt says for which architectures this is built"
+#endif
+
+extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
+#ifdef LORAXS_HOPPER
+  using Instance = int (*)(loraxs_gemm_tail_args const&);
+#define LORAXS_ROW(number, ...)                                                                \
+  {{loraxs::LORAXS_INSTANCE(bf16, 0, number), loraxs::LORAXS_INSTANCE(bf16, 1, number)},       \
+   {loraxs::LORAXS_INSTANCE(fp16, 0, number), loraxs::LORAXS_INSTANCE(fp16, 1, number)}},
+  static constexpr Instance instances[][2][2] = {LORAXS_TILES(LORAXS_ROW)};
+#undef LORAXS_ROW
+  constexpr int tiles = sizeof(instances) / sizeof(instances[0]);
+  if (args->tile < 0 || args->tile >= tiles || args->type < 0 || args->type > LORAXS_FP16) return LORAXS_NO_SUCH_KERNEL;
+  return instances[args->tile][args->type][args->transposed != 0](*args);
+#else
+  (void)args;
+  return LORAXS_NOT_BUILT_FOR;
+#endif
+}
+
+extern "C" const char* loraxs_message(int status) {
+  switch (status) {
+    case LORAXS_NO_SUCH_KERNEL: return "there is no kernel for this type, tile or rank";
+    case LORAXS_NOT_BUILT_FOR: return "the CUDA core was built without sm_90a, which this kernel needs";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(status));
+  }
+}
+
+extern "C" const char* loraxs_architectures(void) { return LORAXS_ARCHITECTURES; }

@@ -1,0 +1,105 @@
+// One GEMM of gemm_tail.cuh.  CMakeLists.txt compiles this file once for each LORAXS_TYPE (bf16, fp16), LORAXS_TRANSPOSED
+// (0, 1) and LORAXS_TILE (a number of gemm_tail_tiles.h), so that they compile side by side.
+
+#include <atomic>
+
+#include "gemm_tail.cuh"
+#include "gemm_tail_instances.h"
+
+namespace loraxs {
+namespace {
+
+namespace gemm = cutlass::gemm;
+namespace epilogue = cutlass::epilogue;
+
+struct Cooperative {
+  using Mainloop = gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = epilogue::TmaWarpSpecializedCooperative;
+};
+struct Pingpong {
+  using Mainloop = gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = epilogue::TmaWarpSpecialized;
+};
+
+template <int number>
+struct Choice;
+#define LORAXS_CHOICE(number, block_t, block_n, cluster, schedule) \
+  template <>                                                      \
+  struct Choice<number> {                                          \
+    using Tile = Shape<Int<block_t>, Int<block_n>, Int<kTileK>>;   \
+    using Cluster = Shape<Int<cluster>, _1, _1>;                   \
+    using Schedule = schedule;                                     \
+  };
+LORAXS_TILES(LORAXS_CHOICE)
+
+using bf16 = cutlass::bfloat16_t;
+using fp16 = cutlass::half_t;
+
+// Plain aliases, not members of a template: nested in one, the epilogue builder's break nvcc's host pass.
+using Type = LORAXS_TYPE;
+using Tile = Choice<LORAXS_TILE>::Tile;
+using Cluster = Choice<LORAXS_TILE>::Cluster;
+using Schedule = Choice<LORAXS_TILE>::Schedule;
+using RowMajor = cutlass::layout::RowMajor;
+using LayoutB = cute::conditional_t<LORAXS_TRANSPOSED, RowMajor, cutlass::layout::ColumnMajor>;
+constexpr int kAlignment = 16 / sizeof(Type);
+
+using Epilogue = typename epilogue::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+    epilogue::collective::EpilogueTileAuto, float, float, Type, RowMajor, kAlignment, Type, RowMajor, kAlignment,
+    Schedule::Epilogue,
+    epilogue::fusion::LinCombPerColBias<Type, float, Type, Type, float>>::CollectiveOp;
+using Mainloop = TailMainloop<typename gemm::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Type, RowMajor, kAlignment, Type, LayoutB, kAlignment, float,
+    Tile, Cluster, gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+    Schedule::Mainloop>::CollectiveOp>;
+using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
+using Gemm = gemm::device::GemmUniversalAdapter<Kernel>;
+
+template <class Stride>
+Stride stride(loraxs_matrix const& matrix) {
+  if constexpr (cute::is_constant_v<1, decltype(get<0>(Stride{}))>) return Stride{_1{}, matrix.column, 0};
+  else return Stride{matrix.row, _1{}, 0};
+}
+
+template <class T>
+T const* data(loraxs_matrix const& matrix) { return static_cast<T const*>(matrix.data); }
+
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // devices for which it has been done
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  uint64_t const bit = uint64_t(1) << (device & 63);
+  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(
+      cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace
+
+int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tail_args const& args) {
+  if (cudaError_t error = allow_shared_memory()) return error;
+  int const T = int(args.T), N = int(args.N), K = args.W.data ? int(args.K) : 0, r = int(args.r);
+  int const both = kTileK * (ceil_div(K, kTileK) + ceil_div(r, kTileK));
+  auto const y = static_cast<Type*>(args.y.data);
+  auto const y_stride = stride<typename Epilogue::StrideD>(args.y);
+  using StrideA = typename Mainloop::StrideA;
+  using StrideB = typename Mainloop::StrideB;
+  typename Gemm::Arguments arguments{
+      gemm::GemmUniversalMode::kGemm,
+      {T, N, both, 1},
+      {data<Type>(args.x), stride<StrideA>(args.x), data<Type>(args.W), stride<StrideB>(args.W),
+       data<Type>(args.u), stride<StrideA>(args.u), data<Type>(args.B), stride<StrideB>(args.B), K, r},
+      {{}, args.add ? y : nullptr, y_stride, y, y_stride},
+      {}};
+  arguments.epilogue.thread.beta = args.add ? 1.0f : 0.0f;
+  arguments.epilogue.thread.bias_ptr = static_cast<Type const*>(args.bias);
+  arguments.hw_info.sm_count = args.multiprocessors;
+  auto params = Kernel::to_underlying_arguments(arguments, nullptr);
+  auto const status = Gemm::run(params, args.stream, nullptr, args.overlap != 0);
+  return status == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace loraxs
