@@ -1,0 +1,342 @@
+// A GPU for csrc/device.cuh on a CPU: the kernels of shrink.cu and decode.cu run as they are, a fiber for each thread.
+//
+// What it finds out: wrong numbers, reads of memory that is not there yet (shared memory starts as NaN, an asynchronous
+// copy is NaN until it is waited for), barriers that not all threads reach, and, by running the threads in another order
+// (LORAXS_EMULATOR_ORDER), results that depend on it.  What it cannot: speed, bank conflicts, anything about TMA or wgmma.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "loraxs.h"
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+
+namespace loraxs::emulator {
+
+struct Barrier {
+  int expected, arrived = 0;
+  long generation = 0;
+  void arrive(std::function<void()> const& last = {}) {
+    if (++arrived < expected) return;
+    if (last) last();
+    arrived = 0, ++generation;
+  }
+};
+
+struct Copy {
+  void* to;
+  std::array<unsigned char, 16> bytes;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  void* lanes[32];
+};
+
+struct Block {
+  dim3 index;
+  int rank;
+  std::vector<unsigned char> memory;
+  unsigned char* shared;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  Block(dim3 index, int rank, int threads, int bytes)
+      : index(index), rank(rank), memory(bytes + 128, 0xff), barrier{threads}, warps(threads / 32) {
+    shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  }
+};
+
+struct Thread {
+  dim3 index;
+  Block* block;
+  ucontext_t context;
+  std::vector<unsigned char> stack;
+  bool done = false;
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> groups;
+  long cluster_generation = 0;
+  Warp& warp() { return block->warps[index.x / 32]; }
+  int lane() const { return index.x % 32; }
+};
+
+inline Thread* self;
+inline ucontext_t scheduler;
+inline dim3 grid;
+inline std::vector<std::unique_ptr<Block>>* cluster;
+inline Barrier* cluster_barrier;
+inline long progress;
+inline std::function<void()>* body;
+
+inline void yield() { swapcontext(&self->context, &scheduler); }
+
+inline void wait(Barrier& barrier, long generation) {
+  while (barrier.generation == generation) yield();
+  ++progress;
+}
+
+inline void sync(Barrier& barrier, std::function<void()> const& last = {}) {
+  long const generation = barrier.generation;
+  ++progress;
+  barrier.arrive(last);
+  wait(barrier, generation);
+}
+
+// Every lane of the warp hands in `mine`; the last one to come does `work` on all of them.
+template <class Record>
+void together(Record& mine, std::function<void(Record* const*)> const& work) {
+  Warp& warp = self->warp();
+  warp.lanes[self->lane()] = &mine;
+  sync(warp.barrier, [&] { work(reinterpret_cast<Record* const*>(warp.lanes)); });
+}
+
+inline void enter() {
+  (*body)();
+  self->done = true;
+  ++progress;
+  yield();
+}
+
+inline void run_cluster(std::vector<std::unique_ptr<Block>>& blocks, int threads) {
+  Barrier barrier{int(blocks.size()) * threads};
+  cluster = &blocks, cluster_barrier = &barrier;
+  std::vector<std::unique_ptr<Thread>> all;
+  for (auto& block : blocks) {
+    for (int i = 0; i < threads; ++i) {
+      auto thread = std::make_unique<Thread>();
+      thread->index = dim3(i), thread->block = block.get();
+      thread->stack.resize(1 << 17);
+      getcontext(&thread->context);
+      thread->context.uc_stack.ss_sp = thread->stack.data();
+      thread->context.uc_stack.ss_size = thread->stack.size();
+      makecontext(&thread->context, enter, 0);
+      all.push_back(std::move(thread));
+    }
+  }
+  char const* order = std::getenv("LORAXS_EMULATOR_ORDER");
+  if (order && *order) std::shuffle(all.begin(), all.end(), std::mt19937(unsigned(std::atoi(order))));
+  for (bool left = true; left;) {
+    long const before = progress;
+    left = false;
+    for (auto& thread : all) {
+      if (thread->done) continue;
+      self = thread.get();
+      swapcontext(&scheduler, &self->context);
+      left |= !thread->done;
+    }
+    if (left && progress == before) {
+      std::fprintf(stderr, "emulator: a barrier is waited for that not all threads reach\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace loraxs::emulator
+
+#define threadIdx (::loraxs::emulator::self->index)
+#define blockIdx (::loraxs::emulator::self->block->index)
+#define gridDim (::loraxs::emulator::grid)
+
+inline void __syncthreads() { loraxs::emulator::sync(loraxs::emulator::self->block->barrier); }
+inline void __syncwarp() { loraxs::emulator::sync(loraxs::emulator::self->warp().barrier); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  struct Record {
+    float in, out;
+  } mine{value, 0};
+  loraxs::emulator::together<Record>(mine, [mask](Record* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) lanes[lane]->out = lanes[lane ^ mask]->in;
+  });
+  return mine.out;
+}
+
+namespace loraxs {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline float widen(bf16 value) {
+  uint32_t const bits = uint32_t(value.bits) << 16;
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
+inline float widen(fp16 value) {
+  _Float16 found;
+  std::memcpy(&found, &value.bits, 2);
+  return float(found);
+}
+
+template <class T>
+uint16_t rounded(float value);
+template <>
+inline uint16_t rounded<bf16>(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+template <>
+inline uint16_t rounded<fp16>(float value) {
+  auto const found = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &found, 2);
+  return bits;
+}
+
+template <class T>
+uint32_t pair(float low, float high) {
+  return uint32_t(rounded<T>(high)) << 16 | rounded<T>(low);
+}
+
+template <class T>
+void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Record {
+    float* d;
+    uint32_t a[4], b[2];
+  } mine{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulator::together<Record>(mine, [](Record* const* lanes) {
+    float A[16][16], B[16][8];
+    auto const element = [](uint32_t both, int which) { return widen(T{uint16_t(both >> 16 * which)}); };
+    for (int lane = 0; lane < 32; ++lane) {
+      int const g = lane / 4, j = lane % 4;
+      for (int e = 0; e < 2; ++e) {
+        for (int i = 0; i < 4; ++i) A[g + 8 * (i % 2)][2 * j + 8 * (i / 2) + e] = element(lanes[lane]->a[i], e);
+        for (int i = 0; i < 2; ++i) B[2 * j + 8 * i + e][g] = element(lanes[lane]->b[i], e);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        int const row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+        lanes[lane]->d[e] += sum;
+      }
+    }
+  });
+}
+
+inline void load_transposed(uint32_t (&d)[4], void const* row) {
+  struct Record {
+    uint32_t* d;
+    void const* row;
+  } mine{d, row};
+  emulator::together<Record>(mine, [](Record* const* lanes) {
+    for (int q = 0; q < 4; ++q) {
+      for (int lane = 0; lane < 32; ++lane) {
+        uint16_t both[2];
+        for (int e = 0; e < 2; ++e) {
+          auto const from = static_cast<uint16_t const*>(lanes[8 * q + 2 * (lane % 4) + e]->row);
+          both[e] = from[lane / 4];
+        }
+        lanes[lane]->d[q] = uint32_t(both[1]) << 16 | both[0];
+      }
+    }
+  });
+}
+
+inline void copy_async(void* to, void const* from, int bytes) {
+  emulator::Copy copy{to, {}};
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes < 0 || bytes > 16) {
+    std::fprintf(stderr, "emulator: copy_async of %d bytes from %p to %p\n", bytes, from, to);
+    std::abort();
+  }
+  std::memcpy(copy.bytes.data(), from, bytes);
+  std::memset(to, 0xff, 16);
+  emulator::self->started.push_back(copy);
+}
+inline void copy_commit() {
+  emulator::self->groups.push_back(std::move(emulator::self->started));
+  emulator::self->started.clear();
+}
+template <int left>
+void copy_wait() {
+  auto& groups = emulator::self->groups;
+  for (; groups.size() > left; groups.pop_front()) {
+    for (auto const& copy : groups.front()) std::memcpy(copy.to, copy.bytes.data(), 16);
+  }
+}
+
+inline unsigned char* shared_memory() { return emulator::self->block->shared; }
+
+inline int cluster_size() { return int(emulator::cluster->size()); }
+inline int cluster_rank() { return emulator::self->block->rank; }
+inline void cluster_arrive() {
+  emulator::self->cluster_generation = emulator::cluster_barrier->generation;
+  ++emulator::progress;
+  emulator::cluster_barrier->arrive();
+}
+inline void cluster_wait() { emulator::wait(*emulator::cluster_barrier, emulator::self->cluster_generation); }
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+template <class T>
+T const* of_block(T const* mine, int rank) {
+  auto const offset = reinterpret_cast<unsigned char const*>(mine) - emulator::self->block->shared;
+  return reinterpret_cast<T const*>((*emulator::cluster)[rank]->shared + offset);
+}
+
+inline void launch_dependents() {}
+inline void wait_for_launch_before() {}
+
+struct Launch {
+  dim3 grid;
+  int threads, shared_bytes, cluster;
+  bool early;
+  loraxs_stream stream;
+};
+
+template <class Args>
+int launch(void (*kernel)(Args), Launch const& how, Args const& args) {
+  std::function<void()> body = [&] { kernel(args); };
+  emulator::body = &body, emulator::grid = how.grid;
+  for (unsigned y = 0; y < how.grid.y; ++y) {
+    for (unsigned x = 0; x < how.grid.x; x += how.cluster) {
+      std::vector<std::unique_ptr<emulator::Block>> blocks;
+      for (int rank = 0; rank < how.cluster; ++rank) {
+        blocks.push_back(
+            std::make_unique<emulator::Block>(dim3(x + rank, y), rank, how.threads, how.shared_bytes));
+      }
+      emulator::run_cluster(blocks, how.threads);
+    }
+  }
+  return LORAXS_OK;
+}
+
+}  // namespace loraxs
