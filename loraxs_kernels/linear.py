@@ -54,7 +54,7 @@ class LoRAXSLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("A", A)
-        self.register_buffer("B", B)
+        self.register_buffer("B", _padded(B))
         self.R = nn.Parameter(R)
         self.register_buffer("merged_weight", None, persistent=False)  # (N, K), while merged
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
@@ -282,12 +282,19 @@ class LoRAXSLinear(nn.Module):
             rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
             return t.to(result.device) if rounds else result
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        self.B = _padded(self.B)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.B = _padded(self.B)
 
 
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -319,6 +326,17 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         operands.append((W, A, layer.R, B, layer.scaling, bias))
     made = dict(zip(joined, together(h, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
+
+
+def _padded(B: Tensor) -> Tensor:
+    """B (N, r) in rows that begin at multiples of 8 elements, as the GPU's copy engine wants them: B itself where r is.
+
+    Ranks such as 12 or 25 are a view of wider storage; whatever lies beside it is never read.
+    """
+    r = B.shape[1]
+    if B.stride(0) % 8 == 0 or r % 8 == 0:
+        return B
+    return B.new_empty(B.shape[0], r + -r % 8)[:, :r].copy_(B)
 
 
 def _label(name: str) -> str:

@@ -104,6 +104,6 @@ def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):
     """Triton launches on torch's current device: another one is made current for the call."""
     module = backends.load("triton")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert module._on(torch.device("cuda", 0)) is module._on(torch.device("cpu"))
-    other = module._on(torch.device("cuda", 1))
+    assert module.on(torch.device("cuda", 0)) is module.on(torch.device("cpu"))
+    other = module.on(torch.device("cuda", 1))
     assert isinstance(other, torch.cuda.device) and other.idx == 1

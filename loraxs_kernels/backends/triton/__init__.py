@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import torch as torch_backend
-from .config import Config, Device, padded, pick_config, precision
+from ..device import empty, facts, on
+from .config import Config, padded, pick_config, precision
 
 OLDEST = (3, 2)
 GRAM_ON_CHIP = 64  # the widest padded rank whose gram is made beside z: a wider one would spill registers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NOTHING = nullcontext()
 
 
 def unavailable() -> str | None:
@@ -70,7 +68,7 @@ def lowrank_linear(
     (T, K), (N, r) = x.shape, B.shape
     if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
-    with _on(x.device):
+    with on(x.device):
         config = pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
         if config is not None:
             y, z, gram = low_rank(config, x, A, R, B, s, bias, out, other)
@@ -164,24 +162,3 @@ def dot_precision(which: str) -> tuple[str, str]:
     if torch.version.hip is not None:
         return "ieee", "ieee"
     return {"half": ("ieee", "tf32x3"), "tf32": ("tf32x3", "tf32x3"), "ieee": ("ieee", "ieee")}[which]
-
-
-def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory on the device of `like`: everything this backend allocates."""
-    return like.new_empty(shape, dtype=dtype)
-
-
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Launches go to torch's current device, which need not be the tensors'."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
-
-
-@lru_cache(maxsize=64)
-def facts(device: torch.device) -> Device:
-    """What of a device decides how a launch is cut."""
-    if device.type == "cpu":  # interpreted, as if on an H100
-        return Device((9, 0), 132)
-    found = torch.cuda.get_device_properties(device)
-    return Device((found.major, found.minor), found.multi_processor_count)

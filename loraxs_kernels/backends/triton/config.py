@@ -18,17 +18,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import Device
+
 TABLE = Path(__file__).with_name("configs.json")
 WIDEST = {"half": 128, "tf32": 128, "ieee": 32}  # by precision, the largest padded rank whose chain stays on chip
 _NEW_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 MOST = 32  # parts of z at most: every program of the expand reads them all
-
-
-class Device(NamedTuple):
-    """What of a GPU decides: never its name."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""The primitive with the CUDA core of csrc/: on Hopper the base GEMM itself, whose sum runs on into u B^T.
+
+config.py says which kernels a problem takes, core.py finds the core.  Many rows: shrink (z, u, gram), then the GEMM
+with a tail, or the library's GEMMs where that has no instance for the GPU or too few tiles.  Few rows: the library's
+GEMM, then the rest added in one launch.  fp32, fp64, empty operands and what is not on a GPU go to the torch backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import torch as torch_backend
+from ..device import empty, facts, on
+from ..torch import cast, scaled_mm
+from . import core
+from .config import SHRINK_ROWS, TOKENS, WIDEST_DECODE, Decode, Rows, pick, unsupported
+
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # loraxs.h
+_WIDE = 8  # 16-bit elements in the 16 bytes that TMA and wide copies want addresses and pitches in
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here; None: it can."""
+    if reason := core.missing():
+        return reason
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here (torch.cuda.is_available() is False); the torch backend runs on a CPU"
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's; the triton backend is for AMD's too"
+    return unsupported(torch.cuda.get_device_capability(), core.architectures())
+
+
+def lowrank_linear(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, z, gram), see backends/torch.py.
+
+    The workspace is u, T x r, and where blocks share K at most config.PARTS parts of z; r x r fp32 for each 64 rows,
+    where a gram is asked for.  Every sum has a fixed order: same inputs, same bits.
+    """
+    plan = None
+    if runs_here(x):
+        (T, K), (N, r) = x.shape, B.shape
+        plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
+    if plan is None:
+        return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
+    with on(x.device):
+        if isinstance(plan, Rows):
+            return _rows(plan, x, W, A, R, B, s, bias, out, other)
+        if W is not None:
+            out = F.linear(x, W, bias) if out is None else out.addmm_(x, W.t())
+            bias = None
+        y, z = _decode(plan, x, A, R, B, s, bias, out, None)
+        return y, z, None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
+
+
+def decode(
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = s R[index] x A^T B^T (+ bias) (+ out) and z = x A^T for few tokens, each with an R of its own, in one launch.
+
+    Args:
+        x (T, K), A (r, K), B (N, r), bias (N,): bf16 or fp16, any strides; T <= 64, r <= 128.
+        R: (n, r, r), fp32, bf16 or fp16, any strides; or (r, r), one for all tokens.
+        s: a number.
+        out: (T, N), written in place and returned; None: a new y.
+        index: (T,) int32 on x's device, which R a token uses; -1: none, its row of y gets the bias alone.  Values are
+            not checked: they must be below n.  None: R is one matrix.
+
+    Returns:
+        y (T, N) in x's dtype, z (T, r) in fp32.
+
+    Raises:
+        TypeError, ValueError: an operand is not the above; it is named.  RuntimeError: CUDA's own words.
+    """
+    (T, K), (N, r) = x.shape, B.shape
+    if not runs_here(x):
+        raise ValueError(f"x: got device {x.device}, must be an NVIDIA GPU")
+    if T > TOKENS:
+        raise ValueError(f"x: got {T} rows, must be at most {TOKENS}")
+    if r > WIDEST_DECODE:
+        raise ValueError(f"B: got rank {r}, must be at most {WIDEST_DECODE}")
+    if R.dtype not in _TYPES:
+        raise TypeError(f"R: got {R.dtype}, must be float32, bfloat16 or float16")
+    halves = {"x": x, "A": A, "B": B, "bias": bias, "out": out}
+    for name, t in halves.items():
+        if t is not None and (t.dtype != x.dtype or t.dtype not in _TYPES or t.dtype is torch.float32):
+            raise TypeError(f"{name}: got {t.dtype}, must be bfloat16 or float16 like x")
+    expected = {"A": (r, K), "R": (r, r) if index is None else (R.shape[0], r, r), "bias": (N,), "out": (T, N)}
+    for name, t in (halves | {"R": R}).items():
+        if t is not None and t.shape != expected.get(name, t.shape):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, must be {expected[name]}")
+    if index is not None and (index.dtype != torch.int32 or index.shape != (T,)):
+        raise TypeError(f"index: got shape {tuple(index.shape)} of {index.dtype}, must be ({T},) of int32")
+    for name, t in (halves | {"R": R, "index": index}).items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
+    plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
+    if plan is None:  # no rows or no columns: whatever R is, there is nothing to add
+        return torch_backend.lowrank_linear(x, None, A, R.new_zeros(r, r), B, s, bias, out)[:2]
+    with on(x.device):
+        return _decode(plan, x, A, R, B, s, bias, out, index)
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether the core's kernels can read x."""
+    return x.is_cuda
+
+
+def _decode(
+    plan: Decode,
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    out: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    (T, K), (N, r) = x.shape, B.shape
+    y = empty(x, (T, N), x.dtype) if out is None else out
+    z = empty(x, (T, r), torch.float32)
+    bias, index = _contiguous(bias), _contiguous(index)
+    R = R if R.dtype in _TYPES else R.float()
+    core.load().decode(
+        *(T, N, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(B), _matrix(y), 0 if R.dim() == 2 else R.stride(0)),
+        *(_address(index), _address(bias), _address(z), float(s), _TYPES[x.dtype], _TYPES[R.dtype], out is not None),
+        *(plan.cluster, plan.clusters, _stream(x)),
+    )
+    return y, z
+
+
+def _rows(
+    plan: Rows,
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    out: Tensor | None,
+    other: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = x if lies(x) == 0 else _laid(x)
+    if plan.shrink:
+        z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap)
+    else:
+        z = torch_backend.shrink(x, A)
+        u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
+        gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
+    if plan.tile is not None and (W is None or lies(W) is not None) and (out is None or lies(out) == 0):
+        y = gemm_tail(x, W, u, B, bias, out, plan.tile, plan.overlap)
+    else:
+        y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
+        y = y if W is None else y.addmm_(x, W.t())
+    if gram is not None and gram.dim() == 3:  # summed here, so that nothing comes between two launches that overlap
+        gram = gram[0] if len(gram) == 1 else gram.sum(0)
+    return y, z, gram
+
+
+def shrink(
+    x: Tensor, A: Tensor, R: Tensor, s: float, other: Tensor | None, split: int, overlap: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z = x A^T, u = s z R^T, and the gram s z^T other as a part for each 64 rows; r <= 64, see csrc/shrink.cu.
+
+    x has rows as `lies` wants them.
+    """
+    (T, K), r = x.shape, A.shape[0]
+    A = A if lies(A) is not None else _laid(A)
+    R = R if R.dtype is torch.float32 else R.float()
+    other = _contiguous(other)
+    z = empty(x, (T, r), torch.float32)
+    u = empty(x, (T, _up(r)), x.dtype)
+    parts = empty(x, (split, T, r), torch.float32) if split > 1 else None
+    gram = None if other is None else empty(x, (-(-T // SHRINK_ROWS), r, r), torch.float32)
+    core.load().shrink(
+        *(T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram)),
+        *(_address(parts), float(s), _TYPES[x.dtype], lies(A) == 1, split, overlap, _stream(x)),
+    )
+    return z, u[:, :r], gram
+
+
+def gemm_tail(
+    x: Tensor,
+    W: Tensor | None,
+    u: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    tile: int,
+    overlap: bool,
+) -> Tensor:
+    """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh; x, W, out as `lies` wants.
+
+    overlap: u may still be in the making by the launch before, if that is one of the core's.
+    """
+    (T, K), (N, r) = x.shape, B.shape
+    y = empty(x, (T, N), x.dtype) if out is None else out
+    u = u if lies(u) == 0 else _laid(u)
+    way = lies(B) if W is None else lies(W)
+    B = B if lies(B) is not None and lies(B) == way else _laid(B, bool(way))
+    bias = _contiguous(bias)
+    bias = bias.clone() if bias is not None and bias.data_ptr() % 16 else bias
+    core.load().gemm_tail(
+        *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
+        *(_address(bias), _TYPES[x.dtype], lies(B) == 1, tile, out is not None, overlap),
+        *(facts(x.device).multiprocessors, _stream(x)),
+    )
+    return y
+
+
+def lies(t: Tensor) -> int | None:
+    """0: rows of a matrix lie side by side, 1: columns do; None: neither, at addresses and pitches of 16 bytes."""
+    rows, columns = t.stride()
+    if t.data_ptr() % 16 == 0:
+        if columns == 1 and rows % _WIDE == 0 and rows >= t.shape[1]:
+            return 0
+        if rows == 1 and columns % _WIDE == 0 and columns >= t.shape[0]:
+            return 1
+    return None
+
+
+def _laid(t: Tensor, transposed: bool = False) -> Tensor:
+    """A copy that lies so: padded storage, of which this is a view."""
+    if transposed:
+        return _laid(t.t()).t()
+    return empty(t, (t.shape[0], _up(t.shape[1])), t.dtype)[:, : t.shape[1]].copy_(t)
+
+
+def _up(n: int) -> int:
+    return -(-n // _WIDE) * _WIDE
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(-2), t.stride(-1)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0

@@ -1,0 +1,104 @@
+"""Which kernels of the core a problem takes, and how they are cut: a pure function of sizes, dtype and device.
+
+Counted, not measured yet; see csrc/*.cu for the counts.  Nothing here needs the core or a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..device import Device
+
+WIDEST_SHRINK, WIDEST_DECODE = 64, 128  # ranks
+TOKENS = 64  # rows that decode takes at most
+SHRINK_ROWS, SHRINK_COLUMNS = 64, 128  # what a block of the shrink takes at a time
+DECODE_COLUMNS = 16 * 8  # of y, that a program of the decode makes at a time, 16 a warp
+CLUSTER = 8  # the largest that every Hopper GPU can run
+PARTS = 32  # of z at most, where blocks share K: the second launch reads them all
+# csrc/gemm_tail_tiles.h: rows and columns of y, and what a tile costs beside its size, as narrow ones read more.
+TILES = {0: (128, 256, 1.0), 1: (128, 128, 1.1)}
+PAIR = 2  # programs above each other that share a tile of W: rows are padded to as many tiles
+LEAST_BUSY = 0.5  # share of the GPU that must have work for the GEMM here: the library's can split K
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One launch for few rows: `clusters` groups of `cluster` programs."""
+
+    cluster: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """z and u first, then y: by the GEMM with a tail, as tiles of a number, or (None) by the library's GEMMs."""
+
+    shrink: int  # blocks that share K; 0: z by the library
+    tile: int | None
+    overlap: bool  # of each launch's start with the end of the one before
+
+
+def pick(
+    T: int, N: int, K: int, r: int, dtype: torch.dtype, device: Device, architectures: tuple[str, ...]
+) -> Decode | Rows | None:
+    """The plan for x (T, K), A (r, K), B (N, r); None: there is nothing here for it, the torch backend computes it.
+
+    architectures: those the core was built for.  Operands that TMA or wide copies cannot read as they lie are the
+    launcher's affair (backends/cuda/__init__.py).
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or min(T, N, K) == 0 or max(T, N, K) >= 2**31:
+        return None
+    hopper = device.capability == (9, 0) and "90a" in architectures
+    if T <= TOKENS and r <= WIDEST_DECODE:
+        return _decode(N, K, device.multiprocessors, CLUSTER if hopper else 1)
+    shrink = _split(T, K, device.multiprocessors) if r <= WIDEST_SHRINK and K % 8 == 0 else 0
+    tile = _tile(T, N, device.multiprocessors) if hopper and K % 8 == N % 8 == 0 else None
+    return Rows(shrink, tile, overlap=hopper) if shrink or tile is not None else None
+
+
+def _decode(N: int, K: int, multiprocessors: int, largest: int) -> Decode:
+    """As many programs to a cluster as have 32 columns of x each, as many clusters as have columns of y."""
+    cluster = 1
+    while 2 * cluster <= largest and 2 * cluster * 32 <= K:
+        cluster *= 2
+    wanted = -(-N // (DECODE_COLUMNS * cluster))
+    return Decode(cluster, max(1, min(wanted, multiprocessors // cluster)))
+
+
+def _split(T: int, K: int, multiprocessors: int) -> int:
+    """Blocks that share K: as many as the GPU has room for, each with two steps at least."""
+    free = multiprocessors // -(-T // SHRINK_ROWS)
+    return max(1, min(free, -(-K // (2 * SHRINK_COLUMNS)), PARTS))
+
+
+def _tile(T: int, N: int, multiprocessors: int) -> int | None:
+    """The tile whose waves of programs take the least time; None where they would leave the GPU idle."""
+
+    def waves(number: int) -> int:
+        rows, columns, _ = TILES[number]
+        return -(-PAIR * -(-T // (PAIR * rows)) * -(-N // columns) // multiprocessors)
+
+    def size(number: int) -> int:
+        return waves(number) * TILES[number][0] * TILES[number][1]
+
+    best = min(TILES, key=lambda number: size(number) * TILES[number][2])
+    return best if T * N >= LEAST_BUSY * multiprocessors * size(best) else None
+
+
+def unsupported(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
+    """Why kernels built for these architectures cannot run on a GPU of this capability; None: they can."""
+    major, minor = capability
+    if capability < (8, 0):
+        return f"the GPU has compute capability {major}.{minor}, it must be at least 8.0 (Ampere)"
+    if any(name.isdigit() and int(name) <= 10 * major + minor for name in architectures):
+        return None
+    if f"{major}{minor}a" in architectures:
+        return None
+    built = ", ".join(f"sm_{name}" for name in architectures)
+    wanted = "90a" if capability == (9, 0) else f"{major}{minor}"
+    return (
+        f"the CUDA core is built for {built}, the GPU has compute capability {major}.{minor}: "
+        f"install again with LORAXS_CUDA_ARCHS={wanted}"
+    )
