@@ -29,6 +29,8 @@ def unavailable() -> str | None:
         return "torch finds no GPU here (torch.cuda.is_available() is False); the torch backend runs on a CPU"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's; the triton backend is for AMD's too"
+    if reason := core.load().not_ready():
+        return f"the driver cannot run the CUDA core: {reason}"
     return unsupported(torch.cuda.get_device_capability(), core.architectures())
 
 

@@ -76,15 +76,15 @@ def _split(T: int, K: int, multiprocessors: int) -> int:
 def _tile(T: int, N: int, multiprocessors: int) -> int | None:
     """The tile whose waves of programs take the least time; None where they would leave the GPU idle."""
 
-    def waves(number: int) -> int:
+    def room(number: int) -> int:
+        """Elements of y that its waves have room for."""
         rows, columns, _ = TILES[number]
-        return -(-PAIR * -(-T // (PAIR * rows)) * -(-N // columns) // multiprocessors)
+        programs = PAIR * -(-T // (PAIR * rows)) * -(-N // columns)
+        return -(-programs // multiprocessors) * multiprocessors * rows * columns
 
-    def size(number: int) -> int:
-        return waves(number) * TILES[number][0] * TILES[number][1]
-
-    best = min(TILES, key=lambda number: size(number) * TILES[number][2])
-    return best if T * N >= LEAST_BUSY * multiprocessors * size(best) else None
+    best = min(TILES, key=lambda number: room(number) * TILES[number][2])
+    busy = T * N / room(best)
+    return best if busy >= LEAST_BUSY else None
 
 
 def unsupported(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
