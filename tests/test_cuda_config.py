@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraxs_kernels.backends.cuda import config
-from loraxs_kernels.backends.cuda.config import Decode, Rows, pick, unsupported
+from loraxs_kernels.backends.cuda import config, lies
+from loraxs_kernels.backends.cuda.config import Decode, Rows, pick, unsupported, workspace
 from loraxs_kernels.backends.device import Device
 
 H100, A100 = Device((9, 0), 132), Device((8, 0), 108)
@@ -68,6 +68,40 @@ def test_what_a_hopper_gpu_gets(problem, plan):
     assert pick(*problem, torch.bfloat16, H100, BOTH) == plan
     assert pick(*problem, torch.float16, H100, BOTH) == plan
     assert pick(*problem, torch.float32, H100, BOTH) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shapes"),
+    [
+        ((8192, 64, 1, False), ((8192, 64), None, None)),
+        ((100, 12, 3, True), ((100, 16), (3, 100, 12), (2, 12, 12))),
+        ((1, 1, 1, True), ((1, 8), None, (1, 1, 1))),
+    ],
+)
+def test_the_workspace(arguments, shapes):
+    assert workspace(*arguments) == shapes
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("t", "way"),
+    {
+        "rows": (zeros(5, 16), 0),
+        "columns": (zeros(16, 5).t(), 1),
+        "padded rows": (zeros(5, 16)[:, :12], 0),
+        "padded columns": (zeros(16, 24)[:, 8:20].t(), 1),
+        "rows at odd places": (zeros(5, 12), None),
+        "a beginning at an odd place": (zeros(5, 16)[:, 3:], None),
+        "every second column": (zeros(5, 32)[:, ::2], None),
+        "one row again and again": (zeros(1, 16).expand(5, 16), None),
+        "rows that overlap": (zeros(100).as_strided((5, 16), (8, 1)), None),
+    }.values(),
+)
+def test_how_a_matrix_lies(t, way):
+    assert lies(t) == way
 
 
 @pytest.mark.parametrize("device", [A100, Device((10, 0), 148)], ids=str)
