@@ -90,7 +90,7 @@ def zeros(*shape: int) -> torch.Tensor:
     ("t", "way"),
     {
         "rows": (zeros(5, 16), 0),
-        "columns": (zeros(16, 5).t(), 1),
+        "columns": (zeros(5, 16).t(), 1),
         "padded rows": (zeros(5, 16)[:, :12], 0),
         "padded columns": (zeros(16, 24)[:, 8:20].t(), 1),
         "rows at odd places": (zeros(5, 12), None),
