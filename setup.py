@@ -3,11 +3,11 @@
 It is also the build backend that pyproject.toml names: setuptools', but CMake, ninja, pybind11 and CUTLASS are asked
 for only where a core will be built.
 
-    LORAXS_BUILD_CUDA               auto: the core where nvcc is, the package without it where that fails; 1: fail; 0: no core
-    LORAXS_CUDA_ARCHS               80;90a unless it is set
-    CUTLASS_DIR                     a checkout of CUTLASS, else the wheel nvidia-cutlass
-    CUDACXX, CUDA_HOME, CUDA_PATH   nvcc, or where it is; else PATH, /usr/local/cuda
-    MAX_JOBS                        how many compilers run at once
+    LORAXS_BUILD_CUDA   auto: a core where nvcc is, and where that fails the package without it; 1: or fail; 0: no core
+    LORAXS_CUDA_ARCHS   80;90a unless it is set
+    CUTLASS_DIR         a checkout of CUTLASS, or its include folder; else the wheel nvidia-cutlass
+    CUDACXX, CUDA_HOME, CUDA_PATH   nvcc, or the toolkit; else PATH, /usr/local/cuda
+    MAX_JOBS            how many compilers run at once
 
 _build.json, beside the core or in its place, says what came of it (loraxs_kernels/backends/cuda/core.py).
 """
@@ -136,7 +136,7 @@ def run(*command: str) -> None:
             lines.append(line.replace(f"{ROOT}/", ""))
     if process.returncode:
         error = re.search(r"^CMake Error.*:\n((?:  .*\n)+)", "".join(lines), re.M)
-        found = error[1] if error else next((line for line in lines if "error" in line), lines[-1])
+        found = error[1] if error else next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])
         raise NoCore(" ".join(found.split()))
 
 

@@ -1,7 +1,9 @@
 """The CUDA core, the module loraxs_kernels._core: whether it is here, for which GPUs, and why not.
 
-setup.py leaves a record beside it, or in its place: _build.json,
-{"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0"} or {"built": false, "why": a sentence}.
+setup.py leaves a record beside it, or in its place, _build.json:
+
+    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
+    {"built": false, "why": "nvcc was not found by PATH or /usr/local/cuda; install ..."}
 """
 
 from __future__ import annotations
