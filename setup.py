@@ -124,16 +124,20 @@ def build_core() -> None:
     }
     defines = [f"-D{name}={value}" for name, value in variables.items()]
     run("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *defines)
-    run("cmake", "--build", str(BUILD), "--parallel", jobs)
+    run("ninja", "-C", str(BUILD), "-j", jobs)
 
 
 def run(*command: str) -> None:
     """Run and print; raises NoCore with the first error."""
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.replace(f"{ROOT}/", ""))
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.replace(f"{ROOT}/", ""))
+        except BaseException:
+            process.terminate()  # and with it the compilers
+            raise
     if process.returncode:
         error = re.search(r"^CMake Error.*:\n((?:  .*\n)+)", "".join(lines), re.M)
         found = error[1] if error else next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])
