@@ -44,11 +44,11 @@ class NoCore(Exception):
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return build_meta.get_requires_for_build_wheel(config_settings) + requirements()
+    return requirements() + build_meta.get_requires_for_build_wheel(config_settings)
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return build_meta.get_requires_for_build_editable(config_settings) + requirements()
+    return requirements() + build_meta.get_requires_for_build_editable(config_settings)
 
 
 def requirements() -> list[str]:

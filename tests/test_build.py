@@ -164,6 +164,8 @@ def test_in_place_only_what_changed_is_compiled_and_a_broken_build_leaves_no_cor
     record = json.loads((package / "_build.json").read_text())
     assert not record["built"] and record["why"].startswith("csrc/decode.cu(")
     assert not list(package.glob("_core.*"))
+    passed(run(PYTHON, "-c", "import setup; setup.build_wheel('dist')", cwd=source, **archs))
+    assert next((source / "dist").iterdir()).name.endswith("-py3-none-any.whl")
 
 
 @needs_nvcc
