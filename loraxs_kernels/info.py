@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from . import backends
-from .backends.cuda import core
 
 PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft", "scikit-learn")
 NOT_INSTALLED = "not installed"
@@ -21,6 +20,8 @@ NOT_INSTALLED = "not installed"
 
 def info() -> dict[str, str]:
     """Versions, devices, and of the CUDA core and each backend that it is there, or why not.  Prints nothing."""
+    from .backends.cuda import core
+
     report = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["devices"] = ", ".join(["cpu", *devices])

@@ -181,6 +181,27 @@ def test_a_wheel_from_an_sdist_in_an_empty_environment(sdist, tmp_path):
     assert re.fullmatch(r"built for sm_80 \(nvcc [\d.]+\)", installed(wheel, tmp_path / "site"))
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "not built: this source tree was never installed; pip install -e . where nvcc is"),
+        ({"built": False, "why": "no time"}, "not built: no time"),
+        ({"built": True}, "built but does not load: no libc; install loraxs_kernels again"),
+    ],
+    ids=["no record", "not built", "does not load"],
+)
+def test_a_core_that_is_missing_says_why(record, said, tmp_path, monkeypatch):
+    def load():
+        raise ImportError("no libc")
+
+    monkeypatch.setattr(core, "RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(core, "load", load)
+    if record:
+        core.RECORD.write_text(json.dumps(record))
+    monkeypatch.setattr(core, "missing", core.missing.__wrapped__)
+    assert core.state() == said and core.missing() == f"the CUDA core was {said}" and core.architectures() == ()
+
+
 # --- The core of this checkout: whichever one the tests import.
 
 
