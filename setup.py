@@ -1,3 +1,174 @@
-from setuptools import setup
+"""Builds the package and, where nvcc is, the CUDA core.  CMakeLists.txt knows how; this only runs CMake and ninja.
 
-setup()
+It is also the build backend that pyproject.toml names: setuptools', but CMake, ninja, pybind11 and CUTLASS are asked
+for only where a core will be built.
+
+    LORAXS_BUILD_CUDA   auto: a core where nvcc is, and where that fails the package without it; 1: or fail; 0: no core
+    LORAXS_CUDA_ARCHS   80;90a unless it is set
+    CUTLASS_DIR         a checkout of CUTLASS, or its include folder; else the wheel nvidia-cutlass
+    CUDACXX, CUDA_HOME, CUDA_PATH   nvcc, or the toolkit; else PATH, /usr/local/cuda
+    MAX_JOBS            how many compilers run at once
+
+_build.json, beside the core or in its place, says what came of it (loraxs_kernels/backends/cuda/core.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, build_meta, setup
+from setuptools.build_meta import (  # noqa: F401
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
+CUTLASS = "nvidia-cutlass==4.2.0.0"
+
+
+class NoCore(Exception):
+    """Why there will be no CUDA core, as a sentence for a person."""
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return requirements() + build_meta.get_requires_for_build_wheel(config_settings)
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return requirements() + build_meta.get_requires_for_build_editable(config_settings)
+
+
+def requirements() -> list[str]:
+    """What pip must install to build the core: nothing where none will be built."""
+    try:
+        find_nvcc()
+    except NoCore as reason:
+        refuse_if_required(reason)
+        return []
+    hopper = "90" in os.environ.get("LORAXS_CUDA_ARCHS", "90a") and not os.environ.get("CUTLASS_DIR")
+    return ["pybind11>=2.12", *(tool for tool in ("cmake", "ninja") if not runs(tool)), *([CUTLASS] if hopper else [])]
+
+
+def refuse_if_required(reason: NoCore) -> None:
+    """With LORAXS_BUILD_CUDA=1 there is no package without the core, nor with a setting that cannot be met."""
+    if os.environ.get("LORAXS_BUILD_CUDA") == "1":
+        raise SystemExit(f"loraxs_kernels: LORAXS_BUILD_CUDA=1, but the CUDA core cannot be built: {reason}")
+    if str(reason).partition(":")[0] in os.environ:
+        raise SystemExit(f"loraxs_kernels: {reason}")
+
+
+def find_nvcc() -> str:
+    """The compiler, where a core is wanted: the first of these settings that is made decides, then the usual places."""
+    wanted = os.environ.get("LORAXS_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "1", "0"):
+        raise NoCore(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
+    if wanted == "0":
+        raise NoCore("it was switched off (LORAXS_BUILD_CUDA=0); without that, install again")
+    if sys.platform != "linux":
+        raise NoCore("it is for Linux")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named := os.environ.get("CUDACXX"):
+        found = shutil.which(named)
+    elif home:
+        found = shutil.which("nvcc", path=f"{home}/bin")
+    else:
+        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        where = "CUDACXX" if named else "CUDA_HOME" if home else "PATH or /usr/local/cuda"
+        raise NoCore(f"nvcc was not found by {where}; install the CUDA toolkit, then this package again")
+    return os.path.abspath(found)
+
+
+def runs(tool: str) -> bool:
+    """Whether it is there and works: under build isolation a script out of another environment does not."""
+    try:
+        return subprocess.run([tool, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def build_core() -> None:
+    """The core and its record, in BUILD.  Raises NoCore."""
+    nvcc = find_nvcc()
+    for tool in ("cmake", "ninja"):
+        if not runs(tool):
+            raise NoCore(f"{tool} was not found: pip install {tool}")
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not jobs.isdigit() or int(jobs) == 0:
+        raise NoCore(f"MAX_JOBS: got {jobs!r}, must be a number from 1 on")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    settings, noted = f"{ROOT}\n{nvcc}\n{version}", BUILD / "settings.txt"
+    if not noted.exists() or noted.read_text() != settings:  # CMake does not survive a change of these
+        shutil.rmtree(BUILD, ignore_errors=True)
+        BUILD.mkdir(parents=True)
+        noted.write_text(settings)
+    variables = {
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+        "PYTHON": sys.executable,
+        "LORAXS_CUDA_ARCHS": os.environ.get("LORAXS_CUDA_ARCHS", "80;90a"),
+        "CUTLASS_DIR": os.environ.get("CUTLASS_DIR", ""),
+    }
+    defines = [f"-D{name}={value}" for name, value in variables.items()]
+    run("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *defines)
+    run("ninja", "-C", str(BUILD), "-j", jobs)
+
+
+def run(*command: str) -> None:
+    """Run and print; raises NoCore with the first error."""
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.replace(f"{ROOT}/", ""))
+        except BaseException:
+            process.terminate()  # and with it the compilers
+            raise
+    if process.returncode:
+        error = re.search(r"^CMake Error.*:\n((?:  .*\n)+)", "".join(lines), re.M)
+        found = error[1] if error else next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])
+        raise NoCore(" ".join(found.split()))
+
+
+class Build(build_ext):
+    """`build_ext`, which makes the core, or a record of why there is none."""
+
+    def run(self) -> None:
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "loraxs_kernels"
+        name = self.get_ext_filename("_core")
+        try:
+            build_core()
+            record = json.loads((BUILD / "_build.json").read_text())
+        except NoCore as reason:
+            refuse_if_required(reason)
+            print(f"loraxs_kernels: without the CUDA core: {reason}")
+            record = {"built": False, "why": str(reason)}
+            self.distribution.ext_modules = None  # what is left is a wheel for every platform
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
+        package.mkdir(parents=True, exist_ok=True)
+        noted = package / "_build.json"
+        noted.unlink(missing_ok=True)  # a core without a record is none: whatever happens, neither belies the other
+        for old in package.glob("_core.*"):
+            old.unlink()
+        if record["built"]:
+            shutil.copy(BUILD / name, package / name)
+        noted.with_suffix(".part").write_text(json.dumps(record) + "\n")
+        noted.with_suffix(".part").replace(noted)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("loraxs_kernels._core", [])], cmdclass={"build_ext": Build})

@@ -9,9 +9,9 @@ and, for a report of `loraxs bench`, the questions whose tables are wanted:
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
 
-Reports of three kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
-they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), and those of 0.1.0's first days (no `format`), which are
-kept but shown nowhere.
+Reports of four kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
+they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), of bench/build_time.py, and those of 0.1.0's first days
+(no `format`), which are kept but shown nowhere.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import build_time  # noqa: E402
 import status  # noqa: E402
 
 from loraxs_kernels.bench import BenchError, page, plots, report, tables  # noqa: E402
@@ -38,16 +39,16 @@ Reports = dict[str, dict[str, Any]]
 
 
 def read() -> tuple[Reports, Reports]:
-    """Reports of bench and of demo, {path below bench/results: report}, oldest first."""
+    """Reports of bench, and of demo and build, {path below bench/results: report}, oldest first."""
     benches: Reports = {}
-    demos: Reports = {}
+    others: Reports = {}
     for path in sorted(RESULTS.glob("*/*.json")):
         data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
         if report.is_report(data):
             benches[name] = report.load(path)
-        elif isinstance(data.get("rows"), dict):
-            demos[name] = data
-    by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, demos)]
+        elif data.get("format") == build_time.FORMAT or isinstance(data.get("rows"), dict):
+            others[name] = data
+    by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, others)]
     return by_date[0], by_date[1]
 
 
@@ -58,6 +59,22 @@ def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
         raise BenchError(f"README.md: {name} has nothing on {', '.join(questions)}")
     where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
     return "\n\n".join([where, *(table.markdown() for table in found)])
+
+
+def build_block(name: str, data: dict[str, Any]) -> str:
+    """How long the CUDA core takes to compile."""
+    lines = []
+    for row in data["rows"]:
+        times = [f"{row[which] / 60:.1f}" for which in ("seconds", "processor_seconds")]
+        lines.append([row["architectures"].replace(";", ", "), *times, f"{row['largest_bytes'] / 2**30:.1f}"])
+    title = f"Compiling the CUDA core, nvcc {data['nvcc']}, {data['jobs']} at once"
+    head = ["LORAXS_CUDA_ARCHS", "minutes", "minutes of one processor", "memory of the largest compiler, GiB"]
+    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
+    return f"{where}\n\n{tables.Table(title, head, lines).markdown()}"
+
+
+def other_block(name: str, data: dict[str, Any]) -> str:
+    return (build_block if data.get("format") == build_time.FORMAT else demo_block)(name, data)
 
 
 def demo_block(name: str, data: dict[str, Any]) -> str:
@@ -81,21 +98,21 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
     return "\n\n".join([where, table.markdown(), text])
 
 
-def readme(text: str, benches: Reports, demos: Reports) -> str:
+def readme(text: str, benches: Reports, others: Reports) -> str:
     """README.md with its blocks of figures as the reports have them."""
 
     def block(match: re.Match) -> str:
         name, questions = match.group(2), match.group(3).split()
-        if name not in benches and name not in demos:
+        if name not in benches and name not in others:
             raise BenchError(f"README.md: there is no report bench/results/{name}")
-        body = demo_block(name, demos[name]) if name in demos else bench_block(name, benches[name], questions)
+        body = other_block(name, others[name]) if name in others else bench_block(name, benches[name], questions)
         return f"{match.group(1)}{body}\n<!-- end of figures -->"
 
     return BLOCK.sub(block, text)
 
 
-def results(benches: Reports, demos: Reports) -> str:
-    """bench/results/README.md: the newest reports of each device in full, the newest demos, and all files."""
+def results(benches: Reports, others: Reports) -> str:
+    """bench/results/README.md: the newest reports of each device in full, the newest demos and build, and all files."""
     parts = [
         "# What has been measured",
         "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
@@ -107,9 +124,9 @@ def results(benches: Reports, demos: Reports) -> str:
         texts = [table.markdown() for table in tables.of(data)]
         parts += [f"## {page.machine(data)}", f"`{name}`", facts, *texts, *images]
     newest: dict[tuple, str] = {}
-    for name, data in demos.items():
-        newest[Path(name).parent, data["model"], data["length"]] = name
-    parts += ["## Demos", *(demo_block(name, demos[name]) for name in newest.values())]
+    for name, data in others.items():
+        newest[Path(name).parent, data.get("model"), data.get("length")] = name
+    parts += ["## Demos and the build", *(other_block(name, others[name]) for name in newest.values())]
     files = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob("*/*.json"))]
     parts += ["## All files", "\n".join(f"- [`{name}`]({name})" for name in files)]
     return "\n\n".join(parts) + "\n"
@@ -135,9 +152,9 @@ def _image(name: str, plot: plots.Plot) -> str:
 
 def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
-    benches, demos = read()
-    yield ROOT / "README.md", readme((ROOT / "README.md").read_text(), benches, demos)
-    yield RESULTS / "README.md", results(benches, demos)
+    benches, others = read()
+    yield ROOT / "README.md", readme((ROOT / "README.md").read_text(), benches, others)
+    yield RESULTS / "README.md", results(benches, others)
     yield RESULTS / "STATUS.md", status.render(benches)
 
 

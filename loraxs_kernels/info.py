@@ -19,10 +19,13 @@ NOT_INSTALLED = "not installed"
 
 
 def info() -> dict[str, str]:
-    """Versions, devices, and for each backend "available" or the reason why it is not.  Prints nothing."""
+    """Versions, devices, and of the CUDA core and each backend that it is there, or why not.  Prints nothing."""
+    from .backends.cuda import core
+
     report = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["devices"] = ", ".join(["cpu", *devices])
+    report["cuda core"] = core.state()
     for name in backends.NAMES:
         reason = backends.unavailable(name)
         report[f"backend {name}"] = f"not available: {reason}" if reason else "available"

@@ -1,13 +1,56 @@
-"""placeholder"""
+"""The CUDA core, the module loraxs_kernels._core: whether it is here, for which GPUs, and why not.
+
+setup.py leaves a record beside it, or in its place, _build.json:
+
+    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
+    {"built": false, "why": "nvcc was not found by PATH or /usr/local/cuda; install ..."}
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RECORD = Path(__file__).parents[2] / "_build.json"
 
 
-def missing():
-    return "not built"
+def load() -> ModuleType:
+    """The core.  Raises ImportError where it is missing."""
+    return importlib.import_module("loraxs_kernels._core")
 
 
-def architectures():
-    return ("90a",)
+@cache
+def missing() -> str | None:
+    """Why the core cannot be used here, as a sentence for a person; None: it can be loaded.  It asks for no GPU."""
+    record = _record()
+    if record is None:
+        return "the CUDA core was not built: this source tree was never installed; pip install -e . where nvcc is"
+    if not record["built"]:
+        return f"the CUDA core was not built: {record['why']}"
+    try:
+        load()
+    except ImportError as error:
+        return f"the CUDA core was built but does not load: {error}; install loraxs_kernels again"
+    return None
 
 
-def load():
-    raise ImportError
+def architectures() -> tuple[str, ...]:
+    """What it has machine code for, ("80", "90a"); nothing where it is missing."""
+    return () if missing() else tuple(load().architectures.split(";"))
+
+
+def state() -> str:
+    """What `lx.info` says of it."""
+    if reason := missing():
+        return reason.removeprefix("the CUDA core was ")
+    record = _record()
+    cutlass = f", CUTLASS {record['cutlass']}" if record["cutlass"] else ""
+    return f"built for {', '.join(f'sm_{each}' for each in architectures())} (nvcc {record['nvcc']}{cutlass})"
+
+
+def _record() -> dict[str, Any] | None:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else None

@@ -1,0 +1,253 @@
+"""The build, with nvcc and without; and what is in the CUDA core of this checkout, which no GPU is needed to read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from loraxs_kernels.backends.cuda import core
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+SETTINGS = ("LORAXS_BUILD_CUDA", "LORAXS_CUDA_ARCHS", "CUTLASS_DIR", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS")
+NO_NVCC = {"CUDA_HOME": "/nowhere"}
+BACKEND = "import setup; setup.get_requires_for_build_wheel()"
+
+
+def find_nvcc() -> str | None:
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    try:
+        return setup.find_nvcc()
+    except setup.NoCore:
+        return None
+
+
+NVCC = find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_tools = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+
+
+def run(*command: str | Path, cwd: Path, **settings: str) -> subprocess.CompletedProcess:
+    """Run with these settings of the build and no others."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "PYTHONPATH")}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=kept | settings, capture_output=True, text=True)
+
+
+def passed(process: subprocess.CompletedProcess) -> str:
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """A source distribution of this checkout, made where a core has been built."""
+    tree = tmp_path_factory.mktemp("sdist") / "tree"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "results", "_core.*")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    for name in ("loraxs_kernels/_core.so", "loraxs_kernels/_build.json", "build/core/_core.so"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("{}")
+    passed(run(PYTHON, "-c", "import setup; setup.build_sdist('dist')", cwd=tree))
+    return next((tree / "dist").glob("*.tar.gz"))
+
+
+@pytest.fixture
+def source(sdist, tmp_path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return next(tmp_path.glob("loraxs_kernels-*"))
+
+
+def installed(wheel: Path, folder: Path) -> str:
+    """What lx.info() says of the core in a wheel."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    script = "import loraxs_kernels as lx; print(lx.__file__, lx.info()['cuda core'], sep='\\n')"
+    file, said = passed(run(PYTHON, "-c", script, cwd=folder, PYTHONPATH=str(folder))).splitlines()
+    assert Path(file).is_relative_to(folder)
+    return said
+
+
+def test_an_sdist_has_what_the_build_needs_and_nothing_that_was_built(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"CMakeLists.txt", "setup.py"}
+    needed |= {"loraxs_kernels/backends/cuda/core.py", "loraxs_kernels/backends/triton/configs.json"}
+    assert needed <= names
+    assert not [name for name in names if re.search(r"^build/|/_core\.|/_build\.", name)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"LORAXS_BUILD_CUDA": "0"}, "it was switched off (LORAXS_BUILD_CUDA=0); without that, install again"),
+        (NO_NVCC, "nvcc was not found by CUDA_HOME; install the CUDA toolkit, then this package again"),
+    ],
+    ids=["switched-off", "no-nvcc"],
+)
+def test_without_a_core_the_wheel_is_pure_and_says_why(settings, why, source, tmp_path):
+    assert "[]" in passed(run(PYTHON, "-c", BACKEND.replace("setup.g", "print(setup.g") + ")", cwd=source, **settings))
+    passed(run(PYTHON, "-c", "import setup; setup.build_wheel('dist')", cwd=source, **settings))
+    wheel = next((source / "dist").iterdir())
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert installed(wheel, tmp_path / "site") == f"not built: {why}"
+    assert not list((tmp_path / "site").rglob("_core*"))
+
+
+REFUSED = {
+    "required": (
+        {"LORAXS_BUILD_CUDA": "1"} | NO_NVCC,
+        "LORAXS_BUILD_CUDA=1, but .*: nvcc was not found by CUDA_HOME; .*",
+    ),
+    "unknown": ({"LORAXS_BUILD_CUDA": "yes"}, "LORAXS_BUILD_CUDA: got 'yes', must be auto, 1 or 0"),
+}
+REFUSED_BY_CMAKE = {
+    "old GPU": (
+        {"LORAXS_CUDA_ARCHS": "75"},
+        r"LORAXS_CUDA_ARCHS: got 75, must be 90a \(Hopper\) or .* that nvcc .* knows",
+    ),
+    "no GPU": ({"LORAXS_CUDA_ARCHS": "80,hopper"}, "LORAXS_CUDA_ARCHS: got hopper, must be .*"),
+    "no CUTLASS": ({"CUTLASS_DIR": "/nowhere"}, "CUTLASS_DIR: got /nowhere, must be a checkout of CUTLASS .*"),
+    "no jobs": ({"MAX_JOBS": "0"}, "MAX_JOBS: got '0', must be a number from 1 on"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("way", [("-c", BACKEND), ("setup.py", "build_ext", "--inplace")], ids=["pip", "setup.py"])
+def test_what_cannot_be_is_refused_in_one_sentence(way, settings, message, source):
+    refused = run(PYTHON, *way, cwd=source, **settings)
+    assert refused.returncode == 1 and re.fullmatch(f"loraxs_kernels: {message}\n", refused.stderr), refused.stderr
+    assert not (source / "loraxs_kernels" / "_build.json").exists()
+
+
+@needs_nvcc
+@needs_tools
+@pytest.mark.parametrize(("settings", "message"), REFUSED_BY_CMAKE.values(), ids=REFUSED_BY_CMAKE)
+def test_settings_that_cannot_be_met_are_refused(settings, message, source):
+    test_what_cannot_be_is_refused_in_one_sentence(("setup.py", "build_ext", "--inplace"), settings, message, source)
+
+
+@needs_nvcc
+@needs_tools
+def test_in_place_only_what_changed_is_compiled_and_a_broken_build_leaves_no_core(source):
+    package, broken = source / "loraxs_kernels", source / "csrc" / "decode.cu"
+    command = (PYTHON, "setup.py", "build_ext", "--inplace")
+    archs = {"LORAXS_CUDA_ARCHS": "80"}
+
+    def compiled() -> list[str]:
+        return re.findall(r"Building \w+ object .*/csrc/(\S+)\.o", passed(run(*command, cwd=source, **archs)))
+
+    assert sorted(compiled()) == ["bindings.cpp", "core.cpp", "decode.cu", "shrink.cu"]
+    assert json.loads((package / "_build.json").read_text())["architectures"] == ["80"]
+    assert compiled() == []
+    text = broken.read_text()
+    broken.write_text(text + "// changed\n")
+    assert compiled() == ["decode.cu"] and len(list(package.glob("_core.*"))) == 1
+    broken.write_text(text + "broken;\n")
+    required = run(*command, cwd=source, LORAXS_BUILD_CUDA="1", **archs)
+    sentence = (
+        r"loraxs_kernels: LORAXS_BUILD_CUDA=1, but the CUDA core cannot be built: csrc/decode\.cu\(\d+\): error: .*\n"
+    )
+    assert required.returncode == 1 and re.fullmatch(sentence, required.stderr), required.stderr
+    passed(run(*command, cwd=source, **archs))
+    record = json.loads((package / "_build.json").read_text())
+    assert not record["built"] and record["why"].startswith("csrc/decode.cu(")
+    assert not list(package.glob("_core.*"))
+    passed(run(PYTHON, "-c", "import setup; setup.build_wheel('dist')", cwd=source, **archs))
+    assert next((source / "dist").iterdir()).name.endswith("-py3-none-any.whl")
+
+
+@needs_nvcc
+def test_a_wheel_from_an_sdist_in_an_empty_environment(sdist, tmp_path):
+    """With pip's build isolation; the core loads here, driver or not."""
+    pip = (PYTHON, "-m", "pip", "--disable-pip-version-check")
+    index = run(*pip, "download", "--no-deps", "--dest", "index", "pybind11>=2.12", cwd=tmp_path)
+    if index.returncode:
+        pytest.skip(f"pip reaches no index: {index.stderr.strip().splitlines()[-1]}")
+    passed(run(*pip, "wheel", "--no-deps", "--wheel-dir", "dist", sdist, cwd=tmp_path, LORAXS_CUDA_ARCHS="80"))
+    wheel = next((tmp_path / "dist").iterdir())
+    assert "linux" in wheel.name and "none-any" not in wheel.name
+    assert re.fullmatch(r"built for sm_80 \(nvcc [\d.]+\)", installed(wheel, tmp_path / "site"))
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "not built: this source tree was never installed; pip install -e . where nvcc is"),
+        ({"built": False, "why": "no time"}, "not built: no time"),
+        ({"built": True}, "built but does not load: no libc; install loraxs_kernels again"),
+    ],
+    ids=["no record", "not built", "does not load"],
+)
+def test_a_core_that_is_missing_says_why(record, said, tmp_path, monkeypatch):
+    def load():
+        raise ImportError("no libc")
+
+    monkeypatch.setattr(core, "RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(core, "load", load)
+    if record:
+        core.RECORD.write_text(json.dumps(record))
+    monkeypatch.setattr(core, "missing", core.missing.__wrapped__)
+    assert core.state() == said and core.missing() == f"the CUDA core was {said}" and core.architectures() == ()
+
+
+# --- The core of this checkout: whichever one the tests import.
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    reason = core.missing()
+    if reason is None:
+        return Path(core.load().__file__)
+    if NVCC and os.environ.get("LORAXS_BUILD_CUDA") != "0" and core.RECORD.exists():
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump(built):
+    """What cuobjdump says of the core; it needs nvdisasm beside it, as Triton brings both."""
+    triton = importlib.util.find_spec("triton")
+    here = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton else None
+    path = os.pathsep.join([str(here), os.environ["PATH"]])
+    if shutil.which("cuobjdump", path=path) is None:
+        pytest.skip("needs cuobjdump, which Triton and the CUDA toolkit have")
+    return lambda option: passed(run(shutil.which("cuobjdump", path=path), option, built, cwd=ROOT, PATH=path))
+
+
+def test_no_kernel_spills_registers_or_uses_local_memory(cuobjdump):
+    used = re.findall(r"Function (\S+):\n\s*REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", cuobjdump("-res-usage"))
+    assert used
+    assert [name for name, stack, local in used if (stack, local) != ("0", "0")] == []
+    assert re.findall(r"^.*\b(?:LDL|STL)\b.*$", cuobjdump("-sass"), re.M) == []
+
+
+def test_every_gemm_multiplies_with_wgmma(cuobjdump):
+    if "90a" not in core.architectures():
+        pytest.skip(f"the core was built for {core.architectures()}")
+    tiles = re.findall(r"^ +tile\(\d+", (ROOT / "csrc" / "gemm_tail_tiles.h").read_text(), re.M)
+    functions = re.split(r"^\s*Function : ", cuobjdump("-sass"), flags=re.M)[1:]
+    gemms = [text for text in functions if "TailMainloop" in text.partition("\n")[0]]
+    assert len(gemms) == 4 * len(tiles)
+    assert all("HGMMA" in text for text in gemms)
+
+
+def test_the_core_needs_no_cuda_library_and_exports_its_interface_alone(built):
+    if not (shutil.which("readelf") and shutil.which("nm")):
+        pytest.skip("needs readelf and nm")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", passed(run("readelf", "--dynamic", built, cwd=ROOT)))
+    assert needed and not [name for name in needed if "cuda" in name or "cudart" in name]
+    exported = passed(run("nm", "--dynamic", "--defined-only", "--format=just-symbols", built, cwd=ROOT)).split()
+    interface = re.findall(r"^LORAXS_API .*?(\w+)\(", (ROOT / "csrc" / "loraxs.h").read_text(), re.M)
+    assert sorted(exported) == sorted(["PyInit__core", *interface])
