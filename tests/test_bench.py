@@ -228,6 +228,7 @@ def test_gemm_rows_are_checked_and_timed_both_ways(dtype):
 def with_tail(monkeypatch, gemm_tail, **changes) -> list[dict]:
     """Rows as where the core is: on a CPU, by a stand-in for its GEMM."""
     monkeypatch.setattr(gemm.core, "architectures", lambda: ("90a",))
+    monkeypatch.setattr(gemm.cuda, "runs_here", lambda x: True)
     monkeypatch.setattr(gemm.cuda, "gemm_tail", gemm_tail)
     request = tiny(**dict(questions=["gemm"], dtype="bf16", paths=["torch"]) | changes)
     assert gemm.missing(request.dtype, request.device) is None
@@ -274,6 +275,8 @@ def test_a_wrong_tail_is_not_timed(monkeypatch, wrong):
 
 
 def test_a_tail_that_cannot_run_is_said(monkeypatch):
+    assert gemm.missing(torch.bfloat16, torch.device("cpu")) == "the GEMM with a tail runs on a GPU"
+
     def gemm_tail(*operands, **more):
         raise RuntimeError("loraxs gemm_tail: no kernel image")
 

@@ -118,6 +118,8 @@ def missing(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the GEMM with a tail cannot run here, where the cuda backend can; None: it can."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "the GEMM with a tail takes bf16 and fp16"
+    if not cuda.runs_here(torch.empty(0, device=device)):
+        return "the GEMM with a tail runs on a GPU"
     if facts(device).capability != (9, 0) or "90a" not in core.architectures():
         return "the GEMM with a tail needs a GPU of compute capability 9.0, and a core built for sm_90a"
     return None
