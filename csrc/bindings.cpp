@@ -56,6 +56,12 @@ void decode(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle
   require(loraxs_decode(&args), "decode");
 }
 
+// Why the driver here cannot run the core; None: it can.
+py::object not_ready() {
+  int const status = loraxs_ready();
+  return status == LORAXS_OK ? py::object(py::none()) : py::object(py::str(loraxs_message(status)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -63,5 +69,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("gemm_tail", &gemm_tail);
   m.def("shrink", &shrink);
   m.def("decode", &decode);
+  m.def("not_ready", &not_ready);
   m.attr("architectures") = loraxs_architectures();
 }

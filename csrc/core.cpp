@@ -26,6 +26,13 @@ extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
 #endif
 }
 
+extern "C" int loraxs_ready(void) {
+  int driver = 0, runtime = 0;
+  if (int status = cudaDriverGetVersion(&driver)) return status;
+  if (int status = cudaRuntimeGetVersion(&runtime)) return status;
+  return driver / 1000 < runtime / 1000 ? cudaErrorInsufficientDriver : LORAXS_OK;
+}
+
 extern "C" const char* loraxs_message(int status) {
   switch (status) {
     case LORAXS_NO_SUCH_KERNEL: return "there is no kernel for this type, tile or rank";

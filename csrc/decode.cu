@@ -25,10 +25,12 @@ constexpr int kLanes = 8;  // that share a row of R
 template <int RANK>
 struct Cut {
   static constexpr int tiles = RANK / 8, pitch = RANK + 8;      // of 16-bit rows of u
-  static constexpr int parts_bytes = kWarps * 16 * RANK * 4;    // of z: [share of K][token][], up to 64 tokens
-  static constexpr int z_bytes = kTokens * RANK * 4;            // of the tokens this program makes u of, first to last
-  static constexpr int bytes = parts_bytes + z_bytes + 2 * kTokens * pitch * 2;
+  // Parts of z, [share of K][token][]; then their sum, and z of the tokens this program makes u of, half of it each.
+  static constexpr int z_bytes = kWarps * 16 * RANK * 4;
+  static constexpr int bytes = z_bytes + 2 * kTokens * pitch * 2;
 };
+static_assert(2 * kTokens <= kWarps * 16);
+static_assert(Cut<128>::bytes <= 99 * 1024, "what a block may have on every GPU from Ampere on");
 
 // `count` elements along a row, from column k on, zeros past the limit; `wide`: they lie side by side and aligned.
 template <class T, int count>
@@ -165,9 +167,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
   int const size = cluster_size(), rank = cluster_rank();
   auto const memory = shared_memory();
   auto const parts = reinterpret_cast<float*>(memory);  // [share][token][RANK]; the sum ends in the first
-  auto const mine = reinterpret_cast<float*>(memory + Cut<RANK>::parts_bytes);  // z, one row for each of my tokens
-  auto const made = reinterpret_cast<T*>(memory + Cut<RANK>::parts_bytes + Cut<RANK>::z_bytes);  // u of my tokens
-  auto const u = made + kTokens * pitch;                                                       // of all tokens
+  auto const mine = parts + kTokens * RANK;             // z, a row for each of my tokens
+  auto const made = reinterpret_cast<T*>(memory + Cut<RANK>::z_bytes);  // u of my tokens
+  auto const u = made + kTokens * pitch;                                // of all tokens
   // z over this program's share of K: as many warps share it as need not take other tokens.
   int const blocks = p.T <= 16 ? 1 : p.T <= 32 ? 2 : 4, shares = kWarps / blocks, tokens = 16 * blocks;
   int64_t const share = 32 * up(up(p.K, 32), size), begin = std::min(share * rank, p.K);

@@ -86,6 +86,9 @@ LORAXS_API int loraxs_gemm_tail(const loraxs_gemm_tail_args* args);
 LORAXS_API int loraxs_shrink(const loraxs_shrink_args* args);
 LORAXS_API int loraxs_decode(const loraxs_decode_args* args);
 
+/* Whether the driver here can run what the core was built with; asks for no device and makes no context. */
+LORAXS_API int loraxs_ready(void);
+
 /* A sentence about a status. */
 LORAXS_API const char* loraxs_message(int status);
 

@@ -35,6 +35,8 @@ struct Cut {
   static constexpr int bytes = std::max({loop_bytes, sum_bytes, finish_bytes});
 };
 
+static_assert(Cut<64>::bytes <= 99 * 1024, "what a block may have on every GPU from Ampere on");
+
 template <int RANK>
 using Fragments = float[Cut<RANK>::tiles][4];  // of z or u: 16 rows of a warp
 

@@ -1,7 +1,8 @@
-"""Fixtures: small real models, read from ordinary Python packages, offline; and Triton's interpreter.
+"""Fixtures: small real models, read from ordinary Python packages, offline; and kernels on the CPU.
 
-With TRITON_INTERPRET=1 kernels run on the CPU, slowly, and every layer on the triton backend: `make test` runs some of
-the tests that way, in a process of their own.
+With TRITON_INTERPRET=1 Triton's kernels run in its interpreter, and every layer on the triton backend; with
+LORAXS_EMULATED=1 those of csrc/ in tests/emulator, and every layer on the cuda backend.  `make test` runs some of the
+tests each way, in processes of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_CONFIGS"] = os.devnull + "/none"  # not the table of whoever runs the tests
+EMULATED = os.environ.get("LORAXS_EMULATED") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -69,6 +71,26 @@ if INTERPRETED:
     @pytest.fixture(autouse=True)
     def on_the_triton_backend():
         with backends.backend("triton"):
+            yield
+
+
+if EMULATED:
+    import emulator
+
+    from loraxs_kernels import backends
+
+    @pytest.fixture(scope="session")
+    def emulated_core(tmp_path_factory):
+        return emulator.build(tmp_path_factory.mktemp("core"))
+
+    @pytest.fixture(autouse=True)
+    def on_the_cuda_backend(emulated_core, monkeypatch):
+        backend = backends.load("cuda")
+        monkeypatch.setattr(backend.core, "load", lambda: emulated_core)
+        monkeypatch.setattr(backend.core, "architectures", lambda: ("90a",))
+        monkeypatch.setattr(backend, "runs_here", lambda x: x.is_cpu)
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+        with backends.backend("cuda"):
             yield
 
 

@@ -43,5 +43,7 @@ extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
   return LORAXS_OK;
 }
 
+extern "C" int loraxs_ready(void) { return LORAXS_OK; }
+
 extern "C" const char* loraxs_message(int status) { return status ? "operands it cannot be called with" : "no error"; }
 extern "C" const char* loraxs_architectures(void) { return "90a"; }

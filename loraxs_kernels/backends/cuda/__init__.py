@@ -15,10 +15,9 @@ from .. import torch as torch_backend
 from ..device import empty, facts, on
 from ..torch import cast, scaled_mm
 from . import core
-from .config import SHRINK_ROWS, TOKENS, WIDEST_DECODE, Decode, Rows, pick, unsupported
+from .config import ALIGNMENT, TOKENS, WIDEST_DECODE, Decode, Rows, aligned, pick, unsupported, workspace
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # loraxs.h
-_WIDE = 8  # 16-bit elements in the 16 bytes that TMA and wide copies want addresses and pitches in
 
 
 def unavailable() -> str | None:
@@ -29,6 +28,8 @@ def unavailable() -> str | None:
         return "torch finds no GPU here (torch.cuda.is_available() is False); the torch backend runs on a CPU"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's; the triton backend is for AMD's too"
+    if reason := core.load().not_ready():
+        return f"the driver cannot run the CUDA core: {reason}"
     return unsupported(torch.cuda.get_device_capability(), core.architectures())
 
 
@@ -189,9 +190,9 @@ def shrink(
     R = R if R.dtype is torch.float32 else R.float()
     other = _contiguous(other)
     z = empty(x, (T, r), torch.float32)
-    u = empty(x, (T, _up(r)), x.dtype)
-    parts = empty(x, (split, T, r), torch.float32) if split > 1 else None
-    gram = None if other is None else empty(x, (-(-T // SHRINK_ROWS), r, r), torch.float32)
+    shapes = workspace(T, r, split, other is not None)
+    u = empty(x, shapes.u, x.dtype)
+    parts, gram = (None if each is None else empty(x, each, torch.float32) for each in shapes[1:])
     core.load().shrink(
         *(T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram)),
         *(_address(parts), float(s), _TYPES[x.dtype], lies(A) == 1, split, overlap, _stream(x)),
@@ -232,9 +233,9 @@ def lies(t: Tensor) -> int | None:
     """0: rows of a matrix lie side by side, 1: columns do; None: neither, at addresses and pitches of 16 bytes."""
     rows, columns = t.stride()
     if t.data_ptr() % 16 == 0:
-        if columns == 1 and rows % _WIDE == 0 and rows >= t.shape[1]:
+        if columns == 1 and rows % ALIGNMENT == 0 and rows >= t.shape[1]:
             return 0
-        if rows == 1 and columns % _WIDE == 0 and columns >= t.shape[0]:
+        if rows == 1 and columns % ALIGNMENT == 0 and columns >= t.shape[0]:
             return 1
     return None
 
@@ -243,11 +244,7 @@ def _laid(t: Tensor, transposed: bool = False) -> Tensor:
     """A copy that lies so: padded storage, of which this is a view."""
     if transposed:
         return _laid(t.t()).t()
-    return empty(t, (t.shape[0], _up(t.shape[1])), t.dtype)[:, : t.shape[1]].copy_(t)
-
-
-def _up(n: int) -> int:
-    return -(-n // _WIDE) * _WIDE
+    return empty(t, (t.shape[0], aligned(t.shape[1])), t.dtype)[:, : t.shape[1]].copy_(t)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

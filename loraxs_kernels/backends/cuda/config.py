@@ -6,6 +6,8 @@ Counted, not measured yet; see csrc/*.cu for the counts.  Nothing here needs the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +15,7 @@ from ..device import Device
 
 WIDEST_SHRINK, WIDEST_DECODE = 64, 128  # ranks
 TOKENS = 64  # rows that decode takes at most
+ALIGNMENT = 8  # 16-bit elements in the 16 bytes that TMA and wide copies want addresses and pitches in
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 128  # what a block of the shrink takes at a time
 DECODE_COLUMNS = 16 * 8  # of y, that a program of the decode makes at a time, 16 a warp
 CLUSTER = 8  # the largest that every Hopper GPU can run
@@ -40,6 +43,15 @@ class Rows:
     overlap: bool  # of each launch's start with the end of the one before
 
 
+class Workspace(NamedTuple):
+    """Shapes of what the shrink writes beside z; None: not needed."""
+
+    u: tuple[int, int]  # in the compute dtype, of which the first r columns are u
+    parts: tuple[int, int, int] | None  # of z, fp32, one for each block that shares K
+    gram: tuple[int, int, int] | None  # fp32, one for each SHRINK_ROWS rows
+
+
+@lru_cache(maxsize=4096)
 def pick(
     T: int, N: int, K: int, r: int, dtype: torch.dtype, device: Device, architectures: tuple[str, ...]
 ) -> Decode | Rows | None:
@@ -53,9 +65,20 @@ def pick(
     hopper = device.capability == (9, 0) and "90a" in architectures
     if T <= TOKENS and r <= WIDEST_DECODE:
         return _decode(N, K, device.multiprocessors, CLUSTER if hopper else 1)
-    shrink = _split(T, K, device.multiprocessors) if r <= WIDEST_SHRINK and K % 8 == 0 else 0
-    tile = _tile(T, N, device.multiprocessors) if hopper and K % 8 == N % 8 == 0 else None
+    shrink = _split(T, K, device.multiprocessors) if r <= WIDEST_SHRINK and K % ALIGNMENT == 0 else 0
+    tile = _tile(T, N, device.multiprocessors) if hopper and K % ALIGNMENT == N % ALIGNMENT == 0 else None
     return Rows(shrink, tile, overlap=hopper) if shrink or tile is not None else None
+
+
+def workspace(T: int, r: int, split: int, gram: bool) -> Workspace:
+    """What a shrink of T rows by `split` blocks needs."""
+    parts = (split, T, r) if split > 1 else None
+    return Workspace((T, aligned(r)), parts, (-(-T // SHRINK_ROWS), r, r) if gram else None)
+
+
+def aligned(n: int) -> int:
+    """The pitch of rows of n 16-bit elements that begin at multiples of 16 bytes."""
+    return -(-n // ALIGNMENT) * ALIGNMENT
 
 
 def _decode(N: int, K: int, multiprocessors: int, largest: int) -> Decode:
@@ -76,15 +99,15 @@ def _split(T: int, K: int, multiprocessors: int) -> int:
 def _tile(T: int, N: int, multiprocessors: int) -> int | None:
     """The tile whose waves of programs take the least time; None where they would leave the GPU idle."""
 
-    def waves(number: int) -> int:
+    def room(number: int) -> int:
+        """Elements of y that its waves have room for."""
         rows, columns, _ = TILES[number]
-        return -(-PAIR * -(-T // (PAIR * rows)) * -(-N // columns) // multiprocessors)
+        programs = PAIR * -(-T // (PAIR * rows)) * -(-N // columns)
+        return -(-programs // multiprocessors) * multiprocessors * rows * columns
 
-    def size(number: int) -> int:
-        return waves(number) * TILES[number][0] * TILES[number][1]
-
-    best = min(TILES, key=lambda number: size(number) * TILES[number][2])
-    return best if T * N >= LEAST_BUSY * multiprocessors * size(best) else None
+    best = min(TILES, key=lambda number: room(number) * TILES[number][2])
+    busy = T * N / room(best)
+    return best if busy >= LEAST_BUSY else None
 
 
 def unsupported(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:

@@ -1,0 +1,13 @@
+"""placeholder"""
+
+
+def missing():
+    return "not built"
+
+
+def architectures():
+    return ("90a",)
+
+
+def load():
+    raise ImportError

@@ -1,0 +1,178 @@
+"""The CUDA backend on a GPU, beyond what tests/test_functional.py asks of every backend."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import assert_accurate, gradients, operands, unfused
+
+from loraxs_kernels import backends, reference
+from loraxs_kernels.backends import cuda as backend
+from loraxs_kernels.backends.cuda.config import TILES, Decode, Rows
+from loraxs_kernels.functional import lora_xs_linear
+
+pytestmark = pytest.mark.gpu("cuda backend")
+
+
+@pytest.fixture(autouse=True)
+def on_cuda():
+    if reason := backends.unavailable("cuda"):
+        pytest.skip(f"cuda backend: {reason}")
+    with backends.backend("cuda"):
+        yield
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0) or "90a" not in backend.core.architectures():
+        pytest.skip("needs a Hopper GPU and a core built for sm_90a")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Everything the backend allocates starts as NaN."""
+
+    def empty(like, shape, dtype):
+        return like.new_full(shape, float("nan"), dtype=dtype)
+
+    monkeypatch.setattr(backend, "empty", empty)
+
+
+# Whole tiles and none, ranks of one step of the tail and of several, fewer rows than a tile has.
+TAILS = [(8192, 4096, 4096, 64), (1000, 1024, 4096, 12), (129, 264, 72, 1), (777, 4096, 1000, 130), (90, 8, 8, 25)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", TAILS, ids=str)
+def test_every_tile_forward_and_backward(hopper, poisoned, monkeypatch, shape, dtype, tile, overlap):
+    T, *_, r = shape
+    monkeypatch.setattr(backend, "pick", lambda *_: Rows(0 if r > 64 else 1 if T > 4096 else 3, tile, overlap))
+    o = operands(*shape, dtype, device="cuda")
+    results = gradients(o, lora_xs_linear), gradients(o, unfused), gradients(o.to(torch.float64), unfused)
+    for name, *three in zip(("y", "gX", "gR"), *results, strict=True):
+        assert_accurate(*three, dtype, name)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("W", [False, True])
+def test_added_to_an_output(hopper, monkeypatch, W, tile):
+    monkeypatch.setattr(backend, "pick", lambda *_: Rows(1, tile, True))
+    o = operands(500, 264, 136, 20, torch.bfloat16, device="cuda")
+    y = backend.lowrank_linear(o.x, o.W if W else None, o.A, o.R, o.B, o.s, None, out := o.gY.clone())[0]
+    assert y is out
+
+    def expected(dtype):
+        x, W_, A, R, B, gY = (t.to(dtype) for t in (o.x, o.W, o.A, o.R, o.B, o.gY))
+        return gY + reference.lowrank_linear(x, W_ if W else None, A, R, B, o.s)[0]
+
+    assert_accurate(y, expected(torch.bfloat16), expected(torch.float64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096, 4096, 64), (300, 1024, 4096, 16), (64, 4096, 4096, 16)], ids=str)
+def test_the_backends_agree_on_identical_inputs(shape):
+    o = operands(*shape, torch.bfloat16, device="cuda")
+    oracle, chain = gradients(o.to(torch.float64), unfused), gradients(o, unfused)
+    for name in backends.NAMES:
+        if backends.unavailable(name) is None:
+            with backends.backend(name):
+                found = gradients(o, lora_xs_linear)
+            for what, *three in zip(("y", "gX", "gR"), found, chain, oracle, strict=True):
+                assert_accurate(*three, torch.bfloat16, f"{name} {what}")
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 8])
+@pytest.mark.parametrize("r", [1, 12, 16, 64, 128])
+@pytest.mark.parametrize("T", [1, 17, 64])
+def test_every_token_its_own_adapter(poisoned, monkeypatch, T, r, cluster):
+    if cluster > 1 and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters need a Hopper GPU")
+    monkeypatch.setattr(backend, "pick", lambda *_: Decode(cluster, 4))
+    o = operands(T, 4096, 1000, r, torch.bfloat16, device="cuda")
+    Rs = torch.randn(1000, r, r, device="cuda") / r**0.5
+    index = torch.randint(-1, 1000, (T,), dtype=torch.int32, device="cuda")
+    y, z = backend.decode(o.x, o.A, Rs, o.B, o.s, None, o.gY.clone(), index)
+
+    def expected(dtype):
+        z = o.x.to(dtype) @ o.A.to(dtype).T
+        chosen = torch.where((index < 0)[:, None, None], 0, Rs[index.clamp(min=0).long()].to(dtype))
+        return o.gY.to(dtype) + o.s * torch.einsum("tij,tj->ti", chosen, z) @ o.B.to(dtype).T
+
+    assert_accurate(y, expected(torch.bfloat16), expected(torch.float64), torch.bfloat16)
+    assert reference.relative_error(z, o.x.double() @ o.A.double().T) < 1e-5
+
+
+@pytest.mark.parametrize("T", [8192, 300, 64])
+def test_same_bits_every_time_also_where_launches_overlap(T):
+    """Many calls in a row on memory that is used again: whoever does not wait for u reads the last call's."""
+    problems = [operands(T, 1024, 4096, 64, torch.bfloat16, device="cuda", seed=seed) for seed in range(3)]
+    expected = [gradients(o, lora_xs_linear) for o in problems]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for o, first in zip(problems, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(o, lora_xs_linear), first, strict=True))
+
+
+@pytest.mark.parametrize("T", [2048, 40])
+def test_in_a_graph_and_on_another_stream(T):
+    o = operands(T, 1024, 4096, 12, torch.bfloat16, device="cuda")
+    operand = (o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
+    expected = backend.lowrank_linear(*operand)[0]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(backend.lowrank_linear(*operand)[0], expected)
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        y = backend.lowrank_linear(*operand)[0]
+    o.x.copy_(o.x.flip(0))
+    graph.replay()
+    assert torch.equal(y, backend.lowrank_linear(*operand)[0])
+    assert not torch.equal(y, expected)
+
+
+def test_a_launch_that_fails_says_so(hopper):
+    """And leaves nothing behind that a later call would trip over."""
+    o = operands(300, 64, 64, 8, torch.bfloat16, device="cuda")
+    with pytest.raises(RuntimeError, match="loraxs gemm_tail: there is no kernel"):
+        backend.gemm_tail(o.x, o.W, torch.zeros(300, 8, device="cuda").bfloat16(), o.B, None, None, 99, False)
+    with pytest.raises(RuntimeError, match="loraxs decode: "):
+        backend._decode(Decode(64, 1), o.x[:4], o.A, o.R, o.B, o.s, None, None, None)  # no cluster is so large
+    torch.cuda.synchronize()
+    got, chain = (call(o.x, o.W, o.A, o.R, o.B, o.s) for call in (lora_xs_linear, unfused))
+    assert_accurate(got, chain, unfused(*(t.double() for t in (o.x, o.W, o.A, o.R, o.B)), o.s), torch.bfloat16)
+
+
+SANITIZED = """
+    import torch
+    from loraxs_kernels.backends import backend
+    from loraxs_kernels.functional import lora_xs_linear
+    with backend("cuda"):
+        for T in (300, 40):
+            for r in (12, 64):
+                x, W = (torch.randn(n, 520, device="cuda").bfloat16() for n in (T, 264))
+                A, B = torch.randn(r, 520, device="cuda").bfloat16(), torch.randn(264, r, device="cuda").bfloat16()
+                R = torch.randn(r, r, device="cuda", requires_grad=True)
+                lora_xs_linear(x.requires_grad_(), W, A, R, B, 0.5).sum().backward()
+    torch.cuda.synchronize()
+    print("ran")
+"""
+
+
+@pytest.mark.parametrize("check", ["memcheck loraxs", "racecheck shrink", "racecheck decode"])
+def test_under_compute_sanitizer(check):
+    """A tool, and which kernels it watches: racecheck not the GEMM, as it does not follow TMA's barriers."""
+    tool, kernels = check.split()
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--kernel-regex", f"kns={kernels}", "--error-exitcode", "9"]
+    script = textwrap.dedent(SANITIZED)
+    done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,287 @@
+"""The kernels of csrc/, emulated on the CPU: against the fp64 oracle; what they write, where, and in which order.
+
+In a process of its own (`LORAXS_EMULATED=1 pytest tests/test_cuda_kernels.py tests/test_functional.py`; `make test`
+does).  The GEMM with a tail is plain loops here, which hold its callers to what it needs of its operands.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import EMULATED
+from helpers import Operands, assert_accurate, gradients, operands, unfused
+from torch import Tensor, nn
+
+from loraxs_kernels import LoRAXSLinear, reference
+from loraxs_kernels.functional import lora_xs_linear
+
+if not EMULATED:
+    pytest.skip("runs in a process of its own, with LORAXS_EMULATED=1", allow_module_level=True)
+
+import emulator
+
+from loraxs_kernels.backends import cuda as backend
+from loraxs_kernels.backends.cuda.config import Decode, Rows
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def backward(o: Operands) -> Operands:
+    """The operands of the backward pass, as views: its x is gY, its bias none."""
+    return Operands(o.gY, o.W.t(), o.B.t(), o.R.t(), o.A.t(), None, o.x, o.s)
+
+
+def check(o: Operands, results: tuple, other: Tensor | None, out: Tensor | None = None, W: bool = True) -> None:
+    """y, z and the gram of the primitive against the oracle, by the accuracy rule; `out`: what y was before."""
+    dtype = o.x.dtype
+
+    def expected(at: torch.dtype) -> tuple:
+        x, A, R, B = (t.detach().to(at) for t in (o.x, o.A, o.R, o.B))
+        bias = None if o.bias is None or out is not None else o.bias.to(at)
+        y, z = reference.lowrank_linear(x, o.W.to(at) if W else None, A, R, B, o.s, bias)
+        y = y if out is None else out.to(at) + y
+        return y, z, None if other is None else o.s * z.T @ other.to(at)
+
+    for name, got, chain, oracle in zip("yzg", results, expected(dtype), expected(torch.float64), strict=True):
+        if oracle is not None:
+            assert_accurate(got, chain, oracle, dtype, name)
+    assert reference.relative_error(results[1], expected(torch.float64)[1]) < 1e-6
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """What was picked; set `plans.forced` to have it picked."""
+
+    class Plans(list):
+        forced = None
+
+    found, own = Plans(), backend.pick
+    monkeypatch.setattr(backend, "pick", lambda *args: found.append(found.forced or own(*args)) or found[-1])
+    return found
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Everything the backend allocates is poisoned with NaN and lies between guard bands; `whole()` checks these."""
+    held = []
+
+    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size, band = torch.Size(shape).numel(), 1 << 12
+        memory = torch.full((size + 2 * band,), 7.0, dtype=dtype)
+        memory[band : band + size] = float("nan")
+        held.append((memory, band))
+        return memory[band : band + size].view(shape)
+
+    def whole() -> bool:
+        return len(held) > 0 and all((m[:band] == 7).all() and (m[-band:] == 7).all() for m, band in held)
+
+    monkeypatch.setattr(backend, "empty", empty)
+    return whole
+
+
+# Rows and ranks that fill no tile; few columns, one step of them, many.
+ROWS = [(65, 8, 8, 1), (70, 24, 304, 12), (130, 16, 1032, 25), (129, 40, 64, 64), (66, 8, 136, 100)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ["forward", "backward"])
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("split", [1, 3])
+def test_many_rows(plans, guarded, shape, layout, split, dtype):
+    """Forward and backward, the GEMM with a tail; blocks that share K, with and without a share."""
+    T, N, K, r = shape
+    plans.forced = Rows(split if r <= 64 else 0, 1, True)
+    o = operands(T, N, K, r, dtype)
+    o, other = (o, None) if layout == "forward" else (backward(o), torch.randn(T, r))
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other)
+    assert plans and guarded()
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("W", [False, True])
+@pytest.mark.parametrize("T", [33, 70])
+def test_out_and_no_weight(plans, T, W, add):
+    o = operands(T, 40, 64, 12, torch.bfloat16)
+    out = o.gY.clone() if add else None
+    y, z, gram = backend.lowrank_linear(o.x, o.W if W else None, o.A, o.R, o.B, o.s, None if add else o.bias, out)
+    assert (y is out) == add and gram is None
+    check(o, (y, z, None), None, o.gY if add else None, W)
+    assert isinstance(plans[0], Decode if T == 33 else Rows)
+
+
+@pytest.mark.parametrize("tile", [None, 0])
+@pytest.mark.parametrize("kind", ["turned weight", "sliced weight", "sliced x", "expanded x", "turned x", "bias"])
+def test_operands_the_copy_engine_cannot_read_as_they_lie(plans, kind, tile):
+    """GPT-2's weights lie the other way than B; slices begin anywhere.  The emulated GEMM refuses what TMA would."""
+    plans.forced = Rows(1, tile, True)
+    layout = {"sliced x": "sliced", "expanded x": "expanded"}.get(kind, "contiguous")
+    o = operands(70, 40, 64, 12, torch.bfloat16, layout)
+    if kind == "turned weight":
+        o.W = o.W.t().contiguous().t()
+    elif kind == "sliced weight":
+        o.W = torch.randn(50, 80).bfloat16()[3:43, 5:69]
+    elif kind == "turned x":
+        o.x = o.x.t().contiguous().t()
+    elif kind == "bias":
+        o.bias = torch.randn(43).bfloat16()[3:]
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias), None)
+    o, other = backward(o), torch.randn(70, 12)
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, other), other)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cluster", [1, 8])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (16, 130, 72, 16), (33, 40, 257, 25), (64, 17, 300, 64), (5, 300, 96, 100)]
+)
+def test_few_rows(plans, guarded, shape, layout, cluster, dtype):
+    plans.forced = Decode(cluster, 2)
+    o = operands(*shape, dtype, layout)
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias), None)
+    o, other = backward(o), torch.randn(shape[0], shape[3])
+    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, other), other)
+    assert guarded()
+
+
+@pytest.mark.parametrize("R_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("T", "r", "cluster"), [(1, 4, 8), (20, 16, 8), (64, 12, 1), (50, 64, 4)])
+def test_every_token_its_own_adapter(plans, T, r, cluster, R_dtype):
+    plans.forced = Decode(cluster, 1)
+    o = operands(T, 66, 160, r, torch.bfloat16)
+    Rs = (torch.randn(5, r, r) / r**0.5).to(R_dtype)
+    index = torch.randint(-1, 5, (T,), dtype=torch.int32)
+    if R_dtype == torch.float64:
+        with pytest.raises(TypeError, match=r"R: got torch.float64, must be float32, bfloat16 or float16"):
+            backend.decode(o.x, o.A, Rs, o.B, o.s, index=index)
+        return
+    y, _ = backend.decode(o.x, o.A, Rs, o.B, o.s, None, out := o.gY.clone(), index)
+    assert y is out
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        z = o.x.to(dtype) @ o.A.to(dtype).T
+        chosen = torch.where((index < 0)[:, None, None], 0, Rs[index.clamp(min=0).long()].to(dtype))
+        return o.gY.to(dtype) + o.s * torch.einsum("tij,tj->ti", chosen, z) @ o.B.to(dtype).T
+
+    assert_accurate(y, expected(torch.bfloat16), expected(torch.float64), torch.bfloat16)
+    assert torch.equal(y[index < 0], o.gY[index < 0])
+    one = backend.decode(o.x, o.A, Rs[2], o.B, o.s)[0]
+    same = backend.decode(o.x, o.A, Rs, o.B, o.s, index=torch.full((T,), 2, dtype=torch.int32))[0]
+    assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(65, 8).bfloat16()}, "x: got 65 rows, must be at most 64"),
+        ({"x": torch.zeros(3, 8)}, "x: got torch.float32, must be bfloat16 or float16"),
+        ({"A": torch.zeros(2, 8).half()}, "A: got torch.float16, must be bfloat16 or float16 like x"),
+        ({"A": torch.zeros(2, 9).bfloat16()}, r"A: got shape \(2, 9\), must be \(2, 8\)"),
+        ({"R": torch.zeros(4, 2, 2)}, r"R: got shape \(4, 2, 2\), must be \(2, 2\)"),
+        ({"R": torch.zeros(4, 2, 3), "index": torch.zeros(3).int()}, r"R: got shape \(4, 2, 3\), must be \(4, 2, 2\)"),
+        ({"R": torch.zeros(4, 2, 2), "index": torch.zeros(3)}, r"index: got shape \(3,\) of torch.float32"),
+        ({"R": torch.zeros(4, 2, 2), "index": torch.zeros(4).int()}, r"index: got shape \(4,\) of torch.int32"),
+        ({"out": torch.zeros(3, 6).bfloat16()}, r"out: got shape \(3, 6\), must be \(3, 5\)"),
+        ({"bias": torch.zeros(5, device="meta").bfloat16()}, "bias: got device meta, must be cpu like x"),
+        (
+            {"A": torch.zeros(129, 8).bfloat16(), "B": torch.zeros(5, 129).bfloat16()},
+            "B: got rank 129, must be at most 128",
+        ),
+    ],
+)
+def test_decode_names_a_wrong_operand(change, message):
+    good = {"x": torch.zeros(3, 8), "A": torch.zeros(2, 8), "B": torch.zeros(5, 2)}
+    given = {name: t.bfloat16() for name, t in good.items()} | {"R": torch.zeros(2, 2), "s": 1.0} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        backend.decode(**given)
+
+
+def test_no_rows_and_no_columns(plans):
+    o = operands(3, 5, 8, 2, torch.bfloat16)
+    y, z = backend.decode(o.x[:0], o.A, o.R, o.B, o.s)
+    assert y.shape == (0, 5) and z.shape == (0, 2)
+    y, z = backend.decode(o.x[:, :0], o.A[:, :0], o.R, o.B, o.s, o.bias)
+    assert torch.equal(y, o.bias.expand(3, 5)) and torch.equal(z, torch.zeros(3, 2))
+    assert plans == [None, None]
+
+
+def test_what_the_core_refuses_is_an_error():
+    o = operands(70, 8, 8, 2, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="loraxs gemm_tail: operands it cannot be called with"):
+        backend.gemm_tail(o.x[:, 1:], o.W, torch.zeros(70, 2).bfloat16(), o.B, None, None, 0, False)
+
+
+def test_a_layer_trains_on_it(plans):
+    """Rank 12: B lives in padded rows, which neither a move nor a state dict shows, and is read as it lies."""
+    layer = LoRAXSLinear.from_linear(nn.Linear(96, 64).bfloat16(), 12, sigma=0.3)
+    layer.load_state_dict(layer.state_dict())
+    for moved in (layer, copy.deepcopy(layer).to("meta").to_empty(device="cpu"), layer.to(torch.bfloat16)):
+        assert backend.lies(moved.B) == 0 and moved.B.shape == (64, 12)
+        assert moved.state_dict()["B"].is_contiguous()
+    o = operands(70, 64, 96, 12, torch.bfloat16)
+    o = Operands(o.x, layer.weight, layer.A, layer.R.data, layer.B, layer.bias, o.gY, layer.scaling)
+    plans.forced = Rows(1, 0, True)
+    got = gradients(o, lambda x, W, A, R, B, s, bias: lora_xs_linear(x, W, A, R, B, s, bias))
+    for name, *three in zip(
+        ("y", "gX", "gR"), got, gradients(o, unfused), gradients(o.to(torch.float64), unfused), strict=True
+    ):
+        assert_accurate(*three, torch.bfloat16, name)
+    assert len(plans) == 2
+
+
+def results(core) -> list[Tensor]:
+    """Everything shrink and decode make of two problems, on a core of its own."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend.core, "load", lambda: core)
+        for transposed in (False, True):
+            o = operands(66, 16, 1096, 64, torch.bfloat16)
+            A = o.A.t().contiguous().t() if transposed else o.A
+            found += backend.shrink(o.x, A, o.R, o.s, torch.randn(66, 64), 2, False)
+        o = operands(40, 40, 400, 16, torch.bfloat16)
+        found += backend._decode(Decode(4, 1), o.x, o.A, o.R, o.B, o.s, None, None, None)
+    return found
+
+
+def differs(first: list[Tensor], second: list[Tensor]) -> bool:
+    return not all(torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9)) for a, b in zip(first, second, strict=True))
+
+
+def test_same_bits_whatever_the_order_of_the_threads(emulated_core, monkeypatch):
+    torch.manual_seed(0)
+    expected = results(emulated_core)
+    for order in range(1, 4):
+        monkeypatch.setenv("LORAXS_EMULATOR_ORDER", str(order))
+        torch.manual_seed(0)
+        assert not differs(results(emulated_core), expected)
+
+
+BREAKS = {
+    "an asynchronous copy that is not waited for": ("shrink.cu", r"copy_wait<[^;]*;", ""),
+    "sums read before they are there": ("shrink.cu", r"\[3\]\};\n    \}\n  \}\n  __syncthreads\(\);", "[3]};}}"),
+    "blocks that do not wait for the cluster": ("decode.cu", r"cluster_sync\(\);", "__syncthreads();"),
+}
+
+
+def test_the_emulator_finds_missing_barriers(tmp_path, emulated_core, monkeypatch):
+    """Each of them, taken out of the source, changes results in some order of the threads."""
+    torch.manual_seed(0)
+    expected = results(emulated_core)
+    for i, (what, (name, pattern, instead)) in enumerate(BREAKS.items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        source = (emulator.CSRC / name).read_text()
+        broken, count = re.subn(pattern, instead, source, flags=re.DOTALL)
+        assert count, what
+        (folder / name).write_text(broken)
+        kernels = [folder / each.name if each.name == name else each for each in emulator.KERNELS]
+        core, found = emulator.build(folder, kernels, f"_broken_{i}"), False
+        for order in range(8):
+            monkeypatch.setenv("LORAXS_EMULATOR_ORDER", str(order))
+            torch.manual_seed(0)
+            found = found or differs(results(core), expected)
+        monkeypatch.delenv("LORAXS_EMULATOR_ORDER")
+        assert found, what
