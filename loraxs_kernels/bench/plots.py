@@ -28,6 +28,8 @@ COLOURS = {
     "torch": "#1f77b4",
     "triton": "#17a398",
     "cuda": "#2ca02c",
+    "cuda-128x256": "#98df8a",
+    "cuda-128x128": "#006d2c",
     "operator": "#9ecae1",
     "one-pass": "#7f7f7f",
     "loraxs-svd": "#1f77b4",
@@ -79,7 +81,7 @@ def of(report: dict[str, Any]) -> list[Plot]:
     """Every figure of a report that it has rows for."""
     require()
     ok = [row for row in report["rows"] if row["status"] == "ok"]
-    makers: tuple[Callable[..., Iterator[Plot]], ...] = (taxes, ceilings, host, models, svd)
+    makers: tuple[Callable[..., Iterator[Plot]], ...] = (taxes, ceilings, gemms, host, models, svd)
     return [plot for make in makers for plot in make(report, ok)]
 
 
@@ -184,6 +186,27 @@ def ceilings(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
         axes.set_ylabel("TFLOP/s of what is needed")
     _finish(figure)
     yield Plot("achieved", title, figure)
+
+
+def gemms(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:
+    """What u B^T adds to the library's x W^T over a block, on a GPU."""
+    modes: dict[str, dict[str, list[tuple[str, str, dict[str, float]]]]] = {}
+    for at, paths in tax.points(ok, "gemm").items():
+        paths["cuda"] = tables.picked(paths)
+        for path in paths:
+            if path != "frozen" and (found := tax.measured(paths, path)):
+                spread = {name: 100 * value for name, value in dataclasses.asdict(found).items()}
+                where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
+                group = modes.setdefault(at.mode, {}).setdefault(where, [])
+                group.append((path, f"{path}, {at.direction}", spread))
+    for mode, groups in modes.items():
+        title = f"u B^T, u given: time added to the library's x W^T, {mode} mode"
+        figure, panels = _panels(min(len(groups), MOST_PANELS))
+        for axes, (name, bars) in zip(panels, groups.items(), strict=False):
+            _bars(axes, bars)
+            axes.set(title=name, xlabel="% of the frozen linears' time")
+        _finish(figure, legend=False)
+        yield Plot(f"gemm-{mode}", title, figure)
 
 
 def host(report: dict[str, Any], ok: list[dict]) -> Iterator[Plot]:

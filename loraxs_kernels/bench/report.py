@@ -9,6 +9,8 @@
     rows                     a list, below
     tests                    of bench/gpu_suite.py alone: for each component a hash of its files, and how many of its
                              tests passed and failed; its rows have the `run` that they are of
+    build                    of bench/gpu_suite.py, where it built the CUDA core: built, and why not; architectures,
+                             nvcc, cutlass; seconds, cores, MAX_JOBS, and whether nothing was there before (whole)
 
 Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
 quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.
@@ -18,6 +20,8 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  over: {frozen, reference, peft-lora: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
                  peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward, backward}
     chain        model, N, K, T, r, dtype, direction, mode, bytes (that must move); seconds and over as above
+    gemm         layers, count and the rest as above, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
+                 tile (rows, columns of y), picked (the cuda backend would use this path here)
     group        model, N (a list), K, T, r, dtype, direction, mode; seconds and over {frozen, separate} as above
     model        model, blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); seconds
                  and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..backends.cuda.config import TOKENS, WIDEST_DECODE
+
 DIRECTIONS = {"both": "forward + backward", "forward": "forward", "backward": "backward"}  # and in words
 
 
@@ -28,6 +30,7 @@ class Ceilings:
         return max(bytes_moved / self.bandwidth, flops / (self.single if single else self.half))
 
 
+STEP = 64  # columns of u that the GEMM with a tail takes at a time, part or full: kTileK in csrc/gemm_tail.cuh
 _DATASHEET = "vendor's datasheet: dense rates at boost clock, seldom reached"
 # fp32 rates are those of the plain fp32 units, not TF32.
 DATASHEETS = {
@@ -78,8 +81,10 @@ def _one_way(path: str, T: int, N: int, K: int, r: int, backward: bool) -> list[
         return [Step(2 * X + A, shrink), Step(2 * Y + B, expand), _gemm(T, N, K, accumulate=True)]
     if path == "triton":  # the same bytes, in one kernel
         return [Step(2 * (X + Y) + A + B, shrink + expand), _gemm(T, N, K, accumulate=True)]
-    if path == "cuda":  # a shrink, then B rides in the base GEMM's K loop
-        return [Step(2 * X + A, shrink), _gemm(T, N, K, more=Step(B, expand))]
+    if path == "cuda" and T <= TOKENS and r <= WIDEST_DECODE:  # the base, then the rest of it in one launch
+        return [base, Step(2 * X + 4 * Y + A + B, shrink + expand)]
+    if path == "cuda":  # a shrink reads x, then u and B ride in the base GEMM's K loop
+        return [Step(2 * X + A, shrink), _gemm(T, N, K, more=Step(B, 2 * T * N * STEP * -(-r // STEP)))]
     if path == "one-pass":  # x read once, for W and A together
         return [_gemm(T, N, K, more=Step(A + B, shrink + expand))]
     return [base]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from . import BenchError
+from . import BenchError, gemm
 from .paths import PATHS
 from .roofline import DIRECTIONS
 from .shapes import MODELS, Shape, parse
 from .svd import METHODS
 
-QUESTIONS = ("layer", "chain", "group", "host", "svd", "model")
+QUESTIONS = ("layer", "chain", "gemm", "group", "host", "svd", "model")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph")
 
@@ -93,6 +93,8 @@ def check(
     questions = tuple(questions) or ("layer", "host")
     # Asking whether a path can run may import what it needs.
     chosen, left_out = _paths(paths, PATHS) if set(questions) != {"svd"} else ((), {})
+    if "gemm" in questions and "cuda" in chosen and (why := gemm.missing(DTYPES[dtype], there)):
+        left_out |= {"cuda, of the question gemm": why}
     chosen_svd, left_out_svd = _paths(paths, METHODS) if "svd" in questions else ((), {})
     return Settings(
         questions=questions,

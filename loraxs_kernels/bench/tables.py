@@ -11,8 +11,9 @@ from typing import Any
 from . import tax
 from .layer import Row
 from .paths import PATHS
-from .roofline import DIRECTIONS
+from .roofline import DIRECTIONS, STEP
 from .settings import QUESTIONS
+from .shapes import Shape
 from .svd import METHODS
 from .timer import NOISY
 
@@ -80,19 +81,20 @@ def show(tables: Iterable[Table]) -> None:
 
 
 def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Table]:
-    """Every table of a report that it has rows for; those of all questions end with what was not measured."""
+    """Every table of a report that it has rows for; those of all questions end with what was built and not measured."""
     ok = [row for row in report["rows"] if row["status"] == "ok"]
     makers: dict[str, tuple[Callable[..., Iterator[Table]], ...]]
     makers = {
         "layer": (taxes, layers),
         "chain": (chains,),
+        "gemm": (gemms,),
         "group": (groups,),
         "host": (host,),
         "svd": (svd,),
         "model": (models,),
     }
     tables = [table for question in questions for make in makers[question] for table in make(report, ok)]
-    return tables + (list(failures(report)) if set(questions) == set(QUESTIONS) else [])
+    return tables + ([*builds(report), *failures(report)] if set(questions) == set(QUESTIONS) else [])
 
 
 def gpu(report: dict[str, Any]) -> bool:
@@ -181,6 +183,90 @@ def _bandwidth(report: dict[str, Any], row: Row | None) -> str:
     speed = row["bytes"] / row["seconds"]["median"]
     of = f" ({speed / report['ceilings']['bandwidth']:.0%})" if report["ceilings"] else ""
     return f"{speed / 1e12:.2f}{'~' * row['noisy']}{of}"
+
+
+def gemms(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """u B^T added to x W^T, u given: on a GPU the speed of each path and the time it adds to the library's x W^T."""
+    rows = [row for row in ok if row["question"] == "gemm"]
+    others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
+    others += ["cuda"] if any(row["picked"] for row in rows) else []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points = _gemm_points([row for row in rows if row["mode"] == mode])
+        head, notes, why = ["", *(f"{name} over frozen" for name in others)], ["Quartiles in brackets."], []
+        if gpu(report):
+            own = {name: (_added,) if name in ("addmm", "torch") else (_flops, _added) for name in others}
+            words = {_flops: "TFLOP/s", _added: "% added"}
+            head = ["", "frozen, TFLOP/s", *(f"{name}, {words[cell]}" for name in others for cell in own[name])]
+            notes = [
+                "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
+                "% added: time added to the floor's, quartiles in brackets."
+            ]
+            why = ["its quartiles are too far apart"]
+        if any("tile" in row for row in rows):
+            notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
+        if "cuda" in others:
+            notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
+        lines = []
+        for where, point in points.items():
+            cells = [_over(point.get(name), "frozen") for name in others]
+            if gpu(report):
+                cells = [cell(point.get(name)) for name in others for cell in own[name]]
+                cells = [_flops(point.get("frozen")), *cells]
+            lines.append([where, *cells])
+        yield Table(f"x W^T + u B^T, u given, {mode}", head, lines, (*notes, *_noise(lines, *why)))
+
+
+def _gemm_points(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by path, and under "cuda" what that backend would use: of blocks of several shapes, then of each shape."""
+    points: dict[str, dict[str, Row]] = {}
+    for at, paths in tax.points(rows, "gemm").items():
+        paths["cuda"] = picked(paths)
+        if len(paths["frozen"]) > 1:
+            where = f"{at.dtype} {at.direction} T {at.T} r {at.r}, the linears of {at.model or 'all shapes'}"
+            points[where] = {name: _block(paths, name) for name in paths if tax.measured(paths, name)}
+    for row in rows:
+        where = f"{row['dtype']} {row['direction']} T {row['T']} r {row['r']}, {row['N']} x {row['K']}"
+        point = points.setdefault(where, {})
+        point[row["path"]] = row
+        if row["picked"]:
+            point["cuda"] = row
+    return points
+
+
+def picked(paths: tax.Paths) -> dict[Shape, Row]:
+    """Of each shape the row of the path that the cuda backend would use."""
+    return {shape: row for each in paths.values() for shape, row in each.items() if row["picked"]}
+
+
+def _block(paths: tax.Paths, name: str) -> Row:
+    """The rows of a path as one, each as often as its shape occurs."""
+    found, own = tax.measured(paths, name), paths[name]
+    floor = sum(shape.count * row["seconds"]["median"] for shape, row in paths["frozen"].items())
+    over = {"low": 1 + found.low, "median": 1 + found.median, "high": 1 + found.high}
+    return {
+        "flops": sum(shape.count * row["flops"] for shape, row in own.items()),
+        "floor_flops": sum(shape.count * row["floor_flops"] for shape, row in own.items()),
+        "seconds": {"median": floor * over["median"]},
+        "over": {"frozen": over},
+        "noisy": found.noisy,
+    }
+
+
+def _flops(row: Row | None) -> str:
+    """Achieved, and as a share of the floor's, by the ratio of times within rounds."""
+    if row is None:
+        return NO_FIGURE
+    speed = f"{row['flops'] / row['seconds']['median'] / 1e12:.0f}"
+    if "frozen" not in row["over"] or row["flops"] == row["floor_flops"]:
+        return speed
+    return f"{speed} ({row['flops'] / row['floor_flops'] / row['over']['frozen']['median']:.1%})"
+
+
+def _added(row: Row | None) -> str:
+    if row is None or "frozen" not in row["over"]:
+        return NO_FIGURE
+    found = tax.Tax(*(row["over"]["frozen"][quartile] - 1 for quartile in ("low", "median", "high")))
+    return f"{100 * found.median:.1f}{'~' * found.noisy} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
 def groups(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
@@ -300,9 +386,22 @@ def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         )
 
 
+def builds(report: dict[str, Any]) -> Iterator[Table]:
+    """How long the CUDA core took to build."""
+    build = report.get("build", {})
+    if build.get("built"):
+        for_what = ", ".join(f"sm_{name}" for name in build["architectures"])
+        cores = f"{build['cores']} cores" + (f", MAX_JOBS {build['MAX_JOBS']}" if build["MAX_JOBS"] else "")
+        line = [f"{for_what}, on {cores}", f"{build['seconds']:.0f}", build["nvcc"], build["cutlass"] or NO_FIGURE]
+        notes = () if build["whole"] else ("Not from nothing: an earlier build had left some of it.",)
+        yield Table("Building the CUDA core", ["", "s", "nvcc", "CUTLASS"], [line], notes)
+
+
 def failures(report: dict[str, Any]) -> Iterator[Table]:
     """What was not measured, and why."""
     lines = [[name, "everywhere", why] for name, why in report["settings"]["left_out"].items()]
+    if why := report.get("build", {}).get("why"):
+        lines.append(["the CUDA core", "its build", why])
     for row in report["rows"]:
         if row["status"] == "failed":
             where = [f"{key} {row[key]}" for key in ("N", "K", "T", "r", "mode") if key in row]

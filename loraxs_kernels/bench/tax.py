@@ -42,12 +42,12 @@ class Tax:
         return self.high - self.low > max(0.01, 0.25 * abs(self.median))
 
 
-def points(rows: Iterable[Row]) -> dict[Point, Paths]:
-    """Layer rows with absolute times (a GPU's), by point, path and shape; separate runs stay apart."""
+def points(rows: Iterable[Row], question: str = "layer") -> dict[Point, Paths]:
+    """A question's rows with absolute times (a GPU's), by point, path and shape; separate runs stay apart."""
     found: dict[Point, Paths] = {}
     shapes: dict[tuple[str, str], set[Shape]] = {}
     for row in rows:
-        if row["question"] == "layer" and row["status"] == "ok" and "seconds" in row:
+        if row["question"] == question and row["status"] == "ok" and "seconds" in row:
             at = Point(row.get("run", ""), *(row[name] for name in Point._fields[1:]))
             shape = Shape(row["N"], row["K"], row["count"], row["layers"])
             found.setdefault(at, {}).setdefault(row["path"], {})[shape] = row
