@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """The primitive with the CUDA core of csrc/: on Hopper the base GEMM itself, whose sum runs on into u B^T.
 
 config.py says which kernels a problem takes, core.py finds the core.  Many rows: shrink (z, u, gram), then the GEMM
@@ -19,16 +18,10 @@ from . import core
 from .config import ALIGNMENT, TOKENS, WIDEST_DECODE, Decode, Rows, aligned, pick, unsupported, workspace
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # loraxs.h
-=======
-"""The primitive with the CUDA core."""
-
-from . import core
->>>>>>> build
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run here; None: it can."""
-<<<<<<< HEAD
     if reason := core.missing():
         return reason
     if not torch.cuda.is_available():
@@ -268,6 +261,3 @@ def _address(t: Tensor | None) -> int:
 
 def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-=======
-    return core.missing() or "this version of loraxs_kernels has no cuda backend"
->>>>>>> build

@@ -18,6 +18,7 @@ from typing import Any
 RECORD = Path(__file__).parents[2] / "_build.json"
 
 
+@cache
 def load() -> ModuleType:
     """The core.  Raises ImportError where it is missing."""
     return importlib.import_module("loraxs_kernels._core")
