@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-ALIGNED = 8  # what it wants N and K to be multiples of
 
 # The tiles by the names of their paths.
 TILES = {f"cuda-{rows}x{columns}": number for number, (rows, columns, _) in config.TILES.items()}
@@ -147,8 +146,8 @@ def _point(settings: Settings, names: list[str], shape: Shape, T: int, r: int, d
         **{"question": "gemm", "model": settings.model, "layers": shape.names, "count": shape.count},
         **{"N": shape.N, "K": shape.K, "T": T, "r": r, "dtype": settings.dtype_name, "direction": direction},
     }
-    if shape.N % ALIGNED or shape.K % ALIGNED:
-        why = f"N and K must be multiples of {ALIGNED}"
+    if shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT:
+        why = f"N and K must be multiples of {config.ALIGNMENT}"
         yield from (where | failure(name, why) for name in names if name in TILES)
         names = [name for name in names if name not in TILES]
     try:
