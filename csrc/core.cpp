@@ -30,7 +30,7 @@ extern "C" int loraxs_ready(void) {
   int driver = 0, runtime = 0;
   if (int status = cudaDriverGetVersion(&driver)) return status;
   if (int status = cudaRuntimeGetVersion(&runtime)) return status;
-  return driver / 1000 < runtime / 1000 ? cudaErrorInsufficientDriver : LORAXS_OK;
+  return driver / 1000 < runtime / 1000 ? int(cudaErrorInsufficientDriver) : int(LORAXS_OK);
 }
 
 extern "C" const char* loraxs_message(int status) {

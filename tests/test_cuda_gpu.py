@@ -175,4 +175,6 @@ def test_under_compute_sanitizer(check):
     command = [sanitizer, "--tool", tool, "--kernel-regex", f"kns={kernels}", "--error-exitcode", "9"]
     script = textwrap.dedent(SANITIZED)
     done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer cannot watch this GPU here")
     assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
