@@ -58,8 +58,9 @@ def requirements() -> list[str]:
     except NoCore as reason:
         refuse_if_required(reason)
         return []
-    hopper = "90" in os.environ.get("LORAXS_CUDA_ARCHS", "90a") and not os.environ.get("CUTLASS_DIR")
-    return ["pybind11>=2.12", *(tool for tool in ("cmake", "ninja") if not runs(tool)), *([CUTLASS] if hopper else [])]
+    tools = [tool for tool in ("cmake", "ninja") if not runs(tool)]
+    hopper = "90" in (os.environ.get("LORAXS_CUDA_ARCHS") or "90a")
+    return ["pybind11>=2.12", *tools, *([CUTLASS] if hopper and not os.environ.get("CUTLASS_DIR") else [])]
 
 
 def refuse_if_required(reason: NoCore) -> None:
@@ -72,7 +73,7 @@ def refuse_if_required(reason: NoCore) -> None:
 
 def find_nvcc() -> str:
     """The compiler, where a core is wanted: the first of these settings that is made decides, then the usual places."""
-    wanted = os.environ.get("LORAXS_BUILD_CUDA", "auto")
+    wanted = os.environ.get("LORAXS_BUILD_CUDA") or "auto"
     if wanted not in ("auto", "1", "0"):
         raise NoCore(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
     if wanted == "0":
@@ -119,10 +120,10 @@ def build_core() -> None:
         "CMAKE_CUDA_COMPILER": nvcc,
         "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         "PYTHON": sys.executable,
-        "LORAXS_CUDA_ARCHS": os.environ.get("LORAXS_CUDA_ARCHS", "80;90a"),
-        "CUTLASS_DIR": os.environ.get("CUTLASS_DIR", ""),
+        "LORAXS_CUDA_ARCHS": os.environ.get("LORAXS_CUDA_ARCHS"),
+        "CUTLASS_DIR": os.environ.get("CUTLASS_DIR"),
     }
-    defines = [f"-D{name}={value}" for name, value in variables.items()]
+    defines = [f"-D{name}={value}" if value else f"-U{name}" for name, value in variables.items()]
     run("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *defines)
     run("ninja", "-C", str(BUILD), "-j", jobs)
 
@@ -130,7 +131,8 @@ def build_core() -> None:
 def run(*command: str) -> None:
     """Run and print; raises NoCore with the first error."""
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with subprocess.Popen(command, **output) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -139,9 +141,8 @@ def run(*command: str) -> None:
             process.terminate()  # and with it the compilers
             raise
     if process.returncode:
-        error = re.search(r"^CMake Error.*:\n((?:  .*\n)+)", "".join(lines), re.M)
-        found = error[1] if error else next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])
-        raise NoCore(" ".join(found.split()))
+        errors = re.findall(r"^CMake Error.*:\n((?:  .*\n)+)|^(.*\berror\b.*)", "".join(lines), re.M)
+        raise NoCore(" ".join("".join(errors[0] if errors else f"{command[0]} failed").split()))
 
 
 class Build(build_ext):
