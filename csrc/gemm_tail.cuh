@@ -121,7 +121,7 @@ struct TailMainloop : Base {
     }
     auto sA = make_tensor(make_smem_ptr(shared.smem_A.data()), SmemLayoutA{});
     auto sB = make_tensor(make_smem_ptr(shared.smem_B.data()), SmemLayoutB{});
-    auto [m, n, k, l] = coord;
+    auto const m = get<0>(coord), n = get<1>(coord), l = get<3>(coord);
     auto walk = [&](TmaA const& tma_a, TmaB const& tma_b, auto const& tiles_a, auto const& tiles_b, int first, int last) {
       auto slice_a = tma_a.get_slice(j);
       auto slice_b = tma_b.get_slice(i);
