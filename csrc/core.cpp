@@ -36,6 +36,7 @@ extern "C" int loraxs_ready(void) {
 extern "C" const char* loraxs_message(int status) {
   switch (status) {
     case LORAXS_NO_SUCH_KERNEL: return "there is no kernel for this type, tile or rank";
+    case LORAXS_NOT_DESCRIBED: return "the driver refuses to describe an operand to the copy engine (TMA)";
     case LORAXS_NOT_BUILT_FOR: return "the CUDA core was built without sm_90a, which this kernel needs";
     default: return cudaGetErrorString(static_cast<cudaError_t>(status));
   }

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
     }
   }
   __syncthreads();
-  cluster_arrive();  // nothing of another program's is read from here on
+  cluster_leave();  // nothing of another program's is read from here on
   for (int64_t column = 16 * (int64_t(blockIdx.x) * kWarps + warp); column < p.N; column += 16 * kWarps * gridDim.x) {
     expand<T, RANK>(p, u, column);
   }

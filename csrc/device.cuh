@@ -16,9 +16,10 @@
 #else
 
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include "loraxs.h"
+#include <type_traits>
+
+#include "launch.h"
 
 namespace loraxs {
 
@@ -113,6 +114,12 @@ __device__ inline void cluster_arrive() {
   __cluster_barrier_arrive();
 #endif
 }
+// Before the end: nothing that was written is for the others, only what was read is done with.
+__device__ inline void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
@@ -148,44 +155,13 @@ __device__ inline void wait_for_launch_before() {
 #endif
 }
 
-struct Launch {
-  dim3 grid;
-  int threads, shared_bytes, cluster;
-  bool early;  // start before the launch before has ended
-  loraxs_stream stream;
-};
-
 template <class Args>
-int launch(void (*kernel)(Args), Launch const& how, Args const& args) {
-  cudaError_t error = cudaSuccess;
+int launch(void (*kernel)(Args), Launch const& how, Args args) {
+  auto const address = reinterpret_cast<void const*>(kernel);
   if (how.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    if (cudaError_t error = allow(address, how.shared_bytes)) return error;
   }
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attributes[2] = {};
-    int count = 0;
-    if (how.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim.x = how.cluster;
-      attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-      ++count;
-    }
-    if (how.early) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count].val.programmaticStreamSerializationAllowed = 1;
-      ++count;
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = how.grid;
-    config.blockDim = dim3(how.threads);
-    config.dynamicSmemBytes = how.shared_bytes;
-    config.stream = how.stream;
-    config.attrs = attributes;
-    config.numAttrs = count;
-    error = cudaLaunchKernelEx(&config, kernel, args);
-  }
-  if (error != cudaSuccess) (void)cudaGetLastError();  // reported here, so not once more by whoever asks next
-  return error;
+  return start(address, how, &args);
 }
 
 }  // namespace loraxs

@@ -1,10 +1,11 @@
 // One GEMM of gemm_tail.cuh.  CMakeLists.txt compiles this file once for each LORAXS_TYPE (bf16, fp16), LORAXS_TRANSPOSED
 // (0, 1) and LORAXS_TILE (a number of gemm_tail_tiles.h), so that they compile side by side.
 
-#include <atomic>
+#include <cstring>
 
 #include "gemm_tail.cuh"
 #include "gemm_tail_instances.h"
+#include "launch.h"
 
 namespace loraxs {
 namespace {
@@ -54,7 +55,6 @@ using Mainloop = TailMainloop<typename gemm::collective::CollectiveBuilder<
     Tile, Cluster, gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
     Schedule::Mainloop>::CollectiveOp>;
 using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
-using Gemm = gemm::device::GemmUniversalAdapter<Kernel>;
 
 template <class Stride>
 Stride stride(loraxs_matrix const& matrix) {
@@ -65,41 +65,44 @@ Stride stride(loraxs_matrix const& matrix) {
 template <class T>
 T const* data(loraxs_matrix const& matrix) { return static_cast<T const*>(matrix.data); }
 
-cudaError_t allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};  // devices for which it has been done
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  uint64_t const bit = uint64_t(1) << (device & 63);
-  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(
-      cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
-  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
-  return error;
+// CuTe only prints what the driver says of a descriptor; one that was refused is left empty.
+template <class Tma>
+bool described(Tma const& tma) {
+  static constexpr TmaDescriptor none{};
+  return std::memcmp(tma.get_tma_descriptor(), &none, sizeof(none)) != 0;
 }
 
 }  // namespace
 
 int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tail_args const& args) {
-  if (cudaError_t error = allow_shared_memory()) return error;
+  auto const kernel = reinterpret_cast<void const*>(cutlass::device_kernel<Kernel>);
+  if (cudaError_t error = allow(kernel, Kernel::SharedStorageSize)) return error;
   int const T = int(args.T), N = int(args.N), K = args.W.data ? int(args.K) : 0, r = int(args.r);
   int const both = kTileK * (ceil_div(K, kTileK) + ceil_div(r, kTileK));
   auto const y = static_cast<Type*>(args.y.data);
   auto const y_stride = stride<typename Epilogue::StrideD>(args.y);
   using StrideA = typename Mainloop::StrideA;
   using StrideB = typename Mainloop::StrideB;
-  typename Gemm::Arguments arguments{
+  typename Kernel::Arguments arguments{
       gemm::GemmUniversalMode::kGemm,
       {T, N, both, 1},
       {data<Type>(args.x), stride<StrideA>(args.x), data<Type>(args.W), stride<StrideB>(args.W),
        data<Type>(args.u), stride<StrideA>(args.u), data<Type>(args.B), stride<StrideB>(args.B), K, r},
-      {{}, args.add ? y : nullptr, y_stride, y, y_stride},
+      {{}, y, y_stride, y, y_stride},
       {}};
   arguments.epilogue.thread.beta = args.add ? 1.0f : 0.0f;
   arguments.epilogue.thread.bias_ptr = static_cast<Type const*>(args.bias);
   arguments.hw_info.sm_count = args.multiprocessors;
   auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-  auto const status = Gemm::run(params, args.stream, nullptr, args.overlap != 0);
-  return status == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+  auto const& loop = params.mainloop;
+  if (!(described(loop.tma_load_a) && described(loop.tma_load_b) && described(loop.u) && described(loop.B) &&
+        described(params.epilogue.tma_load_c) && described(params.epilogue.tma_store_d))) {
+    return LORAXS_NOT_DESCRIBED;
+  }
+  auto const threads = int(Kernel::get_block_shape().x), cluster = int(size<0>(Cluster{}));
+  bool const early = args.overlap != 0;
+  return start(kernel, {Kernel::get_grid_shape(params), threads, Kernel::SharedStorageSize, cluster, early, args.stream},
+               &params);
 }
 
 }  // namespace loraxs

@@ -21,7 +21,7 @@ typedef struct CUstream_st* loraxs_stream;
 enum { LORAXS_BF16 = 0, LORAXS_FP16 = 1, LORAXS_FP32 = 2 };
 
 /* A status: 0, a cudaError_t, or one of these. */
-enum { LORAXS_OK = 0, LORAXS_NO_SUCH_KERNEL = -1, LORAXS_NOT_BUILT_FOR = -2 };
+enum { LORAXS_OK = 0, LORAXS_NO_SUCH_KERNEL = -1, LORAXS_NOT_BUILT_FOR = -2, LORAXS_NOT_DESCRIBED = -3 };
 
 /* A matrix as it lies: element (i, j) is at data + i * row + j * column. */
 typedef struct {

@@ -26,7 +26,7 @@ static_assert(kRows == 16 * kWarps, "at the end each warp takes 16 rows");
 template <int RANK>
 struct Cut {
   static constexpr int tiles = RANK / 8;               // fragments of z beside each other
-  static constexpr int stages = RANK > 32 ? 3 : 4;     // of a warp's buffer; two blocks a multiprocessor
+  static constexpr int stages = RANK > 32 ? 3 : 4;     // of a warp's buffer; Hopper has room for two blocks
   static constexpr int x_bytes = kRows * kStep * 2, stage_bytes = x_bytes + RANK * kStep * 2;
   static constexpr int loop_bytes = kWarps * stages * stage_bytes;
   static constexpr int sum_bytes = kWarps * kRows * RANK * 4;

@@ -90,6 +90,8 @@ def unchecked(
             y = _LowRankLinear.apply(out, rows, W, A, R, B, s, bias, primitive)
         else:
             y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))[0]
+            if out is not None and not out.is_inference():
+                torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
     if out is not None:
         return out
     return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])

@@ -112,6 +112,13 @@ def test_out_and_no_weight(plans, T, W, add):
     assert isinstance(plans[0], Decode if T == 33 else Rows)
 
 
+@pytest.mark.parametrize("T", [33, 70])
+def test_out_may_be_x(plans, T):
+    o = operands(T, 256, 256, 12, torch.bfloat16)
+    plans.forced = Decode(1, 2) if T == 33 else None
+    check(o, backend.lowrank_linear(x := o.x.clone(), None, o.A, o.R, o.B, o.s, None, x), None, o.x, W=False)
+
+
 @pytest.mark.parametrize("tile", [None, 0])
 @pytest.mark.parametrize("kind", ["turned weight", "sliced weight", "sliced x", "expanded x", "turned x", "bias"])
 def test_operands_the_copy_engine_cannot_read_as_they_lie(plans, kind, tile):

@@ -152,6 +152,8 @@ torch.cuda.synchronize()
 """
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]
     checker += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    if (on_gpu, tool) == ("cuda", "racecheck"):  # not the GEMM: it does not follow TMA's barriers
+        checker += ["--kernel-regex", "kns=(shrink|finish|decode)_kernel"]
     run = subprocess.Popen(
         [*checker, sys.executable, "-c", script, on_gpu],
         cwd=Path(__file__).parents[1],
@@ -162,10 +164,12 @@ torch.cuda.synchronize()
         start_new_session=True,
     )
     try:
-        said = run.communicate(timeout=75)[0]
+        said = run.communicate(timeout=120)[0]
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)  # the checker and what it checks
+    if "Device not supported" in said:
+        pytest.skip("compute-sanitizer cannot watch this GPU here")
     assert run.returncode == 0, said[-3000:]
 
 

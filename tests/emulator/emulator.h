@@ -301,6 +301,7 @@ inline void cluster_arrive() {
   ++emulator::progress;
   emulator::cluster_barrier->arrive();
 }
+inline void cluster_leave() { cluster_arrive(); }
 inline void cluster_wait() { emulator::wait(*emulator::cluster_barrier, emulator::self->cluster_generation); }
 inline void cluster_sync() {
   cluster_arrive();
@@ -323,7 +324,7 @@ struct Launch {
 };
 
 template <class Args>
-int launch(void (*kernel)(Args), Launch const& how, Args const& args) {
+int launch(void (*kernel)(Args), Launch const& how, Args args) {
   std::function<void()> body = [&] { kernel(args); };
   emulator::body = &body, emulator::grid = how.grid;
   for (unsigned y = 0; y < how.grid.y; ++y) {

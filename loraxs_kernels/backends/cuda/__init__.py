@@ -138,6 +138,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     (T, K), (N, r) = x.shape, B.shape
     y = empty(x, (T, N), x.dtype) if out is None else out
+    if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        x = x.clone()  # some programs still read x when others write y
     z = empty(x, (T, r), torch.float32)
     bias, index = _contiguous(bias), _contiguous(index)
     R = R if R.dtype in _TYPES else R.float()
@@ -162,18 +164,21 @@ def _rows(
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x = x if lies(x) == 0 else _laid(x)
+    tail = plan.tile is not None and (W is None or lies(W) is not None) and (out is None or lies(out) == 0)
+    if tail:  # now, so that nothing comes between two launches that overlap
+        B, bias = _like(W, B), _contiguous(bias)
     if plan.shrink:
         z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap)
     else:
         z = torch_backend.shrink(x, A)
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
-    if plan.tile is not None and (W is None or lies(W) is not None) and (out is None or lies(out) == 0):
+    if tail:
         y = gemm_tail(x, W, u, B, bias, out, plan.tile, plan.overlap)
     else:
         y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
         y = y if W is None else y.addmm_(x, W.t())
-    if gram is not None and gram.dim() == 3:  # summed here, so that nothing comes between two launches that overlap
+    if gram is not None and gram.dim() == 3:
         gram = gram[0] if len(gram) == 1 else gram.sum(0)
     return y, z, gram
 
@@ -217,10 +222,7 @@ def gemm_tail(
     (T, K), (N, r) = x.shape, B.shape
     y = empty(x, (T, N), x.dtype) if out is None else out
     u = u if lies(u) == 0 else _laid(u)
-    way = lies(B) if W is None else lies(W)
-    B = B if lies(B) is not None and lies(B) == way else _laid(B, bool(way))
-    bias = _contiguous(bias)
-    bias = bias.clone() if bias is not None and bias.data_ptr() % 16 else bias
+    B, bias = _like(W, B), _contiguous(bias)
     core.load().gemm_tail(
         *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
         *(_address(bias), _TYPES[x.dtype], lies(B) == 1, tile, out is not None, overlap),
@@ -238,6 +240,12 @@ def lies(t: Tensor) -> int | None:
         if rows == 1 and columns % ALIGNMENT == 0 and columns >= t.shape[0]:
             return 1
     return None
+
+
+def _like(W: Tensor | None, B: Tensor) -> Tensor:
+    """B, or a copy, that lies as W does."""
+    way = lies(B) if W is None else lies(W)
+    return B if lies(B) is not None and lies(B) == way else _laid(B, bool(way))
 
 
 def _laid(t: Tensor, transposed: bool = False) -> Tensor:
