@@ -164,7 +164,7 @@ class Suite:
         """pytest -m gpu; results by component, which tests/conftest.py writes beside each."""
         results = folder / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider"]
-        code = self.run("tests", [*command, f"--junitxml={results}", "tests"], 240)
+        code = self.run("tests", [*command, f"--junitxml={results}", "tests"], 400)
         self.data["tests"] = by_component(results) if results.exists() else {}
         if code not in (0, 1):  # stopped or crashed: what passed until then proves nothing
             for component in status.COMPONENTS:

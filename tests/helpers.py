@@ -70,6 +70,11 @@ def operands(
     return Operands(x, W, A, R, B, rand(N), laid(T, N))
 
 
+def backward(o: Operands) -> Operands:
+    """The operands of the backward pass, as views: its x is gY, its bias none."""
+    return Operands(o.gY, o.W.t(), o.B.t(), o.R.t(), o.A.t(), None, o.x, o.s)
+
+
 def gradients(o: Operands, call, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """y, gX, gR of `call(x, W, A, R, B, s, bias)` on these operands."""
     x, R = o.x.detach().requires_grad_(), o.R.detach().requires_grad_()
@@ -88,3 +93,48 @@ def assert_accurate(got: Tensor, chain: Tensor, oracle: Tensor, dtype: torch.dty
     assert got.shape == oracle.shape, f"{what}: shape {tuple(got.shape)}, must be {tuple(oracle.shape)}"
     error, allowed = reference.relative_error(got, oracle), reference.allowed_error(chain, oracle, dtype)
     assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_primitive(
+    o: Operands, results: tuple, other: Tensor | None, out: Tensor | None = None, W: bool = True
+) -> None:
+    """y, z and the gram of a backend against the oracle, by the accuracy rule; `out`: what y was before; W: whether it
+    took part.  z is fp32, and as exact, whatever the operands."""
+    dtype = o.x.dtype
+
+    def expected(at: torch.dtype) -> tuple:
+        x, A, R, B = (t.detach().to(at) for t in (o.x, o.A, o.R, o.B))
+        bias = None if o.bias is None or out is not None else o.bias.to(at)
+        y, z = reference.lowrank_linear(x, o.W.to(at) if W else None, A, R, B, o.s, bias)
+        y = y if out is None else out.to(at) + y
+        return y, z, None if other is None else o.s * z.T @ other.to(at)
+
+    for name, got, chain, oracle in zip("yzg", results, expected(dtype), expected(torch.float64), strict=True):
+        if oracle is not None:
+            assert_accurate(got, chain, oracle, dtype, name)
+    y, z, gram = results
+    assert y.dtype == dtype and z.dtype == torch.float32
+    assert gram is None or gram.dtype == torch.float32
+    assert reference.relative_error(z, expected(torch.float64)[1]) < 1e-5
+
+
+def guard(monkeypatch, backend, written: bool = True):
+    """Poison everything a backend allocates with NaN, between guard bands; returns what checks those.
+
+    written: whether it checks that no NaN is left, too.
+    """
+    held = []
+
+    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size, band = torch.Size(shape).numel(), 1 << 12
+        memory = torch.full((size + 2 * band,), 7.0, dtype=dtype)
+        memory[band : band + size] = float("nan")
+        held.append((memory, band))
+        return memory[band : band + size].view(shape)
+
+    def whole() -> bool:
+        bands = len(held) > 0 and all((m[:band] == 7).all() and (m[-band:] == 7).all() for m, band in held)
+        return bands and not (written and any(m.isnan().any() for m, _ in held))
+
+    monkeypatch.setattr(backend, "empty", empty)
+    return whole

@@ -164,7 +164,7 @@ torch.cuda.synchronize()
         start_new_session=True,
     )
     try:
-        said = run.communicate(timeout=120)[0]
+        said = run.communicate(timeout=75)[0]
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)  # the checker and what it checks

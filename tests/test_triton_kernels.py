@@ -11,10 +11,9 @@ import dataclasses
 import pytest
 import torch
 from conftest import INTERPRETED
-from helpers import Operands, assert_accurate, operands
-from torch import Tensor
+from helpers import assert_primitive, backward, guard, operands
 
-from loraxs_kernels import backends, reference
+from loraxs_kernels import backends
 
 if not INTERPRETED:
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
@@ -35,31 +34,6 @@ def matmul_precision():
     torch.set_float32_matmul_precision(before)
 
 
-def backward(o: Operands) -> Operands:
-    """The operands of the backward pass, as views: its x is gY, its bias none."""
-    return Operands(o.gY, o.W.t(), o.B.t(), o.R.t(), o.A.t(), None, o.x, o.s)
-
-
-def check(o: Operands, results: tuple, other: Tensor | None, out: Tensor | None = None, W: bool = False) -> None:
-    """y, z and the gram of the primitive against the oracle, by the accuracy rule."""
-    y, z, gram = results
-    dtype = o.x.dtype
-
-    def expected(at: torch.dtype) -> tuple:
-        x, A, R, B = (t.detach().to(at) for t in (o.x, o.A, o.R, o.B))
-        bias = None if o.bias is None or out is not None else o.bias.to(at)
-        y, z = reference.lowrank_linear(x, o.W.to(at) if W else None, A, R, B, o.s, bias)
-        y = y if out is None else out.to(at) + y
-        return y, z, None if other is None else o.s * z.T @ other.to(at)
-
-    for name, got, chain, oracle in zip("yzg", results, expected(dtype), expected(torch.float64), strict=True):
-        if oracle is not None:
-            assert_accurate(got, chain, oracle, dtype, name)
-    assert y.dtype == dtype and z.dtype == torch.float32
-    assert gram is None or gram.dtype == torch.float32
-    assert reference.relative_error(z, expected(torch.float64)[1]) < 1e-5  # fp32 also of half-precision operands
-
-
 @pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("layout", ["forward", "backward"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.family}-{row.precision}-r{row.rank}-T{row.tokens}")
@@ -71,7 +45,7 @@ def test_every_configuration(row, layout, programs, matmul_precision):
     o = operands(T, N, K, row.rank - 3, DTYPES[row.precision])
     o = o if layout == "forward" else backward(o)
     other = None if layout == "forward" else torch.randn(T, row.rank - 3)
-    check(o, backend.low_rank(cut, o.x, o.A, o.R, o.B, o.s, o.bias, None, other), other)
+    assert_primitive(o, backend.low_rank(cut, o.x, o.A, o.R, o.B, o.s, o.bias, None, other), other, W=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -91,9 +65,9 @@ def check_rank(T, r, dtype, matmul_precision):
     before = out.clone()
     y, z, gram = backend.lowrank_linear(o.x, None, o.A, o.R, o.B, o.s, None, out, other)
     assert y is out
-    check(o, (y, z, gram), other, before)
+    assert_primitive(o, (y, z, gram), other, before, W=False)
     o = backward(o)
-    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, other), other, W=True)
+    assert_primitive(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, other), other)
 
 
 def test_ranks_too_wide_for_the_chip_still_use_a_kernel_for_R(monkeypatch):
@@ -101,35 +75,17 @@ def test_ranks_too_wide_for_the_chip_still_use_a_kernel_for_R(monkeypatch):
     own = backend.product
     monkeypatch.setattr(backend, "product", lambda *args: made.append(own(*args)) or made[-1])
     o = operands(700, 40, 48, 200, torch.bfloat16)
-    check(
+    assert_primitive(
         o,
         backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other := torch.randn(700, 200)),
         other,
-        W=True,
     )
     assert [tuple(t.shape) for t in made] == [(700, 200), (200, 200)]
 
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Everything the backend allocates is poisoned with NaN and lies between guard bands; `whole()` checks these."""
-    held = []
-
-    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size, band = torch.Size(shape).numel(), 1 << 12
-        memory = torch.full((size + 2 * band,), 7.0, dtype=dtype)
-        memory[band : band + size] = float("nan")
-        held.append((memory, band))
-        return memory[band : band + size].view(shape)
-
-    def whole() -> bool:
-        return len(held) > 0 and all(
-            (memory[:band] == 7).all() and (memory[-band:] == 7).all() and not memory.isnan().any()
-            for memory, band in held
-        )
-
-    monkeypatch.setattr(backend, "empty", empty)
-    return whole
+    return guard(monkeypatch, backend)
 
 
 @pytest.mark.parametrize("layout", ["forward", "backward"])
@@ -140,7 +96,7 @@ def test_writes_everything_and_nothing_else(guarded, monkeypatch, processors, T,
     o = operands(T, N, K, r, torch.bfloat16)
     o = o if layout == "forward" else backward(o)
     other = torch.randn(o.x.shape[0], r)
-    check(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other, W=True)
+    assert_primitive(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other)
     assert guarded()
 
 
@@ -150,7 +106,7 @@ def test_out_is_written_in_place_and_nothing_around_it():
     out = memory[5:40, 11:78]
     out.copy_(o.gY)
     before = out.clone()
-    check(o, backend.lowrank_linear(o.x, None, o.A, o.R, o.B, o.s, None, out), None, before)
+    assert_primitive(o, backend.lowrank_linear(o.x, None, o.A, o.R, o.B, o.s, None, out), None, before, W=False)
     memory[5:40, 11:78] = 7.0
     assert (memory == 7).all()
 
@@ -176,7 +132,7 @@ def test_offsets_beyond_32_bits(monkeypatch, processors):
     for there, here in ((x, o.x), (A, o.A[:2]), (B, o.B[:, :2]), (out, o.gY)):
         there.copy_(here)
     o.x, o.A, o.B, o.R = o.x, o.A[:2], o.B[:, :2], o.R[:2, :2]
-    check(o, backend.lowrank_linear(x, None, A, o.R, B, o.s, None, out), None, o.gY)
+    assert_primitive(o, backend.lowrank_linear(x, None, A, o.R, B, o.s, None, out), None, o.gY, W=False)
 
 
 def test_what_the_kernels_are_not_for_goes_to_the_torch_backend(monkeypatch):
