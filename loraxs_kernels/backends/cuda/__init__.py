@@ -163,10 +163,11 @@ def _rows(
     out: Tensor | None,
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = x if lies(x) == 0 else _laid(x)
-    tail = plan.tile is not None and (W is None or lies(W) is not None) and (out is None or lies(out) == 0)
-    if tail:  # now, so that nothing comes between two launches that overlap
-        B, bias = _like(W, B), _contiguous(bias)
+    x = _laid(x, 0)
+    way = lies(B) or 0 if W is None else lies(W)
+    tail = plan.tile is not None and way is not None and (out is None or lies(out) == 0)
+    if tail:  # now: nothing may come between two launches that overlap
+        B, bias = _laid(B, way), _contiguous(bias)
     if plan.shrink:
         z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap)
     else:
@@ -174,7 +175,7 @@ def _rows(
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
     if tail:
-        y = gemm_tail(x, W, u, B, bias, out, plan.tile, plan.overlap)
+        y = gemm_tail(x, W, _laid(u, 0), B, bias, out, plan.tile, plan.overlap)
     else:
         y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
         y = y if W is None else y.addmm_(x, W.t())
@@ -191,7 +192,8 @@ def shrink(
     x has rows as `lies` wants them.
     """
     (T, K), r = x.shape, A.shape[0]
-    A = A if lies(A) is not None else _laid(A)
+    if (way := lies(A)) is None:
+        A, way = _laid(A, 0), 0
     R = R if R.dtype is torch.float32 else R.float()
     other = _contiguous(other)
     z = empty(x, (T, r), torch.float32)
@@ -200,7 +202,7 @@ def shrink(
     parts, gram = (None if each is None else empty(x, each, torch.float32) for each in shapes[1:])
     core.load().shrink(
         *(T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram)),
-        *(_address(parts), float(s), _TYPES[x.dtype], lies(A) == 1, split, overlap, _stream(x)),
+        *(_address(parts), float(s), _TYPES[x.dtype], way, split, overlap, _stream(x)),
     )
     return z, u[:, :r], gram
 
@@ -215,17 +217,16 @@ def gemm_tail(
     tile: int,
     overlap: bool,
 ) -> Tensor:
-    """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh; x, W, out as `lies` wants.
+    """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh.
 
+    All lie as `lies` wants: rows of x, u and out, rows or columns of W, and B as W does.  bias is contiguous.
     overlap: u may still be in the making by the launch before, if that is one of the core's.
     """
     (T, K), (N, r) = x.shape, B.shape
     y = empty(x, (T, N), x.dtype) if out is None else out
-    u = u if lies(u) == 0 else _laid(u)
-    B, bias = _like(W, B), _contiguous(bias)
     core.load().gemm_tail(
         *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
-        *(_address(bias), _TYPES[x.dtype], lies(B) == 1, tile, out is not None, overlap),
+        *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, out is not None, overlap),
         *(facts(x.device).multiprocessors, _stream(x)),
     )
     return y
@@ -242,16 +243,12 @@ def lies(t: Tensor) -> int | None:
     return None
 
 
-def _like(W: Tensor | None, B: Tensor) -> Tensor:
-    """B, or a copy, that lies as W does."""
-    way = lies(B) if W is None else lies(W)
-    return B if lies(B) is not None and lies(B) == way else _laid(B, bool(way))
-
-
-def _laid(t: Tensor, transposed: bool = False) -> Tensor:
-    """A copy that lies so: padded storage, of which this is a view."""
-    if transposed:
-        return _laid(t.t()).t()
+def _laid(t: Tensor, way: int) -> Tensor:
+    """t, or a copy in padded storage, that lies this way."""
+    if lies(t) == way:
+        return t
+    if way == 1:
+        return _laid(t.t(), 0).t()
     return empty(t, (t.shape[0], aligned(t.shape[1])), t.dtype)[:, : t.shape[1]].copy_(t)
 
 
@@ -260,7 +257,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int]:
-    return t.data_ptr(), t.stride(-2), t.stride(-1)
+    return t.data_ptr(), *t.stride()[-2:]
 
 
 def _address(t: Tensor | None) -> int:
