@@ -14,6 +14,7 @@ _build.json, beside the core or in its place, says what came of it (loraxs_kerne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -37,10 +38,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"
+COMPILERS = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS")  # CMake reads them once
+_lock = None
 
 
 class NoCore(Exception):
     """Why there will be no CUDA core, as a sentence for a person."""
+
+
+class BadSetting(NoCore):
+    """A setting that cannot be met: refused, whatever LORAXS_BUILD_CUDA says."""
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -67,7 +74,7 @@ def refuse_if_required(reason: NoCore) -> None:
     """With LORAXS_BUILD_CUDA=1 there is no package without the core, nor with a setting that cannot be met."""
     if os.environ.get("LORAXS_BUILD_CUDA") == "1":
         raise SystemExit(f"loraxs_kernels: LORAXS_BUILD_CUDA=1, but the CUDA core cannot be built: {reason}")
-    if str(reason).partition(":")[0] in os.environ:
+    if isinstance(reason, BadSetting):
         raise SystemExit(f"loraxs_kernels: {reason}")
 
 
@@ -75,7 +82,7 @@ def find_nvcc() -> str:
     """The compiler, where a core is wanted: the first of these settings that is made decides, then the usual places."""
     wanted = os.environ.get("LORAXS_BUILD_CUDA") or "auto"
     if wanted not in ("auto", "1", "0"):
-        raise NoCore(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
+        raise BadSetting(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
     if wanted == "0":
         raise NoCore("it was switched off (LORAXS_BUILD_CUDA=0); without that, install again")
     if sys.platform != "linux":
@@ -102,16 +109,19 @@ def runs(tool: str) -> bool:
 
 
 def build_core() -> None:
-    """The core and its record, in BUILD.  Raises NoCore."""
+    """The core and its record, in BUILD, which no other process changes until this one ends.  Raises NoCore."""
     nvcc = find_nvcc()
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # of an environment that is not activated
     for tool in ("cmake", "ninja"):
         if not runs(tool):
             raise NoCore(f"{tool} was not found: pip install {tool}")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     if not jobs.isdigit() or int(jobs) == 0:
-        raise NoCore(f"MAX_JOBS: got {jobs!r}, must be a number from 1 on")
+        raise BadSetting(f"MAX_JOBS: got {jobs!r}, must be a number from 1 on")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    settings, noted = f"{ROOT}\n{nvcc}\n{version}", BUILD / "settings.txt"
+    compilers = [f"{name}={os.environ.get(name)}" for name in COMPILERS]
+    settings, noted = "\n".join([str(ROOT), nvcc, version, *compilers]), BUILD / "settings.txt"
+    lock_build()
     if not noted.exists() or noted.read_text() != settings:  # CMake does not survive a change of these
         shutil.rmtree(BUILD, ignore_errors=True)
         BUILD.mkdir(parents=True)
@@ -128,6 +138,29 @@ def build_core() -> None:
     run("ninja", "-C", str(BUILD), "-j", jobs)
 
 
+def lock_build() -> None:
+    """Wait for other builds of this tree; the lock goes when this process ends."""
+    import fcntl  # where there is no core to build there may be none
+
+    global _lock
+    BUILD.parent.mkdir(exist_ok=True)
+    _lock = (BUILD.parent / "core.lock").open("w")
+    fcntl.flock(_lock, fcntl.LOCK_EX)
+
+
+def first_error(output: str) -> str | None:
+    """What a person should read of what CMake or a compiler said."""
+    for pattern in (
+        r"^.*(?:unsupported GNU version|nvcc fatal).*",
+        r"^CMake Error.*:\n(?P<block>(?:(?:  .*)?\n)+)",
+        r"^.*\berror\b.*",
+    ):
+        if found := re.search(pattern, output, re.M):
+            text = " ".join((found.groupdict().get("block") or found[0]).split())
+            return text if len(text) < 300 else f"{text[:300]}... (all of it: pip install -v)"
+    return None
+
+
 def run(*command: str) -> None:
     """Run and print; raises NoCore with the first error."""
     lines = []
@@ -141,8 +174,9 @@ def run(*command: str) -> None:
             process.terminate()  # and with it the compilers
             raise
     if process.returncode:
-        errors = re.findall(r"^CMake Error.*:\n((?:  .*\n)+)|^(.*\berror\b.*)", "".join(lines), re.M)
-        raise NoCore(" ".join("".join(errors[0] if errors else f"{command[0]} failed").split()))
+        reason = first_error("".join(lines)) or f"{command[0]} failed, see pip install -v"
+        refused = reason.partition(":")[0] in os.environ  # so CMakeLists.txt refuses a setting
+        raise (BadSetting if refused else NoCore)(reason)
 
 
 class Build(build_ext):
@@ -154,21 +188,27 @@ class Build(build_ext):
         try:
             build_core()
             record = json.loads((BUILD / "_build.json").read_text())
+            record["bindings"] = hashlib.sha256((ROOT / "csrc" / "bindings.cpp").read_bytes()).hexdigest()
         except NoCore as reason:
+            if not isinstance(reason, BadSetting):
+                self.forget(package)
             refuse_if_required(reason)
             print(f"loraxs_kernels: without the CUDA core: {reason}")
             record = {"built": False, "why": str(reason)}
             self.distribution.ext_modules = None  # what is left is a wheel for every platform
             self.get_finalized_command("bdist_wheel").root_is_pure = True
         package.mkdir(parents=True, exist_ok=True)
-        noted = package / "_build.json"
-        noted.unlink(missing_ok=True)  # a core without a record is none: whatever happens, neither belies the other
-        for old in package.glob("_core.*"):
-            old.unlink()
+        self.forget(package)
         if record["built"]:
             shutil.copy(BUILD / name, package / name)
+        noted = package / "_build.json"
         noted.with_suffix(".part").write_text(json.dumps(record) + "\n")
         noted.with_suffix(".part").replace(noted)
+
+    def forget(self, package: Path) -> None:
+        """Remove an earlier core, its record first: a core without one is none, so that neither belies the other."""
+        for old in (package / "_build.json", *package.glob("_core.*")):
+            old.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ COMPONENTS = {
     ),
     "cuda backend": (
         ["loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
-        "compiled for sm_80 and sm_90a; its own kernels emulated on a CPU, the GEMM only compiled",
+        "compiled for sm_80 and sm_90a; shrink and decode emulated on a CPU; the GEMM's kernel only compiled",
     ),
     "truncated_svd": (
         ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],

@@ -122,7 +122,7 @@ __device__ void multiply(float (&z)[4][Cut<RANK>::tiles][4], unsigned char const
   }
 }
 
-// A float as the sum of two bf16.
+// Two floats, each as the sum of two bf16.
 struct Split {
   uint32_t high, low;
 };

@@ -30,7 +30,8 @@ class LoRAXSLinear(nn.Module):
             torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, sigma, recipe.
         weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
 
-    `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.
+    `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
+    of 8, B is a view of wider storage, and a state dict holds a contiguous copy of it: write to the buffer, not there.
     """
 
     base_layer: nn.Module
@@ -54,7 +55,7 @@ class LoRAXSLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("A", A)
-        self.register_buffer("B", _padded(B))
+        self.register_buffer("B", padded_rows(B))
         self.R = nn.Parameter(R)
         self.register_buffer("merged_weight", None, persistent=False)  # (N, K), while merged
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
@@ -283,7 +284,7 @@ class LoRAXSLinear(nn.Module):
             return t.to(result.device) if rounds else result
 
         super()._apply(moved, recurse)
-        self.B = _padded(self.B)
+        self.B = padded_rows(self.B)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -294,7 +295,7 @@ class LoRAXSLinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.B = _padded(self.B)
+        self.B = padded_rows(self.B)
 
 
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -328,7 +329,7 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
-def _padded(B: Tensor) -> Tensor:
+def padded_rows(B: Tensor) -> Tensor:
     """B (N, r) in rows that begin at multiples of 8 elements, as the GPU's copy engine wants them: B itself where r is.
 
     Ranks such as 12 or 25 are a view of wider storage; whatever lies beside it is never read.

@@ -22,7 +22,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu("component") skip, visibly, where there is none, and tell pytest's XML their component."""
+    """Tests marked gpu("component") skip, visibly, where there is none, and tell pytest's XML their component.
+
+    Those under a checker, which take longest, come last.
+    """
+    items.sort(key=lambda item: "compute_sanitizer" in item.name)
     for item in items:
         if mark := item.get_closest_marker("gpu"):
             item.user_properties.append(("component", mark.args[0]))

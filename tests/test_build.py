@@ -17,6 +17,7 @@ import pytest
 
 from loraxs_kernels.backends.cuda import core
 
+pytest.importorskip("setuptools")
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 SETTINGS = ("LORAXS_BUILD_CUDA", "LORAXS_CUDA_ARCHS", "CUTLASS_DIR", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS")
@@ -42,6 +43,8 @@ needs_tools = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ni
 def run(*command: str | Path, cwd: Path, **settings: str) -> subprocess.CompletedProcess:
     """Run with these settings of the build and no others."""
     kept = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "PYTHONPATH")}
+    if NVCC and not {"CUDACXX", "CUDA_HOME", "CUDA_PATH"} & {*settings}:
+        kept["CUDACXX"] = NVCC
     return subprocess.run(list(map(str, command)), cwd=cwd, env=kept | settings, capture_output=True, text=True)
 
 
@@ -184,17 +187,25 @@ def test_a_wheel_from_an_sdist_in_an_empty_environment(sdist, tmp_path):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
+        (
+            {"built": True, "bindings": "of yesterday"},
+            "built for another version of this source tree: python setup.py build_ext --inplace",
+        ),
         (None, "not built: this source tree was never installed; pip install -e . where nvcc is"),
         ({"built": False, "why": "no time"}, "not built: no time"),
         ({"built": True}, "built but does not load: no libc; install loraxs_kernels again"),
     ],
-    ids=["no record", "not built", "does not load"],
+    ids=["older", "no record", "not built", "does not load"],
 )
 def test_a_core_that_is_missing_says_why(record, said, tmp_path, monkeypatch):
     def load():
         raise ImportError("no libc")
 
-    monkeypatch.setattr(core, "RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(core, "RECORD", tmp_path / "loraxs_kernels" / "_build.json")
+    core.RECORD.parent.mkdir()
+    if record and "bindings" in record:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "bindings.cpp").write_text("of today")
     monkeypatch.setattr(core, "load", load)
     if record:
         core.RECORD.write_text(json.dumps(record))
@@ -210,7 +221,7 @@ def built() -> Path:
     reason = core.missing()
     if reason is None:
         return Path(core.load().__file__)
-    if NVCC and os.environ.get("LORAXS_BUILD_CUDA") != "0" and core.RECORD.exists():
+    if NVCC and os.environ.get("LORAXS_BUILD_CUDA") != "0":
         pytest.fail(reason)
     pytest.skip(reason)
 

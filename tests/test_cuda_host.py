@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import emulator
@@ -28,11 +30,11 @@ def recorder(tmp_path_factory):
     objects = [path for path in BUILT.glob("*.dir/csrc/*.o") if "bindings" not in path.name]
     if sum("gemm_tail" in str(path) for path in objects) != 4 * len(TILES):
         pytest.skip("needs a core compiled for Hopper in this checkout")
-    newest = max(path.stat().st_mtime for path in emulator.CSRC.iterdir())
-    if min(path.stat().st_mtime for path in objects) < newest:
-        pytest.skip("csrc has changed since the core was compiled: python setup.py build_ext --inplace")
+    if ninja := shutil.which("ninja"):
+        plan = subprocess.run([ninja, "-C", BUILT.parent, "-n"], capture_output=True, text=True).stdout
+        assert "csrc" not in plan, f"csrc is newer: python setup.py build_ext --inplace\n{plan}"
     compiler = next(BUILT.glob("*/CMakeCUDACompiler.cmake")).read_text()
-    toolkit = re.search(r'CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES "(.*)"', compiler)[1]
+    toolkit = re.search(r'CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES "([^";]*)', compiler)[1]
     return emulator.recorded(tmp_path_factory.mktemp("recorded"), objects, Path(toolkit))
 
 

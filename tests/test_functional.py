@@ -145,9 +145,9 @@ import torch, loraxs_kernels as lx
 from helpers import gradients, operands
 from loraxs_kernels.functional import lora_xs_linear
 with lx.backend(sys.argv[1]):
-    for T in (17, 9000):
-        for N, K, r in ((65, 129, 12), (320, 640, 64)):
-            gradients(operands(T, N, K, r, torch.bfloat16, device="cuda"), lora_xs_linear)
+    for T, N, K, r in ((17, 65, 129, 12), (17, 320, 640, 64), (9000, 65, 129, 12), (9000, 320, 640, 64),
+                       (2048, 4096, 1024, 64)):
+        gradients(operands(T, N, K, r, torch.bfloat16, device="cuda"), lora_xs_linear)
 torch.cuda.synchronize()
 """
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]

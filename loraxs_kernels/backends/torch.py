@@ -37,8 +37,9 @@ def lowrank_linear(
 
     x (T, K), W (N, K), A (r, K), B (N, r), bias (N,) in the compute dtype and any strides; R (r, r) in any float
     dtype; z (T, r) in fp32 (fp64 for fp64 operands).  W = None leaves the low-rank part alone; with `out` (T, N)
-    that part is added to it in place and y is out.  gram = s z^T other, (r, r) in the dtype of z, for `other` (T, r)
-    in that dtype: gR, where this is the backward pass (whose z is v) and other the z of the forward; else None.
+    that part is added to it in place and y is out; bias is for a new y.  gram = s z^T other, (r, r) in the dtype of
+    z, for `other` (T, r) in that dtype: gR, where this is the backward pass (whose z is v) and other the z of the
+    forward; else None.
     """
     z = shrink(x, A)
     u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)

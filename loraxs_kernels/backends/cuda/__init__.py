@@ -77,6 +77,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """y = s R[index] x A^T B^T (+ bias) (+ out) and z = x A^T for few tokens, each with an R of its own, in one launch.
 
+    For inference: no gradient passes.
+
     Args:
         x (T, K), A (r, K), B (N, r), bias (N,): bf16 or fp16, any strides; T <= 64, r <= 128.
         R: (n, r, r), fp32, bf16 or fp16, any strides; or (r, r), one for all tokens.
@@ -91,6 +93,9 @@ def decode(
     Raises:
         TypeError, ValueError: an operand is not the above; it is named.  RuntimeError: CUDA's own words.
     """
+    for name, t, dims in (("x", x, 2), ("A", A, 2), ("R", R, 2 if index is None else 3), ("B", B, 2)):
+        if t.dim() != dims:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, must have {dims} dimensions")
     (T, K), (N, r) = x.shape, B.shape
     if not runs_here(x):
         raise ValueError(f"x: got device {x.device}, must be an NVIDIA GPU")

@@ -2,12 +2,13 @@
 
 setup.py leaves a record beside it, or in its place, _build.json:
 
-    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
+    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0", "bindings": HASH}
     {"built": false, "why": "nvcc was not found by PATH or /usr/local/cuda; install ..."}
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from functools import cache
@@ -32,6 +33,8 @@ def missing() -> str | None:
         return "the CUDA core was not built: this source tree was never installed; pip install -e . where nvcc is"
     if not record["built"]:
         return f"the CUDA core was not built: {record['why']}"
+    if (now := _bindings()) and record["bindings"] != now:
+        return "the CUDA core was built for another version of this source tree: python setup.py build_ext --inplace"
     try:
         load()
     except ImportError as error:
@@ -51,6 +54,12 @@ def state() -> str:
     record = _record()
     cutlass = f", CUTLASS {record['cutlass']}" if record["cutlass"] else ""
     return f"built for {', '.join(f'sm_{each}' for each in architectures())} (nvcc {record['nvcc']}{cutlass})"
+
+
+def _bindings() -> str | None:
+    """A hash of how Python calls the core, where this is a source tree: it may have moved on since the build."""
+    source = RECORD.parents[1] / "csrc" / "bindings.cpp"
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
 
 
 def _record() -> dict[str, Any] | None:
