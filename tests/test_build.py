@@ -25,17 +25,18 @@ NO_NVCC = {"CUDA_HOME": "/nowhere"}
 BACKEND = "import setup; setup.get_requires_for_build_wheel()"
 
 
-def find_nvcc() -> str | None:
+def load_setup():
     spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    try:
-        return setup.find_nvcc()
-    except setup.NoCore:
-        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-NVCC = find_nvcc()
+setup = load_setup()
+try:
+    NVCC = setup.find_nvcc()
+except setup.NoCore:
+    NVCC = None
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_tools = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
 
@@ -139,6 +140,33 @@ def test_what_cannot_be_is_refused_in_one_sentence(way, settings, message, sourc
 @pytest.mark.parametrize(("settings", "message"), REFUSED_BY_CMAKE.values(), ids=REFUSED_BY_CMAKE)
 def test_settings_that_cannot_be_met_are_refused(settings, message, source):
     test_what_cannot_be_is_refused_in_one_sentence(("setup.py", "build_ext", "--inplace"), settings, message, source)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (
+            "CMake Error at a.cmake:1 (message):\n  The compiler\n\n    /x/c++\n\n  is broken.\n\n-- no\n",
+            "The compiler /x/c++ is broken.",
+        ),
+        (
+            "CMake Error at b:\n  no\nhost_config.h:164: error: #error -- unsupported GNU version! gcc later\n",
+            "host_config.h:164: error: #error -- unsupported GNU version! gcc later",
+        ),
+        (
+            "[1/2] Building\nnvcc fatal   : Unsupported gpu architecture 'compute_90a'\nninja: stopped\n",
+            "nvcc fatal : Unsupported gpu architecture 'compute_90a'",
+        ),
+        (
+            "FAILED: x.o\ncsrc/a.cu(3): error: expected a ;\ncsrc/a.cu(9): error: more\n",
+            "csrc/a.cu(3): error: expected a ;",
+        ),
+        ("Killed\n", None),
+    ],
+    ids=["CMake", "host compiler", "nvcc", "source", "nothing"],
+)
+def test_what_a_person_reads_of_a_failed_build(output, said):
+    assert setup.first_error(output) == said
 
 
 @needs_nvcc
