@@ -77,6 +77,26 @@ def test_out_and_no_weight(plans, T, W, add):
     assert isinstance(plans[0], Decode if T == 33 else Rows)
 
 
+@pytest.mark.parametrize("plan", [Decode(2, 1), Rows(1, 0, True), Rows(2, None, True)], ids=str)
+def test_offsets_beyond_32_bits(plans, plan):
+    """Rows of x, out and A, columns of B and adapters more than 2^31 elements apart; what is between is untouched."""
+    plans.forced = plan
+    far, o = 2**31 + 16, operands(2, 8, 64, 2, torch.float16)
+
+    def spread(t: Tensor, *strides: int) -> Tensor:
+        return torch.empty(far + 64, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+
+    x, A, out = (spread(t, far, 1) for t in (o.x, o.A, o.gY))
+    B = spread(o.B, 1, far)
+    results = backend.lowrank_linear(x, None, A, o.R, B, o.s, None, out)
+    assert_primitive(o, results, None, o.gY, W=False)
+    if isinstance(plan, Decode):
+        Rs = spread(torch.stack([o.R, -o.R]).half(), far, 2, 1)
+        index = torch.tensor([1, 0], dtype=torch.int32)
+        ys = [backend.decode(o.x, o.A, each, o.B, o.s, index=index)[0] for each in (Rs, Rs.contiguous())]
+        assert torch.equal(*ys)
+
+
 @pytest.mark.parametrize("T", [33, 70])
 def test_out_may_be_x(plans, T):
     o = operands(T, 256, 256, 12, torch.bfloat16)

@@ -33,7 +33,7 @@ def missing() -> str | None:
         return "the CUDA core was not built: this source tree was never installed; pip install -e . where nvcc is"
     if not record["built"]:
         return f"the CUDA core was not built: {record['why']}"
-    if (now := _bindings()) and record["bindings"] != now:
+    if (now := _bindings()) and record.get("bindings") != now:
         return "the CUDA core was built for another version of this source tree: python setup.py build_ext --inplace"
     try:
         load()
@@ -42,6 +42,7 @@ def missing() -> str | None:
     return None
 
 
+@cache
 def architectures() -> tuple[str, ...]:
     """What it has machine code for, ("80", "90a"); nothing where it is missing."""
     return () if missing() else tuple(load().architectures.split(";"))
