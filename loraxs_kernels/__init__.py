@@ -1,6 +1,6 @@
 """Fused kernels, layers, initialisation and adapter files for LoRA-XS: y = W x + s B R A x, where only R trains."""
 
-from . import functional
+from . import functional, integrations
 from .adapter_file import AdapterMismatch, load_adapter, save_adapter
 from .backends import BackendUnavailable, backend
 from .info import info
@@ -21,6 +21,7 @@ __all__ = [
     "forward_together",
     "functional",
     "info",
+    "integrations",
     "load_adapter",
     "merge",
     "register_weight_reader",

@@ -1,0 +1,19 @@
+"""LoRA-XS where its neighbours live, a file each; imported when it is asked for, for each needs its neighbour.
+
+peft            LoRA-XS as a PEFT method: get_peft_model(model, LoraXSConfig(...))
+reference_repo  models and checkpoints of the reference implementation; export as a plain LoRA adapter
+transformers    Trainer, TRL and accelerate on models from `attach`
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+NEIGHBOURS = ("peft", "reference_repo", "transformers")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in NEIGHBOURS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
