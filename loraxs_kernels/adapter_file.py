@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +89,7 @@ def save_adapter(
             tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
         descriptions[name] = _description(layer, name)
     tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
-    modules_to_save = _modules_to_save(model)
+    modules_to_save = saved_modules(model)
     for name in modules_to_save:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"model/{name}.{key}": _plain(t) for key, t in state.items()}
@@ -141,7 +141,8 @@ def load_adapter(
     try:
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
-        values = _values(model, header["modules_to_save"], tensors)
+        saved = {key.removeprefix("model/"): t for key, t in tensors.items()}
+        values = saved_values(model, header["modules_to_save"], saved)
     except BaseException:
         if fresh:
             detach(model)
@@ -164,8 +165,8 @@ def load_adapter(
     return model
 
 
-def _modules_to_save(model: nn.Module) -> list[str]:
-    """By their names in this model, whichever part of it `attach` was called on."""
+def saved_modules(model: nn.Module) -> list[str]:
+    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
     attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
     return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
 
@@ -249,8 +250,8 @@ def _can_align(entry: dict[str, Any]) -> bool:
     return "A" in entry or "U" in entry
 
 
-def _values(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(tensor of the model, its saved value) for everything in the modules_to_save."""
+def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the model, its saved value) for everything in the modules_to_save; ValueError where they differ."""
     pairs = []
     for name in names:
         try:
@@ -258,7 +259,7 @@ def _values(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> l
         except AttributeError:
             raise ValueError(f"model: has no module {name!r}, which the adapter file has values for") from None
         for key, target in state.items():
-            value = tensors.get(f"model/{name}.{key}")
+            value = tensors.get(f"{name}.{key}")
             if value is None or value.shape != target.shape:
                 there = "missing" if value is None else f"of shape {tuple(value.shape)}"
                 raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(target.shape)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
-from .matching import matches
+from .matching import matches, pattern_value
 from .weights import is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,8 +89,8 @@ def attach(
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
     for name in names:
-        r = _pattern_value(rank_pattern, name, rank)
-        a = _pattern_value(alpha_pattern, name, alpha)
+        r = pattern_value(rank_pattern, name, rank)
+        a = pattern_value(alpha_pattern, name, alpha)
         options[name] = {"rank": r, "alpha": a, "init": init}
         if not isinstance(init, str):
             if name not in init:
@@ -311,13 +310,6 @@ def match(
     if unused:
         warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
     return names
-
-
-def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
 
 
 def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:

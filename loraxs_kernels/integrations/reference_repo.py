@@ -1,0 +1,376 @@
+"""The reference implementation of LoRA-XS (MohammadrezaBanaei/LoRA-XS, a patch of PEFT's LoRA layers) and plain LoRA.
+
+    load_reference_adapter    a checkpoint of the reference, into a base model
+    export_as_lora            an adapter, to a folder that PEFT, vLLM and whatever else knows LoRA read
+
+The reference keeps A and B in lora_A and lora_B and puts R between them, as a module of the layer that PEFT does not
+know.  PEFT saves it all the same, and loads such a checkpoint without R: as LoRA with delta B A, and without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..adapter_file import AdapterMismatch, saved_modules, saved_values
+from ..atomic import write_atomically
+from ..basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
+from ..factors import WORKSPACE, compute_devices
+from ..linear import LoRAXSLinear
+from ..matching import matches, pattern_value
+from ..model import adapted_layers, detach, install
+from ..weights import FLOATS, is_conv1d, weight_of
+
+OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
+PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
+ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lora_B.weight"}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One layer of a checkpoint: A (r, K), R (r, r), B (N, r) in its dtypes, and alpha = s r."""
+
+    A: Tensor
+    R: Tensor
+    B: Tensor
+    alpha: float
+
+
+@torch.no_grad()
+def load_reference_adapter(
+    model: M,
+    folder: str | os.PathLike,
+    *,
+    basis: str = "file",
+    tolerance: float = ALIGNED,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
+    workspace: int = WORKSPACE,
+    progress: bool = True,
+) -> M:
+    """Load a checkpoint of the reference implementation into the base model it was trained on, in place.
+
+    Afterwards the model is as `attach` leaves one: LoRAXSLinear layers, of which R trains, and the modules_to_save of
+    the checkpoint (a classifier head), with their values.
+
+    Args:
+        model: the plain base model, without PEFT around it.
+        folder: with adapter_config.json and adapter_model.safetensors (or .bin), as save_pretrained or the Trainer
+            left them.  reconstr_config.json, there or one folder up, is read where it is.
+        basis: "file": the A and B of the checkpoint, and its R as it is; they go into the files of `save_adapter`, too.
+            "recompute": A' and B' from the SVD of the model's weights, as `attach` makes them, and
+            R' = B'^+ B R A A'^+, so that adapter files hold R alone.  The reference's SVD has not converged in its
+            last vectors at larger ranks, and delta W changes by as much.
+        tolerance: the largest relative error of delta W that may come of rounding A and B, or of another basis; it is
+            estimated for every layer as adapter files do.  Above 1e-3 a warning gives it.
+        dtype: of A and B; None: the weight's.  The reference trains A and B in fp32, which a model in bf16 rounds: a
+            relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them, at the cost of a
+            separate pass.
+        device, workspace, progress: of the SVD, as in `attach`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.  ValueError: it is none of the reference's, or of another model.
+        AdapterMismatch: A is not B^T W, so that the base model is another, or the tolerance is exceeded.
+        The model is then as it was.
+    """
+    if basis not in ("file", "recompute"):
+        raise ValueError(f'basis: got {basis!r}, must be "file" or "recompute"')
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+        raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    trained, others = _trained(config, tensors, folder)
+    _check_base(model, trained, folder)
+    saved = _modules_to_save(model, config, others, folder)
+    head = saved_values(model, saved, others)
+    options = {
+        name: {
+            "rank": each.R.shape[0],
+            "alpha": each.alpha,
+            "dropout": float(config.get("lora_dropout", 0.0)),
+            "init": (each.A, each.B) if basis == "file" else "svd",
+            "dtype": dtype,
+        }
+        for name, each in trained.items()
+    }
+    devices = None if device is None else compute_devices(device)
+    install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
+    try:
+        layers = dict(adapted_layers(model))
+        errors = {}
+        for name, each in trained.items():
+            layer = layers[name]
+            R = each.R if basis == "file" else align_by_factors(each.R.double(), (each.A, each.B), layer.A, layer.B)
+            layer.R.copy_(R)
+            errors[name] = residual(probes(each.A, each.R, each.B), layer.A, layer.R, layer.B)
+        worst = max(errors, key=errors.__getitem__)
+        found = f"{folder}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
+        why = "its A and B are rounded to the model's dtype; dtype=torch.float32 keeps them"
+        if basis == "recompute":
+            why = 'A and B of this model\'s weights are not quite those it was trained on; basis="file" keeps them'
+        if not errors[worst] <= tolerance:
+            raise AdapterMismatch(f"{found}, more than the tolerance of {tolerance:.0e}: {why}")
+    except BaseException:
+        detach(model)
+        raise
+    for target, value in head:
+        target.copy_(value)
+    if errors[worst] > ACCEPT and not (basis == "file" and dtype):
+        warnings.warn(f"{found}: {why}", stacklevel=2)
+    return model
+
+
+def export_as_lora(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write the adapters of a model as plain LoRA: a folder with adapter_config.json and adapter_model.safetensors.
+
+        lora_A = A (r x K),  lora_B = s B R (N x r),  lora_alpha = r
+
+    in every layer, so that LoRA's own scaling is 1 and the delta is s B R A, also to readers that know no rank_pattern.
+    What trains from there is LoRA: such a folder has no R.
+
+    Args:
+        model: with LoRAXSLinear layers of any init, merged or not.
+        folder: made where it is missing; files in it of these names are replaced, each in one step, the config last.
+        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers), which keeps delta W to rounding.  bf16 is half
+            the size at a relative error of delta W of about 2e-3.  s B R is made in fp64 either way.
+        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: none.
+
+    PEFT need not be installed.  Raises ValueError, before anything is written, where the model has no adapters or a
+    factor is not finite in that dtype.
+    """
+    layers = [
+        (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
+    ]
+    saved = {name: model.get_submodule(name).state_dict() for name in saved_modules(model)}
+    write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
+
+
+@torch.no_grad()
+def write_lora(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    layers: Iterable[tuple[str, nn.Module, Tensor, Tensor, Tensor, float]],
+    saved: Mapping[str, Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    task_type: str | None = None,
+) -> None:
+    """`export_as_lora` of layers (name, base layer, A, R, B, s) and modules_to_save (name: state dict), whatever holds
+    them; the names are those of the base model's modules, which `model.named_modules()` gives."""
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
+    tensors, ranks, conv1d = {}, {}, False
+    for name, base, A, R, B, s in layers:
+        to = dtype or torch.promote_types(A.dtype, torch.float32)
+        factors = A, s * B.double() @ R.double()
+        for which, t in zip("AB", factors, strict=True):
+            t = t.to("cpu", to, copy=True).contiguous()
+            if not torch.isfinite(t).all():
+                raise ValueError(f"module {name!r}: lora_{which} has NaN or Inf values in {to}; nothing was written")
+            tensors[f"{PREFIX}{name}.lora_{which}.weight"] = t
+        ranks[name] = R.shape[0]
+        conv1d |= is_conv1d(base)
+    for name, state in saved.items():
+        tensors |= {f"{PREFIX}{name}.{key}": t.to("cpu", copy=True).contiguous() for key, t in state.items()}
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for name in ranks:
+        if not name or places[id(model.get_submodule(name))] > 1:
+            raise ValueError(f"module {name!r}: stands nowhere or in several places below the model; LoRA needs one")
+    rank = max(ranks.values())  # the largest, so that readers that know no rank_pattern make room enough
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "lora_dropout": 0.0,
+        "target_modules": _target_modules(model, list(ranks), list(saved)),
+        "modules_to_save": list(saved) or None,
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    metadata = {"format": "pt"}
+    write_atomically(
+        folder / "adapter_model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, metadata)
+    )
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def _target_modules(model: nn.Module, names: Sequence[str], saved: Sequence[str]) -> list[str] | str:
+    """What means these modules and no others to PEFT: last parts of names if they do, else names, else a pattern."""
+    inside = tuple(f"{name}." for name in names)
+    there = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    for candidate in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
+        if {name for name in there if matches(name, candidate)} == set(names):
+            return candidate
+    return "|".join(re.escape(name) for name in names)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a checkpoint, on the CPU."""
+    weights = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    file = next((each for each in weights if each.is_file()), None)
+    if file is None or not (folder / "adapter_config.json").is_file():
+        what = "adapter_model.safetensors or adapter_model.bin" if file is None else "adapter_config.json"
+        raise FileNotFoundError(f"folder: {folder} has no {what}")
+    config = _json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: is of PEFT's type {config.get('peft_type')!r}, the reference's are of 'LORA'")
+    try:
+        if file.suffix == ".bin":
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            tensors = safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: is not a whole file of tensors ({error})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{file}: is no state dict")
+    return config, tensors
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is no JSON object")
+    return found
+
+
+def _trained(
+    config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Trained], dict[str, Tensor]]:
+    """A, R, B by the names of the base model's modules, and all other tensors by theirs.
+
+    R of q_proj is q_proj_lora_latent_mapping.weight where PEFT up to 0.17 saved it, which took every ".default" for the
+    adapter's name, and q_proj.default_lora_latent_mapping.weight since.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        key = key.removeprefix(PREFIX)
+        for letter, ending in ENDINGS.items():
+            if key.endswith(ending):
+                found.setdefault(key.removesuffix(ending).removesuffix(".default"), {})[letter] = t
+                break
+        else:
+            others[key] = t
+    if not any("R" in each for each in found.values()):
+        raise ValueError(f"{folder}: has no R (lora_latent_mapping); a plain LoRA adapter is for PEFT to load")
+    trained = {}
+    for name, each in found.items():
+        if missing := sorted(set("ARB") - set(each)):
+            raise ValueError(
+                f"{folder}: has no {' and '.join(missing)} for module {name!r}; R means nothing without its exact A "
+                "and B, which an SVD of today need not give again. Take the file as the reference saved it, with all"
+            )
+        A, R, B = (each[letter] for letter in "ARB")
+        r = A.shape[0]
+        if not (A.dim() == B.dim() == 2 and B.shape[1] == r and tuple(R.shape) == (r, r)):
+            shapes = ", ".join(str(tuple(t.shape)) for t in (A, R, B))
+            raise ValueError(f"{folder}: A, R and B of module {name!r} have shapes {shapes}, which do not fit")
+        if not all(torch.isfinite(t).all() for t in (A, R, B)):
+            raise ValueError(f"{folder}: A, R or B of module {name!r} has NaN or Inf values")
+        trained[name] = Trained(A, R, B, _alpha(config, name, r, folder))
+    return trained, others
+
+
+def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
+    """alpha = s r for a layer of this rank; s by the configuration's numbers, which PEFT goes by."""
+    try:
+        r = pattern_value(config.get("rank_pattern"), name, config["r"])
+        alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+        return alpha * rank / (math.sqrt(r) if config.get("use_rslora") else r)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError, re.error) as error:
+        raise ValueError(f"{folder}: adapter_config.json does not say r and lora_alpha ({error!r})") from error
+
+
+def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) -> None:
+    """That the model has the modules and that A = B^T W, as the reference's are, converged or not, on their own W."""
+    modules = dict(model.named_modules())
+    places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
+    described = next((_json(file) for file in places if file.is_file()), None)
+    random = described and any(described.get(key) for key in ("replacement_module_random_init", "half_init_dec"))
+    errors = {}
+    for name, each in trained.items():
+        if name not in modules:
+            raise ValueError(f"model: has no module {name!r}, which {folder} is for; it is of another base model")
+        try:
+            weight = weight_of(modules[name], f"module {name!r}")
+        except TypeError:
+            continue  # what cannot be read can still be given its factors
+        if weight.device.type == "meta":
+            raise ValueError(f"model: module {name!r} is on the meta device; load its weights first")
+        N, K = weight.shape
+        if (each.B.shape[0], each.A.shape[1]) != (N, K):
+            raise ValueError(
+                f"model: module {name!r} has a weight of shape {N} x {K}, {folder} is for "
+                f"{each.B.shape[0]} x {each.A.shape[1]}; it is of another base model"
+            )
+        if not random:
+            W = weight.read()
+            W = W.to(torch.promote_types(W.dtype, torch.float32))
+            A, B = each.A.to(W), each.B.to(W)
+            errors[name] = float((B.t() @ W - A).norm() / A.norm())
+    worst = max(errors, key=errors.__getitem__, default=None)
+    if worst is None or errors[worst] <= OTHER_WEIGHT:
+        return
+    found = f"{folder}: A of module {worst!r} is not B^T W of this model (relative error {errors[worst]:.1e})"
+    if described:
+        raise AdapterMismatch(f"{found}; load the weights the adapter was trained on")
+    warnings.warn(
+        f"{found}, and there is no reconstr_config.json to say whether its factors are random ones, as without "
+        "SVD; otherwise these are not the weights the adapter was trained on",
+        stacklevel=4,
+    )
+
+
+def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[str, Tensor], folder: Path) -> list[str]:
+    """The modules that the tensors beside A, R and B are of; every one must be of one."""
+    endings = config.get("modules_to_save") or []
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if matches(name, endings) and any(key.startswith(f"{name}.") for key in others)
+    ]
+    for key in others:
+        if not any(key.startswith(f"{name}.") for name in names):
+            raise ValueError(
+                f"{folder}: has a tensor {key!r}, which is of no layer of the reference's and of none of the "
+                f"modules_to_save {endings} that this model has"
+            )
+    return names
