@@ -206,32 +206,39 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
             hasattr(p, "right_inverse") for p in layer.parametrizations.R
         ):
             raise ValueError(f"model: the parametrization of R in module {name!r} has no right_inverse to set R by")
-        settled[name], errors[name] = _fitted(entry, layer.A, layer.B)
+        settled[name], errors[name] = fitted(entry, layer.A, layer.B)
     worst = max(errors, key=errors.__getitem__)
-    if errors[worst] > basis.ACCEPT:
-        entry, layer = entries[worst], layers[worst]
-        found = f"{path}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
-        if not basis.same_base(entry["S"], layer.A):
-            raise AdapterMismatch(
-                f"{found}, and its singular values are not those the adapter was trained on: the base model (its name "
-                f"there: {entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
-            )
-        if errors[worst] > basis.ALIGNED:
-            raise AdapterMismatch(
-                f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
-                "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
-                "and let load_adapter attach, or save it with portable=True or save_factors=True"
-            )
-        if not _can_align(entry):
-            raise AdapterMismatch(
-                f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
-                "the dtype it was trained on, or save the adapter again with portable=True or save_factors=True"
-            )
+    entry, layer = entries[worst], layers[worst]
+    if errors[worst] > (basis.ALIGNED if _can_align(entry) else basis.ACCEPT):
+        raise mismatch(str(path), worst, entry, errors[worst], layer.A)
     return settled, errors[worst]
 
 
-def _fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
-    """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves."""
+def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tensor) -> AdapterMismatch:
+    """What to raise for a module whose delta W is off by `error`; `where` the adapter is from, `entry` as `fitted`'s."""
+    found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
+    if not basis.same_base(entry["S"], A):
+        return AdapterMismatch(
+            f"{found}, and its singular values are not those the adapter was trained on: the base model (its name "
+            f"there: {entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
+        )
+    if error > basis.ALIGNED:
+        return AdapterMismatch(
+            f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
+            "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
+            "and let load_adapter attach, or save it with portable=True or save_factors=True"
+        )
+    return AdapterMismatch(
+        f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
+        "the dtype it was trained on, or save the adapter again with portable=True or save_factors=True"
+    )
+
+
+def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
+    """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
+
+    entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where it can be aligned.
+    """
     R = entry["R"].to(A.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates = [R]
     if basis.residual(entry["probe"], A, R, B) > basis.ACCEPT and basis.same_base(entry["S"], A):
