@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +161,8 @@ def export_as_lora(
     PEFT need not be installed.  Raises ValueError, before anything is written, where the model has no adapters or a
     factor is not finite in that dtype.
     """
+    if isinstance(model, LoRAXSLinear):
+        raise ValueError("model: is itself a LoRAXSLinear, must have such layers below it")
     layers = [
         (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
     ]
@@ -199,10 +200,12 @@ def write_lora(
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
         tensors |= {f"{PREFIX}{name}.{key}": t.to("cpu", copy=True).contiguous() for key, t in state.items()}
-    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    for name in ranks:
-        if not name or places[id(model.get_submodule(name))] > 1:
-            raise ValueError(f"module {name!r}: stands nowhere or in several places below the model; LoRA needs one")
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
+            raise ValueError(
+                f"module {first[id(module)]!r} is also module {name!r}; PEFT would put plain LoRA on one of the two"
+            )
     rank = max(ranks.values())  # the largest, so that readers that know no rank_pattern make room enough
     pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     config = {

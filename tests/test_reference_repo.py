@@ -1,0 +1,507 @@
+"""The reference implementation's models and checkpoints: the same numbers here, and the traps on the way.
+
+`restated` is what the reference does to a PEFT model, in our words.  With LORAXS_REFERENCE_REPO=<a checkout of
+MohammadrezaBanaei/LoRA-XS> the same tests run on its own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import sys
+import types
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import loraxs_kernels as lx
+from loraxs_kernels import AdapterMismatch, LoRAXSLinear
+from loraxs_kernels.integrations.reference_repo import export_as_lora, load_reference_adapter
+from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.reference import relative_error
+
+peft = pytest.importorskip("peft")
+decomposition = pytest.importorskip("sklearn.decomposition")
+transformers = pytest.importorskip("transformers")
+
+TARGETS = ["query", "value", "attention.output.dense", "output.dense"]  # the reference's own, for GLUE
+IDS = torch.arange(3, 15).view(2, 6)
+CONFIG = {
+    "reconstruction_type": "svd",
+    "reconstr_mode": "separated",
+    "half_init_dec": False,
+    "replacement_module_random_init": False,
+    "r_squared": True,
+    "svd": {"n_iter": 10, "random_state": 42},
+}
+
+
+def restated(model, peft_config, reconstruct_config):
+    """A, B from scikit-learn's SVD of W^T in lora_A and lora_B, R a module beside them, a forward through it."""
+    config = peft_config["default"]
+    for layer in [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]:
+        W = layer.weight
+        svd = decomposition.TruncatedSVD(config.r, **reconstruct_config["svd"])
+        projected = svd.fit_transform(W.T.detach().cpu().numpy())  # W^T = V (U S)^T: (K, r), V S
+        if reconstruct_config["replacement_module_random_init"]:
+            projected, svd.components_ = torch.randn(projected.shape), torch.randn(svd.components_.shape)
+        A, B = (torch.as_tensor(t).to(W).clone() for t in (projected.T, svd.components_.T))
+        layer.lora_A.default.weight = nn.Parameter(A, requires_grad=False)
+        layer.lora_B.default.weight = nn.Parameter(B, requires_grad=False)
+        layer.default_lora_latent_mapping = nn.Linear(config.r, config.r, bias=False)
+        nn.init.normal_(layer.default_lora_latent_mapping.weight, std=1e-5)
+        layer.forward = types.MethodType(forward_through_R, layer)
+
+
+def forward_through_R(self, x):
+    adapter, dtype = self.active_adapters[0], x.dtype
+    y = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+    if not (self.disable_adapters or self.merged):
+        h = self.lora_dropout[adapter](x.to(self.lora_A[adapter].weight.dtype))
+        y += self.lora_B[adapter](self.default_lora_latent_mapping(self.lora_A[adapter](h))) * self.scaling[adapter]
+    return y.to(dtype)
+
+
+def original(model, peft_config, reconstruct_config):
+    """The same by the reference's own code."""
+    sys.path.insert(0, os.environ["LORAXS_REFERENCE_REPO"])
+    try:
+        own = importlib.import_module("utils.initialization_utils")
+    finally:
+        sys.path.pop(0)
+    reconstruct_config = copy.deepcopy(reconstruct_config)
+    reconstruct_config["svd"]["rank"] = peft_config["default"].r
+    own.find_and_initialize(model, peft_config, "default", "svd", reconstruct_config, None)
+
+
+@pytest.fixture(params=[restated, original], ids=lambda f: f.__name__)
+def initialise(request):
+    if request.param is original and "LORAXS_REFERENCE_REPO" not in os.environ:
+        pytest.skip("needs LORAXS_REFERENCE_REPO, a checkout of the reference implementation")
+    return request.param
+
+
+def bert(dtype=torch.float32):
+    torch.manual_seed(3)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    config = transformers.BertConfig(**size, initializer_range=0.2)  # W of order 1, so that adapters count
+    return transformers.BertForSequenceClassification(config).to(dtype).eval()
+
+
+def trained(initialise=restated, model=None, config=CONFIG, r=4, **options):
+    """A PEFT model as the reference leaves it after training."""
+    model = bert() if model is None else model
+    dtype = model.dtype
+    lora = peft.LoraConfig(r=r, **{"target_modules": TARGETS, "task_type": "SEQ_CLS", "lora_alpha": 16} | options)
+    model = peft.get_peft_model(model, lora)
+    initialise(model, {"default": lora}, config)
+    for p in model.parameters():
+        p.data = p.data.contiguous()  # as its scripts do, for safetensors
+    model.to(dtype)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p += torch.randn(p.shape, generator=g).to(p) / 4
+    return model.eval()
+
+
+def saved(model, tmp_path, config=CONFIG):
+    """A checkpoint folder, as the reference's scripts lay it out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model that has no name on the hub
+        model.save_pretrained(tmp_path / "ft")
+    if config:
+        (tmp_path / "reconstr_config.json").write_text(json.dumps(config))
+    return tmp_path / "ft"
+
+
+def respelled(folder):
+    """The checkpoint as PEFT up to 0.17 spells it: seen with 0.10 and 0.17."""
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    old = {key.replace(".default_lora_latent", "_lora_latent"): t for key, t in tensors.items()}
+    assert old.keys() != tensors.keys()
+    safetensors.torch.save_file(old, path)
+    return folder
+
+
+def reference_layers(model):
+    return {
+        name.removeprefix("base_model.model."): m
+        for name, m in model.named_modules()
+        if hasattr(m, "default_lora_latent_mapping")
+    }
+
+
+def passes(model, R):
+    """Logits, and the gradients of the input embeddings and of every R, which is `R(name)` of them."""
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(5)).to(model.dtype).requires_grad_()
+    y = model(inputs_embeds=x).logits
+    names, Rs = zip(*sorted(R.items()), strict=True)
+    gX, *gR = torch.autograd.grad(y.square().sum(), (x, *Rs))
+    return {"y": y.detach(), "gX": gX, **dict(zip(names, gR, strict=True))}
+
+
+def assert_same(got, expected, tolerance):
+    assert got.keys() == expected.keys()
+    for name, t in got.items():
+        assert relative_error(t, expected[name]) < tolerance, name
+
+
+def snapshot(model):
+    return (
+        [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)],
+        [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
+        sorted(model.__dict__),
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_a_checkpoint_is_the_trained_model(initialise, dtype, tolerance, tmp_path):
+    theirs = trained(initialise, bert(dtype))
+    layers = reference_layers(theirs)
+    expected = passes(theirs, {name: m.default_lora_latent_mapping.weight for name, m in layers.items()})
+    model = load_reference_adapter(bert(dtype), saved(theirs, tmp_path))
+    ours = dict(adapted_layers(model))
+    assert len(ours) == 8 and all(layer.scaling == 4 for layer in ours.values())
+    assert_same(passes(model, {name: layer.R for name, layer in ours.items()}), expected, tolerance)
+    for name, layer in ours.items():
+        assert torch.equal(layer.R, layers[name].default_lora_latent_mapping.weight)
+        assert torch.equal(layer.A, layers[name].lora_A.default.weight) and layer.recipe.init == "given"
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {f"{name}.R" for name in ours} | {"classifier.weight", "classifier.bias"}
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(lx.load_adapter(bert(dtype), tmp_path / "a.safetensors")(IDS).logits, model(IDS).logits)
+
+
+def as_bin(folder):
+    path = folder / "adapter_model.safetensors"
+    torch.save(safetensors.torch.load_file(path), folder / "adapter_model.bin")
+    path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("form", [respelled, as_bin, lambda f: as_bin(respelled(f))], ids=["old", "bin", "old bin"])
+def test_every_form_of_a_checkpoint(form, tmp_path):
+    theirs = trained()
+    model = load_reference_adapter(bert(), form(saved(theirs, tmp_path)))
+    assert torch.equal(model(IDS).logits, load_reference_adapter(bert(), saved(theirs, tmp_path))(IDS).logits)
+    assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+def test_peft_itself_loads_a_checkpoint_without_R_and_says_nothing(tmp_path):
+    theirs = trained()
+    folder = saved(theirs, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plain = peft.PeftModel.from_pretrained(bert(), folder)
+    expected = theirs(IDS).logits
+    assert relative_error(plain(IDS).logits, expected) > 0.1
+    assert relative_error(load_reference_adapter(bert(), folder)(IDS).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("options", [dict(rank_pattern={}), dict(alpha_pattern={"query": 2, r"1\.output\.dense": 12})])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scales_are_pefts(options, rslora, tmp_path):
+    theirs = trained(r=5, lora_alpha=7, use_rslora=rslora, **options)
+    model = load_reference_adapter(bert(), saved(theirs, tmp_path))
+    expected = {name: m.scaling["default"] for name, m in reference_layers(theirs).items()}
+    assert {name: layer.scaling for name, layer in adapted_layers(model)} == pytest.approx(expected)
+    assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+def test_a_basis_of_our_own(tmp_path):
+    theirs = trained()
+    folder = saved(theirs, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_reference_adapter(bert(), folder, basis="recompute")
+    assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-4
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    assert not any(key.startswith("A/") for key in safetensors.torch.load_file(tmp_path / "a.safetensors"))
+    assert torch.equal(lx.load_adapter(bert(), tmp_path / "a.safetensors")(IDS).logits, model(IDS).logits)
+
+
+def test_a_basis_that_does_not_span_theirs_is_refused(tmp_path):
+    """Without SVD, as in the paper's ablation: the checkpoint's own A and B still serve, ours cannot stand in."""
+    config = CONFIG | {"replacement_module_random_init": True}
+    theirs = trained(config=config)
+    folder = saved(theirs, tmp_path, config)
+    assert relative_error(load_reference_adapter(bert(), folder)(IDS).logits, theirs(IDS).logits) < 1e-5
+    model = bert()
+    before = snapshot(model)
+    with pytest.raises(
+        AdapterMismatch, match=r"error of delta W in module 'bert.* is \d.*tolerance of 3e-02.*\"file\""
+    ):
+        load_reference_adapter(model, folder, basis="recompute")
+    assert snapshot(model) == before
+
+
+def test_an_imprecise_basis_is_taken_with_a_warning_within_the_tolerance(tmp_path):
+    folder = saved(trained(config=CONFIG | {"svd": {"n_iter": 1, "random_state": 42}}, r=16), tmp_path)
+    with pytest.raises(AdapterMismatch, match="tolerance of 1e-04"):
+        load_reference_adapter(bert(), folder, basis="recompute", tolerance=1e-4)
+    with pytest.warns(UserWarning, match=r"error of delta W in module '.*' is .*not quite those it was trained on"):
+        load_reference_adapter(bert(), folder, basis="recompute", tolerance=1.0)
+
+
+def test_bf16_models(tmp_path):
+    """numpy has no bf16, so that the reference cannot start from such a model; its checkpoints fit one all the same."""
+    with pytest.raises(TypeError, match="BFloat16"):
+        trained(model=bert(torch.bfloat16))
+    lx.attach(bert(torch.bfloat16), 4, target_modules=TARGETS)
+    theirs = trained()
+    folder, expected = saved(theirs, tmp_path), theirs(IDS).logits
+    with pytest.warns(
+        UserWarning, match=r"is [1-9]\.\de-03: its A and B are rounded .*dtype=torch\.float32 keeps them"
+    ):
+        model = load_reference_adapter(bert(torch.bfloat16), folder)
+    assert all(layer.A.dtype == torch.bfloat16 for _, layer in adapted_layers(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        exact = load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.float32)
+        load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.bfloat16)
+    for name, layer in adapted_layers(exact):
+        assert torch.equal(layer.A, reference_layers(theirs)[name].lora_A.default.weight)
+    rounded = relative_error(theirs.bfloat16()(IDS).logits, expected)
+    for ours in (model, exact):
+        assert relative_error(ours(IDS).logits, expected) < 2 * rounded < 0.2
+
+
+def other_weights(folder, model):
+    nn.init.normal_(model.bert.encoder.layer[1].attention.self.query.weight)
+
+
+def changed(change):
+    """Edit the tensors of a checkpoint."""
+
+    def edit(folder, model):
+        path = folder / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        change(tensors)
+        safetensors.torch.save_file(tensors, path)
+
+    return edit
+
+
+def configured(**entries):
+    def edit(folder, model):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return edit
+
+
+def without(*parts):
+    return changed(lambda t: [t.pop(key) for key in list(t) if any(part in key for part in parts)])
+
+
+LAST = "base_model.model.bert.encoder.layer.1.output.dense"
+FAILURES = {
+    "another base": (
+        other_weights,
+        AdapterMismatch,
+        r"A of module '.*1\.attention\.self\.query' is not B\^T W .*error \d",
+    ),
+    "no R": (without("latent"), ValueError, r"has no R \(lora_latent_mapping\); a plain LoRA adapter is for PEFT"),
+    "no A and B": (without("lora_A", "lora_B"), ValueError, r"has no A and B for module 'bert.*exact A and B"),
+    "one R missing": (without("1.output.dense.default_lora"), ValueError, r"has no R for module '.*1\.output\.dense'"),
+    "R of another rank": (
+        changed(lambda t: t.update({f"{LAST}.default_lora_latent_mapping.weight": torch.ones(3, 3)})),
+        ValueError,
+        r"A, R and B of module '.*' have shapes \(4, 48\), \(3, 3\), \(32, 4\)",
+    ),
+    "NaN": (changed(lambda t: t[f"{LAST}.lora_B.weight"].mul_(torch.nan)), ValueError, "NaN or Inf"),
+    "another layer": (
+        changed(lambda t: t.update({key.replace("layer.1", "layer.2"): t.pop(key) for key in list(t)})),
+        ValueError,
+        r"model: has no module 'bert\.encoder\.layer\.2\..*another base model",
+    ),
+    "another shape": (
+        lambda folder, model: setattr(model.bert.encoder.layer[1].output, "dense", nn.Linear(48, 40)),
+        ValueError,
+        r"'bert\.encoder\.layer\.1\.output\.dense' has a weight of shape 40 x 48, .* is for 32 x 48",
+    ),
+    "another head": (
+        lambda folder, model: setattr(model, "classifier", nn.Linear(32, 3)),
+        ValueError,
+        r"classifier\.weight: is of shape \(2, 32\) in the file, must be of shape \(3, 32\)",
+    ),
+    "a tensor of nothing": (
+        changed(lambda t: t.update({"base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(50, 32)})),
+        ValueError,
+        r"has a tensor 'bert\.embeddings\.word_embeddings\.weight', which is of no layer",
+    ),
+    "DoRA": (
+        changed(lambda t: t.update({f"{LAST}.lora_magnitude_vector": torch.ones(32)})),
+        ValueError,
+        "lora_magnitude_vector', which is of no layer",
+    ),
+    "another method": (configured(peft_type="IA3"), ValueError, "PEFT's type 'IA3', the reference's are of 'LORA'"),
+    "no rank": (configured(r=None), ValueError, "adapter_config.json does not say r and lora_alpha"),
+    "no JSON": (lambda f, m: (f / "adapter_config.json").write_text("{"), ValueError, "is no JSON"),
+    "cut": (
+        lambda f, m: (f / "adapter_model.safetensors").write_bytes(b"123456789"),
+        ValueError,
+        "is not a whole file of tensors",
+    ),
+    "no config": (lambda f, m: (f / "adapter_config.json").unlink(), FileNotFoundError, "has no adapter_config"),
+    "no tensors": (lambda f, m: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "or adapter_model.bin"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_changes_nothing(case, tmp_path):
+    spoil, error, message = FAILURES[case]
+    folder, model = saved(trained(), tmp_path), bert()
+    spoil(folder, model)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        load_reference_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = as_bin(saved(trained(), tmp_path))
+    torch.save({"x": Code()}, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="is not a whole file of tensors"):
+        load_reference_adapter(bert(), folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_arguments_and_models_that_do_not_fit(tmp_path):
+    folder = saved(trained(), tmp_path, config=None)
+    with pytest.raises(ValueError, match="basis: got 'svd'"):
+        load_reference_adapter(bert(), folder, basis="svd")
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
+        load_reference_adapter(bert(), folder, dtype=torch.int8)
+    with pytest.raises(ValueError, match="already has LoRA-XS adapters"):
+        load_reference_adapter(lx.attach(bert(), 4, target_modules=TARGETS), folder)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        load_reference_adapter(bert().to("meta"), folder)
+    model = bert()
+    other_weights(folder, model)
+    with pytest.warns(UserWarning, match=r"not B\^T W .* no reconstr_config.json to say whether"):
+        load_reference_adapter(model, folder)  # random factors cannot be told from another model's
+
+
+# Export.
+
+
+def gpt2(dtype=torch.float32):
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, initializer_range=0.2)
+    return transformers.GPT2LMHeadModel(config).to(dtype).eval()
+
+
+EXPORTS = {
+    "one rank": (bert, dict(target_modules=["query", "value"], alpha=8)),
+    "ranks and scales": (
+        bert,
+        dict(
+            target_modules=["query", "output.dense"],
+            rank_pattern={r"layer\.1\.output\.dense": 7, "query": 2},
+            alpha_pattern={"query": 5},
+            alpha=9,
+            init="random",
+            modules_to_save=["classifier"],
+        ),
+    ),
+    "Conv1D": (gpt2, dict(target_modules="all-linear")),
+    "a few of one name": (bert, dict(target_modules=r".*layer\.1.*(query|dense)")),
+}
+
+
+def adapted(make, options, dtype=torch.float32):
+    model = lx.attach(make(dtype), 4, **options)
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.R, std=0.3)
+    if "modules_to_save" in options:
+        nn.init.normal_(model.classifier.weight)
+    return model
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+@pytest.mark.parametrize(
+    "dtype, stored, tolerance",
+    [
+        (torch.float64, None, 1e-6),  # PEFT makes its layers in fp32
+        (torch.float32, None, 1e-5),
+        (torch.float32, torch.bfloat16, 5e-2),
+        (torch.bfloat16, None, 5e-2),
+    ],
+    ids=str,
+)
+def test_an_export_is_the_model_to_peft(case, dtype, stored, tolerance, tmp_path):
+    make, options = EXPORTS[case]
+    model = adapted(make, options, dtype)
+    export_as_lora(model, tmp_path / "new" / "lora", dtype=stored)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(make(dtype), tmp_path / "new" / "lora")
+    assert relative_error(loaded(IDS).logits, model(IDS).logits) < tolerance
+    assert relative_error(make(dtype)(IDS).logits, model(IDS).logits) > 4 * tolerance
+    lora = {name: m for name, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    for name, layer in adapted_layers(model):
+        delta = lora[name].lora_B.default.weight @ lora[name].lora_A.default.weight
+        assert relative_error(delta, layer.delta_weight()) < (5e-3 if stored else 1e-6)
+    expected = {name: (layer.rank, 1.0) for name, layer in adapted_layers(model)}
+    assert {name: (m.r["default"], m.scaling["default"]) for name, m in lora.items()} == expected
+
+
+def test_what_an_export_says(tmp_path):
+    model = adapted(*EXPORTS["ranks and scales"])
+    model.config._name_or_path = "some/bert"
+    export_as_lora(model, tmp_path, task_type="SEQ_CLS")
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 7, "the largest rank, for readers that know no rank_pattern"
+    assert config["alpha_pattern"] == config["rank_pattern"] and set(config["rank_pattern"].values()) == {2, 4}
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("some/bert", "SEQ_CLS")
+    assert config["modules_to_save"] == ["classifier"] and config["fan_in_fan_out"] is False
+    assert peft.PeftConfig.from_pretrained(tmp_path).rank_pattern == config["rank_pattern"]
+    export_as_lora(adapted(*EXPORTS["one rank"]), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["query", "value"]
+    assert len(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")) == 8
+
+
+def test_an_export_that_fails_writes_nothing(tmp_path):
+    model = adapted(*EXPORTS["one rank"])
+    layer = dict(adapted_layers(model))["bert.encoder.layer.1.attention.self.value"]
+    with pytest.raises(ValueError, match="has no LoRA-XS adapters"):
+        export_as_lora(bert(), tmp_path / "lora")
+    with pytest.raises(ValueError, match="is itself a LoRAXSLinear"):
+        export_as_lora(layer, tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
+        export_as_lora(model, tmp_path / "lora", dtype=torch.int8)
+    layer.R.data.mul_(1e6)
+    with pytest.raises(
+        ValueError, match=r"layer\.1\.attention\.self\.value': lora_B has NaN or Inf values in torch\.fl"
+    ):
+        export_as_lora(model, tmp_path / "lora", dtype=torch.float16)
+    linear = nn.Linear(8, 8)
+    twice = lx.attach(nn.ModuleDict({"a": linear, "b": linear}), 2, target_modules="all-linear")
+    with pytest.raises(ValueError, match="module 'a' is also module 'b'"):
+        export_as_lora(twice, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file, must be a folder"):
+        export_as_lora(model, tmp_path / "file")
+
+
+def test_a_checkpoint_becomes_plain_lora(tmp_path):
+    theirs = trained()
+    export_as_lora(load_reference_adapter(bert(), saved(theirs, tmp_path)), tmp_path / "lora", task_type="SEQ_CLS")
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "lora")
+    assert relative_error(loaded(IDS).logits, theirs(IDS).logits) < 1e-5
+    assert not any(isinstance(m, LoRAXSLinear) for m in loaded.modules())
