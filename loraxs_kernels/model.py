@@ -90,8 +90,8 @@ def attach(
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
     for name in names:
-        r = _pattern_value(rank_pattern, name, rank)
-        a = _pattern_value(alpha_pattern, name, alpha)
+        r = pattern_value(rank_pattern, name, rank)
+        a = pattern_value(alpha_pattern, name, alpha)
         options[name] = {"rank": r, "alpha": a, "init": init}
         if not isinstance(init, str):
             if name not in init:
@@ -134,7 +134,7 @@ def install(
     try:
         for name in options:
             layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        _fill(list(layers.values()), basis, devices, workspace, progress)
+        fill(list(layers.values()), basis, devices, workspace, progress)
     except BaseException:
         for name, p in model.named_parameters():
             p.requires_grad_(before[name])
@@ -152,7 +152,7 @@ def install(
     return model
 
 
-def _fill(
+def fill(
     layers: Sequence[LoRAXSLinear],
     basis: Basis | None,
     devices: Sequence[torch.device] | None,
@@ -286,7 +286,7 @@ def match(
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and not _never_called(module)
+            hit = is_linear(module) and module is not head and not never_called(module)
         else:
             hit = matches(name, target_modules)
         if not hit:
@@ -296,7 +296,7 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if _never_called(module):
+        if never_called(module):
             raise TypeError(
                 f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
                 "calling the layer, so that an adapter on it would have no effect"
@@ -313,7 +313,7 @@ def match(
     return names
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -331,7 +331,7 @@ def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-def _never_called(module: nn.Module) -> bool:
+def never_called(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
