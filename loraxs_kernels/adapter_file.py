@@ -209,13 +209,14 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
         settled[name], errors[name] = fitted(entry, layer.A, layer.B)
     worst = max(errors, key=errors.__getitem__)
     entry, layer = entries[worst], layers[worst]
-    if errors[worst] > (basis.ALIGNED if _can_align(entry) else basis.ACCEPT):
+    can_align = ("A" in entry or "U" in entry) and basis.same_base(entry["S"], layer.A)
+    if errors[worst] > (basis.ALIGNED if can_align else basis.ACCEPT):
         raise mismatch(str(path), worst, entry, errors[worst], layer.A)
     return settled, errors[worst]
 
 
 def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tensor) -> AdapterMismatch:
-    """What to raise for a module whose delta W is off by `error`; `where` the adapter is from, `entry` as `fitted`'s."""
+    """What to raise for a module whose delta W is off by `error`; `where` names the adapter, entry: as for `fitted`."""
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     if not basis.same_base(entry["S"], A):
         return AdapterMismatch(
@@ -226,7 +227,7 @@ def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tens
         return AdapterMismatch(
             f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
             "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
-            "and let load_adapter attach, or save it with portable=True or save_factors=True"
+            "and let the adapter file attach, or save it with portable=True or save_factors=True"
         )
     return AdapterMismatch(
         f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
@@ -251,10 +252,6 @@ def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     errors = [basis.residual(entry["probe"], A, candidate, B) for candidate in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best], errors[best]
-
-
-def _can_align(entry: dict[str, Any]) -> bool:
-    return "A" in entry or "U" in entry
 
 
 def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
-from .matching import matches, pattern_value
+from .matching import matches
 from .weights import is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -133,7 +134,7 @@ def install(
     try:
         for name in options:
             layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        _fill(list(layers.values()), basis, devices, workspace, progress)
+        fill(list(layers.values()), basis, devices, workspace, progress)
     except BaseException:
         for name, p in model.named_parameters():
             p.requires_grad_(before[name])
@@ -151,7 +152,7 @@ def install(
     return model
 
 
-def _fill(
+def fill(
     layers: Sequence[LoRAXSLinear],
     basis: Basis | None,
     devices: Sequence[torch.device] | None,
@@ -285,7 +286,7 @@ def match(
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and not _never_called(module)
+            hit = is_linear(module) and module is not head and not never_called(module)
         else:
             hit = matches(name, target_modules)
         if not hit:
@@ -295,7 +296,7 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if _never_called(module):
+        if never_called(module):
             raise TypeError(
                 f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
                 "calling the layer, so that an adapter on it would have no effect"
@@ -312,6 +313,13 @@ def match(
     return names
 
 
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
 def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
@@ -323,7 +331,7 @@ def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-def _never_called(module: nn.Module) -> bool:
+def never_called(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 

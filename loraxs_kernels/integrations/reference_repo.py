@@ -30,8 +30,8 @@ from ..atomic import write_atomically
 from ..basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
 from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
-from ..matching import matches, pattern_value
-from ..model import adapted_layers, detach, install
+from ..matching import matches
+from ..model import adapted_layers, detach, install, pattern_value
 from ..weights import FLOATS, is_conv1d, weight_of
 
 OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
@@ -217,7 +217,7 @@ def write_lora(
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "lora_dropout": 0.0,
-        "target_modules": _target_modules(model, list(ranks), list(saved)),
+        "target_modules": _target_modules(model, list(ranks)),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": conv1d,
         "bias": "none",
@@ -232,7 +232,7 @@ def write_lora(
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
-def _target_modules(model: nn.Module, names: Sequence[str], saved: Sequence[str]) -> list[str] | str:
+def _target_modules(model: nn.Module, names: Sequence[str]) -> list[str] | str:
     """What means these modules and no others to PEFT: last parts of names if they do, else names, else a pattern."""
     inside = tuple(f"{name}." for name in names)
     there = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
