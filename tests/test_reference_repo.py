@@ -22,7 +22,11 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear
-from loraxs_kernels.integrations.reference_repo import export_as_lora, load_reference_adapter
+from loraxs_kernels.integrations.reference_repo import (
+    export_as_lora,
+    load_reference_adapter,
+    replace_reference_layers,
+)
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.reference import relative_error
 
@@ -504,3 +508,146 @@ def test_a_checkpoint_becomes_plain_lora(tmp_path):
     loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "lora")
     assert relative_error(loaded(IDS).logits, theirs(IDS).logits) < 1e-5
     assert not any(isinstance(m, LoRAXSLinear) for m in loaded.modules())
+
+
+# Models in memory.
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_replaced_layers_are_the_trained_model(initialise, dtype, tolerance):
+    model = trained(initialise, bert(dtype), lora_alpha=9, rank_pattern={}, alpha_pattern={r"1\.output\.dense": 5})
+    layers = reference_layers(model)
+    Rs = {name: m.default_lora_latent_mapping.weight for name, m in layers.items()}
+    inner, trains = model.get_base_model(), [p for p in model.parameters() if p.requires_grad]
+    expected = passes(model, Rs)
+    assert replace_reference_layers(model) is model and model.get_base_model() is inner
+    ours = reference_layers_replaced(model)
+    assert ours.keys() == layers.keys() and not reference_layers(model)
+    for name, layer in ours.items():
+        assert layer.loraxs_R["default"] is Rs[name] and layer.base_layer is layers[name].base_layer
+        assert layer.scaling == layers[name].scaling
+        assert torch.equal(layer.loraxs_A["default"], layers[name].lora_A.default.weight)
+        assert torch.equal(layer.loraxs_B["default"], layers[name].lora_B.default.weight)
+    assert_same(passes(model, Rs), expected, tolerance)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trains}
+
+
+def reference_layers_replaced(model):
+    return {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "loraxs_R")}
+
+
+def test_training_goes_on_with_the_same_optimizer():
+    def losses(replace):
+        model = trained()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for step in range(6):
+            if step == 3 and replace:
+                replace_reference_layers(model)
+            optimizer.zero_grad()
+            loss = model(IDS, labels=torch.tensor([0, 1])).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        assert found[-1] < found[0] / 2
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+def test_a_replaced_model_is_saved_and_loaded_by_peft(tmp_path):
+    model = trained(lora_alpha=9, alpha_pattern={r"1\.output\.dense": 5})
+    expected = model(IDS).logits
+    folder = saved(replace_reference_layers(model), tmp_path)
+    assert model.peft_type == "LORAXS" and json.loads((folder / "adapter_config.json").read_text())["init"] == "given"
+    loaded = peft.PeftModel.from_pretrained(bert(), folder)
+    assert relative_error(loaded(IDS).logits, expected) < 1e-5
+    assert len(reference_layers_replaced(loaded)) == 8
+
+
+def test_A_and_B_stay_frozen_after_disable_adapter(initialise):
+    def frozen(model):
+        return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+    model = trained(initialise)
+    with model.disable_adapter():
+        pass
+    assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad), "the reference's trap"
+    model = replace_reference_layers(trained(initialise))
+    before = frozen(model)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, bert()(IDS).logits)
+    assert frozen(model) == before
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trains) == 10 and all("loraxs_R" in name or "classifier" in name for name in trains)
+
+
+def test_replacing_in_half_precision_widens_R(tmp_path):
+    """fp32 at the start and bf16 from there on is the way round the reference's lack of bf16."""
+    model = trained().bfloat16()
+    x = torch.randn(3, 32).bfloat16()
+    name, theirs = next(iter(reference_layers(model).items()))
+    expected, R = theirs(x), theirs.default_lora_latent_mapping.weight
+    model(IDS).logits.sum().backward()
+    replace_reference_layers(model)
+    layer = reference_layers_replaced(model)[name]
+    assert layer.loraxs_R["default"] is R and R.dtype == R.grad.dtype == torch.float32
+    assert layer.loraxs_A["default"].dtype == torch.bfloat16
+    assert relative_error(layer(x), expected) < 1e-2
+    torch.optim.AdamW([R]).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(bert(torch.bfloat16), saved(model, tmp_path))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def plain(model):
+    return peft.get_peft_model(bert(), peft.LoraConfig(target_modules=TARGETS))
+
+
+def one_without_R(model):
+    del reference_layers(model)["bert.encoder.layer.1.output.dense"].default_lora_latent_mapping
+
+
+def with_another(model):
+    model.add_adapter("other", peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+
+
+def shared(model):
+    inner = model.get_base_model()
+    inner.twin = inner.bert.encoder.layer[1].output.dense.base_layer
+
+
+IN_THE_WAY = {
+    "plain LoRA": (plain, ValueError, r"module 'bert\..*query': is a Linear of PEFT without R"),
+    "no PEFT": (lambda model: bert(), TypeError, "got a BertForSequenceClassification, must be a PeftModel"),
+    "LoRA-XS": (replace_reference_layers, TypeError, "must be a PeftModel with LoRA"),
+    "one without R": (one_without_R, ValueError, r"module 'bert\.encoder\.layer\.1\.output\.dense': is a Linear"),
+    "another adapter": (with_another, ValueError, r"has the adapters \['default', 'other'\]"),
+    "merged": (lambda model: model.merge_adapter(), ValueError, r"module 'bert\..*query': is merged"),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ValueError, "is disabled or not active"),
+    "shared": (shared, ValueError, r"1\.output\.dense': stands in another place"),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_WAY)
+def test_what_cannot_be_replaced_is_left_alone(case):
+    change, error, message = IN_THE_WAY[case]
+    model = trained()
+    model = change(model) or model
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        replace_reference_layers(model)
+    assert snapshot(model) == before
+
+
+def test_a_failure_in_peft_leaves_the_model_as_it_was(monkeypatch):
+    from loraxs_kernels.integrations.peft import LoraXSModel
+
+    model = trained()
+    before, config, expected = snapshot(model), model.peft_config["default"], model(IDS).logits
+    monkeypatch.setattr(LoraXSModel, "_create_and_replace", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace_reference_layers(model)
+    assert snapshot(model) == before and model.peft_config["default"] is config
+    assert model.get_base_model().peft_config is model.peft_config and torch.equal(model(IDS).logits, expected)

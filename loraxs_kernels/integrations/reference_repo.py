@@ -1,7 +1,8 @@
 """The reference implementation of LoRA-XS (MohammadrezaBanaei/LoRA-XS, a patch of PEFT's LoRA layers) and plain LoRA.
 
-    load_reference_adapter    a checkpoint of the reference, into a base model
-    export_as_lora            an adapter, to a folder that PEFT, vLLM and whatever else knows LoRA read
+    load_reference_adapter      a checkpoint of the reference, into a base model
+    replace_reference_layers    a model that the reference has initialised, to LoRA-XS as a PEFT method
+    export_as_lora              an adapter, to a folder that PEFT, vLLM and whatever else knows LoRA read
 
 The reference keeps A and B in lora_A and lora_B and puts R between them, as a module of the layer that PEFT does not
 know.  PEFT saves it all the same, and loads such a checkpoint without R: as LoRA with delta B A, and without a word.
@@ -15,10 +16,12 @@ import os
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from ..adapter_file import AdapterMismatch, saved_modules, saved_values
 from ..atomic import write_atomically
-from ..basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
+from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual
 from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
 from ..matching import matches
@@ -39,6 +42,10 @@ PREFIX = "base_model.model."  # what PEFT puts before the names of a base model'
 ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lora_B.weight"}
 
 M = TypeVar("M", bound=nn.Module)
+P = TypeVar("P", bound="PeftModel")
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,61 @@ def load_reference_adapter(
     return model
 
 
+def replace_reference_layers(model: P) -> P:
+    """Turn a PeftModel that the reference has initialised, trained or not, into one of our PEFT method, in place.
+
+    The layers get faster and need less memory, and become what PEFT takes them for: the type of the adapter is LORAXS,
+    save_pretrained writes R with its A and B (init="given"), disable_adapter() leaves A and B frozen, where the
+    reference's train afterwards.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R is the
+    same Parameter as before, so that an optimizer and its state go on; one in half precision is widened to fp32.
+
+    Raises TypeError or ValueError, naming the module, where a LoRA layer is not one of the reference's, is merged, not
+    active or shared, where there is another adapter beside "default", or LoRA with options that the reference's
+    forward leaves out.  The model is then as it was.
+    """
+    from peft.utils import _get_submodules
+
+    from .peft import LoraXSConfig, LoraXSLinearLayer, LoraXSModel
+
+    if LoraXSModel.tuner_layer_cls is not LoraXSLinearLayer:
+        raise ValueError("model: this PEFT has a LORAXS of its own, whose layers are not ours to make")
+    layers = _reference_layers(model)
+    inner, lora = model.get_base_model(), model.peft_config["default"]
+    adapters = {name: _as_adapter(layer, name, lora.lora_dropout) for name, layer in layers.items()}
+    trained = [(p, p.requires_grad) for p in inner.parameters()]
+
+    def put(modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            parent, _, child = _get_submodules(inner, name)
+            parent._modules[child] = module
+
+    described = inner.__dict__.pop("peft_config")
+    put({name: layer.base_layer for name, layer in layers.items()})
+    try:
+        config = _as_loraxs(LoraXSConfig, inner, lora, adapters)
+        tuner = LoraXSModel(inner, {"default": config}, "default")
+    except BaseException:
+        put(layers)
+        inner.peft_config = described
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+        raise
+    config.modules_to_save = lora.modules_to_save  # only now: their wrappers are there already
+    for name, adapter in adapters.items():
+        layer = inner.get_submodule(name)
+        layer.discard("default")
+        layer.add("default", adapter, config)
+        R = layers[name].default_lora_latent_mapping.weight
+        R.data = adapter.R.data
+        R.grad = None if R.grad is None else R.grad.to(R.dtype)
+        layer.loraxs_R["default"] = R
+        layer.train(layers[name].training)
+    for p, requires_grad in trained:
+        p.requires_grad_(requires_grad)
+    model.base_model, model.peft_type = tuner, config.peft_type
+    return model
+
+
 def export_as_lora(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -230,6 +292,93 @@ def write_lora(
         folder / "adapter_model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, metadata)
     )
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The reference's layers by the names of the base model's modules, after everything that could be in the way."""
+    from peft import PeftModel
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, lora.LoraModel):
+        raise TypeError(
+            f"model: got a {type(model).__name__}, must be a PeftModel with LoRA, as get_peft_model makes it"
+        )
+    if list(model.peft_config) != ["default"]:
+        raise ValueError(f"model: has the adapters {list(model.peft_config)}, must have 'default' alone")
+    config = model.peft_config["default"]
+    for option in ("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters"):
+        if getattr(config, option, None):
+            raise ValueError(f"model: is LoRA with {option}={getattr(config, option)!r}, which the reference has not")
+    if config.bias != "none":
+        raise ValueError(f"model: is LoRA with bias={config.bias!r}, must be 'none' as the reference has it")
+    inner = model.get_base_model()
+    places = Counter(id(m) for _, m in inner.named_modules(remove_duplicate=False))
+    layers = {}
+    for name, layer in inner.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if type(layer) is not lora.Linear or not hasattr(layer, "default_lora_latent_mapping"):
+            raise ValueError(
+                f"module {name!r}: is a {type(layer).__name__} of PEFT without R (default_lora_latent_mapping), must "
+                "be a layer that the reference has initialised, as every adapted layer of the model"
+            )
+        if layer.merged:
+            raise ValueError(f"module {name!r}: is merged; model.unmerge_adapter() first")
+        if layer.disable_adapters or list(layer.active_adapters) != ["default"]:
+            raise ValueError(
+                f"module {name!r}: its adapter is disabled or not active; model.set_adapter('default') first"
+            )
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        (r, K), N = A.shape, B.shape[0]
+        R, shape = layer.default_lora_latent_mapping.weight, weight_of(layer.base_layer, f"module {name!r}").shape
+        if B.shape[1] != r or tuple(R.shape) != (r, r) or shape != (N, K):
+            raise ValueError(
+                f"module {name!r}: A, R and B have shapes {tuple(A.shape)}, {tuple(R.shape)} and {tuple(B.shape)}, "
+                f"which do not fit its weight of {shape[0]} x {shape[1]}"
+            )
+        if places[id(layer.base_layer)] > 1:
+            raise ValueError(
+                f"module {name!r}: stands in another place of the model, too, where PEFT has not adapted it; LoRA-XS "
+                "as a PEFT method would adapt both"
+            )
+        layers[name] = layer
+    return layers
+
+
+def _as_adapter(layer: nn.Module, name: str, dropout: float) -> LoRAXSLinear:
+    """The reference's layer as one of ours, with the same tensors, R in fp32 at least."""
+    A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    R = layer.default_lora_latent_mapping.weight.detach()
+    R = R.to(torch.promote_types(torch.promote_types(R.dtype, A.dtype), torch.float32))
+    rank, s, alpha = R.shape[0], layer.scaling["default"], layer.lora_alpha["default"]
+    alpha = alpha if alpha / rank == s else s * rank  # rsLoRA, a scale that was set
+    recipe = Recipe("given", name=name)
+    return LoRAXSLinear(
+        layer.base_layer, A.contiguous(), R, B.contiguous(), alpha=alpha, dropout=dropout, recipe=recipe
+    )
+
+
+def _as_loraxs(kind: type, inner: nn.Module, lora: Any, adapters: Mapping[str, LoRAXSLinear]) -> Any:
+    """The configuration of the same adapters as a PEFT method, in which A and B are given."""
+    (rank, alpha), _ = Counter((a.rank, a.alpha) for a in adapters.values()).most_common(1)[0]
+    dtypes = {a.A.dtype for a in adapters.values()}
+    own = all(a.A.dtype == weight_of(a.base_layer).dtype for a in adapters.values())
+    return kind(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{re.escape(name)}": a.rank for name, a in adapters.items() if a.rank != rank},
+        alpha_pattern={f"^{re.escape(name)}": a.alpha for name, a in adapters.items() if a.alpha != alpha},
+        target_modules=_target_modules(inner, list(adapters)),
+        loraxs_dropout=lora.lora_dropout,
+        init="given",
+        save_factors=True,
+        dtype=None if own else dtype_name(reduce(torch.promote_types, dtypes)),
+        task_type=lora.task_type,
+        base_model_name_or_path=lora.base_model_name_or_path,
+        revision=lora.revision,
+        inference_mode=lora.inference_mode,
+    )
 
 
 def _target_modules(model: nn.Module, names: Sequence[str]) -> list[str] | str:
