@@ -26,6 +26,7 @@ from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
     replace_reference_layers,
+    write_lora,
 )
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.reference import relative_error
@@ -191,7 +192,13 @@ def as_bin(folder):
     return folder
 
 
-@pytest.mark.parametrize("form", [respelled, as_bin, lambda f: as_bin(respelled(f))], ids=["old", "bin", "old bin"])
+def of_peft_0_10(folder):
+    """The configuration says nothing of the head, which is in the file because the task is a classification."""
+    configured(modules_to_save=None)(folder, None)
+    return as_bin(respelled(folder))
+
+
+@pytest.mark.parametrize("form", [respelled, as_bin, of_peft_0_10])
 def test_every_form_of_a_checkpoint(form, tmp_path):
     theirs = trained()
     model = load_reference_adapter(bert(), form(saved(theirs, tmp_path)))
@@ -345,6 +352,11 @@ FAILURES = {
         changed(lambda t: t.update({f"{LAST}.lora_magnitude_vector": torch.ones(32)})),
         ValueError,
         "lora_magnitude_vector', which is of no layer",
+    ),
+    "a head of no task": (
+        configured(modules_to_save=None, task_type=None),
+        ValueError,
+        r"'classifier\.bias', which is of",
     ),
     "another method": (configured(peft_type="IA3"), ValueError, "PEFT's type 'IA3', the reference's are of 'LORA'"),
     "no rank": (configured(r=None), ValueError, "adapter_config.json does not say r and lora_alpha"),
@@ -510,6 +522,27 @@ def test_a_checkpoint_becomes_plain_lora(tmp_path):
     assert not any(isinstance(m, LoRAXSLinear) for m in loaded.modules())
 
 
+def test_loading_and_exporting_need_no_peft(tmp_path, monkeypatch):
+    folder = saved(trained(), tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    export_as_lora(load_reference_adapter(bert(), folder), tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_layers_of_the_peft_method_can_be_written_too(tmp_path):
+    model = replace_reference_layers(trained())
+    parts = [
+        (name, m.base_layer, m.loraxs_A["default"], m.loraxs_R["default"], m.loraxs_B["default"], m.scaling["default"])
+        for name, m in replaced_layers(model).items()
+    ]
+    inner = model.get_base_model()
+    head = {"classifier": inner.classifier.modules_to_save["default"].state_dict()}
+    write_lora(inner, tmp_path, parts, head)
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path)
+    assert relative_error(loaded(IDS).logits, model(IDS).logits) < 1e-5
+
+
 # Models in memory.
 
 
@@ -521,7 +554,7 @@ def test_replaced_layers_are_the_trained_model(initialise, dtype, tolerance):
     inner, trains = model.get_base_model(), [p for p in model.parameters() if p.requires_grad]
     expected = passes(model, Rs)
     assert replace_reference_layers(model) is model and model.get_base_model() is inner
-    ours = reference_layers_replaced(model)
+    ours = replaced_layers(model)
     assert ours.keys() == layers.keys() and not reference_layers(model)
     for name, layer in ours.items():
         assert layer.loraxs_R["default"] is Rs[name] and layer.base_layer is layers[name].base_layer
@@ -532,7 +565,7 @@ def test_replaced_layers_are_the_trained_model(initialise, dtype, tolerance):
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trains}
 
 
-def reference_layers_replaced(model):
+def replaced_layers(model):
     return {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "loraxs_R")}
 
 
@@ -562,7 +595,7 @@ def test_a_replaced_model_is_saved_and_loaded_by_peft(tmp_path):
     assert model.peft_type == "LORAXS" and json.loads((folder / "adapter_config.json").read_text())["init"] == "given"
     loaded = peft.PeftModel.from_pretrained(bert(), folder)
     assert relative_error(loaded(IDS).logits, expected) < 1e-5
-    assert len(reference_layers_replaced(loaded)) == 8
+    assert len(replaced_layers(loaded)) == 8
 
 
 def test_A_and_B_stay_frozen_after_disable_adapter(initialise):
@@ -590,7 +623,7 @@ def test_replacing_in_half_precision_widens_R(tmp_path):
     expected, R = theirs(x), theirs.default_lora_latent_mapping.weight
     model(IDS).logits.sum().backward()
     replace_reference_layers(model)
-    layer = reference_layers_replaced(model)[name]
+    layer = replaced_layers(model)[name]
     assert layer.loraxs_R["default"] is R and R.dtype == R.grad.dtype == torch.float32
     assert layer.loraxs_A["default"].dtype == torch.bfloat16
     assert relative_error(layer(x), expected) < 1e-2

@@ -39,6 +39,8 @@ from ..weights import FLOATS, is_conv1d, weight_of
 
 OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
 PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
+# What PEFT saves by the type of the task, too; up to 0.10, which the reference asks for, its config does not say so.
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lora_B.weight"}
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,8 +83,8 @@ def load_reference_adapter(
             left them.  reconstr_config.json, there or one folder up, is read where it is.
         basis: "file": the A and B of the checkpoint, and its R as it is; they go into the files of `save_adapter`, too.
             "recompute": A' and B' from the SVD of the model's weights, as `attach` makes them, and
-            R' = B'^+ B R A A'^+, so that adapter files hold R alone.  The reference's SVD has not converged in its
-            last vectors at larger ranks, and delta W changes by as much.
+            R' = B'^+ B R A A'^+, so that adapter files hold R alone.  The last vectors of the reference's SVD have not
+            converged, on the weights of real models often by more than the tolerance, and delta W changes by as much.
         tolerance: the largest relative error of delta W that may come of rounding A and B, or of another basis; it is
             estimated for every layer as adapter files do.  Above 1e-3 a warning gives it.
         dtype: of A and B; None: the weight's.  The reference trains A and B in fp32, which a model in bf16 rounds: a
@@ -150,7 +152,8 @@ def replace_reference_layers(model: P) -> P:
     The layers get faster and need less memory, and become what PEFT takes them for: the type of the adapter is LORAXS,
     save_pretrained writes R with its A and B (init="given"), disable_adapter() leaves A and B frozen, where the
     reference's train afterwards.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R is the
-    same Parameter as before, so that an optimizer and its state go on; one in half precision is widened to fp32.
+    same Parameter as before, so that an optimizer and its state go on.  One in half precision is widened to fp32, in
+    place, and needs a new optimizer.
 
     Raises TypeError or ValueError, naming the module, where a LoRA layer is not one of the reference's, is merged, not
     active or shared, where there is another adapter beside "default", or LoRA with options that the reference's
@@ -513,7 +516,7 @@ def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) 
 
 def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[str, Tensor], folder: Path) -> list[str]:
     """The modules that the tensors beside A, R and B are of; every one must be of one."""
-    endings = config.get("modules_to_save") or []
+    endings = sorted({*(config.get("modules_to_save") or []), *HEADS.get(config.get("task_type"), [])})
     names = [
         name
         for name, _ in model.named_modules()
@@ -523,6 +526,6 @@ def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[s
         if not any(key.startswith(f"{name}.") for name in names):
             raise ValueError(
                 f"{folder}: has a tensor {key!r}, which is of no layer of the reference's and of none of the "
-                f"modules_to_save {endings} that this model has"
+                f"modules_to_save {endings}, as far as this model has them"
             )
     return names
