@@ -199,7 +199,8 @@ def test_saved_factors_are_taken_from_the_file(init, tmp_path):
     model = randomise(get_peft_model(llama(), config(r=5, save_factors=True, init=init)))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(tensors) == 14 * 4 and all(t.is_contiguous() for t in tensors.values())
+    assert len(tensors) == 14 * 4
+    assert all(t.is_contiguous() for name, t in model.state_dict().items() if "loraxs" in name)
     for low in (False, True):
         torch.manual_seed(7)
         other = PeftModel.from_pretrained(LlamaForCausalLM(llama().config), tmp_path, low_cpu_mem_usage=low)
