@@ -303,6 +303,14 @@ def test_a_layer_in_two_places_and_a_shared_weight():
     torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
 
 
+def test_dropout_acts_while_training_alone():
+    model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
+    plain = get_peft_model(llama(), config())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model.eval()), logits(plain))
+    assert not torch.equal(logits(model.train()), logits(plain))
+
+
 def test_gpt2_conv1d(tmp_path):
     def gpt2():
         torch.manual_seed(1)
