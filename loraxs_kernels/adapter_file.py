@@ -35,6 +35,7 @@ from .basis import Recipe
 from .factors import WORKSPACE, compute_devices
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
+from .weights import assign, whole
 
 FORMAT_VERSION = 1
 
@@ -57,7 +58,7 @@ def save_adapter(
     """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of the basis.
 
     Args:
-        model: with adapters from `attach` (merged or not).
+        model: with adapters from `attach` (merged or not).  Where FSDP2 has sharded R, every rank must call.
         path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
             stops this process, finds the old file or the new one, whole.
         dtype: of R in the file, fp32 or bf16; None: as trained.
@@ -76,7 +77,7 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     descriptions = {}
     for i, (name, layer) in enumerate(adapted_layers(model)):
-        R = layer.R.detach()
+        R = whole(layer.R.detach())
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
         R = R.to(dtype or R.dtype)
@@ -153,7 +154,7 @@ def load_adapter(
         if parametrize.is_parametrized(layer, "R"):
             layer.R = R.to(layer.R)
         else:
-            layer.R.copy_(R)
+            assign(layer.R, R)
     for target, value in values:
         target.copy_(value)
     if worst > basis.ACCEPT:

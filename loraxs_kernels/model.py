@@ -17,7 +17,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
-from .weights import is_linear, weight_of
+from .weights import is_dtensor, is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,6 +143,13 @@ def install(
         for child_name, child in list(parent._modules.items()):
             if id(child) in layers:
                 parent._modules[child_name] = layers[id(child)]
+    sharded = [layer.label for layer in layers.values() if any(map(is_dtensor, layer.base_layer.parameters()))]
+    if sharded:
+        warnings.warn(
+            f"model: is sharded over ranks already ({sharded[0]}), so that every rank has an R of its own and nothing "
+            "reduces its gradient; attach before fully_shard, which then shards R too",
+            stacklevel=3,
+        )
     model.requires_grad_(False)
     for layer in layers.values():
         layer.R.requires_grad_(True)

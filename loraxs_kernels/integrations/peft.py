@@ -29,7 +29,7 @@ from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, padded_rows, plus_delta, sparing_what_trains
 from ..model import fill, never_called, pattern_value
 from ..svd import plan
-from ..weights import is_conv1d, is_linear, mergeable_weight, weight_of
+from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
 
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
@@ -261,11 +261,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             config = self.config[name]
             if config.check_fingerprint:
                 S, probe = self.loraxs_fingerprint[name].split([self.r[name], basis.PROBES])
-                entry = {"R": R, "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
+                entry = {"R": whole(R), "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
                 aligned, error = fitted(entry, A, B)
                 if error > basis.ACCEPT:
                     raise mismatch(f"adapter {name!r}", self.recipe[name].name, entry, error, A)
-                R.copy_(aligned)
+                assign(R, aligned)
             self.loraxs_fingerprint.loaded.discard(name)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -274,8 +274,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             A, B = self.loraxs_A[name], self.loraxs_B[name]
             if name in self.loraxs_fingerprint.loaded or any(t.is_meta for t in (A, R, B)):
                 continue
-            R = R.full_tensor() if hasattr(R, "full_tensor") else R
-            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, R.detach(), B)])
+            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
             self.loraxs_fingerprint[name] = fingerprint
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
