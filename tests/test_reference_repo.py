@@ -258,8 +258,11 @@ def test_an_imprecise_basis_is_taken_with_a_warning_within_the_tolerance(tmp_pat
     folder = saved(trained(config=CONFIG | {"svd": {"n_iter": 1, "random_state": 42}}, r=16), tmp_path)
     with pytest.raises(AdapterMismatch, match="tolerance of 1e-04"):
         load_reference_adapter(bert(), folder, basis="recompute", tolerance=1e-4)
-    with pytest.warns(UserWarning, match=r"error of delta W in module '.*' is .*not quite those it was trained on"):
+    with pytest.warns(
+        UserWarning, match=r"error of delta W in module '.*' is .*not quite those it was trained on"
+    ) as w:
         load_reference_adapter(bert(), folder, basis="recompute", tolerance=1.0)
+    assert w[0].filename == __file__
 
 
 def test_bf16_models(tmp_path):
@@ -406,8 +409,9 @@ def test_arguments_and_models_that_do_not_fit(tmp_path):
         load_reference_adapter(bert().to("meta"), folder)
     model = bert()
     other_weights(folder, model)
-    with pytest.warns(UserWarning, match=r"not B\^T W .* no reconstr_config.json to say whether"):
+    with pytest.warns(UserWarning, match=r"not B\^T W .* no reconstr_config.json to say whether") as w:
         load_reference_adapter(model, folder)  # random factors cannot be told from another model's
+    assert w[0].filename == __file__
 
 
 # Export.

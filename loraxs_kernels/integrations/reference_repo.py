@@ -35,7 +35,7 @@ from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
 from ..matching import matches
 from ..model import adapted_layers, detach, install, pattern_value
-from ..weights import FLOATS, is_conv1d, weight_of
+from ..weights import FLOATS, is_conv1d, weight_of, whole
 
 OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
 PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
@@ -142,7 +142,7 @@ def load_reference_adapter(
     for target, value in head:
         target.copy_(value)
     if errors[worst] > ACCEPT and not (basis == "file" and dtype):
-        warnings.warn(f"{found}: {why}", stacklevel=2)
+        warnings.warn(f"{found}: {why}", stacklevel=3)  # past torch.no_grad
     return model
 
 
@@ -217,7 +217,7 @@ def export_as_lora(
     What trains from there is LoRA: such a folder has no R.
 
     Args:
-        model: with LoRAXSLinear layers of any init, merged or not.
+        model: with LoRAXSLinear layers of any init, merged or not.  Where FSDP2 has sharded R, every rank must call.
         folder: made where it is missing; files in it of these names are replaced, each in one step, the config last.
         dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers), which keeps delta W to rounding.  bf16 is half
             the size at a relative error of delta W of about 2e-3.  s B R is made in fp64 either way.
@@ -255,7 +255,7 @@ def write_lora(
     tensors, ranks, conv1d = {}, {}, False
     for name, base, A, R, B, s in layers:
         to = dtype or torch.promote_types(A.dtype, torch.float32)
-        factors = A, s * B.double() @ R.double()
+        factors = A, s * B.double() @ whole(R).double()
         for which, t in zip("AB", factors, strict=True):
             t = t.to("cpu", to, copy=True).contiguous()
             if not torch.isfinite(t).all():
@@ -264,7 +264,7 @@ def write_lora(
         ranks[name] = R.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
-        tensors |= {f"{PREFIX}{name}.{key}": t.to("cpu", copy=True).contiguous() for key, t in state.items()}
+        tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
