@@ -592,14 +592,16 @@ def test_training_goes_on_with_the_same_optimizer():
     assert losses(True) == pytest.approx(losses(False), rel=1e-4)
 
 
-def test_a_replaced_model_is_saved_and_loaded_by_peft(tmp_path):
-    model = trained(lora_alpha=9, alpha_pattern={r"1\.output\.dense": 5})
+@pytest.mark.parametrize("head", [dict(), dict(task_type=None, modules_to_save=["classifier"])], ids=str)
+def test_a_replaced_model_is_saved_and_loaded_by_peft(head, tmp_path):
+    model = trained(lora_alpha=9, alpha_pattern={r"1\.output\.dense": 5}, **head)
     expected = model(IDS).logits
     folder = saved(replace_reference_layers(model), tmp_path)
     assert model.peft_type == "LORAXS" and json.loads((folder / "adapter_config.json").read_text())["init"] == "given"
     loaded = peft.PeftModel.from_pretrained(bert(), folder)
     assert relative_error(loaded(IDS).logits, expected) < 1e-5
     assert len(replaced_layers(loaded)) == 8
+    assert "classifier" in loaded.peft_config["default"].modules_to_save
 
 
 def test_A_and_B_stay_frozen_after_disable_adapter(initialise):
@@ -636,6 +638,18 @@ def test_replacing_in_half_precision_widens_R(tmp_path):
         warnings.simplefilter("error", UserWarning)
         loaded = peft.PeftModel.from_pretrained(bert(torch.bfloat16), saved(model, tmp_path))
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_factors_wider_than_the_weight_stay_so(tmp_path):
+    model = trained().bfloat16()
+    for layer in reference_layers(model).values():
+        for part in (layer.lora_A, layer.lora_B, layer.default_lora_latent_mapping):
+            part.float().weight.data.mul_(1.001)  # no bf16 numbers any more
+    expected = {name: m.lora_A.default.weight for name, m in reference_layers(model).items()}
+    replace_reference_layers(model)
+    loaded = peft.PeftModel.from_pretrained(bert(torch.bfloat16), saved(model, tmp_path))
+    for each in (model, loaded):
+        assert all(torch.equal(m.loraxs_A["default"], expected[name]) for name, m in replaced_layers(each).items())
 
 
 def plain(model):
