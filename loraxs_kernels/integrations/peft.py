@@ -355,7 +355,6 @@ class LoraXSModel(BaseTuner):
         else:
             layer = LoraXSLinearLayer(base)
             layer.add(adapter_name, adapter, config)
-            layer._active_adapter = adapter_name
             self._replace_module(parent, target_name, layer, target)
         if config.init != "given":
             self._new.append(adapter)
