@@ -100,9 +100,8 @@ class LoRAXSLinear(nn.Module):
         On the meta device only shapes are made; `reset_parameters` fills them once the weight is there.
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
-        label = _label(name)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+        label = label_of(name)
+        check_rank(rank, label)
         if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
             raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
         if not 0.0 <= dropout < 1.0:
@@ -131,11 +130,8 @@ class LoRAXSLinear(nn.Module):
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
         else:
             N, K = W.shape
-            if recipe.init == "svd" and rank > min(N, K):
-                raise ValueError(
-                    f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
-                    "leave the module out or give it a smaller rank"
-                )
+            if recipe.init == "svd":
+                check_rank(rank, label, (N, K))
             dtype = dtype or (getattr(torch, recipe.dtype) if recipe.dtype else W.dtype)
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
@@ -214,7 +210,7 @@ class LoRAXSLinear(nn.Module):
     @property
     def label(self) -> str:
         """What errors call this layer."""
-        return _label(self.recipe.name)
+        return label_of(self.recipe.name)
 
     @property
     def merged(self) -> bool:
@@ -340,7 +336,20 @@ def padded_rows(B: Tensor) -> Tensor:
     return B.new_empty(B.shape[0], r + -r % 8)[:, :r].copy_(B)
 
 
-def _label(name: str) -> str:
+def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
+    """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+    if shape is not None and rank > min(shape):
+        N, K = shape
+        raise ValueError(
+            f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
+            "leave the module out or give it a smaller rank"
+        )
+
+
+def label_of(name: str) -> str:
+    """What errors call the layer of that name in its model."""
     return f"module {name!r}" if name else "linear"
 
 
