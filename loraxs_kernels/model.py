@@ -86,7 +86,7 @@ def attach(
     """
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-    saved = _named(model, modules_to_save or ())
+    saved = named(model, modules_to_save or ())
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -321,13 +321,14 @@ def match(
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
 
-def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
+def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
