@@ -81,6 +81,11 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
 
 
+def _targets(arguments: argparse.Namespace) -> str | list[str]:
+    targets = arguments.target_modules or ["all-linear"]
+    return "all-linear" if targets == ["all-linear"] else targets
+
+
 def _init(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -93,7 +98,7 @@ def _init(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.rank,
             arguments.out,
-            target_modules=arguments.target_modules or "all-linear",
+            target_modules=_targets(arguments),
             exclude_modules=arguments.exclude_modules,
             seed=arguments.seed,
             n_iter=arguments.n_iter,
@@ -137,7 +142,6 @@ def _params(arguments: argparse.Namespace) -> int:
 
     from .accounting import count_parameters, from_config
 
-    targets = arguments.target_modules or ["all-linear"]
     try:
         if arguments.adapters < 1:
             raise ValueError(f"adapters: got {arguments.adapters}, must be at least 1")
@@ -148,7 +152,7 @@ def _params(arguments: argparse.Namespace) -> int:
                 r: count_parameters(
                     model,
                     r,
-                    target_modules="all-linear" if targets == ["all-linear"] else targets,
+                    target_modules=_targets(arguments),
                     exclude_modules=arguments.exclude_modules,
                     modules_to_save=arguments.modules_to_save,
                 )

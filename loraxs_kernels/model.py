@@ -99,6 +99,10 @@ def attach(
             options[name]["init"] = init[name]
         options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "tier": tier}
         options[name]["dtype"] = dtype
+    for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
+        if unused:
+            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
     opened = None if basis is None else _basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
     return install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
@@ -317,7 +321,25 @@ def match(
         )
     if unused:
         warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
+    if everything:
+        warn_of_experts(model, stacklevel=4)
     return names
+
+
+def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
+    """Say that "all-linear" leaves out experts whose weights are stacked in one parameter, as in transformers 5."""
+    stacked = [
+        name
+        for name, m in model.named_modules()
+        if "experts" in type(m).__name__.lower() and any(p.dim() == 3 for p in m._parameters.values() if p is not None)
+    ]
+    if stacked:
+        others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
+            "parameter; LoRA-XS adapts linear layers",
+            stacklevel=stacklevel,
+        )
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
