@@ -102,8 +102,7 @@ class LoRAXSLinear(nn.Module):
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
         label = label_of(name)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+        check_rank(rank, label)
         if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
             raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
         if not 0.0 <= dropout < 1.0:
@@ -132,11 +131,8 @@ class LoRAXSLinear(nn.Module):
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
         else:
             N, K = W.shape
-            if recipe.init == "svd" and rank > min(N, K):
-                raise ValueError(
-                    f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
-                    "leave the module out or give it a smaller rank"
-                )
+            if recipe.init == "svd":
+                check_rank(rank, label, (N, K))
             dtype = dtype or (getattr(torch, recipe.dtype) if recipe.dtype else W.dtype)
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
@@ -363,8 +359,20 @@ def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor 
     return moved
 
 
+def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
+    """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+    if shape is not None and rank > min(shape):
+        N, K = shape
+        raise ValueError(
+            f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
+            "leave the module out or give it a smaller rank"
+        )
+
+
 def label_of(name: str) -> str:
-    """What errors call the layer of this name."""
+    """What errors call the layer of that name in its model."""
     return f"module {name!r}" if name else "linear"
 
 

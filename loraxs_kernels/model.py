@@ -86,7 +86,7 @@ def attach(
     """
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-    saved = _named(model, modules_to_save or ())
+    saved = named(model, modules_to_save or ())
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -99,6 +99,10 @@ def attach(
             options[name]["init"] = init[name]
         options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "tier": tier}
         options[name]["dtype"] = dtype
+    for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
+        if unused:
+            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
     opened = None if basis is None else _basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
     return install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
@@ -317,17 +321,36 @@ def match(
         )
     if unused:
         warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
+    if everything:
+        warn_of_experts(model, stacklevel=4)
     return names
 
 
+def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
+    """Say that "all-linear" leaves out experts whose weights are stacked in one parameter, as in transformers 5."""
+    stacked = [
+        name
+        for name, m in model.named_modules()
+        if "experts" in type(m).__name__.lower() and any(p.dim() == 3 for p in m._parameters.values() if p is not None)
+    ]
+    if stacked:
+        others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
+            "parameter; LoRA-XS adapts linear layers",
+            stacklevel=stacklevel,
+        )
+
+
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
 
-def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
+def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")

@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
@@ -45,6 +52,14 @@ def randomise(model: nn.Module) -> nn.Module:
     for layer in adapters(model).values():
         nn.init.normal_(layer.R, std=0.5)
     return model
+
+
+def test_attach_says_what_its_arguments_did_not_do(bert):
+    with pytest.warns(UserWarning, match="rank_pattern: no adapted module matches 'key'"):
+        lx.attach(bert, 4, target_modules=["query"], rank_pattern={"key": 2})
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out model\.layers\.0\.mlp\.experts and 1 more, experts"):
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        lx.attach(MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40)), 4, target_modules="all-linear")
 
 
 def test_attach_trains_R_and_the_saved_modules_alone(bert):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import loraxs_kernels as lx
 from loraxs_kernels.cli import main
@@ -41,14 +44,29 @@ def test_public_names():
 
 
 def test_documents_name_what_exists():
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / document).read_text()
-        for name in re.findall(r"\blx\.(\w+)", text):
-            assert hasattr(lx, name), f"{document} speaks of lx.{name}"
-        for path in re.findall(r"`((?:bench|tests|loraxs_kernels|\.ci)/[\w./-]+)`", text):
+        for name in re.findall(r"\blx\.(\w+(?:\.\w+)*)", text):
+            try:
+                operator.attrgetter(name)(lx)
+            except AttributeError:
+                pytest.fail(f"{document} speaks of lx.{name}")
+        for path in re.findall(r"`((?:bench|docs|examples|tests|loraxs_kernels|\.ci)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{document} speaks of {path}"
         for block in re.findall(r"```python\n(.*?)```", text, re.S):
             compile(block, document, "exec")
+
+
+def test_tinylora_of_the_migration_page():
+    """Its code as it stands there: v trains, in place of R."""
+    text = (ROOT / "docs" / "migration.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Tiny" in block)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8))
+    exec(code, {"model": model, "lx": lx, "nn": nn, "torch": torch})
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [(64,), (64,)]
+    x = torch.randn(3, 12)
+    model(x).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_info_command(capsys):

@@ -19,7 +19,12 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    PeftType,
+    register_peft_method,
+)
 from torch import Tensor, nn
 
 from .. import basis
@@ -27,7 +32,7 @@ from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, padded_rows, plus_delta, sparing_what_trains
-from ..model import fill, never_called, pattern_value
+from ..model import fill, never_called, pattern_value, warn_of_experts
 from ..svd import plan
 from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
 
@@ -316,6 +321,8 @@ class LoraXSModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         modules = [(m, dict(m._modules)) for m in model.modules()]
         trained = [(p, p.requires_grad) for p in model.parameters()]
+        if self.peft_config[adapter_name].target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            warn_of_experts(model, stacklevel=2)
         self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -355,7 +362,6 @@ class LoraXSModel(BaseTuner):
         else:
             layer = LoraXSLinearLayer(base)
             layer.add(adapter_name, adapter, config)
-            layer._active_adapter = adapter_name
             self._replace_module(parent, target_name, layer, target)
         if config.init != "given":
             self._new.append(adapter)
