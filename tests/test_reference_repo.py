@@ -643,7 +643,7 @@ def test_replacing_in_half_precision_widens_R(tmp_path):
 def test_factors_wider_than_the_weight_stay_so(tmp_path):
     model = trained().bfloat16()
     for layer in reference_layers(model).values():
-        for part in (layer.lora_A, layer.lora_B, layer.default_lora_latent_mapping):
+        for part in (layer.lora_A.default, layer.lora_B.default, layer.default_lora_latent_mapping):
             part.float().weight.data.mul_(1.001)  # no bf16 numbers any more
     expected = {name: m.lora_A.default.weight for name, m in reference_layers(model).items()}
     replace_reference_layers(model)
