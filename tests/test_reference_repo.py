@@ -26,7 +26,6 @@ from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
     replace_reference_layers,
-    write_lora,
 )
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.reference import relative_error
@@ -534,17 +533,27 @@ def test_loading_and_exporting_need_no_peft(tmp_path, monkeypatch):
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 
-def test_layers_of_the_peft_method_can_be_written_too(tmp_path):
+def test_an_adapter_of_the_peft_method_is_exported_too(tmp_path):
     model = replace_reference_layers(trained())
-    parts = [
-        (name, m.base_layer, m.loraxs_A["default"], m.loraxs_R["default"], m.loraxs_B["default"], m.scaling["default"])
-        for name, m in replaced_layers(model).items()
-    ]
-    inner = model.get_base_model()
-    head = {"classifier": inner.classifier.modules_to_save["default"].state_dict()}
-    write_lora(inner, tmp_path, parts, head)
-    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path)
-    assert relative_error(loaded(IDS).logits, model(IDS).logits) < 1e-5
+    expected = model(IDS).logits
+    from_peft = peft.PeftConfig.from_pretrained(saved(model, tmp_path))
+    model.add_adapter("other", from_peft)
+    model.set_adapter("other")
+    nn.init.normal_(model.get_base_model().classifier.modules_to_save["other"].weight)
+    for layer in replaced_layers(model).values():
+        for t in (layer.loraxs_A, layer.loraxs_R, layer.loraxs_B):
+            nn.init.normal_(t["other"])
+    for adapter, y in (("default", expected), ("other", model(IDS).logits)):
+        export_as_lora(model, tmp_path / adapter, adapter=adapter)
+        loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / adapter)
+        assert type(loaded) is type(model) and relative_error(loaded(IDS).logits, y) < 1e-5
+    model.peft_config["other"].bias = "all"
+    with pytest.raises(ValueError, match=r"adapter 'other' trains biases \(bias='all'\), which are not written"):
+        export_as_lora(model, tmp_path / "x", adapter="other")
+    with pytest.raises(ValueError, match="has no LoRA-XS adapter 'third'"):
+        export_as_lora(model, tmp_path / "x", adapter="third")
+    with pytest.raises(ValueError, match="has no LoRA-XS adapter 'default' of our PEFT method"):
+        export_as_lora(trained(), tmp_path / "x")
 
 
 # Models in memory.

@@ -45,6 +45,7 @@ ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lor
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", bound="PeftModel")
+Part = tuple[str, nn.Module, Tensor, Tensor, Tensor, float]  # of a model: a layer's name, base layer, A, R, B and s
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -208,6 +209,7 @@ def export_as_lora(
     *,
     dtype: torch.dtype | None = None,
     task_type: str | None = None,
+    adapter: str = "default",
 ) -> None:
     """Write the adapters of a model as plain LoRA: a folder with adapter_config.json and adapter_model.safetensors.
 
@@ -217,17 +219,25 @@ def export_as_lora(
     What trains from there is LoRA: such a folder has no R.
 
     Args:
-        model: with LoRAXSLinear layers of any init, merged or not.  Where FSDP2 has sharded R, every rank must call.
+        model: with LoRAXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
+            has sharded R, every rank must call.
         folder: made where it is missing; files in it of these names are replaced, each in one step, the config last.
         dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers), which keeps delta W to rounding.  bf16 is half
             the size at a relative error of delta W of about 2e-3.  s B R is made in fp64 either way.
-        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: none.
+        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: a PeftModel's own,
+            else none.
+        adapter: which one of a PeftModel.
 
     PEFT need not be installed.  Raises ValueError, before anything is written, where the model has no adapters or a
     factor is not finite in that dtype.
     """
     if isinstance(model, LoRAXSLinear):
         raise ValueError("model: is itself a LoRAXSLinear, must have such layers below it")
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        layers, saved = _parts_of_peft(model, adapter)
+        task_type = task_type or model.peft_config[adapter].task_type
+        write_lora(model.get_base_model(), folder, layers, saved, dtype=dtype, task_type=task_type)
+        return
     layers = [
         (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
     ]
@@ -239,14 +249,16 @@ def export_as_lora(
 def write_lora(
     model: nn.Module,
     folder: str | os.PathLike,
-    layers: Iterable[tuple[str, nn.Module, Tensor, Tensor, Tensor, float]],
+    layers: Iterable[Part],
     saved: Mapping[str, Mapping[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
     task_type: str | None = None,
 ) -> None:
-    """`export_as_lora` of layers (name, base layer, A, R, B, s) and modules_to_save (name: state dict), whatever holds
-    them; the names are those of the base model's modules, which `model.named_modules()` gives."""
+    """`export_as_lora` of adapters and modules_to_save (name: state dict), whatever holds them.
+
+    The names are those of the base model's modules, which `model.named_modules()` gives.
+    """
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
     folder = Path(folder)
@@ -295,6 +307,24 @@ def write_lora(
         folder / "adapter_model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, metadata)
     )
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str, dict[str, Tensor]]]:
+    """The layers of one adapter of our PEFT method and its modules_to_save."""
+    layers: list[Part] = []
+    saved = {}
+    for name, m in model.get_base_model().named_modules():
+        if adapter in getattr(m, "loraxs_R", ()):
+            m.check_fingerprints()  # of what was loaded and not used yet
+            A, R, B = m.loraxs_A[adapter], m.loraxs_R[adapter], m.loraxs_B[adapter]
+            layers.append((name, m.base_layer, A, R, B, m.scaling[adapter]))
+        elif isinstance(wrapped := getattr(m, "modules_to_save", None), nn.ModuleDict) and adapter in wrapped:
+            saved[name] = wrapped[adapter].state_dict()
+    if not layers:
+        raise ValueError(f"model: has no LoRA-XS adapter {adapter!r} of our PEFT method")
+    if (bias := model.peft_config[adapter].bias) != "none":
+        raise ValueError(f"model: adapter {adapter!r} trains biases (bias={bias!r}), which are not written")
+    return layers, saved
 
 
 def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
