@@ -161,7 +161,7 @@ def load_adapter(
         warnings.warn(
             f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, with "
             f"an estimated relative error of delta W of up to {worst:.1e}",
-            stacklevel=2,
+            stacklevel=3,  # past no_grad's wrapper
         )
     return model
 

@@ -216,8 +216,11 @@ def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):
         lx.load_adapter(base, path)
     assert unchanged(base, state) and all(p.requires_grad for p in base.parameters())
     lx.save_adapter(minilm, path, **how)
-    with pytest.warns(UserWarning, match=r"aligned to it, with an estimated relative error of delta W of up to"):
+    with pytest.warns(
+        UserWarning, match=r"aligned to it, with an estimated relative error of delta W of up to"
+    ) as seen:
         lx.load_adapter(base, path)
+    assert seen[0].filename == __file__
     assert worst_error(base, deltas(minilm)) < 3e-2
 
 
