@@ -1,6 +1,7 @@
 """Fused kernels, layers, initialisation and adapter files for LoRA-XS: y = W x + s B R A x, where only R trains."""
 
 from . import functional, integrations
+from .accounting import count_parameters
 from .adapter_file import AdapterMismatch, load_adapter, save_adapter
 from .backends import BackendUnavailable, backend
 from .info import info
@@ -17,6 +18,7 @@ __all__ = [
     "LoRAXSLinear",
     "attach",
     "backend",
+    "count_parameters",
     "detach",
     "forward_together",
     "functional",

@@ -35,6 +35,7 @@ from .basis import Recipe
 from .factors import WORKSPACE, compute_devices
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install
+from .weights import assign, whole
 
 FORMAT_VERSION = 1
 
@@ -57,7 +58,7 @@ def save_adapter(
     """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of the basis.
 
     Args:
-        model: with adapters from `attach` (merged or not).
+        model: with adapters from `attach` (merged or not).  Where FSDP2 has sharded R, every rank must call.
         path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
             stops this process, finds the old file or the new one, whole.
         dtype: of R in the file, fp32 or bf16; None: as trained.
@@ -76,7 +77,7 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     descriptions = {}
     for i, (name, layer) in enumerate(adapted_layers(model)):
-        R = layer.R.detach()
+        R = whole(layer.R.detach())
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
         R = R.to(dtype or R.dtype)
@@ -152,7 +153,7 @@ def load_adapter(
         if parametrize.is_parametrized(layer, "R"):
             layer.R = R.to(layer.R)
         else:
-            layer.R.copy_(R)
+            assign(layer.R, R)
     for target, value in values:
         target.copy_(value)
     if worst > basis.ACCEPT:
@@ -205,32 +206,40 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
             hasattr(p, "right_inverse") for p in layer.parametrizations.R
         ):
             raise ValueError(f"model: the parametrization of R in module {name!r} has no right_inverse to set R by")
-        settled[name], errors[name] = _fitted(entry, layer.A, layer.B)
+        settled[name], errors[name] = fitted(entry, layer.A, layer.B)
     worst = max(errors, key=errors.__getitem__)
-    if errors[worst] > basis.ACCEPT:
-        entry, layer = entries[worst], layers[worst]
-        found = f"{path}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
-        if not basis.same_base(entry["S"], layer.A):
-            raise AdapterMismatch(
-                f"{found}, and its singular values are not those the adapter was trained on: the base model (its name "
-                f"there: {entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
-            )
-        if errors[worst] > basis.ALIGNED:
-            raise AdapterMismatch(
-                f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
-                "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
-                "and let load_adapter attach, or save it with portable=True or save_factors=True"
-            )
-        if not _can_align(entry):
-            raise AdapterMismatch(
-                f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
-                "the dtype it was trained on, or save the adapter again with portable=True or save_factors=True"
-            )
+    entry, layer = entries[worst], layers[worst]
+    can_align = ("A" in entry or "U" in entry) and basis.same_base(entry["S"], layer.A)
+    if errors[worst] > (basis.ALIGNED if can_align else basis.ACCEPT):
+        raise mismatch(str(path), worst, entry, errors[worst], layer.A)
     return settled, errors[worst]
 
 
-def _fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
-    """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves."""
+def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tensor) -> AdapterMismatch:
+    """What to raise for a module whose delta W is off by `error`; `where` names the adapter, entry: as for `fitted`."""
+    found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
+    if not basis.same_base(entry["S"], A):
+        return AdapterMismatch(
+            f"{found}, and its singular values are not those the adapter was trained on: the base model (its name "
+            f"there: {entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
+        )
+    if error > basis.ALIGNED:
+        return AdapterMismatch(
+            f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
+            "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
+            "and let the adapter file attach, or save it with portable=True or save_factors=True"
+        )
+    return AdapterMismatch(
+        f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
+        "the dtype it was trained on, or save the adapter again with portable=True or save_factors=True"
+    )
+
+
+def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
+    """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
+
+    entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where it can be aligned.
+    """
     R = entry["R"].to(A.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates = [R]
     if basis.residual(entry["probe"], A, R, B) > basis.ACCEPT and basis.same_base(entry["S"], A):
@@ -243,10 +252,6 @@ def _fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]
     errors = [basis.residual(entry["probe"], A, candidate, B) for candidate in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best], errors[best]
-
-
-def _can_align(entry: dict[str, Any]) -> bool:
-    return "A" in entry or "U" in entry
 
 
 def _values(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

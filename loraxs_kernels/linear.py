@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -100,9 +101,8 @@ class LoRAXSLinear(nn.Module):
         On the meta device only shapes are made; `reset_parameters` fills them once the weight is there.
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
-        label = _label(name)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+        label = label_of(name)
+        check_rank(rank, label)
         if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
             raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
         if not 0.0 <= dropout < 1.0:
@@ -131,11 +131,8 @@ class LoRAXSLinear(nn.Module):
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
         else:
             N, K = W.shape
-            if recipe.init == "svd" and rank > min(N, K):
-                raise ValueError(
-                    f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
-                    "leave the module out or give it a smaller rank"
-                )
+            if recipe.init == "svd":
+                check_rank(rank, label, (N, K))
             dtype = dtype or (getattr(torch, recipe.dtype) if recipe.dtype else W.dtype)
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
@@ -177,44 +174,21 @@ class LoRAXSLinear(nn.Module):
         A, B, merged_weight = buffers["A"], buffers["B"], buffers["merged_weight"]
         if merged_weight is not None:
             return F.linear(x, merged_weight, base.bias)
-        W = weight_view(base)
-        plain = W is not None and not _hooked(base)
-        if plain and self._is_one_primitive(W, A):
-            x, W, A, B, bias = self._cast(x, W, A, B, base.bias)
-            return unchecked(x, W, A, self.R, B, self.scaling, bias)
-        y = base(x)
-        h = F.dropout(x, self.dropout, self.training)
-        if not autocast_on(x):
-            h = h.to(A.dtype)
-        if plain and y.dtype == h.dtype and not torch.compiler.is_compiling():
-            return lora_xs_delta(h, A, self.R, B, self.scaling, out=y)
-        return y + lora_xs_delta(h, A, self.R, B, self.scaling).to(y.dtype)
-
-    def _is_one_primitive(self, W: Tensor, A: Tensor) -> bool:
-        """Whether the primitive computes the whole layer, given a plain base layer with weight W."""
-        return W.dtype == A.dtype and not W.requires_grad and not (self.dropout > 0.0 and self.training)
-
-    def _cast(self, x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> tuple:
-        """The operands under autocast, x checked."""
-        x, W, A, B, bias = autocast(x, W, A, B, bias)
-        if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)} and {x.dtype} for {self.label}, "
-                f"must be (..., {A.shape[1]}) and {W.dtype}"
-            )
-        return x, W, A, B, bias
+        p = self.dropout if self.training else 0.0
+        return adapted(base, x, A, self.R, B, self.scaling, p, self.recipe.name)
 
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
         W = weight_view(self.base_layer)
         if W is None or self.merged or _hooked(self.base_layer) or _hooked(self):
             return False
-        return not (self.bias is not None and self.bias.requires_grad) and self._is_one_primitive(W, self.A)
+        p = self.dropout if self.training else 0.0
+        return not (self.bias is not None and self.bias.requires_grad) and _is_one_primitive(W, self.A, p)
 
     @property
     def label(self) -> str:
         """What errors call this layer."""
-        return _label(self.recipe.name)
+        return label_of(self.recipe.name)
 
     @property
     def merged(self) -> bool:
@@ -274,16 +248,8 @@ class LoRAXSLinear(nn.Module):
         return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
-        # `.to(bf16)` would round what trains (R, or the parts of its parametrization): it follows the device alone.
         frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), self.A, self.B, self.merged_weight]
-        ids = {id(t) for t in frozen}
-
-        def moved(t: Tensor) -> Tensor:
-            result = fn(t)
-            rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
-            return t.to(result.device) if rounds else result
-
-        super()._apply(moved, recurse)
+        super()._apply(sparing_what_trains(fn, frozen), recurse)
         self.B = padded_rows(self.B)
         return self
 
@@ -296,6 +262,47 @@ class LoRAXSLinear(nn.Module):
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.B = padded_rows(self.B)
+
+
+def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, name: str = "") -> Tensor:
+    """base(x) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
+
+    Raises ValueError, naming the layer `name`, where x does not fit.
+    """
+    W = weight_view(base)
+    plain = W is not None and not _hooked(base)
+    if plain and _is_one_primitive(W, A, p):
+        x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
+        return unchecked(x, W, A, R, B, s, bias)
+    return plus_delta(base(x), x, A, R, B, s, p, in_place=plain)
+
+
+def plus_delta(
+    y: Tensor, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, *, in_place: bool = False
+) -> Tensor:
+    """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
+    h = F.dropout(x, p) if p > 0.0 else x
+    if not autocast_on(x):
+        h = h.to(A.dtype)
+    if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
+        return lora_xs_delta(h, A, R, B, s, out=y)
+    return y + lora_xs_delta(h, A, R, B, s).to(y.dtype)
+
+
+def _is_one_primitive(W: Tensor, A: Tensor, p: float) -> bool:
+    """Whether the primitive computes the whole layer, given a plain base layer with weight W."""
+    return W.dtype == A.dtype and not W.requires_grad and p == 0.0
+
+
+def _cast(x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, name: str) -> tuple:
+    """The operands under autocast, x checked."""
+    x, W, A, B, bias = autocast(x, W, A, B, bias)
+    if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} and {x.dtype} for {label_of(name)}, "
+            f"must be (..., {A.shape[1]}) and {W.dtype}"
+        )
+    return x, W, A, B, bias
 
 
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -323,7 +330,7 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     operands, h = [], x
     for layer in (layers[i] for i in joined):
-        h, W, A, B, bias = layer._cast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias)
+        h, W, A, B, bias = _cast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias, layer.recipe.name)
         operands.append((W, A, layer.R, B, layer.scaling, bias))
     made = dict(zip(joined, together(h, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
@@ -340,7 +347,32 @@ def padded_rows(B: Tensor) -> Tensor:
     return B.new_empty(B.shape[0], r + -r % 8)[:, :r].copy_(B)
 
 
-def _label(name: str) -> str:
+def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """fn of nn.Module._apply, but `.to(bf16)` does not round what trains: R follows to the device alone."""
+    ids = {id(t) for t in frozen}
+
+    def moved(t: Tensor) -> Tensor:
+        result = fn(t)
+        rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
+        return t.to(result.device) if rounds else result
+
+    return moved
+
+
+def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
+    """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+    if shape is not None and rank > min(shape):
+        N, K = shape
+        raise ValueError(
+            f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
+            "leave the module out or give it a smaller rank"
+        )
+
+
+def label_of(name: str) -> str:
+    """What errors call the layer of that name in its model."""
     return f"module {name!r}" if name else "linear"
 
 

@@ -17,7 +17,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
-from .weights import is_linear, weight_of
+from .weights import is_dtensor, is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,12 +86,12 @@ def attach(
     """
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-    saved = _named(model, modules_to_save or ())
+    saved = named(model, modules_to_save or ())
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
     for name in names:
-        r = _pattern_value(rank_pattern, name, rank)
-        a = _pattern_value(alpha_pattern, name, alpha)
+        r = pattern_value(rank_pattern, name, rank)
+        a = pattern_value(alpha_pattern, name, alpha)
         options[name] = {"rank": r, "alpha": a, "init": init}
         if not isinstance(init, str):
             if name not in init:
@@ -134,7 +134,7 @@ def install(
     try:
         for name in options:
             layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        _fill(list(layers.values()), basis, devices, workspace, progress)
+        fill(list(layers.values()), basis, devices, workspace, progress)
     except BaseException:
         for name, p in model.named_parameters():
             p.requires_grad_(before[name])
@@ -143,6 +143,13 @@ def install(
         for child_name, child in list(parent._modules.items()):
             if id(child) in layers:
                 parent._modules[child_name] = layers[id(child)]
+    sharded = [layer.label for layer in layers.values() if any(map(is_dtensor, layer.base_layer.parameters()))]
+    if sharded:
+        warnings.warn(
+            f"model: is sharded over ranks already ({sharded[0]}), so that every rank has an R of its own and nothing "
+            "reduces its gradient; attach before fully_shard, which then shards R too",
+            stacklevel=3,
+        )
     model.requires_grad_(False)
     for layer in layers.values():
         layer.R.requires_grad_(True)
@@ -152,7 +159,7 @@ def install(
     return model
 
 
-def _fill(
+def fill(
     layers: Sequence[LoRAXSLinear],
     basis: Basis | None,
     devices: Sequence[torch.device] | None,
@@ -286,7 +293,7 @@ def match(
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and not _never_called(module)
+            hit = is_linear(module) and module is not head and not never_called(module)
         else:
             hit = matches(name, target_modules)
         if not hit:
@@ -296,7 +303,7 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if _never_called(module):
+        if never_called(module):
             raise TypeError(
                 f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
                 "calling the layer, so that an adapter on it would have no effect"
@@ -313,14 +320,15 @@ def match(
     return names
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
 
-def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
+def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
@@ -331,7 +339,7 @@ def _named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-def _never_called(module: nn.Module) -> bool:
+def never_called(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 

@@ -121,6 +121,21 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
         _registered[layer_type] = (read, shape or _features)
 
 
+def whole(t: Tensor) -> Tensor:
+    """t, gathered where it is sharded over ranks (DTensor): a collective then."""
+    return t.full_tensor() if is_dtensor(t) else t
+
+
+@torch.no_grad()
+def assign(t: Tensor, value: Tensor) -> None:
+    """t.copy_(value) for a t that may be sharded over ranks: a collective then, of rank 0's value."""
+    if is_dtensor(t):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
+    t.copy_(value)
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is a linear one by its type, so that asking for its weight makes sense."""
     return (
@@ -168,7 +183,7 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     plain = type(weight) in (nn.Parameter, Tensor)
     if plain and _is_fsdp1_part(weight, whole=len(shape) == 2):
         raise _fsdp1(layer, label)
-    if len(shape) != 2 or not (weight.dtype in FLOATS if plain else _is_dtensor(weight) or _dequantises(weight)):
+    if len(shape) != 2 or not (weight.dtype in FLOATS if plain else is_dtensor(weight) or _dequantises(weight)):
         raise _unreadable(layer, label)
     N, K = reversed(shape) if conv1d else shape
 
@@ -256,7 +271,7 @@ def _weight(
             )
         return W.detach()
 
-    sharded = any(_is_dtensor(p) or hasattr(p, "ds_id") for p in layer.parameters(recurse=False))
+    sharded = any(is_dtensor(p) or hasattr(p, "ds_id") for p in layer.parameters(recurse=False))
     return Weight(shape, dtype, device, copies, sharded, checked)
 
 
@@ -271,12 +286,13 @@ def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    if _is_dtensor(weight):
-        return _dense(weight.full_tensor())
+    if is_dtensor(weight):
+        return _dense(whole(weight))
     return weight.dequantize() if _dequantises(weight) else weight
 
 
-def _is_dtensor(weight: Tensor) -> bool:
+def is_dtensor(weight: Tensor) -> bool:
+    """Whether a tensor is sharded, or replicated, over ranks; told without importing torch.distributed."""
     return hasattr(weight, "full_tensor")
 
 
@@ -287,7 +303,7 @@ def _dequantises(weight: Tensor) -> bool:
 
 def _is_fsdp1_part(weight: Tensor, whole: bool) -> bool:
     """FSDP1 leaves a piece of its flat parameter (use_orig_params=True) or a view of memory it has freed."""
-    if weight.is_meta or _is_dtensor(weight):
+    if weight.is_meta or is_dtensor(weight):
         return False
     freed = weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
     return freed or (getattr(weight, "_fsdp_flattened", False) and not whole)

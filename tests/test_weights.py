@@ -457,7 +457,9 @@ def two_ranks(rank: int, store: str) -> None:
             assert torch.equal(model[0].A, expected.A) and torch.equal(model[0].B, expected.B)
 
         model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
-        check(fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,))))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        with pytest.warns(UserWarning, match="sharded over ranks already .* attach before fully_shard"):
+            check(fully_shard(model, mesh=mesh))
         for use_orig_params in (True, False):
             model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
             wrapped = FSDP(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
@@ -467,6 +469,21 @@ def two_ranks(rank: int, store: str) -> None:
                 check(model)
             wrapped(torch.randn(3, 40)).sum().backward()
             assert model[0].R.grad.any()
+        # Attached first, so that R is sharded with the rest and its gradient reduced.
+        alone = lx.attach(nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8)), 4, target_modules=["0"])
+        nn.init.normal_(alone[0].R)
+        model = fully_shard(copy.deepcopy(alone), mesh=mesh)
+        x = torch.randn(2, 3, 40)
+        model(x[rank]).sum().backward()
+        (alone(x).sum() / 2).backward()
+        torch.testing.assert_close(model[0].R.grad.full_tensor(), alone[0].R.grad)
+        file = f"{store}-{rank}.safetensors"
+        lx.save_adapter(model, file)
+        R = alone[0].R.detach().clone()
+        for each in (alone, model):
+            nn.init.zeros_(each[0].R)
+            lx.load_adapter(each, file)
+        assert torch.equal(alone[0].R, R) and torch.equal(model[0].R.full_tensor(), R)
         dist.barrier()
     finally:
         dist.destroy_process_group()

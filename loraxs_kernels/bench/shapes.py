@@ -64,6 +64,13 @@ MODELS = {
             dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
             | dict(vocab_size=50265, max_position_embeddings=514),
         ),
+        # GPT-3's sizes are from its paper; the layout is OPT's, a public copy: q, k and v are layers of their own.
+        Model(
+            *("gpt-3", "opt", 96),
+            (Shape(12288, 12288, 4, "q k v o"), Shape(49152, 12288, 1, "up"), Shape(12288, 49152, 1, "down")),
+            dict(hidden_size=12288, ffn_dim=49152, num_hidden_layers=96, num_attention_heads=96, vocab_size=50257)
+            | dict(word_embed_proj_dim=12288, max_position_embeddings=2048),
+        ),
         # Not a model anyone uses: a block small enough to run everything on a CPU in seconds.
         _decoder(
             *("tiny", "mistral", 2, 256, 128, 512, 256),

@@ -1,0 +1,481 @@
+"""LoRA-XS as a PEFT method: get_peft_model(model, LoraXSConfig(r=16, target_modules="all-linear")).
+
+Importing this module makes the method known to PEFT (0.18 or later), so do that before a saved adapter is loaded.  The
+layers compute with LoRAXSLinear's own forward, the factors of all of them are made together as in `attach`, and what
+`save_pretrained` writes holds R (r x r) of every layer and a fingerprint of its basis: A and B are recomputed and
+checked when it is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import peft
+import torch
+from packaging.version import Version
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from torch import Tensor, nn
+
+from .. import basis
+from ..adapter_file import fitted, mismatch
+from ..basis import Recipe
+from ..factors import WORKSPACE
+from ..linear import LoRAXSLinear, adapted, label_of, padded_rows, plus_delta, sparing_what_trains
+from ..model import fill, never_called, pattern_value
+from ..svd import plan
+from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
+
+if Version(peft.__version__).release < (0, 18):
+    raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
+
+INITS = ("svd", "random", "given")
+
+
+@dataclass
+class LoraXSConfig(PeftConfig):
+    """What PEFT is to know of a LoRA-XS adapter: y = W x + s B R A x, s = lora_alpha / r, only R (r x r) trains.
+
+    Args:
+        r: rank of every adapter, unless rank_pattern says otherwise.
+        target_modules: names or name endings, a regular expression, "all-linear", or None for PEFT's choice for LoRA on
+            that architecture (often the query and value projections alone; the paper adapts every linear layer of
+            a language model).
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for LoRA in PEFT.
+        lora_alpha: s = lora_alpha / r; None: s = 1.
+        rank_pattern, alpha_pattern: {regular expression for the end of a module's name: value}.
+        bias: which biases train too: "none", "all" or "loraxs_only".
+        loraxs_dropout: on the adapter's input, while training.
+        init: where A and B come from: "svd" (A = S_r V_r^T, B = U_r of W), "random" (the paper's ablation), or "given",
+            for adapters whose A and B are in the file.
+        init_std: R ~ N(0, init_std^2).
+        svd_n_iter, svd_oversample, svd_tier, svd_seed: of lx.truncated_svd, whose block is r + svd_oversample; None:
+            chosen by rank and shape.  svd_seed also draws R and random factors.
+        svd_recipe: what was chosen, by rank and shape of a weight; filled in when the adapter is made, so that the file
+            means the same tomorrow.  Not to be set.
+        dtype: of A and B, by torch's name; None: the weight's.  Another dtype than the weight's costs a separate pass.
+        save_factors: keep A and B in the file (large); the adapter then needs no recomputing and fits any base.
+        check_fingerprint: refuse a saved adapter where A and B of this model make another delta W of its R.
+    """
+
+    r: int = field(default=16, metadata={"help": "rank of the adapters: R is r x r"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": 'names or name endings, a regular expression, or "all-linear"'}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "names, name endings or a regular expression of modules to leave out"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "s = lora_alpha / r; None: s = 1"})
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "{regular expression for a name: its rank}"})
+    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "{regular expression for a name: its alpha}"})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "indices of the layers to adapt"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the list of layers that layers_to_transform counts in"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules that train whole and are saved, such as a classifier head"}
+    )
+    bias: str = field(default="none", metadata={"help": 'biases that train: "none", "all" or "loraxs_only"'})
+    loraxs_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    init: str = field(default="svd", metadata={"help": 'A and B: "svd", "random" or "given"'})
+    init_std: float = field(default=1e-5, metadata={"help": "R ~ N(0, init_std^2) at the start"})
+    svd_n_iter: int | None = field(default=None, metadata={"help": "iterations of the SVD; None: by shape"})
+    svd_oversample: int | None = field(default=None, metadata={"help": "its block is r + this; None: by shape"})
+    svd_tier: str = field(default="standard", metadata={"help": 'of the SVD: "standard" or "precise"'})
+    svd_seed: int = field(default=0, metadata={"help": "of the SVD's start, of R and of random factors"})
+    svd_recipe: dict = field(default_factory=dict, metadata={"help": "what the SVD did; not to be set"})
+    dtype: str | None = field(default=None, metadata={"help": "of A and B, such as bfloat16; None: the weight's"})
+    save_factors: bool = field(default=False, metadata={"help": "keep A and B in the adapter's file"})
+    check_fingerprint: bool = field(default=True, metadata={"help": "check A and B when an adapter is loaded"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORAXS
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: got one without layers_to_transform, which must say which of its layers")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform: got one beside a regular expression, needs target_modules as a list")
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r: got {self.r!r}, must be an integer of at least 1")
+        if self.init not in INITS:
+            raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or "given"')
+        if self.init == "given" and not self.save_factors:
+            raise ValueError('save_factors: got False beside init="given", must be True: nothing else holds A and B')
+        if self.svd_oversample is not None and self.svd_oversample < 0:
+            raise ValueError(f"svd_oversample: got {self.svd_oversample}, must be at least 0")
+        if self.dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype: got {self.dtype!r}, must be bfloat16, float16, float32 or None")
+        if self.bias not in ("none", "all", "loraxs_only"):
+            raise ValueError(f'bias: got {self.bias!r}, must be "none", "all" or "loraxs_only"')
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f'bias: got {self.bias!r}, must be "none": peft {peft.__version__} would not save biases')
+
+
+class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and its LoRA-XS adapters by name: y = base_layer(x) + sum over active ones of s B R A x.
+
+    base_layer is never written.  Merging puts another weight into it and keeps the old one, so that unmerging gives
+    the very same tensor back: in bf16, subtracting what was added would not.
+
+    Attributes, each by the adapter's name: loraxs_R (r, r), fp32, trains; loraxs_A (r, K) and loraxs_B (N, r), frozen,
+        in the base layer's dtype; loraxs_fingerprint (r + 8,), fp32: the singular values in A and 8 probes of B R A;
+        r, lora_alpha, scaling, recipe, config.
+    """
+
+    adapter_layer_names = ("loraxs_R",)
+    other_param_names = ("loraxs_A", "loraxs_B", "loraxs_fingerprint", "r", "lora_alpha", "scaling", "recipe", "config")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.loraxs_R = nn.ParameterDict()
+        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = _Buffers(), _Buffers(), _Fingerprints()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.recipe: dict[str, Recipe] = {}
+        self.config: dict[str, LoraXSConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, which keeps it out of the parameters
+        self.register_load_state_dict_post_hook(_check_what_was_loaded)
+        self.train(base_layer.training)
+
+    def add(self, name: str, adapter: LoRAXSLinear, config: LoraXSConfig) -> None:
+        """Take over the tensors of an adapter that was made for base_layer."""
+        self.r[name], self.lora_alpha[name], self.scaling[name] = adapter.rank, adapter.alpha, adapter.scaling
+        self.recipe[name], self.config[name] = adapter.recipe, config
+        self.loraxs_R[name] = adapter.R
+        self.loraxs_A.put(name, adapter.A, config.save_factors)
+        self.loraxs_B.put(name, adapter.B, config.save_factors)
+        fingerprint = torch.zeros(adapter.rank + basis.PROBES, device=adapter.A.device)
+        self.loraxs_fingerprint.put(name, fingerprint, config.init != "given")
+
+    def discard(self, name: str) -> None:
+        """Forget an adapter, if it is there."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if name in (held := getattr(self, attribute)):
+                del held[name]
+
+    def adapter(self, name: str) -> LoRAXSLinear:
+        """One adapter as a layer of its own, which shares base_layer and all tensors with this one."""
+        A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
+        p, sigma = self.config[name].loraxs_dropout, self.config[name].init_std
+        return LoRAXSLinear(
+            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, sigma=sigma, recipe=self.recipe[name]
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.loraxs_fingerprint.loaded:
+            self.check_fingerprints()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.loraxs_R]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        y = adapted(self.base_layer, x, *self._operands(active[0]), self.recipe[active[0]].name)
+        for name in active[1:]:
+            y = plus_delta(y, x, *self._operands(name))
+        return y
+
+    def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        p = self.config[name].loraxs_dropout if self.training else 0.0
+        return self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name], self.scaling[name], p
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + sum of s B R A into base_layer, summed in fp32 and rounded once; `unmerge` puts W itself back.
+
+        The result is always checked, whatever safe_merge says: ValueError where it is not finite, TypeError where
+        W is not a dense tensor; the layer is then as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
+        if not names:
+            return
+        self.check_fingerprints()
+        base = self.base_layer
+        (unmerged,) = self._unmerged or (base.weight,)
+        label = label_of(self.recipe[names[0]].name)
+        mergeable_weight(base, label)
+        delta = sum(self.adapter(name).delta_weight() for name in [*self.merged_adapters, *names])
+        total = (delta.t() if is_conv1d(base) else delta).add(unmerged).to(unmerged.dtype)
+        if not torch.isfinite(total).all():
+            raise ValueError(f"{label}: the merged weight has NaN or Inf values; {names} stay unmerged")
+        # A new Parameter, since the old one may be another module's too, such as the embedding's.
+        base.weight = nn.Parameter(total.contiguous(), requires_grad=False)
+        self._unmerged = (unmerged,)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Back to the base weight, the same tensor as before, and separate adapters."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        (weight,), merged = self._unmerged, self.base_layer.weight
+        if (weight.device, weight.dtype) != (merged.device, merged.dtype):  # the layer was moved in the meantime
+            weight = nn.Parameter(weight.to(merged), requires_grad=weight.requires_grad)
+        self.base_layer.weight, self._unmerged = weight, None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B R A in the layout of base_layer.weight, in the dtype of A."""
+        delta = self.adapter(adapter).delta_weight().to(self.loraxs_A[adapter].dtype)
+        return delta.t() if is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def reset_parameters(self) -> None:
+        """Make A, B and R of all adapters from the base weight: for a layer that was made on the meta device."""
+        for name in self.loraxs_R:
+            device = self.base_layer.weight.device
+            for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+                held[name] = torch.empty_like(held[name], device=device) if held[name].is_meta else held[name]
+            if (R := self.loraxs_R[name]).is_meta:
+                self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
+            self.loraxs_B[name] = padded_rows(self.loraxs_B[name])
+            self.adapter(name).reset_parameters()
+
+    @torch.no_grad()
+    def check_fingerprints(self) -> None:
+        """Compare the delta of every adapter that was loaded with its file's probes; a flipped sign is mended in R.
+
+        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3, and again at every forward.
+        """
+        for name in sorted(self.loraxs_fingerprint.loaded):
+            A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
+            self.loraxs_B[name] = padded_rows(B)
+            if any(t.is_meta for t in (A, R, B)):
+                continue
+            config = self.config[name]
+            if config.check_fingerprint:
+                S, probe = self.loraxs_fingerprint[name].split([self.r[name], basis.PROBES])
+                entry = {"R": whole(R), "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
+                aligned, error = fitted(entry, A, B)
+                if error > basis.ACCEPT:
+                    raise mismatch(f"adapter {name!r}", self.recipe[name].name, entry, error, A)
+                assign(R, aligned)
+            self.loraxs_fingerprint.loaded.discard(name)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
+        for name, R in self.loraxs_R.items():
+            A, B = self.loraxs_A[name], self.loraxs_B[name]
+            if name in self.loraxs_fingerprint.loaded or any(t.is_meta for t in (A, R, B)):
+                continue
+            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
+            self.loraxs_fingerprint[name] = fingerprint
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
+        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers()]
+        frozen += [*self.loraxs_A.values(), *self.loraxs_B.values()]
+        super()._apply(sparing_what_trains(fn, frozen), recurse)
+        for name, B in self.loraxs_B.items():
+            self.loraxs_B[name] = padded_rows(B)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """What PEFT calls after it has loaded an adapter.  No dtype is changed: R stays fp32, A and B as they are."""
+        if adapter_name not in self.loraxs_R:
+            return
+        device = device or self.base_layer.weight.device
+        if not self.loraxs_R[adapter_name].is_meta:
+            self.loraxs_R[adapter_name] = self.loraxs_R[adapter_name].to(device)
+        for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+            if not held[adapter_name].is_meta:
+                held[adapter_name] = held[adapter_name].to(device)
+        self.check_fingerprints()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: rank={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
+
+
+class LoraXSModel(BaseTuner):
+    """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
+
+    A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
+    together, as `lx.attach` makes them.  If anything fails the model is as it was.
+    """
+
+    prefix = "loraxs_"
+    tuner_layer_cls = LoraXSLinearLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        modules = [(m, dict(m._modules)) for m in model.modules()]
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            fill(self._new, None, None, WORKSPACE, progress=True)
+        except BaseException:
+            for module, children in modules:
+                module._modules.clear()
+                module._modules.update(children)
+                if isinstance(module, LoraXSLinearLayer):
+                    module.discard(adapter_name)
+            for p, requires_grad in trained:
+                p.requires_grad_(requires_grad)
+            raise
+        finally:
+            del self._new
+
+    def _create_and_replace(
+        self,
+        config: LoraXSConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
+        if isinstance(base, BaseTunerLayer) or not is_linear(base) or never_called(base):
+            why = " of an nn.MultiheadAttention, which is never called" if never_called(base) else ""
+            raise TypeError(
+                f"target_modules: matches module {current_key!r}, a {type(base).__name__}{why}; must match linear "
+                "layers without an adapter of another method (exclude_modules leaves one out)"
+            )
+        adapter = _new_adapter(base, config, current_key)
+        if isinstance(target, LoraXSLinearLayer):
+            target.add(adapter_name, adapter, config)
+        else:
+            layer = LoraXSLinearLayer(base)
+            layer.add(adapter_name, adapter, config)
+            self._replace_module(parent, target_name, layer, target)
+        if config.init != "given":
+            self._new.append(adapter)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        for module in list(self.model.modules()):
+            for name, each in module._modules.items():
+                if each is child:
+                    module._modules[name] = new_module
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """R is fp32 already, and A and B belong in the base layer's dtype: in another they cost a separate pass."""
+
+    def reset_parameters(self) -> None:
+        """Make A, B and R of all adapters, for a model that was adapted on the meta device and has its weights now."""
+        for module in self.model.modules():
+            if isinstance(module, LoraXSLinearLayer):
+                module.reset_parameters()
+
+
+def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
+    """An adapter for one layer as the config has it, still to be filled; what its SVD will do goes into the config."""
+    r = pattern_value(config.rank_pattern, name, config.r)
+    options = {
+        "alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
+        "dropout": config.loraxs_dropout,
+        "sigma": config.init_std,
+        "dtype": config.dtype and getattr(torch, config.dtype),
+        "name": name,
+        "fill": False,
+    }
+    weight = weight_of(base, label_of(name))
+    if config.init == "given":
+        N, K = weight.shape
+        factors = (torch.zeros(*size, dtype=weight.dtype, device=weight.device) for size in ((r, K), (N, r)))
+        adapter = LoRAXSLinear.from_linear(base, r, init=tuple(factors), **options)
+        nn.init.zeros_(adapter.R)
+        return adapter
+    recipe = Recipe(config.init, config.svd_seed, name)
+    if config.init == "svd":
+        at = f"{r} {weight.shape[0]}x{weight.shape[1]}"
+        if at not in config.svd_recipe:
+            block = None if config.svd_oversample is None else r + config.svd_oversample
+            chosen = plan(r, weight.shape, block=block, n_iter=config.svd_n_iter, tier=config.svd_tier)
+            config.svd_recipe[at] = asdict(chosen)
+        recipe = replace(recipe, **config.svd_recipe[at])
+    return LoRAXSLinear.from_linear(base, r, init=recipe, **options)
+
+
+class _Buffers(BufferDict):
+    """PEFT's BufferDict, in which each entry is part of the state dict or is not."""
+
+    def put(self, name: str, t: Tensor, persistent: bool) -> None:
+        self.register_buffer(name, t, persistent=persistent)
+
+    def __setitem__(self, name: str, t: Tensor) -> None:
+        self._buffers[name] = t
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._buffers:
+            if (key := prefix + name) in destination:  # B may be a view of wider storage
+                destination[key] = destination[key].contiguous()
+
+
+class _Fingerprints(_Buffers):
+    """Fingerprints by adapter; `loaded` names those that came with an R and were not compared with A and B yet.
+
+    torch copies what it loads or assigns it as an attribute, transformers always assigns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: set[str] = set()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.loaded.discard(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self.loaded.add(name)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        self.loaded.update(name for name in self._buffers if prefix + name in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
+    layer.check_fingerprints()
+
+
+def _register(config: type, model: type) -> tuple[type, type]:
+    """Make the method known to PEFT; if PEFT has a LORAXS of its own, that one stays and is what this module offers."""
+    own = PEFT_TYPE_TO_CONFIG_MAPPING.get("LORAXS")
+    if own is not None:
+        warnings.warn(
+            f"peft {peft.__version__} has its own LORAXS, which is used here in place of the fused layers of "
+            "loraxs_kernels; lx.attach(model, ...) puts those on without PEFT",
+            stacklevel=3,
+        )
+        return own, PEFT_TYPE_TO_TUNER_MAPPING["LORAXS"]
+    if "LORAXS" not in PeftType.__members__:
+        _add_member(PeftType, "LORAXS")
+    register_peft_method(name="loraxs", config_cls=config, model_cls=model, prefix=model.prefix)
+    return config, model
+
+
+def _add_member(enumeration: type, name: str) -> None:
+    """One more member of a string enumeration, a real one: PEFT reads the types in files by PeftType(name)."""
+    member = str.__new__(enumeration, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = enumeration
+    member._sort_order_ = len(enumeration._member_names_)
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = enumeration._value2member_map_[name] = member
+    if hasattr(enumeration, "_hashable_values_"):  # Python 3.13
+        enumeration._hashable_values_.append(name)
+    if not hasattr(enumeration, name):  # where the class does not look its members up
+        type.__setattr__(enumeration, name, member)
+
+
+LoraXSConfig, LoraXSModel = _register(LoraXSConfig, LoraXSModel)

@@ -1,0 +1,560 @@
+"""LoRA-XS as a PEFT method: what people do with PEFT adapters, on small models of real architectures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import loraxs_kernels as lx
+from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+
+LoraXSConfig, LoraXSLinearLayer = loraxs_peft.LoraXSConfig, loraxs_peft.LoraXSLinearLayer
+
+IDS = torch.arange(20).view(2, 10) % 17
+LLAMA = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    """The same small model at every call."""
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**(LLAMA | {"num_key_value_heads": 2} | changes))).eval()
+
+
+def config(**changes) -> LoraXSConfig:
+    return LoraXSConfig(**({"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes))
+
+
+def layers(model: nn.Module) -> dict[str, LoraXSLinearLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinearLayer)}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, adapter: str = "default", std: float = 0.5) -> nn.Module:
+    for layer in layers(model).values():
+        if adapter in layer.loraxs_R:
+            layer.loraxs_R[adapter].normal_(std=std)
+    return model
+
+
+@pytest.fixture
+def trained():
+    return randomise(get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))).eval()
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def snapshot(model: nn.Module):
+    return (
+        [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)],
+        [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computes_what_attach_computes_to_the_bit(dtype):
+    ours = lx.attach(llama().to(dtype), 4, target_modules="all-linear", alpha=8)
+    model = get_peft_model(llama().to(dtype), config(lora_alpha=8))
+    adapters = layers(model.base_model.model)
+    assert len(adapters) == 14
+    for name, layer in adapters.items():
+        other = ours.get_submodule(name)
+        assert layer.loraxs_R["default"].dtype == torch.float32 and layer.loraxs_A["default"].dtype == dtype
+        assert torch.equal(layer.loraxs_R["default"], other.R) and torch.equal(layer.loraxs_A["default"], other.A)
+        assert torch.equal(layer.loraxs_B["default"], other.B)
+        with torch.no_grad():
+            other.R.copy_(layer.loraxs_R["default"].normal_(std=0.5))
+    y, expected = model(IDS).logits, ours(IDS).logits
+    assert torch.equal(y, expected) and not torch.equal(y, llama().to(dtype)(IDS).logits)
+    y.float().sum().backward()
+    expected.float().sum().backward()
+    for name, layer in adapters.items():
+        assert torch.equal(layer.loraxs_R["default"].grad, ours.get_submodule(name).R.grad)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 14 and all(name.endswith("loraxs_R.default") for name in trainable)
+
+
+def test_the_file_holds_R_and_a_fingerprint_alone(saved):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    kinds = {key.rpartition(".")[2] for key in tensors}
+    assert len(tensors) == 28 and kinds == {"loraxs_R", "loraxs_fingerprint"}
+    assert sum(t.numel() for key, t in tensors.items() if key.endswith("R")) == 12 * 16 + 2 * 9
+    written = json.loads((saved / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORAXS"
+    assert written["svd_recipe"]["3 32x48"] == {"method": "krylov", "block": 16, "n_iter": 5, "tier": "standard"}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_from_pretrained_gives_the_same_model(trained, saved, low_cpu_mem_usage):
+    loaded = PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(trained))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(layer.loraxs_fingerprint.loaded for layer in layers(loaded).values())
+    assert any(p.requires_grad for p in PeftModel.from_pretrained(llama(), saved, is_trainable=True).parameters())
+
+
+def test_bf16_base_loads_R_unrounded(tmp_path):
+    model = randomise(get_peft_model(llama().bfloat16(), config()))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    for a, b in zip(layers(model).values(), layers(loaded).values(), strict=True):
+        assert (
+            torch.equal(a.loraxs_R["default"], b.loraxs_R["default"]) and a.loraxs_A["default"].dtype == torch.bfloat16
+        )
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_file_says_what_the_svd_did_whatever_is_the_default_later(saved, trained, monkeypatch):
+    def tomorrow(rank, shape, **given):
+        raise AssertionError("the defaults of another day were asked for")
+
+    monkeypatch.setattr(loraxs_peft, "plan", tomorrow)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
+
+
+def test_auto_classes_and_transformers_own_loading(trained, tmp_path):
+    expected = logits(trained)
+    llama().save_pretrained(tmp_path / "base")
+    for c in trained.peft_config.values():
+        c.base_model_name_or_path = str(tmp_path / "base")
+    trained.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="mine")
+    assert torch.equal(logits(model), expected)
+    assert not any(layer.loraxs_fingerprint.loaded for layer in layers(model).values())  # checked at the first forward
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(llama()))
+
+
+def test_transformers_add_adapter_trains_and_saves(tmp_path):
+    model = llama()
+    model.add_adapter(config(target_modules=["q_proj", "v_proj"]), adapter_name="mine")
+    randomise(model, "mine")
+    model.save_pretrained(tmp_path)
+    other = llama()
+    other.load_adapter(str(tmp_path))
+    assert torch.equal(logits(other), logits(model)) and not torch.equal(logits(model), logits(llama()))
+
+
+def test_another_base_model_is_refused_and_stays_unusable(saved):
+    torch.manual_seed(7)
+    other = LlamaForCausalLM(llama().config)
+    with pytest.raises(lx.AdapterMismatch, match=r"module 'model.layers.0.self_attn.q_proj'"):
+        PeftModel.from_pretrained(other, saved)
+    with pytest.raises(lx.AdapterMismatch):  # caught or not, nothing is computed with it
+        other(IDS)
+    torch.manual_seed(7)
+    late = LlamaForCausalLM(llama().config)
+    late.load_adapter(str(saved))
+    with pytest.raises(lx.AdapterMismatch):
+        late(IDS)
+    unchecked = json.loads((saved / "adapter_config.json").read_text()) | {"check_fingerprint": False}
+    (saved / "adapter_config.json").write_text(json.dumps(unchecked))
+    torch.manual_seed(7)
+    assert logits(PeftModel.from_pretrained(LlamaForCausalLM(llama().config), saved)).isfinite().all()
+
+
+def test_a_flipped_singular_vector_is_mended(trained, saved):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    for key in tensors:
+        if key.endswith("loraxs_R"):  # as if trained on a basis with the first pair negated
+            tensors[key][0] *= -1
+            tensors[key][:, 0] *= -1
+    save_file(tensors, saved / "adapter_model.safetensors")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_saved_factors_are_taken_from_the_file(init, tmp_path):
+    model = randomise(get_peft_model(llama(), config(r=5, save_factors=True, init=init)))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 14 * 4
+    assert all(t.is_contiguous() for name, t in model.state_dict().items() if "loraxs" in name)
+    for low in (False, True):
+        torch.manual_seed(7)
+        other = PeftModel.from_pretrained(LlamaForCausalLM(llama().config), tmp_path, low_cpu_mem_usage=low)
+        for a, b in zip(layers(model).values(), layers(other).values(), strict=True):
+            assert torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default"))
+            assert b.loraxs_B["default"].stride(0) % 8 == 0  # padded storage for the kernels
+
+
+def test_several_adapters_of_other_ranks_and_targets(trained, tmp_path):
+    alone = logits(trained)
+    trained.add_adapter("wide", config(r=6, target_modules=["q_proj", "up_proj"]))
+    assert torch.equal(logits(trained), alone)  # added, not activated
+    randomise(trained, "wide")
+    trained.set_adapter("wide")
+    wide = logits(trained)
+    trainable = [name for name, p in trained.named_parameters() if p.requires_grad]
+    assert len(trainable) == 4 and all(name.endswith("loraxs_R.wide") for name in trainable)
+    assert not torch.equal(wide, alone)
+    trained.base_model.set_adapter(["default", "wide"])
+    both, expected = logits(trained), llama()
+    with torch.no_grad():
+        for name, layer in layers(trained.base_model.model).items():
+            for adapter in layer.loraxs_R:
+                expected.get_submodule(name).weight += layer.get_delta_weight(adapter)
+    torch.testing.assert_close(both, logits(expected), atol=1e-5, rtol=0)
+    trained.save_pretrained(tmp_path, selected_adapters=["wide"])
+    trained.delete_adapter("default")
+    trained.set_adapter("wide")
+    assert torch.equal(logits(trained), wide)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "wide")), wide)
+    assert all(set(layer.loraxs_A.keys()) <= {"wide"} for layer in layers(trained).values())
+
+
+def test_disabled_adapters_are_the_base_model(trained):
+    with trained.disable_adapter():
+        assert torch.equal(logits(trained), logits(llama()))
+    assert not torch.equal(logits(trained), logits(llama()))
+    assert all(layer.loraxs_R["default"].requires_grad for layer in layers(trained).values())
+    assert not any(layer.loraxs_A["default"].requires_grad for layer in layers(trained).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(trained, dtype):
+    trained.to(dtype)
+    before = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
+    kept = {name: p.clone() for name, p in before.items()}
+    y = logits(trained)
+    trained.merge_adapter()
+    assert all(not torch.equal(p, kept[name]) for name, p in trained.named_parameters() if "base_layer" in name)
+    torch.testing.assert_close(
+        logits(trained).float(), y.float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0
+    )
+    trained.unmerge_adapter()
+    after = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
+    assert all(p is before[name] and torch.equal(p, kept[name]) for name, p in after.items())
+    assert torch.equal(logits(trained), y)
+
+
+def test_merging_rounds_once_however_many_adapters(trained):
+    trained.add_adapter("second", config())
+    randomise(trained, "second")
+    layer = next(iter(layers(trained.bfloat16()).values()))
+    W = layer.base_layer.weight.clone()
+    trained.merge_adapter(["default"])
+    trained.merge_adapter(["second"])
+    total = W.float() + sum(layer.adapter(name).delta_weight() for name in ("default", "second"))
+    assert torch.equal(layer.base_layer.weight, total.bfloat16())
+    trained.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, W)
+
+
+def test_merge_and_unload_gives_a_plain_model(trained):
+    y = logits(trained)
+    plain = trained.merge_and_unload()
+    assert type(plain) is LlamaForCausalLM and not layers(plain) and not hasattr(plain, "peft_config")
+    torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
+    again = get_peft_model(plain, config())
+    assert torch.equal(logits(again.unload()), logits(plain))
+
+
+def test_a_merge_that_is_not_finite_is_refused(trained):
+    broken = list(layers(trained).values())[1]
+    broken.loraxs_R["default"].data.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"module 'model.layers.0.self_attn.k_proj'.*NaN or Inf"):
+        trained.merge_adapter()
+    assert not broken.merged
+
+
+def test_a_layer_in_two_places_and_a_shared_weight():
+    model = llama(tie_word_embeddings=True)
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = attention.k_proj
+    wrapped = get_peft_model(model, config(target_modules=["k_proj", "v_proj", "lm_head"]))
+    assert attention.v_proj is attention.k_proj and isinstance(attention.v_proj, LoraXSLinearLayer)
+    randomise(wrapped)
+    embedding, y = model.get_input_embeddings().weight.clone(), logits(wrapped)
+    plain = wrapped.merge_and_unload()
+    assert plain.model.layers[0].self_attn.v_proj is plain.model.layers[0].self_attn.k_proj
+    assert not layers(plain) and torch.equal(plain.get_input_embeddings().weight, embedding)
+    torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
+
+
+def test_dropout_acts_while_training_alone():
+    model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
+    plain = get_peft_model(llama(), config())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model.eval()), logits(plain))
+    assert not torch.equal(logits(model.train()), logits(plain))
+
+
+def test_gpt2_conv1d(tmp_path):
+    def gpt2():
+        torch.manual_seed(1)
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
+
+    model = randomise(get_peft_model(gpt2(), config()))
+    assert len(layers(model)) == 8
+    y = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), y)
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, atol=1e-5, rtol=0)
+
+
+def test_classifier_head_trains_and_is_saved(tmp_path):
+    def bert():
+        torch.manual_seed(1)
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+        return BertForSequenceClassification(BertConfig(**sizes)).eval()
+
+    model = get_peft_model(bert(), config(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    randomise(model)
+    nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(model), logits(bert()))
+
+
+def test_biases_train_and_are_saved_if_asked_for(tmp_path):
+    def biased():
+        return llama(attention_bias=True)
+
+    model = get_peft_model(biased(), config(target_modules=["q_proj"], bias="loraxs_only"))
+    bias = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias
+    assert bias.requires_grad
+    model(IDS).logits.sum().backward()
+    assert bias.grad is not None
+    nn.init.normal_(bias)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(biased(), tmp_path)), logits(model))
+
+
+def test_model_made_on_the_meta_device(trained):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama().config)
+    model = get_peft_model(model, config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    weights = {f"base_model.model.{name}": t for name, t in llama().state_dict().items()}
+    for key in list(weights):
+        if (owner := key.rpartition(".")[0]) in layers(model):
+            weights[f"{owner}.base_layer.weight"] = weights.pop(key)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.base_model.reset_parameters()
+    buffers = {name: b for name, b in llama().named_buffers() if "rotary" in name}
+    for name, b in buffers.items():
+        model.get_submodule(f"base_model.model.{name.rpartition('.')[0]}").register_buffer(
+            "inv_freq", b, persistent=False
+        )
+    expected = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    assert torch.equal(logits(model.eval()), logits(expected))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomise(get_peft_model(llama(), config())).train()
+        torch.manual_seed(0)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([layer.loraxs_R["default"].grad for layer in layers(model).values()])
+    for a, b in zip(*gradients, strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(b, a)
+
+
+def test_compiles_whole(trained):
+    compiled = torch.compile(trained, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(trained), atol=1e-5, rtol=0)
+
+
+def test_dtype_moves_and_copies(trained):
+    R = {name: layer.loraxs_R["default"].clone() for name, layer in layers(trained).items()}
+    trained.to(torch.bfloat16)
+    for name, layer in layers(trained).items():
+        assert torch.equal(layer.loraxs_R["default"], R[name])
+        assert layer.loraxs_A["default"].dtype == layer.loraxs_B["default"].dtype == torch.bfloat16
+        assert layer.loraxs_B["default"].stride(0) % 4 == 0
+    twin = copy.deepcopy(trained)
+    assert torch.equal(logits(twin), logits(trained))
+    randomise(twin)
+    assert not torch.equal(logits(twin), logits(trained))
+
+
+def run(model, folder, **changes):
+    options = dict(output_dir=folder, per_device_train_batch_size=2, max_steps=6, save_steps=3, learning_rate=0.05)
+    options |= dict(report_to=[], disable_tqdm=True, save_strategy="steps", use_cpu=True, seed=3, logging_steps=1)
+    data = [{"input_ids": row, "labels": row} for row in (torch.arange(60).view(12, 5) * 7) % 40]
+    return Trainer(model=model, args=TrainingArguments(**(options | changes)), train_dataset=data)
+
+
+def test_trainer_resumes_to_the_bit(tmp_path):
+    settings = dict(loraxs_dropout=0.1)
+    whole = get_peft_model(llama(), config(**settings))
+    trainer = run(whole, tmp_path / "whole")
+    trainer.train()
+    names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    resumed = get_peft_model(llama(), config(**settings))
+    run(resumed, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for a, b in zip(layers(whole).values(), layers(resumed).values(), strict=True):
+        assert torch.equal(a.loraxs_R["default"], b.loraxs_R["default"])
+        assert not torch.equal(a.loraxs_R["default"], a.recipe["default"].initial_R(4, 1e-5))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_trl_sft_trainer(tmp_path):
+    pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    datasets = pytest.importorskip("datasets")
+    words = {
+        word: i
+        for i, word in enumerate(
+            ["<pad>", "<eos>", *["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]]
+        )
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    options = dict(per_device_train_batch_size=2, max_steps=3, learning_rate=0.05, logging_steps=1, report_to=[])
+    arguments = SFTConfig(output_dir=tmp_path, use_cpu=True, bf16=False, disable_tqdm=True, max_length=16, **options)
+    data = datasets.Dataset.from_dict({"text": ["the quick brown fox", "jumps over a lazy dog"] * 4})
+    trainer = SFTTrainer(llama(), args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config())
+    before = {name: layer.loraxs_R["default"].clone() for name, layer in layers(trainer.model).items()}
+    assert len(before) == 14
+    trainer.train()
+    assert all(
+        not torch.equal(layer.loraxs_R["default"], before[name]) for name, layer in layers(trainer.model).items()
+    )
+    trainer.save_model(tmp_path / "final")
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "final")), logits(trainer.model.eval()))
+
+
+def test_quantised_base_layers(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def int8():
+        model = llama()
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+
+    model = randomise(get_peft_model(int8(), config(target_modules=["q_proj", "down_proj"])))
+    y = logits(model)
+    assert not torch.equal(y, logits(int8()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(int8(), tmp_path)), y)
+    with pytest.raises(TypeError, match="dense 2-dimensional"):
+        model.merge_adapter()
+
+
+def test_given_factors_need_their_file():
+    with pytest.raises(ValueError, match=r'save_factors: got False beside init="given"'):
+        config(init="given")
+    model = get_peft_model(llama(), config(init="given", save_factors=True))
+    assert torch.equal(logits(model), logits(llama()))  # zeros until they are loaded
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_failed_injection_leaves_the_model_as_it_was(second):
+    model = llama()
+    if second:
+        model = get_peft_model(model, config(target_modules=["q_proj"]))
+    model.get_parameter(f"{'base_model.model.' * second}model.layers.1.mlp.down_proj.weight").data[0, 0] = torch.nan
+    before = snapshot(model)
+    bad = config(modules_to_save=["lm_head"], target_modules=["q_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"module 'model.layers.1.mlp.down_proj'"):
+        model.add_adapter("second", bad) if second else get_peft_model(model, bad)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(r=0), ValueError, "r: got 0"),
+        (dict(init="pissa"), ValueError, "init: got 'pissa'"),
+        (dict(svd_oversample=-1), ValueError, "svd_oversample: got -1"),
+        (dict(bias="lora_only"), ValueError, "bias: got 'lora_only'"),
+        (dict(dtype="int8"), ValueError, "dtype: got 'int8'"),
+        (dict(layers_pattern="layers"), ValueError, "layers_pattern"),
+        (dict(layers_to_transform=[0]), ValueError, "layers_to_transform"),
+        (dict(r=33), ValueError, "rank: got 33 for module 'model.layers.0.self_attn.q_proj'"),
+        (dict(target_modules=["embed_tokens"]), TypeError, "module 'model.embed_tokens', a Embedding"),
+        (dict(target_modules=["nothing"]), ValueError, "not found in the base model"),
+    ],
+)
+def test_bad_settings_are_refused(changes, error, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(**changes))
+    assert snapshot(model) == before
+
+
+def test_layers_of_another_method_are_refused():
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), llama(), "lora")
+    with pytest.raises(TypeError, match=r"module 'model.layers.0.self_attn.q_proj'.*another method"):
+        inject_adapter_in_model(config(target_modules=["q_proj"]), model, "xs")
+
+
+def test_settings_that_choose_modules():
+    model = get_peft_model(
+        llama(), config(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])
+    )
+    assert [name for name in layers(model.base_model.model)] == ["model.layers.1.self_attn.q_proj"]
+    default = get_peft_model(llama(), config(target_modules=None))
+    assert {name.rpartition(".")[2] for name in layers(default)} == {"q_proj", "v_proj"}  # as for LoRA
+
+
+def test_the_type_is_a_real_member_and_peft_comes_first():
+    assert PeftType("LORAXS") is PeftType.LORAXS and PeftType.LORAXS in list(PeftType)
+    # In a process of its own: as if PEFT had shipped a method of this name.
+    script = """
+        import warnings
+        from dataclasses import dataclass
+        from peft import PeftConfig
+        from peft.tuners.tuners_utils import BaseTuner
+        from peft.utils import PeftType, register_peft_method
+        import loraxs_kernels.integrations as integrations
+        from enum import Enum
+
+        member = str.__new__(PeftType, "LORAXS")
+        member._name_ = member._value_ = "LORAXS"
+        PeftType._member_names_.append("LORAXS")
+        PeftType._member_map_["LORAXS"] = PeftType._value2member_map_["LORAXS"] = member
+        type.__setattr__(PeftType, "LORAXS", member)
+        Theirs, TheirModel = type("Theirs", (PeftConfig,), {}), type("TheirModel", (BaseTuner,), {"prefix": "xs_"})
+        register_peft_method(name="loraxs", config_cls=Theirs, model_cls=TheirModel, prefix="xs_")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert integrations.peft.LoraXSConfig is Theirs and integrations.peft.LoraXSModel is TheirModel
+        assert any("has its own LORAXS" in str(w.message) for w in caught)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
