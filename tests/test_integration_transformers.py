@@ -272,6 +272,33 @@ def test_figures_are_logged_everywhere(tmp_path):
     assert state["log_history"][1]["loraxs_R_norm"] > 0
 
 
+def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def model() -> nn.Module:
+        return peft.get_peft_model(llama(), LoraXSConfig(r=4, target_modules="all-linear", lora_alpha=8))
+
+    whole = trainer_of(model(), tmp_path / "whole")
+    whole.train()
+    plain = attached(llama(), alpha=8, dropout=0.0)
+    values = {
+        name.replace("base_model.model.", "").replace("loraxs_R.default", "R"): R
+        for name, R in trained(whole.model).items()
+    }
+    plain.load_state_dict(values, strict=False)
+    layers = [layer for _, layer in adapted_layers(plain)]
+    ratios = [(layer.delta_weight().norm() / layer.base_layer.weight.norm()).item() for layer in layers]
+    logged = whole.state.log_history[11]
+    assert logged["loraxs_delta_max"] == pytest.approx(max(ratios), rel=1e-5)
+    assert logged["loraxs_delta_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
+    resumed = trainer_of(model(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(resumed.model), trained(whole.model))
+
+
 @pytest.mark.parametrize("how", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
 def test_gradients_pass_checkpointed_layers(tmp_path, how):
     """The same bits as without, where no dropout is; and nothing stays on the model."""

@@ -21,7 +21,8 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ..adapter_file import AdapterMismatch, save_adapter
 from ..atomic import write_atomically
 from ..linear import LoRAXSLinear
 from ..svd import rademacher
-from ..weights import weight_of
+from ..weights import is_dtensor, weight_of, whole
 
 ADAPTER_NAME = "adapter.safetensors"
 FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
@@ -53,7 +54,7 @@ class LoraXSCallback(TrainerCallback):
 
     A run that is resumed from such a checkpoint continues as if it had not been interrupted, to the bit where the
     device computes alike.  Models that are no PreTrainedModel keep Trainer's whole checkpoints, with the adapter file
-    beside them.
+    beside them.  With LoRA-XS as a PEFT method PEFT saves, R alone already, and the figures are what is left to do.
 
     With reentrant gradient checkpointing the output of the frozen embeddings is made to require grad while training
     lasts, without which no R would get a gradient; if none does at the first step, that is an error.
@@ -93,14 +94,16 @@ class LoraXSCallback(TrainerCallback):
     ) -> None:
         self._clean()  # of a training that was given up
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)}
-        _check(model, layers, args)
-        self._sizes = _Sizes(layers)
+        adapters = _adapters(model)
+        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        _check(model, adapters, attached, args)
+        self._sizes = _Sizes(adapters)
         self._unchecked = not getattr(args, "deepspeed", None)  # which keeps gradients elsewhere
-        self._hook(model)
         if _reentrant(model):
             self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
-        if isinstance(model, PreTrainedModel):
+        if attached:
+            self._hook(model)
+        if attached and isinstance(model, PreTrainedModel):
             model.save_pretrained = functools.partial(_save_pretrained, model, Path(args.output_dir).absolute())
             self._undo.append(functools.partial(model.__dict__.pop, "save_pretrained", None))
 
@@ -109,7 +112,7 @@ class LoraXSCallback(TrainerCallback):
     ) -> None:
         if self._unchecked:
             self._unchecked = False
-            _check_gradients(extract_model_from_parallel(model, keep_torch_compile=False))
+            _check_gradients(_adapters(extract_model_from_parallel(model, keep_torch_compile=False)))
 
     def on_log(
         self,
@@ -129,7 +132,8 @@ class LoraXSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        if args.should_save and not isinstance(model, PreTrainedModel):
+        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        if args.should_save and attached and not isinstance(model, PreTrainedModel):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # a hyperparameter search has folders of its own
                 save_adapter(model, folder / ADAPTER_NAME)
@@ -148,16 +152,40 @@ class LoraXSCallback(TrainerCallback):
             self._undo.pop()()
 
 
+@dataclass
+class _Adapter:
+    """One adapter, from `attach` or of the PEFT method."""
+
+    name: str
+    layer: LoRAXSLinear
+    R: Callable[[], Tensor]  # as it is now
+    trained: list[nn.Parameter]  # R, or what a parametrization makes it of
+
+
+def _adapters(model: nn.Module) -> list[_Adapter]:
+    found = []
+    for name, m in model.named_modules():
+        if isinstance(m, LoRAXSLinear):
+            trained = [p for p in m.parameters() if p.requires_grad]
+            found.append(_Adapter(name, m, functools.partial(getattr, m, "R"), trained))
+        elif hasattr(m, "loraxs_R"):  # LoraXSLinearLayer, told without importing peft
+            for each in (each for each in m.active_adapters if each in m.loraxs_R):
+                R = functools.partial(m.loraxs_R.__getitem__, each)
+                found.append(_Adapter(f"{name}.{each}", m.adapter(each), R, [p for p in [R()] if p.requires_grad]))
+    return found
+
+
 class _Sizes:
-    """|R| and |s B R A| / |W| of all layers, from what never changes: A A^T, B^T B and |W|.
+    """|R| and |s B R A| / |W| of all adapters, from what never changes: A A^T, B^T B and |W|.
 
     |B R A|_F^2 = tr(R^T (B^T B) R (A A^T)),  r x r throughout
     """
 
     @torch.no_grad()
-    def __init__(self, layers: dict[str, LoRAXSLinear]) -> None:
-        self.groups: dict[tuple, list[tuple[LoRAXSLinear, Tensor, Tensor, Tensor]]] = {}
-        for layer in layers.values():
+    def __init__(self, adapters: list[_Adapter]) -> None:
+        self.groups: dict[tuple, list[tuple[_Adapter, Tensor, Tensor, Tensor]]] = {}
+        for adapter in adapters:
+            layer = adapter.layer
             A, B = layer.A.double(), layer.B.double()
             try:
                 W = weight_of(layer.base_layer, layer.label).read()
@@ -165,15 +193,16 @@ class _Sizes:
                 size = A.new_tensor(torch.nan)
             else:
                 size = torch.linalg.vector_norm(W, dtype=torch.float64)
-            record = (layer, A @ A.t(), B.t() @ B, layer.scaling / size.to(A.device))
+            record = (adapter, A @ A.t(), B.t() @ B, layer.scaling / size.to(A.device))
             self.groups.setdefault((layer.rank, A.device), []).append(record)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         squares, ratios = [], []
         for group in self.groups.values():
-            R = torch.stack([layer.R.double() for layer, *_ in group])
-            G_A, G_B, scale = (torch.stack(column) for column in list(zip(*group, strict=True))[1:])
+            adapters, *columns = zip(*group, strict=True)
+            R = torch.stack([whole(adapter.R()).double() for adapter in adapters])
+            G_A, G_B, scale = map(torch.stack, columns)
             squares.append(R.square().sum().cpu())
             ratios.append(((R.mT @ G_B @ R * G_A).sum((1, 2)).clamp(min=0).sqrt() * scale).cpu())
         ratios = torch.cat(ratios)
@@ -184,29 +213,28 @@ class _Sizes:
         return figures
 
 
-def _check(model: nn.Module, layers: dict[str, LoRAXSLinear], args: TrainingArguments) -> None:
-    if not layers:
+def _check(model: nn.Module, adapters: list[_Adapter], attached: bool, args: TrainingArguments) -> None:
+    if not adapters:
         raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on, before Trainer is made")
-    for name, layer in layers.items():
-        R = layer.R
-        if layer.merged:
+    for adapter in adapters:
+        R, r = adapter.R(), adapter.layer.rank
+        if adapter.layer.merged:
             raise ValueError(
-                f"model: module {name!r} is merged, so that its R would not train; lx.unmerge(model) first"
+                f"model: module {adapter.name!r} is merged, so that its R would not train; lx.unmerge(model) first"
             )
-        if type(R) not in (Tensor, nn.Parameter) or hasattr(R, "ds_id") or R.shape != (layer.rank, layer.rank):
+        if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise ValueError(
-                f"model: R of module {name!r} is sharded (FSDP, ZeRO-3), must be whole on every rank; "
-                "LoraXSCallback saves from one of them (DDP, ZeRO-1 and ZeRO-2 are fine)"
+                f"model: R of module {adapter.name!r} is sharded, must be whole on every rank, as with DDP and ZeRO-2; "
+                "under FSDP and ZeRO-3 train without LoraXSCallback and let Trainer save in their own formats"
             )
+    if not attached:
+        return
     if not getattr(args, "save_safetensors", True):
         raise ValueError("args: got save_safetensors=False, must be True for LoraXSCallback")
-    whole = [
-        m.get_submodule(saved)
-        for m in model.modules()
-        if "loraxs" in m.__dict__  # where attach was called
-        for saved in m.__dict__["loraxs"].modules_to_save
-    ]
-    kept = {id(p) for m in [*layers.values(), *whole] for p in m.parameters()}
+    kept = {id(p) for adapter in adapters for p in adapter.layer.parameters()}
+    for m in model.modules():
+        if attachment := m.__dict__.get("loraxs"):  # where attach was called
+            kept |= {id(p) for saved in attachment.modules_to_save for p in m.get_submodule(saved).parameters()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
         warnings.warn(
@@ -216,11 +244,10 @@ def _check(model: nn.Module, layers: dict[str, LoRAXSLinear], args: TrainingArgu
         )
 
 
-def _check_gradients(model: nn.Module) -> None:
+def _check_gradients(adapters: list[_Adapter]) -> None:
     """No R with a gradient means that nothing but a head would train, and the loss may fall all the same."""
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
-    trained = [(name, p) for name, m in adapted for p in m.parameters() if p.requires_grad]
-    without = [name for name, p in trained if p.grad is None]
+    trained = [adapter for adapter in adapters if adapter.trained]
+    without = [adapter.name for adapter in trained if all(p.grad is None for p in adapter.trained)]
     if trained and len(without) == len(trained):
         raise RuntimeError(
             "model: no R got a gradient in the first step. Reentrant gradient checkpointing does that where the inputs "
