@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -130,7 +131,7 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def encode(records: list[dict], task: Task, tokenizer) -> list[dict]:  # noqa: ANN001
+def encode(records: list[dict], task: Task, tokenizer: Any) -> list[dict]:
     """Tokens of prompt, response and end; the loss is on the response and its end alone."""
     for i, record in enumerate(records):
         if absent := [name for name in task.data_fields if name not in record]:

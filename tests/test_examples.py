@@ -201,6 +201,21 @@ def test_glue_from_mnli_and_regression(tmp_path):
     assert then.classifier.out_proj.weight.shape[0] == 1
 
 
+def test_glue_data(tmp_path):
+    example = script("train_glue")
+    (tmp_path / "a.tsv").write_text('sentence1\tsentence2\tlabel\n"odd\tb\tentailment\n')
+    (tmp_path / "b.json").write_text(json.dumps([{"sentence1": "c", "sentence2": "d", "label": "not_entailment"}]))
+    task = example.Task("rte", train_file=str(tmp_path / "a.tsv"), validation_file=str(tmp_path / "b.json"))
+    train, validation = example.read_data(task)
+    assert train == [{"sentence1": '"odd', "sentence2": "b", "label": "entailment"}]
+    assert example.label_names(train + validation) == ["entailment", "not_entailment"]
+    with pytest.raises(ValueError, match="the data have columns text, label, must have question, sentence and label"):
+        example.encode([{"text": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
+    lines(tmp_path / "b.json", [{"sentence": "c"}])
+    with pytest.raises(ValueError, match=r"b\.json: has no records with a column 'label'"):
+        example.read_data(task)
+
+
 def test_glue_table():
     """The values of a task are defaults of the command line."""
     example = script("train_glue")

@@ -140,7 +140,7 @@ def test_resumes_to_the_bit(tmp_path, step, caplog):
 
 
 def test_resumes_the_last_of_an_interrupted_run(tmp_path):
-    """A head, tied and trained embeddings, a parametrization of R and mixed precision resume too."""
+    """Tied and trained embeddings, a head, a parametrization of R, running statistics and mixed precision too."""
 
     class Interrupt(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -151,6 +151,7 @@ def test_resumes_the_last_of_an_interrupted_run(tmp_path):
         made = llama()
         made.config.tie_word_embeddings = True
         made.tie_weights()
+        made.model.norm = Statistics(16)
         return attached(made, modules_to_save=["embed_tokens"])
 
     def model_of_halves() -> nn.Module:
@@ -170,7 +171,12 @@ def test_resumes_the_last_of_an_interrupted_run(tmp_path):
         assert [each.name for each in folder.iterdir()] == ["checkpoint-6"]
         resumed = trainer_of(make(), folder, **options)
         resumed.train(resume_from_checkpoint=True)
-        assert same(trained(resumed.model), trained(whole.model))
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+class Statistics(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.mT).mT
 
 
 class Half(nn.Module):
@@ -297,6 +303,26 @@ def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
     resumed = trainer_of(model(), tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(trained(resumed.model), trained(whole.model))
+
+
+def test_figures_without_the_weights_of_a_layer(tmp_path):
+    class Opaque(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    model = llama()
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Opaque(16, 24, bias=False)
+    nn.init.zeros_(layer.gate_proj.weight)
+    factors = {"model.layers.0.mlp.up_proj": (torch.randn(4, 16), torch.randn(24, 4))}
+    trainer = trainer_of(attached(model, target_modules=["layers.0.mlp.up_proj"], init=factors), tmp_path, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loraxs_R_norm"] > 0 and "loraxs_delta_max" not in logged
+    model = lx.attach(lx.detach(model), 4, target_modules=["layers.0.mlp.gate_proj", "down_proj"], progress=False)
+    trainer = trainer_of(model, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loraxs_delta_max"] < 1  # of the two that are not zero
 
 
 @pytest.mark.parametrize("how", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)

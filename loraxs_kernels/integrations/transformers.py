@@ -125,8 +125,9 @@ class LoraXSCallback(TrainerCallback):
         if self._sizes is not None and logs is not None and "loss" in logs:
             figures = self._sizes.figures()
             logs.update(figures)  # for the callbacks after this one
-            if state.log_history and state.log_history[-1].get("loss") == logs["loss"]:
-                state.log_history[-1].update(figures)  # Trainer has put a copy of logs there
+            last = state.log_history[-1] if state.log_history else {}
+            if "loss" in last and last.get("step") == state.global_step:  # Trainer has put a copy of logs there
+                last.update(figures)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -193,6 +194,7 @@ class _Sizes:
                 size = A.new_tensor(torch.nan)
             else:
                 size = torch.linalg.vector_norm(W, dtype=torch.float64)
+                size = size.where(size > 0, torch.nan)
             record = (adapter, A @ A.t(), B.t() @ B, layer.scaling / size.to(A.device))
             self.groups.setdefault((layer.rank, A.device), []).append(record)
 
@@ -204,9 +206,9 @@ class _Sizes:
             R = torch.stack([whole(adapter.R()).double() for adapter in adapters])
             G_A, G_B, scale = map(torch.stack, columns)
             squares.append(R.square().sum().cpu())
-            ratios.append(((R.mT @ G_B @ R * G_A).sum((1, 2)).clamp(min=0).sqrt() * scale).cpu())
+            deltas = (R.mT @ G_B @ R * G_A).sum((1, 2)).clamp(min=0).sqrt()
+            ratios.append((deltas * scale)[~scale.isnan()].cpu())
         ratios = torch.cat(ratios)
-        ratios = ratios[~ratios.isnan()]
         figures = {"loraxs_R_norm": float(sum(squares).sqrt())}
         if len(ratios):
             figures |= {"loraxs_delta_mean": float(ratios.mean()), "loraxs_delta_max": float(ratios.max())}
