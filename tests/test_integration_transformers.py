@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,13 @@ FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """accelerate keeps one state in a process, mixed precision and all; transformers 4 tells it by the environment."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+def fresh_accelerate():
+    """accelerate has one state in a process, and transformers 4 sets it by the environment."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
     yield
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[key]
+    os.environ.update(before)
     AcceleratorState._reset_state(True)
 
 
@@ -218,10 +223,14 @@ def test_the_model_itself_is_saved_whole(tmp_path):
     model.save_pretrained(tmp_path / "given up")
     copy.deepcopy(model)
     trainer_of(model, tmp_path / "run", max_steps=1).train()
+    assert "save_pretrained" not in model.__dict__
     model.save_pretrained(tmp_path / "after")
     for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):
         assert set(load_file(tmp_path / folder / "model.safetensors")) == state
         assert (tmp_path / folder / "config.json").exists()
+    model.save_pretrained = patched = functools.partial(model.save_pretrained)
+    trainer_of(model, tmp_path / "run", max_steps=1).train()
+    assert model.__dict__["save_pretrained"] is patched
 
 
 def test_the_best_model_is_loaded(tmp_path, caplog):
@@ -367,7 +376,7 @@ def test_refuses_before_it_trains(tmp_path):
 
 
 def test_compiled_models(tmp_path):
-    """Compiled by the user; args.torch_compile compiles behind Trainer's back."""
+    """By the user, whose names then begin with _orig_mod., and by Trainer."""
 
     def run(folder: Path, **resume) -> nn.Module:
         model = attached()
@@ -379,6 +388,12 @@ def test_compiled_models(tmp_path):
     assert same(trained(run(tmp_path / "resumed", resume_from_checkpoint=str(checkpoint))), trained(whole))
     assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
     lx.load_adapter(llama(), checkpoint / "adapter.safetensors", progress=False)
+    trainers = dict(torch_compile=True, torch_compile_backend="eager", max_steps=4)
+    whole = trainer_of(attached(), tmp_path / "trainer's", **trainers)
+    whole.train()
+    resumed = trainer_of(attached(), tmp_path / "resumed again", **trainers)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer's" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
 
 
 def test_a_module_that_is_no_pretrained_model(tmp_path):

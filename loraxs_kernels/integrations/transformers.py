@@ -104,8 +104,12 @@ class LoraXSCallback(TrainerCallback):
         if attached:
             self._hook(model)
         if attached and isinstance(model, PreTrainedModel):
-            model.save_pretrained = functools.partial(_save_pretrained, model, Path(args.output_dir).absolute())
-            self._undo.append(functools.partial(model.__dict__.pop, "save_pretrained", None))
+            before = model.__dict__.pop("save_pretrained", None)  # somebody else's, or of a training that was given up
+            if isinstance(before, functools.partial) and before.func is _save_pretrained:
+                before = None
+            self._undo.append(functools.partial(_put_back, model, before))
+            run = Path(args.output_dir).absolute()
+            model.save_pretrained = functools.partial(_save_pretrained, model, before or model.save_pretrained, run)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -277,8 +281,15 @@ def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
+def _put_back(model: PreTrainedModel, save_pretrained: Callable | None) -> None:
+    model.__dict__.pop("save_pretrained", None)
+    if save_pretrained is not None:
+        model.save_pretrained = save_pretrained
+
+
 def _save_pretrained(
     model: PreTrainedModel,
+    whole_model: Callable,
     run: Path,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
@@ -288,9 +299,7 @@ def _save_pretrained(
     """model.save_pretrained while training: R alone into a checkpoint of this run, the whole model anywhere else."""
     folder = Path(save_directory).absolute()
     if run not in folder.parents or not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-        return type(model).save_pretrained(
-            model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
-        )
+        return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
     if is_main_process:
         # The names are those of the model that Trainer has, which a user may have compiled.
         compiled = state_dict is not None and all(key.startswith("_orig_mod.") for key in state_dict)
@@ -320,8 +329,10 @@ def _mixing(layer: LoRAXSLinear) -> Tensor:
 @torch.no_grad()
 def _check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before Trainer loads one, and not strictly: what trains must be in it, and A and B, which are not, the same."""
-    for name, p in module.named_parameters():
-        if p.requires_grad and prefix + name not in state_dict:
+    named = list(module.named_parameters(remove_duplicate=False))  # a tied one is there by one of its names
+    present = {id(p) for name, p in named if prefix + name in state_dict}
+    for name, p in named:
+        if p.requires_grad and id(p) not in present:
             raise ValueError(f"resume_from_checkpoint: the checkpoint has no values for {name!r}, which trains")
     for name, layer in module.named_modules():
         if not isinstance(layer, LoRAXSLinear):
