@@ -1,0 +1,167 @@
+"""Instruction tuning of a causal language model with LoRA-XS: by default the recipe of the paper's MetaMathQA runs.
+
+    python examples/train_causal_lm.py --model_name_or_path mistralai/Mistral-7B-v0.1 \
+        --data_path MetaMathQA-395K.json --data_fields query response --loraxs_r 64 --output_dir out
+
+The data are a file, or a folder of files, of JSON (an array, or an object a line) or parquet.  Every option of
+transformers' TrainingArguments works, on one GPU, several (torchrun) or none; --resume_from_checkpoint true continues
+where a run was stopped.  What is left in the end is output_dir/adapter.safetensors:
+
+    model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16)
+    lx.load_adapter(model, "out/adapter.safetensors")
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+import loraxs_kernels as lx
+from loraxs_kernels.integrations.transformers import LoraXSCallback
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
+IGNORED = -100  # a label that has no part in the loss
+
+
+@dataclass
+class Task:
+    model_name_or_path: str = field(metadata={"help": "a folder, or a name on the Hugging Face Hub"})
+    data_path: str = field(metadata={"help": "a .json, .jsonl or .parquet file, or a folder of them"})
+    data_fields: list[str] = field(
+        default_factory=lambda: ["query", "response"],
+        metadata={"help": "the names of the instruction and of the response; GSM8K's are question answer"},
+    )
+    max_samples: int = field(default=100_000, metadata={"help": "how many examples to take, from the first on"})
+    max_length: int = field(default=512, metadata={"help": "in tokens; what is longer is cut"})
+    dtype: str = field(default="auto", metadata={"help": "of the frozen weights; auto: bfloat16 on GPUs that have it"})
+    loraxs_r: int = field(default=64, metadata={"help": "rank: R is r x r"})
+    loraxs_alpha: float | None = field(default=None, metadata={"help": "s = alpha / r; by default alpha = r"})
+    loraxs_dropout: float = 0.0
+    loraxs_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "names of modules, or all-linear"},
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.data_fields) != 2:
+            raise ValueError(f"data_fields: got {self.data_fields}, must be two names")
+
+
+@dataclass
+class Recipe(TrainingArguments):
+    """TrainingArguments with the paper's values: batches of 2 x 64, AdamW with cosine decay and no weight decay."""
+
+    learning_rate: float = 4e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = field(default=0.02, metadata={"help": "the part of the steps in which the rate rises"})
+    weight_decay: float = 0.0
+    num_train_epochs: float = 2.0
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 64
+    logging_steps: float = 1
+    save_steps: float = 100
+    save_total_limit: int | None = 5
+
+    def __post_init__(self) -> None:
+        if all(f.name != "warmup_ratio" for f in fields(TrainingArguments)) and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # transformers 5 takes either there
+        super().__post_init__()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    task, recipe = HfArgumentParser((Task, Recipe)).parse_args_into_dataclasses(argv)
+    set_seed(recipe.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
+    records = read_records(Path(task.data_path))[: task.max_samples]
+    data = encode(records, task, tokenizer)
+    print(f"{len(data)} examples; {len(records) - len(data)} left out, whose prompts leave no room for a response")
+
+    model = AutoModelForCausalLM.from_pretrained(task.model_name_or_path, dtype=chosen_dtype(task.dtype))
+    lx.attach(
+        model,
+        task.loraxs_r,
+        target_modules="all-linear" if task.loraxs_target_modules == ["all-linear"] else task.loraxs_target_modules,
+        alpha=task.loraxs_alpha,
+        dropout=task.loraxs_dropout,
+        seed=recipe.seed,
+        device=recipe.device,
+    )
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{trains:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
+
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    trainer = Trainer(model=model, args=recipe, train_dataset=data, data_collator=functools.partial(collate, pad=pad))
+    LoraXSCallback().add_to(trainer)
+    resume = recipe.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_state()
+
+    if trainer.is_world_process_zero():
+        path = Path(recipe.output_dir, "adapter.safetensors")
+        lx.save_adapter(model, path)
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def read_records(path: Path) -> list[dict]:
+    """All records of a file, or of the files of a folder in the order of their names."""
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix in (".json", ".jsonl", ".parquet"))
+        if not files:
+            raise FileNotFoundError(f"data_path: there is no .json, .jsonl or .parquet file in {path}")
+        return [record for each in files for record in read_records(each)]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def encode(records: list[dict], task: Task, tokenizer: Any) -> list[dict]:
+    """Tokens of prompt, response and end; the loss is on the response and its end alone."""
+    for i, record in enumerate(records):
+        if absent := [name for name in task.data_fields if name not in record]:
+            raise ValueError(f"data_fields: record {i} has no field {absent[0]!r}; it has {', '.join(record)}")
+    instruction, response = task.data_fields
+    prompts = tokenizer([PROMPT.format(record[instruction]) for record in records])["input_ids"]
+    responses = tokenizer([record[response] for record in records], add_special_tokens=False)["input_ids"]
+    examples = []
+    for prompt, answer in zip(prompts, responses, strict=True):
+        if len(prompt) < task.max_length:
+            ids = [*prompt, *answer, tokenizer.eos_token_id][: task.max_length]
+            examples.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    return examples
+
+
+def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    labels = [torch.tensor(example["labels"]) for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The example scripts, run as a user would, offline: tiny random models and a few lines of data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import loraxs_kernels as lx
+
+transformers = pytest.importorskip("transformers")
+AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+
+ROOT = Path(__file__).parents[1]
+QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate has one state in a process, and transformers 4 sets it by the environment."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+    yield
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[key]
+    os.environ.update(before)
+    AcceleratorState._reset_state(True)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A tokenizer of bytes; returns how many tokens it has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    names = {c: i for i, c in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    made = Tokenizer(models.BPE(names, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A </s> $B", [("<s>", 0), ("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return len(names)
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=2)
+    sizes |= dict(vocab_size=save_tokenizer(folder), bos_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    else:
+        config = transformers.RobertaConfig(**sizes, max_position_embeddings=80, initializer_range=0.2)
+        model = transformers.RobertaForMaskedLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [each["loss"] for each in history if "loss" in each]
+
+
+def lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def test_causal_lm(tmp_path, capsys):
+    model = save_model(tmp_path / "model", "llama")
+    sums = [{"query": f"{a}+{b}", "response": "z" * 12} for a in range(4) for b in range(4)]
+    data = lines(tmp_path / "sums.jsonl", [*sums, {"query": "x" * 300, "response": "cut off"}])
+    arguments = ["--model_name_or_path", str(model), "--data_path", str(data), "--loraxs_r", "8", *QUIET]
+    arguments += ["--max_length", "224", "--gradient_accumulation_steps", "2", "--learning_rate", "0.2"]
+    arguments += ["--gradient_checkpointing", "true", "--save_steps", "5"]
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "examples" / "train_causal_lm.py"), *arguments, "--output_dir", str(out)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 examples; 1 left out" in done.stdout and "896 of " in done.stdout  # 2 layers x 7 modules x 8 x 8
+    fell = losses(out)  # 2 epochs of 16 / (2 x 2)
+    assert len(fell) == 8 and fell[-1] < fell[0] - 0.3
+    assert not (out / "checkpoint-8" / "tokenizer.json").exists()
+
+    script("train_causal_lm").main(
+        [*arguments, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / "checkpoint-5")]
+    )
+    adapter = (out / "adapter.safetensors").read_bytes()
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == adapter
+    assert (out / "checkpoint-8" / "adapter.safetensors").read_bytes() == adapter
+
+    fresh, base = (transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    lx.load_adapter(fresh, out / "adapter.safetensors")
+    ids = torch.arange(20)[None]
+    assert not torch.allclose(fresh(ids).logits, base(ids).logits, atol=1e-2)
+
+
+def test_causal_lm_data(tmp_path):
+    example = script("train_causal_lm")
+    save_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "data").mkdir()
+    records = [{"question": "1+1", "answer": "2\u2028"}, {"question": "q", "answer": "a"}]
+    lines(tmp_path / "data" / "b.jsonl", records)
+    (tmp_path / "data" / "a.json").write_text(json.dumps(records[1:]))
+    read = example.read_records(tmp_path / "data")
+    assert read == [records[1], *records]
+    task = example.Task("m", "d", data_fields=["question", "answer"])
+    first = example.encode(read, task, tokenizer)[0]
+    prompt = tokenizer(example.PROMPT.format("q"))["input_ids"]
+    answer = [tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id]
+    assert first == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    batch = example.collate([first, {"input_ids": [5, 6], "labels": [-100, 6]}], pad=2)
+    assert batch["labels"][1].tolist() == [-100, 6] + [-100] * len(prompt)
+    assert batch["attention_mask"].sum(1).tolist() == [len(prompt) + 2, 2] and batch["input_ids"][1, 2:].eq(2).all()
+    with pytest.raises(ValueError, match="record 0 has no field 'query'; it has question, answer"):
+        example.encode(read, example.Task("m", "d"), tokenizer)
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), tmp_path / "c.parquet")
+    assert example.read_records(tmp_path / "c.parquet") == records
+
+
+def test_paper_recipe(tmp_path):
+    """The defaults, and that the warmup arrives, whatever transformers calls it."""
+    example = script("train_causal_lm")
+    recipe = example.Recipe(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert (recipe.learning_rate, recipe.lr_scheduler_type, recipe.weight_decay) == (4e-3, "cosine", 0)
+    assert (recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, recipe.num_train_epochs) == (
+        2,
+        64,
+        2,
+    )
+    assert recipe.get_warmup_steps(1000) == 20 and "adamw" in recipe.optim
+    glue = script("train_glue")
+    assert glue.Recipe(output_dir=str(tmp_path), report_to="none", use_cpu=True).get_warmup_steps(1000) == 60
+
+
+def test_glue(tmp_path, capsys):
+    example = script("train_glue")
+    model = save_model(tmp_path / "model", "roberta")
+    letters = [{"sentence": c * 10, "label": c in "aeiou"} for c in "abcdefghijklmnopqrstuvwxyz"]
+    data = tmp_path / "letters.csv"
+    data.write_text("sentence,label\n" + "".join(f"{each['sentence']},{int(each['label'])}\n" for each in letters * 2))
+    arguments = ["--task", "cola", "--model_name_or_path", str(model), "--loraxs_r", "4", *QUIET]
+    arguments += ["--train_file", str(data), "--validation_file", str(data)]
+    arguments += ["--per_device_train_batch_size", "13", "--learning_rate", "0.02", "--logging_steps", "1"]
+    out = tmp_path / "out"
+    result = example.main([*arguments, "--output_dir", str(out)])
+    assert "128 parameters in 8 adapters train" in capsys.readouterr().out  # 2 layers x 4 modules x 4 x 4
+    fell = losses(out)
+    assert len(fell) == 40 and sum(fell[-4:]) < sum(fell[:4])  # 10 epochs
+    assert result["eval_matthews"] == json.loads((out / "result.json").read_text())["eval_matthews"]
+
+    fresh = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    lx.load_adapter(fresh, out / "adapter.safetensors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    encoded = example.encode(letters, example.TASKS["cola"], ["False", "True"], tokenizer, 128)
+    with torch.no_grad():
+        logits = torch.cat([fresh(torch.tensor([each["input_ids"]])).logits for each in encoded])
+    labels = torch.tensor([each["labels"] for each in encoded])
+    prediction = transformers.EvalPrediction(logits.numpy(), labels.numpy())
+    assert example.metrics("cola", prediction)["matthews"] == pytest.approx(result["eval_matthews"], abs=1e-6)
+
+    resumed = example.main([*arguments, "--output_dir", str(out), "--resume_from_checkpoint", "true"])
+    assert resumed["eval_matthews"] == result["eval_matthews"]
+
+
+def test_glue_from_mnli_and_regression(tmp_path):
+    example = script("train_glue")
+    model = save_model(tmp_path / "model", "roberta")
+    mnli = [{"premise": c * 3, "hypothesis": c, "label": i % 3} for i, c in enumerate("abcdef")]
+    stsb = [{"sentence1": c * 3, "sentence2": c, "label": i / 2} for i, c in enumerate("abcdef")]
+    options = ["--model_name_or_path", str(model), "--loraxs_r", "4", *QUIET]
+    options += ["--num_train_epochs", "2", "--warmup_ratio", "0"]
+
+    def run(task: str, records: list[dict], *more: str) -> tuple[dict, Path]:
+        data = str(lines(tmp_path / f"{task}.jsonl", records))
+        files = ["--train_file", data, "--validation_file", data, "--output_dir", str(tmp_path / task)]
+        return example.main(["--task", task, *options, *files, *more]), tmp_path / task / "adapter.safetensors"
+
+    _, adapter = run("mnli", mnli, "--learning_rate", "0.5")
+    result, continued = run("stsb", stsb, "--mnli_adapter", str(adapter), "--learning_rate", "0")
+    assert {"eval_pearson", "eval_spearman"} <= result.keys()
+    first = lx.load_adapter(
+        transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=3), adapter
+    )
+    then = lx.load_adapter(
+        transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1), continued
+    )
+    R = "roberta.encoder.layer.1.output.dense.R"
+    assert torch.equal(first.get_parameter(R), then.get_parameter(R)) and first.get_parameter(R).abs().max() > 0.1
+    assert then.classifier.out_proj.weight.shape[0] == 1
+
+
+def test_glue_data(tmp_path):
+    example = script("train_glue")
+    (tmp_path / "a.tsv").write_text('sentence1\tsentence2\tlabel\n"odd\tb\tentailment\n')
+    (tmp_path / "b.json").write_text(json.dumps([{"sentence1": "c", "sentence2": "d", "label": "not_entailment"}]))
+    task = example.Task("rte", train_file=str(tmp_path / "a.tsv"), validation_file=str(tmp_path / "b.json"))
+    train, validation = example.read_data(task)
+    assert train == [{"sentence1": '"odd', "sentence2": "b", "label": "entailment"}]
+    assert example.label_names(train + validation) == ["entailment", "not_entailment"]
+    with pytest.raises(ValueError, match="the data have columns text, label, must have question, sentence and label"):
+        example.encode([{"text": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
+    lines(tmp_path / "b.json", [{"sentence": "c"}])
+    with pytest.raises(ValueError, match=r"b\.json: has no records with a column 'label'"):
+        example.read_data(task)
+
+
+def test_glue_table():
+    """The values of a task are defaults of the command line."""
+    example = script("train_glue")
+    assert example.TASKS["cola"].defaults()["learning_rate"] == 5e-4
+    assert example.TASKS["rte"].defaults() == {
+        "num_train_epochs": 50,
+        "warmup_ratio": 0.0,
+        "learning_rate": 6e-4,
+        "classifier_learning_rate": 6e-4,
+        "metric_for_best_model": "accuracy",
+    }

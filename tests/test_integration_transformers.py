@@ -1,0 +1,480 @@
+"""Trainer, TRL and accelerate on attached models: R-only checkpoints that resume to the bit, gradients that arrive."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import loraxs_kernels as lx
+from loraxs_kernels.model import adapted_layers
+
+transformers = pytest.importorskip("transformers")
+AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+
+from loraxs_kernels.integrations.transformers import LoraXSCallback  # noqa: E402
+
+VOCABULARY, LENGTH, CLASSES = 40, 8, 3
+FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate has one state in a process, and transformers 4 sets it by the environment."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+    yield
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[key]
+    os.environ.update(before)
+    AcceleratorState._reset_state(True)
+
+
+def llama(dropout: float = 0.25) -> nn.Module:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=dropout,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def roberta() -> nn.Module:
+    torch.manual_seed(1)
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH + 4,
+        num_labels=CLASSES,
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def attached(model: nn.Module | None = None, **options) -> nn.Module:
+    options = {"target_modules": "all-linear", "dropout": 0.1, "progress": False} | options
+    return lx.attach(llama() if model is None else model, 4, **options)
+
+
+def texts(n: int = 16) -> list[dict]:
+    ids = torch.randint(3, VOCABULARY, (n, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def labelled(n: int = 16) -> list[dict]:
+    return [{"input_ids": each["input_ids"], "labels": each["input_ids"][0] % CLASSES} for each in texts(n)]
+
+
+def arguments(folder: Path, **options):
+    defaults = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        learning_rate=1e-2,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
+    return transformers.TrainingArguments(**defaults | options)
+
+
+def trainer_of(model: nn.Module, folder: Path, data: list | None = None, callbacks: list | None = None, **options):
+    return transformers.Trainer(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=data or texts(),
+        eval_dataset=(data or texts())[:4],
+        callbacks=[LoraXSCallback()] if callbacks is None else callbacks,
+    )
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def own(model: nn.Module) -> tuple:
+    """What somebody might leave on a model."""
+    hooks = [
+        len(hooks)
+        for m in model.modules()
+        for hooks in (m._forward_hooks, m._load_state_dict_pre_hooks, m._load_state_dict_post_hooks)
+    ]
+    return hooks, "save_pretrained" in model.__dict__
+
+
+@pytest.mark.parametrize("step", [2, 8])  # in the middle of an epoch and at the end of one
+def test_resumes_to_the_bit(tmp_path, step, caplog):
+    whole = trainer_of(attached(), tmp_path / "whole")
+    whole.train()
+    end = trained(whole.model)
+    initial = trained(attached())
+    assert not any(torch.equal(end[name], initial[name]) for name in end)
+
+    model = attached()
+    before = own(model)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    with caplog.at_level(logging.WARNING, "transformers"):
+        resumed = trainer_of(model, tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(model), end) and own(model) == before
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+    assert resumed.state.log_history[step:-1] == whole.state.log_history[step:-1]  # the last one has times
+
+
+def test_resumes_the_last_of_an_interrupted_run(tmp_path):
+    """Tied and trained embeddings, a head, a parametrization of R, running statistics and mixed precision too."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    def model() -> nn.Module:
+        made = llama()
+        made.config.tie_word_embeddings = True
+        made.tie_weights()
+        made.model.norm = Statistics(16)
+        return attached(made, modules_to_save=["embed_tokens"])
+
+    def model_of_halves() -> nn.Module:
+        made = attached(roberta(), target_modules=["query", "value"], modules_to_save=["classifier"])
+        for _, layer in adapted_layers(made):
+            nn.utils.parametrize.register_parametrization(layer, "R", Half())
+        return made
+
+    for number, (make, data) in enumerate([(model, texts()), (model_of_halves, labelled())]):
+        options = dict(data=data, save_total_limit=1, bf16=True)
+        whole = trainer_of(make(), tmp_path / f"whole{number}", **options)
+        whole.train()
+        folder = tmp_path / f"interrupted{number}"
+        interrupted = trainer_of(make(), folder, callbacks=[LoraXSCallback(), Interrupt()], **options)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.train()
+        assert [each.name for each in folder.iterdir()] == ["checkpoint-6"]
+        resumed = trainer_of(make(), folder, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+class Statistics(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Half(nn.Module):
+    def forward(self, R):
+        return R / 2
+
+    def right_inverse(self, R):
+        return 2 * R
+
+
+def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
+    trainer = trainer_of(attached(), tmp_path)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-12"
+    names = {each.name for each in checkpoint.iterdir()}
+    assert {"adapter.safetensors", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"R", "loraxs_basis"}
+    ids = texts()[0]["input_ids"][None]
+    fresh = lx.load_adapter(llama().eval(), checkpoint / "adapter.safetensors", progress=False)
+    assert torch.equal(fresh(ids).logits, trainer.model.eval()(ids).logits)
+    with pytest.raises((OSError, ValueError)):  # and not a model made of R
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_the_model_itself_is_saved_whole(tmp_path):
+    """By save_pretrained, after training and, anywhere but into a checkpoint, while it lasts or was given up."""
+
+    class Save(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            model.save_pretrained(tmp_path / "during")
+            model.save_pretrained(tmp_path / "elsewhere" / "checkpoint-1")
+            raise KeyboardInterrupt
+
+    model = attached()
+    state = set(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(model, tmp_path / "run", callbacks=[LoraXSCallback(), Save()]).train()
+    model.save_pretrained(tmp_path / "given up")
+    copy.deepcopy(model)
+    trainer_of(model, tmp_path / "run", max_steps=1).train()
+    assert "save_pretrained" not in model.__dict__
+    model.save_pretrained(tmp_path / "after")
+    for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):
+        assert set(load_file(tmp_path / folder / "model.safetensors")) == state
+        assert (tmp_path / folder / "config.json").exists()
+    model.save_pretrained = patched = functools.partial(model.save_pretrained)
+    trainer_of(model, tmp_path / "run", max_steps=1).train()
+    assert model.__dict__["save_pretrained"] is patched
+
+
+def test_the_best_model_is_loaded(tmp_path, caplog):
+    options = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="worst")
+    trainer = trainer_of(attached(), tmp_path, save_total_limit=1, save_only_model=True, **options)
+    scores = iter([0.0, 1.0, 0.5, 0.4, 0.3, 0.2])
+    trainer.compute_metrics = lambda _: {"worst": next(scores)}
+    with caplog.at_level(logging.WARNING, "transformers"):
+        trainer.train()
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    now = trained(trainer.model)
+    assert all(torch.equal(best[name], R) for name, R in now.items()) and "missing keys" not in caplog.text
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+
+
+def test_another_basis_is_not_resumed(tmp_path):
+    trainer_of(attached(), tmp_path, max_steps=2).train()
+    other = llama()
+    nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
+    more = attached(modules_to_save=["lm_head"])
+    for model, error, message in [
+        (attached(init="random"), lx.AdapterMismatch, "A and B of module 'model.layers.0.self_attn.q_proj'"),
+        (attached(other), lx.AdapterMismatch, "A and B of module 'model.layers.1.mlp.up_proj'"),
+        (more, ValueError, "no values for 'lm_head.weight'"),
+    ]:
+        before = trained(model)
+        with pytest.raises(error, match=message):
+            trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
+        assert same(trained(model), before)
+
+
+def test_figures_are_logged_everywhere(tmp_path):
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            seen.append(dict(logs))
+
+    trainer = trainer_of(attached(alpha=8), tmp_path, callbacks=[Reporter()], max_steps=3)
+    callback = LoraXSCallback()
+    callback.add_to(trainer)
+    callback.add_to(trainer)
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    layers = [layer for _, layer in adapted_layers(trainer.model)]
+    ratios = [layer.delta_weight().norm() / layer.base_layer.weight.norm() for layer in layers]
+    expected = torch.cat([layer.R.flatten() for layer in layers]).norm(), sum(ratios) / len(ratios), max(ratios)
+    for logged in (trainer.state.log_history[2], seen[2]):
+        torch.testing.assert_close(
+            tuple(torch.tensor(logged[name]) for name in FIGURES), tuple(map(torch.Tensor.detach, expected))
+        )
+    assert not any(name in trainer.state.log_history[-1] for name in FIGURES)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][1]["loraxs_R_norm"] > 0
+
+
+def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def model() -> nn.Module:
+        return peft.get_peft_model(llama(), LoraXSConfig(r=4, target_modules="all-linear", lora_alpha=8))
+
+    whole = trainer_of(model(), tmp_path / "whole")
+    whole.train()
+    plain = attached(llama(), alpha=8, dropout=0.0)
+    values = {
+        name.replace("base_model.model.", "").replace("loraxs_R.default", "R"): R
+        for name, R in trained(whole.model).items()
+    }
+    plain.load_state_dict(values, strict=False)
+    layers = [layer for _, layer in adapted_layers(plain)]
+    ratios = [(layer.delta_weight().norm() / layer.base_layer.weight.norm()).item() for layer in layers]
+    logged = whole.state.log_history[11]
+    assert logged["loraxs_delta_max"] == pytest.approx(max(ratios), rel=1e-5)
+    assert logged["loraxs_delta_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
+    resumed = trainer_of(model(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(resumed.model), trained(whole.model))
+
+
+def test_figures_without_the_weights_of_a_layer(tmp_path):
+    class Opaque(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    model = llama()
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Opaque(16, 24, bias=False)
+    nn.init.zeros_(layer.gate_proj.weight)
+    factors = {"model.layers.0.mlp.up_proj": (torch.randn(4, 16), torch.randn(24, 4))}
+    trainer = trainer_of(attached(model, target_modules=["layers.0.mlp.up_proj"], init=factors), tmp_path, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loraxs_R_norm"] > 0 and "loraxs_delta_max" not in logged
+    model = lx.attach(lx.detach(model), 4, target_modules=["layers.0.mlp.gate_proj", "down_proj"], progress=False)
+    trainer = trainer_of(model, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loraxs_delta_max"] < 1  # of the two that are not zero
+
+
+@pytest.mark.parametrize("how", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+def test_gradients_pass_checkpointed_layers(tmp_path, how):
+    """The same bits as without, where no dropout is; and nothing stays on the model."""
+    ends = []
+    for options in ({}, dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=how)):
+        model = attached(llama(dropout=0.0), dropout=0.0)
+        trainer_of(model, tmp_path, max_steps=2, **options).train()
+        ends.append(trained(model))
+    assert same(*ends)
+
+
+def test_adapters_without_gradients_are_an_error(tmp_path):
+    """What reentrant checkpointing does to a frozen model, while its head learns happily."""
+    model = attached(modules_to_save=["lm_head"])
+    model.model.register_forward_hook(
+        lambda module, args, output: setattr(output, "last_hidden_state", output[0].detach())
+    )
+    with pytest.raises(RuntimeError, match="no R got a gradient in the first step"):
+        trainer_of(model, tmp_path).train()
+    first = attached()
+    first.model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.warns(UserWarning, match=r"R of 7 of 14 modules, the first 'model.layers.0.self_attn.q_proj'"):
+        trainer_of(first, tmp_path, max_steps=1).train()
+
+
+def test_refuses_before_it_trains(tmp_path):
+    for model, message in [(llama(), "has no LoRA-XS adapters"), (lx.merge(attached()), "is merged")]:
+        model.lm_head.requires_grad_(True)
+        with pytest.raises(ValueError, match=message):
+            trainer_of(model, tmp_path).train()
+    model = attached()
+    model.model.norm.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 parameters train, the first 'model.norm.weight', that no adapter file"):
+        trainer_of(model, tmp_path, max_steps=2).train()
+    other = attached()
+    other.model.norm.requires_grad_(True)
+    with pytest.warns(UserWarning):
+        trainer_of(other, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert same(trained(other), trained(model))
+
+
+def test_compiled_models(tmp_path):
+    """By the user, whose names then begin with _orig_mod., and by Trainer."""
+
+    def run(folder: Path, **resume) -> nn.Module:
+        model = attached()
+        compiled = torch.compile(model, backend="eager")
+        trainer_of(compiled, folder, remove_unused_columns=False, max_steps=4).train(**resume)
+        return model
+
+    whole, checkpoint = run(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-2"
+    assert same(trained(run(tmp_path / "resumed", resume_from_checkpoint=str(checkpoint))), trained(whole))
+    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
+    lx.load_adapter(llama(), checkpoint / "adapter.safetensors", progress=False)
+    trainers = dict(torch_compile=True, torch_compile_backend="eager", max_steps=4)
+    whole = trainer_of(attached(), tmp_path / "trainer's", **trainers)
+    whole.train()
+    resumed = trainer_of(attached(), tmp_path / "resumed again", **trainers)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer's" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
+
+
+def test_a_module_that_is_no_pretrained_model(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+        def forward(self, input_ids, labels):
+            logits = self.linear(self.embedding(input_ids))
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return attached(Plain(), target_modules=["linear"])
+
+    whole = trainer_of(plain(), tmp_path)
+    whole.train()
+    resumed = trainer_of(plain(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert same(trained(resumed.model), trained(whole.model))
+    torch.manual_seed(0)
+    lx.load_adapter(Plain(), tmp_path / "checkpoint-12" / "adapter.safetensors", progress=False)
+
+
+def test_accelerate(tmp_path):
+    from accelerate import Accelerator
+
+    model = attached()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    loader = torch.utils.data.DataLoader(texts(), batch_size=4)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for batch in [*loader] * 8:
+        loss = prepared(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-4:]) < sum(losses[:4]) and all(R.dtype == torch.float32 for R in trained(model).values())
+    lx.save_adapter(accelerator.unwrap_model(prepared), tmp_path / "a.safetensors")
+    fresh = lx.load_adapter(llama(), tmp_path / "a.safetensors", progress=False)
+    assert same(trained(fresh), trained(model))
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(
+        [{"prompt": f"count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(1, 9)]
+    )
+
+    def trainer_in(folder: Path):
+        options = dict(learning_rate=1e-2, save_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False)
+        return trl.SFTTrainer(
+            model=attached(),
+            args=trl.SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, max_length=32, **options),
+            train_dataset=data,
+            processing_class=tokenizer(),
+            callbacks=[LoraXSCallback()],
+        )
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.train()
+    history = whole.state.log_history
+    assert history[-2]["loss"] < history[0]["loss"] and history[0]["loraxs_R_norm"] > 0
+    resumed = trainer_in(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
+    assert (tmp_path / "whole" / "checkpoint-2" / "adapter.safetensors").exists()
+
+
+def tokenizer():
+    """Of bytes, made here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
+    names |= {c: i + 4 for i, c in enumerate("0123456789 :Ġabcdefnortuxyz")}
+    made = Tokenizer(models.BPE(names, [], unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
