@@ -34,7 +34,7 @@ from .atomic import write_atomically
 from .basis import Recipe
 from .factors import WORKSPACE, compute_devices
 from .linear import LoRAXSLinear
-from .model import adapted_layers, detach, install
+from .model import adapted_layers, detach, install, unwrapped
 from .weights import assign, whole
 
 FORMAT_VERSION = 1
@@ -58,7 +58,8 @@ def save_adapter(
     """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of the basis.
 
     Args:
-        model: with adapters from `attach` (merged or not).  Where FSDP2 has sharded R, every rank must call.
+        model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
+            Where FSDP2 has sharded R, every rank must call.
         path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
             stops this process, finds the old file or the new one, whole.
         dtype: of R in the file, fp32 or bf16; None: as trained.
@@ -70,7 +71,7 @@ def save_adapter(
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
     if path.is_dir():
         raise ValueError(f"path: {path} is a directory, must be the name of a file")
     stacks: dict[str, list[Tensor]] = {}
@@ -133,7 +134,7 @@ def load_adapter(
         FileNotFoundError: there is no such file.  ValueError: it is no whole adapter file of a version known here, or
         its modules are not the model's.  AdapterMismatch: the basis is another.  The model is then as it was.
     """
-    path = Path(path)
+    given, model, path = model, unwrapped(model), Path(path)
     header, entries, tensors = _read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if fresh:
@@ -163,7 +164,7 @@ def load_adapter(
             f"an estimated relative error of delta W of up to {worst:.1e}",
             stacklevel=3,  # past no_grad's wrapper
         )
-    return model
+    return given
 
 
 def saved_modules(model: nn.Module) -> list[str]:

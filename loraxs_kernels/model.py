@@ -276,6 +276,17 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
     yield from found
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
 def match(
     model: nn.Module,
     target_modules: str | Sequence[str],

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def trained(tmp_path):
     nn.init.normal_(randomise(model)[3].weight)
     lx.save_adapter(model, tmp_path / "adapter.safetensors")
     return model, tmp_path / "adapter.safetensors"
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
+    model, path = trained
+    wrapped = wrap(model)
+    lx.save_adapter(wrapped, tmp_path / "wrapped.safetensors")
+    assert (tmp_path / "wrapped.safetensors").read_bytes() == path.read_bytes()
+    fresh = wrap(mlp())
+    assert lx.load_adapter(fresh, path) is fresh
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
 
 
 def unchanged(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:

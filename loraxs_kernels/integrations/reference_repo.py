@@ -34,7 +34,7 @@ from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probe
 from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
 from ..matching import matches
-from ..model import adapted_layers, detach, install, pattern_value
+from ..model import adapted_layers, detach, install, pattern_value, unwrapped
 from ..weights import FLOATS, is_conv1d, weight_of, whole
 
 OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
@@ -231,6 +231,7 @@ def export_as_lora(
     PEFT need not be installed.  Raises ValueError, before anything is written, where the model has no adapters or a
     factor is not finite in that dtype.
     """
+    model = unwrapped(model)
     if isinstance(model, LoRAXSLinear):
         raise ValueError("model: is itself a LoRAXSLinear, must have such layers below it")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
