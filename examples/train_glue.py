@@ -1,5 +1,5 @@
-"""GLUE with LoRA-XS on RoBERTa-large, as the reference implementation's scripts have it: R and the classifier train, each
-at its rate.
+"""GLUE with LoRA-XS on RoBERTa-large, by the settings of the reference implementation's scripts: R and the classifier
+train, each at its rate.
 
     python examples/train_glue.py --task cola --loraxs_r 16 --output_dir out
     python examples/train_glue.py --task rte --train_file train.tsv --validation_file dev.tsv --output_dir out \
