@@ -184,6 +184,21 @@ def test_another_base_model_is_refused_and_stays_unusable(saved):
     assert logits(PeftModel.from_pretrained(LlamaForCausalLM(llama().config), saved)).isfinite().all()
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("lost", [["loraxs_R"], ["loraxs_R", "loraxs_fingerprint"]], ids=len)
+def test_a_file_without_some_R_is_not_taken_silently(saved, lost, low_cpu_mem_usage):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    for kind in lost:
+        del tensors[f"base_model.model.model.layers.1.mlp.up_proj.{kind}"]
+    save_file(tensors, saved / "adapter_model.safetensors")
+    if low_cpu_mem_usage or len(lost) == 1:
+        with pytest.raises(ValueError, match=r"adapter 'default': has no R for module 'model.layers.1.mlp.up_proj'"):
+            PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
+    else:
+        with pytest.warns(UserWarning, match=r"missing adapter keys.*up_proj\.loraxs_R"):  # PEFT's own
+            PeftModel.from_pretrained(llama(), saved)
+
+
 def test_a_flipped_singular_vector_is_mended(trained, saved):
     tensors = load_file(saved / "adapter_model.safetensors")
     for key in tensors:

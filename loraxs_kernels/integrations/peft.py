@@ -283,6 +283,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.loraxs_fingerprint[name] = fingerprint
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name in self.loraxs_R:
+            if f"{prefix}loraxs_fingerprint.{name}" in state_dict and f"{prefix}loraxs_R.{name}" not in state_dict:
+                raise ValueError(f"adapter {name!r}: has no R for {label_of(self.recipe[name].name)}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
         frozen = [*self.base_layer.parameters(), *self.base_layer.buffers()]
         frozen += [*self.loraxs_A.values(), *self.loraxs_B.values()]
@@ -296,8 +302,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.loraxs_R:
             return
         device = device or self.base_layer.weight.device
-        if not self.loraxs_R[adapter_name].is_meta:
-            self.loraxs_R[adapter_name] = self.loraxs_R[adapter_name].to(device)
+        if self.loraxs_R[adapter_name].is_meta and device.type != "meta":
+            label = label_of(self.recipe[adapter_name].name)
+            raise ValueError(f"adapter {adapter_name!r}: has no R for {label}")
+        self.loraxs_R[adapter_name] = self.loraxs_R[adapter_name].to(device)
         for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
             if not held[adapter_name].is_meta:
                 held[adapter_name] = held[adapter_name].to(device)
