@@ -78,6 +78,11 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     descriptions = {}
     for i, (name, layer) in enumerate(adapted_layers(model)):
+        if layer.R.is_meta or layer.A.is_meta:
+            raise ValueError(
+                f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "
+                "reset_parameters(), or take accelerate's offloading off"
+            )
         R = whole(layer.R.detach())
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")

@@ -39,7 +39,7 @@ class LoRAXSLinear(nn.Module):
     A: Tensor
     B: Tensor
     R: nn.Parameter
-    merged_weight: Tensor | None
+    merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class LoRAXSLinear(nn.Module):
         self.register_buffer("A", A)
         self.register_buffer("B", padded_rows(B))
         self.R = nn.Parameter(R)
-        self.register_buffer("merged_weight", None, persistent=False)  # (N, K), while merged
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
         self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
         self.train(base_layer.training)
@@ -171,7 +170,7 @@ class LoRAXSLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
-        A, B, merged_weight = buffers["A"], buffers["B"], buffers["merged_weight"]
+        A, B, merged_weight = buffers["A"], buffers["B"], buffers.get("merged_weight")
         if merged_weight is not None:
             return F.linear(x, merged_weight, base.bias)
         p = self.dropout if self.training else 0.0
@@ -193,11 +192,11 @@ class LoRAXSLinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the adapter is part of the weight that the forward uses."""
-        return self.merged_weight is not None
+        return "merged_weight" in self._buffers
 
     @property
     def weight(self) -> Tensor:
-        if self.merged_weight is None:
+        if not self.merged:
             return self.base_layer.weight
         return self.merged_weight.t() if is_conv1d(self.base_layer) else self.merged_weight
 
@@ -227,11 +226,11 @@ class LoRAXSLinear(nn.Module):
         TypeError where W is not a dense tensor; the layer is then as it was.
         """
         if not self.merged:
-            self.merged_weight = self.merged_dense_weight()
+            self.register_buffer("merged_weight", self.merged_dense_weight(), persistent=False)
 
     def unmerge(self) -> None:
         """Back to the base weight and a separate adapter."""
-        self.merged_weight = None
+        self._buffers.pop("merged_weight", None)
 
     @torch.no_grad()
     def merged_dense_weight(self) -> Tensor:
@@ -248,7 +247,7 @@ class LoRAXSLinear(nn.Module):
         return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
-        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), self.A, self.B, self.merged_weight]
+        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), *self._buffers.values()]
         super()._apply(sparing_what_trains(fn, frozen), recurse)
         self.B = padded_rows(self.B)
         return self

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a dense 2-dimensional floating-point "
             "weight to merge into; the adapter stays beside it"
         )
+    if W.is_meta:
+        raise TypeError(
+            f"{label}: got a weight that is not there (meta device; accelerate offloads weights so), must be in memory "
+            "to merge into"
+        )
     return W.detach()
 
 
@@ -76,6 +82,7 @@ def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
     Readers that were registered go first.  Known besides, on nn.Linear and transformers' Conv1D:
         a dense weight;
         tensor subclasses that dequantise themselves (torchao), in their own dtype;
+        weights that accelerate has offloaded, read from where they are; device: where the layer computes;
         DTensor (FSDP2, tensor parallelism) and DeepSpeed's ZeRO-3, gathered for the read, a collective;
     and bitsandbytes' (0.45 and later)
         Linear4bit: read in fp32, since rounding code times scale to bf16 moved delta W of real weights by 4e-3 to 3e-2,
@@ -186,13 +193,21 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     if len(shape) != 2 or not (weight.dtype in FLOATS if plain else is_dtensor(weight) or _dequantises(weight)):
         raise _unreadable(layer, label)
     N, K = reversed(shape) if conv1d else shape
+    hook = _offloading(layer)
+    device = weight.device if hook is None else torch.device(hook.execution_device)
 
     def read() -> Tensor:
-        W = _gathered(weight, _dense)
+        W = _gathered(weight, _dense) if hook is None else hook.weights_map["weight"].to(device)
         return W.t() if conv1d else W
 
-    copies = not plain or hasattr(weight, "ds_id")
-    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), weight.device, read, copies)
+    copies = not plain or hasattr(weight, "ds_id") or hook is not None
+    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), device, read, copies)
+
+
+def _offloading(layer: nn.Module) -> Any:
+    """accelerate's hook of a layer whose weight it keeps on the host or the disk and puts in place for each forward."""
+    hook = getattr(layer, "_hf_hook", None)
+    return hook if layer.weight.is_meta and getattr(hook, "weights_map", None) is not None else None
 
 
 def _linear4bit(layer: nn.Module, label: str) -> Weight:

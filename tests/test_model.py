@@ -54,6 +54,24 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_offloaded_by_accelerate(bert):
+    accelerate = pytest.importorskip("accelerate")
+    expected = randomise(lx.attach(copy.deepcopy(bert), 4, target_modules=["query", "dense"]))
+    accelerate.cpu_offload(bert, execution_device="cpu")
+    lx.attach(bert, 4, target_modules=["query", "dense"])
+    for a, b in zip(adapters(bert).values(), adapters(expected).values(), strict=True):
+        assert a.base_layer.weight.is_meta and torch.equal(a.A, b.A)
+        a.R.data.copy_(b.R)
+    y = expected(IDS).logits
+    torch.testing.assert_close(bert(IDS).logits, y, atol=1e-5, rtol=0)
+    with pytest.raises(TypeError, match="is not there"):
+        lx.merge(bert)
+    accelerate.cpu_offload(expected, execution_device="cpu", offload_buffers=True)  # the adapters, too
+    torch.testing.assert_close(expected(IDS).logits, y, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="is not there"):
+        lx.save_adapter(expected, "never-written.safetensors")
+
+
 def test_attach_says_what_its_arguments_did_not_do(bert):
     with pytest.warns(UserWarning, match="rank_pattern: no adapted module matches 'key'"):
         lx.attach(bert, 4, target_modules=["query"], rank_pattern={"key": 2})

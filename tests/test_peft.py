@@ -156,6 +156,15 @@ def test_auto_classes_and_transformers_own_loading(trained, tmp_path):
     assert torch.equal(logits(model), logits(llama()))
 
 
+def test_a_failed_add_adapter_can_be_tried_again():
+    model = llama()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"module 'model.layers.0.mlp.down_proj'"):
+        model.add_adapter(config())
+    model.add_adapter(config(exclude_modules=["down_proj"]))
+    assert len(layers(model)) == 12
+
+
 def test_transformers_add_adapter_trains_and_saves(tmp_path):
     model = llama()
     model.add_adapter(config(target_modules=["q_proj", "v_proj"]), adapter_name="mine")
@@ -247,6 +256,32 @@ def test_several_adapters_of_other_ranks_and_targets(trained, tmp_path):
     assert torch.equal(logits(trained), wide)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "wide")), wide)
     assert all(set(layer.loraxs_A.keys()) <= {"wide"} for layer in layers(trained).values())
+
+
+def test_an_adapter_for_each_sample_is_refused(trained):
+    with pytest.raises(ValueError, match=r"adapter_names: LoRA-XS takes one adapter for a whole batch"):
+        trained(IDS, adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("adapter_too", [False, True])
+def test_offloaded_by_accelerate(trained, adapter_too):
+    from accelerate import cpu_offload
+
+    y = logits(trained)
+    if adapter_too:
+        cpu_offload(trained, execution_device="cpu", offload_buffers=True)
+        model = trained
+    else:
+        base = llama()
+        cpu_offload(base, execution_device="cpu")
+        model = get_peft_model(base, config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+        with torch.no_grad():
+            for a, b in zip(layers(model).values(), layers(trained).values(), strict=True):
+                a.loraxs_R["default"].copy_(b.loraxs_R["default"])
+        model.eval()
+    assert all(layer.base_layer.weight.is_meta for layer in layers(model).values())
+    torch.testing.assert_close(logits(model), y, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, atol=1e-5, rtol=0)
 
 
 def test_disabled_adapters_are_the_base_model(trained):

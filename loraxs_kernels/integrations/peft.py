@@ -9,6 +9,8 @@ checked when it is loaded.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -189,10 +191,23 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.loraxs_R]
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        y = adapted(self.base_layer, x, *self._operands(active[0]), self.recipe[active[0]].name)
-        for name in active[1:]:
-            y = plus_delta(y, x, *self._operands(name))
+        with self._onloaded() if "_hf_hook" in self.loraxs_R.__dict__ else nullcontext():
+            y = adapted(self.base_layer, x, *self._operands(active[0]), self.recipe[active[0]].name)
+            for name in active[1:]:
+                y = plus_delta(y, x, *self._operands(name))
         return y
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """The adapters in place where accelerate has offloaded them, which it does for each module's own forward."""
+        held = [each for each in (self.loraxs_R, self.loraxs_A, self.loraxs_B) if hasattr(each, "_hf_hook")]
+        for each in held:
+            each._hf_hook.pre_forward(each)
+        try:
+            yield
+        finally:
+            for each in held:
+                each._hf_hook.post_forward(each, None)
 
     def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
         p = self.config[name].loraxs_dropout if self.training else 0.0
@@ -301,7 +316,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """What PEFT calls after it has loaded an adapter.  No dtype is changed: R stays fp32, A and B as they are."""
         if adapter_name not in self.loraxs_R:
             return
-        device = device or self.base_layer.weight.device
+        device = device or self.loraxs_A[adapter_name].device  # the base weight may be offloaded
         if self.loraxs_R[adapter_name].is_meta and device.type != "meta":
             label = label_of(self.recipe[adapter_name].name)
             raise ValueError(f"adapter {adapter_name!r}: has no R for {label}")
@@ -343,9 +358,18 @@ class LoraXSModel(BaseTuner):
                     module.discard(adapter_name)
             for p, requires_grad in trained:
                 p.requires_grad_(requires_grad)
+            if not hasattr(model, "peft_config") and hasattr(model, "_hf_peft_config_loaded"):
+                model._hf_peft_config_loaded = False  # transformers' add_adapter says so beforehand
             raise
         finally:
             del self._new
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        """What PEFT calls around a forward with arguments of its own; without this it would drop adapter_names."""
+        if adapter_names is not None:
+            raise ValueError("adapter_names: LoRA-XS takes one adapter for a whole batch; set_adapter(...) says which")
+        yield
 
     def _create_and_replace(
         self,
