@@ -182,17 +182,17 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.loraxs_fingerprint.loaded:
+        # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
+        base, R, fingerprints = (self._modules[name] for name in ("base_layer", "loraxs_R", "loraxs_fingerprint"))
+        if fingerprints.loaded:
             self.check_fingerprints()
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.loraxs_R]
-        if not active:
-            return self.base_layer(x, *args, **kwargs)
-        with self._onloaded() if "_hf_hook" in self.loraxs_R.__dict__ else nullcontext():
-            y = adapted(self.base_layer, x, *self._operands(active[0]), self.recipe[active[0]].name)
+        active = [name for name in self.active_adapters if name in self.r]
+        if self._disable_adapters or self.merged_adapters or not active:
+            return base(x, *args, **kwargs)
+        with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
+            y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name)
             for name in active[1:]:
                 y = plus_delta(y, x, *self._operands(name))
         return y
@@ -210,8 +210,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 each._hf_hook.post_forward(each, None)
 
     def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
         p = self.config[name].loraxs_dropout if self.training else 0.0
-        return self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name], self.scaling[name], p
+        trained = R._parameters.get(name)
+        trained = R[name] if trained is None else trained  # a parametrization makes it
+        return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
