@@ -66,19 +66,20 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder of a model with *.safetensors, or one such file")
     parser.add_argument("-r", "--rank", type=int, required=True)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="names or their endings; default: all but embeddings",
-    )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or name endings to leave out")
+    _add_modules(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
     parser.add_argument("--tier", choices=("standard", "precise"), default="standard", help="of the SVD")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
     parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
+
+
+def _add_modules(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    what = "names or their endings; default: all linear layers but the output embeddings"
+    add("--target-modules", nargs="+", metavar="NAME", help=what)
+    add("--exclude-modules", nargs="+", metavar="NAME", help="names or name endings to leave out")
 
 
 def _targets(arguments: argparse.Namespace) -> str | list[str]:
@@ -123,13 +124,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging Face's hub",
     )
     parser.add_argument("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="names or their endings; default: all linear layers but the output embeddings",
-    )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or name endings to leave out")
+    _add_modules(parser)
     parser.add_argument(
         "--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method"
     )

@@ -40,6 +40,19 @@ def seeded():
 
 
 @pytest.fixture
+def fresh_accelerate():
+    """For a Trainer: accelerate has one state in a process, and transformers 4 sets it by the environment."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+    yield
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[key]
+    os.environ.update(before)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
 def fp32_precision():
     """torch's newer settings of how fp32 is multiplied, by device, which go back to what they were."""
     settings = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}

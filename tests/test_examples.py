@@ -15,21 +15,11 @@ import torch
 import loraxs_kernels as lx
 
 transformers = pytest.importorskip("transformers")
-AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).parents[1]
 QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate has one state in a process, and transformers 4 sets it by the environment."""
-    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
-    yield
-    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
-        del os.environ[key]
-    os.environ.update(before)
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def script(name: str):

@@ -6,7 +6,6 @@ import copy
 import functools
 import json
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -18,23 +17,13 @@ import loraxs_kernels as lx
 from loraxs_kernels.model import adapted_layers
 
 transformers = pytest.importorskip("transformers")
-AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+pytest.importorskip("accelerate")
 
 from loraxs_kernels.integrations.transformers import LoraXSCallback  # noqa: E402
 
 VOCABULARY, LENGTH, CLASSES = 40, 8, 3
 FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate has one state in a process, and transformers 4 sets it by the environment."""
-    before = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
-    yield
-    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
-        del os.environ[key]
-    os.environ.update(before)
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def llama(dropout: float = 0.25) -> nn.Module:

@@ -462,6 +462,7 @@ def run(model, folder, **changes):
     return Trainer(model=model, args=TrainingArguments(**(options | changes)), train_dataset=data)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_trainer_resumes_to_the_bit(tmp_path):
     settings = dict(loraxs_dropout=0.1)
     whole = get_peft_model(llama(), config(**settings))
@@ -478,6 +479,7 @@ def test_trainer_resumes_to_the_bit(tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_trl_sft_trainer(tmp_path):
     pytest.importorskip("trl")
     from tokenizers import Tokenizer, models, pre_tokenizers
