@@ -527,11 +527,16 @@ def test_quantised_base_layers(tmp_path):
         model.merge_adapter()
 
 
-def test_given_factors_need_their_file():
+def test_given_factors_need_their_file(tmp_path):
     with pytest.raises(ValueError, match=r'save_factors: got False beside init="given"'):
         config(init="given")
     model = get_peft_model(llama(), config(init="given", save_factors=True))
     assert torch.equal(logits(model), logits(llama()))  # zeros until they are loaded
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: t for key, t in tensors.items() if key.endswith("R")}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter 'default': has no A and B for module 'model.layers.0"):
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 @pytest.mark.parametrize("second", [False, True])

@@ -303,8 +303,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for name in self.loraxs_R:
-            if f"{prefix}loraxs_fingerprint.{name}" in state_dict and f"{prefix}loraxs_R.{name}" not in state_dict:
-                raise ValueError(f"adapter {name!r}: has no R for {label_of(self.recipe[name].name)}")
+            there = {
+                which for which in ("A", "R", "B", "fingerprint") if f"{prefix}loraxs_{which}.{name}" in state_dict
+            }
+            needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
+            if there and (missing := sorted(needed - there)):
+                label = label_of(self.recipe[name].name)
+                raise ValueError(f"adapter {name!r}: has no {' and '.join(missing)} for {label}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
