@@ -30,6 +30,10 @@ COMPONENTS = {
         "split products, groups, streams from the host, several GPUs",
     ),
     "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),
+    "neighbours": (
+        ["loraxs_kernels/integrations"],
+        "PEFT's method, Trainer's checkpoints, the reference implementation",
+    ),
     "demo": (["loraxs_kernels/demo"], ""),
     "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
 }

@@ -133,6 +133,20 @@ def test_resumes_to_the_bit(tmp_path, step, caplog):
     assert resumed.state.log_history[step:-1] == whole.state.log_history[step:-1]  # the last one has times
 
 
+@pytest.mark.gpu("neighbours")
+def test_resumes_on_a_gpu(tmp_path):
+    whole = trainer_of(attached(), tmp_path / "whole", use_cpu=False, bf16=True)
+    whole.train()
+    resumed = trainer_of(attached(), tmp_path / "resumed", use_cpu=False, bf16=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(p.is_cuda for p in resumed.model.parameters())
+    end, again = trained(whole.model), trained(resumed.model)
+    for name, R in end.items():  # attention's own gradient need not have the same bits twice there
+        torch.testing.assert_close(again[name], R, atol=1e-4, rtol=0)
+    logged = whole.state.log_history[0]
+    assert logged["loraxs_R_norm"] > 0 and logged["loraxs_delta_max"] > 0
+
+
 def test_resumes_the_last_of_an_interrupted_run(tmp_path):
     """Tied and trained embeddings, a head, a parametrization of R, running statistics and mixed precision too."""
 

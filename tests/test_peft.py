@@ -531,6 +531,30 @@ def test_quantised_base_layers(tmp_path):
         model.merge_adapter()
 
 
+@pytest.mark.gpu("neighbours")
+def test_on_a_gpu(tmp_path):
+    """Made on the CPU and moved, or made there: trained under autocast, saved, loaded across devices, merged."""
+    model = get_peft_model(llama().bfloat16(), config()).to("cuda").train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    ids = IDS.cuda()
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        y = model(ids).logits.float()
+        for device in ("cpu", "cuda"):
+            loaded = PeftModel.from_pretrained(llama().bfloat16().to(device), tmp_path).to("cuda").eval()
+            torch.testing.assert_close(loaded(ids).logits.float(), y, atol=2e-2, rtol=0)
+        model.merge_adapter()
+        torch.testing.assert_close(model(ids).logits.float(), y, atol=5e-2, rtol=0)
+        model.unmerge_adapter()
+        assert torch.equal(model(ids).logits.float(), y)
+    assert not any(layer.loraxs_R["default"].abs().max() < 1e-3 for layer in layers(model).values())
+
+
 def test_given_factors_need_their_file(tmp_path):
     with pytest.raises(ValueError, match=r'save_factors: got False beside init="given"'):
         config(init="given")
