@@ -194,6 +194,30 @@ def test_another_base_model_is_refused_and_stays_unusable(saved):
     assert logits(PeftModel.from_pretrained(LlamaForCausalLM(llama().config), saved)).isfinite().all()
 
 
+def test_an_adapter_that_was_refused_leaves_the_others_usable(saved, tmp_path):
+    def other():
+        torch.manual_seed(7)
+        return LlamaForCausalLM(llama().config).eval()
+
+    model = randomise(get_peft_model(other(), config(r=3))).eval()
+    model.save_pretrained(tmp_path / "own")
+    y = logits(model)
+    with pytest.raises(lx.AdapterMismatch, match="adapter 'foreign'"):
+        model.load_adapter(saved, "foreign")
+    assert torch.equal(logits(model), y)
+    model.load_adapter(tmp_path / "own", "again")
+    model.set_adapter("again")
+    assert torch.equal(logits(model), y)
+    model.set_adapter("foreign")
+    for use in (lambda: model(IDS), model.merge_adapter):
+        with pytest.raises(lx.AdapterMismatch, match="adapter 'foreign'"):
+            use()
+    with pytest.raises(lx.AdapterMismatch, match="adapter 'foreign'"):
+        next(iter(layers(model).values())).get_delta_weight("foreign")
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(other()))
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("lost", [["loraxs_R"], ["loraxs_R", "loraxs_fingerprint"]], ids=len)
 def test_a_file_without_some_R_is_not_taken_silently(saved, lost, low_cpu_mem_usage):

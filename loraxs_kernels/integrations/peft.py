@@ -9,7 +9,7 @@ checked when it is loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -184,8 +184,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, R, fingerprints = (self._modules[name] for name in ("base_layer", "loraxs_R", "loraxs_fingerprint"))
-        if fingerprints.loaded:
-            self.check_fingerprints()
+        if fingerprints.loaded and not self._disable_adapters:
+            self.check_fingerprints(self.active_adapters)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.r]
@@ -226,7 +226,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not names:
             return
-        self.check_fingerprints()
+        self.check_fingerprints(names)
         base = self.base_layer
         (unmerged,) = self._unmerged or (base.weight,)
         label = label_of(self.recipe[names[0]].name)
@@ -253,6 +253,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B R A in the layout of base_layer.weight, in the dtype of A."""
+        self.check_fingerprints([adapter])
         delta = self.adapter(adapter).delta_weight().to(self.loraxs_A[adapter].dtype)
         return delta.t() if is_conv1d(self.base_layer) else delta
 
@@ -271,12 +272,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.adapter(name).reset_parameters()
 
     @torch.no_grad()
-    def check_fingerprints(self) -> None:
-        """Compare the delta of every adapter that was loaded with its file's probes; a flipped sign is mended in R.
+    def check_fingerprints(self, names: Iterable[str]) -> None:
+        """Compare the delta of those adapters that were loaded with their file's probes; a flipped sign is mended in R.
 
-        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3, and again at every forward.
+        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3, and again whenever such an
+        adapter is to be used; the others of the layer stay usable.
         """
-        for name in sorted(self.loraxs_fingerprint.loaded):
+        for name in sorted(self.loraxs_fingerprint.loaded.intersection(names)):
             A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
             self.loraxs_B[name] = padded_rows(B)
             if any(t.is_meta for t in (A, R, B)):
@@ -332,7 +334,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
             if not held[adapter_name].is_meta:
                 held[adapter_name] = held[adapter_name].to(device)
-        self.check_fingerprints()
+        self.check_fingerprints([adapter_name])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: rank={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
@@ -470,12 +472,14 @@ class _Buffers(BufferDict):
 class _Fingerprints(_Buffers):
     """Fingerprints by adapter; `loaded` names those that came with an R and were not compared with A and B yet.
 
-    torch copies what it loads or assigns it as an attribute, transformers always assigns.
+    torch copies what it loads or assigns it as an attribute, transformers always assigns.  `latest`: those in the last
+    state dict that torch loaded.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: set[str] = set()
+        self.latest: set[str] = set()
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
@@ -487,12 +491,13 @@ class _Fingerprints(_Buffers):
             self.loaded.add(name)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        self.loaded.update(name for name in self._buffers if prefix + name in state_dict)
+        self.latest = {name for name in self._buffers if prefix + name in state_dict}
+        self.loaded |= self.latest
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
-    layer.check_fingerprints()
+    layer.check_fingerprints(layer.loraxs_fingerprint.latest)
 
 
 def _register(config: type, model: type) -> tuple[type, type]:

@@ -316,7 +316,7 @@ def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str
     saved = {}
     for name, m in model.get_base_model().named_modules():
         if adapter in getattr(m, "loraxs_R", ()):
-            m.check_fingerprints()  # of what was loaded and not used yet
+            m.check_fingerprints([adapter])  # of what was loaded and not used yet
             A, R, B = m.loraxs_A[adapter], m.loraxs_R[adapter], m.loraxs_B[adapter]
             layers.append((name, m.base_layer, A, R, B, m.scaling[adapter]))
         elif isinstance(wrapped := getattr(m, "modules_to_save", None), nn.ModuleDict) and adapter in wrapped:
