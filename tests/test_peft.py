@@ -627,6 +627,15 @@ def test_bad_settings_are_refused(changes, error, message):
     assert snapshot(model) == before
 
 
+def test_a_failed_second_adapter_can_be_tried_again():
+    model = llama()
+    model.add_adapter(config(), "first")
+    with pytest.raises(ValueError, match="rank: got 99"):
+        model.add_adapter(config(r=99), "second")
+    assert list(model.peft_config) == ["first"]
+    model.add_adapter(config(r=3), "second")
+
+
 def test_layers_of_another_method_are_refused():
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), llama(), "lora")
     with pytest.raises(TypeError, match=r"module 'model.layers.0.self_attn.q_proj'.*another method"):

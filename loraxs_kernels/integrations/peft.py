@@ -368,6 +368,7 @@ class LoraXSModel(BaseTuner):
                     module.discard(adapter_name)
             for p, requires_grad in trained:
                 p.requires_grad_(requires_grad)
+            self.peft_config.pop(adapter_name, None)
             if not hasattr(model, "peft_config") and hasattr(model, "_hf_peft_config_loaded"):
                 model._hf_peft_config_loaded = False  # transformers' add_adapter says so beforehand
             raise
