@@ -222,8 +222,18 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
     return settled, errors[worst]
 
 
-def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tensor) -> AdapterMismatch:
-    """What to raise for a module whose delta W is off by `error`; `where` names the adapter, entry: as for `fitted`."""
+def mismatch(
+    where: str,
+    name: str,
+    entry: dict[str, Any],
+    error: float,
+    A: Tensor,
+    keeping: str = "portable=True or save_factors=True",
+) -> AdapterMismatch:
+    """What to raise for a module whose delta W is off by `error`.
+
+    where: names the adapter.  entry: as for `fitted`.  keeping: what to save it with, so that it fits.
+    """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     if not basis.same_base(entry["S"], A):
         return AdapterMismatch(
@@ -234,11 +244,11 @@ def mismatch(where: str, name: str, entry: dict[str, Any], error: float, A: Tens
         return AdapterMismatch(
             f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
             "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
-            "and let the adapter file attach, or save it with portable=True or save_factors=True"
+            f"and let the adapter file attach, or save it with {keeping}"
         )
     return AdapterMismatch(
         f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
-        "the dtype it was trained on, or save the adapter again with portable=True or save_factors=True"
+        f"the dtype it was trained on, or save the adapter again with {keeping}"
     )
 
 

@@ -258,6 +258,19 @@ def test_saved_factors_are_taken_from_the_file(init, tmp_path):
             assert b.loraxs_B["default"].stride(0) % 8 == 0  # padded storage for the kernels
 
 
+def test_factors_can_be_saved_after_all(trained, saved, tmp_path):
+    """What the refusal of a base in another dtype tells one to do."""
+    with pytest.raises(lx.AdapterMismatch, match="save_factors=True in its config") as refused:
+        PeftModel.from_pretrained(llama().bfloat16(), saved)
+    assert "portable" not in str(refused.value)
+    trained.peft_config["default"].save_factors = True
+    trained.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    other = PeftModel.from_pretrained(LlamaForCausalLM(llama().config), tmp_path)
+    for a, b in zip(layers(trained).values(), layers(other).values(), strict=True):
+        assert torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default"))
+
+
 def test_several_adapters_of_other_ranks_and_targets(trained, tmp_path):
     alone = logits(trained)
     trained.add_adapter("wide", config(r=6, target_modules=["q_proj", "up_proj"]))

@@ -42,6 +42,7 @@ if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
 
 INITS = ("svd", "random", "given")
+REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
 
 
 @dataclass
@@ -289,7 +290,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 entry = {"R": whole(R), "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
                 aligned, error = fitted(entry, A, B)
                 if error > basis.ACCEPT:
-                    raise mismatch(f"adapter {name!r}", self.recipe[name].name, entry, error, A)
+                    raise mismatch(f"adapter {name!r}", self.recipe[name].name, entry, error, A, REMEDY)
                 assign(R, aligned)
             self.loraxs_fingerprint.loaded.discard(name)
 
@@ -297,6 +298,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
+            for held in (self.loraxs_A, self.loraxs_B):  # save_factors may have been set after the adapter was made
+                held.put(name, held[name], self.config[name].save_factors)
             if name in self.loraxs_fingerprint.loaded or any(t.is_meta for t in (A, R, B)):
                 continue
             fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
