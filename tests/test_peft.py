@@ -233,6 +233,28 @@ def test_a_file_without_some_R_is_not_taken_silently(saved, lost, low_cpu_mem_us
             PeftModel.from_pretrained(llama(), saved)
 
 
+def test_saved_factors_fit_a_base_in_bf16_with_a_warning(tmp_path):
+    model = randomise(get_peft_model(llama(), config(save_factors=True)))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"adapter 'default': the estimated relative error of delta W in module"):
+        PeftModel.from_pretrained(llama().bfloat16(), tmp_path)
+
+
+def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
+    list(layers(trained).values())[3].loraxs_R["default"].data[0, 0] = torch.nan
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter 'default': R of module 'model.layers.0.self_attn.o_proj' has NaN"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_config_used_again_means_what_it_says():
+    settings = config()
+    get_peft_model(llama(), settings)
+    settings.svd_n_iter = 1
+    get_peft_model(llama(), settings)
+    assert {recipe["n_iter"] for recipe in settings.svd_recipe.values()} == {1}
+
+
 def test_a_flipped_singular_vector_is_mended(trained, saved):
     tensors = load_file(saved / "adapter_model.safetensors")
     for key in tensors:

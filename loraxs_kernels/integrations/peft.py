@@ -67,7 +67,7 @@ class LoraXSConfig(PeftConfig):
         svd_recipe: what was chosen, by rank and shape of a weight; filled in when the adapter is made, so that the file
             means the same tomorrow.  Not to be set.
         dtype: of A and B, by torch's name; None: the weight's.  Another dtype than the weight's costs a separate pass.
-        save_factors: keep A and B in the file (large); the adapter then needs no recomputing and fits any base.
+        save_factors: keep A and B in the file (large), which are then taken from there, rounded to the base's dtype.
         check_fingerprint: refuse a saved adapter where A and B of this model make another delta W of its R.
     """
 
@@ -288,9 +288,18 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             if config.check_fingerprint:
                 S, probe = self.loraxs_fingerprint[name].split([self.r[name], basis.PROBES])
                 entry = {"R": whole(R), "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
+                label = self.recipe[name].name
+                if not torch.isfinite(entry["R"]).all():
+                    raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
                 aligned, error = fitted(entry, A, B)
-                if error > basis.ACCEPT:
-                    raise mismatch(f"adapter {name!r}", self.recipe[name].name, entry, error, A, REMEDY)
+                if error > (basis.ALIGNED if config.save_factors else basis.ACCEPT):
+                    raise mismatch(f"adapter {name!r}", label, entry, error, A, REMEDY)
+                if error > basis.ACCEPT:  # its own A and B, rounded to this model's dtype
+                    warnings.warn(
+                        f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "
+                        f"{error:.1e}",
+                        stacklevel=2,
+                    )
                 assign(R, aligned)
             self.loraxs_fingerprint.loaded.discard(name)
 
@@ -449,10 +458,11 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     recipe = Recipe(config.init, config.svd_seed, name)
     if config.init == "svd":
         at = f"{r} {weight.shape[0]}x{weight.shape[1]}"
-        if at not in config.svd_recipe:
-            block = None if config.svd_oversample is None else r + config.svd_oversample
-            chosen = plan(r, weight.shape, block=block, n_iter=config.svd_n_iter, tier=config.svd_tier)
-            config.svd_recipe[at] = asdict(chosen)
+        block = None if config.svd_oversample is None else r + config.svd_oversample
+        asked = {"block": block, "n_iter": config.svd_n_iter, "tier": config.svd_tier}
+        known = config.svd_recipe.get(at)
+        if known is None or any(value not in (None, known[key]) for key, value in asked.items()):
+            config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
         recipe = replace(recipe, **config.svd_recipe[at])
     return LoRAXSLinear.from_linear(base, r, init=recipe, **options)
 
