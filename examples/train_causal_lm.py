@@ -136,13 +136,17 @@ def encode(records: list[dict], task: Task, tokenizer: Any) -> list[dict]:
     for i, record in enumerate(records):
         if absent := [name for name in task.data_fields if name not in record]:
             raise ValueError(f"data_fields: record {i} has no field {absent[0]!r}; it has {', '.join(record)}")
+        for name in task.data_fields:
+            if not isinstance(record[name], str):
+                raise ValueError(f"data_fields: {name!r} of record {i} is {record[name]!r}, must be text")
     instruction, response = task.data_fields
-    prompts = tokenizer([PROMPT.format(record[instruction]) for record in records])["input_ids"]
-    responses = tokenizer([record[response] for record in records], add_special_tokens=False)["input_ids"]
+    prompts = [PROMPT.format(record[instruction]) for record in records]
+    # Each with its response in one piece: some tokenizers begin every text with a space.
+    texts = tokenizer([prompt + record[response] for prompt, record in zip(prompts, records, strict=True)])["input_ids"]
     examples = []
-    for prompt, answer in zip(prompts, responses, strict=True):
+    for prompt, text in zip(tokenizer(prompts)["input_ids"], texts, strict=True):
         if len(prompt) < task.max_length:
-            ids = [*prompt, *answer, tokenizer.eos_token_id][: task.max_length]
+            ids = [*text, tokenizer.eos_token_id][: task.max_length]
             examples.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
     return examples
 

@@ -132,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(recipe.seed)
 
     train, validation = read_data(task)
-    names = None if task.task == "stsb" else label_names([*train, *validation])
+    names = None if task.task == "stsb" else label_names([*train, *validation], 3 if task.task == "mnli" else 2)
     tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(task.model_name_or_path, num_labels=len(names or [0]))
-    attach(model, task, recipe)
+    model = attached(task, recipe, num_labels=len(names or [0]))
 
     # A collator with a tokenizer would have it saved with every checkpoint.
     padded = DataCollatorWithPadding(tokenizer)
@@ -163,27 +162,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return result
 
 
-def attach(model: torch.nn.Module, task: Task, recipe: Recipe) -> None:
-    """LoRA-XS and, where there is one, the adapter that was trained on MNLI, without its three logits."""
-    lx.attach(
-        model,
-        task.loraxs_r,
-        target_modules=task.loraxs_target_modules,
-        alpha=task.loraxs_alpha,
-        modules_to_save=[task.classifier],
-        seed=recipe.seed,
-        device=recipe.device,
-    )
+def attached(task: Task, recipe: Recipe, num_labels: int) -> torch.nn.Module:
+    """A model with LoRA-XS: new, or as it was trained on MNLI, with a new last layer for this task's labels."""
+    model = AutoModelForSequenceClassification.from_pretrained(task.model_name_or_path, num_labels=num_labels)
     if task.mnli_adapter:
-        donor = AutoModelForSequenceClassification.from_pretrained(task.model_name_or_path, num_labels=3)
-        learned = {n: p for n, p in lx.load_adapter(donor, task.mnli_adapter).named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.requires_grad and not name.startswith(f"{task.classifier}.out_proj."):
-                    p.copy_(learned[name])
+        # On its own A and B, whatever the seed is here: R means nothing on others.
+        start = AutoModelForSequenceClassification.from_pretrained(task.model_name_or_path, num_labels=3)
+        lx.load_adapter(start, task.mnli_adapter, device=recipe.device)
+        for m in start.modules():
+            if isinstance(m, lx.LoRAXSLinear) and (m.rank, m.alpha) != (task.loraxs_r, task.loraxs_alpha):
+                raise ValueError(
+                    f"mnli_adapter: has r = {m.rank} and alpha = {m.alpha:g}, must have loraxs_r = {task.loraxs_r} "
+                    f"and loraxs_alpha = {task.loraxs_alpha:g}"
+                )
+        start.get_submodule(task.classifier).out_proj = model.get_submodule(task.classifier).out_proj
+        start.config, start.num_labels = model.config, num_labels
+        model = start
+    else:
+        lx.attach(
+            model,
+            task.loraxs_r,
+            target_modules=task.loraxs_target_modules,
+            alpha=task.loraxs_alpha,
+            modules_to_save=[task.classifier],
+            seed=recipe.seed,
+            device=recipe.device,
+        )
     adapters = [m for m in model.modules() if isinstance(m, lx.LoRAXSLinear)]
     head = sum(p.numel() for p in model.get_submodule(task.classifier).parameters())
     print(f"{sum(m.R.numel() for m in adapters):,} parameters in {len(adapters)} adapters train, {head:,} in the head")
+    return model
 
 
 def optimizer(model: torch.nn.Module, task: Task, recipe: Recipe) -> torch.optim.Optimizer:
@@ -221,16 +229,20 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def label_names(records: list[dict]) -> list[str]:
-    """Every label, as text, in order; so that numbers and names, in any file, are the same classes."""
-    return sorted({str(record["label"]) for record in records})
+def label_names(records: list[dict], number: int) -> list[str]:
+    """Every label, as text, in order; so that numbers and names, in any file, are the same classes.
+
+    What begins with "not" comes first, so that F1, as GLUE has it, is of the other one.
+    """
+    names = sorted({str(record["label"]) for record in records}, key=lambda name: (not name.startswith("not"), name))
+    if len(names) != number:
+        raise ValueError(f"label: got {', '.join(map(repr, names[:9]))} in the data, must be {number} different labels")
+    return names
 
 
 def encode(records: list[dict], glue: Glue, names: list[str] | None, tokenizer: Any, max_length: int) -> list[dict]:
     """Tokens and label of every record; names: of the classes, or None where the label is a number to be predicted."""
-    columns = next(
-        (c for c in (glue.columns, ("sentence1", "sentence2"), ("sentence",)) if set(c) <= records[0].keys()), None
-    )
+    columns = next((c for c in (glue.columns, ("sentence1", "sentence2")) if set(c) <= records[0].keys()), None)
     if columns is None:
         raise ValueError(
             f"the data have columns {', '.join(records[0])}, must have {', '.join(glue.columns)} and label"

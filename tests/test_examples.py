@@ -119,9 +119,24 @@ def test_causal_lm_data(tmp_path):
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) + 2, 2] and batch["input_ids"][1, 2:].eq(2).all()
     with pytest.raises(ValueError, match="record 0 has no field 'query'; it has question, answer"):
         example.encode(read, example.Task("m", "d"), tokenizer)
+    with pytest.raises(ValueError, match="'answer' of record 0 is None, must be text"):
+        example.encode([{"question": "q", "answer": None}], task, tokenizer)
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), tmp_path / "c.parquet")
     assert example.read_records(tmp_path / "c.parquet") == records
+
+
+def test_causal_lm_response_follows_the_prompt(tmp_path):
+    """As in the reference, without the space that tokenizers like Mistral's put before a text of its own."""
+    from tokenizers import pre_tokenizers
+
+    example = script("train_causal_lm")
+    save_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made = example.encode([{"query": "q", "response": "a"}], example.Task("m", "d"), tokenizer)[0]
+    answer = [token for token in made["labels"] if token != -100]
+    assert answer == [tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id]
 
 
 def test_paper_recipe(tmp_path):
@@ -183,7 +198,9 @@ def test_glue_from_mnli_and_regression(tmp_path):
         return example.main(["--task", task, *options, *files, *more]), tmp_path / task / "adapter.safetensors"
 
     _, adapter = run("mnli", mnli, "--learning_rate", "0.5")
-    result, continued = run("stsb", stsb, "--mnli_adapter", str(adapter), "--learning_rate", "0")
+    with pytest.raises(ValueError, match="mnli_adapter: has r = 4 and alpha = 16, must have loraxs_r = 2"):
+        run("stsb", stsb, "--mnli_adapter", str(adapter), "--loraxs_r", "2")
+    result, continued = run("stsb", stsb, "--mnli_adapter", str(adapter), "--learning_rate", "0", "--seed", "7")
     assert {"eval_pearson", "eval_spearman"} <= result.keys()
     first = lx.load_adapter(
         transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=3), adapter
@@ -193,6 +210,7 @@ def test_glue_from_mnli_and_regression(tmp_path):
     )
     R = "roberta.encoder.layer.1.output.dense.R"
     assert torch.equal(first.get_parameter(R), then.get_parameter(R)) and first.get_parameter(R).abs().max() > 0.1
+    assert torch.equal(first.get_buffer(R[:-1] + "A"), then.get_buffer(R[:-1] + "A"))  # R means nothing on another
     assert then.classifier.out_proj.weight.shape[0] == 1
 
 
@@ -203,9 +221,13 @@ def test_glue_data(tmp_path):
     task = example.Task("rte", train_file=str(tmp_path / "a.tsv"), validation_file=str(tmp_path / "b.json"))
     train, validation = example.read_data(task)
     assert train == [{"sentence1": '"odd', "sentence2": "b", "label": "entailment"}]
-    assert example.label_names(train + validation) == ["entailment", "not_entailment"]
+    assert example.label_names(train + validation, 2) == ["not_entailment", "entailment"]
+    with pytest.raises(ValueError, match="label: got 'entailment' in the data, must be 2 different"):
+        example.label_names(train, 2)  # one class would be a regression
     with pytest.raises(ValueError, match="the data have columns text, label, must have question, sentence and label"):
         example.encode([{"text": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
+    with pytest.raises(ValueError, match="the data have columns sentence, label"):  # no half of a pair
+        example.encode([{"sentence": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
     lines(tmp_path / "b.json", [{"sentence": "c"}])
     with pytest.raises(ValueError, match=r"b\.json: has no records with a column 'label'"):
         example.read_data(task)
