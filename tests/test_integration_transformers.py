@@ -253,10 +253,15 @@ def test_another_basis_is_not_resumed(tmp_path):
     trainer_of(attached(), tmp_path, max_steps=2).train()
     other = llama()
     nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
+    turned = attached()  # one pair of singular vectors: the same B A, another B R A
+    layer = turned.model.layers[0].mlp.down_proj
+    layer.A[0].neg_()
+    layer.B[:, 0].neg_()
     more = attached(modules_to_save=["lm_head"])
     for model, error, message in [
         (attached(init="random"), lx.AdapterMismatch, "A and B of module 'model.layers.0.self_attn.q_proj'"),
         (attached(other), lx.AdapterMismatch, "A and B of module 'model.layers.1.mlp.up_proj'"),
+        (turned, lx.AdapterMismatch, "A and B of module 'model.layers.0.mlp.down_proj'"),
         (more, ValueError, "no values for 'lm_head.weight'"),
     ]:
         before = trained(model)
