@@ -582,6 +582,12 @@ def replaced_layers(model):
     return {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "loraxs_R")}
 
 
+def test_a_replaced_model_drops_out_in_training_alone():
+    model = replace_reference_layers(trained(lora_dropout=0.5))
+    assert not any(m.training for m in model.modules())
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
 def test_training_goes_on_with_the_same_optimizer():
     def losses(replace):
         model = trained()

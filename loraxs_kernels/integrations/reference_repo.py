@@ -196,9 +196,9 @@ def replace_reference_layers(model: P) -> P:
         R.data = adapter.R.data
         R.grad = None if R.grad is None else R.grad.to(R.dtype)
         layer.loraxs_R["default"] = R
-        layer.train(layers[name].training)
     for p, requires_grad in trained:
         p.requires_grad_(requires_grad)
+    tuner.training = model.base_model.training
     model.base_model, model.peft_type = tuner, config.peft_type
     return model
 
