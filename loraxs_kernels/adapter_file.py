@@ -78,6 +78,11 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     descriptions = {}
     for i, (name, layer) in enumerate(adapted_layers(model)):
+        if "_fsdp_wrapped_module" in name:
+            raise ValueError(
+                f"model: is wrapped by FullyShardedDataParallel (module {name!r}), whose names no other model has; use "
+                "FSDP2 (fully_shard), or save the model inside the wrapper"
+            )
         if layer.R.is_meta or layer.A.is_meta:
             raise ValueError(
                 f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "

@@ -65,6 +65,14 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
     torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
 
 
+def test_names_of_an_fsdp1_wrapper_are_not_written(trained, tmp_path):
+    wrapped = nn.Module()
+    wrapped._fsdp_wrapped_module = trained[0]
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        lx.save_adapter(wrapped, tmp_path / "never.safetensors")
+    assert not (tmp_path / "never.safetensors").exists()
+
+
 def unchanged(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     now = model.state_dict()
     return now.keys() == state.keys() and all(torch.equal(now[k], v) for k, v in state.items())
