@@ -33,10 +33,10 @@ void require(int status, const char* kernel) {
 
 void gemm_tail(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle W, py::handle u, py::handle B,
                py::handle y, Address bias, int type, bool transposed, int tile, bool add, bool overlap, int swizzle,
-               int raster, int multiprocessors, Address at) {
+               int raster, int multiprocessors, Address ready, Address at) {
   loraxs_gemm_tail_args args{T, N, K, r, matrix(x), matrix(W), matrix(u), matrix(B), matrix(y), pointer<void>(bias),
                              type, transposed, tile, add, overlap, swizzle, raster, multiprocessors,
-                             stream(at)};
+                             pointer<uint32_t>(ready), stream(at)};
   require(loraxs_gemm_tail(&args), "gemm_tail");
 }
 
@@ -44,8 +44,16 @@ void shrink(int64_t T, int64_t K, int64_t r, py::handle x, py::handle A, py::han
             Address z, Address gram, Address parts, float s, int type, bool transposed, int split, bool overlap,
             Address at) {
   loraxs_shrink_args args{T, K, r, matrix(x), matrix(A), matrix(R), matrix(u), pointer<float>(other), pointer<float>(z),
-                          pointer<float>(gram), pointer<float>(parts), s, type, transposed, split, overlap, stream(at)};
+                          pointer<float>(gram), pointer<float>(parts), s, type, transposed, split, overlap, 0, nullptr, stream(at)};
   require(loraxs_shrink(&args), "shrink");
+}
+
+void shrink_tma(int64_t T, int64_t K, int64_t r, py::handle x, py::handle A, py::handle R, py::handle u, Address other,
+                Address z, Address gram, float s, int type, bool transposed, int programs, Address ready, Address at) {
+  loraxs_shrink_args args{T, K, r, matrix(x), matrix(A), matrix(R), matrix(u), pointer<float>(other), pointer<float>(z),
+                          pointer<float>(gram), nullptr, s, type, transposed, 1, true, programs, pointer<uint32_t>(ready),
+                          stream(at)};
+  require(loraxs_shrink_tma(&args), "shrink_tma");
 }
 
 void decode(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle A, py::handle R, py::handle B,
@@ -69,6 +77,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The CUDA core; csrc/loraxs.h says what each function computes.";
   m.def("gemm_tail", &gemm_tail);
   m.def("shrink", &shrink);
+  m.def("shrink_tma", &shrink_tma);
   m.def("decode", &decode);
   m.def("not_ready", &not_ready);
   m.attr("architectures") = loraxs_architectures();

@@ -26,6 +26,21 @@ extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
 #endif
 }
 
+#ifdef LORAXS_HOPPER
+namespace loraxs {
+int shrink_tma(loraxs_shrink_args const& args);  // shrink_tma.cu
+}
+#endif
+
+extern "C" int loraxs_shrink_tma(const loraxs_shrink_args* args) {
+#ifdef LORAXS_HOPPER
+  return loraxs::shrink_tma(*args);
+#else
+  (void)args;
+  return LORAXS_NOT_BUILT_FOR;
+#endif
+}
+
 extern "C" int loraxs_ready(void) {
   int driver = 0, runtime = 0;
   if (int status = cudaDriverGetVersion(&driver)) return status;

@@ -19,7 +19,7 @@ namespace loraxs {
 
 using namespace cute;
 
-inline constexpr int kTileK = 64;
+inline constexpr int kTileK = 64, kTileT = 128;  // of both tiles in gemm_tail_tiles.h, and what `ready` counts
 
 template <class Base>
 struct TailMainloop : Base {
@@ -36,6 +36,7 @@ struct TailMainloop : Base {
   using typename Base::StrideB;
   using typename Base::TensorStorage;
   using typename Base::TileShape;
+  static_assert(size<0>(TileShape{}) == kTileT && size<2>(TileShape{}) == kTileK);
   using ClusterShape = typename DispatchPolicy::ClusterShape;
   using TmaA = typename Base::Params::TMA_A;
   using TmaB = typename Base::Params::TMA_B;
@@ -50,13 +51,15 @@ struct TailMainloop : Base {
     ElementB const* B;
     StrideB B_stride;
     int K, r;
+    uint32_t const* ready;
   };
 
   // The base's descriptors are those of x and W.
   struct Params : Base::Params {
     TmaA u;
     TmaB B;
-    int K, r;
+    int T, K, r;
+    uint32_t const* ready;
   };
 
   static TmaA descriptor_a(ElementA const* data, StrideA stride, int rows, int columns) {
@@ -78,10 +81,10 @@ struct TailMainloop : Base {
     int T = get<0>(problem), N = get<1>(problem);
     auto u = descriptor_a(args.u, args.u_stride, T, args.r);
     auto B = descriptor_b(args.B, args.B_stride, N, args.r);
-    if (args.K == 0) return {{u, B}, u, B, args.K, args.r};
+    if (args.K == 0) return {{u, B}, u, B, T, args.K, args.r, args.ready};
     auto x = descriptor_a(args.x, args.x_stride, T, args.K);
     auto W = descriptor_b(args.W, args.W_stride, N, args.K);
-    return {{x, W}, u, B, args.K, args.r};
+    return {{x, W}, u, B, T, args.K, args.r, args.ready};
   }
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(Params const& params) {
@@ -141,8 +144,26 @@ struct TailMainloop : Base {
     int const first = *tile, last = first + tiles;
     walk(params.tma_load_a, params.tma_load_b, get<0>(inputs), get<1>(inputs), first, min(last, base));
     // u may come from a launch that is still running: all but the tail overlaps with it.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (params.ready == nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
+    else if (m * kTileT < params.T) wait_for_rows(params.ready + m);
     walk(params.u, params.B, get<2>(inputs), get<3>(inputs), max(first, base) - base, last - base);
+  }
+
+  // Both halves of a tile's rows of u are written, by threads (shrink_tma.cu), and may be read by TMA.
+  CUTLASS_DEVICE static void wait_for_rows(uint32_t const* ready) {
+    uint32_t halves;
+    while (true) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(halves) : "l"(ready) : "memory");
+      if (halves == 2) break;
+      __nanosleep(100);
+    }
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+
+  // What follows this launch follows the one before, too: this one ends after it.
+  CUTLASS_DEVICE void load_tail(MainloopPipeline pipeline, PipelineState write) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    Base::load_tail(pipeline, write);
   }
 };
 

@@ -87,7 +87,7 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
       gemm::GemmUniversalMode::kGemm,
       {T, N, both, 1},
       {data<Type>(args.x), stride<StrideA>(args.x), data<Type>(args.W), stride<StrideB>(args.W),
-       data<Type>(args.u), stride<StrideA>(args.u), data<Type>(args.B), stride<StrideB>(args.B), K, r},
+       data<Type>(args.u), stride<StrideA>(args.u), data<Type>(args.B), stride<StrideB>(args.B), K, r, args.ready},
       {{}, y, y_stride, y, y_stride},
       {}};
   arguments.epilogue.thread.beta = args.add ? 1.0f : 0.0f;

@@ -49,6 +49,7 @@ typedef struct {
   int swizzle;        /* tiles of a band across the raster: 1, 2, 4 or 8, see LORAXS_RASTER_ */
   int raster;         /* LORAXS_RASTER_ */
   int multiprocessors; /* how many the launch may take */
+  const uint32_t* ready; /* of a loraxs_shrink_tma just before, which may still run: wait for its rows, not for its end */
   loraxs_stream stream;
 } loraxs_gemm_tail_args;
 
@@ -68,6 +69,8 @@ typedef struct {
   int transposed;     /* which way A lies */
   int split;
   int overlap;        /* let the next launch start early, and the second of two */
+  int programs;       /* of loraxs_shrink_tma: how many, each of which takes a multiprocessor */
+  uint32_t* ready;    /* of loraxs_shrink_tma: one for each 128 rows, 2 once their u is written; or 0 */
   loraxs_stream stream;
 } loraxs_shrink_args;
 
@@ -91,6 +94,9 @@ typedef struct {
 
 LORAXS_API int loraxs_gemm_tail(const loraxs_gemm_tail_args* args);
 LORAXS_API int loraxs_shrink(const loraxs_shrink_args* args);
+/* The same for capability 9.0, in one launch, without split and parts: `programs` take the rows in order.  The next launch
+   may start at once. */
+LORAXS_API int loraxs_shrink_tma(const loraxs_shrink_args* args);
 LORAXS_API int loraxs_decode(const loraxs_decode_args* args);
 
 /* Whether the driver here can run what the core was built with; asks for no device and makes no context. */

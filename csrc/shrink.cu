@@ -14,31 +14,26 @@
 
 #include "loraxs.h"
 
-#include "device.cuh"
+#include "shrink_finish.cuh"
 
 namespace loraxs {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = LORAXS_SHRINK_ROWS, kStep = 32;
-static_assert(kRows == 16 * kWarps, "at the end each warp takes 16 rows");
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kStep = 32;
 
 // Sizes for one width of the rank's tile, in bytes of shared memory.
 template <int RANK>
 struct Cut {
-  static constexpr int tiles = RANK / 8;               // fragments of z beside each other
+  static constexpr int tiles = Finish<RANK>::tiles;
   static constexpr int stages = RANK > 32 ? 3 : 4;     // of a warp's buffer; Hopper has room for two blocks
   static constexpr int x_bytes = kRows * kStep * 2, stage_bytes = x_bytes + RANK * kStep * 2;
   static constexpr int loop_bytes = kWarps * stages * stage_bytes;
   static constexpr int sum_bytes = kWarps * kRows * RANK * 4;
-  static constexpr int pitch = RANK + 8;               // of 16-bit rows: eight of them fall on all banks
-  static constexpr int finish_bytes = (2 * RANK + 4 * kRows) * pitch * 2;
+  static constexpr int finish_bytes = Finish<RANK>::R_bytes + Finish<RANK>::rows_bytes;
   static constexpr int bytes = std::max({loop_bytes, sum_bytes, finish_bytes});
 };
 
 static_assert(Cut<64>::bytes <= 99 * 1024, "what a block may have on every GPU from Ampere on");
-
-template <int RANK>
-using Fragments = float[Cut<RANK>::tiles][4];  // of z or u: 16 rows of a warp
 
 // Where element (k, 8 chunk) of a step's A lies that is contiguous along the rank: rows of RANK elements, their chunks
 // exchanged so that the eight rows one lane group reads at once, 8 i and 8 i + 1, fall on different banks.
@@ -122,123 +117,12 @@ __device__ void multiply(float (&z)[4][Cut<RANK>::tiles][4], unsigned char const
   }
 }
 
-// Two floats, each as the sum of two bf16.
-struct Split {
-  uint32_t high, low;
-};
-__device__ Split split(float first, float second) {
-  uint32_t const high = pair<bf16>(first, second);
-  float const first_high = widen(bf16{uint16_t(high)}), second_high = widen(bf16{uint16_t(high >> 16)});
-  return {high, pair<bf16>(first - first_high, second - second_high)};
-}
-
-// Store z (16 rows of each warp), u, and the block's gram.
 template <class T, int RANK>
-__device__ void finish(loraxs_shrink_args const& p, Fragments<RANK>& z, unsigned char* memory) {
-  constexpr int tiles = Cut<RANK>::tiles, pitch = Cut<RANK>::pitch;
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-  auto const R_high = reinterpret_cast<uint16_t*>(memory), R_low = R_high + RANK * pitch;
-  auto const z_high = R_low + RANK * pitch, z_low = z_high + kRows * pitch;
-  auto const other_high = z_low + kRows * pitch, other_low = other_high + kRows * pitch;
-  auto const R = static_cast<float const*>(p.R.data);
-  int64_t const block_row = int64_t(blockIdx.x) * kRows;
-  for (int at = 2 * threadIdx.x; at < RANK * RANK; at += 2 * kThreads) {
-    int const o = at / RANK, i = at % RANK;
-    bool const in = o < p.r && i < p.r;
-    Split const found = split(in ? R[o * p.R.row + i * p.R.column] : 0.0f,
-                              in && i + 1 < p.r ? R[o * p.R.row + (i + 1) * p.R.column] : 0.0f);
-    *reinterpret_cast<uint32_t*>(R_high + o * pitch + i) = found.high;
-    *reinterpret_cast<uint32_t*>(R_low + o * pitch + i) = found.low;
-  }
-  if (p.other) {
-    for (int at = 2 * threadIdx.x; at < kRows * RANK; at += 2 * kThreads) {
-      int const t = at / RANK, i = at % RANK;
-      bool const in = block_row + t < p.T && i < p.r;
-      float const* const from = p.other + (block_row + t) * p.r + i;
-      Split const found = split(in ? from[0] : 0.0f, in && i + 1 < p.r ? from[1] : 0.0f);
-      *reinterpret_cast<uint32_t*>(other_high + t * pitch + i) = found.high;
-      *reinterpret_cast<uint32_t*>(other_low + t * pitch + i) = found.low;
-    }
-  }
-  uint32_t high[tiles][2], low[tiles][2];  // [][half]: rows g and g + 8
-#pragma unroll
-  for (int n = 0; n < tiles; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const t = 16 * warp + 8 * half + g, c = 8 * n + 2 * j;
-      float const first = z[n][2 * half], second = z[n][2 * half + 1];
-      if (block_row + t < p.T) {
-        float* const to = p.z + (block_row + t) * p.r + c;
-        if (c < p.r) to[0] = first;
-        if (c + 1 < p.r) to[1] = second;
-      }
-      Split const found = split(first, second);
-      high[n][half] = found.high, low[n][half] = found.low;
-      if (p.other) {
-        *reinterpret_cast<uint32_t*>(z_high + t * pitch + c) = found.high;
-        *reinterpret_cast<uint32_t*>(z_low + t * pitch + c) = found.low;
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int o = 0; o < tiles; ++o) {
-    float u[4] = {};
-#pragma unroll
-    for (int n = 0; n < tiles; n += 2) {
-      uint32_t const z_h[4] = {high[n][0], high[n][1], high[n + 1][0], high[n + 1][1]};
-      uint32_t const z_l[4] = {low[n][0], low[n][1], low[n + 1][0], low[n + 1][1]};
-      int const at = (8 * o + g) * pitch + 8 * n + 2 * j;
-      auto const R_h = reinterpret_cast<uint32_t const*>(R_high + at);
-      auto const R_l = reinterpret_cast<uint32_t const*>(R_low + at);
-      mma<bf16>(u, z_l, R_h[0], R_h[4]);
-      mma<bf16>(u, z_h, R_l[0], R_l[4]);
-      mma<bf16>(u, z_h, R_h[0], R_h[4]);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int64_t const t = block_row + 16 * warp + 8 * half + g;
-      int const c = 8 * o + 2 * j;
-      if (t < p.T && c < p.u.row) {
-        auto const to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.u.data) + t * p.u.row + c);
-        *to = pair<T>(p.s * u[2 * half], p.s * u[2 * half + 1]);
-      }
-    }
-  }
-  if (!p.other) return;
-  // Rows of this warp, 16 of the rank; z is read transposed.
-  int const i = lane % 8, q = lane / 8;
-  for (int m = 16 * warp; m < RANK; m += 16 * kWarps) {
-    float gram[tiles][4] = {};
-#pragma unroll
-    for (int k = 0; k < kRows; k += 16) {
-      uint32_t z_h[4], z_l[4];
-      int const at = (k + 8 * (q / 2) + i) * pitch + m + 8 * (q % 2);
-      load_transposed(z_h, z_high + at);
-      load_transposed(z_l, z_low + at);
-#pragma unroll
-      for (int n = 0; n < tiles; n += 2) {
-        uint32_t o_h[4], o_l[4];
-        int const from = (k + 8 * (q % 2) + i) * pitch + 8 * (n + q / 2);
-        load_transposed(o_h, other_high + from);
-        load_transposed(o_l, other_low + from);
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          mma<bf16>(gram[n + tile], z_l, o_h[2 * tile], o_h[2 * tile + 1]);
-          mma<bf16>(gram[n + tile], z_h, o_l[2 * tile], o_l[2 * tile + 1]);
-          mma<bf16>(gram[n + tile], z_h, o_h[2 * tile], o_h[2 * tile + 1]);
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < tiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        int const row = m + g + 8 * (e / 2), column = 8 * n + 2 * j + e % 2;
-        if (row < p.r && column < p.r) p.gram[(blockIdx.x * p.r + row) * p.r + column] = p.s * gram[n][e];
-      }
-    }
-  }
+__device__ void finish_block(loraxs_shrink_args const& p, Fragments<RANK> const& z, unsigned char* memory) {
+  auto const R = reinterpret_cast<uint16_t*>(memory);
+  load_R<RANK>(p, R, threadIdx.x, kThreads);
+  auto const rows = R + Finish<RANK>::R_bytes / 2;
+  finish<T, RANK>(p, z, blockIdx.x, R, rows, threadIdx.x, [] { __syncthreads(); }, [] {});
 }
 
 template <class T, int RANK, bool TRANSPOSED>
@@ -290,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
     mine[n][0] = sum.x, mine[n][1] = sum.y, mine[n][2] = sum.z, mine[n][3] = sum.w;
   }
   __syncthreads();
-  if (gridDim.y == 1) return finish<T, RANK>(p, mine, memory);
+  if (gridDim.y == 1) return finish_block<T, RANK>(p, mine, memory);
 #pragma unroll
   for (int n = 0; n < C::tiles; ++n) {
 #pragma unroll
@@ -320,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(loraxs_shrink_args con
       }
     }
   }
-  finish<T, RANK>(p, z, shared_memory());
+  finish_block<T, RANK>(p, z, shared_memory());
 }
 
 template <class T, int RANK>

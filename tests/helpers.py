@@ -83,6 +83,18 @@ def gradients(o: Operands, call, bias: bool = True) -> tuple[Tensor, Tensor, Ten
     return y.detach(), gX, gR
 
 
+def oracle_gradients(o: Operands, bias: bool = True) -> tuple[Tensor, ...]:
+    """y, gX, gR in fp64, every sum in the opposite order: where the operands are fp64 too, a chain in the same order
+    would be equal to it and its own rounding, by which the rule measures, would not show."""
+
+    def turned(t: Tensor) -> Tensor:
+        return t.flip(*range(t.dim()))
+
+    names = ("x", "W", "A", "R", "B", "bias", "gY")
+    o = Operands(*(turned(getattr(o, name).detach().double()) for name in names), o.s)
+    return tuple(map(turned, gradients(o, unfused, bias)))
+
+
 def unfused(x, W, A, R, B, s, bias=None):
     """The chain of separate torch ops, differentiated by autograd, in the dtype of x."""
     return reference.lowrank_linear(x, W, A, R.to(x.dtype), B, s, bias)[0]

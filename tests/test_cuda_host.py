@@ -108,6 +108,26 @@ def test_a_layer_is_a_shrink_and_a_gemm_that_overlap(calls):
     assert (shrink["early"], finish["early"], gemm["early"]) == (False, True, True)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_u_beside_the_gemm(calls, monkeypatch, direction):
+    """The programs that make u come first and leave the GEMM whole pairs; each box of x and A is as they lie."""
+    monkeypatch.setattr(backend, "pick", lambda *_: Rows(0, 1, True, 2, 2, 4, True))
+    o = operands(8, 1024, 4096, 12, torch.bfloat16)
+    o = o if direction == "forward" else backward(o)
+    x, other = torch.empty(8192, o.W.shape[1], dtype=torch.bfloat16), torch.empty(8192, 12)
+    A = backend._laid(o.A, 0 if direction == "forward" else 1)
+    backend.lowrank_linear(x, o.W, A, o.R, backend._laid(o.B, backend.lies(o.W)), o.s, None, None, other)
+    found = calls("all")
+    shrink, gemm = (each for each in found if each["call"] == "launch")
+    assert "shrink_tma_kernel" in shrink["kernel"] and "TailMainloop" in gemm["kernel"]
+    assert (shrink["grid"], shrink["cluster"], shrink["early"]) == ([4, 1, 1], 2, False)
+    assert torch.Size(gemm["grid"]).numel() == 128 and gemm["early"] and shrink["shared"] <= SHARED
+    encoded = [each for each in found if each["call"] == "encode"][:2]
+    for each, t, box in zip(encoded, (x, A), ([64, 128], [64, 64]), strict=True):
+        address, sizes, pitch = described(t)
+        assert (each["address"], each["sizes"], each["strides"], each["box"]) == (address, sizes, [pitch], box)
+
+
 def test_few_rows_are_one_launch_of_clusters(calls):
     o = operands(40, 300, 4096, 16, torch.bfloat16)
     backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias)

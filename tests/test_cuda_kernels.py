@@ -54,11 +54,11 @@ ROWS = [(65, 8, 8, 1), (70, 24, 304, 12), (130, 16, 1032, 25), (129, 40, 64, 64)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ROWS, ids=str)
-@pytest.mark.parametrize("split", [1, 3])
-def test_many_rows(plans, guarded, shape, layout, split, dtype):
-    """Forward and backward, the GEMM with a tail; blocks that share K, with and without a share."""
+@pytest.mark.parametrize("split, programs", [(1, 0), (3, 0), (0, 4)])
+def test_many_rows(plans, guarded, shape, layout, split, programs, dtype):
+    """Forward and backward, the GEMM with a tail; blocks that share K, with and without a share; u made beside it."""
     T, N, K, r = shape
-    plans.forced = Rows(split if r <= 64 else 0, 1, True)
+    plans.forced = Rows(split, 1, True, programs=programs, beside=programs > 0) if r <= 64 else Rows(0, 1, True)
     o = operands(T, N, K, r, dtype)
     o, other = (o, None) if layout == "forward" else (backward(o), torch.randn(T, r))
     assert_primitive(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other)

@@ -1,5 +1,5 @@
-// What core.cpp is to the GPU: y = x W^T + u B^T (+ bias) (+ y) as plain loops, where the GEMM of gemm_tail.cuh cannot
-// run; what that needs of its operands is checked.
+// What core.cpp is to the GPU, as plain loops: y = x W^T + u B^T (+ bias) (+ y) and the shrink by TMA, where gemm_tail.cuh
+// and shrink_tma.cu cannot run; what those need of their operands is checked.
 
 #include "../../csrc/device.cuh"
 
@@ -30,6 +30,32 @@ void run(loraxs_gemm_tail_args const& p) {
   }
 }
 
+template <class T>
+void shrink(loraxs_shrink_args const& p) {
+  auto const R = [&](int64_t o, int64_t i) { return static_cast<float const*>(p.R.data)[o * p.R.row + i * p.R.column]; };
+  for (int64_t t = 0; t < p.T; ++t) {
+    float* const z = p.z + t * p.r;
+    for (int64_t i = 0; i < p.r; ++i) {
+      z[i] = 0;
+      for (int64_t k = 0; k < p.K; ++k) z[i] += at<T>(p.x, t, k) * at<T>(p.A, i, k);
+    }
+    for (int64_t o = 0; o < p.u.row; ++o) {
+      float u = 0;
+      for (int64_t i = 0; o < p.r && i < p.r; ++i) u += z[i] * R(o, i);
+      static_cast<T*>(p.u.data)[t * p.u.row + o] = T{rounded<T>(p.s * u)};
+    }
+  }
+  for (int64_t block = 0; p.other && block * LORAXS_SHRINK_ROWS < p.T; ++block) {
+    for (int64_t at = 0; at < p.r * p.r; ++at) {
+      float sum = 0;
+      for (int64_t t = block * LORAXS_SHRINK_ROWS; t < std::min(p.T, (block + 1) * LORAXS_SHRINK_ROWS); ++t) {
+        sum += p.z[t * p.r + at / p.r] * p.other[t * p.r + at % p.r];
+      }
+      p.gram[block * p.r * p.r + at] = p.s * sum;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace loraxs
 
@@ -40,7 +66,19 @@ extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
   if (p.W.data) good = good && fits(p.x, false) && fits(p.W, p.transposed);
   bool const ordered = p.swizzle >= 1 && p.raster >= LORAXS_RASTER_AUTO && p.raster <= LORAXS_RASTER_N;
   if (!good || !ordered || p.multiprocessors < 1) return LORAXS_NO_SUCH_KERNEL;
+  for (int64_t unit = 0; p.ready && 128 * unit < p.T; ++unit) {
+    if (p.ready[unit] != 2) return LORAXS_NO_SUCH_KERNEL;
+  }
   p.type == LORAXS_BF16 ? run<bf16>(p) : run<fp16>(p);
+  return LORAXS_OK;
+}
+
+extern "C" int loraxs_shrink_tma(const loraxs_shrink_args* args) {
+  using namespace loraxs;
+  auto const& p = *args;
+  if (!fits(p.x, false) || !fits(p.A, p.transposed) || p.r > 64 || p.programs < 1) return LORAXS_NO_SUCH_KERNEL;
+  p.type == LORAXS_BF16 ? shrink<bf16>(p) : shrink<fp16>(p);
+  for (int64_t unit = 0; p.ready && 128 * unit < p.T; ++unit) p.ready[unit] = 2;
   return LORAXS_OK;
 }
 

@@ -15,7 +15,7 @@ from .. import torch as torch_backend
 from ..device import empty, facts, on
 from ..torch import cast, scaled_mm
 from . import core
-from .config import ALIGNMENT, TOKENS, WIDEST_DECODE, Decode, Rows, aligned, pick, unsupported, workspace
+from .config import ALIGNMENT, TOKENS, UNIT, WIDEST_DECODE, Decode, Rows, aligned, pick, unsupported, workspace
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # loraxs.h
 
@@ -173,14 +173,19 @@ def _rows(
     tail = plan.tile is not None and way is not None and (out is None or lies(out) == 0)
     if tail:  # now: nothing may come between two launches that overlap
         B, bias = _laid(B, way), _contiguous(bias)
-    if plan.shrink:
-        z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap)
+    ready, multiprocessors = None, facts(x.device).multiprocessors
+    if plan.beside:
+        ready = empty(x, (-(-len(x) // UNIT),), torch.int32)
+        multiprocessors -= plan.programs
+    if plan.shrink or plan.programs:
+        z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap, plan.programs, ready)
     else:
         z = torch_backend.shrink(x, A)
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
     if tail:
-        y = gemm_tail(x, W, _laid(u, 0), B, bias, out, plan.tile, plan.overlap)
+        order = (plan.swizzle, plan.raster, multiprocessors)
+        y = gemm_tail(x, W, _laid(u, 0), B, bias, out, plan.tile, plan.overlap, *order, ready)
     else:
         y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
         y = y if W is None else y.addmm_(x, W.t())
@@ -190,11 +195,22 @@ def _rows(
 
 
 def shrink(
-    x: Tensor, A: Tensor, R: Tensor, s: float, other: Tensor | None, split: int, overlap: bool
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    s: float,
+    other: Tensor | None,
+    split: int,
+    overlap: bool,
+    programs: int = 0,
+    ready: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z = x A^T, u = s z R^T, and the gram s z^T other as a part for each 64 rows; r <= 64, see csrc/shrink.cu.
+    """z = x A^T, u = s z R^T, and the gram s z^T other as a part for each 64 rows; r <= 64.
 
-    x has rows as `lies` wants them.
+    By csrc/shrink.cu, whose blocks share K `split` ways; or with `programs`, on Hopper, by as many of
+    csrc/shrink_tma.cu, each of which takes a multiprocessor.  x has rows as `lies` wants them.
+    overlap: the next launch may start early.  ready (ceil(T / 128),) int32: what the programs tell a `gemm_tail` that
+    is launched next, and waits for them row by row.
     """
     (T, K), r = x.shape, A.shape[0]
     if (way := lies(A)) is None:
@@ -202,13 +218,14 @@ def shrink(
     R = R if R.dtype is torch.float32 else R.float()
     other = _contiguous(other)
     z = empty(x, (T, r), torch.float32)
-    shapes = workspace(T, r, split, other is not None)
+    shapes = workspace(T, r, 1 if programs else split, other is not None)
     u = empty(x, shapes.u, x.dtype)
     parts, gram = (None if each is None else empty(x, each, torch.float32) for each in shapes[1:])
-    core.load().shrink(
-        *(T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram)),
-        *(_address(parts), float(s), _TYPES[x.dtype], way, split, overlap, _stream(x)),
-    )
+    operands = (T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram))
+    if programs:
+        core.load().shrink_tma(*operands, float(s), _TYPES[x.dtype], way, programs, _address(ready), _stream(x))
+    else:
+        core.load().shrink(*operands, _address(parts), float(s), _TYPES[x.dtype], way, split, overlap, _stream(x))
     return z, u[:, :r], gram
 
 
@@ -224,6 +241,7 @@ def gemm_tail(
     swizzle: int = 1,
     raster: int = 0,
     multiprocessors: int | None = None,
+    ready: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh.
 
@@ -231,13 +249,14 @@ def gemm_tail(
     overlap: u may still be in the making by the launch before, if that is one of the core's.
     swizzle (1, 2, 4, 8), raster (0 automatic, 1 along T, 2 along N): the order of the tiles, see csrc/loraxs.h.
     multiprocessors: how many of the GPU's the launch may take; None: all.
+    ready: what the `shrink_tma` before tells of u's rows, which this launch waits for where it needs them.
     """
     (T, K), (N, r) = x.shape, B.shape
     y = empty(x, (T, N), x.dtype) if out is None else out
     core.load().gemm_tail(
         *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
         *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, out is not None, overlap, swizzle),
-        *(raster, multiprocessors or facts(x.device).multiprocessors, _stream(x)),
+        *(raster, multiprocessors or facts(x.device).multiprocessors, _address(ready), _stream(x)),
     )
     return y
 

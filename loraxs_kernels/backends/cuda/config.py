@@ -17,6 +17,7 @@ WIDEST_SHRINK, WIDEST_DECODE = 64, 128  # ranks
 TOKENS = 64  # rows that decode takes at most
 ALIGNMENT = 8  # 16-bit elements in the 16 bytes that TMA and wide copies want addresses and pitches in
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 128  # what a block of the shrink takes at a time
+UNIT = 128  # rows that a program of shrink_tma takes at a time, and a tile of the GEMM has
 DECODE_COLUMNS = 16 * 8  # of y, that a program of the decode makes at a time, 16 a warp
 CLUSTER = 8  # the largest that every Hopper GPU can run
 PARTS = 32  # of z at most, where blocks share K: the second launch reads them all
@@ -41,6 +42,10 @@ class Rows:
     shrink: int  # blocks that share K; 0: z by the library
     tile: int | None
     overlap: bool  # of each launch's start with the end of the one before
+    swizzle: int = 1  # order of the GEMM's tiles, see csrc/loraxs.h
+    raster: int = 0
+    programs: int = 0  # on Hopper, in place of `shrink`: those of csrc/shrink_tma.cu
+    beside: bool = False  # they run while the GEMM does, on multiprocessors that it leaves to them
 
 
 class Workspace(NamedTuple):
