@@ -32,10 +32,11 @@ void require(int status, const char* kernel) {
 }
 
 void gemm_tail(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle W, py::handle u, py::handle B,
-               py::handle y, Address bias, int type, bool transposed, int tile, bool add, bool overlap,
-               int multiprocessors, Address at) {
+               py::handle y, Address bias, int type, bool transposed, int tile, bool add, bool overlap, int swizzle,
+               int raster, int multiprocessors, Address at) {
   loraxs_gemm_tail_args args{T, N, K, r, matrix(x), matrix(W), matrix(u), matrix(B), matrix(y), pointer<void>(bias),
-                             type, transposed, tile, add, overlap, multiprocessors, stream(at)};
+                             type, transposed, tile, add, overlap, swizzle, raster, multiprocessors,
+                             stream(at)};
   require(loraxs_gemm_tail(&args), "gemm_tail");
 }
 

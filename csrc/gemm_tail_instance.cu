@@ -92,6 +92,9 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
       {}};
   arguments.epilogue.thread.beta = args.add ? 1.0f : 0.0f;
   arguments.epilogue.thread.bias_ptr = static_cast<Type const*>(args.bias);
+  using Scheduler = decltype(arguments.scheduler);
+  arguments.scheduler.max_swizzle_size = args.swizzle;
+  arguments.scheduler.raster_order = static_cast<decltype(Scheduler::raster_order)>(args.raster);
   arguments.hw_info.sm_count = args.multiprocessors;
   auto params = Kernel::to_underlying_arguments(arguments, nullptr);
   auto const& loop = params.mainloop;

@@ -20,6 +20,11 @@ typedef struct CUstream_st* loraxs_stream;
 /* Element types. */
 enum { LORAXS_BF16 = 0, LORAXS_FP16 = 1, LORAXS_FP32 = 2 };
 
+/* The order in which programs take the tiles of y: down its columns (T), along its rows (N), or the way that has fewer
+   tiles the other way.  In bands of `swizzle` tiles, so that neighbours share tiles of x and of W in the L2 cache; the
+   number of tiles is rounded up to whole bands both ways. */
+enum { LORAXS_RASTER_AUTO = 0, LORAXS_RASTER_T = 1, LORAXS_RASTER_N = 2 };
+
 /* A status: 0, a cudaError_t, or one of these. */
 enum { LORAXS_OK = 0, LORAXS_NO_SUCH_KERNEL = -1, LORAXS_NOT_BUILT_FOR = -2, LORAXS_NOT_DESCRIBED = -3 };
 
@@ -41,7 +46,9 @@ typedef struct {
   int tile;           /* a row of gemm_tail_tiles.h */
   int add;            /* whether to y as it is */
   int overlap;        /* start before the launch that makes u has ended */
-  int multiprocessors;
+  int swizzle;        /* tiles of a band across the raster: 1, 2, 4 or 8, see LORAXS_RASTER_ */
+  int raster;         /* LORAXS_RASTER_ */
+  int multiprocessors; /* how many the launch may take */
   loraxs_stream stream;
 } loraxs_gemm_tail_args;
 

@@ -38,7 +38,8 @@ extern "C" int loraxs_gemm_tail(const loraxs_gemm_tail_args* args) {
   auto const& p = *args;
   bool good = fits(p.u, false) && fits(p.B, p.transposed) && fits(p.y, false);
   if (p.W.data) good = good && fits(p.x, false) && fits(p.W, p.transposed);
-  if (!good || p.multiprocessors < 1) return LORAXS_NO_SUCH_KERNEL;
+  bool const ordered = p.swizzle >= 1 && p.raster >= LORAXS_RASTER_AUTO && p.raster <= LORAXS_RASTER_N;
+  if (!good || !ordered || p.multiprocessors < 1) return LORAXS_NO_SUCH_KERNEL;
   p.type == LORAXS_BF16 ? run<bf16>(p) : run<fp16>(p);
   return LORAXS_OK;
 }

@@ -221,18 +221,23 @@ def gemm_tail(
     out: Tensor | None,
     tile: int,
     overlap: bool,
+    swizzle: int = 1,
+    raster: int = 0,
+    multiprocessors: int | None = None,
 ) -> Tensor:
     """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh.
 
     All lie as `lies` wants: rows of x, u and out, rows or columns of W, and B as W does.  bias is contiguous.
     overlap: u may still be in the making by the launch before, if that is one of the core's.
+    swizzle (1, 2, 4, 8), raster (0 automatic, 1 along T, 2 along N): the order of the tiles, see csrc/loraxs.h.
+    multiprocessors: how many of the GPU's the launch may take; None: all.
     """
     (T, K), (N, r) = x.shape, B.shape
     y = empty(x, (T, N), x.dtype) if out is None else out
     core.load().gemm_tail(
         *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
-        *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, out is not None, overlap),
-        *(facts(x.device).multiprocessors, _stream(x)),
+        *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, out is not None, overlap, swizzle),
+        *(raster, multiprocessors or facts(x.device).multiprocessors, _stream(x)),
     )
     return y
 
