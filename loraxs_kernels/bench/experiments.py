@@ -1,6 +1,6 @@
-"""The experiments that decide the design of the kernels, each a paired ratio with what was predicted of it beside it.
+"""The experiments that decide the design of the kernels: paired ratios, each with its prediction beside it.
 
-    swizzle   the tail GEMM in each order of its tiles, beside the library's x W^T; 128 multiprocessors beside all; ranks
+    swizzle   the tail GEMM in each order of its tiles, beside the library's x W^T; on 128 multiprocessors; two ranks
     beta      y += x W^T beside y = x W^T: one more read of y
     mm        z = x A^T by the library with an fp32 result, beside its bytes
     shrink    z, u and the gram by csrc/shrink.cu, beside their bytes and beside the library's z
@@ -11,10 +11,10 @@
 What a prediction says in bytes is turned into time by a copy that is timed in the same rounds.  The order is that of
 plan(): the most decisive first, until BUDGET is spent.  An experiment that raises costs only its own rows.
 
-Counted for swizzle: a program of a cluster of two makes a tile of y, 128 x 256 or 128 x 128, of x's rows and W's; the
-programs that run at the same time (a wave) find in L2 what others of them have read.  So a wave asks memory for each row
-block of x and each column block of W once (Cut.reads).  For 14336 x 4096 and T = 8192 on 132 multiprocessors, along N,
-28 waves of 45 us in 128 x 256 tiles read, in MB a wave and TB/s:
+Counted for swizzle: each program makes a tile of y, 128 x 256 or 128 x 128; those that run at the same time (a wave)
+find in L2 what others of them have read.  So a wave asks memory once for each row block of x and each column block of W
+that its tiles need (Cut.reads).  For 14336 x 4096 and T = 8192 on 132 multiprocessors, along N, 28 waves of 45 us in
+128 x 256 tiles read, in MB a wave and TB/s:
 
     swizzle 1    118 MB    2.6 TB/s        swizzle 4    45 MB    1.0 TB/s
     swizzle 2     74 MB    1.6 TB/s        swizzle 8    37 MB    0.8 TB/s
@@ -85,7 +85,7 @@ class Experiment:
 
 
 def plan(settings: Settings) -> list[Experiment]:
-    """All of them, the most decisive first: at the largest number of tokens and rank, but where both are asked about."""
+    """All of them, the most decisive first."""
     T, few, r = max(settings.tokens), min(settings.tokens), max(settings.ranks)
     tokens = sorted(set(settings.tokens), reverse=True)
     ranks = sorted(set(settings.ranks), reverse=True)
@@ -148,7 +148,8 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def against(measured: Tensor, low: Tensor | float, high: Tensor | float, unit: str, why: str) -> Row:
-    """A measured figure beside the range predicted for it, each a number or one for each round; the ratio is to its middle.
+    """What was measured in each round beside the range predicted for it: numbers, or a number a round; the ratio is to
+    the middle of the range.
 
     unit: "s", "x" (a ratio), "B/s" or "B".
     """
@@ -172,7 +173,7 @@ def line(what: str, measured: Tensor, *prediction: object) -> Row:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the GEMM with a tail is cut: a tile of config.TILES, and the order in which CUTLASS's scheduler walks them."""
+    """How the GEMM with a tail is cut: a tile of config.TILES, and the order in which CUTLASS's scheduler walks."""
 
     tile: int
     swizzle: int
@@ -203,8 +204,8 @@ class Cut:
     def reads(self, T: int, N: int, K: int, multiprocessors: int, itemsize: int = 2) -> tuple[int, int]:
         """(waves, bytes of x and W that they ask of memory in all), where a wave reads nothing twice and keeps nothing.
 
-        As CUTLASS's static scheduler walks: both counts of tiles are rounded up to whole swizzles (the surplus reads
-        nothing), and cluster c is number c mod swizzle across, then along the raster.
+        As CUTLASS's static scheduler walks: both counts of tiles are rounded up to whole swizzles (what is past an
+        edge is not read), and cluster c is number c mod swizzle across, then along the raster.
         """
         rows, columns, _ = config.TILES[self.tile]
         down, across = self._tiles(T, N)
@@ -267,7 +268,7 @@ def _swizzle(settings: Settings, shape: Shape, T: int, r: int, direction: str) -
     why = "one step of u more, and 0.5 to 1.5 % that the library's GEMM is better"
     measured = samples[str(best)] / samples["frozen"]
     yield {"mode": mode} | line(f"{best} over frozen", measured, 1.005 + tail, 1.015 + tail, "x", why)
-    if T == max(settings.tokens) and direction == "forward":
+    if max(settings.tokens) == T and direction == "forward":
         del passes, samples
         yield from _few(settings, shape, case, best, mode)
 
@@ -314,7 +315,7 @@ class _Accumulate(gemm.Case):
 
     def _results(self, path: Callable) -> dict[str, Tensor]:
         x, W, y = self.sets[0]
-        return {"y": path(x, W, y.fill_(1))[self._rows].double() - (path is _beta_1)}
+        return {"y": path(x, W, y.fill_(1))[self._rows].double() - float(path is _beta_1)}
 
     @cached_property
     def _oracle(self) -> dict[str, tuple[Tensor, float]]:
@@ -470,8 +471,8 @@ def _narrow(
 def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) -> Iterator[Row]:
     """The GEMM on FEW multiprocessors alone, and with launches of a shrink on a second stream for as long as it takes.
 
-    A launch has 64 rows for each multiprocessor that is free.  The GEMM is begun first, so that its clusters of two find
-    their places; the shrinks follow 20 us later.
+    A launch has 64 rows for each multiprocessor that is free.  The GEMM is begun first, so that its clusters of two
+    find their places; the shrinks follow 20 us later.
     """
     if why := gemm.missing(settings.dtype, settings.device):
         raise BenchError(why)
@@ -491,7 +492,9 @@ def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) 
         raise BenchError(f"tokens: got {T}, must be at least {config.SHRINK_ROWS * free}")
     every = [
         timer.prepare(
-            lambda some=some: [partial(_cuda_shrink, 1, block, A, R, s, None) for block in some], case.device, graph=True
+            lambda some=some: [partial(_cuda_shrink, 1, block, A, R, s, None) for block in some],
+            case.device,
+            graph=True,
         )
         for some in (blocks[i : i + 4] for i in range(0, len(blocks), 4))
     ]
@@ -530,14 +533,19 @@ def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) 
     yield more | {"path": f"{cut} on {FEW}, alone"} | figures(samples, "alone", settings.device, ())
     why = "the shrink has multiprocessors of its own, and takes little of the memory's speed"
     what = f"{cut} on {FEW}, beside a shrink"
-    yield more | {"path": what} | figures(samples, "beside", settings.device, ("alone",)) | against(
-        beside / alone, 1.0, 1.02, "x", why
+    yield (
+        more
+        | {"path": what}
+        | figures(samples, "beside", settings.device, ("alone",))
+        | against(beside / alone, 1.0, 1.02, "x", why)
     )
     issues = free * (32e9 if r > 32 else 75e9)
     why = f"at most {issues / 1e9:.0f} GB/s by its instructions; the GEMM needs {needed / 1e9:.0f}"
     what = f"shrink's rate beside it, {needed / 1e9:.0f} GB/s needed"
-    yield more | {"needed": needed, "lasted": (lasted / beside).median().item()} | line(
-        what, rate, 0.7 * issues, issues, "B/s", why
+    yield (
+        more
+        | {"needed": needed, "lasted": (lasted / beside).median().item()}
+        | line(what, rate, 0.7 * issues, issues, "B/s", why)
     )
 
 
@@ -582,7 +590,7 @@ def _host(settings: Settings) -> Iterator[Row]:
 
 
 def _counters(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
-    """Bytes from memory at swizzle 1 and 8; a row that says why not, where the profiler is not here or may not count."""
+    """Bytes from memory at swizzle 1 and 8; where the profiler is not here or may not count, a row that says so."""
     if why := gemm.missing(settings.dtype, settings.device):
         raise BenchError(why)
     swizzles, every = (1, 8), facts(settings.device).multiprocessors

@@ -444,7 +444,9 @@ def _wave(report: dict[str, Any], row: Row | None) -> str:
     if row is None or "frozen" not in row["over"]:
         return NO_FIGURE
     found = f"{row['over']['frozen']['median']:.3f}{'~' * row['noisy']}"
-    return f"{found} ({row['waves'] * row['wave_bytes'] / row['seconds']['median'] / 1e12:.1f})" if gpu(report) else found
+    return (
+        f"{found} ({row['waves'] * row['wave_bytes'] / row['seconds']['median'] / 1e12:.1f})" if gpu(report) else found
+    )
 
 
 def builds(report: dict[str, Any]) -> Iterator[Table]:
