@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -38,8 +40,10 @@ def kernels(monkeypatch):
     monkeypatch.setattr(experiments.gemm, "missing", lambda dtype, device: None)
     monkeypatch.setattr(experiments.core, "architectures", lambda: ("90a",))
     monkeypatch.setattr(experiments.backends, "unavailable", lambda name: "no triton" if name == "triton" else None)
-    monkeypatch.setattr(experiments.cuda, "gemm_tail", gemm_tail)
-    monkeypatch.setattr(experiments.cuda, "shrink", shrink)
+    for kernel in (gemm_tail, shrink):
+        real = getattr(experiments.cuda, kernel.__name__)
+        assert list(inspect.signature(kernel).parameters) == list(inspect.signature(real).parameters)
+        monkeypatch.setattr(experiments.cuda, kernel.__name__, kernel)
     monkeypatch.setattr(experiments.cuda, "decode", lambda x, A, R, B, s: None)
     monkeypatch.setattr(timer, "MIN_ROUNDS", 2)
     monkeypatch.setattr(timer, "SAMPLE", 1e-6)
@@ -137,6 +141,57 @@ def test_swizzle_1_is_predicted_slow_where_it_asks_too_much_of_the_memory(kernel
     assert fourth == f"{best}: r 8 over r 16" and lines[fourth]["ratio"]["median"] == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_the_gemm_beside_a_shrink(kernels, slower):
+    """On a clock of its own, by which the GEMM takes 1 ms and a launch of the shrink, 256 rows, 10 us."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class Stream(nullcontext):
+        def wait_event(self, event):
+            assert event.at is not None  # the GEMM is begun first
+
+    def tail(*operands, **more):
+        assert more["multiprocessors"] == 128 and more["swizzle"] == 4
+        now[0] += 1e-3
+        return gemm_tail(*operands, **more)
+
+    def narrow(x, *more):
+        assert len(x) == 256  # 64 for each multiprocessor that is free
+        now[0] += 1e-5 * slower
+        return shrink(x, *more)
+
+    def prepare(make, device, graph):
+        assert graph
+        calls = make()
+        return timer.Pass(lambda: [call() for call in calls], len(calls))
+
+    for name, fake in dict(Event=Event, Stream=lambda device: Stream(), stream=lambda s: s).items():
+        kernels.setattr(torch.cuda, name, fake)
+    kernels.setattr(torch.cuda, "synchronize", lambda: None)
+    kernels.setattr(torch.cuda, "_sleep", lambda cycles: now.__setitem__(0, now[0] + 20e-6), raising=False)
+    kernels.setattr(timer, "prepare", prepare)
+    kernels.setattr(experiments.cuda, "gemm_tail", tail)
+    kernels.setattr(experiments.cuda, "shrink", narrow)
+    rows = only("beside", request(), N=768, r=16)
+    alone, together, rate = rows
+    assert alone["path"].endswith("on 128, alone") and together["measured"]["median"] == pytest.approx(1)
+    groups = int(0.9 * 0.98e-3 / (4e-5 * slower))  # of four launches; they are done before the GEMM is
+    assert together["groups"] == groups and together["rows"] == groups * 4 * 256
+    assert rate["measured"]["median"] == pytest.approx(256 * 64 * 2 / (1e-5 * slower))
+    assert (rate["predicted"]["low"], rate["predicted"]["high"]) == (0.7 * 4 * 75e9, 4 * 75e9)
+    assert rate["needed"] == pytest.approx(1024 * 64 * 2 / 1e-3) and rate["lasted"] < 1
+
+
 # --- what is checked
 
 
@@ -196,6 +251,10 @@ def test_what_there_is_no_time_for_is_said(kernels):
     rows = list(experiments.rows(asked))
     assert len(rows) == experiments.points(asked)
     assert {(row["status"], row["reason"].split(":")[0]) for row in rows} == {("failed", "not begun")}
+    kernels.setattr(experiments, "BUDGET", experiments.PROFILER / 2)  # too little for the profiler, which may hang
+    kernels.setattr(experiments, "plan", lambda settings, all=experiments.plan: all(settings)[-1:])
+    (row,) = experiments.rows(asked)
+    assert row["experiment"] == "counters" and row["reason"] == "not begun: 10 of 10 s were left"
 
 
 def test_a_missing_core_is_said_and_the_library_is_measured(monkeypatch):
@@ -271,6 +330,11 @@ def test_the_tables(kernels):
     assert cuts.head[1:] == [f"swizzle {n} {way}" for way in ("along N", "along T") for n in (1, 2, 4, 8)]
     assert len(cuts.rows) == 8 and cuts.rows[0][1] == "1.000" and "-" in cuts.rows[0]
     assert decided.plain() and cuts.markdown()
+    short = dict(each.split(": ", 1) for each in tables.in_short(rows))
+    assert list(short) == ["swizzle", "beta", "mm", "shrink", "host", "counters"]
+    assert short["counters"].endswith("counters: - / not read / -")
+    assert short["beta"].startswith("768x64 T 1024 beta 1: 4.000 / 1.000 (1.000 to 1.000) / 0.25")  # y: three copies
+    assert short["host"].endswith("; all 5: 68.97 to 166.67")  # 1 ms, where 12 to 17 us and 4 to 8 us were predicted
 
 
 def test_a_gpu_is_needed(capsys):

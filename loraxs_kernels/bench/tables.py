@@ -416,6 +416,20 @@ def predictions(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]
         )
 
 
+def in_short(rows: Iterable[Row]) -> list[str]:
+    """A line for each experiment: its first prediction / what was measured / their ratio; the range of all ratios."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, *cells in predictions(rows):
+        found.setdefault(name, []).append(tuple(cells))
+    lines = []
+    for name, each in found.items():
+        ratios = sorted((float(ratio) for *_, ratio in each if ratio != NO_FIGURE))
+        rest = f"; all {len(ratios)}: {ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
+        where, *figures = each[0]
+        lines.append(f"{name}: {where}: {' / '.join(figures)}{rest}")
+    return lines
+
+
 def _figure(value: float) -> str:
     """To three digits or hundredths, what is more."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
