@@ -4,6 +4,7 @@
     shapes.py     the linear layers of real models
     paths.py      the ways to compute one layer, and the check that each is right
     layer.py chain.py gemm.py group.py host.py model.py svd.py   the questions, each a function that yields rows
+    experiments.py                     what decides the design of the kernels, beside what was predicted of it
     timer.py      timing several calls in turn; the machine's ceilings
     roofline.py   floors from counted bytes and flops
     tax.py        the adapter tax over a block, from a report's rows

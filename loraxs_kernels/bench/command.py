@@ -27,7 +27,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help="layer, host (the default is these two), chain, gemm, group, svd, model",
+        help="layer, host (the default is these two), chain, gemm, group, svd, model, experiments",
     )
     add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
@@ -132,6 +132,8 @@ def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
             where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing", "again") if key in row)
             if question == "model":
                 where = (row["path"], *where)
+            if question == "experiments":
+                where = (row["experiment"], *where, *([row["direction"]] if "direction" in row else []))
             if where not in seen:
                 seen.add(where)
                 bar.set_postfix_str(" ".join(where))

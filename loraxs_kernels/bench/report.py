@@ -29,6 +29,10 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
                  bytes (of every read of W, ours alone), peak_bytes (on a GPU, beyond weights and results); for a whole
                  model matrices in place of N and K, and the errors of the last
+    experiments  experiment, the sizes it has (N, K, T, r, direction), dtype, mode; seconds and over {path: spread} as
+                 above; where there is a prediction unit ("s", "x": a ratio, "B/s", "B"), measured (a spread),
+                 predicted {low, high, why} and ratio (of measured to the middle of predicted, a spread); swizzle: tile,
+                 waves, wave_bytes (of x and W that a wave asks of memory); counters, or not_read (why there are none)
 
 Files are added, never changed: a name that is taken gets a number.
 """

@@ -16,7 +16,7 @@ from .roofline import DIRECTIONS
 from .shapes import MODELS, Shape, parse
 from .svd import METHODS
 
-QUESTIONS = ("layer", "chain", "gemm", "group", "host", "svd", "model")
+QUESTIONS = ("layer", "chain", "gemm", "group", "host", "svd", "model", "experiments")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph")
 
@@ -81,6 +81,10 @@ def check(
         raise BenchError("mode: got 'graph' on a CPU, CUDA graphs need a GPU")
     dtype = dtype or ("bf16" if gpu else "fp32")
     _known("dtype", [dtype], DTYPES)
+    if "experiments" in questions and not gpu:
+        raise BenchError("question: 'experiments' needs a GPU, and there is none in use here")
+    if "experiments" in questions and dtype == "fp32":
+        raise BenchError("dtype: got 'fp32', the question experiments takes bf16 or fp16")
     at_least_one(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch])
     if seconds is not None and not 0 < seconds < 3600:
         raise BenchError(f"seconds: got {seconds:g}, must be above 0 and below 3600")
@@ -92,7 +96,7 @@ def check(
         raise BenchError(f"sequence: got {sequence}, must be at most {longest}, what {model} takes")
     questions = tuple(questions) or ("layer", "host")
     # Asking whether a path can run may import what it needs.
-    chosen, left_out = _paths(paths, PATHS) if set(questions) != {"svd"} else ((), {})
+    chosen, left_out = _paths(paths, PATHS) if set(questions) - {"svd", "experiments"} else ((), {})
     if "gemm" in questions and "cuda" in chosen and (why := gemm.missing(DTYPES[dtype], there)):
         left_out |= {"cuda, of the question gemm": why}
     chosen_svd, left_out_svd = _paths(paths, METHODS) if "svd" in questions else ((), {})

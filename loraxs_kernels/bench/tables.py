@@ -92,6 +92,7 @@ def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Tab
         "host": (host,),
         "svd": (svd,),
         "model": (models,),
+        "experiments": (experiments, swizzles),
     }
     tables = [table for question in questions for make in makers[question] for table in make(report, ok)]
     return tables + ([*builds(report), *failures(report)] if set(questions) == set(QUESTIONS) else [])
@@ -384,6 +385,82 @@ def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
                 *_noise(lines),
             ),
         )
+
+
+def experiments(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """What decides the design of the kernels: a line for each prediction."""
+    lines = [[f"{what}: {where}", *cells] for what, where, *cells in predictions(ok)]
+    if lines:
+        whys = dict.fromkeys(row["not_read"] for row in ok if "not_read" in row)
+        notes = ("Quartiles in brackets.", *(f"Not read: {why}." for why in whys), *_noise(lines))
+        yield Table("What was predicted", ["", "predicted", "measured", "measured / predicted"], lines, notes)
+
+
+def predictions(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]:
+    """(experiment, what of it, predicted, measured, measured / predicted), in the order they were made."""
+    for row in rows:
+        if row["question"] != "experiments" or row["status"] != "ok" or not {"predicted", "not_read"} & set(row):
+            continue
+        sizes = [f"{row['N']}x{row['K']}", *(f"{key} {row[key]}" for key in ("T", "r") if key in row)]
+        where = " ".join([*sizes, *([row["direction"]] if "direction" in row else []), row["path"]])
+        if "not_read" in row:
+            yield row["experiment"], where, NO_FIGURE, "not read", NO_FIGURE
+            continue
+        scale, unit = {"s": (1e6, " us"), "x": (1, ""), "B/s": (1e-9, " GB/s"), "B": (1e-9, " GB")}[row["unit"]]
+        expected = [_figure(scale * row["predicted"][end]) for end in ("low", "high")]
+        low, found, high = (_figure(scale * row["measured"][quartile]) for quartile in ("low", "median", "high"))
+        yield (
+            *(row["experiment"], where, " to ".join(dict.fromkeys(expected)) + unit),
+            f"{found}{'~' * row.get('noisy', False)} ({low} to {high}){unit}",
+            f"{row['ratio']['median']:.2f}",
+        )
+
+
+def in_short(rows: Iterable[Row]) -> list[str]:
+    """A line for each experiment: its first prediction / what was measured / their ratio; the range of all ratios."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, *cells in predictions(rows):
+        found.setdefault(name, []).append(tuple(cells))
+    lines = []
+    for name, each in found.items():
+        ratios = sorted((float(ratio) for *_, ratio in each if ratio != NO_FIGURE))
+        rest = f"; all {len(ratios)}: {ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
+        where, *figures = each[0]
+        lines.append(f"{name}: {where}: {' / '.join(figures)}{rest}")
+    return lines
+
+
+def _figure(value: float) -> str:
+    """To three digits or hundredths, what is more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def swizzles(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """The GEMM with a tail, by the order of its tiles, over the library's x W^T."""
+    points: dict[str, dict[str, Row]] = {}
+    for row in ok:
+        if row["question"] == "experiments" and "wave_bytes" in row:
+            tile, cut = row["path"].split(" ", 1)
+            where = f"{row['N']}x{row['K']} T {row['T']} r {row['r']} {row['direction']}, {tile}"
+            points.setdefault(where, {})[cut] = row
+    if points:
+        names = sorted({cut for point in points.values() for cut in point}, key=lambda cut: (cut[10:], cut))
+        lines = [[where, *(_wave(report, point.get(name)) for name in names)] for where, point in points.items()]
+        notes = (
+            "Time over x W^T by the library; in brackets TB/s that each wave of tiles would ask of memory, at the time "
+            "measured, if nothing stayed in the cache from the one before.",
+            *_noise(lines),
+        )
+        yield Table("x W^T + u B^T by the order of tiles", ["", *names], lines, notes)
+
+
+def _wave(report: dict[str, Any], row: Row | None) -> str:
+    if row is None or "frozen" not in row["over"]:
+        return NO_FIGURE
+    found = f"{row['over']['frozen']['median']:.3f}{'~' * row['noisy']}"
+    return (
+        f"{found} ({row['waves'] * row['wave_bytes'] / row['seconds']['median'] / 1e12:.1f})" if gpu(report) else found
+    )
 
 
 def builds(report: dict[str, Any]) -> Iterator[Table]:

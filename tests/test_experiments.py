@@ -1,0 +1,361 @@
+"""loraxs bench experiments: predictions as counted, products checked, one failure costs one experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loraxs_kernels.bench import experiments, layer, report, settings, tables, timer
+from loraxs_kernels.bench.experiments import Cut
+from loraxs_kernels.bench.shapes import Shape
+from loraxs_kernels.cli import main
+
+SIZES = dict(shapes=["768x64", "64x768"], tokens=[1024, 256], ranks=[8, 16], seconds=1e-4)
+
+
+def request(**changes) -> settings.Settings:
+    """A request that is refused by `check`, as there is no GPU."""
+    asked = settings.check(**(dict(questions=["gemm"], device="cpu", dtype="bf16", paths=["torch"]) | SIZES | changes))
+    return dataclasses.replace(asked, questions=("experiments",))
+
+
+def gemm_tail(x, W, u, B, bias, out, tile, overlap, swizzle=1, raster=0, multiprocessors=None):
+    return (F.linear(x.float(), W.float()) + F.linear(u.float(), B.float())).to(x.dtype)
+
+
+def shrink(x, A, R, s, other, split, overlap):
+    z = x.float() @ A.float().t()
+    return z, (s * z @ R.t()).to(x.dtype), None if other is None else (s * z.t() @ other)[None]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins for the core, which are fast: T x N x K is multiplied in fp32 on a CPU."""
+    monkeypatch.setattr(experiments.gemm, "missing", lambda dtype, device: None)
+    monkeypatch.setattr(experiments.core, "architectures", lambda: ("90a",))
+    monkeypatch.setattr(experiments.backends, "unavailable", lambda name: "no triton" if name == "triton" else None)
+    for kernel in (gemm_tail, shrink):
+        real = getattr(experiments.cuda, kernel.__name__)
+        assert list(inspect.signature(kernel).parameters) == list(inspect.signature(real).parameters)
+        monkeypatch.setattr(experiments.cuda, kernel.__name__, kernel)
+    monkeypatch.setattr(experiments.cuda, "decode", lambda x, A, R, B, s: None)
+    monkeypatch.setattr(timer, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(timer, "SAMPLE", 1e-6)
+    for module in (experiments, layer):  # a collection takes longer than all else
+        monkeypatch.setattr(module, "release", lambda: None)
+    return monkeypatch
+
+
+def taking(monkeypatch, cost) -> None:
+    """Times by `cost(name)` in place of a clock."""
+
+    def interleave(passes, device, seconds, issue=False):
+        return {name: torch.full((4,), cost(name), dtype=torch.float64) for name in passes}
+
+    monkeypatch.setattr(timer, "interleave", interleave)
+
+
+def only(name: str, asked: settings.Settings, **where) -> list[dict]:
+    found = [each for each in experiments.plan(asked) if each.name == name]
+    (each,) = (each for each in found if where.items() <= each.where.items())
+    return [each.where | row for row in each.run()]
+
+
+# --- what is counted
+
+
+def test_a_wave_reads_what_its_tiles_need():
+    """Counted by hand: 132 programs are 66 clusters of 256 rows."""
+    T, N, K = 8192, 14336, 4096  # 32 clusters down, 56 tiles across: 1792 in 27.2 waves
+    waves, total = Cut(0, 1, 2).reads(T, N, K, 132)
+    assert waves == 28
+    # Along N at swizzle 1 each wave passes all 56 columns, W whole, but the last one, with 10 clusters; of x two row
+    # blocks, in waves that cross two ends of a row three.
+    ends = [{c // 56 for c in range(first, min(first + 66, 1792))} for first in range(0, 1792, 66)]
+    assert total == 2 * K * (256 * sum(map(len, ends)) + 27 * N + 10 * 256)
+    one = Cut(0, 1, 2).reads(256, 256, 64, 132)
+    assert one == (1, 2 * 64 * (256 + 256))
+    ragged = Cut(1, 1, 1).reads(300, 130, 64, 132)  # only what is there: 300 rows, 130 columns
+    assert ragged == (1, 2 * 64 * (300 + 130))
+
+
+def test_a_swizzle_reads_less_and_every_tile_once():
+    T, N, K = 8192, 14336, 4096
+    per_wave = [Cut(0, swizzle, 2).reads(T, N, K, 132)[1] / 28 / 1e6 for swizzle in experiments.SWIZZLES]
+    assert [round(each) for each in per_wave] == [118, 74, 45, 37]  # the docstring's
+    for raster in experiments.RASTERS:
+        for swizzle in experiments.SWIZZLES:
+            _, total = Cut(1, swizzle, raster).reads(2048, 1024, 64, 2)  # a cluster at a time reads both its operands
+            assert total == 2 * 64 * (8 * 8) * (256 + 128)
+    assert [Cut(0, 4, 2, few).reads(T, 4096, K, 132)[0] for few in (None, 128)] == [8, 8]
+    assert Cut(0, 1, 2).reads(T, 1024, K, 132)[0] == 2 and not Cut(0, 8, 2).distinct(T, 1024)
+
+
+def test_predictions_of_bytes(kernels):
+    asked = request()
+    taking(kernels, lambda name: {"copy": 8 * 65536 / 1e9, "beta 0": 1e-3, "beta 1": 3e-3}.get(name, 5e-5))  # 1 GB/s
+    (row,) = (row for row in only("beta", asked, T=1024, N=768) if row["path"] == "beta 1")
+    y = 2 * 1024 * 768
+    assert row["bytes"] == y and row["unit"] == "x" and row["measured"]["median"] == pytest.approx(3)
+    assert row["predicted"]["low"] == row["predicted"]["high"] == pytest.approx(1 + y / 1e9 / 1e-3)
+    assert row["ratio"]["median"] == pytest.approx(3 / (1 + y / 1e6))
+    for name, path, u in (("mm", "mm fp32", 0), ("shrink", "cuda shrink", 2)):
+        (row,) = (
+            row
+            for row in only(name, asked, T=1024, r=8, **({"direction": "forward"} if u else {}))
+            if row["path"] == path
+        )
+        moved = 2 * 64 * (1024 + 8) + (4 + u) * 1024 * 8
+        assert row["bytes"] == moved and row["predicted"]["low"] >= moved / 1e9 * (1 - 1e-9)
+        assert row["unit"] == "s" and row["ratio"]["median"] <= 5e-5 / (moved / 1e9) * (1 + 1e-9)
+    (back,) = (row for row in only("shrink", asked, T=1024, r=8, direction="backward") if row["path"] == "cuda shrink")
+    assert back["bytes"] == 2 * 768 * (1024 + 8) + 10 * 1024 * 8 + 4 * 8 * 8 * 16  # other, and 16 parts of the gram
+
+
+@pytest.mark.parametrize("bandwidth, slow", [(1e12, (1.0, 1.03)), (1e6, (1.1, 1.2))])
+def test_swizzle_1_is_predicted_slow_where_it_asks_too_much_of_the_memory(kernels, bandwidth, slow):
+    cost = {"copy": 8 * 65536 / bandwidth, "128x256 swizzle 1 along N": 2e-3, "128x128 swizzle 4 along T": 0.9e-3}
+    cost |= {
+        "128x128 swizzle 1 along N": 1.2e-3,
+        "128x128 swizzle 1 along T": 1.2e-3,
+        "on 128": 0.99e-3,
+        "r 8": 0.81e-3,
+    }
+    taking(kernels, lambda name: cost.get(name, 1e-3))
+    rows = only("swizzle", request(), N=768, T=1024, direction="forward")
+    best, cuts = "128x128 swizzle 4 along T", [row for row in rows if "wave_bytes" in row]
+    assert len(cuts) == 2 * 3 + 2 * 4  # three columns of tiles of 256: no swizzle 8
+    lines = {row["path"]: row for row in rows if "predicted" in row}
+    first, second, third, fourth = lines
+    assert first.startswith("128x") and "swizzle 1" in first and first.endswith(f"over {best}")
+    assert (lines[first]["predicted"]["low"], lines[first]["predicted"]["high"]) == slow
+    assert second == f"{best} over frozen" and lines[second]["measured"]["median"] == pytest.approx(0.9)
+    assert lines[second]["predicted"]["low"] == pytest.approx(1.005 + 64 / 64)
+    assert third == f"{best}: 128 multiprocessors over 132" and lines[third]["measured"]["median"] == pytest.approx(1.1)
+    assert fourth == f"{best}: r 8 over r 16" and lines[fourth]["ratio"]["median"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_the_gemm_beside_a_shrink(kernels, slower):
+    """On a clock of its own, by which the GEMM takes 1 ms and a launch of the shrink, 256 rows, 10 us."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class Stream(nullcontext):
+        def wait_event(self, event):
+            assert event.at is not None  # the GEMM is begun first
+
+    def tail(*operands, **more):
+        assert more["multiprocessors"] == 128 and more["swizzle"] == 4
+        now[0] += 1e-3
+        return gemm_tail(*operands, **more)
+
+    def narrow(x, *more):
+        assert len(x) == 256  # 64 for each multiprocessor that is free
+        now[0] += 1e-5 * slower
+        return shrink(x, *more)
+
+    def prepare(make, device, graph):
+        assert graph
+        calls = make()
+        return timer.Pass(lambda: [call() for call in calls], len(calls))
+
+    for name, fake in dict(Event=Event, Stream=lambda device: Stream(), stream=lambda s: s).items():
+        kernels.setattr(torch.cuda, name, fake)
+    kernels.setattr(torch.cuda, "synchronize", lambda: None)
+    kernels.setattr(torch.cuda, "_sleep", lambda cycles: now.__setitem__(0, now[0] + 20e-6), raising=False)
+    kernels.setattr(timer, "prepare", prepare)
+    kernels.setattr(experiments.cuda, "gemm_tail", tail)
+    kernels.setattr(experiments.cuda, "shrink", narrow)
+    rows = only("beside", request(), N=768, r=16)
+    alone, together, rate = rows
+    assert alone["path"].endswith("on 128, alone") and together["measured"]["median"] == pytest.approx(1)
+    groups = int(0.9 * 0.98e-3 / (4e-5 * slower))  # of four launches; they are done before the GEMM is
+    assert together["groups"] == groups and together["rows"] == groups * 4 * 256
+    assert rate["measured"]["median"] == pytest.approx(256 * 64 * 2 / (1e-5 * slower))
+    assert (rate["predicted"]["low"], rate["predicted"]["high"]) == (0.7 * 4 * 75e9, 4 * 75e9)
+    assert rate["needed"] == pytest.approx(1024 * 64 * 2 / 1e-3) and rate["lasted"] < 1
+
+
+# --- what is checked
+
+
+@pytest.mark.parametrize("wrong", ["swizzle", "y", "z", "gram"])
+def test_a_wrong_product_is_not_timed(kernels, wrong):
+    def tail(*operands, swizzle=1, **more):
+        return gemm_tail(*operands, **more) * (1.1 if swizzle == 2 else 1)
+
+    def narrow(x, A, R, s, other, split, overlap):
+        z, u, gram = shrink(x, A, R, s, other, split, overlap)
+        return (z * 1.1 if wrong == "z" else z), u, (gram * 1.1 if wrong == "gram" and gram is not None else gram)
+
+    asked = request()
+    if wrong == "swizzle":
+        kernels.setattr(experiments.cuda, "gemm_tail", tail)
+        rows = only("swizzle", asked, N=64, T=1024, direction="backward")
+        failed = {row["path"]: row["reason"] for row in rows if row["status"] == "failed"}
+        assert len(failed) == 4 and all("swizzle 2" in path for path in failed)
+        assert set(failed.values()) == {"not timed, it is wrong: y"}
+    elif wrong == "y":
+        kernels.setattr(experiments, "_beta_1", lambda x, W, y: torch.mm(x, W.t(), out=y))  # forgets what was there
+        rows = only("beta", asked, T=256, N=768)
+        assert {row["path"]: row["status"] for row in rows} == {"beta 0": "ok", "beta 1": "failed"}
+    else:
+        kernels.setattr(experiments.cuda, "shrink", narrow)
+        rows = only("shrink", asked, T=256, r=8, direction="backward")
+        why = {row["path"]: row.get("reason") for row in rows}
+        assert why == {"cuda shrink": f"not timed, it is wrong: {wrong}", "mm fp32": None}
+
+
+def test_one_failure_costs_one_experiment(kernels):
+    def broken(*_):
+        raise RuntimeError("CUDA error: planted\nmore")
+
+    kernels.setattr(experiments, "_beta", broken)
+    kernels.setattr(experiments.cuda, "decode", broken)
+    kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
+    taking(kernels, lambda name: 1e-3)
+    asked = request(tokens=[256])
+    rows = list(experiments.rows(asked))
+    bad = [(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"]
+    assert bad == [
+        ("beta", "beta", "RuntimeError: CUDA error: planted"),
+        *[("beside", "beside", bad[i][2]) for i in range(1, len(bad) - 2)],  # no stand-in: it needs a GPU's streams
+        ("host", "triton chain", "no triton"),
+        ("host", "cuda decode", "RuntimeError: CUDA error: planted"),
+    ]
+    assert {row["experiment"] for row in rows} == {each.name for each in experiments.plan(asked)}
+    assert all(row["question"] == "experiments" and row["path"] for row in rows)
+    order = list(dict.fromkeys(row["experiment"] for row in rows))
+    assert order == ["swizzle", "beta", "mm", "shrink", "beside", "host", "counters"]
+
+
+def test_what_there_is_no_time_for_is_said(kernels):
+    kernels.setattr(experiments, "BUDGET", -1.0)
+    asked = request()
+    rows = list(experiments.rows(asked))
+    assert len(rows) == experiments.points(asked)
+    assert {(row["status"], row["reason"].split(":")[0]) for row in rows} == {("failed", "not begun")}
+    kernels.setattr(experiments, "BUDGET", experiments.PROFILER / 2)  # too little for the profiler, which may hang
+    kernels.setattr(experiments, "plan", lambda settings, all=experiments.plan: all(settings)[-1:])
+    (row,) = experiments.rows(asked)
+    assert row["experiment"] == "counters" and row["reason"] == "not begun: 10 of 10 s were left"
+
+
+def test_a_missing_core_is_said_and_the_library_is_measured(monkeypatch):
+    asked = request(tokens=[64], shapes=["64x64"])
+    known = {"swizzle", "beta", "counters"}
+    found = [each for each in experiments.plan(asked) if each.name in known]
+    monkeypatch.setattr(experiments, "plan", lambda settings: found)
+    rows = list(experiments.rows(asked))
+    assert {row["status"] for row in rows if row["experiment"] == "beta"} == {"ok"}
+    why = {row["reason"] for row in rows if row["experiment"] != "beta"}
+    assert why == {"the GEMM with a tail runs on a GPU"}
+
+
+# --- the profiler
+
+
+CSV = """==PROF== Connected to process 7
+==PROF== Disconnected
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+""" + "".join(
+    f'"{i}","7","device_kernel","{metric}","byte","{value:,}"\n'
+    for i, value in enumerate((3_300_000_000, 1_000_000_000))
+    for metric in experiments.METRICS
+)
+
+
+def test_counters_are_read_from_the_profilers_table():
+    found = experiments.counted(CSV, 2)
+    assert [each["dram__bytes_read.sum"] for each in found] == [3.3e9, 1e9]
+    assert "no output" in experiments.counted("", 2)
+    refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n==WARNING== No kernels were profiled"
+    assert experiments.counted(refused, 2) == "ncu: ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
+    assert isinstance(experiments.counted(CSV, 3), str)
+
+
+def test_a_profiler_that_hangs_is_left(kernels, tmp_path):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    ncu.chmod(0o755)
+    kernels.setenv("PATH", str(tmp_path))
+    kernels.setattr(experiments, "PROFILER", 0.2)
+    (row,) = only("counters", request())
+    assert row["status"] == "ok" and row["not_read"] == "ncu was not done after 0 s"
+    ncu.unlink()
+    kernels.setenv("PATH", "/none")
+    kernels.setattr(experiments.shutil, "which", lambda name, path: None)
+    (row,) = only("counters", request())
+    assert row["not_read"] == "there is no ncu here"
+
+
+def test_counters_stand_beside_what_the_waves_read(kernels):
+    kernels.setattr(experiments, "_profiled", lambda arguments: experiments.counted(CSV, 2))
+    rows = only("counters", dataclasses.replace(request(), shapes=(Shape(14336, 4096),), tokens=(8192,)))
+    assert [row["path"] for row in rows] == ["swizzle 1: bytes from memory", "swizzle 8: bytes from memory"]
+    assert [row["measured"]["median"] for row in rows] == pytest.approx([3.3e9, 1e9])
+    assert [row["predicted"]["high"] for row in rows] == pytest.approx([3.31e9, 1.03e9], rel=0.01)
+
+
+# --- what is shown
+
+
+def test_the_tables(kernels):
+    kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
+    taking(kernels, lambda name: 1e-3)
+    rows = list(experiments.rows(request(tokens=[1024])))
+    data = {"rows": rows, "machine": {"device": "cpu"}, "ceilings": None}
+    decided, cuts = tables.of(data, ["experiments"])
+    assert decided.head == ["", "predicted", "measured", "measured / predicted"]
+    assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "beta", "mm", "shrink", "host", "counters"}
+    one = next(row for row in decided.rows if row[0].startswith("host") and "F.linear" in row[0])
+    assert one == ["host: 64x64 T 64 r 16 F.linear", "4.000 to 8.000 us", "1000 (1000 to 1000) us", "166.67"]
+    assert "Not read: there is no ncu here." in decided.notes
+    assert cuts.head[1:] == [f"swizzle {n} {way}" for way in ("along N", "along T") for n in (1, 2, 4, 8)]
+    assert len(cuts.rows) == 8 and cuts.rows[0][1] == "1.000" and "-" in cuts.rows[0]
+    assert decided.plain() and cuts.markdown()
+    short = dict(each.split(": ", 1) for each in tables.in_short(rows))
+    assert list(short) == ["swizzle", "beta", "mm", "shrink", "host", "counters"]
+    assert short["counters"].endswith("counters: - / not read / -")
+    assert short["beta"].startswith("768x64 T 1024 beta 1: 4.000 / 1.000 (1.000 to 1.000) / 0.25")  # y: three copies
+    assert short["host"].endswith("; all 5: 68.97 to 166.67")  # 1 ms, where 12 to 17 us and 4 to 8 us were predicted
+
+
+def test_a_gpu_is_needed(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["bench", "experiments"]) == 1
+    assert capsys.readouterr().err == (
+        "loraxs bench: question: 'experiments' needs a GPU, and there is none in use here\n"
+    )
+
+
+@pytest.mark.gpu("bench")
+def test_the_experiments_on_a_gpu(tmp_path):
+    """All of them at a small size; those that need a core for this GPU may say so, nothing else may fail."""
+    out = tmp_path / "run.json"
+    sizes = ["--shape", "1024x512", "512x1024", "--tokens", "300", "2048", "--rank", "12", "64", "--seconds", "0.001"]
+    main(["bench", "experiments", *sizes, "--device", "cuda", "--out", str(out)])
+    rows = report.load(out)["rows"]
+    bad = [(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"]
+    missing = experiments.gemm.missing(torch.bfloat16, torch.device("cuda"))
+    reasons = {missing, *map(experiments.backends.unavailable, ("cuda", "triton"))} - {None}
+    assert [each for each in bad if each[2] not in reasons] == []
+    assert all(row["measured"]["median"] > 0 for row in rows if "predicted" in row)
+    assert {"beta", "mm", "host"} <= {row["experiment"] for row in rows if row["status"] == "ok"}
