@@ -27,7 +27,7 @@ using Fragments = float[Finish<RANK>::tiles][4];  // of z or u: 16 rows of a war
 struct Split {
   uint32_t high, low;
 };
-__device__ Split split(float first, float second) {
+__device__ inline Split split(float first, float second) {
   uint32_t const high = pair<bf16>(first, second);
   float const first_high = widen(bf16{uint16_t(high)}), second_high = widen(bf16{uint16_t(high >> 16)});
   return {high, pair<bf16>(first - first_high, second - second_high)};
@@ -39,6 +39,7 @@ __device__ void load_R(loraxs_shrink_args const& p, uint16_t* high, int thread, 
   constexpr int pitch = Finish<RANK>::pitch;
   auto const low = high + RANK * pitch;
   auto const R = static_cast<float const*>(p.R.data);
+#pragma unroll 4
   for (int at = 2 * thread; at < RANK * RANK; at += 2 * threads) {
     int const o = at / RANK, i = at % RANK;
     bool const in = o < p.r && i < p.r;
@@ -62,6 +63,7 @@ __device__ void finish(loraxs_shrink_args const& p, Fragments<RANK> const& z, in
   auto const other_high = z_low + kRows * pitch, other_low = other_high + kRows * pitch;
   int64_t const block_row = block * kRows;
   if (p.other) {
+#pragma unroll 8
     for (int at = 2 * thread; at < kRows * RANK; at += 2 * threads) {
       int const t = at / RANK, i = at % RANK;
       bool const in = block_row + t < p.T && i < p.r;
@@ -78,10 +80,14 @@ __device__ void finish(loraxs_shrink_args const& p, Fragments<RANK> const& z, in
     for (int half = 0; half < 2; ++half) {
       int const t = 16 * warp + 8 * half + g, c = 8 * n + 2 * j;
       float const first = z[n][2 * half], second = z[n][2 * half + 1];
-      if (block_row + t < p.T) {
+      if (block_row + t < p.T && c < p.r) {
         float* const to = p.z + (block_row + t) * p.r + c;
-        if (c < p.r) to[0] = first;
-        if (c + 1 < p.r) to[1] = second;
+        if (p.r % 2 == 0) {
+          *reinterpret_cast<float2*>(to) = {first, second};
+        } else {
+          to[0] = first;
+          if (c + 1 < p.r) to[1] = second;
+        }
       }
       Split const found = split(first, second);
       high[n][half] = found.high, low[n][half] = found.low;

@@ -1,7 +1,8 @@
 // The shrink for Hopper: z = x A^T, u = s z R^T, gram = s z^T other, by few programs with copies by TMA and wgmma.
 //
 // A program takes 128 rows at a time and keeps on taking, in order.  One thread starts the copies, 64 columns of x and
-// of A at a time; each of two warpgroups multiplies 64 rows.  So four multiprocessors can be enough to make u while the
+// of A at a time; each of two warpgroups multiplies 64 rows, and while they make u and the gram two others take the next
+// unit.  So four multiprocessors can be enough to make u while the
 // GEMM runs on all others: `ready` tells the GEMM which rows of u are there, and it waits for those of a tile only when
 // it comes to the tile's tail.  Rank is always 64 wide; what lies past r is not read from memory, only computed.
 //
@@ -20,7 +21,7 @@
 namespace loraxs {
 namespace {
 
-constexpr int kRank = 64, kStep = 64, kGroups = 2, kUnit = kGroups * kRows, kThreads = 128 * (kGroups + 1);
+constexpr int kRank = 64, kStep = 64, kGroups = 2, kUnit = kGroups * kRows, kThreads = 128 * (2 * kGroups + 1);
 constexpr int kSpan = 128;  // bytes of a row in shared memory: what TMA and wgmma swizzle
 constexpr int x_bytes = kUnit * kSpan, stage_bytes = x_bytes + kStep * kSpan;
 constexpr int rows_bytes = kGroups * Finish<kRank>::rows_bytes, R_bytes = Finish<kRank>::R_bytes;
@@ -93,19 +94,18 @@ __device__ void multiply(Fragments<kRank>& z, uint64_t x, uint64_t A, int add) {
   }
 }
 
+// Barriers of threads: 0 is __syncthreads', then one for each group, one for all groups, and two for each pair of groups
+// that share memory.
 __device__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+__device__ void groups_sync() { asm volatile("bar.sync 5, 512;" ::: "memory"); }
+__device__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 6) : "memory"); }
+__device__ void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"((group ^ kGroups) + 6) : "memory"); }
 
 template <class T, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant__ Problem const problem) {
   auto const& p = problem.args;
   int64_t const units = up(p.T, kUnit);
   int const steps = int(up(p.K, kStep)), stages = problem.stages;
-  if (p.ready) {  // before the GEMM may start: what is there is of an earlier call
-    for (int64_t unit = blockIdx.x + int64_t(gridDim.x) * threadIdx.x; unit < units; unit += gridDim.x * kThreads) {
-      p.ready[unit] = 0;
-    }
-    __threadfence();
-  }
   auto const memory = shared_memory() + (1024 - address(shared_memory()) % 1024) % 1024;
   auto const R = reinterpret_cast<uint16_t*>(memory + stages * stage_bytes);
   auto const full = reinterpret_cast<uint64_t*>(memory + stages * stage_bytes + R_bytes), empty = full + kMostStages;
@@ -118,33 +118,50 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (group >= 0) load_R<kRank>(p, R, group * 128 + thread, 128 * kGroups);
   __syncthreads();
-  launch_dependents();
   int stage = 0, phase = 0;
-  auto const next = [&] {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  };
   if (group < 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (thread / 32 == 1) {
+      if (p.ready) {  // before the GEMM may start: what is there is of an earlier call
+        for (int64_t unit = blockIdx.x + int64_t(gridDim.x) * (thread % 32); unit < units; unit += gridDim.x * 32) {
+          p.ready[unit] = 0;
+        }
+        __threadfence();
+        __syncwarp();
+      }
+      launch_dependents();
+    }
     if (thread != 0) return;
     for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-      for (int step = 0; step < steps; ++step, next()) {
+      for (int step = 0; step < steps; ++step) {
         barrier_wait(empty + stage, phase ^ 1);
         barrier_expect(full + stage, stage_bytes);
         auto const to = memory + stage * stage_bytes;
         int const k = step * kStep;
         copy_box(to, &problem.x, full + stage, k, int(unit * kUnit));
         copy_box(to + x_bytes, &problem.A, full + stage, TRANSPOSED ? 0 : k, TRANSPOSED ? k : 0);
+        if (++stage == stages) stage = 0, phase ^= 1;
       }
     }
     return;
   }
-  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  load_R<kRank>(p, R, group * 128 + thread, 128 * 2 * kGroups);
+  groups_sync();
+  int const half = group % kGroups, first = group / kGroups;  // this group takes every other unit of the program
+  auto const skip = [&](int by) {
+    stage += by;
+    phase ^= (stage / stages) & 1;
+    stage %= stages;
+  };
+  skip(first * steps);
+  for (int64_t unit = blockIdx.x + int64_t(first) * gridDim.x; unit < units; unit += 2 * gridDim.x, skip(steps)) {
     Fragments<kRank> z;
-    for (int step = 0; step < steps; ++step, next()) {
+    for (int step = 0; step < steps; ++step) {
       barrier_wait(full + stage, phase);
       auto const from = memory + stage * stage_bytes;
-      uint64_t const x = described(from + group * kRows * kSpan), A = described(from + x_bytes);
+      uint64_t const x = described(from + half * kRows * kSpan), A = described(from + x_bytes);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < kStep / 16; ++i) {  // 16 columns further: 32 bytes along a row, or 16 rows
@@ -153,9 +170,10 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (thread % 32 == 0) barrier_arrive(empty + stage);
+      if (++stage == stages) stage = 0, phase ^= 1;
     }
-    group_sync(group);  // the rows before are done with
-    int64_t const block = unit * kGroups + group;
+    if (p.other && unit != blockIdx.x) turn_wait(group);  // until the other group is done with `rows`
+    int64_t const block = unit * kGroups + half;
     auto const told = [&] {
       if (!p.ready) return;
       asm volatile("fence.proxy.async;" ::: "memory");  // u is written by threads and read by TMA
@@ -165,11 +183,13 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.ready + unit) : "memory");
       }
     };
-    if (block * kRows >= p.T) {
+    if (block * kRows < p.T) {
+      auto const shared = rows + half * Finish<kRank>::rows_bytes / 2;
+      finish<T, kRank>(p, z, block, R, shared, thread, [=] { group_sync(group); }, told);
+    } else {
       told();
-      continue;
     }
-    finish<T, kRank>(p, z, block, R, rows + group * Finish<kRank>::rows_bytes / 2, thread, [=] { group_sync(group); }, told);
+    if (p.other && unit + gridDim.x < units) turn_pass(group);
   }
 }
 
@@ -195,10 +215,6 @@ bool describe(CUtensorMap& map, loraxs_matrix const& m, int64_t columns, int64_t
 template <class T, bool TRANSPOSED>
 int run(loraxs_shrink_args const& p) {
   Problem problem{{}, {}, p, 0};
-  bool const known = describe<T>(problem.x, p.x, p.K, p.T, p.x.row, kUnit) &&
-                     (TRANSPOSED ? describe<T>(problem.A, p.A, p.r, p.K, p.A.column, kStep)
-                                 : describe<T>(problem.A, p.A, p.K, p.r, p.A.row, kRank));
-  if (!known) return LORAXS_NOT_DESCRIBED;
   int const besides = 1024 + R_bytes + barriers_bytes + (p.other ? rows_bytes : 0);
   problem.stages = std::min(kMostStages, (kMost - besides) / stage_bytes);
   int const bytes = besides + problem.stages * stage_bytes, programs = int(std::min<int64_t>(p.programs, up(p.T, kUnit)));
@@ -206,6 +222,10 @@ int run(loraxs_shrink_args const& p) {
   int const cluster = p.ready && programs % 2 == 0 ? 2 : 1;
   auto const kernel = reinterpret_cast<void const*>(shrink_tma_kernel<T, TRANSPOSED>);
   if (cudaError_t error = allow(kernel, bytes)) return error;
+  bool const known = describe<T>(problem.x, p.x, p.K, p.T, p.x.row, kUnit) &&
+                     (TRANSPOSED ? describe<T>(problem.A, p.A, p.r, p.K, p.A.column, kStep)
+                                 : describe<T>(problem.A, p.A, p.K, p.r, p.A.row, kRank));
+  if (!known) return LORAXS_NOT_DESCRIBED;
   return start(kernel, {dim3(unsigned(programs)), kThreads, bytes, cluster, false, p.stream}, &problem);
 }
 

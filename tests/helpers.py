@@ -140,7 +140,7 @@ def guard(monkeypatch, backend, written: bool = True):
     def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size, band = torch.Size(shape).numel(), 1 << 12
         memory = torch.full((size + 2 * band,), 7.0, dtype=dtype)
-        memory[band : band + size] = float("nan")
+        memory[band : band + size] = float("nan") if dtype.is_floating_point else -1
         held.append((memory, band))
         return memory[band : band + size].view(shape)
 
