@@ -94,12 +94,16 @@ __device__ void multiply(Fragments<kRank>& z, uint64_t x, uint64_t A, int add) {
   }
 }
 
-// Barriers of threads: 0 is __syncthreads', then one for each group, one for all groups, and two for each pair of groups
-// that share memory.
+// Barriers of threads: 0 is __syncthreads'; one for each group; one for all; and for each group its turns, which its
+// partner passes on: to multiply (a barrier's phase is told by its parity, so nobody may wait for one but the next) and
+// to finish (in shared memory that the two share).
+enum Turn { kMultiply = 6, kFinish = 10 };
 __device__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 __device__ void groups_sync() { asm volatile("bar.sync 5, 512;" ::: "memory"); }
-__device__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 6) : "memory"); }
-__device__ void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"((group ^ kGroups) + 6) : "memory"); }
+__device__ void turn_wait(Turn turn, int group) { asm volatile("bar.sync %0, 256;" ::"r"(turn + group) : "memory"); }
+__device__ void turn_pass(Turn turn, int group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(turn + (group ^ kGroups)) : "memory");
+}
 
 template <class T, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant__ Problem const problem) {
@@ -157,6 +161,8 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
   };
   skip(first * steps);
   for (int64_t unit = blockIdx.x + int64_t(first) * gridDim.x; unit < units; unit += 2 * gridDim.x, skip(steps)) {
+    bool const wait = unit != blockIdx.x, pass = unit + gridDim.x < units;
+    if (wait) turn_wait(kMultiply, group);
     Fragments<kRank> z;
     for (int step = 0; step < steps; ++step) {
       barrier_wait(full + stage, phase);
@@ -172,7 +178,8 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
       if (thread % 32 == 0) barrier_arrive(empty + stage);
       if (++stage == stages) stage = 0, phase ^= 1;
     }
-    if (p.other && unit != blockIdx.x) turn_wait(group);  // until the other group is done with `rows`
+    if (pass) turn_pass(kMultiply, group);
+    if (wait && p.other) turn_wait(kFinish, group);
     int64_t const block = unit * kGroups + half;
     auto const told = [&] {
       if (!p.ready) return;
@@ -189,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
     } else {
       told();
     }
-    if (p.other && unit + gridDim.x < units) turn_pass(group);
+    if (pass && p.other) turn_pass(kFinish, group);
   }
 }
 
