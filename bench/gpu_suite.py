@@ -1,13 +1,13 @@
 """Everything a GPU machine is needed for, in one call, without a network.
 
-    python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--budget SECONDS] [--after REPORT]
-                              [--commit NAME]
+    python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--kit gpu-kit] [--commit NAME]
+                              [--after REPORT] [--budget SECONDS]
 
 The most valuable steps come first, until the budget is spent: the CUDA core where it must be built, the ladder of
 bench/first_light.py, the tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last),
 and the benches.  A plan is a choice of steps that fits into one call.  A backend whose tests did not pass is left out
 of the benches and measured at the very end, in processes of its own.  With --after, components that passed in an
-earlier report, and whose files are the same, are not tested again.
+earlier report, and whose files are the same, are not tested again.  --kit takes the core that `make gpu-kit` made.
 
 DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows of all benches and what became of
 the tests; DIR/suite.log has every line that was printed, DIR/<date>-<commit>/ what each step wrote.  The report on the
@@ -49,7 +49,7 @@ GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running step has written
 TAIL = 25  # lines of a command's output that are shown when it broke
 LEAST = 20.0  # seconds under which nothing more is started
-SHOWN, WIDTH = 40, 200  # of the tests that did not pass: lines, characters of one
+SHOWN, WIDTH = 40, 200  # lines of the ladder, and of the tests that did not pass; characters of one of those
 WORKERS = 8  # processes that run tests, at most
 TESTS = ROOT / "tests"
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
@@ -157,7 +157,7 @@ class Suite:
         seconds: float,
         look: Callable[[], None] = lambda: None,
         more: dict[str, str] | None = None,
-        show: bool = False,
+        show: int = 0,
         ask: bool = True,
     ) -> int:
         """Run one command in a session of its own, its output into the log, with a look at what it writes now and then.
@@ -195,8 +195,10 @@ class Suite:
             if ask or not late:  # else what was killed would look as if it had crashed
                 look()
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
-        if show or process.returncode not in (0, 1):  # 1: something failed, and says so in the report
-            print("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-TAIL:]), flush=True)
+        if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
+            show = max(show, TAIL)
+        if show:
+            print("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-show:]), flush=True)
         return process.returncode
 
     def build(self, seconds: float) -> None:
@@ -222,12 +224,13 @@ class Suite:
     def ladder(self, seconds: float) -> None:
         """bench/first_light.py, a line for each rung; what it saved is in the folder."""
         out = self.folder / "ladder.json"
-        code = self.run("ladder", [sys.executable, "bench/first_light.py", "--out", str(out)], seconds, show=True)
+        command = [sys.executable, "bench/first_light.py", "--jobs", str(WORKERS), "--out", str(out)]
+        code = self.run("ladder", command, seconds, show=SHOWN)
         self.cut |= code not in (0, 1)
         self.data["ladder"] = {"passed": code == 0, "file": f"{self.folder.name}/{out.name}"}
         self.save()
 
-    def tests(self, name: str, components: list[str], seconds: float) -> None:
+    def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
         """The tests of some components, in processes side by side; again from where it broke off, should pytest crash.
 
         bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
@@ -247,15 +250,16 @@ class Suite:
         threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
         more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "LORAXS_OUTCOMES": str(path)}
         more["LORAXS_COMPONENTS"] = ",".join(components)
-        missing, look = None, partial(self.take_outcomes, path)
+        files = [str(file) for file in sorted(TESTS.glob(pattern)) if "mark.gpu(" in file.read_text()]
+        rest, look = None, partial(self.take_outcomes, path)
         while True:
             more["LORAXS_SINCE"] = str(time.time())
-            self.run(name, [*command, str(TESTS)], until - time.monotonic(), look, more, ask=False)
-            found = [self.data["tests"][each] for each in components if each in self.data["tests"]]
-            before, missing = missing, sum(each["not reached"] for each in found)
-            if missing in (0, before) or until - time.monotonic() < LEAST:
+            self.run(name, [*command, *files], until - time.monotonic(), look, more, ask=False)
+            before, rest = rest, outcomes.unstarted(path)
+            if rest in (set(), before) or until - time.monotonic() < LEAST:
                 break
-        self.cut |= missing > 0 or not found
+        found = [self.data["tests"][each] for each in components if each in self.data["tests"]]
+        self.cut |= not found or any(each["not reached"] for each in found)
 
     def take_outcomes(self, path: Path) -> None:
         """What has become of the tests until now, and which backends the benches must do without for it."""
@@ -384,6 +388,7 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
     add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
     add("--after", type=Path, metavar="REPORT", help="of an earlier call: what passed in it is not tested again")
+    add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
     add("--commit", help="what to note as the source, where it is not a git checkout")
     add("--device", default="cuda")
     asked = parser.parse_args(argv)
@@ -412,9 +417,22 @@ def untested(after: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name in ours if name not in good]
 
 
+def install(kit: Path | None) -> dict[str, Any]:
+    """What bench/gpu_kit.py says of a kit whose core is now the one used here.  Raises BenchError."""
+    if kit is None:
+        return {}
+    import gpu_kit
+
+    try:
+        return {"kit": gpu_kit.use(kit)}
+    except gpu_kit.KitError as error:
+        raise BenchError(str(error)) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         asked, steps = request(argv)
+        kit = install(asked.kit)
         asked.out.mkdir(parents=True, exist_ok=True)
         suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
     except (BenchError, OSError) as error:
@@ -422,6 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     suite.after = asked.earlier.get("tests", {})
+    suite.data["build"] |= kit
     waiting = list(steps.values())
     try:
         for step, seconds in steps.items():
@@ -433,9 +452,9 @@ def main(argv: list[str] | None = None) -> int:
             elif step == "ladder":
                 suite.ladder(seconds)
             elif step == "tests":
-                suite.tests(step, untested(suite.after), seconds)
+                suite.tests(step, untested(suite.after), "test_*.py", seconds)
             elif step == "sanitizer":
-                suite.tests(step, [status.SANITIZER], seconds)
+                suite.tests(step, [status.SANITIZER], "test_sanitizer.py", seconds)
             else:
                 suite.bench(step, seconds)
         suite.apart()

@@ -39,10 +39,36 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             each["names"].setdefault(outcome, {})[test] = reason
         if outcome == "not reached":
             several = each["names"].setdefault(outcome, Counter())
-            several[test.partition("[")[0]] += 1
+            several[without_parameters(test)] += 1
         if outcome == "skipped":
             each["skips"][reason] = each["skips"].get(reason, 0) + 1
     return found
+
+
+def unstarted(path: Path) -> set[str]:
+    """The tests that were collected, and that no process has begun."""
+    found = events(path)
+    return {test for event in found for test, _ in event.get("collected", ())} - {event.get("start") for event in found}
+
+
+def lost(path: Path) -> Counter[tuple[str, str]]:
+    """How many tests have cost their processes: of (component, test without parameters), and of (component, "")."""
+    found: Counter[tuple[str, str]] = Counter()
+    running: dict[str, dict[str, Any]] = {}
+    for event in events(path):
+        if test := event.get("start"):
+            running[test] = event
+        if (test := event.get("end")) and not event["lost"]:
+            del running[test]
+    for test, event in running.items():
+        if not alive(event["pid"]):
+            found[event["component"], without_parameters(test)] += 1
+            found[event["component"], ""] += 1
+    return found
+
+
+def without_parameters(test: str) -> str:
+    return test.partition("[")[0]
 
 
 def passed(record: dict[str, Any]) -> bool:

@@ -134,15 +134,17 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[Collect()]))
 
 # Good tests do nothing, so that no machine is too slow for them; the others never end, or end at once.
 PLANTED = """
-import ctypes, os, sys, time
-import pytest, torch
+import ctypes, os, sys
+from types import SimpleNamespace
+import pytest
 
 @pytest.mark.gpu("demo")
 @pytest.mark.parametrize("i", range(6))
 def test_good(i): pass
 
 @pytest.mark.gpu("demo", limit=1)
-def test_hang(): ctypes.PyDLL(None).sleep(3600)  # and lets no other thread run
+@pytest.mark.parametrize("i", range(4))
+def test_hang(i): ctypes.PyDLL(None).sleep(3600)  # and lets no other thread run
 
 @pytest.mark.gpu("bench")
 def test_crash(): os.abort()
@@ -159,12 +161,12 @@ def test_skipped(): pytest.skip("planted")
 def sticky(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 @pytest.mark.gpu("neighbours")
-def test_sticky(monkeypatch):  # passes, but for what comes after it
-    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, sticky
+def test_sticky():  # passes, but for what comes after it; with this in torch's place processes start soon
+    sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=sticky))
 
 @pytest.mark.gpu("neighbours")
 @pytest.mark.parametrize("i", range(6))
-def test_behind(i): assert torch.cuda.synchronize is not sticky
+def test_behind(i): assert type(sys.modules.get("torch")) is not SimpleNamespace
 
 @pytest.mark.gpu("compute-sanitizer")
 def test_of_another_step(): pass
@@ -196,23 +198,26 @@ def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, c
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
     code, data = planted(tmp_path, monkeypatch, PLANTED, "--budget", "3000")
-    assert code == 1 and data["complete"]
+    assert code == 1
+    spared = data["tests"]["demo"]["not reached"]  # after two that hang the others are, but for those begun by then
+    assert spared == 2 if not parallel else 0 <= spared <= 2
+    assert data["complete"] is not bool(spared)
     assert told(data) == {
-        "demo": "6 passed, 1 timed out",
+        "demo": f"6 passed, {4 - spared} timed out, {spared} not reached".replace(", 0 not reached", ""),
         "bench": "2 crashed",
         "neighbours": "6 passed, 2 failed, 1 skipped",
     }
     names = {name: each["names"] for name, each in data["tests"].items()}
-    test = "test_planted.py::test_"
-    assert [name.endswith(f"{test}hang") for name in names["demo"]["timed out"]] == [True]
-    assert "Timeout (0:00:01)! at test_planted.py:10 test_hang" in str(names["demo"])
+    test = "::test_"
+    assert all(f"{test}hang" in name for name in names["demo"]["timed out"])
+    assert re.search(r"Timeout \(0:00:01\)! at test_planted\.py:\d+ test_hang", str(names["demo"]))
     assert "Fatal Python error: Aborted at test_planted.py" in str(names["bench"]) and "was killed" in str(
         names["bench"]
     )
     assert "a sticky CUDA error: CUDA error: an illegal memory access" in str(names["neighbours"])
     assert data["tests"]["neighbours"]["skips"] == {"planted": 1}
-    last = capsys.readouterr().out.splitlines()[-5:]
-    assert [name.partition(test)[2].split(":")[0] for name in last] == ["hang", "crash", "killed", "wrong", "sticky"]
+    last = [name.partition(test)[2].split(":")[0] for name in capsys.readouterr().out.splitlines()[spared - 8 :]]
+    assert last == [*(f"hang[{i}]" for i in range(4 - spared)), "crash", "killed", "wrong", "sticky"]
     text = status.render({"a": data})
     assert "passed all" not in text and text.count("**failed**") == 3
 
@@ -236,7 +241,7 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
 
     def look(suite, path):
         seen(suite, path)
-        if not sum(clock) and any(event.get("start", "").endswith("hang") for event in outcomes.events(path)):
+        if not sum(clock) and any("hang" in event.get("start", "") for event in outcomes.events(path)):
             clock.append(9999)
             if end == "Ctrl-C":
                 raise KeyboardInterrupt
@@ -245,10 +250,10 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
     text = PLANTED.replace("limit=1)", "limit=3600)").replace("range(6)", "range(3)")
     code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000")
     assert code == 1 and not data["complete"]
-    assert told(data) == {"demo": "3 passed, 1 not reached", "bench": "2 not reached", "neighbours": "6 not reached"}
+    assert told(data) == {"demo": "3 passed, 4 not reached", "bench": "2 not reached", "neighbours": "6 not reached"}
     assert list(data["tests"]["neighbours"]["names"]["not reached"].values()) == [1, 1, 1, 3]
     text = status.render({"a": data})
-    assert "**failed**" not in text and "**not finished**: 3 passed, 1 not reached" in text
+    assert "**failed**" not in text and "**not finished**: 3 passed, 4 not reached" in text
 
 
 @pytest.mark.parametrize("code, kept", [(0, False), (0, True), (-2, True)])
@@ -297,11 +302,12 @@ def test_a_bench_that_crashes_is_told(tmp_path, monkeypatch, capsys):
 def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypatch, clock, capsys):
     """The time is up when the first rows are there, however long that took; GRACE is ample for saving and printing."""
     ranks = [str(r) for r in range(1, 64)]
-    endless = ["layer", "--shape", "48x64", "--tokens", "5", "--seconds", "9", "--rank", *ranks, "--paths", "frozen"]
+    endless = ["layer", "--shape", "48x64", "--tokens", "5", "--seconds", "2", "--rank", *ranks, "--paths", "frozen"]
     for name, arguments in (("endless", endless), ("never", [])):
         monkeypatch.setitem(gpu_suite.BENCHES, name, (900, arguments))
         monkeypatch.setitem(gpu_suite.STEPS, name, 900)
     monkeypatch.setattr(gpu_suite, "GRACE", 300)
+    monkeypatch.setattr(gpu_suite, "EVERY", 0.2)
     monkeypatch.setattr(gpu_suite, "OURS", ["torch"])
     seen = gpu_suite.Suite.take
 
@@ -392,6 +398,26 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
     printed = capsys.readouterr()
     assert printed.err.startswith(f"gpu_suite: {said}") and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kit_is_used_or_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    class KitError(ValueError):
+        pass
+
+    def use(folder):
+        if folder.name != "kit":
+            raise KitError("kit: of another Python")
+        return {"commit": "1234567"}
+
+    monkeypatch.setitem(sys.modules, "gpu_kit", SimpleNamespace(use=use, KitError=KitError))
+    monkeypatch.setattr(gpu_suite.core, "missing", functools.cache(lambda: "it was not built"))
+    monkeypatch.setattr(gpu_suite.Suite, "build", lambda *_: None)
+    arguments = ["--device", "cpu", "--only", "build", "--out", str(tmp_path / "out"), "--kit"]
+    assert gpu_suite.main([*arguments, "other"]) == 1
+    assert capsys.readouterr().err == "gpu_suite: kit: of another Python\n" and not (tmp_path / "out").exists()
+    assert gpu_suite.main([*arguments, "kit"]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert report.load(path)["build"]["kit"] == {"commit": "1234567"}
 
 
 def test_a_file_in_the_place_of_the_folder_stays_as_it_is(tmp_path, capsys):
