@@ -1,12 +1,18 @@
 """Everything a GPU machine is needed for, in one call, without a network.
 
-    python bench/gpu_suite.py --out DIR [--budget SECONDS] [--commit NAME] [--only STEP ...]
+    python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--kit gpu-kit] [--commit NAME]
+                              [--after REPORT] [--budget SECONDS]
 
-Builds the CUDA core in place where there is one, runs the tests marked `gpu`, then the benches, the most valuable
-first, until the budget is spent.  DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows
-of all benches and the tests' results, DIR/suite.log has every line that was printed.  The report on the disk is never
-older than a few seconds: stop at any moment, by Ctrl-C, kill or pulling the plug.  Copy it to bench/results/<device>/
-and run bench/render.py.
+The most valuable steps come first, until the budget is spent: the CUDA core where it must be built, the ladder of
+bench/first_light.py, the tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last),
+and the benches.  A plan is a choice of steps that fits into one call.  A backend whose tests did not pass is left out
+of the benches and measured at the very end, in processes of its own.  With --after, components that passed in an
+earlier report, and whose files are the same, are not tested again.  --kit takes the core that `make gpu-kit` made.
+
+DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows of all benches and what became of
+the tests; DIR/suite.log has every line that was printed, DIR/<date>-<commit>/ what each step wrote.  The report on the
+disk is never older than a few seconds: stop at any moment, by Ctrl-C, kill or pulling the plug.  Copy it to
+bench/results/<device>/ and run bench/render.py.
 """
 
 from __future__ import annotations
@@ -14,33 +20,42 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it must run where nothing is installed
 
+import outcomes  # noqa: E402
 import status  # noqa: E402
 import torch  # noqa: E402
 
+from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import BenchError, report, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
+from loraxs_kernels.bench.settings import one_of  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
-EVERY = 3.0  # seconds between two looks at what a running bench has written
-TAIL = 25  # lines of the log that are shown when a command broke
+EVERY = 3.0  # seconds between two looks at what a running step has written
+TAIL = 25  # lines of a command's output that are shown when it broke
 LEAST = 20.0  # seconds under which nothing more is started
+SHOWN, WIDTH = 40, 200  # lines of the ladder, and of the tests that did not pass; characters of one of those
+WORKERS = 8  # processes that run tests, at most
+TESTS = ROOT / "tests"
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
+MODELS = ["reference-fp32", "reference", "peft-lora"]
 WAY = ["--tokens", "512", "8192", "--rank", "64", "--mode", "graph", "--paths", *RIVALS]
 ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
 SVDS = [
@@ -52,28 +67,49 @@ SVDS = [
     "svd-lowrank-r",
     "svd-full",
 ]
-# (name, seconds it may take at most, arguments of `loraxs bench`); the headline first.
-# All of it takes more than ten minutes: with less, call twice, each time with some steps (--only).
-BENCHES: list[tuple[str, float, list[str]]] = [
-    ("tax", 140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
-    ("chain", 100, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
-    ("gemm", 90, ["gemm", "--tokens", "512", "8192", "--rank", "16", "64", "--mode", "graph", "--paths", "addmm"]),
-    ("group", 45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
-    ("host", 60, ["host"]),
-    ("svd", 150, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "sklearn", "svd-lowrank"]),
-    ("decode", 90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
-    ("step", 300, ["model", "--rank", "64", "--paths", "reference-fp32", "reference", "peft-lora", "compile"]),
-    ("tokens", 120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
-    ("ranks", 120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
-    ("forward", 60, ["layer", *WAY, "--direction", "forward"]),
-    ("backward", 60, ["layer", *WAY, "--direction", "backward"]),
-    ("gemm-fp16", 45, ["gemm", "--dtype", "fp16", "--tokens", "8192", "--rank", "64", "--paths", "addmm"]),
-    ("svd-ranks", 200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", "svd-lowrank"]),
-    ("svd-paths", 120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
-    ("compile", 90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
-    ("compile-max", 120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
-]
+# {step: (seconds it may take where others wait, arguments of `loraxs bench`, paths last)}; the headline first.
+BENCHES: dict[str, tuple[float, list[str]]] = {
+    "tax": (140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
+    "experiments": (60, ["experiments"]),
+    "chain": (100, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
+    "gemm": (90, ["gemm", "--tokens", "512", "8192", "--rank", "16", "64", "--mode", "graph", "--paths", "addmm"]),
+    "group": (45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
+    "host": (60, ["host"]),
+    "svd": (80, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "svd-lowrank"]),
+    "decode": (90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
+    "step": (150, ["model", "--rank", "64", "--paths", *MODELS]),
+    "tokens": (120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
+    "ranks": (120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
+    "forward": (60, ["layer", *WAY, "--direction", "forward"]),
+    "backward": (60, ["layer", *WAY, "--direction", "backward"]),
+    "gemm-fp16": (45, ["gemm", "--dtype", "fp16", "--tokens", "8192", "--rank", "64", "--paths", "addmm"]),
+    "svd-sklearn": (120, ["svd", "--rank", "64", "--paths", "loraxs-svd", "sklearn"]),
+    "svd-ranks": (200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", "svd-lowrank"]),
+    "svd-paths": (120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
+    "step-compile": (300, ["model", "--rank", "64", "--paths", *MODELS, "compile"]),
+    "compile": (90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
+    "compile-max": (120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
+}
+# {step: seconds it may take where others wait}, in the order of a run that names none.
+STEPS: dict[str, float] = {
+    **{"build": 300, "ladder": 120, "tests": 240},
+    **{name: seconds for name, (seconds, _) in BENCHES.items()},
+    "sanitizer": 180,
+}
+# {plan: (budget, {step: seconds it may take where others wait})}; with GRACE those make up the budget.
+PLANS: dict[str, tuple[float, dict[str, float]]] = {
+    "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
+    "second": (
+        450,
+        {
+            **{"tests": 45, "tax": 80, "chain": 45, "gemm": 45, "step": 90},
+            **{"host": 25, "svd": 40, "decode": 35, "group": 30},
+        },
+    ),
+    "third": (150, {"tokens": 40, "ranks": 30, "sanitizer": 65}),
+}
 OURS = ["torch", "triton", "cuda"]
+SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "model")  # the questions that time those
 
 
 class Suite:
@@ -81,22 +117,30 @@ class Suite:
 
     def __init__(self, out: Path, budget: float, commit: str | None, device: str) -> None:
         self.started, self.device, self.cut = time.monotonic(), device, False
-        self.end = self.started + budget
+        self.end, self.waiting = self.started + budget, 0.0
+        self.benches: list[str] = []
+        self.after: dict[str, dict[str, Any]] = {}  # what became of the tests in an earlier report
         found = report.source()
         self.data: dict[str, Any] = {
             **{"format": report.FORMAT, "version": report.VERSION},
             **environment(device),
             **{"commit": commit or found[0], "dirty": None if commit else found[1]},
             **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
-            **{"build": {}, "tests": {}, "rows": []},
+            **{"build": built(), "tests": {}, "rows": []},
         }
         self.path = report.free(out / f"{self.data['date'][:10]}-{self.data['commit']}.json")
+        self.folder = self.path.with_suffix("")
+        self.folder.mkdir()
         self.log = (out / "suite.log").open("a")
         self.save()
 
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
+
+    def allowed(self, seconds: float) -> float:
+        """What a step may take that asks for so much: longer where nothing waits for the time that is left."""
+        return min(max(seconds, self.left - GRACE - self.waiting), self.left - GRACE)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -106,39 +150,149 @@ class Suite:
         self.data["seconds"] = round(time.monotonic() - self.started, 1)
         report.save(self.data, self.path)
 
-    def run(self, name: str, command: list[str], seconds: float, watch: Path | None = None) -> int:
-        """Run one command, its output into the log; when its time is up it is asked to stop, then made to."""
-        seconds = min(seconds, self.left - GRACE)
-        began, rows = time.monotonic(), list(self.data["rows"])
+    def run(
+        self,
+        name: str,
+        command: list[str],
+        seconds: float,
+        look: Callable[[], None] = lambda: None,
+        more: dict[str, str] | None = None,
+        show: int = 0,
+        ask: bool = True,
+    ) -> int:
+        """Run one command in a session of its own, its output into the log, with a look at what it writes now and then.
+
+        When its time is up it is asked to stop, where it would save something, and made to; nothing that it started
+        outlives it.  Returns its exit status.
+        """
+        seconds = self.allowed(seconds)
+        began = time.monotonic()
         self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command[1:])} (at most {seconds:.0f} s)")
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        log = self.path.with_name("suite.log")
+        said = log.stat().st_size
+        variables = os.environ | {"PYTHONUNBUFFERED": "1"} | (more or {})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )
         try:
             while process.poll() is None and time.monotonic() - began < seconds:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(min(EVERY, max(0.1, seconds - (time.monotonic() - began))))
-                except subprocess.TimeoutExpired:
-                    self.take(name, watch, rows)
+                look()
         finally:
-            if process.poll() is None:
+            if late := process.poll() is None:
                 self.cut = True
                 self.say(f"  {name}: its time is up")
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(GRACE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            self.take(name, watch, rows)
+                look()
+                if ask:
+                    process.send_signal(signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process that the driver holds on to does not die
+                process.wait(GRACE)
+            if ask or not late:  # else what was killed would look as if it had crashed
+                look()
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
         if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
-            self.cut = True
-            print("\n".join(self.path.with_name("suite.log").read_text().splitlines()[-TAIL:]), flush=True)
+            show = max(show, TAIL)
+        if show:
+            print("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-show:]), flush=True)
         return process.returncode
 
-    def take(self, name: str, part: Path | None, rows: list[dict]) -> None:
+    def build(self, seconds: float) -> None:
+        """The CUDA core in place, unless it is there: setup.py's record of what came of it, and how long it took."""
+        if core.missing() is None:
+            self.say("build: the core is there, nothing is built")
+            return
+        noted, whole = ROOT / "loraxs_kernels" / "_build.json", not (ROOT / "build" / "core").exists()
+        began = time.monotonic()
+        code = self.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], seconds)
+        self.cut |= code != 0
+        took = round(time.monotonic() - began, 1)
+        found = {"built": False, "why": f"setup.py ended with {code} and left no record, see suite.log"}
+        if code == 0 and noted.exists():  # else it is an earlier build's
+            found = json.loads(noted.read_text())
+        machine = {"cores": len(os.sched_getaffinity(0)), "MAX_JOBS": os.environ.get("MAX_JOBS")}
+        self.data["build"] = found | {"seconds": took, "whole": whole} | machine
+        importlib.invalidate_caches()  # the core is asked for below, in this process too
+        core.missing.cache_clear()
+        core.architectures.cache_clear()
+        self.save()
+
+    def ladder(self, seconds: float) -> None:
+        """bench/first_light.py, a line for each rung; what it saved is in the folder."""
+        out = self.folder / "ladder.json"
+        command = [sys.executable, "bench/first_light.py", "--jobs", str(WORKERS), "--out", str(out)]
+        code = self.run("ladder", command, seconds, show=SHOWN)
+        self.cut |= code not in (0, 1)
+        self.data["ladder"] = {"passed": code == 0, "file": f"{self.folder.name}/{out.name}"}
+        self.save()
+
+    def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
+        """The tests of some components, in processes side by side; again from where it broke off, should pytest crash.
+
+        bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
+        """
+        if not components:
+            self.say(f"{name}: all have passed before")
+            return
+        path, until = self.folder / f"{name}.jsonl", time.monotonic() + self.allowed(seconds)
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
+        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-m", "gpu", "-q", "--tb=short"]
+        command += ["-p", "recorder", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "1000"]
+        else:
+            self.say(f"{name}: one after another, as there is no pytest-xdist")
+        paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+        more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "LORAXS_OUTCOMES": str(path)}
+        more["LORAXS_COMPONENTS"] = ",".join(components)
+        files = [str(file) for file in sorted(TESTS.glob(pattern)) if "mark.gpu(" in file.read_text()]
+        rest, look = None, partial(self.take_outcomes, path)
+        while True:
+            more["LORAXS_SINCE"] = str(time.time())
+            self.run(name, [*command, *files], until - time.monotonic(), look, more, ask=False)
+            before, rest = rest, outcomes.unstarted(path)
+            if rest in (set(), before) or until - time.monotonic() < LEAST:
+                break
+        found = [self.data["tests"][each] for each in components if each in self.data["tests"]]
+        self.cut |= not found or any(each["not reached"] for each in found)
+
+    def take_outcomes(self, path: Path) -> None:
+        """What has become of the tests until now, and which backends the benches must do without for it."""
+        for component, record in outcomes.read(path).items():
+            self.data["tests"][component] = {"sources": status.sources(component)} | record
+        self.save()
+
+    def left_out(self) -> dict[str, str]:
+        """{backend: what became of its tests} where some of them failed, crashed or took too long."""
+        known = self.after | self.data["tests"]
+        records = {backend: known.get(f"{backend} backend", {}) for backend in OURS}
+        bad = {backend: each for backend, each in records.items() if any(each.get(word) for word in outcomes.BAD)}
+        return {
+            backend: f"measured apart, at the end; its tests: {outcomes.told(each)}" for backend, each in bad.items()
+        }
+
+    def bench(self, name: str, seconds: float, alone: str | None = None) -> int:
+        """One bench without the backends whose tests did not pass, or beside the floor a backend alone."""
+        arguments = with_paths(BENCHES[name][1], self.left_out(), alone)
+        name = f"{name}-{alone}" if alone else name
+        part = self.folder / f"{name}.json"
+        self.data["settings"]["suite"].append(arguments)
+        self.data["settings"]["left_out"] |= self.left_out()
+        self.benches.append(name)
+        command = [sys.executable, "-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
+        command += ["--device", self.device, "--commit", self.data["commit"]]
+        code = self.run(name, command, seconds, partial(self.take, name, part, list(self.data["rows"])))
+        self.cut |= code not in (0, 1)
+        return code
+
+    def take(self, name: str, part: Path, rows: list[dict]) -> None:
         """The rows before this bench and those it has written until now."""
-        if part is None or not part.exists():
+        if not part.exists():
             return
         found = report.load(part)
         self.data["rows"] = rows + [{"run": name, **row} for row in found["rows"]]
@@ -146,65 +300,52 @@ class Suite:
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
         self.save()
 
-    def build(self) -> None:
-        """The CUDA core in place: setup.py's record of what came of it, and how long it took."""
-        noted, whole = ROOT / "loraxs_kernels" / "_build.json", not (ROOT / "build" / "core").exists()
-        began = time.monotonic()
-        code = self.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300)
-        seconds = round(time.monotonic() - began, 1)
-        found = {"built": False, "why": f"setup.py ended with {code} and left no record, see suite.log"}
-        if code == 0 and noted.exists():  # else it is an earlier build's
-            found = json.loads(noted.read_text())
-        machine = {"cores": len(os.sched_getaffinity(0)), "MAX_JOBS": os.environ.get("MAX_JOBS")}
-        self.data["build"] = found | {"seconds": seconds, "whole": whole} | machine
-        importlib.invalidate_caches()  # the core is asked for below, in this process too
-        self.save()
+    def apart(self) -> None:
+        """The benches that were done, once more for each backend that was left out, until it is late or breaks off."""
+        self.waiting = math.inf  # each its own time, and no more
+        done = [name for name in self.benches if BENCHES[name][1][0] in SIDE_BY_SIDE]
+        for backend in self.left_out():
+            for name in done:
+                if self.late(f"{name}-{backend}") or self.bench(name, BENCHES[name][0], backend) not in (0, 1):
+                    break
 
-    def tests(self, folder: Path) -> None:
-        """pytest -m gpu; results by component, which tests/conftest.py writes beside each."""
-        results = folder / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider"]
-        code = self.run("tests", [*command, f"--junitxml={results}", "tests"], 400)
-        self.data["tests"] = by_component(results) if results.exists() else {}
-        if code not in (0, 1):  # stopped or crashed: what passed until then proves nothing
-            for component in status.COMPONENTS:
-                if status.sources(component):
-                    found = self.data["tests"].setdefault(component, outcome(component))
-                    found["failed"] += 1
-                    found["why"] = f"pytest ended with {code} before its end"
-        self.save()
-
-    def bench(self, folder: Path, name: str, seconds: float, arguments: list[str]) -> None:
-        part = folder / f"{name}.json"
-        if "--paths" in arguments:
-            arguments = [*arguments, *(path for path in OURS if PATHS[path].missing() is None)]
-        self.data["settings"]["suite"].append(arguments)
-        command = [sys.executable, "-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
-        self.run(name, [*command, "--device", self.device, "--commit", self.data["commit"]], seconds, part)
+    def late(self, step: str) -> bool:
+        """Whether there is no time to start it; said, and noted."""
+        if late := self.left < LEAST + GRACE:
+            self.say(f"{step}: not started, the budget is spent")
+            self.cut = True
+        return late
 
 
-def outcome(component: str) -> dict[str, Any]:
-    return {"sources": status.sources(component), "passed": 0, "failed": 0, "skipped": 0}
+def built() -> dict[str, Any]:
+    """What is known of the core that is there, or why there is none."""
+    return {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text())
 
 
-def by_component(results: Path) -> dict[str, dict[str, Any]]:
-    """{component: sources, passed, failed, skipped} from pytest's XML; those with nothing but skips are left out."""
-    found: dict[str, dict[str, Any]] = {}
-    for case in ElementTree.parse(results).iter("testcase"):
-        for name in (p.get("value") for p in case.iter("property") if p.get("name") == "component"):
-            bad = case.find("failure") is not None or case.find("error") is not None
-            what = "skipped" if case.find("skipped") is not None else "failed" if bad else "passed"
-            found.setdefault(name, outcome(name))[what] += 1
-    return {name: each for name, each in found.items() if each["passed"] or each["failed"]}
+def with_paths(arguments: list[str], left_out: dict[str, str], alone: str | None) -> list[str]:
+    """Arguments of a bench with its paths named, where it names some or must do without some; `alone`: for that one."""
+    if arguments[0] not in SIDE_BY_SIDE:
+        return arguments
+    named = "--paths" in arguments
+    at = arguments.index("--paths") if named else len(arguments)
+    if not (named or left_out or alone):
+        return arguments
+    there = [name for name, path in PATHS.items() if path.missing() is None]
+    others = arguments[at + 1 :] if named else [name for name in there if PATHS[name].default and name not in OURS]
+    ours = [name for name in OURS if name in there and name not in left_out]
+    return [*arguments[:at], "--paths", *(["frozen", alone] if alone else [*others, *ours])]
 
 
 def summary(data: dict[str, Any]) -> str:
-    """A few lines: what passed, and the figures that goals are set for."""
-    counts = ("passed", "failed", "skipped")
-    lines = [f"{name}: {', '.join(f'{each[c]} {c}' for c in counts)}" for name, each in data["tests"].items()]
-    lines = ["gpu tests: " + ("; ".join(lines) or "none ran")]
+    """A few lines: what passed, and the figures that goals are set for; the tests that did not pass come last."""
+    lines = [f"{name}: {outcomes.told(each)}" for name, each in data["tests"].items()] or ["no test ran"]
+    lines += [f"{name}: {why}" for name, each in data["tests"].items() for why in each.get("skips", ())]
+    if ladder := data.get("ladder"):
+        lines.append(f"ladder: {'passed' if ladder['passed'] else 'failed'}, {ladder['file']}")
     if build := data.get("build"):
-        lines.append(f"build: {build.get('why') or build['architectures']}, {build['seconds']:.0f} s")
+        took = f", {build['seconds']:.0f} s" if "seconds" in build else ""
+        lines.append(f"core: {build.get('why') or build['architectures']}{took}")
+    lines += [f"without {name}: {why}" for name, why in data["settings"]["left_out"].items()]
     for question, direction in (("layer", ("both",)), ("gemm", ("forward", "backward"))):
         for at, paths in tax.points(data["rows"], question).items():
             if at.T in (512, 8192) and at.r in (16, 64) and at.direction in direction:
@@ -228,49 +369,102 @@ def summary(data: dict[str, Any]) -> str:
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
     counts = f"{len(data['rows'])} rows, {len(failed)} failed"
     lines.append(f"{counts}; {data['seconds']:.0f} s; complete: {data['complete']}")
-    return "\n".join(lines)
+    bad = [
+        f"{outcome}: {test}{why and f': {why}'}"
+        for each in data["tests"].values()
+        for outcome in outcomes.BAD
+        for test, why in each.get("names", {}).get(outcome, {}).items()
+    ]
+    more = [f"and {len(bad) - SHOWN} more, in the report"] if len(bad) > SHOWN else []
+    return "\n".join([*lines, *(line[:WIDTH] for line in bad[:SHOWN]), *more])
+
+
+def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float]]:
+    """The arguments, and {step: seconds it may take where others wait}.  Raises BenchError, and writes nothing."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the report and the log")
+    add("--plan", help=f"steps that fit into one call: {', '.join(PLANS)}")
+    add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
+    add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
+    add("--after", type=Path, metavar="REPORT", help="of an earlier call: what passed in it is not tested again")
+    add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
+    add("--commit", help="what to note as the source, where it is not a git checkout")
+    add("--device", default="cuda")
+    asked = parser.parse_args(argv)
+    one_of("plan", asked.plan, "only", asked.only)
+    for name, given, known in (("plan", [asked.plan] if asked.plan else [], PLANS), ("only", asked.only, STEPS)):
+        if wrong := [each for each in given if each not in known]:
+            raise BenchError(f"{name}: got {wrong[0]!r}, must be one of {', '.join(known)}")
+    budget, steps = PLANS.get(asked.plan, (540, {name: STEPS[name] for name in asked.only or STEPS}))
+    asked.budget = budget if asked.budget is None else asked.budget
+    if not LEAST + GRACE <= asked.budget < math.inf:
+        raise BenchError(f"budget: got {asked.budget:g}, must be at least {LEAST + GRACE:g} seconds")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise BenchError(f"out: {asked.out} is a file, must be a folder, or not there yet")
+    asked.earlier = report.load(asked.after) if asked.after else {}
+    if {"tests", "sanitizer"} & set(steps) and importlib.util.find_spec("pytest") is None:
+        raise BenchError("the tests need pytest: pip install pytest")
+    if asked.device != "cpu" and not torch.cuda.is_available():
+        raise BenchError("no GPU here; on a CPU use `loraxs bench`")
+    return asked, steps
+
+
+def untested(after: dict[str, dict[str, Any]]) -> list[str]:
+    """The components, the checker's aside, whose files did not pass their tests in an earlier report."""
+    ours = [name for name in status.COMPONENTS if name != status.SANITIZER]
+    good = [name for name, each in after.items() if outcomes.passed(each) and each["sources"] == status.sources(name)]
+    return [name for name in ours if name not in good]
+
+
+def install(kit: Path | None) -> dict[str, Any]:
+    """What bench/gpu_kit.py says of a kit whose core is now the one used here.  Raises BenchError."""
+    if kit is None:
+        return {}
+    import gpu_kit
+
+    try:
+        return {"kit": gpu_kit.use(kit)}
+    except gpu_kit.KitError as error:
+        raise BenchError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    steps = ["build", "tests", *(name for name, _, _ in BENCHES)]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report and the log")
-    parser.add_argument("--budget", type=float, default=540, help="seconds in all (default 540)")
-    parser.add_argument("--commit", help="what to note as the source, where it is not a git checkout")
-    parser.add_argument("--only", nargs="+", choices=steps, default=steps, metavar="STEP", help=", ".join(steps))
-    parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args(argv)
-    if arguments.device != "cpu" and not torch.cuda.is_available():
-        print("gpu_suite: no GPU here; on a CPU use `loraxs bench`", file=sys.stderr)
-        return 1
-    if importlib.util.find_spec("pytest") is None and "tests" in arguments.only:
-        print("gpu_suite: the tests need pytest: pip install pytest", file=sys.stderr)
-        return 1
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        suite = Suite(arguments.out, arguments.budget, arguments.commit, arguments.device)
-    except BenchError as error:
+        asked, steps = request(argv)
+        kit = install(asked.kit)
+        asked.out.mkdir(parents=True, exist_ok=True)
+        suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
+    except (BenchError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    suite.after = asked.earlier.get("tests", {})
+    suite.data["build"] |= kit
+    waiting = list(steps.values())
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for step in arguments.only:
-                if suite.left < LEAST + GRACE:
-                    suite.say(f"{step}: not started, the budget is spent")
-                    suite.cut = True
-                elif step == "build":
-                    suite.build()
-                elif step == "tests":
-                    suite.tests(Path(folder))
-                else:
-                    suite.bench(Path(folder), *next(each for each in BENCHES if each[0] == step))
+        for step, seconds in steps.items():
+            suite.waiting = sum(waiting := waiting[1:])
+            if suite.late(step):
+                continue
+            if step == "build":
+                suite.build(seconds)
+            elif step == "ladder":
+                suite.ladder(seconds)
+            elif step == "tests":
+                suite.tests(step, untested(suite.after), "test_*.py", seconds)
+            elif step == "sanitizer":
+                suite.tests(step, [status.SANITIZER], "test_sanitizer.py", seconds)
+            else:
+                suite.bench(step, seconds)
+        suite.apart()
         suite.data["complete"] = not suite.cut
     except KeyboardInterrupt:
         suite.say("stopped")
     suite.save()
-    suite.say(f"\n{summary(suite.data)}\n{suite.path}")
-    return 1 if suite.cut or any(each["failed"] for each in suite.data["tests"].values()) else 0
+    suite.say(f"\n{suite.path}\n{summary(suite.data)}")
+    bad = any(each.get(word) for each in suite.data["tests"].values() for word in outcomes.BAD)
+    return 1 if suite.cut or bad or not suite.data.get("ladder", {}).get("passed", True) else 0
 
 
 if __name__ == "__main__":

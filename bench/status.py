@@ -1,7 +1,8 @@
 """Which component last passed its tests on a GPU, and whether its files have changed since: STATUS.md.
 
-A component is what the tests marked `gpu("<component>")` test.  bench/gpu_suite.py notes in its report how many of them
-passed, and a hash of the component's files; STATUS.md is rendered from all reports by bench/render.py.
+A component is what the tests marked `gpu("<component>")` test.  bench/gpu_suite.py notes in its report what became of
+them (bench/outcomes.py), and a hash of the component's files; STATUS.md is rendered from all reports by
+bench/render.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import outcomes
+
 ROOT = Path(__file__).parents[1]
+SANITIZER = "compute-sanitizer"
 # Its files or folders, and what is known of it beyond its tests.
 COMPONENTS = {
     "torch backend": (
@@ -36,6 +40,10 @@ COMPONENTS = {
     ),
     "demo": (["loraxs_kernels/demo"], ""),
     "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
+    SANITIZER: (
+        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
+        "NVIDIA's memcheck, initcheck and, where TMA is not used, racecheck, over one small run of every kernel",
+    ),
 }
 
 
@@ -61,7 +69,8 @@ def render(reports: dict[str, dict[str, Any]]) -> str:
     return f"""# What has run on a GPU
 
 Made by bench/render.py from the reports of bench/gpu_suite.py; never edited. A component has passed when all its tests
-marked `gpu` have. What has not run on a GPU may not work on one.
+marked `gpu` have: none failed, crashed, took longer than its limit or was not reached. What has not run on a GPU may
+not work on one.
 
 | component | on a GPU | note |
 |---|---|---|
@@ -74,17 +83,25 @@ def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
     if now is None:
         return "does not exist yet"
     runs = [(report, path) for path, report in reports.items() if component in report.get("tests", {})]
-    if not runs:
-        return "**not yet run on a GPU**"
     runs.sort(key=lambda run: run[0]["date"])
+    records = [run["tests"][component] for run, _ in runs]
+    if not any(map(_ran, records)):
+        why = "; ".join(records[-1].get("skips", ())) or outcomes.told(records[-1]) if records else ""
+        return f"**not yet run on a GPU**{why and ': '}{why.replace('|', '/')}"
+    runs = [run for run, record in zip(runs, records, strict=True) if _ran(record)]
     last, path = runs[-1]
     result = last["tests"][component]
     at = f"{last['date'][:10]}, commit {last['commit']}, {last['machine']['device']} (`{path}`)"
-    if result["failed"] or not result["passed"]:
-        good = [run for run, _ in runs if run["tests"][component]["passed"] and not run["tests"][component]["failed"]]
+    if not outcomes.passed(result):
+        good = [run for run, _ in runs if outcomes.passed(run["tests"][component])]
         passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
-        why = f" ({result['why']})" if "why" in result else ""
-        return f"**failed** {result['failed']} of {result['passed'] + result['failed']}{why}, {at}; {passed}"
+        what = "failed" if any(result.get(word) for word in outcomes.BAD) else "not finished"
+        return f"**{what}**: {outcomes.told(result)}, {at}; {passed}"
     stale = "" if result["sources"] == now else "; **stale: its files have changed since**"
     skipped = f" ({result['skipped']} skipped)" if result.get("skipped") else ""
     return f"passed all {result['passed']}{skipped}, {at}{stale}"
+
+
+def _ran(record: dict[str, Any]) -> bool:
+    """Whether any of the component's tests did."""
+    return any(record.get(word) for word in ("passed", *outcomes.BAD))

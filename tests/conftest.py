@@ -22,16 +22,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu("component") skip, visibly, where there is none, and tell pytest's XML their component.
-
-    Those under a checker, which take longest, come last.
-    """
-    items.sort(key=lambda item: "compute_sanitizer" in item.name)
+    """Tests marked gpu("component") skip, visibly, where there is none."""
     for item in items:
-        if mark := item.get_closest_marker("gpu"):
-            item.user_properties.append(("component", mark.args[0]))
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -783,7 +783,7 @@ def test_roofline_command(capsys):
         assert f"loraxs roofline: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.gpu("bench")
+@pytest.mark.gpu("bench", limit=60)
 def test_a_run_on_a_gpu(tmp_path):
     out = tmp_path / "run.json"
     grid = ["--shape", "1024x512", "--tokens", "1", "300", "--rank", "12", "--device", "cuda", "--out", str(out)]
@@ -808,7 +808,7 @@ def test_every_direction_in_a_graph_on_a_gpu(direction):
     torch.cuda.synchronize()
 
 
-@pytest.mark.gpu("bench")
+@pytest.mark.gpu("bench", limit=60)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_every_tail_on_a_gpu(dtype):
     """Whatever can run here is right at ranks that are no multiple of anything, and timed from graphs."""

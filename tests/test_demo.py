@@ -29,7 +29,7 @@ def test_the_questions_are_the_published_ones_and_the_parts_are_disjoint():
 
 
 @needs_data
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("demo"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("demo", limit=80))])
 def test_quick_demo(tmp_path, device):
     """LoRA-XS learns real questions: well above the same steps on the head alone, and the adapter survives the disk."""
     command = [sys.executable, "-m", "loraxs_kernels", "demo", "--quick", "--device", device, "--out", str(tmp_path)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_suite  # noqa: E402
+import outcomes  # noqa: E402
 import render  # noqa: E402
 import status  # noqa: E402
 
@@ -53,9 +59,9 @@ def test_a_report_renders_into_a_readme():
     assert "commit 0000000, `bench/results/gpu/a.json`" in made and made.startswith("before") and made.endswith("after")
 
 
-def outcome(component: str, passed: int, failed: int, date: str = "2026-01-02", sources: str | None = None) -> dict:
-    result = gpu_suite.outcome(component) | {"passed": passed, "failed": failed}
-    result |= {"sources": sources} if sources else {}
+def outcome(component: str, passed: int, failed: int = 0, date: str = "2026-01-02", **more: object) -> dict:
+    """A report with what older ones say of a component's tests, and `more`."""
+    result = {"sources": status.sources(component), "passed": passed, "failed": failed, "skipped": 0} | more
     return report.load(SAMPLE) | {"date": date, "tests": {component: result}}
 
 
@@ -84,8 +90,25 @@ def test_status_is_not_flattering():
     assert "**stale: its files have changed since**" in line({"a": outcome("truncated_svd", 5, 0, sources="0")})
     bad = outcome("truncated_svd", 4, 1, "2026-01-03")
     both = line({"b": bad, "a": good})
-    assert "**failed** 1 of 5, 2026-01-03" in both and "last passed 2026-01-02" in both
-    assert "never passed" in line({"b": bad}) and "**failed**" in line({"a": outcome("truncated_svd", 0, 0)})
+    assert "**failed**: 4 passed, 1 failed, 2026-01-03" in both and "last passed 2026-01-02" in both
+    assert "never passed" in line({"b": bad})
+
+
+@pytest.mark.parametrize("word", ["failed", "crashed", "timed out", "not reached"])
+def test_a_component_has_passed_only_when_all_its_tests_have(word):
+    text = line({"a": outcome("truncated_svd", 4, **{word: 2})})
+    assert f"4 passed, 2 {word}, 2026-01-02" in text and "never passed" in text and "passed all" not in text
+    assert ("**not finished**" if word == "not reached" else "**failed**") in text
+
+
+def test_what_did_not_run_leaves_the_run_before_it():
+    """A checker that is refused has not failed, and a run that was cut before a component says nothing of it."""
+    good = outcome("truncated_svd", 5, 0)
+    later = outcome("truncated_svd", 0, 0, "2026-01-03", **{"not reached": 5})
+    assert "passed all 5, 2026-01-02" in line({"a": good, "b": later})
+    assert "**not yet run on a GPU**: 5 not reached" in line({"b": later})
+    refused = outcome("truncated_svd", 0, 0, "2026-01-03", skipped=2, skips={"a driver | says no": 2})
+    assert "**not yet run on a GPU**: a driver / says no" in line({"b": refused})
 
 
 def test_a_component_without_files_does_not_exist(monkeypatch):
@@ -99,8 +122,8 @@ def test_every_gpu_test_belongs_to_a_component():
     script = """
 import sys, pytest
 class Collect:
-    def pytest_collection_modifyitems(self, items):
-        print("\\n".join("component " + value for item in items for name, value in item.user_properties))
+    def pytest_collection_finish(self, session):
+        print("\\n".join("component " + item.get_closest_marker("gpu").args[0] for item in session.items))
 sys.exit(pytest.main(sys.argv[1:], plugins=[Collect()]))
 """
     run = subprocess.run([sys.executable, "-c", script, *command[3:]], cwd=ROOT, capture_output=True, text=True)
@@ -109,62 +132,166 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[Collect()]))
     assert found == set(status.COMPONENTS)
 
 
-def test_results_by_component(tmp_path):
-    xml = tmp_path / "tests.xml"
-    case = (
-        '<testcase name="{}"><properties><property name="component" value="truncated_svd"/></properties>{}</testcase>'
+# Good tests do nothing, so that no machine is too slow for them; the others never end, or end at once.
+PLANTED = """
+import ctypes, os, sys
+from types import SimpleNamespace
+import pytest
+
+@pytest.mark.gpu("demo")
+@pytest.mark.parametrize("i", range(6))
+def test_good(i): pass
+
+@pytest.mark.gpu("demo", limit=1)
+@pytest.mark.parametrize("i", range(4))
+def test_hang(i): ctypes.PyDLL(None).sleep(3600)  # and lets no other thread run
+
+@pytest.mark.gpu("bench")
+def test_crash(): os.abort()
+
+@pytest.mark.gpu("bench")
+def test_killed(): os.kill(os.getpid(), 9)
+
+@pytest.mark.gpu("neighbours")
+def test_wrong(): assert not "planted"
+
+@pytest.mark.gpu("neighbours")
+def test_skipped(): pytest.skip("planted")
+
+def sticky(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+@pytest.mark.gpu("neighbours")
+def test_sticky():  # passes, but for what comes after it; with this in torch's place processes start soon
+    sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=sticky))
+
+@pytest.mark.gpu("neighbours")
+@pytest.mark.parametrize("i", range(6))
+def test_behind(i): assert type(sys.modules.get("torch")) is not SimpleNamespace
+
+@pytest.mark.gpu("compute-sanitizer")
+def test_of_another_step(): pass
+
+def test_on_a_cpu(): raise AssertionError
+"""
+
+
+def planted(tmp_path, monkeypatch, text: str, *arguments: str) -> tuple[int, dict]:
+    """The suite on planted tests: its exit status, and its report."""
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "test_planted.py").write_text(text)
+    monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
+    out = tmp_path / "out"
+    code = gpu_suite.main(["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--only", "tests", *arguments])
+    (path,) = out.glob("*.json")
+    return code, report.load(path)
+
+
+def told(data: dict) -> dict[str, str]:
+    return {name: outcomes.told(each) for name, each in data["tests"].items()}
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["xdist", "serial"])
+def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, capsys, parallel):
+    if parallel:
+        pytest.importorskip("xdist")
+    else:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
+    code, data = planted(tmp_path, monkeypatch, PLANTED, "--budget", "3000")
+    assert code == 1
+    spared = data["tests"]["demo"]["not reached"]  # after two that hang the others are, but for those begun by then
+    assert spared == 2 if not parallel else 0 <= spared <= 2
+    assert data["complete"] is not bool(spared)
+    assert told(data) == {
+        "demo": f"6 passed, {4 - spared} timed out, {spared} not reached".replace(", 0 not reached", ""),
+        "bench": "2 crashed",
+        "neighbours": "6 passed, 2 failed, 1 skipped",
+    }
+    names = {name: each["names"] for name, each in data["tests"].items()}
+    test = "::test_"
+    assert all(f"{test}hang" in name for name in names["demo"]["timed out"])
+    assert re.search(r"Timeout \(0:00:01\)! at test_planted\.py:\d+ test_hang", str(names["demo"]))
+    assert "Fatal Python error: Aborted at test_planted.py" in str(names["bench"]) and "was killed" in str(
+        names["bench"]
     )
-    cases = [case.format("a", ""), case.format("b", "<failure/>"), case.format("c", "<error/>")]
-    cases += [case.format("d", "<skipped/>"), '<testcase name="e"/>']
-    xml.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-    found = gpu_suite.by_component(xml)
-    expected = {"sources": status.sources("truncated_svd"), "passed": 1, "failed": 2, "skipped": 1}
-    assert found == {"truncated_svd": expected}
+    assert "a sticky CUDA error: CUDA error: an illegal memory access" in str(names["neighbours"])
+    assert data["tests"]["neighbours"]["skips"] == {"planted": 1}
+    last = [name.partition(test)[2].split(":")[0] for name in capsys.readouterr().out.splitlines()[spared - 8 :]]
+    assert last == [*(f"hang[{i}]" for i in range(4 - spared)), "crash", "killed", "wrong", "sticky"]
+    text = status.render({"a": data})
+    assert "passed all" not in text and text.count("**failed**") == 3
 
 
-@pytest.mark.parametrize("code", [-2, -11, 2, 3])
-def test_tests_that_did_not_end_prove_nothing(tmp_path, monkeypatch, code):
-    """Interrupted or crashed: a component whose tests had passed until then has not passed."""
-    suite = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu")
-
-    def run(name, command, seconds):
-        case = '<testcase name="a"><properties><property name="component" value="demo"/></properties></testcase>'
-        (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
-        return code
-
-    monkeypatch.setattr(suite, "run", run)
-    suite.tests(tmp_path)
-    assert suite.data["tests"]["demo"]["passed"] == 1
-    assert {each["failed"] for each in suite.data["tests"].values()} == {1}
-    text = status.render({"a": report.load(suite.path)})
-    assert (
-        text.count(f"pytest ended with {code} before its end") == len(suite.data["tests"]) and "passed all" not in text
+@pytest.fixture
+def clock(monkeypatch):
+    """The suite's clock, which goes on by as many seconds as are added to the list."""
+    more = [0.0]
+    monkeypatch.setattr(
+        gpu_suite, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(more), time=time.time)
     )
+    return more
+
+
+@pytest.mark.parametrize("end", ["cap", "Ctrl-C"])
+def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, clock, end):
+    """One process, so that the tests run in the order of the file; the time is up when the one that hangs has begun."""
+    monkeypatch.setattr(gpu_suite, "WORKERS", 1)
+    monkeypatch.setattr(gpu_suite, "EVERY", 0.1)
+    seen = gpu_suite.Suite.take_outcomes
+
+    def look(suite, path):
+        seen(suite, path)
+        if not sum(clock) and any("hang" in event.get("start", "") for event in outcomes.events(path)):
+            clock.append(9999)
+            if end == "Ctrl-C":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite.Suite, "take_outcomes", look)
+    text = PLANTED.replace("limit=1)", "limit=3600)").replace("range(6)", "range(3)")
+    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000")
+    assert code == 1 and not data["complete"]
+    assert told(data) == {"demo": "3 passed, 4 not reached", "bench": "2 not reached", "neighbours": "6 not reached"}
+    assert list(data["tests"]["neighbours"]["names"]["not reached"].values()) == [1, 1, 1, 3]
+    text = status.render({"a": data})
+    assert "**failed**" not in text and "**not finished**: 3 passed, 4 not reached" in text
 
 
 @pytest.mark.parametrize("code, kept", [(0, False), (0, True), (-2, True)])
 def test_the_suite_notes_how_long_the_build_took(tmp_path, monkeypatch, code, kept):
     """Of a build that did not come to its end the record is an earlier one's."""
+    monkeypatch.setattr(gpu_suite.core, "missing", functools.cache(lambda: "it was not built"))
     suite = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu")
+    assert report.load(suite.path)["build"] == {"built": False, "why": "it was not built"}
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
     (tmp_path / "loraxs_kernels").mkdir()
     if kept:
         (tmp_path / "build" / "core").mkdir(parents=True)
     record = {"built": True, "architectures": ["90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
 
-    def run(name, command, seconds):
+    def run(*_):
         (tmp_path / "loraxs_kernels" / "_build.json").write_text(json.dumps(record))
         return code
 
     monkeypatch.setattr(suite, "run", run)
-    suite.build()
+    suite.build(60)
     found = report.load(suite.path)["build"]
     assert found["built"] is (code == 0) and found["whole"] is not kept and found["cores"] >= 1
-    assert 0 <= found["seconds"] < 60 and ("architectures" in found) is (code == 0)
+    assert found["seconds"] >= 0 and ("architectures" in found) is (code == 0)
+
+
+def test_a_core_that_is_there_is_not_built_again(tmp_path, monkeypatch, capsys):
+    record = {"built": True, "architectures": ["90a"], "nvcc": "13.0", "cutlass": "4.2.0"}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(gpu_suite.core, "missing", functools.cache(lambda: None))
+    monkeypatch.setattr(gpu_suite.core, "RECORD", tmp_path / "_build.json")
+    assert gpu_suite.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--only", "build"]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert report.load(path)["build"] == record and "nothing is built" in capsys.readouterr().out
 
 
 def test_a_bench_that_crashes_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_suite, "BENCHES", [("crash", 20, ["layer", "--rank", "many"])])
+    monkeypatch.setitem(gpu_suite.BENCHES, "crash", (20, ["layer", "--rank", "many"]))
+    monkeypatch.setitem(gpu_suite.STEPS, "crash", 20)
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "60", "--only", "crash"]
     assert gpu_suite.main(arguments) == 1
     assert "invalid int value: 'many'" in capsys.readouterr().out
@@ -172,12 +299,25 @@ def test_a_bench_that_crashes_is_told(tmp_path, monkeypatch, capsys):
     assert not report.load(path)["complete"]
 
 
-def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypatch, capsys):
+def test_the_suite_keeps_what_was_measured_when_time_runs_out(tmp_path, monkeypatch, clock, capsys):
+    """The time is up when the first rows are there, however long that took; GRACE is ample for saving and printing."""
     ranks = [str(r) for r in range(1, 64)]
-    endless = ["layer", "--shape", "48x64", "--tokens", "5", "--seconds", "0.3", "--rank", *ranks, "--paths", "torch"]
-    monkeypatch.setattr(gpu_suite, "BENCHES", [("endless", 10, endless), ("never", 9, [])])
-    monkeypatch.setattr(gpu_suite, "LEAST", 20.0)
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "40"]
+    endless = ["layer", "--shape", "48x64", "--tokens", "5", "--seconds", "2", "--rank", *ranks, "--paths", "frozen"]
+    for name, arguments in (("endless", endless), ("never", [])):
+        monkeypatch.setitem(gpu_suite.BENCHES, name, (900, arguments))
+        monkeypatch.setitem(gpu_suite.STEPS, name, 900)
+    monkeypatch.setattr(gpu_suite, "GRACE", 300)
+    monkeypatch.setattr(gpu_suite, "EVERY", 0.2)
+    monkeypatch.setattr(gpu_suite, "OURS", ["torch"])
+    seen = gpu_suite.Suite.take
+
+    def take(suite, *arguments):
+        seen(suite, *arguments)
+        if suite.data["rows"] and not sum(clock):
+            clock.append(9999)
+
+    monkeypatch.setattr(gpu_suite.Suite, "take", take)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc1234", "--budget", "3000"]
     assert gpu_suite.main([*arguments, "--only", "endless", "never"]) == 1
     (path,) = tmp_path.glob("*.json")
     data = report.load(path)
@@ -192,10 +332,100 @@ def test_the_suite_sums_up_in_a_few_lines():
     data = report.load(SAMPLE)
     data["tests"] = {"truncated_svd": {"sources": "0", "passed": 3, "failed": 1, "skipped": 0}}
     text = gpu_suite.summary(data)
-    assert "truncated_svd: 3 passed, 1 failed, 0 skipped" in text and len(text.splitlines()) < 40
+    assert "truncated_svd: 3 passed, 1 failed" in text and len(text.splitlines()) < 40
     assert "tax % T 8192 r 64 bf16 graph: reference 38.2" in text and "svd 224 matrices r 64 loraxs-svd: 1.50 s" in text
     assert "u B^T, % added forward T 8192 r 64 bf16 graph: addmm 10.0, torch 8.0, cuda-128x256 3.3" in text
     assert "failed: layer compile: out of memory" in text
+
+
+def test_a_backend_whose_tests_did_not_pass_is_measured_apart_at_the_end(tmp_path, monkeypatch):
+    """Benches hang and crash as tests do: one that breaks off ends what is measured of that backend."""
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(gpu_suite.PATHS, name, dataclasses.replace(gpu_suite.PATHS[name], missing=lambda: None))
+    suite = gpu_suite.Suite(tmp_path, 3000, "abc1234", "cpu")
+    suite.after = outcome("triton backend", 4, 0, **{"timed out": 1})["tests"]
+    suite.data["tests"] = outcome("cuda backend", 4, 1)["tests"]
+    seen = []
+
+    def run(name, command, *_):
+        seen.append((name, command[command.index("--paths") + 1 : command.index("--out")]))
+        return -9 if name == "tokens-triton" else 0
+
+    monkeypatch.setattr(suite, "run", run)
+    for name in ("tax", "svd", "tokens", "ranks"):
+        suite.bench(name, 60)
+    suite.apart()
+    paths = dict(seen)
+    assert [name for name, _ in seen[4:]] == ["tax-triton", "tokens-triton", "tax-cuda", "tokens-cuda", "ranks-cuda"]
+    assert "reference" in paths["tax"] and paths["tokens"] == ["reference", "addmm", "torch"]
+    assert "torch" in paths["tax"] and not {"triton", "cuda"} & set(paths["tax"] + paths["svd"])
+    assert paths["tax-triton"] == ["frozen", "triton"] and paths["tokens-cuda"] == ["frozen", "cuda"]
+    said = report.load(suite.path)["settings"]["left_out"] if suite.save() is None else {}
+    assert "4 passed, 1 timed out" in said["triton"] and "4 passed, 1 failed" in said["cuda"]
+
+
+def test_what_passed_in_an_earlier_report_is_not_tested_again():
+    other = {"sources": "0", "passed": 3, "failed": 0}
+    good, bad = (outcome("demo", 3, failed)["tests"]["demo"] for failed in (0, 1))
+    everything = [name for name in status.COMPONENTS if name != status.SANITIZER]
+    assert (
+        gpu_suite.untested({}) == gpu_suite.untested({"demo": other}) == gpu_suite.untested({"demo": bad}) == everything
+    )
+    assert gpu_suite.untested({"demo": good}) == [name for name in everything if name != "demo"]
+
+
+def test_every_plan_fits_its_budget():
+    for budget, steps in gpu_suite.PLANS.values():
+        assert set(steps) <= set(gpu_suite.STEPS) and sum(steps.values()) + gpu_suite.GRACE <= budget
+        assert min(steps.values()) >= gpu_suite.LEAST
+    assert list(gpu_suite.STEPS)[-1] == "sanitizer"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--plan", "fourth"], "plan: got 'fourth', must be one of first, second, third"),
+        (["--only", "tests", "nothing"], "only: got 'nothing', must be one of build, ladder, tests"),
+        (["--plan", "first", "--only", "tests"], "plan and only: got first and ['tests'], give one of the two"),
+        (["--budget", "5"], "budget: got 5, must be at least 35 seconds"),
+        (["--after", "/no/such/file"], "/no/such/file: cannot be read as a report"),
+        ([], "no GPU here"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main(["--out", str(tmp_path / "out"), *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"gpu_suite: {said}") and printed.err.count("\n") == 1 and not printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kit_is_used_or_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    class KitError(ValueError):
+        pass
+
+    def use(folder):
+        if folder.name != "kit":
+            raise KitError("kit: of another Python")
+        return {"commit": "1234567"}
+
+    monkeypatch.setitem(sys.modules, "gpu_kit", SimpleNamespace(use=use, KitError=KitError))
+    monkeypatch.setattr(gpu_suite.core, "missing", functools.cache(lambda: "it was not built"))
+    monkeypatch.setattr(gpu_suite.Suite, "build", lambda *_: None)
+    arguments = ["--device", "cpu", "--only", "build", "--out", str(tmp_path / "out"), "--kit"]
+    assert gpu_suite.main([*arguments, "other"]) == 1
+    assert capsys.readouterr().err == "gpu_suite: kit: of another Python\n" and not (tmp_path / "out").exists()
+    assert gpu_suite.main([*arguments, "kit"]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert report.load(path)["build"]["kit"] == {"commit": "1234567"}
+
+
+def test_a_file_in_the_place_of_the_folder_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for out in ("out", "out/deeper"):
+        assert gpu_suite.main(["--device", "cpu", "--out", str(tmp_path / out), "--only", "host"]) == 1
+        assert capsys.readouterr().err.startswith("gpu_suite: ")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_the_suite_needs_a_gpu(tmp_path):

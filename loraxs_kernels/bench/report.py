@@ -7,10 +7,13 @@
     ceilings                 bandwidth (bytes/s), half and single (flop/s) of this GPU, measured in this run, or null
     complete, seconds        whether the run came to its end, and how long it took
     rows                     a list, below
-    tests                    of bench/gpu_suite.py alone: for each component a hash of its files, and how many of its
-                             tests passed and failed; its rows have the `run` that they are of
-    build                    of bench/gpu_suite.py, where it built the CUDA core: built, and why not; architectures,
-                             nvcc, cutlass; seconds, cores, MAX_JOBS, and whether nothing was there before (whole)
+    tests                    of bench/gpu_suite.py only: for each component a hash of its files, how many of its tests
+                             passed, failed, crashed, timed out, were not reached or skipped, and which (names, skips:
+                             bench/outcomes.py); its rows have the `run` that they are of
+    build                    of bench/gpu_suite.py only: whether there is a CUDA core, and why not; architectures, nvcc,
+                             cutlass; if it was built there: seconds, cores, MAX_JOBS, and whether nothing was there
+                             before (whole)
+    ladder                   of bench/gpu_suite.py only: whether bench/first_light.py passed, and the file it wrote
 
 Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
 quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.

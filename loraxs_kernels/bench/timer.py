@@ -140,8 +140,9 @@ def _captured(make: Callable[[], list[Call]]) -> tuple[Call, int]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle()  # a graph tells of its own only once it was captured
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             for call in calls:
                 call()
     except BaseException:
@@ -149,8 +150,8 @@ def _captured(make: Callable[[], list[Call]]) -> tuple[Call, int]:
         # (pytorch #180395).
         torch.cuda.set_stream(before)
         with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(before.device_index, graph.pool())
-            torch._C._cuda_releasePool(before.device_index, graph.pool())
+            torch._C._cuda_endAllocateToPool(before.device_index, pool)
+            torch._C._cuda_releasePool(before.device_index, pool)
         raise
 
     def replay(graph: torch.cuda.CUDAGraph = graph, calls: list[Call] = calls) -> None:

@@ -1,0 +1,135 @@
+"""What becomes of every test marked `gpu`, on the disk as it happens: `pytest -p recorder`.
+
+Every process that runs tests appends lines of JSON to the file LORAXS_OUTCOMES: the tests collected, the start of each
+and its end.  What has no end is a crash, or ran longer than its limit, of which <file>.<pid> has the traceback.  A test
+may take LORAXS_TEST_LIMIT seconds, or those of its mark, `gpu("component", limit=90)`; then its process ends, also
+inside C code that keeps the interpreter to itself.  After each test the GPU is waited for: a sticky CUDA error fails
+that test, and its process ends, so that it fails no other.  Where several of one test, or of one component, have cost
+their processes, the rest of it is not run: it would only take the others' time.
+
+LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE
+(seconds of the epoch) are not run again.  pytest-xdist puts a new process in the place of one that ended; without it
+bench/gpu_suite.py does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcomes import events, lost, short, without_parameters
+
+LIMIT = 30.0  # seconds a test may take: Triton's compilations are most of the longest
+TRIES = {"test": 2, "component": 8}  # how many may cost their processes
+
+
+class Recorder:
+    """The hooks of a process that runs tests; `path` gets a line for everything that happens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.trace = open(f"{path}.{os.getpid()}", "w")  # noqa: SIM115 - as long as the process
+        self.reports: list[pytest.TestReport] = []
+        self.hopeless = ""
+
+    def note(self, **facts: Any) -> None:
+        os.write(self.file, f"{json.dumps(facts)}\n".encode())  # at once, and in one piece
+
+    def pytest_sessionstart(self) -> None:
+        faulthandler.enable(self.trace)  # pytest's own writes to stderr
+
+    @pytest.hookimpl(trylast=True)  # after -m and conftest.py
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        wanted = [name for name in os.environ.get("LORAXS_COMPONENTS", "").split(",") if name]
+        since = float(os.environ.get("LORAXS_SINCE", 0))
+        before = {event["start"] for event in events(self.path) if "start" in event and event["time"] < since}
+        keep = {each for each in items if each.nodeid not in before and (not wanted or component(each) in wanted)}
+        config.hook.pytest_deselected(items=[each for each in items if each not in keep])
+        items[:] = [each for each in items if each in keep]
+        if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others find the same
+            self.note(collected=[[each.nodeid, component(each)] for each in items])
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.reports, began = [], time.monotonic()
+        self.hopeless = self.why_not(item)
+        self.note(start=item.nodeid, component=component(item), pid=os.getpid(), time=time.time())
+        faulthandler.dump_traceback_later(limit(item), exit=True, file=self.trace)
+        result = yield
+        sticky = wait()
+        faulthandler.cancel_dump_traceback_later()
+        outcome, reason = verdict(self.reports)
+        if sticky:
+            outcome, reason = "failed", f"a sticky CUDA error: {sticky}"
+        elif self.hopeless:
+            outcome = "not reached"
+        seconds = round(time.monotonic() - began, 2)
+        self.note(end=item.nodeid, outcome=outcome, seconds=seconds, reason=reason, lost=bool(sticky))
+        if sticky:
+            os._exit(1)
+        return result
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        if self.hopeless:
+            pytest.skip(self.hopeless)
+
+    def why_not(self, item: pytest.Item) -> str:
+        """Why it is not worth running, if it is not."""
+        found = lost(self.path)
+        for what, key in (("test", without_parameters(item.nodeid)), ("component", "")):
+            if found[component(item), key] >= TRIES[what]:
+                return f"{TRIES[what]} of this {what} have cost their processes"
+        return ""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[None]:
+        report = yield
+        self.reports.append(report)
+        return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := os.environ.get("LORAXS_OUTCOMES"):
+        config.pluginmanager.register(Recorder(Path(path)))
+
+
+def component(item: pytest.Item) -> str | None:
+    mark = item.get_closest_marker("gpu")
+    return mark.args[0] if mark else None
+
+
+def limit(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("gpu")
+    return (mark and mark.kwargs.get("limit")) or float(os.environ.get("LORAXS_TEST_LIMIT", LIMIT))
+
+
+def wait() -> str | None:
+    """Wait for the GPU and give back its memory, of which other processes want some; what it says if it cannot."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except Exception as error:
+        return short(str(error))
+
+
+def verdict(reports: list[pytest.TestReport]) -> tuple[str, str]:
+    """(outcome, why) of a test from its setup, call and teardown."""
+    for outcome in ("failed", "skipped"):
+        for each in reports:
+            if each.outcome == outcome:
+                said = each.longrepr
+                crash = getattr(said, "reprcrash", None)
+                text = crash.message if crash else said[2] if isinstance(said, tuple) else str(said)
+                return outcome, short(text.removeprefix("Skipped: "))
+    return "passed", ""

@@ -1,0 +1,128 @@
+"""A small run of every kernel under NVIDIA's compute-sanitizer: that it finds nothing, or why it could not look."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraxs_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 60.0  # a checker that takes longer tells nothing
+TOOLS = {
+    "memcheck": ["--report-api-errors", "no"],
+    "initcheck": [],
+    "racecheck": [],
+}
+# A regular expression for the names of our kernels; the GEMM's, an instance of CUTLASS's, names a type of ours.
+OURS = {"triton": "(chain|shrink|expand|product)_kernel", "cuda": "loraxs"}
+WITHOUT_TMA = "(shrink|finish|decode)_kernel"  # whose barriers racecheck does not follow
+
+# Few rows and many, odd sizes and even, both directions.  Operands are copied from the host, and what is added to is
+# made by our kernels: of what the library's write initcheck would know nothing.  W takes part only in our own GEMM.
+SCRIPT = """
+import sys; sys.path.insert(0, "tests")
+import torch
+from helpers import Operands, backward, operands
+from loraxs_kernels import backends
+name, device = sys.argv[1:]
+for T, N, K, r in ((17, 65, 129, 12), (17, 320, 640, 64), (1100, 65, 129, 12), (1100, 320, 640, 64), (9000, 64, 64, 20),
+                   (1024, 2304, 256, 64), (1024, 256, 2304, 64)):
+    o, z = operands(T, N, K, r, torch.bfloat16), None
+    o = Operands(*(t.to(device) for t in (o.x, o.W, o.A, o.R, o.B, o.bias, o.gY)), o.s)
+    for each in (o, backward(o)):
+        W = each.W if each.W.shape[0] == 2304 else None
+        z = backends.load(name).lowrank_linear(each.x, W, each.A, each.R, each.B, each.s, None, None, z)[1]
+if device == "cuda":
+    torch.cuda.synchronize()
+print("ran", name)
+"""
+
+
+def check(name: str, tool: str, device: str = "cuda", seconds: float = SECONDS) -> str | None:
+    """What the checker has found, None: nothing.  Skips the test where it is missing, slow or refused."""
+    checker = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if checker is None:
+        pytest.skip("compute-sanitizer is not installed")
+    kernels = WITHOUT_TMA if (name, tool) == ("cuda", "racecheck") else OURS[name]
+    command = [checker, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", f"kns={kernels}", *TOOLS[tool]]
+    run = subprocess.Popen(
+        [*command, sys.executable, "-c", SCRIPT, name, device],
+        cwd=ROOT,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # it knows an allocation's bounds from the driver
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said = run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{tool} took longer than {seconds:g} s")
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)  # the checker and what it checks
+    if run.returncode == 99 or re.search(r"SUMMARY: [1-9]", said):
+        return said[-3000:]
+    if run.returncode or f"ran {name}" not in said or "SUMMARY" not in said:
+        lines = [line for line in said.splitlines() if line.strip()] or [f"exit {run.returncode}, no word"]
+        pytest.skip(f"{tool} did not run: {next((line for line in lines if 'rror' in line), lines[-1])}")
+    return None
+
+
+@pytest.mark.gpu("compute-sanitizer", limit=SECONDS + 60)
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", OURS)
+def test_the_checker_finds_nothing(name, tool):
+    if reason := backends.unavailable(name):
+        pytest.skip(f"{name} backend: {reason}")
+    if found := check(name, tool):
+        pytest.fail(found)
+
+
+@pytest.mark.parametrize(
+    "does, outcome",
+    [
+        ('{run}; echo "========= ERROR SUMMARY: 0 errors"', None),
+        ('{run}; echo "========= ERROR SUMMARY: 2 errors"; exit 99', "2 errors"),
+        ('{run}; echo "========= RACECHECK SUMMARY: 1 hazard displayed"', "1 hazard"),
+        ('echo "========= Error: Device not supported"; exit 1', "did not run: ========= Error: Device not supported"),
+        ("exit 3", "did not run: exit 3, no word"),
+        ("sleep 3600", "took longer than"),
+        ('echo "========= ERROR SUMMARY: 0 errors"', "did not run"),
+    ],
+)
+def test_a_checker_that_is_refused_or_slow_has_not_failed(tmp_path, monkeypatch, does, outcome):
+    """With a program in its place, and the torch backend on a CPU for the kernels it would watch."""
+    monkeypatch.setitem(OURS, "torch", "none")
+    program = tmp_path / "compute-sanitizer"
+    run = f'while [ "$1" != "{sys.executable}" ]; do shift; done; "$@"'
+    program.write_text(f"#!/bin/sh\n{does.replace('{run}', run)}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    seconds = 1 if does.startswith("sleep") else 3600
+    if outcome is None or "errors" in outcome or "hazard" in outcome:
+        found = check("torch", "memcheck", "cpu", seconds)
+        assert found is None if outcome is None else outcome in found
+    else:
+        with pytest.raises(pytest.skip.Exception, match=re.escape(outcome)):
+            check("torch", "memcheck", "cpu", seconds)
+
+
+def test_every_kernel_is_watched():
+    """By its name in the sources: one that the filter misses would pass unseen."""
+    triton = (ROOT / "loraxs_kernels" / "backends" / "triton" / "kernels.py").read_text()
+    kernels = re.findall(r"@triton\.jit.*\ndef ([a-z]\w+)\(", triton)
+    assert kernels and all(re.fullmatch(OURS["triton"], name) for name in kernels)
+    files = [path for path in (ROOT / "csrc").glob("*.cu*") if "__global__" in path.read_text()]
+    kernels = [name for path in files for name in re.findall(r"__global__ .*?(\w+)\(\w+ const", path.read_text())]
+    assert {"shrink_kernel", "finish_kernel", "decode_kernel"} == set(kernels)
+    assert all(re.fullmatch(WITHOUT_TMA, name) for name in kernels)
+    assert all("namespace loraxs {" in path.read_text() for path in files)
