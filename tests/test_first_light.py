@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -241,17 +242,22 @@ def wrong(bench):
 def raises(bench):
     raise ValueError("planted")
 
+def seen():
+    part = Path(os.environ["SEEN"] + ".part")
+    part.write_text(str(os.getpid()))
+    part.rename(os.environ["SEEN"])
+
 def hangs(bench):
     bench.doing("a long sleep")
     print("before the sleep", flush=True)
-    time.sleep(60)
+    seen()
+    time.sleep(3600)
 
 def crashes(bench):
     bench.doing("a fall")
     os.abort()
 
 def alone(bench):
-    Path(os.environ["SEEN"]).write_text(str(os.getpid()))
     return "a figure of its own"
 
 class Missing(Rung):
@@ -279,7 +285,7 @@ def planted(tmp_path, monkeypatch):
 @plain_only
 def test_each_outcome_is_told_apart_and_costs_only_itself(planted, tmp_path):
     """One process a rung; a hang is killed, a crash ends alone, a wrong result is saved, the rest goes on."""
-    run = subprocess.run([*planted, "--limit", "2", "--jobs", "2"], capture_output=True, text=True)
+    run = subprocess.run([*planted, "--limit", "8", "--jobs", "2"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr == ""
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["format"] == "loraxs-first-light" and data["complete"] and data["machine"]["device"] == "cpu"
@@ -303,25 +309,28 @@ def test_each_outcome_is_told_apart_and_costs_only_itself(planted, tmp_path):
 
 
 @plain_only
-def test_what_is_known_survives_a_kill(planted, tmp_path):
-    out = tmp_path / "out.json"
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_stopped_at_any_moment(planted, tmp_path, how):
+    """What is known is on the disk, and no process is left behind."""
+
     with subprocess.Popen([*planted, "--only", "right", "hangs", "last"], stdout=subprocess.PIPE, text=True) as ladder:
-        assert "passed" in ladder.stdout.readline()
-        ladder.kill()
-        assert ladder.stdout.read() == ""  # which ends when the last process that has it ends
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["outcome"] for row in rows] == ["passed", "not reached", "not reached"]
-
-
-@plain_only
-def test_when_asked_to_stop_it_ends_what_it_started(planted, tmp_path):
-    with subprocess.Popen([*planted, "--only", "right", "hangs"], stdout=subprocess.PIPE, text=True) as ladder:
-        assert "passed" in ladder.stdout.readline()
-        time.sleep(0.2)
-        ladder.terminate()
+        while not (seen := tmp_path / "seen").exists():
+            assert ladder.poll() is None
+            time.sleep(0.05)
+        hanging = int(seen.read_text())
+        ladder.send_signal(how)
         text = ladder.stdout.read()
-    assert ladder.returncode == 1 and "not reached: hangs" in text
-    assert not json.loads((tmp_path / "out.json").read_text())["complete"]
+    for _ in range(600):
+        if not Path(f"/proc/{hanging}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"process {hanging} is still there")
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [row["outcome"] for row in data["rows"]] == ["passed", "not reached", "not reached"]
+    assert not data["complete"]
+    if how == signal.SIGTERM:
+        assert ladder.returncode == 1 and "not reached: hangs" in text
 
 
 @plain_only
