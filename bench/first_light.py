@@ -1,11 +1,14 @@
 """A ladder for the first minutes on a GPU: every kernel on small problems, each rung in a process of its own.
 
-    python bench/first_light.py --out FILE.json [--only RUNG ...] [--limit 20] [--jobs 1]
+    python bench/first_light.py --out FILE.json [--only RUNG ...] [--limit 20] [--jobs 1] [--trace]
 
 A rung that hangs is killed after --limit seconds and one that crashes ends alone: the others go on.  Rungs run from the
 smallest (bench/rungs.py), one line is printed for each, and FILE.json is never older than the last line.  What a failed
 rung made is saved beside it, FILE-<rung>-<number>.npz: got, expected, first (the first mismatch), corner (where the
 saved part begins), errors (of every tile, relative), text.  Exit 0: every rung passed.
+
+--trace, with a core built by `LORAXS_TRACE=1 python setup.py build_ext --inplace`: of a rung that hung or crashed, it
+says which programs of which launches started, waited and ended, from records that outlive the process (csrc/trace.h).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import ctypes
 import faulthandler
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -28,10 +32,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it must run where nothing is installed
 
+import numpy as np  # noqa: E402
 import rungs  # noqa: E402
 import torch  # noqa: E402
 
 from loraxs_kernels.atomic import write_atomically  # noqa: E402
+from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
 from loraxs_kernels.info import environment, info  # noqa: E402
 
@@ -40,16 +46,28 @@ START = 45.0  # seconds that a process may take to import torch and reach the GP
 GOING = 10.0  # seconds that a killed process may take to go
 TAIL = 15  # lines of what a process printed that are kept where it broke
 BAD = ("failed", "timed out", "crashed")
+# csrc/trace.h; times in ns, 0: not come so far.
+RECORD = np.dtype(
+    [(name, np.uint32) for name in ("kernel", "program", "launch", "multiprocessor")]
+    + [(name, np.uint64) for name in ("start", "waiting", "waited", "end", "tiles")]
+)
+KERNELS = {1: "shrink", 2: "shrink's second launch", 3: "decode", 4: "tail GEMM"}
+RECORDS = 1 << 16
+MEMORY = Path("/dev/shm")  # where files are memory that a GPU may write to
+SHOWN = 8  # programs of a launch that did not end, and launches at the end
 
 
 class Running:
     """A rung in a process of its own; what it notes is in `folder`."""
 
-    def __init__(self, name: str, stem: Path, folder: Path, limit: float, device: str) -> None:
+    def __init__(self, name: str, stem: Path, folder: Path, limit: float, device: str, trace: bool) -> None:
         self.name, self.limit = name, limit
-        self.noted, self.printed = folder / f"{name}.json", folder / f"{name}.log"
+        self.noted, self.printed, self.records = (folder / f"{name}.{kind}" for kind in ("json", "log", "trace"))
         command = [sys.executable, str(SCRIPT), "--rung", name, "--out", str(self.noted), "--stem", str(stem)]
         command += ["--device", device, "--limit", str(limit)]
+        if trace:
+            self.records.write_bytes(bytes(RECORDS * RECORD.itemsize))
+            command += ["--records", str(self.records)]
         self.started, self.began = time.monotonic(), None
         with self.printed.open("wb") as log:
             self.process = subprocess.Popen(
@@ -79,6 +97,9 @@ class Running:
             row |= {"outcome": "crashed", "why": f"{how} in: {state['doing']}"}
         if row["outcome"] in ("timed out", "crashed"):
             row["printed"] = self.printed.read_text(errors="replace").splitlines()[-TAIL:]
+            if self.records.exists():
+                row["trace"] = story(np.fromfile(self.records, RECORD))
+        self.records.unlink(missing_ok=True)
         return row
 
     def kill(self) -> bool:
@@ -96,8 +117,8 @@ class Running:
 class Ladder:
     """The report in the making; it has a row for every rung from the start."""
 
-    def __init__(self, out: Path, names: list[str], limit: float, jobs: int, device: str) -> None:
-        self.out, self.limit, self.jobs, self.device = out, limit, jobs, device
+    def __init__(self, out: Path, names: list[str], limit: float, jobs: int, device: str, trace: bool) -> None:
+        self.out, self.limit, self.jobs, self.device, self.trace = out, limit, jobs, device, trace
         self.started = time.monotonic()
         commit, dirty = report.source()
         self.data = {
@@ -113,13 +134,13 @@ class Ladder:
 
     def climb(self) -> None:
         waiting, running = deque(enumerate(row["name"] for row in self.data["rows"])), {}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=MEMORY if self.trace else None) as folder:
             try:
                 while waiting or running:
                     while waiting and self.may_start(waiting[0][1], running):
                         i, name = waiting.popleft()
                         stem = self.out.with_name(f"{self.out.stem}-{name}")
-                        running[i] = Running(name, stem, Path(folder), self.limit, self.device)
+                        running[i] = Running(name, stem, Path(folder), self.limit, self.device, self.trace)
                     for i, each in list(running.items()):
                         if row := each.outcome():
                             self.data["rows"][i] = row
@@ -151,11 +172,37 @@ class Ladder:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A rung in a line; of one that failed, the first mismatch."""
-    return f"{row['name']:<32}{row['outcome']:<11}{row['seconds']:5.1f} s  {row.get('why') or row.get('figure') or ''}"
+    """A rung in a line; of one that failed, the first mismatch; below it the trace, where there is one."""
+    first = f"{row['name']:<32}{row['outcome']:<11}{row['seconds']:5.1f} s  {row.get('why') or row.get('figure') or ''}"
+    return "\n    ".join([first, *row.get("trace", ())])
 
 
-def climb_one(name: str, noted: Path, stem: Path, device: str, limit: float) -> None:
+def story(records: np.ndarray) -> list[str]:
+    """What the last launches did, and each before that has not ended; of these, what their programs were at."""
+    launches = [records[records["launch"] == n] for n in np.unique(records["launch"]) if n]
+    shown = [each for i, each in enumerate(launches) if i >= len(launches) - SHOWN or not each["end"].all()]
+    if not shown:
+        return ["no launch was traced"]
+    starts = np.concatenate([each["start"] for each in shown])
+    origin = starts[starts > 0].min(initial=np.iinfo(np.uint64).max)
+    lines = []
+    for each in shown:
+        waits = (each["waiting"] > each["waited"]) & (each["end"] == 0)
+        counts = [(each["start"] > 0, "started"), (waits, "wait"), (each["end"] > 0, "ended")]
+        told = ", ".join(f"{n.sum()} {what}" for n, what in counts)
+        name = KERNELS.get(int(each["kernel"][0]), "?")
+        lines.append(f"launch {each['launch'][0]}, {name}: {len(each)} programs, {told}, {each['tiles'].sum()} tiles")
+        for record in each[(each["end"] == 0) & (each["start"] > 0)][:SHOWN]:
+            times = {name: f"{(int(record[name]) - int(origin)) / 1e3:.1f} us" for name in RECORD.names[4:7]}
+            at = f"started at {times['start']}"
+            at += f", waiting from {times['waiting']}" if record["waiting"] else ""
+            at += f" to {times['waited']}" if record["waited"] > record["waiting"] else ""
+            where = f"program {record['program']} on SM {record['multiprocessor']}"
+            lines.append(f"  {where}: {at}, {record['tiles']} tiles")
+    return lines
+
+
+def climb_one(name: str, noted: Path, stem: Path, device: str, limit: float, records: Path | None) -> None:
     """In a rung's own process: run it and note what comes of it."""
     faulthandler.enable()
     if sys.platform == "linux":  # end with the ladder, however that ends: 1 is PR_SET_PDEATHSIG
@@ -170,6 +217,10 @@ def climb_one(name: str, noted: Path, stem: Path, device: str, limit: float) -> 
     if reason := rung.missing(at):
         return note({"outcome": "not run", "why": reason, "doing": ""})
     faulthandler.dump_traceback_later(max(0.1, limit - 0.5))
+    if records and rung.needs in ("core", "hopper"):
+        with records.open("r+b") as f:
+            memory = mmap.mmap(f.fileno(), 0)  # open as long as this process
+        core.load().trace(ctypes.addressof(ctypes.c_char.from_buffer(memory)), RECORDS)
     with rungs.poisoned(at):
         bench = rungs.Bench(at, stem, note)
         state = bench.state
@@ -226,11 +277,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a rung may take (default 20)")
     parser.add_argument("--jobs", type=int, default=1, help="rungs that run at once (default 1)")
     parser.add_argument("--device", default="cuda", help="cpu is for tests")
+    parser.add_argument("--trace", action="store_true", help="say what the programs of a kernel that hung were at")
     parser.add_argument("--rung", help=argparse.SUPPRESS)
+    parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stem", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.rung:
-        climb_one(arguments.rung, arguments.out, arguments.stem, arguments.device, arguments.limit)
+        own = (arguments.stem, arguments.device, arguments.limit, arguments.records)
+        climb_one(arguments.rung, arguments.out, *own)
         return 0
     try:
         names = chosen(arguments.only)
@@ -240,10 +294,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"limit and jobs: got {arguments.limit:g} and {arguments.jobs}, must be above 0")
         if arguments.out.suffix != ".json":
             raise ValueError(f"out: got {arguments.out}, must be a .json file")
+        if arguments.trace and (core.missing() or not hasattr(core.load(), "trace")):
+            raise ValueError("trace: needs a CUDA core built by LORAXS_TRACE=1 python setup.py build_ext --inplace")
         if arguments.out.exists():
             raise ValueError(f"out: {arguments.out} is there already and is not overwritten; name another file")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        ladder = Ladder(arguments.out, names, arguments.limit, arguments.jobs, arguments.device)
+        how = (arguments.limit, arguments.jobs, arguments.device, arguments.trace)
+        ladder = Ladder(arguments.out, names, *how)
     except (ValueError, OSError) as error:
         print(f"first_light: {error}", file=sys.stderr)
         return 1

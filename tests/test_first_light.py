@@ -354,10 +354,12 @@ def test_a_process_that_never_begins_ends_the_climb(tmp_path, monkeypatch, capsy
         (["--out", "out.txt"], "out: got out.txt, must be a .json file"),
         (["--out", str(ROOT / "bench" / "here.json")], "is there already and is not overwritten"),
         (["--device", "cuda"], "no GPU here"),
+        (["--trace"], "trace: needs a CUDA core built by LORAXS_TRACE=1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(first_light.core, "missing", lambda: "no core")
     monkeypatch.setattr(first_light, "Running", None)
     monkeypatch.chdir(tmp_path)
     if arguments[-1].endswith("here.json"):
@@ -367,6 +369,36 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, cap
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err
     assert [path.read_text() for path in tmp_path.iterdir()] in ([], ["mine"])
+
+
+@plain_only
+def test_what_a_trace_tells():
+    """A launch that ended, one whose programs wait, one that never started."""
+    records = np.zeros(20, first_light.RECORD)
+    for i, launch in enumerate([1, 1, 2, 2, 2, 3]):
+        records[i]["launch"], records[i]["program"] = launch, i - {1: 0, 2: 2, 3: 5}[launch]
+    records["kernel"][:6] = [1, 1, 4, 4, 4, 2]
+    records["start"][:5], records["tiles"][:5] = [1000, 1100, 2000, 2100, 0], [8, 8, 1, 2, 0]
+    records["end"][:3] = [3000, 3100, 4000]
+    records["waiting"][2:4], records["waited"][2:4] = [2500, 3600], [2600, 2700]
+    records["multiprocessor"][3] = 77
+    assert first_light.story(records) == [
+        "launch 1, shrink: 2 programs, 2 started, 0 wait, 2 ended, 16 tiles",
+        "launch 2, tail GEMM: 3 programs, 2 started, 1 wait, 1 ended, 3 tiles",
+        "  program 1 on SM 77: started at 1.1 us, waiting from 2.6 us, 2 tiles",
+        "launch 3, shrink's second launch: 1 programs, 0 started, 0 wait, 0 ended, 0 tiles",
+    ]
+    assert first_light.story(np.zeros(20, first_light.RECORD)) == ["no launch was traced"]
+
+
+@plain_only
+def test_records_are_read_as_the_core_writes_them():
+    source = (ROOT / "csrc" / "trace.h").read_text()
+    struct = re.search(r"struct Record \{(.*?)\};", source, re.DOTALL)[1]
+    fields = re.findall(r"(uint32_t|uint64_t) ([\w, ]+);", struct)
+    declared = [(name, np.dtype(kind[:-2])) for kind, names in fields for name in names.split(", ")]
+    assert declared == [(name, first_light.RECORD[name]) for name in first_light.RECORD.names]
+    assert re.findall(r"kTrace\w+ = (\d)", source) == [str(n) for n in first_light.KERNELS]
 
 
 @plain_only
