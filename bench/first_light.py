@@ -123,7 +123,14 @@ class Ladder:
         commit, dirty = report.source()
         self.data = {
             **{"format": "loraxs-first-light", "version": 1, **environment(device), "commit": commit, "dirty": dirty},
-            **{"core": info()["cuda core"], "limit": limit, "jobs": jobs, "complete": False, "seconds": 0.0},
+            **{
+                "core": info()["cuda core"],
+                "limit": limit,
+                "jobs": jobs,
+                "trace": trace,
+                "complete": False,
+                "seconds": 0.0,
+            },
             "rows": [{"name": name, "outcome": "not reached"} for name in names],
         }
         self.save()
@@ -213,18 +220,19 @@ def climb_one(name: str, noted: Path, stem: Path, device: str, limit: float, rec
         write_atomically(noted, json.dumps(state).encode())
 
     if at.type == "cuda":
-        torch.zeros(1, device=at).cpu()
+        at = torch.zeros(1, device=at).device  # with its number
+        torch.cuda.synchronize()
     if reason := rung.missing(at):
         return note({"outcome": "not run", "why": reason, "doing": ""})
     faulthandler.dump_traceback_later(max(0.1, limit - 0.5))
-    if records and rung.needs in ("core", "hopper"):
-        with records.open("r+b") as f:
-            memory = mmap.mmap(f.fileno(), 0)  # open as long as this process
-        core.load().trace(ctypes.addressof(ctypes.c_char.from_buffer(memory)), RECORDS)
     with rungs.poisoned(at):
         bench = rungs.Bench(at, stem, note)
         state = bench.state
         try:
+            if records and rung.needs in ("core", "hopper"):
+                with records.open("r+b") as f:
+                    memory = mmap.mmap(f.fileno(), 0)  # open as long as this process
+                core.load().trace(ctypes.addressof(ctypes.c_char.from_buffer(memory)), RECORDS)
             figure = rung.run(bench)
             if at.type == "cuda":
                 torch.cuda.synchronize()

@@ -224,8 +224,9 @@ def test_poison_is_nan_in_every_dtype(dtype):
 # The runner.
 
 PLANTED = """
-import os, sys, time
+import ctypes, os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.append(PLACE)
 import first_light, rungs, torch
 from rungs import Rung
@@ -264,10 +265,21 @@ class Missing(Rung):
     def missing(self, device):
         return "no such thing here"
 
+class Traced(Rung):
+    def missing(self, device):
+        return None
+
+def trace(address, count):
+    records = (ctypes.c_char * (count * first_light.RECORD.itemsize)).from_address(address)
+    first_light.np.frombuffer(records, first_light.RECORD)[0] = (4, 3, 1, 77, 1000, 2000, 0, 0, 2)
+
+core = SimpleNamespace(trace=trace)
+first_light.core = SimpleNamespace(missing=lambda: None, load=lambda: core)
+
 first_light.SCRIPT = Path(__file__)
 rungs.RUNGS = {
     "alone": Rung(alone, alone=True), "right": Rung(right), "wrong": Rung(wrong), "raises": Rung(raises),
-    "hangs": Rung(hangs), "crashes": Rung(crashes), "missing": Missing(right), "last": Rung(right),
+    "hangs": Traced(hangs, "core"), "crashes": Rung(crashes), "missing": Missing(right), "last": Rung(right),
 }
 if __name__ == "__main__":
     sys.exit(first_light.main())
@@ -285,7 +297,7 @@ def planted(tmp_path, monkeypatch):
 @plain_only
 def test_each_outcome_is_told_apart_and_costs_only_itself(planted, tmp_path):
     """One process a rung; a hang is killed, a crash ends alone, a wrong result is saved, the rest goes on."""
-    run = subprocess.run([*planted, "--limit", "8", "--jobs", "2"], capture_output=True, text=True)
+    run = subprocess.run([*planted, "--limit", "8", "--jobs", "2", "--trace"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr == ""
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["format"] == "loraxs-first-light" and data["complete"] and data["machine"]["device"] == "cpu"
@@ -300,6 +312,11 @@ def test_each_outcome_is_told_apart_and_costs_only_itself(planted, tmp_path):
     assert rows["hangs"]["why"] == "in: a long sleep" and rows["hangs"]["seconds"] >= 2
     assert "before the sleep" in rows["hangs"]["printed"]
     assert any("in hangs" in line for line in rows["hangs"]["printed"])  # where it hung
+    assert rows["hangs"]["trace"] == [  # which outlives the process
+        "launch 1, tail GEMM: 1 programs, 1 started, 1 wait, 0 ended, 2 tiles",
+        "  program 3 on SM 77: started at 0.0 us, waiting from 1.0 us, 2 tiles",
+    ]
+    assert rows["crashes"]["trace"] == ["no launch was traced"]
     assert rows["crashes"]["why"] == "SIGABRT in: a fall"
     assert rows["missing"]["why"] == "no such thing here"
     assert [path.name for path in tmp_path.glob("out-*.npz")] == rows["wrong"]["saved"] == ["out-wrong-0.npz"]
@@ -406,3 +423,14 @@ def test_names_and_beginnings_of_names():
     assert first_light.chosen(None) == list(rungs.RUNGS)
     assert first_light.chosen(["svd", "decode"]) == ["decode-1", "decode-8", "svd"]
     assert first_light.chosen(["shrink-gram"]) == ["shrink-gram", "shrink-gram-split"]
+
+
+@plain_only
+def test_it_runs_where_nothing_is_installed(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "first_light.py"), "--device", "cpu", "--out", "out.json"]
+    run = subprocess.run(
+        [*command, "--only", "ceilings", "triton-forward-1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and run.stderr == ""  # of what cannot run here nothing is known
+    assert re.search(r"^ceilings +passed .* copy ", run.stdout, re.M)
+    assert re.search(r"^triton-forward-1 +not run .*no GPU here", run.stdout, re.M)
