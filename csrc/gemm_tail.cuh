@@ -15,6 +15,8 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 
+#include "trace.h"
+
 namespace loraxs {
 
 using namespace cute;
@@ -60,7 +62,9 @@ struct TailMainloop : Base {
     TmaB B;
     int T, K, r;
     uint32_t const* ready;
+    LORAXS_TRACED(void* trace = nullptr;)
   };
+  LORAXS_TRACED(Trace trace;)  // of the thread that issues the copies
 
   static TmaA descriptor_a(ElementA const* data, StrideA stride, int rows, int columns) {
     auto pointer = reinterpret_cast<InternalElementA const*>(data);
@@ -112,6 +116,7 @@ struct TailMainloop : Base {
                            BlockCoord const& coord, Iterator tile, int tiles, int, uint32_t rank,
                            TensorStorage& shared) {
     if (!elect_one_sync()) return;
+    LORAXS_TRACED(trace.begin(params.trace, blockIdx.x + gridDim.x * blockIdx.y);)
     constexpr uint32_t width = size<0>(ClusterShape{}), height = size<1>(ClusterShape{});
     uint32_t const i = rank % width, j = rank / width;  // this program's place in the cluster
     // A tile of x or u goes to all programs in its row of the cluster, one of W or B to all in its column.
@@ -144,9 +149,12 @@ struct TailMainloop : Base {
     int const first = *tile, last = first + tiles;
     walk(params.tma_load_a, params.tma_load_b, get<0>(inputs), get<1>(inputs), first, min(last, base));
     // u may come from a launch that is still running: all but the tail overlaps with it.
+    LORAXS_TRACED(trace.waiting();)
     if (params.ready == nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
     else if (m * kTileT < params.T) wait_for_rows(params.ready + m);
+    LORAXS_TRACED(trace.waited();)
     walk(params.u, params.B, get<2>(inputs), get<3>(inputs), max(first, base) - base, last - base);
+    LORAXS_TRACED(trace.tiles(1);)
   }
 
   // Both halves of a tile's rows of u are written, by threads (shrink_tma.cu), and may be read by TMA.

@@ -104,7 +104,9 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
   }
   auto const threads = int(Kernel::get_block_shape().x), cluster = int(size<0>(Cluster{}));
   bool const early = args.overlap != 0;
-  return start(kernel, {Kernel::get_grid_shape(params), threads, Kernel::SharedStorageSize, cluster, early, args.stream},
+  dim3 const grid = Kernel::get_grid_shape(params);
+  LORAXS_TRACED(params.mainloop.trace = trace_launch(kTraceTail, grid.x * grid.y);)
+  return start(kernel, {grid, threads, Kernel::SharedStorageSize, cluster, early, args.stream},
                &params);
 }
 

@@ -72,6 +72,9 @@ typedef struct {
   int programs;       /* of loraxs_shrink_tma: how many, each of which takes a multiprocessor */
   uint32_t* ready;    /* of loraxs_shrink_tma: one for each 128 rows, 2 once their u is written; or 0 */
   loraxs_stream stream;
+#ifdef LORAXS_TRACE
+  void* trace;        /* the core's own */
+#endif
 } loraxs_shrink_args;
 
 /* y = (y +) s R[index] x A^T B^T (+ bias) and z = x A^T for T <= 64 rows, r <= 128, in one launch, capability 8.0 on.
@@ -90,6 +93,9 @@ typedef struct {
   int cluster;          /* programs that share the sum over K: 1, or up to 8 from capability 9.0 on */
   int clusters;         /* how many such groups share N */
   loraxs_stream stream;
+#ifdef LORAXS_TRACE
+  void* trace;          /* the core's own */
+#endif
 } loraxs_decode_args;
 
 LORAXS_API int loraxs_gemm_tail(const loraxs_gemm_tail_args* args);

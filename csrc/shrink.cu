@@ -15,6 +15,7 @@
 #include "loraxs.h"
 
 #include "shrink_finish.cuh"
+#include "trace.h"
 
 namespace loraxs {
 namespace {
@@ -128,6 +129,7 @@ __device__ void finish_block(loraxs_shrink_args const& p, Fragments<RANK> const&
 template <class T, int RANK, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args const p) {
   using C = Cut<RANK>;
+  LORAXS_TRACED(Trace trace; if (threadIdx.x == 0) trace.begin(p.trace, blockIdx.x + gridDim.x * blockIdx.y);)
   if (p.overlap) launch_dependents();
   auto const memory = shared_memory();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
     begin(step + C::stages - 1);
     multiply<T, RANK, TRANSPOSED>(z, buffer + step % C::stages * C::stage_bytes, lane);
   }
+  LORAXS_TRACED(trace.tiles(steps);)
   __syncthreads();
   auto const sums = reinterpret_cast<float4*>(memory);  // [warp][m][tile][lane]
 #pragma unroll
@@ -189,8 +192,11 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
 // The second launch, where several blocks have shared K.
 template <class T, int RANK>
 __global__ void __launch_bounds__(kThreads) finish_kernel(loraxs_shrink_args const p) {
+  LORAXS_TRACED(Trace trace; if (threadIdx.x == 0) trace.begin(p.trace, blockIdx.x);)
   if (p.overlap) launch_dependents();
+  LORAXS_TRACED(trace.waiting();)
   wait_for_launch_before();
+  LORAXS_TRACED(trace.waited();)
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Fragments<RANK> z = {};
   for (int part = 0; part < p.split; ++part) {
@@ -208,12 +214,14 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(loraxs_shrink_args con
 }
 
 template <class T, int RANK>
-int run(loraxs_shrink_args const& p) {
+int run(loraxs_shrink_args p) {
   auto const blocks = unsigned(up(p.T, kRows));
+  LORAXS_TRACED(p.trace = trace_launch(kTraceShrink, blocks * p.split);)
   Launch how{dim3(blocks, p.split), kThreads, Cut<RANK>::bytes, 1, false, p.stream};
   int const status = p.transposed ? launch(shrink_kernel<T, RANK, true>, how, p)
                                   : launch(shrink_kernel<T, RANK, false>, how, p);
   if (status != LORAXS_OK || p.split == 1) return status;
+  LORAXS_TRACED(p.trace = trace_launch(kTraceFinish, blocks);)
   how = {dim3(blocks), kThreads, Cut<RANK>::finish_bytes, 1, p.overlap != 0, p.stream};
   return launch(finish_kernel<T, RANK>, how, p);
 }
