@@ -1,0 +1,149 @@
+"""What a GPU machine without a network needs, made before, so that nothing is built in its minutes.
+
+    make gpu-kit [KIT_PYTHON=python3.12]      here; the same as python bench/gpu_kit.py make
+    python bench/gpu_kit.py use               there, in a checkout with the folder gpu-kit; no network, no compiler
+
+KIT_PYTHON, a command or a path, is a Python of the GPU machine's version, and LORAXS_CUDA_ARCHS (90a unless it is set)
+its GPUs; build/kit-<version> is its environment with the tools of the build.  In gpu-kit:
+
+    _core.<Python and platform>.so, _build.json   the CUDA core and its record (loraxs_kernels/backends/cuda/core.py)
+    kit.json                                      {"commit": "1a2b3c4", "dirty": false, "date": ..., "python": "3.12.1"}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = ROOT / "gpu-kit"
+PYTHON = "python3.12"
+
+
+class KitError(ValueError):
+    """Why a kit cannot be made or used, as a sentence for a person."""
+
+
+def make() -> dict[str, Any]:
+    """The kit of this tree, in place of an earlier one, which stays where this fails.  Returns its kit.json."""
+    python, version = find_python(os.environ.get("KIT_PYTHON") or PYTHON)
+    kit = {
+        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": version,
+    }
+    tools = ROOT / "build" / f"kit-{version}"
+    if not (tools / "bin" / "python").exists():
+        run(python, "-m", "venv", tools)
+    python = tools / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    run(*pip, "setuptools>=77")
+    needs = run(python, "-c", "import setup; print(*setup.requirements(), sep='\\n')", stdout=subprocess.PIPE)
+    run(*pip, *needs.split())
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        run(python, "setup.py", "build_ext", "--build-lib", folder)
+        made = Path(folder) / "loraxs_kernels"
+        (made / "kit.json").write_text(json.dumps(kit) + "\n")
+        check(made)  # the sources may have changed meanwhile
+        shutil.rmtree(KIT, ignore_errors=True)
+        made.rename(KIT)
+    return kit
+
+
+def use(folder: Path) -> dict[str, Any]:
+    """The kit's core in this checkout, in place of what is there.  Returns kit.json.
+
+    Raises KitError, before anything is written, where it is no kit, or one of other sources or for another Python.
+    """
+    kit = check(folder)
+    (core,) = folder.glob("_core.*")
+    if core.name != (wanted := f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        remedy = f"make gpu-kit KIT_PYTHON=python3.{sys.version_info[1]}"
+        raise KitError(f"kit: {folder} holds {core.name}, must hold {wanted}: {remedy}")
+    loaded = subprocess.run([sys.executable, "-c", "import _core"], cwd=folder, capture_output=True, text=True)
+    if loaded.returncode:
+        raise KitError(f"kit: the core of {folder} does not load here: {loaded.stderr.strip().splitlines()[-1]}")
+    package = ROOT / "loraxs_kernels"
+    for old in (package / "_build.json", *package.glob("_core.*")):  # as setup.py: a core without its record is none
+        old.unlink(missing_ok=True)
+    shutil.copy(core, package)
+    shutil.copy(folder / "_build.json", package)
+    return kit
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """kit.json of a kit whose core is of the sources here.  Raises KitError."""
+    try:
+        kit, record = (json.loads((folder / name).read_text()) for name in ("kit.json", "_build.json"))
+    except (OSError, ValueError):
+        raise KitError(f"kit: got {folder}, must be a folder that `make gpu-kit` made") from None
+    core = runpy.run_path(str(ROOT / "loraxs_kernels" / "backends" / "cuda" / "core.py"))  # and so without torch
+    if record["sources"] != core["sources"]():
+        at = f"{kit['commit']}{' and changes' * kit['dirty']}"
+        raise KitError(f"kit: {folder}, made of {at}, is of another csrc/ or CMakeLists.txt than here: make gpu-kit")
+    return kit
+
+
+def find_python(named: str) -> tuple[str, str]:
+    """(path, version) of the Python a kit is for."""
+    script = "import platform, sys; print(sys.executable, platform.python_version(), sep='\\n')"
+    try:
+        found = subprocess.run([named, "-c", script], capture_output=True, text=True)
+    except OSError:
+        found = None
+    if found is None or found.returncode:
+        raise KitError(f"KIT_PYTHON: got {named!r}, which does not run here, must be a Python, by its name or its path")
+    python, version = found.stdout.split("\n")[:2]
+    return python, version
+
+
+def git(*command: str) -> str:
+    """What git says of this tree; nothing where it is no checkout."""
+    try:
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    """Run a step of `make`, printing what it prints."""
+    settings = {"LORAXS_CUDA_ARCHS": os.environ.get("LORAXS_CUDA_ARCHS") or "90a", "LORAXS_BUILD_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, text=True, **options)
+    if done.returncode:
+        raise KitError(f"{' '.join(map(str, command))} ended with {done.returncode}; there is no new kit")
+    return done.stdout or ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["make", "use"])
+    parser.add_argument(
+        "--kit", type=Path, default=KIT, metavar="DIR", help="to use (default: gpu-kit of this checkout)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        kit = make() if arguments.what == "make" else use(arguments.kit)
+    except KitError as error:
+        print(f"gpu_kit: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(kit))
+    if arguments.what == "make":
+        size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
+        print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
+        print("    python bench/gpu_suite.py --kit gpu-kit --plan first --out DIR")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
