@@ -1,13 +1,16 @@
 """What a GPU machine without a network needs, made before, so that nothing is built in its minutes.
 
     make gpu-kit [KIT_PYTHON=python3.12]      here; the same as python bench/gpu_kit.py make
-    python bench/gpu_kit.py use               there, in a checkout with the folder gpu-kit; no network, no compiler
+    python bench/gpu_kit.py use [gpu-kit]     there, in a checkout with that folder; no network, no compiler
+    python bench/gpu_kit.py keep DIR          there, at the end: DIR/triton.tar.gz, what Triton has compiled
+    make gpu-kit KIT_TRITON=DIR/triton.tar.gz here again, before the next such machine, which then compiles it no more
 
 KIT_PYTHON, a command or a path, is a Python of the GPU machine's version, and LORAXS_CUDA_ARCHS (90a unless it is set)
 its GPUs; build/kit-<version> is its environment with the tools of the build.  In gpu-kit:
 
     _core.<Python and platform>.so, _build.json   the CUDA core and its record (loraxs_kernels/backends/cuda/core.py)
     kit.json                                      {"commit": "1a2b3c4", "dirty": false, "date": ..., "python": "3.12.1"}
+    triton.tar.gz                                 where one was given, to this kit or the one before it
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / "gpu-kit"
 PYTHON = "python3.12"
+TRITON = "triton.tar.gz"
 
 
 class KitError(ValueError):
@@ -37,6 +42,9 @@ class KitError(ValueError):
 def make() -> dict[str, Any]:
     """The kit of this tree, in place of an earlier one, which stays where this fails.  Returns its kit.json."""
     python, version = find_python(os.environ.get("KIT_PYTHON") or PYTHON)
+    triton = Path(os.environ.get("KIT_TRITON") or KIT / TRITON)
+    if os.environ.get("KIT_TRITON") and not (triton.is_file() and tarfile.is_tarfile(triton)):
+        raise KitError(f"KIT_TRITON: got {triton}, must be a {TRITON} that `python bench/gpu_kit.py keep` made")
     kit = {
         "commit": git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -55,6 +63,8 @@ def make() -> dict[str, Any]:
         run(python, "setup.py", "build_ext", "--build-lib", folder)
         made = Path(folder) / "loraxs_kernels"
         (made / "kit.json").write_text(json.dumps(kit) + "\n")
+        if triton.exists():
+            shutil.copy(triton, made / TRITON)
         check(made)  # the sources may have changed meanwhile
         shutil.rmtree(KIT, ignore_errors=True)
         made.rename(KIT)
@@ -79,7 +89,32 @@ def use(folder: Path) -> dict[str, Any]:
         old.unlink(missing_ok=True)
     shutil.copy(core, package)
     shutil.copy(folder / "_build.json", package)
+    if (folder / TRITON).exists():
+        unpack(folder / TRITON)
     return kit
+
+
+def unpack(archive: Path) -> None:
+    """What `keep` kept, where Triton looks for it."""
+    cache = triton_cache()
+    shutil.unpack_archive(archive, cache, filter="data")
+    for group in cache.glob("*/__grp__*.json"):  # the paths of the files beside it, as they were where it was made
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
+
+
+def keep(folder: Path) -> None:
+    """What Triton has compiled on this machine, for the kit of the next one: the same Triton finds it by its hash."""
+    if not triton_cache().is_dir():
+        raise KitError(f"keep: {triton_cache()} is not there, Triton has compiled nothing")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.make_archive(str(folder / TRITON.partition(".")[0]), "gztar", triton_cache())
+
+
+def triton_cache() -> Path:
+    """Where Triton looks for what it has compiled, and puts it."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -127,21 +162,21 @@ def run(*command: str | Path, **options: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["make", "use"])
-    parser.add_argument(
-        "--kit", type=Path, default=KIT, metavar="DIR", help="to use (default: gpu-kit of this checkout)"
-    )
+    parser.add_argument("what", choices=["make", "use", "keep"])
+    parser.add_argument("folder", type=Path, nargs="?", default=KIT, help="default: gpu-kit in this checkout")
     arguments = parser.parse_args(argv)
     try:
-        kit = make() if arguments.what == "make" else use(arguments.kit)
+        if arguments.what == "keep":
+            keep(arguments.folder)
+        else:
+            print(json.dumps(make() if arguments.what == "make" else use(arguments.folder)))
     except KitError as error:
         print(f"gpu_kit: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(kit))
     if arguments.what == "make":
         size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
         print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
-        print("    python bench/gpu_suite.py --kit gpu-kit --plan first --out DIR")
+        print("    python bench/gpu_suite.py --kit gpu-kit --plan first --out DIR; python bench/gpu_kit.py keep DIR")
     return 0
 
 

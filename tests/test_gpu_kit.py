@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_kit_is_made_whole_or_the_earlier_one_stays(tree, capsys, monkeypatch):
     assert gpu_kit.main(["make"]) == 0
-    assert "    python bench/gpu_suite.py --kit gpu-kit" in capsys.readouterr().out
+    assert "    python bench/gpu_suite.py --kit gpu-kit --plan" in capsys.readouterr().out
     kit = contents(tree / "gpu-kit")
     assert {*kit} == {CORE, "_build.json", "kit.json"}
     assert json.loads(kit["kit.json"])["python"] == sys.version.split()[0]
@@ -79,6 +79,10 @@ def test_a_kit_is_made_whole_or_the_earlier_one_stays(tree, capsys, monkeypatch)
     monkeypatch.setenv("KIT_PYTHON", "python1.5")
     assert gpu_kit.main(["make"]) == 1
     assert "KIT_PYTHON: got 'python1.5', which does not run here, must be" in capsys.readouterr().err
+    monkeypatch.setenv("KIT_PYTHON", sys.executable)
+    monkeypatch.setenv("KIT_TRITON", str(tree / "setup.py"))
+    assert gpu_kit.main(["make"]) == 1
+    assert f"KIT_TRITON: got {tree / 'setup.py'}, must be a triton.tar.gz that" in capsys.readouterr().err
     assert contents(tree / "gpu-kit") == kit
 
 
@@ -112,3 +116,24 @@ def test_a_kit_that_fits_takes_the_place_of_what_is_there(tree):
     assert gpu_kit.use(tree / "gpu-kit") == made
     assert {*contents(package)} == {CORE, "_build.json"}
     assert json.loads((package / "_build.json").read_text())["built"]
+
+
+def test_what_triton_compiled_on_one_machine_is_not_compiled_on_the_next(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from triton.compiler import ASTSource
+
+    from loraxs_kernels.backends.triton import aot
+
+    def compiled() -> list[aot.Compiled]:
+        return aot.compile_problem(aot.Problem(16, 64, 64, 16), (9, 0), None)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one"))
+    assert gpu_kit.main(["keep", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.endswith("one is not there, Triton has compiled nothing\n")
+    expected = compiled()
+    assert gpu_kit.main(["keep", str(tmp_path / "out")]) == 0
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
+    gpu_kit.unpack(tmp_path / "out" / "triton.tar.gz")
+    monkeypatch.setattr(ASTSource, "make_ir", None)  # what compiling begins with
+    assert compiled() == expected
