@@ -21,7 +21,7 @@ TELLING = 12  # of these words, of which each question has one
 
 
 def minilm(words: int = 30_522) -> nn.Module:
-    """A BERT of MiniLM-L6's size with random weights whose singular values fall as i^-0.4, slowly, as those of real ones do."""
+    """A BERT of MiniLM-L6's size, of random weights whose singular values fall slowly, as those of real ones do."""
     from transformers import BertConfig, BertModel
 
     size = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
