@@ -77,10 +77,10 @@ def use(folder: Path) -> dict[str, Any]:
     Raises KitError, before anything is written, where it is no kit, or one of other sources or for another Python.
     """
     kit = check(folder)
-    (core,) = folder.glob("_core.*")
-    if core.name != (wanted := f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"):
+    core = folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not core.exists():
         remedy = f"make gpu-kit KIT_PYTHON=python3.{sys.version_info[1]}"
-        raise KitError(f"kit: {folder} holds {core.name}, must hold {wanted}: {remedy}")
+        raise KitError(f"kit: {folder} is for Python {kit['python']}, must hold {core.name} for this one: {remedy}")
     loaded = subprocess.run([sys.executable, "-c", "import _core"], cwd=folder, capture_output=True, text=True)
     if loaded.returncode:
         raise KitError(f"kit: the core of {folder} does not load here: {loaded.stderr.strip().splitlines()[-1]}")
@@ -120,11 +120,12 @@ def triton_cache() -> Path:
 def check(folder: Path) -> dict[str, Any]:
     """kit.json of a kit whose core is of the sources here.  Raises KitError."""
     try:
-        kit, record = (json.loads((folder / name).read_text()) for name in ("kit.json", "_build.json"))
-    except (OSError, ValueError):
+        kit = json.loads((folder / "kit.json").read_text())
+        sources = json.loads((folder / "_build.json").read_text())["sources"]
+    except (OSError, ValueError, KeyError):
         raise KitError(f"kit: got {folder}, must be a folder that `make gpu-kit` made") from None
     core = runpy.run_path(str(ROOT / "loraxs_kernels" / "backends" / "cuda" / "core.py"))  # and so without torch
-    if record["sources"] != core["sources"]():
+    if sources != core["sources"]():
         at = f"{kit['commit']}{' and changes' * kit['dirty']}"
         raise KitError(f"kit: {folder}, made of {at}, is of another csrc/ or CMakeLists.txt than here: make gpu-kit")
     return kit

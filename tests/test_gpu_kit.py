@@ -100,10 +100,10 @@ def test_a_kit_that_does_not_fit_is_refused_and_nothing_overwritten(tree):
 
     refused(f"the core of {kit} does not load here: ImportError: ")
     (kit / CORE).rename(kit / "_core.cpython-35m.so")
-    refused(f"holds _core.cpython-35m.so, must hold {CORE}: make gpu-kit KIT_PYTHON=python3")
+    refused(f"is for Python 3.*, must hold {CORE} for this one: make gpu-kit KIT_PYTHON=python3")
     (tree / "CMakeLists.txt").write_text("edited")
     refused("is of another csrc/ or CMakeLists.txt than here: make gpu-kit")
-    (kit / "kit.json").unlink()
+    (kit / "_build.json").write_text("{}")
     refused(f"got {kit}, must be a folder that `make gpu-kit` made")
 
 
