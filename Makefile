@@ -21,7 +21,7 @@ DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0
 INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py tests/test_first_light.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_light.py
 
-.PHONY: demo test lint bench results clean
+.PHONY: demo test lint bench results gpu-kit clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
@@ -43,8 +43,12 @@ bench: $(VENV)/.test
 results: $(VENV)/.test
 	$(BIN)/python bench/render.py
 
+# What a GPU machine without a network needs, so that nothing is built there; KIT_PYTHON: a Python of its version.
+gpu-kit:
+	$(PYTHON) bench/gpu_kit.py make
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
+	rm -rf $(VENV) build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

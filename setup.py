@@ -15,10 +15,10 @@ _build.json, beside the core or in its place, says what came of it (loraxs_kerne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -187,10 +187,11 @@ class Build(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib)) / "loraxs_kernels"
         name = self.get_ext_filename("_core")
+        core = runpy.run_path(str(ROOT / "loraxs_kernels" / "backends" / "cuda" / "core.py"))  # and so without torch
+        sources = core["sources"]()  # first: a file may change while it is compiled
         try:
             build_core()
-            record = json.loads((BUILD / "_build.json").read_text())
-            record["bindings"] = hashlib.sha256((ROOT / "csrc" / "bindings.cpp").read_bytes()).hexdigest()
+            record = json.loads((BUILD / "_build.json").read_text()) | {"sources": sources}
         except NoCore as reason:
             if not isinstance(reason, BadSetting):
                 self.forget(package)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import standin
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -168,7 +169,7 @@ def test_threads_do_not_matter(minilm, tmp_path):
 
 
 @pytest.mark.gpu("adapter files")
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("real", [False, True], ids=["mlp", "stand-in" if standin.MISSING else "minilm"])
 @pytest.mark.parametrize("there", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_devices_do_not_matter(request, tmp_path, there, real):
     model = request.getfixturevalue("minilm") if real else mlp()

@@ -83,6 +83,12 @@ def installed(wheel: Path, folder: Path) -> str:
     return said
 
 
+def noted(tree: Path) -> str:
+    """Why the core of a source tree cannot be used, or nothing."""
+    script = "import runpy; print(runpy.run_path('loraxs_kernels/backends/cuda/core.py')['missing']() or '')"
+    return passed(run(PYTHON, "-c", script, cwd=tree, PYTHONPATH=str(tree))).strip()
+
+
 def test_an_sdist_has_what_the_build_needs_and_nothing_that_was_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -183,8 +189,11 @@ def test_in_place_only_what_changed_is_compiled_and_a_broken_build_leaves_no_cor
     assert json.loads((package / "_build.json").read_text())["architectures"] == ["80"]
     assert compiled() == []
     text = broken.read_text()
+    assert noted(source) == ""
     broken.write_text(text + "// changed\n")
+    assert noted(source).startswith("the CUDA core was built for another version")
     assert compiled() == ["decode.cu"] and len(list(package.glob("_core.*"))) == 1
+    assert noted(source) == ""
     broken.write_text(text + "broken;\n")
     required = run(*command, cwd=source, LORAXS_BUILD_CUDA="1", **archs)
     sentence = (
@@ -216,7 +225,7 @@ def test_a_wheel_from_an_sdist_in_an_empty_environment(sdist, tmp_path):
     ("record", "said"),
     [
         (
-            {"built": True, "bindings": "of yesterday"},
+            {"built": True, "sources": "of yesterday"},
             "built for another version of this source tree: python setup.py build_ext --inplace",
         ),
         (None, "not built: this source tree was never installed; pip install -e . where nvcc is"),
@@ -231,9 +240,10 @@ def test_a_core_that_is_missing_says_why(record, said, tmp_path, monkeypatch):
 
     monkeypatch.setattr(core, "RECORD", tmp_path / "loraxs_kernels" / "_build.json")
     core.RECORD.parent.mkdir()
-    if record and "bindings" in record:
+    if record and "sources" in record:
         (tmp_path / "csrc").mkdir()
         (tmp_path / "csrc" / "bindings.cpp").write_text("of today")
+        (tmp_path / "CMakeLists.txt").touch()
     monkeypatch.setattr(core, "load", load)
     if record:
         core.RECORD.write_text(json.dumps(record))
@@ -243,6 +253,24 @@ def test_a_core_that_is_missing_says_why(record, said, tmp_path, monkeypatch):
         and core.missing() == f"the CUDA core was {said}"
         and core.architectures.__wrapped__() == ()
     )
+
+
+def test_a_core_is_known_by_all_that_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "RECORD", tmp_path / "loraxs_kernels" / "_build.json")
+    assert core.sources() is None  # an installed package
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    csrc = tmp_path / "csrc"
+    found = [core.sources()]
+    for leftover in ("decode.cu~", ".decode.cu.swp", "notes.txt"):
+        (csrc / leftover).write_text("of an editor")
+    assert core.sources() == found[0]
+    for file in [tmp_path / "CMakeLists.txt", *(csrc / each.name for each in (ROOT / "csrc").iterdir())]:
+        file.write_text(file.read_text() + "\n")
+        found.append(core.sources())
+    (csrc / "decode.cu").rename(csrc / "another.cu")
+    found.append(core.sources())
+    assert len({*found}) == len(found) == 3 + len(list((ROOT / "csrc").iterdir()))
 
 
 # --- The core of this checkout: whichever one the tests import.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
+import standin
+import torch
 
 from loraxs_kernels import demo
 from loraxs_kernels.cli import main
@@ -28,10 +32,15 @@ def test_the_questions_are_the_published_ones_and_the_parts_are_disjoint():
     assert split == trec.load()
 
 
-@needs_data
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("demo", limit=80))])
-def test_quick_demo(tmp_path, device):
+ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu("demo", limit=80), id="cuda-stand-in" if standin.MISSING else "cuda")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_data), ON_A_GPU])
+def test_quick_demo(tmp_path, device, monkeypatch):
     """LoRA-XS learns real questions: well above the same steps on the head alone, and the adapter survives the disk."""
+    if device == "cuda" and standin.MISSING:
+        standin.demo_packages(tmp_path / "packages")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
     command = [sys.executable, "-m", "loraxs_kernels", "demo", "--quick", "--device", device, "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -47,6 +56,21 @@ def test_quick_demo(tmp_path, device):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for figure in (svd["accuracy"], head["accuracy"]):
         assert f"{figure:.1%}" in run.stdout
+
+
+def test_the_stand_ins_are_a_model_and_questions_of_its_words(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from loraxs_kernels.demo import minilm
+
+    standin.demo_packages(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = minilm._job(demo.Settings("minilm", tmp_path, "quick", torch.device("cpu"), time.perf_counter()))
+    assert 1 not in {token for question in job.test.tokens for token in question}  # the unknown word
+    model = job.fresh()
+    assert model(**job.train.batch([0, 1])).shape == (2, 6)
+    weight = model.encoder.encoder.layer[2].intermediate.dense.weight.detach()
+    spectrum = torch.linalg.svdvals(weight.double())
+    assert spectrum[15] / spectrum[16] == pytest.approx((17 / 16) ** 0.4, rel=1e-3)  # told apart at rank 16
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch, capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 setup.py leaves a record beside it, or in its place, _build.json:
 
-    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0", "bindings": HASH}
+    {"built": true, "architectures": ["80", "90a"], "nvcc": "13.0", "cutlass": "4.2.0", "sources": HASH}
     {"built": false, "why": "nvcc was not found by PATH or /usr/local/cuda; install ..."}
 """
 
@@ -33,7 +33,7 @@ def missing() -> str | None:
         return "the CUDA core was not built: this source tree was never installed; pip install -e . where nvcc is"
     if not record["built"]:
         return f"the CUDA core was not built: {record['why']}"
-    if (now := _bindings()) and record.get("bindings") != now:
+    if (now := sources()) and record.get("sources") != now:
         return "the CUDA core was built for another version of this source tree: python setup.py build_ext --inplace"
     try:
         load()
@@ -57,10 +57,20 @@ def state() -> str:
     return f"built for {', '.join(f'sm_{each}' for each in architectures())} (nvcc {record['nvcc']}{cutlass})"
 
 
-def _bindings() -> str | None:
-    """A hash of how Python calls the core, where this is a source tree: it may have moved on since the build."""
-    source = RECORD.parents[1] / "csrc" / "bindings.cpp"
-    return hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
+def sources() -> str | None:
+    """A hash of what is compiled, csrc/ and CMakeLists.txt, where this is a source tree: it may have moved on since.
+
+    setup.py runs this file alone for it, before it compiles: this module imports nothing of the package.
+    """
+    root = RECORD.parents[1]
+    files = [file for file in sorted(root.glob("csrc/**/*")) if file.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in [root / "CMakeLists.txt", *files]:
+        text = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()
 
 
 def _record() -> dict[str, Any] | None:
