@@ -40,7 +40,7 @@ import status  # noqa: E402
 import torch  # noqa: E402
 
 from loraxs_kernels.backends.cuda import core  # noqa: E402
-from loraxs_kernels.bench import BenchError, report, tax  # noqa: E402
+from loraxs_kernels.bench import BenchError, report, tables, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.bench.settings import one_of  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
@@ -365,6 +365,7 @@ def summary(data: dict[str, Any]) -> str:
         if "matrices" in row:
             size = f"{row['matrices']} matrices r {row['r']} {row['path']}"
             lines.append(f"svd {size}: {row['seconds']['median']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
+    lines += tables.in_short(data["rows"])
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
     counts = f"{len(data['rows'])} rows, {len(failed)} failed"

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from loraxs_kernels import backends, reference
 from loraxs_kernels.backends import cuda, triton
-from loraxs_kernels.backends.cuda.config import TILES, Decode, aligned
+from loraxs_kernels.backends.cuda.config import TILES, UNIT, Decode, aligned
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton.config import pick_config
 from loraxs_kernels.bench import timer
@@ -329,11 +329,18 @@ def _operands(bench: Bench, T: int, N: int, K: int, r: int, dtype: torch.dtype) 
     return x, W, A, bench.random(r, r, dtype=torch.float32, over=r**0.5), B
 
 
-def _two_launches(bench: Bench, operands: tuple[Tensor | None, ...], split: int, tile: int, overlap: bool) -> Tensor:
-    """y as the cuda backend makes it of many rows: shrink, then the GEMM with a tail."""
+def _two_launches(
+    bench: Bench, operands: tuple[Tensor | None, ...], split: int, tile: int, overlap: bool, programs: int = 0
+) -> Tensor:
+    """y as the cuda backend makes it of many rows: shrink, then the GEMM with a tail, or beside it, where they overlap
+    and `programs` make u.
+    """
     x, W, A, R, B = operands
-    u = bench.cuda.shrink(x, A, R, 0.75, None, split, overlap)[1]
-    return bench.cuda.gemm_tail(x, W, u, B, None, None, tile, overlap)
+    beside = overlap and programs > 0
+    ready = bench.cuda.empty(x, (-(-len(x) // UNIT),), torch.int32) if beside else None
+    u = bench.cuda.shrink(x, A, R, 0.75, None, split, overlap, programs, ready)[1]
+    multiprocessors = facts(x.device).multiprocessors - programs * beside
+    return bench.cuda.gemm_tail(x, W, u, B, None, None, tile, overlap, 2, 2, multiprocessors, ready)
 
 
 def tail_overlap(bench: Bench, tile: int) -> None:
@@ -345,11 +352,13 @@ def tail_overlap(bench: Bench, tile: int) -> None:
         problems = [_operands(bench, *shape, torch.bfloat16) for _ in range(2)]
         for W in (False, True):
             given = problems if W else [(x, None, *rest) for x, _, *rest in problems]
-            for split in (1, 4):
-                what, found = f"split {split}, {'with' if W else 'without'} W, {shape}", []
+            for split, programs in ((1, 0), (4, 0), (1, 4)):
+                how = f"{programs} programs" if programs else f"split {split}"
+                what, found = f"{how}, {'with' if W else 'without'} W, {shape}", []
                 for overlap in (False, True):
                     bench.doing(f"{'' if overlap else 'no '}overlap, {what}")
-                    found.append(torch.stack([_two_launches(bench, each, split, tile, overlap) for each in given]))
+                    made = [_two_launches(bench, each, split, tile, overlap, programs) for each in given]
+                    found.append(torch.stack(made))
                 for y, each in zip(found[0], given, strict=True):
                     bench.rule(f"y without overlap, {what}", y, _lowrank, each, TILES[tile][:2])
                 bench.exact(f"bits of y with overlap, {what}", found[1], found[0], None, TILES[tile][:2])
@@ -483,11 +492,18 @@ def decode(bench: Bench, cluster: int) -> None:
     chain(bench, call, SHAPES["decode"][1], dtype=torch.float16, transposed=True, slots=7)
 
 
-def shrink(bench: Bench, split: int = 1, transposed: bool = False, gram: bool = False, overlap: bool = False) -> None:
-    """z, u and the gram of many rows, in one launch (split 1) or two."""
+def shrink(
+    bench: Bench,
+    split: int = 1,
+    transposed: bool = False,
+    gram: bool = False,
+    overlap: bool = False,
+    programs: int = 0,
+) -> None:
+    """z, u and the gram of many rows, in one launch (split 1) or two, or by programs that take the rows in turn."""
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
-        z, u, gram = bench.cuda.shrink(x, A, R, s, other, split, overlap)
+        z, u, gram = bench.cuda.shrink(x, A, R, s, other, split, overlap, programs)
         return u, z, gram
 
     for shape in SHAPES["shrink"]:
@@ -587,6 +603,8 @@ RUNGS: dict[str, Rung] = {
     "shrink-split-overlap": Rung(partial(shrink, split=4, transposed=True, overlap=True), "hopper"),
     "shrink-gram": Rung(partial(shrink, gram=True), "core"),
     "shrink-gram-split": Rung(partial(shrink, split=4, gram=True), "core"),
+    "shrink-tma": Rung(partial(shrink, programs=2), "hopper"),
+    "shrink-tma-gram": Rung(partial(shrink, programs=2, transposed=True, gram=True), "hopper"),
     **_tails(),
     "triton-forward-1": Rung(partial(triton_chain, splits=1, transposed=False), "triton"),
     "triton-forward-2": Rung(partial(triton_chain, splits=4, transposed=False), "triton"),

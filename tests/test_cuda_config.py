@@ -42,10 +42,11 @@ def test_whatever_is_picked_can_run(device, architectures):
                     assert plan.clusters == 1 or plan.cluster * plan.clusters <= device.multiprocessors
                 elif isinstance(plan, Rows):
                     assert plan.shrink or plan.tile is not None
-                    assert not plan.shrink or (r <= config.WIDEST_SHRINK and K % 8 == 0)
-                    assert plan.shrink == 1 or -(-T // 64) * plan.shrink <= device.multiprocessors
+                    assert not (plan.shrink or plan.programs) or (r <= config.WIDEST_SHRINK and K % 8 == 0)
+                    assert plan.shrink <= 1 or -(-T // 64) * plan.shrink <= device.multiprocessors
                     assert plan.tile is None or (hopper and N % 8 == 0 and K % 8 == 0)
-                    assert plan.overlap == hopper
+                    assert plan.programs <= (device.multiprocessors if hopper else 0)
+                    assert plan.beside == plan.overlap and plan.beside <= (0 < plan.programs < device.multiprocessors)
                 else:
                     assert T > config.TOKENS or r > config.WIDEST_DECODE
 
@@ -53,11 +54,15 @@ def test_whatever_is_picked_can_run(device, architectures):
 @pytest.mark.parametrize(
     ("problem", "plan"),
     {
-        "prefill: one block each for 64 rows, the large tile": ((8192, 4096, 4096, 64), Rows(1, 0, True)),
-        "few rows: blocks share K, small tiles": ((512, 4096, 4096, 64), Rows(16, 1, True)),
-        "too few tiles for the GPU: the library's GEMM": ((512, 1024, 4096, 64), Rows(16, None, True)),
-        "a wide rank: z by the library": ((8192, 4096, 4096, 128), Rows(0, 0, True)),
-        "an output TMA cannot write": ((8192, 50257, 768, 16), Rows(1, None, True)),
+        "a program for each 128 rows, before the GEMM": ((8192, 4096, 4096, 64), Rows(0, 1, False, 2, 2, 64)),
+        "a wide x: u takes long, and can be made beside": ((8192, 4096, 14336, 64), Rows(0, 1, True, 2, 2, 4, True)),
+        "55 waves of tiles on all multiprocessors, 56 on fewer": ((8192, 14336, 4096, 64), Rows(0, 1, False, 2, 2, 64)),
+        "a narrow y: the large tile": ((8192, 1024, 4096, 64), Rows(0, 0, False, 2, 2, 64)),
+        "bands that would add a wave": ((768, 2816, 4096, 64), Rows(0, 1, False, 1, 2)),
+        "few rows: z by the library": ((512, 4096, 4096, 64), Rows(0, 1, False, 2, 2)),
+        "too few tiles for the GPU: the library's GEMM": ((512, 1024, 4096, 64), None),
+        "a wide rank: z by the library": ((8192, 4096, 4096, 128), Rows(0, 1, False, 2, 2)),
+        "an output TMA cannot write": ((8192, 50257, 768, 16), None),
         "an input it cannot read": ((8192, 4096, 4095, 64), None),
         "a token": ((1, 4096, 4096, 16), Decode(8, 4)),
         "a narrow input: fewer programs share it": ((64, 14336, 100, 16), Decode(2, 56)),

@@ -31,7 +31,7 @@ def hopper():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Everything the backend allocates starts as NaN, written before the test, so that launches still overlap."""
-    left = [torch.full((1 << 28,), float("nan"), device="cuda")]
+    left = [torch.full((1 << 28,), -1, dtype=torch.int32, device="cuda")]  # NaN in every dtype
 
     def empty(like, shape, dtype):
         bytes_ = torch.Size(shape).numel() * dtype.itemsize

@@ -95,13 +95,14 @@ def test_the_gemm_describes_its_operands_as_they_lie(calls, shape, direction, ti
     assert calls("all") == []
 
 
-def test_a_layer_is_a_shrink_and_a_gemm_that_overlap(calls):
+def test_a_layer_is_a_shrink_and_a_gemm(calls, monkeypatch):
     o = operands(8, 4096, 4096, 64, torch.bfloat16)
     x = torch.empty(8192, 4096, dtype=torch.bfloat16)
     backend.lowrank_linear(x, o.W, o.A, o.R, o.B, o.s)
     shrink, gemm = calls("launch")
-    assert "shrink_kernel" in shrink["kernel"] and "TailMainloop" in gemm["kernel"]
-    assert shrink["grid"] == [128, 1, 1] and not shrink["early"] and gemm["early"]
+    assert "shrink_tma_kernel" in shrink["kernel"] and "TailMainloop" in gemm["kernel"]
+    assert shrink["grid"] == [64, 1, 1] and not shrink["early"] and not gemm["early"]
+    monkeypatch.setattr(backend, "pick", lambda *_: Rows(8, 1, True))
     backend.lowrank_linear(x[:1000], o.W, o.A, o.R, o.B, o.s)
     shrink, finish, gemm = calls("launch")
     assert shrink["grid"] == [16, 8, 1] and finish["grid"] == [16, 1, 1] and "finish_kernel" in finish["kernel"]

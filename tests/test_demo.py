@@ -32,7 +32,9 @@ def test_the_questions_are_the_published_ones_and_the_parts_are_disjoint():
     assert split == trec.load()
 
 
-ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu("demo", limit=80), id="cuda-stand-in" if standin.MISSING else "cuda")
+ON_A_GPU = pytest.param(
+    "cuda", marks=pytest.mark.gpu("demo", limit=80), id="cuda-stand-in" if standin.MISSING else "cuda"
+)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_data), ON_A_GPU])

@@ -1,6 +1,7 @@
 """Which kernels of the core a problem takes, and how they are cut: a pure function of sizes, dtype and device.
 
-Counted, not measured yet; see csrc/*.cu for the counts.  Nothing here needs the core or a GPU.
+For Hopper measured on an H100 (bench/results/NOTES.md); for other GPUs counted, see csrc/*.cu.  Nothing here needs the
+core or a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +22,16 @@ UNIT = 128  # rows that a program of shrink_tma takes at a time, and a tile of t
 DECODE_COLUMNS = 16 * 8  # of y, that a program of the decode makes at a time, 16 a warp
 CLUSTER = 8  # the largest that every Hopper GPU can run
 PARTS = 32  # of z at most, where blocks share K: the second launch reads them all
-# csrc/gemm_tail_tiles.h: rows and columns of y, and what a tile costs beside its size, as narrow ones read more.
-TILES = {0: (128, 256, 1.0), 1: (128, 128, 1.1)}
+# csrc/gemm_tail_tiles.h: rows and columns of y, and what a tile costs beside its size.  The small one reads more, yet
+# on an H100 at its power limit it is the faster one, unless y is narrow.
+TILES = {0: (128, 256, 1.0), 1: (128, 128, 0.95)}
+NARROW, NARROW_COST = 2048, 1.1  # columns of y below which the small tile costs that
+SWIZZLE, RASTER = 2, 2  # bands of four tiles of rows, along N: as good as any, and in the order in which u is made
+BESIDE = 4  # multiprocessors for the programs that make u beside the GEMM
+LEAST_UNITS = 32  # units of rows from which the programs of shrink_tma are faster than the library's z
+# Seconds that such a program takes for a unit while the GEMM runs: in all, and more for each column of x.  And what the
+# GEMM does in a second.  Measured on an H100.
+UNIT_SECONDS, COLUMN_SECONDS, FLOPS = 6e-6, 5.5e-9, 7e14
 PAIR = 2  # programs above each other that share a tile of W: rows are padded to as many tiles
 LEAST_BUSY = 0.5  # share of the GPU that must have work for the GEMM here: the library's can split K
 
@@ -70,9 +79,11 @@ def pick(
     hopper = device.capability == (9, 0) and "90a" in architectures
     if T <= TOKENS and r <= WIDEST_DECODE:
         return _decode(N, K, device.multiprocessors, CLUSTER if hopper else 1)
-    shrink = _split(T, K, device.multiprocessors) if r <= WIDEST_SHRINK and K % ALIGNMENT == 0 else 0
-    tile = _tile(T, N, device.multiprocessors) if hopper and K % ALIGNMENT == N % ALIGNMENT == 0 else None
-    return Rows(shrink, tile, overlap=hopper) if shrink or tile is not None else None
+    if hopper:
+        return _hopper(T, N, K, r, device.multiprocessors) if K % ALIGNMENT == N % ALIGNMENT == 0 else None
+    if r > WIDEST_SHRINK or K % ALIGNMENT:
+        return None
+    return Rows(_split(T, K, device.multiprocessors), None, overlap=False)
 
 
 def workspace(T: int, r: int, split: int, gram: bool) -> Workspace:
@@ -83,7 +94,7 @@ def workspace(T: int, r: int, split: int, gram: bool) -> Workspace:
 
 def aligned(n: int) -> int:
     """The pitch of rows of n 16-bit elements that begin at multiples of 16 bytes."""
-    return -(-n // ALIGNMENT) * ALIGNMENT
+    return _whole(n, ALIGNMENT)
 
 
 def _decode(N: int, K: int, multiprocessors: int, largest: int) -> Decode:
@@ -101,18 +112,35 @@ def _split(T: int, K: int, multiprocessors: int) -> int:
     return max(1, min(free, -(-K // (2 * SHRINK_COLUMNS)), PARTS))
 
 
-def _tile(T: int, N: int, multiprocessors: int) -> int | None:
-    """The tile whose waves of programs take the least time; None where they would leave the GPU idle."""
+def _hopper(T: int, N: int, K: int, r: int, multiprocessors: int) -> Rows | None:
+    """The GEMM with a tail, after u or beside those who make it; None where it would leave the GPU idle."""
 
-    def room(number: int) -> int:
-        """Elements of y that its waves have room for."""
-        rows, columns, _ = TILES[number]
-        programs = PAIR * -(-T // (PAIR * rows)) * -(-N // columns)
-        return -(-programs // multiprocessors) * multiprocessors * rows * columns
+    def waves(tile: int, swizzle: int, multiprocessors: int = multiprocessors) -> int:
+        """In how many turns the programs make their tiles of y, whose rows and columns fill whole bands."""
+        rows, columns, _ = TILES[tile]
+        tiles = _whole(-(-T // rows), PAIR * swizzle) * _whole(-(-N // columns), swizzle)
+        return -(-tiles // multiprocessors)
 
-    best = min(TILES, key=lambda number: room(number) * TILES[number][2])
-    busy = T * N / room(best)
-    return best if busy >= LEAST_BUSY else None
+    def cost(tile: int) -> float:
+        rows, columns, cost = TILES[tile]
+        return waves(tile, 1) * rows * columns * (NARROW_COST if tile == 1 and N < NARROW else cost)
+
+    tile = min(TILES, key=cost)
+    rows, columns, _ = TILES[tile]
+    if LEAST_BUSY * waves(tile, 1) * multiprocessors * rows * columns > T * N:
+        return None
+    swizzle = SWIZZLE if waves(tile, SWIZZLE) == waves(tile, 1) else 1
+    units = -(-T // UNIT)
+    if r > WIDEST_SHRINK or units < LEAST_UNITS:
+        return Rows(0, tile, False, swizzle, RASTER)
+    keep_up = BESIDE * 2 * UNIT * N * K / FLOPS >= UNIT_SECONDS + COLUMN_SECONDS * K
+    if keep_up and waves(tile, swizzle, multiprocessors - BESIDE) == waves(tile, swizzle):
+        return Rows(0, tile, True, swizzle, RASTER, BESIDE, True)
+    return Rows(0, tile, False, swizzle, RASTER, min(units, multiprocessors))
+
+
+def _whole(n: int, by: int) -> int:
+    return -(-n // by) * by
 
 
 def unsupported(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
