@@ -588,7 +588,7 @@ def _tails() -> dict[str, Rung]:
     return {
         f"tail-{name}-{rows}x{columns}": Rung(partial(run, tile=tile), "hopper")
         for name, run in found.items()
-        for tile, (rows, columns, _) in TILES.items()
+        for tile, (rows, columns, *_) in TILES.items()
     }
 
 

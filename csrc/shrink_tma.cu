@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "shrink_finish.cuh"
+#include "trace.h"
 
 namespace loraxs {
 namespace {
@@ -32,6 +33,7 @@ struct Problem {
   CUtensorMap x, A;
   loraxs_shrink_args args;
   int stages;
+  LORAXS_TRACED(void* trace = nullptr;)
 };
 
 __device__ uint32_t address(void const* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
@@ -151,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  LORAXS_TRACED(Trace trace; if (thread == 0 && group == 0) trace.begin(problem.trace, blockIdx.x);)
   load_R<kRank>(p, R, group * 128 + thread, 128 * 2 * kGroups);
   groups_sync();
   int const half = group % kGroups, first = group / kGroups;  // this group takes every other unit of the program
@@ -197,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
       told();
     }
     if (pass && p.other) turn_pass(kFinish, group);
+    LORAXS_TRACED(trace.tiles(1);)
   }
 }
 
@@ -233,6 +237,7 @@ int run(loraxs_shrink_args const& p) {
                      (TRANSPOSED ? describe<T>(problem.A, p.A, p.r, p.K, p.A.column, kStep)
                                  : describe<T>(problem.A, p.A, p.K, p.r, p.A.row, kRank));
   if (!known) return LORAXS_NOT_DESCRIBED;
+  LORAXS_TRACED(problem.trace = trace_launch(kTraceShrink, unsigned(programs));)
   return start(kernel, {dim3(unsigned(programs)), kThreads, bytes, cluster, false, p.stream}, &problem);
 }
 

@@ -799,10 +799,13 @@ def test_a_run_on_a_gpu(tmp_path):
     assert command.tables.of(data) and data["machine"]["driver"]
 
 
-@pytest.mark.gpu("bench")
+ON_A_GPU = dict(device="cuda", shapes=["1024x1024"])  # of a smaller one it would take thousands to leave the L2 cache
+
+
+@pytest.mark.gpu("bench", limit=60)
 @pytest.mark.parametrize("direction", roofline.DIRECTIONS)
 def test_every_direction_in_a_graph_on_a_gpu(direction):
-    request = tiny(device="cuda", direction=direction, modes=["graph"], paths=["reference", "addmm", "torch"])
+    request = tiny(**ON_A_GPU, direction=direction, modes=["graph"], paths=["reference", "addmm", "torch"])
     rows = list(layer.rows(request))
     assert [row["status"] for row in rows] == ["ok"] * 4, [row.get("reason") for row in rows]
     torch.cuda.synchronize()
@@ -826,7 +829,7 @@ def test_a_failed_capture_leaves_the_others_on_a_gpu(monkeypatch):
         return paths.Layer(lambda x: (x.sum().item(), o.linear()(x))[1])  # waits for the device: cannot be captured
 
     monkeypatch.setitem(paths.PATHS, "addmm", paths.Path("addmm", "", paths._each(build)))
-    rows = list(layer.rows(tiny(device="cuda", tokens=[33, 5], paths=["addmm", "torch"])))
+    rows = list(layer.rows(tiny(**ON_A_GPU, tokens=[33, 5], paths=["addmm", "torch"])))
     states = {(row["path"], row["mode"], row["T"]): row["status"] for row in rows}
     for T in (33, 5):
         assert states["addmm", "eager", T] == "ok" and states["addmm", "graph", T] == "failed"

@@ -23,7 +23,7 @@ def test_the_tiles_are_those_the_core_is_built_with():
     header = Path(__file__).parents[1] / "csrc" / "gemm_tail_tiles.h"
     found = re.findall(r"tile\((\d+), (\d+), (\d+), (\d+), \w+\)", header.read_text())
     assert {int(number): (int(rows), int(columns)) for number, rows, columns, _ in found} == {
-        number: (rows, columns) for number, (rows, columns, _) in config.TILES.items()
+        number: (rows, columns) for number, (rows, columns, *_) in config.TILES.items()
     }
     assert {int(cluster) for *_, cluster in found} == {config.PAIR}
 
@@ -41,12 +41,12 @@ def test_whatever_is_picked_can_run(device, architectures):
                     assert plan.cluster in (1, 2, 4, 8) and (hopper or plan.cluster == 1)
                     assert plan.clusters == 1 or plan.cluster * plan.clusters <= device.multiprocessors
                 elif isinstance(plan, Rows):
-                    assert plan.shrink or plan.tile is not None
+                    assert (plan.tile is None) != hopper and (plan.shrink == 0) == hopper
                     assert not (plan.shrink or plan.programs) or (r <= config.WIDEST_SHRINK and K % 8 == 0)
                     assert plan.shrink <= 1 or -(-T // 64) * plan.shrink <= device.multiprocessors
                     assert plan.tile is None or (hopper and N % 8 == 0 and K % 8 == 0)
-                    assert plan.programs <= (device.multiprocessors if hopper else 0)
-                    assert plan.beside == plan.overlap and plan.beside <= (0 < plan.programs < device.multiprocessors)
+                    assert hopper or not plan.programs
+                    assert plan.overlap == (plan.programs > 0) and plan.programs < device.multiprocessors
                 else:
                     assert T > config.TOKENS or r > config.WIDEST_DECODE
 
@@ -54,14 +54,15 @@ def test_whatever_is_picked_can_run(device, architectures):
 @pytest.mark.parametrize(
     ("problem", "plan"),
     {
-        "a program for each 128 rows, before the GEMM": ((8192, 4096, 4096, 64), Rows(0, 1, False, 2, 2, 64)),
-        "a wide x: u takes long, and can be made beside": ((8192, 4096, 14336, 64), Rows(0, 1, True, 2, 2, 4, True)),
-        "55 waves of tiles on all multiprocessors, 56 on fewer": ((8192, 14336, 4096, 64), Rows(0, 1, False, 2, 2, 64)),
-        "a narrow y: the large tile": ((8192, 1024, 4096, 64), Rows(0, 0, False, 2, 2, 64)),
+        "z by the library, then the small tile": ((8192, 4096, 4096, 64), Rows(0, 1, False, 2, 2)),
+        "a long sum: u is made beside the large tile": ((8192, 4096, 14336, 64), Rows(0, 0, True, 4, 2, 4)),
+        "too few rows for that": ((2048, 4096, 14336, 64), Rows(0, 0, False, 4, 2)),
+        "too wide a rank": ((8192, 4096, 14336, 128), Rows(0, 0, False, 4, 2)),
+        "8 waves on all multiprocessors, 9 on fewer": ((8448, 4096, 14336, 64), Rows(0, 0, False, 1, 2)),
+        "a narrow y: the large tile": ((8192, 1024, 4096, 64), Rows(0, 0, False, 4, 2)),
         "bands that would add a wave": ((768, 2816, 4096, 64), Rows(0, 1, False, 1, 2)),
-        "few rows: z by the library": ((512, 4096, 4096, 64), Rows(0, 1, False, 2, 2)),
+        "few rows": ((512, 4096, 4096, 64), Rows(0, 1, False, 2, 2)),
         "too few tiles for the GPU: the library's GEMM": ((512, 1024, 4096, 64), None),
-        "a wide rank: z by the library": ((8192, 4096, 4096, 128), Rows(0, 1, False, 2, 2)),
         "an output TMA cannot write": ((8192, 50257, 768, 16), None),
         "an input it cannot read": ((8192, 4096, 4095, 64), None),
         "a token": ((1, 4096, 4096, 16), Decode(8, 4)),

@@ -346,7 +346,7 @@ def test_a_gpu_is_needed(capsys):
     )
 
 
-@pytest.mark.gpu("bench")
+@pytest.mark.gpu("bench", limit=90)
 def test_the_experiments_on_a_gpu(tmp_path):
     """All of them at a small size; those that need a core for this GPU may say so, nothing else may fail."""
     out = tmp_path / "run.json"

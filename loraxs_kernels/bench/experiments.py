@@ -184,7 +184,7 @@ class Cut:
     multiprocessors: int | None = None
 
     def __str__(self) -> str:
-        rows, columns, _ = config.TILES[self.tile]
+        rows, columns, *_ = config.TILES[self.tile]
         return f"{rows}x{columns} swizzle {self.swizzle} {RASTERS[self.raster]}"
 
     def __call__(self, x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Cut:
 
     def _tiles(self, T: int, N: int) -> tuple[int, int]:
         """Of y: rows, in whole clusters, and columns."""
-        rows, columns, _ = config.TILES[self.tile]
+        rows, columns, *_ = config.TILES[self.tile]
         return config.PAIR * -(-T // (config.PAIR * rows)), -(-N // columns)
 
     def distinct(self, T: int, N: int) -> bool:
@@ -210,7 +210,7 @@ class Cut:
         As CUTLASS's static scheduler walks: both counts of tiles are rounded up to whole swizzles (what is past an
         edge is not read), and cluster c is number c mod swizzle across, then along the raster.
         """
-        rows, columns, _ = config.TILES[self.tile]
+        rows, columns, *_ = config.TILES[self.tile]
         down, across = self._tiles(T, N)
         unit = self.swizzle * config.PAIR
         down, across = -(-down // unit) * unit // config.PAIR, -(-across // self.swizzle) * self.swizzle
@@ -422,11 +422,7 @@ def _shrink(settings: Settings, shape: Shape, T: int, r: int, direction: str) ->
     if reason := backends.unavailable("cuda"):
         raise BenchError(reason)
     case = _Narrow(settings, shape, T, r, direction)
-    N = shape.N if direction == "forward" else shape.K
-    picked = config.pick(T, N, case.K, r, settings.dtype, facts(settings.device), core.architectures())
-    split = getattr(picked, "shrink", 0)
-    if not split:
-        raise BenchError(f"the shrink is not used for T {T}, K {case.K}, r {r}")
+    split = config.split(T, case.K, facts(settings.device).multiprocessors)
     paths = {"cuda shrink": partial(_cuda_shrink, split), "mm fp32": _mm_fp32}
     yield from _narrow(settings, case, paths, "cuda shrink", "mm fp32", partial(_issued, case, split))
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The tiles by the names of their paths.
-TILES = {f"cuda-{rows}x{columns}": number for number, (rows, columns, _) in config.TILES.items()}
+TILES = {f"cuda-{rows}x{columns}": number for number, (rows, columns, *_) in config.TILES.items()}
 
 
 def _frozen(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:

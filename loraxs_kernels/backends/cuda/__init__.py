@@ -174,7 +174,7 @@ def _rows(
     if tail:  # now: nothing may come between two launches that overlap
         B, bias = _laid(B, way), _contiguous(bias)
     ready, multiprocessors = None, facts(x.device).multiprocessors
-    if plan.beside:
+    if plan.programs:
         ready = empty(x, (-(-len(x) // UNIT),), torch.int32)
         multiprocessors -= plan.programs
     if plan.shrink or plan.programs:

@@ -22,16 +22,25 @@ UNIT = 128  # rows that a program of shrink_tma takes at a time, and a tile of t
 DECODE_COLUMNS = 16 * 8  # of y, that a program of the decode makes at a time, 16 a warp
 CLUSTER = 8  # the largest that every Hopper GPU can run
 PARTS = 32  # of z at most, where blocks share K: the second launch reads them all
-# csrc/gemm_tail_tiles.h: rows and columns of y, and what a tile costs beside its size.  The small one reads more, yet
-# on an H100 at its power limit it is the faster one, unless y is narrow.
-TILES = {0: (128, 256, 1.0), 1: (128, 128, 0.95)}
-NARROW, NARROW_COST = 2048, 1.1  # columns of y below which the small tile costs that
-SWIZZLE, RASTER = 2, 2  # bands of four tiles of rows, along N: as good as any, and in the order in which u is made
-BESIDE = 4  # multiprocessors for the programs that make u beside the GEMM
-LEAST_UNITS = 32  # units of rows from which the programs of shrink_tma are faster than the library's z
-# Seconds that such a program takes for a unit while the GEMM runs: in all, and more for each column of x.  And what the
-# GEMM does in a second.  Measured on an H100.
-UNIT_SECONDS, COLUMN_SECONDS, FLOPS = 6e-6, 5.5e-9, 7e14
+
+
+class Tile(NamedTuple):
+    """A tile of y: its rows and columns, what it costs beside its size, and how wide a band of such tiles is best."""
+
+    rows: int
+    columns: int
+    cost: float
+    swizzle: int
+
+
+# csrc/gemm_tail_tiles.h.  The small tile reads more; on an H100 at its power limit it is the faster one all the same,
+# but not for a narrow y or a long sum.
+TILES = {0: Tile(128, 256, 1.0, 4), 1: Tile(128, 128, 0.95, 2)}
+NARROW, LONG, SMALL_COST = 2048, 2, 1.1  # columns of y, and K / N: below the one or above the other it costs that
+RASTER = 2  # along N: the rows of u are needed in the order in which they are made
+# Multiprocessors for the programs that make u beside the GEMM; columns of y from which they keep up with it; units of
+# rows from which it pays.
+BESIDE, WIDE, LEAST_UNITS = 4, 4096, 32
 PAIR = 2  # programs above each other that share a tile of W: rows are padded to as many tiles
 LEAST_BUSY = 0.5  # share of the GPU that must have work for the GEMM here: the library's can split K
 
@@ -53,8 +62,7 @@ class Rows:
     overlap: bool  # of each launch's start with the end of the one before
     swizzle: int = 1  # order of the GEMM's tiles, see csrc/loraxs.h
     raster: int = 0
-    programs: int = 0  # on Hopper, in place of `shrink`: those of csrc/shrink_tma.cu
-    beside: bool = False  # they run while the GEMM does, on multiprocessors that it leaves to them
+    programs: int = 0  # on Hopper, in place of `shrink`: of csrc/shrink_tma.cu, which run while the GEMM does
 
 
 class Workspace(NamedTuple):
@@ -83,7 +91,7 @@ def pick(
         return _hopper(T, N, K, r, device.multiprocessors) if K % ALIGNMENT == N % ALIGNMENT == 0 else None
     if r > WIDEST_SHRINK or K % ALIGNMENT:
         return None
-    return Rows(_split(T, K, device.multiprocessors), None, overlap=False)
+    return Rows(split(T, K, device.multiprocessors), None, overlap=False)
 
 
 def workspace(T: int, r: int, split: int, gram: bool) -> Workspace:
@@ -106,37 +114,37 @@ def _decode(N: int, K: int, multiprocessors: int, largest: int) -> Decode:
     return Decode(cluster, max(1, min(wanted, multiprocessors // cluster)))
 
 
-def _split(T: int, K: int, multiprocessors: int) -> int:
+def split(T: int, K: int, multiprocessors: int) -> int:
     """Blocks that share K: as many as the GPU has room for, each with two steps at least."""
     free = multiprocessors // -(-T // SHRINK_ROWS)
     return max(1, min(free, -(-K // (2 * SHRINK_COLUMNS)), PARTS))
 
 
 def _hopper(T: int, N: int, K: int, r: int, multiprocessors: int) -> Rows | None:
-    """The GEMM with a tail, after u or beside those who make it; None where it would leave the GPU idle."""
+    """The GEMM with a tail, after u or while it is made; None where it would leave the GPU idle."""
+    long = K > LONG * N
 
     def waves(tile: int, swizzle: int, multiprocessors: int = multiprocessors) -> int:
         """In how many turns the programs make their tiles of y, whose rows and columns fill whole bands."""
-        rows, columns, _ = TILES[tile]
-        tiles = _whole(-(-T // rows), PAIR * swizzle) * _whole(-(-N // columns), swizzle)
+        rows, columns = -(-T // TILES[tile].rows), -(-N // TILES[tile].columns)
+        tiles = _whole(rows, PAIR * swizzle) * _whole(columns, swizzle)
         return -(-tiles // multiprocessors)
 
     def cost(tile: int) -> float:
-        rows, columns, cost = TILES[tile]
-        return waves(tile, 1) * rows * columns * (NARROW_COST if tile == 1 and N < NARROW else cost)
+        rows, columns, cost, _ = TILES[tile]
+        return waves(tile, 1) * rows * columns * (SMALL_COST if tile == 1 and (N < NARROW or long) else cost)
 
     tile = min(TILES, key=cost)
-    rows, columns, _ = TILES[tile]
+    rows, columns, _, swizzle = TILES[tile]
     if LEAST_BUSY * waves(tile, 1) * multiprocessors * rows * columns > T * N:
         return None
-    swizzle = SWIZZLE if waves(tile, SWIZZLE) == waves(tile, 1) else 1
-    units = -(-T // UNIT)
-    if r > WIDEST_SHRINK or units < LEAST_UNITS:
-        return Rows(0, tile, False, swizzle, RASTER)
-    keep_up = BESIDE * 2 * UNIT * N * K / FLOPS >= UNIT_SECONDS + COLUMN_SECONDS * K
-    if keep_up and waves(tile, swizzle, multiprocessors - BESIDE) == waves(tile, swizzle):
-        return Rows(0, tile, True, swizzle, RASTER, BESIDE, True)
-    return Rows(0, tile, False, swizzle, RASTER, min(units, multiprocessors))
+    if waves(tile, swizzle) > waves(tile, 1):
+        swizzle = 1
+    # Where tiles come in whole waves the GEMM loses nothing; with a short sum the programs' ends weigh too much.
+    free = waves(tile, swizzle, multiprocessors - BESIDE) == waves(tile, swizzle)
+    if r <= WIDEST_SHRINK and long and N >= WIDE and free and T >= LEAST_UNITS * UNIT:
+        return Rows(0, tile, True, swizzle, RASTER, BESIDE)
+    return Rows(0, tile, False, swizzle, RASTER)
 
 
 def _whole(n: int, by: int) -> int:
