@@ -50,10 +50,10 @@ test: $(VENV)/.test lint
 
 newest: $(VENV)/.test
 	$(BIN)/python -m venv --clear $(VENV)-newest
-	cd $(VENV)-newest/lib/python3*/site-packages && \
+	@cd $(VENV)-newest/lib/python3*/site-packages && \
 		echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python3*/site-packages)')" > below.pth
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --upgrade $(NEWEST)
-	$(VENV)-newest/bin/python -c "from importlib.metadata import version; \
+	@$(VENV)-newest/bin/python -c "from importlib.metadata import version; \
 		print('with', ', '.join(f'{name} {version(name)}' for name in '$(NEWEST)'.split()))"
 	$(subst $(BIN),$(VENV)-newest/bin,$(PYTEST)) -q -rfEs --tb=line $(NEIGHBOURS)
 
