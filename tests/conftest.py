@@ -8,6 +8,7 @@ tests each way, in processes of their own.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -45,6 +46,18 @@ def fresh_accelerate():
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def transformers_takes_peft():
+    """For tests of transformers' own methods for PEFT adapters: skips where this transformers refuses this PEFT."""
+    from transformers.integrations import peft
+
+    try:
+        peft.check_peft_version(min_version=peft.MIN_PEFT_VERSION)
+    except ValueError as refusal:
+        pair = " with ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft"))
+        pytest.skip(f"{pair}: {refusal}")
 
 
 @pytest.fixture

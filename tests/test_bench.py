@@ -693,12 +693,8 @@ def test_a_browser_shows_the_plots(tmp_path):
         shot = tmp_path / f"{name}.png"
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,3000"]
         options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
-        subprocess.run(
-            [CHROMIUM, *options, (tmp_path / f"{name}.html").as_uri()],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        page_url = (tmp_path / f"{name}.html").as_uri()
+        subprocess.run([CHROMIUM, *options, page_url], check=True, capture_output=True, timeout=600)
         pixels = (imread(shot)[..., :3] * 255).round().astype(int).reshape(-1, 3)
         shown[name] = Counter(map(tuple, pixels.tolist()))
     for path in ("torch", "reference", "addmm", "peft-lora"):

@@ -48,16 +48,23 @@ def test_every_layer_gets_the_bits_it_gets_alone():
             assert torch.equal(B, U) and torch.equal(A, S[:, None] * Vh)
 
 
-def test_devices_share_the_layers():
+def test_devices_share_the_layers(monkeypatch):
     jobs = make_jobs()
     threads = set()
+    both, made_by_one = threading.Barrier(2, timeout=60), factors._made
+
+    def made_by_both(*arguments):
+        both.wait()  # or a thread could be done before there is another, and take its part too
+        yield from made_by_one(*arguments)
 
     def keep(i, A, B):
         threads.add(threading.current_thread())
         results[i] = A, B
 
     results = {}
-    factor(jobs, keep, devices=TWO, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(factors, "_made", made_by_both)
+        factor(jobs, keep, devices=TWO, progress=False)
     assert len(threads) == 2 and threading.main_thread() not in threads
     for i, (A, B) in enumerate(made(jobs)):
         assert torch.equal(results[i][0], A) and torch.equal(results[i][1], B)
@@ -178,15 +185,18 @@ def test_a_weight_elsewhere_is_refused():
 
 def test_the_hosts_threads_leave_the_callers_setting_alone(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # torchrun's: each process still has a thread
-    before = torch.get_num_threads()
-    with svd.host_pool() as pool:
-        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
-    assert torch.get_num_threads() == before
-    later = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert later == [before]
+    before, later = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)  # not the pool's 1, whatever OMP_NUM_THREADS says
+        with svd.host_pool() as pool:
+            assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
+        assert torch.get_num_threads() == 2
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [2]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("keep, most", [(10**9, 5), (7, 1), (24, 3), (1, 1)])
