@@ -99,14 +99,11 @@ STEPS: dict[str, float] = {
 # {plan: (budget, {step: seconds it may take where others wait})}; with GRACE those make up the budget.
 PLANS: dict[str, tuple[float, dict[str, float]]] = {
     "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
-    "second": (
-        450,
-        {
-            **{"tests": 45, "tax": 80, "chain": 45, "gemm": 45, "step": 90},
-            **{"host": 25, "svd": 40, "decode": 35, "group": 30},
-        },
+    "second": (210, {"tests": 65, "tax": 80, "sanitizer": 50}),
+    "third": (
+        330,
+        {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35},
     ),
-    "third": (150, {"tokens": 40, "ranks": 30, "sanitizer": 65}),
 }
 OURS = ["torch", "triton", "cuda"]
 SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "model")  # the questions that time those

@@ -27,7 +27,7 @@ COMPONENTS = {
     ),
     "cuda backend": (
         ["loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
-        "compiled for sm_80 and sm_90a; shrink and decode emulated on a CPU; the GEMM's kernel only compiled",
+        "on Hopper; for other GPUs compiled (sm_80), and shrink and decode emulated on a CPU",
     ),
     "truncated_svd": (
         ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],

@@ -464,9 +464,9 @@ def _wave(report: dict[str, Any], row: Row | None) -> str:
 
 
 def builds(report: dict[str, Any]) -> Iterator[Table]:
-    """How long the CUDA core took to build."""
+    """How long the CUDA core took to build, where it was built there."""
     build = report.get("build", {})
-    if build.get("built"):
+    if build.get("built") and "seconds" in build:
         for_what = ", ".join(f"sm_{name}" for name in build["architectures"])
         cores = f"{build['cores']} cores" + (f", MAX_JOBS {build['MAX_JOBS']}" if build["MAX_JOBS"] else "")
         line = [f"{for_what}, on {cores}", f"{build['seconds']:.0f}", build["nvcc"], build["cutlass"] or NO_FIGURE]
