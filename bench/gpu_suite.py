@@ -167,7 +167,8 @@ class Suite:
         self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command[1:])} (at most {seconds:.0f} s)")
         log = self.path.with_name("suite.log")
         said = log.stat().st_size
-        variables = os.environ | {"PYTHONUNBUFFERED": "1"} | (more or {})
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+        variables = inherited | {"PYTHONUNBUFFERED": "1"} | (more or {})
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )

@@ -337,7 +337,7 @@ def _two_launches(
     """
     x, W, A, R, B = operands
     beside = overlap and programs > 0
-    ready = bench.cuda.empty(x, (-(-len(x) // UNIT),), torch.int32) if beside else None
+    ready = cuda.empty(x, (-(-len(x) // UNIT),), torch.int32) if beside else None
     u = bench.cuda.shrink(x, A, R, 0.75, None, split, overlap, programs, ready)[1]
     multiprocessors = facts(x.device).multiprocessors - programs * beside
     return bench.cuda.gemm_tail(x, W, u, B, None, None, tile, overlap, 2, 2, multiprocessors, ready)

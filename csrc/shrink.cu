@@ -6,8 +6,9 @@
 //
 // Counted for T = 8192, K = 4096, r = 64 on an H200 (4.3 TB/s, 132 multiprocessors): x is read once, 67 MB, 16 us; each of
 // 128 blocks reads A from L2, 67 MB more.  2 T r K = 4.3 GFLOP, 8 us at 500 TFLOP/s (mma.sync), beside the reads.
-// Shared memory moves 2 bytes in and 2 out for each byte read, 256 of its cycles for 8 KB of x: 99 B/ns a
-// multiprocessor where memory gives 33.  So 16 us is the floor; 20 us the prediction, the end of each block counted.
+// Shared memory moves 2 bytes in and 2 out for each byte read, 256 of its cycles for 8 KB of x: 56 B/ns a
+// multiprocessor where memory gives 33.  So 16 us is the floor.  One block of four warps a multiprocessor leaves the
+// latency of every step open, and on Hopper the library's product is faster: config.py does not pick this kernel there.
 
 #include <algorithm>
 #include <type_traits>

@@ -1,10 +1,10 @@
 // The shrink for Hopper: z = x A^T, u = s z R^T, gram = s z^T other, by few programs with copies by TMA and wgmma.
 //
-// A program takes 128 rows at a time and keeps on taking, in order.  One thread starts the copies, 64 columns of x and
-// of A at a time; each of two warpgroups multiplies 64 rows, and while they make u and the gram two others take the next
-// unit.  So four multiprocessors can be enough to make u while the
-// GEMM runs on all others: `ready` tells the GEMM which rows of u are there, and it waits for those of a tile only when
-// it comes to the tile's tail.  Rank is always 64 wide; what lies past r is not read from memory, only computed.
+// A program takes 128 rows at a time and keeps on taking, in order.  One thread starts the copies, 64 columns of x and of
+// A at a time; each of two warpgroups multiplies 64 rows, and while they make u and the gram two others take the next
+// unit.  So four multiprocessors can be enough to make u while the GEMM runs on all others: `ready` tells the GEMM which
+// rows of u are there, and it waits for those of a tile only when it comes to the tile's tail.  The rank is always 64
+// wide; what lies past r is not read from memory, only computed.
 //
 // Counted for K = 4096, r = 64: 128 rows are 1.05 MB of x and 0.52 MB of A, through one multiprocessor's port to L2 (64
 // bytes a cycle, 112 GB/s at 1.75 GHz) in 14 us at least, and 16,384 cycles, 9.4 us, of its tensor cores.  The GEMM with
@@ -124,18 +124,18 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_tma_kernel(__grid_constant
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  if (group < 0 && thread / 32 == 1 && p.ready) {  // before anybody counts: what is there is of an earlier call
+    for (int64_t unit = blockIdx.x + int64_t(gridDim.x) * (thread % 32); unit < units; unit += gridDim.x * 32) {
+      p.ready[unit] = 0;
+    }
+  }
   __syncthreads();
   int stage = 0, phase = 0;
   if (group < 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     if (thread / 32 == 1) {
-      if (p.ready) {  // before the GEMM may start: what is there is of an earlier call
-        for (int64_t unit = blockIdx.x + int64_t(gridDim.x) * (thread % 32); unit < units; unit += gridDim.x * 32) {
-          p.ready[unit] = 0;
-        }
-        __threadfence();
-        __syncwarp();
-      }
+      __threadfence();  // the GEMM must not find the earlier call's either
+      __syncwarp();
       launch_dependents();
     }
     if (thread != 0) return;
@@ -209,11 +209,13 @@ template <class T>
 bool describe(CUtensorMap& map, loraxs_matrix const& m, int64_t columns, int64_t rows, int64_t pitch, int box_rows) {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found)) {
-    (void)cudaGetLastError();
-    return false;
-  }
-  if (found != cudaDriverEntryPointSuccess || !entry) return false;
+#if CUDART_VERSION >= 12050
+  auto const error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+  auto const error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !entry) return false;
   cuuint64_t const sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, pitches[] = {cuuint64_t(pitch) * sizeof(T)};
   cuuint32_t const box[] = {kSpan / sizeof(T), cuuint32_t(box_rows)}, apart[] = {1, 1};
   auto const type = std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

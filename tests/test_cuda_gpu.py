@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_accurate, gradients, operands, unfused
+from helpers import assert_accurate, backward, gradients, operands, unfused
 
 from loraxs_kernels import backends, reference
 from loraxs_kernels.backends import cuda as backend
-from loraxs_kernels.backends.cuda.config import TILES, Decode, Rows
+from loraxs_kernels.backends.cuda.config import TILES, UNIT, Decode, Rows
 from loraxs_kernels.functional import lora_xs_linear
 
 pytestmark = pytest.mark.gpu("cuda backend")
@@ -81,24 +81,39 @@ def test_u_made_beside_the_gemm(hopper, poisoned, tails, monkeypatch, shape, dty
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_u_made_beside_the_gemm_has_the_same_bits_every_time(hopper, monkeypatch, tile):
+def test_u_made_beside_the_gemm_has_the_same_bits_every_time(hopper, tile):
     """Many launches of changing sizes on memory that is used again, beside other work: a flag or a row of u that is an
     earlier call's would show.  Without W the GEMM waits for u from its first tile on."""
     sizes = [(8192, 1024, 1024, 64), (300, 4096, 512, 16), (4100, 256, 2048, 8), (129, 520, 8192, 64)]
     problems = [operands(*shape, torch.bfloat16, device="cuda", seed=seed) for seed, shape in enumerate(sizes)]
 
-    def made(plan, W):
-        monkeypatch.setattr(backend, "pick", lambda *_: plan)
-        return [backend.lowrank_linear(o.x, o.W if W else None, o.A, o.R, o.B, o.s)[0] for o in problems]
+    def made(W, early):
+        found = []
+        for o in problems:
+            ready = backend.empty(o.x, (-(-len(o.x) // UNIT),), torch.int32)
+            u = backend.shrink(o.x, o.A, o.R, o.s, None, 1, True, 4, ready)[1]
+            found.append(backend.gemm_tail(o.x, o.W if W else None, u, o.B, None, None, tile, early, 2, 2, 128, ready))
+        return found
 
     noise, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
     for W in (True, False):
-        expected = made(Rows(0, tile, False, 2, 2, 4), W)  # the GEMM starts when u is there
+        expected = made(W, False)  # the GEMM starts when all of u is there
         for _ in range(50):
             with torch.cuda.stream(side):
                 noise @ noise
-            found = made(Rows(0, tile, True, 2, 2, 4), W)
-            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(expected, made(W, True), strict=True))
+
+
+def test_what_the_programs_read_is_not_given_to_y(hopper, monkeypatch):
+    """Of a rank that is no multiple of 8 A is copied, into the one free block that holds y, too."""
+    o = backward(operands(4096, 14336, 4096, 60, torch.bfloat16, device="cuda"))
+    found = []
+    for overlap in (False, True, True):
+        monkeypatch.setattr(backend, "pick", lambda *_, overlap=overlap: Rows(0, 0, overlap, 4, 2, 4))
+        torch.cuda.empty_cache()
+        del [torch.empty(4096 * 4096 * 2 + (4 << 20), dtype=torch.uint8, device="cuda")][:]
+        found.append(backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s)[:2])
+    assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))
 
 
 @pytest.mark.parametrize("split", [1, 4])
@@ -176,9 +191,10 @@ def test_same_bits_every_time_also_where_launches_overlap(T):
             assert all(torch.equal(a, b) for a, b in zip(gradients(o, lora_xs_linear), first, strict=True))
 
 
-@pytest.mark.parametrize("T", [2048, 40])
-def test_in_a_graph_and_on_another_stream(T):
-    o = operands(T, 1024, 4096, 12, torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("T, N", [(2048, 1024), (40, 1024), (4096, 4096)])
+def test_in_a_graph_and_on_another_stream(T, N):
+    """The last one, on Hopper, makes u beside the GEMM: replays find the flags of the replay before."""
+    o = operands(T, N, 4096 if N < 4096 else 14336, 12, torch.bfloat16, device="cuda")
     operand = (o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
     expected = backend.lowrank_linear(*operand)[0]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -188,9 +204,10 @@ def test_in_a_graph_and_on_another_stream(T):
     stream.synchronize()
     with torch.cuda.graph(graph):
         y = backend.lowrank_linear(*operand)[0]
-    o.x.copy_(o.x.flip(0))
-    graph.replay()
-    assert torch.equal(y, backend.lowrank_linear(*operand)[0])
+    for _ in range(3):
+        o.x.copy_(o.x.roll(1, 0))
+        graph.replay()
+        assert torch.equal(y, backend.lowrank_linear(*operand)[0])
     assert not torch.equal(y, expected)
 
 

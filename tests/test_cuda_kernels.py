@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_many_rows(plans, guarded, shape, layout, split, programs, dtype):
     o, other = (o, None) if layout == "forward" else (backward(o), torch.randn(T, r))
     assert_primitive(o, backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, o.bias, None, other), other)
     assert plans and guarded()
+
+
+def test_what_the_programs_read_lives_until_y_is_there(plans, monkeypatch, emulated_core):
+    """They run on while the GEMM writes y: a copy that is freed before could be where y is."""
+    plans.forced, copies, alive = Rows(0, 1, True, programs=4), [], []
+    own, gemm_tail = backend._laid, backend.gemm_tail
+
+    def laid(t: Tensor, way: int) -> Tensor:
+        copies.append(weakref.ref(copy := own(t, way)))
+        return copy
+
+    monkeypatch.setattr(backend, "_laid", laid)
+    monkeypatch.setattr(backend, "gemm_tail", lambda *args: alive.extend(each() for each in copies) or gemm_tail(*args))
+    o = backward(operands(130, 16, 1032, 25, torch.bfloat16))
+    assert backend.lies(o.A) is None
+    backend.lowrank_linear(o.x, o.W, o.A, o.R, o.B, o.s, None, None, torch.randn(130, 25))
+    assert any(each is not None and each.shape == o.A.shape for each in alive) and all(t is not None for t in alive)
 
 
 @pytest.mark.parametrize("add", [False, True])

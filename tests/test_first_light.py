@@ -48,12 +48,12 @@ plain_only = pytest.mark.skipif(EMULATED or INTERPRETED, reason="not of kernels"
 # What a wrong result is said to be.
 
 
-def shrink(x, A, R, s, other, split, overlap):
+def shrink(x, A, R, s, other, split, overlap, programs=0, ready=None):
     y, z, gram = plain.lowrank_linear(x, None, A, R, torch.eye(len(A), dtype=x.dtype), s, other=other)
     return z, y, gram
 
 
-def gemm_tail(x, W, u, B, bias, out, tile, overlap):
+def gemm_tail(x, W, u, B, bias, out, tile, overlap, swizzle=1, raster=0, multiprocessors=None, ready=None):
     y = u.float() @ B.float().T + (0 if W is None else x.float() @ W.float().T)
     y = y + sum(t.float() for t in (bias, out) if t is not None)
     return y.to(x.dtype)

@@ -1,7 +1,7 @@
-"""The primitive with the CUDA core of csrc/: on Hopper the base GEMM itself, whose sum runs on into u B^T.
+"""The primitive with the CUDA core of csrc/: on Hopper a base GEMM that accumulates u B^T, too.
 
-config.py says which kernels a problem takes, core.py finds the core.  Many rows: shrink (z, u, gram), then the GEMM
-with a tail, or the library's GEMMs where that has no instance for the GPU or too few tiles.  Few rows: the library's
+config.py says which kernels a problem takes, core.py finds the core.  Many rows: z, u and gram, by the library or a
+shrink, then the GEMM with a tail; before Hopper a shrink, then the library's GEMMs.  Few rows: the library's
 GEMM, then the rest added in one launch.  fp32, fp64, empty operands and what is not on a GPU go to the torch backend.
 """
 
@@ -174,11 +174,13 @@ def _rows(
     if tail:  # now: nothing may come between two launches that overlap
         B, bias = _laid(B, way), _contiguous(bias)
     ready, multiprocessors = None, facts(x.device).multiprocessors
-    if plan.programs:
+    programs = plan.programs if tail and W is not None else 0  # else there is nothing that they could run beside
+    if programs:
+        A, R, other = _narrow(A, R, other)  # they read on while y is written: copies must live until it is allocated
         ready = empty(x, (-(-len(x) // UNIT),), torch.int32)
-        multiprocessors -= plan.programs
-    if plan.shrink or plan.programs:
-        z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap, plan.programs, ready)
+        multiprocessors -= programs
+    if plan.shrink or programs:
+        z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap, programs, ready)
     else:
         z = torch_backend.shrink(x, A)
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
@@ -213,19 +215,16 @@ def shrink(
     is launched next, and waits for them row by row.
     """
     (T, K), r = x.shape, A.shape[0]
-    if (way := lies(A)) is None:
-        A, way = _laid(A, 0), 0
-    R = R if R.dtype is torch.float32 else R.float()
-    other = _contiguous(other)
+    A, R, other = _narrow(A, R, other)
     z = empty(x, (T, r), torch.float32)
     shapes = workspace(T, r, 1 if programs else split, other is not None)
     u = empty(x, shapes.u, x.dtype)
     parts, gram = (None if each is None else empty(x, each, torch.float32) for each in shapes[1:])
     operands = (T, K, r, _matrix(x), _matrix(A), _matrix(R), _matrix(u), _address(other), _address(z), _address(gram))
     if programs:
-        core.load().shrink_tma(*operands, float(s), _TYPES[x.dtype], way, programs, _address(ready), _stream(x))
+        core.load().shrink_tma(*operands, float(s), _TYPES[x.dtype], lies(A), programs, _address(ready), _stream(x))
     else:
-        core.load().shrink(*operands, _address(parts), float(s), _TYPES[x.dtype], way, split, overlap, _stream(x))
+        core.load().shrink(*operands, _address(parts), float(s), _TYPES[x.dtype], lies(A), split, overlap, _stream(x))
     return z, u[:, :r], gram
 
 
@@ -279,6 +278,11 @@ def _laid(t: Tensor, way: int) -> Tensor:
     if way == 1:
         return _laid(t.t(), 0).t()
     return empty(t, (t.shape[0], aligned(t.shape[1])), t.dtype)[:, : t.shape[1]].copy_(t)
+
+
+def _narrow(A: Tensor, R: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """These as the shrinks read them: A with rows or columns as `lies` wants them, R in fp32."""
+    return A if lies(A) is not None else _laid(A, 0), R if R.dtype is torch.float32 else R.float(), _contiguous(other)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

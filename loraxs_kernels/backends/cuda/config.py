@@ -1,7 +1,7 @@
 """Which kernels of the core a problem takes, and how they are cut: a pure function of sizes, dtype and device.
 
-For Hopper measured on an H100 (bench/results/NOTES.md); for other GPUs counted, see csrc/*.cu.  Nothing here needs the
-core or a GPU.
+For Hopper tried on an H100 (bench/results/NOTES.md has what was measured of the GEMM); for other GPUs counted, see
+csrc/*.cu.  Nothing here needs the core or a GPU.
 """
 
 from __future__ import annotations
