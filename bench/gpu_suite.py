@@ -99,7 +99,7 @@ STEPS: dict[str, float] = {
 # {plan: (budget, {step: seconds it may take where others wait})}; with GRACE those make up the budget.
 PLANS: dict[str, tuple[float, dict[str, float]]] = {
     "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
-    "second": (210, {"tests": 65, "tax": 80, "sanitizer": 50}),
+    "second": (210, {"tests": 85, "tax": 75, "sanitizer": 35}),
     "third": (
         330,
         {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35},
