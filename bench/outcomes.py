@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 BAD = ("failed", "crashed", "timed out")
 WORDS = ("passed", *BAD, "not reached", "skipped")
 LONGEST = 300  # characters of a reason
@@ -116,5 +117,6 @@ def alive(pid: int) -> bool:
 
 
 def short(text: str) -> str:
-    text = " ".join(text.split())
+    """In one line, and without the machine's own paths to this checkout."""
+    text = " ".join(text.replace(f"{ROOT}/", "").split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -433,3 +433,7 @@ def test_the_suite_needs_a_gpu(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}, cwd="/")
     assert run.returncode == 1 and "gpu_suite: no GPU here" in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reason_names_no_path_of_the_machine():
+    assert outcomes.short(f"File {ROOT}/bench/rungs.py,\n  line 3") == "File bench/rungs.py, line 3"
