@@ -83,7 +83,8 @@ def use(folder: Path) -> dict[str, Any]:
         raise KitError(f"kit: {folder} is for Python {kit['python']}, must hold {core.name} for this one: {remedy}")
     loaded = subprocess.run([sys.executable, "-c", "import _core"], cwd=folder, capture_output=True, text=True)
     if loaded.returncode:
-        raise KitError(f"kit: the core of {folder} does not load here: {loaded.stderr.strip().splitlines()[-1]}")
+        why = (loaded.stderr.strip().splitlines() or [f"it ended Python with {loaded.returncode}"])[-1]
+        raise KitError(f"kit: the core of {folder} does not load here: {why}")
     package = ROOT / "loraxs_kernels"
     for old in (package / "_build.json", *package.glob("_core.*")):  # as setup.py: a core without its record is none
         old.unlink(missing_ok=True)
@@ -122,11 +123,11 @@ def check(folder: Path) -> dict[str, Any]:
     try:
         kit = json.loads((folder / "kit.json").read_text())
         sources = json.loads((folder / "_build.json").read_text())["sources"]
-    except (OSError, ValueError, KeyError):
+        at = f"{kit['commit']}{' and changes' * kit['dirty']}, for Python {kit['python']}"
+    except (OSError, ValueError, KeyError, TypeError):
         raise KitError(f"kit: got {folder}, must be a folder that `make gpu-kit` made") from None
     core = runpy.run_path(str(ROOT / "loraxs_kernels" / "backends" / "cuda" / "core.py"))  # and so without torch
     if sources != core["sources"]():
-        at = f"{kit['commit']}{' and changes' * kit['dirty']}"
         raise KitError(f"kit: {folder}, made of {at}, is of another csrc/ or CMakeLists.txt than here: make gpu-kit")
     return kit
 
@@ -177,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.what == "make":
         size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
         print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
-        print("    python bench/gpu_suite.py --kit gpu-kit --plan first --out DIR; python bench/gpu_kit.py keep DIR")
+        commit = json.loads((KIT / "kit.json").read_text())["commit"]
+        print(f"    python bench/gpu_suite.py --kit gpu-kit --commit {commit} --out DIR --plan first")
     return 0
 
 

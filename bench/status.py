@@ -13,6 +13,8 @@ from typing import Any
 
 import outcomes
 
+from loraxs_kernels.backends.cuda import core
+
 ROOT = Path(__file__).parents[1]
 SANITIZER = "compute-sanitizer"
 # Its files or folders, and what is known of it beyond its tests.
@@ -59,6 +61,14 @@ def sources(component: str) -> str | None:
     return digest.hexdigest()[:16] if found else None
 
 
+def unchanged(component: str, report: dict[str, Any]) -> bool:
+    """Whether the component's files are those that the report's tests ran on; of a core also how it was compiled."""
+    if report["tests"][component]["sources"] != sources(component):
+        return False
+    compiled = report.get("build", {}).get("sources") if "csrc" in COMPONENTS[component][0] else None
+    return compiled in (None, core.sources())
+
+
 def render(reports: dict[str, dict[str, Any]]) -> str:
     """STATUS.md from every report, {path below bench/results: report}."""
     lines = []
@@ -97,7 +107,7 @@ def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
         passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
         what = "failed" if any(result.get(word) for word in outcomes.BAD) else "not finished"
         return f"**{what}**: {outcomes.told(result)}, {at}; {passed}"
-    stale = "" if result["sources"] == now else "; **stale: its files have changed since**"
+    stale = "" if unchanged(component, last) else "; **stale: its files have changed since**"
     skipped = f" ({result['skipped']} skipped)" if result.get("skipped") else ""
     return f"passed all {result['passed']}{skipped}, {at}{stale}"
 

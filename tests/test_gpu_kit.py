@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_kit_is_made_whole_or_the_earlier_one_stays(tree, capsys, monkeypatch):
     assert gpu_kit.main(["make"]) == 0
-    assert "    python bench/gpu_suite.py --kit gpu-kit --plan" in capsys.readouterr().out
+    assert "    python bench/gpu_suite.py --kit gpu-kit --commit unknown" in capsys.readouterr().out
     kit = contents(tree / "gpu-kit")
     assert {*kit} == {CORE, "_build.json", "kit.json"}
     assert json.loads(kit["kit.json"])["python"] == sys.version.split()[0]

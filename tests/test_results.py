@@ -88,6 +88,10 @@ def test_status_is_not_flattering():
         {"a": good}
     )
     assert "**stale: its files have changed since**" in line({"a": outcome("truncated_svd", 5, 0, sources="0")})
+    core = outcome("cuda backend", 5, 0)
+    for compiled, stale in ((status.core.sources(), False), ("0", True)):  # CMakeLists.txt says with which flags
+        text = status.render({"a": core | {"build": {"built": True, "sources": compiled}}})
+        assert ("stale" in text) == stale
     bad = outcome("truncated_svd", 4, 1, "2026-01-03")
     both = line({"b": bad, "a": good})
     assert "**failed**: 4 passed, 1 failed, 2026-01-03" in both and "last passed 2026-01-02" in both
