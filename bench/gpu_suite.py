@@ -1,7 +1,7 @@
 """Everything a GPU machine is needed for, in one call, without a network.
 
     python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--kit gpu-kit] [--commit NAME]
-                              [--after REPORT] [--budget SECONDS]
+                              [--after REPORT ...] [--budget SECONDS]
 
 The most valuable steps come first, until the budget is spent: the CUDA core where it must be built, the ladder of
 bench/first_light.py, the tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last),
@@ -18,7 +18,9 @@ bench/results/<device>/ and run bench/render.py.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -26,8 +28,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,8 @@ LEAST = 20.0  # seconds under which nothing more is started
 SHOWN, WIDTH = 40, 200  # lines of the ladder, and of the tests that did not pass; characters of one of those
 WORKERS = 8  # processes that run tests, at most
 TESTS = ROOT / "tests"
+LIBC = ctypes.CDLL(None)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
 RIVALS = ["reference", "addmm"]
@@ -125,8 +130,11 @@ class Suite:
             **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
             **{"build": built(), "tests": {}, "rows": []},
         }
-        self.path = report.free(out / f"{self.data['date'][:10]}-{self.data['commit']}.json")
-        self.folder = self.path.with_suffix("")
+        name = f"{self.data['date'][:10]}-{self.data['commit']}"
+        folders = (out / f"{name}-{n}" if n > 1 else out / name for n in itertools.count(1))
+        taken = {each.name.removesuffix(".json") for each in out.iterdir()}
+        self.folder = next(each for each in folders if each.name not in taken)
+        self.path = self.folder.with_name(f"{self.folder.name}.json")
         self.folder.mkdir()
         self.log = (out / "suite.log").open("a")
         self.save()
@@ -140,8 +148,8 @@ class Suite:
         return min(max(seconds, self.left - GRACE - self.waiting), self.left - GRACE)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
         print(text, file=self.log, flush=True)
+        show_text(text)
 
     def save(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.started, 1)
@@ -152,15 +160,16 @@ class Suite:
         name: str,
         command: list[str],
         seconds: float,
-        look: Callable[[], None] = lambda: None,
+        look: Callable[[], str | None] = lambda: None,
         more: dict[str, str] | None = None,
         show: int = 0,
         ask: bool = True,
     ) -> int:
         """Run one command in a session of its own, its output into the log, with a look at what it writes now and then.
 
-        When its time is up it is asked to stop, where it would save something, and made to; nothing that it started
-        outlives it.  Returns its exit status.
+        When its time is up, or `look` says why it is no use to go on, it is asked to stop, where it would save
+        something, and made to; nothing that it started outlives it, nor does it outlive this process.  Returns its exit
+        status.
         """
         seconds = self.allowed(seconds)
         began = time.monotonic()
@@ -170,33 +179,43 @@ class Suite:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
         variables = inherited | {"PYTHONUNBUFFERED": "1"} | (more or {})
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=partial(LIBC.prctl, 1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )
+        late, why = True, None
         try:
-            while process.poll() is None and time.monotonic() - began < seconds:
+            while process.poll() is None and time.monotonic() - began < seconds and not why:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(min(EVERY, max(0.1, seconds - (time.monotonic() - began))))
-                look()
+                why = look()
         finally:
-            if late := process.poll() is None:
-                self.cut = True
-                self.say(f"  {name}: its time is up")
-                look()
-                if ask:
-                    process.send_signal(signal.SIGINT)
-                    with suppress(subprocess.TimeoutExpired):
+            try:
+                if late := process.poll() is None:
+                    self.cut = True
+                    self.say(f"  {name}: {why or 'its time is up'}")
+                    look()
+                    if ask:
+                        process.send_signal(signal.SIGINT)
+                        with suppress(subprocess.TimeoutExpired):
+                            process.wait(GRACE)
+            finally:  # also where it is stopped a second time
+                with deaf():
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    with suppress(subprocess.TimeoutExpired):  # a process that the driver holds on to does not die
                         process.wait(GRACE)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a process that the driver holds on to does not die
-                process.wait(GRACE)
-            if ask or not late:  # else what was killed would look as if it had crashed
-                look()
+                    if ask or not late:  # else what was killed would look as if it had crashed
+                        look()
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
         if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
             show = max(show, TAIL)
         if show:
-            print("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-show:]), flush=True)
+            show_text("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-show:]))
         return process.returncode
 
     def build(self, seconds: float) -> None:
@@ -223,9 +242,18 @@ class Suite:
         """bench/first_light.py, a line for each rung; what it saved is in the folder."""
         out = self.folder / "ladder.json"
         command = [sys.executable, "bench/first_light.py", "--jobs", str(WORKERS), "--out", str(out)]
-        code = self.run("ladder", command, seconds, show=SHOWN)
-        self.cut |= code not in (0, 1)
-        self.data["ladder"] = {"passed": code == 0, "file": f"{self.folder.name}/{out.name}"}
+        command += ["--device", self.device]
+        code = self.run("ladder", command, seconds, partial(self.take_ladder, out), show=SHOWN)
+        self.cut |= code not in (0, 1) or self.data.get("ladder", {"not reached": True}).get("not reached", 0) > 0
+
+    def take_ladder(self, out: Path) -> None:
+        """What has become of its rungs until now."""
+        if not out.exists():
+            return
+        rows = json.loads(out.read_text())["rows"]
+        bad = [row for row in rows if row["outcome"] in outcomes.BAD]
+        why = {row["name"]: outcomes.short(f"{row['outcome']}: {row.get('why', '')}") for row in bad}
+        self.data["ladder"] = {**Counter(row["outcome"] for row in rows), "bad": why}
         self.save()
 
     def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
@@ -240,6 +268,7 @@ class Suite:
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-m", "gpu", "-q", "--tb=short"]
         command += ["-p", "recorder", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
+        command.append("--continue-on-collection-errors")  # the others run, and the recorder tells of it
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "1000"]
         else:
@@ -254,22 +283,23 @@ class Suite:
             more["LORAXS_SINCE"] = str(time.time())
             self.run(name, [*command, *files], until - time.monotonic(), look, more, ask=False)
             before, rest = rest, outcomes.unstarted(path)
-            if rest in (set(), before) or until - time.monotonic() < LEAST:
+            if rest in (set(), before) or outcomes.fruitless(path) or until - time.monotonic() < LEAST:
                 break
-        found = [self.data["tests"][each] for each in components if each in self.data["tests"]]
-        self.cut |= not found or any(each["not reached"] for each in found)
+        found = [self.data["tests"].get(each, {"not reached": True}) for each in components]
+        self.cut |= any(each["not reached"] for each in found)
 
-    def take_outcomes(self, path: Path) -> None:
-        """What has become of the tests until now, and which backends the benches must do without for it."""
+    def take_outcomes(self, path: Path) -> str:
+        """What has become of the tests until now; why it is no use to go on, if it is not."""
         for component, record in outcomes.read(path).items():
             self.data["tests"][component] = {"sources": status.sources(component)} | record
         self.save()
+        return outcomes.fruitless(path)
 
     def left_out(self) -> dict[str, str]:
         """{backend: what became of its tests} where some of them failed, crashed or took too long."""
-        known = self.after | self.data["tests"]
+        known = outcomes.newest([self.after, self.data["tests"]])
         records = {backend: known.get(f"{backend} backend", {}) for backend in OURS}
-        bad = {backend: each for backend, each in records.items() if any(each.get(word) for word in outcomes.BAD)}
+        bad = {backend: each for backend, each in records.items() if outcomes.bad(each)}
         return {
             backend: f"measured apart, at the end; its tests: {outcomes.told(each)}" for backend, each in bad.items()
         }
@@ -315,6 +345,25 @@ class Suite:
         return late
 
 
+def show_text(text: str) -> None:
+    """Print it; where nobody reads any more, neither this nor what follows."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Nothing that asks this process to stop is heard meanwhile."""
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in STOPS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def built() -> dict[str, Any]:
     """What is known of the core that is there, or why there is none."""
     return {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text())
@@ -339,7 +388,8 @@ def summary(data: dict[str, Any]) -> str:
     lines = [f"{name}: {outcomes.told(each)}" for name, each in data["tests"].items()] or ["no test ran"]
     lines += [f"{name}: {why}" for name, each in data["tests"].items() for why in each.get("skips", ())]
     if ladder := data.get("ladder"):
-        lines.append(f"ladder: {'passed' if ladder['passed'] else 'failed'}, {ladder['file']}")
+        lines.append(f"ladder: {', '.join(f'{n} {what}' for what, n in ladder.items() if what != 'bad')}")
+        lines += [f"ladder, {rung}: {why}"[:WIDTH] for rung, why in ladder["bad"].items()]
     if build := data.get("build"):
         took = f", {build['seconds']:.0f} s" if "seconds" in build else ""
         lines.append(f"core: {build.get('why') or build['architectures']}{took}")
@@ -386,7 +436,14 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--plan", help=f"steps that fit into one call: {', '.join(PLANS)}")
     add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
     add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
-    add("--after", type=Path, metavar="REPORT", help="of an earlier call: what passed in it is not tested again")
+    add(
+        "--after",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="REPORT",
+        help="earlier ones: what passed is not tested again",
+    )
     add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
     add("--commit", help="what to note as the source, where it is not a git checkout")
     add("--device", default="cuda")
@@ -401,7 +458,7 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
         raise BenchError(f"budget: got {asked.budget:g}, must be at least {LEAST + GRACE:g} seconds")
     if asked.out.exists() and not asked.out.is_dir():
         raise BenchError(f"out: {asked.out} is a file, must be a folder, or not there yet")
-    asked.earlier = report.load(asked.after) if asked.after else {}
+    asked.earlier = earlier(asked.after)
     if {"tests", "sanitizer"} & set(steps) and importlib.util.find_spec("pytest") is None:
         raise BenchError("the tests need pytest: pip install pytest")
     if asked.device != "cpu" and not torch.cuda.is_available():
@@ -409,11 +466,29 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     return asked, steps
 
 
-def untested(after: dict[str, dict[str, Any]]) -> list[str]:
-    """The components, the checker's aside, whose files did not pass their tests in an earlier report."""
-    ours = [name for name in status.COMPONENTS if name != status.SANITIZER]
-    good = [name for name, each in after.items() if outcomes.passed(each) and each["sources"] == status.sources(name)]
-    return [name for name in ours if name not in good]
+def earlier(paths: list[Path]) -> list[dict[str, dict[str, Any]]]:
+    """What became of the tests in each of these reports, the oldest first.  Raises BenchError."""
+    found = []
+    for path in paths:
+        try:
+            data = report.load(path)
+            records = [each | {"sources": each["sources"], "passed": each["passed"]} for each in data["tests"].values()]
+            if not all(isinstance(each.get(word, 0), int) for each in records for word in outcomes.WORDS):
+                raise TypeError
+            found.append((str(data["date"]), data["tests"]))
+        except (AttributeError, KeyError, TypeError):
+            raise BenchError(f"after: got {path}, must be a report that this suite wrote") from None
+    return [tests for _, tests in sorted(found, key=lambda each: each[0])]
+
+
+def untested(after: list[dict[str, dict[str, Any]]]) -> list[str]:
+    """The components, the checker's aside, whose files, as they are, passed their tests in no earlier report."""
+
+    def good(name: str) -> bool:
+        records = [tests[name] for tests in after if name in tests]
+        return any(outcomes.passed(each) and each["sources"] == status.sources(name) for each in records)
+
+    return [name for name in status.COMPONENTS if name != status.SANITIZER and not good(name)]
 
 
 def install(kit: Path | None) -> dict[str, Any]:
@@ -437,8 +512,10 @@ def main(argv: list[str] | None = None) -> int:
     except (BenchError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    suite.after = asked.earlier.get("tests", {})
+    for each in STOPS[1:]:
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(each, signal.default_int_handler)
+    suite.after = outcomes.newest(asked.earlier)
     suite.data["build"] |= kit
     waiting = list(steps.values())
     try:
@@ -451,7 +528,7 @@ def main(argv: list[str] | None = None) -> int:
             elif step == "ladder":
                 suite.ladder(seconds)
             elif step == "tests":
-                suite.tests(step, untested(suite.after), "test_*.py", seconds)
+                suite.tests(step, untested(asked.earlier), "test_*.py", seconds)
             elif step == "sanitizer":
                 suite.tests(step, [status.SANITIZER], "test_sanitizer.py", seconds)
             else:
@@ -460,10 +537,11 @@ def main(argv: list[str] | None = None) -> int:
         suite.data["complete"] = not suite.cut
     except KeyboardInterrupt:
         suite.say("stopped")
-    suite.save()
-    suite.say(f"\n{suite.path}\n{summary(suite.data)}")
-    bad = any(each.get(word) for each in suite.data["tests"].values() for word in outcomes.BAD)
-    return 1 if suite.cut or bad or not suite.data.get("ladder", {}).get("passed", True) else 0
+    with deaf():
+        suite.save()
+        suite.say(f"\n{suite.path}\n{summary(suite.data)}")
+    bad = any(map(outcomes.bad, suite.data["tests"].values())) or suite.data.get("ladder", {}).get("bad")
+    return 1 if suite.cut or bad else 0
 
 
 if __name__ == "__main__":

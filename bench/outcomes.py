@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ ROOT = Path(__file__).parents[1]
 BAD = ("failed", "crashed", "timed out")
 WORDS = ("passed", *BAD, "not reached", "skipped")
 LONGEST = 300  # characters of a reason
+FRUITLESS = 16  # processes that end before their first test, one after another: then none will come to it
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """{component: how many tests passed, failed, crashed, timed out, were not reached or skipped, and which and why}.
 
     A test that a process which still lives is at counts as not reached: that is what it is once the run is cut.
+    A file that is not collected counts as one test, that failed or was skipped, of every component that it names.
     `names` has {outcome: {test: reason}}, for "not reached" {test without its parameters: how many}; `skips` has
     {reason: how many}.
     """
     state: dict[str, tuple[str, str]] = {}
     of: dict[str, str] = {}
+    files: dict[tuple[str, str], tuple[str, str]] = {}
     for event in events(path):
         for test, name in event.get("collected", ()):
             of[test] = name
@@ -32,9 +36,13 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             state[test] = ended(Path(f"{path}.{event['pid']}"), event["pid"])
         if test := event.get("end"):
             state[test] = event["outcome"], event["reason"]
+        for name in event.get("components", ()):
+            files[name, event["file"]] = event["outcome"], event["reason"]
     found: dict[str, dict[str, Any]] = {}
-    for test, (outcome, reason) in state.items():
-        each = found.setdefault(of[test], dict.fromkeys(WORDS, 0) | {"names": {}, "skips": {}})
+    known = [(of[test], test, *each) for test, each in state.items()]
+    known += [(*which, *each) for which, each in files.items()]
+    for name, test, outcome, reason in known:
+        each = found.setdefault(name, dict.fromkeys(WORDS, 0) | {"names": {}, "skips": {}})
         each[outcome] += 1
         if outcome in BAD:
             each["names"].setdefault(outcome, {})[test] = reason
@@ -50,6 +58,25 @@ def unstarted(path: Path) -> set[str]:
     """The tests that were collected, and that no process has begun."""
     found = events(path)
     return {test for event in found for test, _ in event.get("collected", ())} - {event.get("start") for event in found}
+
+
+def fruitless(path: Path) -> str:
+    """Why none will come to a test, where many processes have ended since the last one began: what they import."""
+    since: list[int] = []
+    for event in events(path):
+        since = [] if "start" in event else [*since, *([event["began"]] if "began" in event else [])]
+    dead = [pid for pid in since if not alive(pid)]
+    if len(dead) < FRUITLESS:
+        return ""
+    why = ended(Path(f"{path}.{dead[-1]}"), dead[-1])[1]
+    return f"{len(dead)} processes have ended before their first test, the last: {why}"
+
+
+def named(text: str, asked: Iterable[str]) -> list[str]:
+    """Those of the components asked for that a file of tests is of, by its gpu("..."); all, where it does not say."""
+    names = re.findall(r"""\bgpu\(\s*f?["']([^"']+)["']""", text)
+    found = [re.compile(".+".join(map(re.escape, re.split(r"{.*?}", name)))) for name in names]
+    return [name for name in asked if not found or any(each.fullmatch(name) for each in found)]
 
 
 def lost(path: Path) -> Counter[tuple[str, str]]:
@@ -74,7 +101,22 @@ def without_parameters(test: str) -> str:
 
 def passed(record: dict[str, Any]) -> bool:
     """Whether a component has passed: some of its tests did, and none did not; records of older reports too."""
-    return bool(record["passed"]) and not any(record.get(word) for word in (*BAD, "not reached"))
+    return bool(record["passed"]) and not bad(record) and not record.get("not reached")
+
+
+def bad(record: dict[str, Any]) -> bool:
+    """Whether a test of a component failed, crashed or took too long."""
+    return any(record.get(word) for word in BAD)
+
+
+def newest(runs: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The last record of each component; one that says neither good nor bad does not hide a bad one before it."""
+    known: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for component, record in run.items():
+            if passed(record) or bad(record) or not bad(known.get(component, {})):
+                known[component] = record
+    return known
 
 
 def told(record: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What becomes of every test marked `gpu`, on the disk as it happens: `pytest -p recorder`.
 
 Every process that runs tests appends lines of JSON to the file LORAXS_OUTCOMES: the tests collected, the start of each
-and its end.  What has no end is a crash, or ran longer than its limit, of which <file>.<pid> has the traceback.  A test
+and its end; each process that begins, and each file that cannot be collected, with the components that it names.  What
+has no end is a crash, or ran longer than its limit, of which <file>.<pid> has the traceback.  A test
 may take LORAXS_TEST_LIMIT seconds, or those of its mark, `gpu("component", limit=90)`; then its process ends, also
 inside C code that keeps the interpreter to itself.  After each test the GPU is waited for: a sticky CUDA error fails
 that test, and its process ends, so that it fails no other.  Where several of one test, or of one component, have cost
@@ -14,9 +15,11 @@ bench/gpu_suite.py does.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcomes import events, lost, short, without_parameters
+import status
+from outcomes import events, lost, named, short, without_parameters
 
 LIMIT = 30.0  # seconds a test may take: Triton's compilations are most of the longest
 TRIES = {"test": 2, "component": 8}  # how many may cost their processes
@@ -39,6 +43,8 @@ class Recorder:
         self.trace = open(f"{path}.{os.getpid()}", "w")  # noqa: SIM115 - as long as the process
         self.reports: list[pytest.TestReport] = []
         self.hopeless = ""
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with pytest, and pytest with the suite
+        self.note(began=os.getpid())
 
     def note(self, **facts: Any) -> None:
         os.write(self.file, f"{json.dumps(facts)}\n".encode())  # at once, and in one piece
@@ -46,12 +52,24 @@ class Recorder:
     def pytest_sessionstart(self) -> None:
         faulthandler.enable(self.trace)  # pytest's own writes to stderr
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
+        report = yield
+        if not report.passed:
+            text = collector.path.read_text(errors="replace") if collector.path.is_file() else ""
+            file = collector.nodeid.partition("::")[0] or collector.path.name  # outside the root it has none
+            said = report.longrepr
+            lines = (said[2] if isinstance(said, tuple) else str(said)).splitlines() or [""]
+            why = next((line[1:] for line in reversed(lines) if line.startswith("E ")), lines[-1])
+            how = {"outcome": report.outcome, "reason": short(f"not collected: {why.removeprefix('Skipped: ')}")}
+            self.note(file=file, components=named(text, wanted()), **how)
+        return report
+
     @pytest.hookimpl(trylast=True)  # after -m and conftest.py
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        wanted = [name for name in os.environ.get("LORAXS_COMPONENTS", "").split(",") if name]
         since = float(os.environ.get("LORAXS_SINCE", 0))
         before = {event["start"] for event in events(self.path) if "start" in event and event["time"] < since}
-        keep = {each for each in items if each.nodeid not in before and (not wanted or component(each) in wanted)}
+        keep = {each for each in items if each.nodeid not in before and component(each) in wanted()}
         config.hook.pytest_deselected(items=[each for each in items if each not in keep])
         items[:] = [each for each in items if each in keep]
         if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others find the same
@@ -100,6 +118,11 @@ class Recorder:
 def pytest_configure(config: pytest.Config) -> None:
     if path := os.environ.get("LORAXS_OUTCOMES"):
         config.pluginmanager.register(Recorder(Path(path)))
+
+
+def wanted() -> list[str]:
+    """The components that are asked for."""
+    return [name for name in os.environ.get("LORAXS_COMPONENTS", "").split(",") if name] or list(status.COMPONENTS)
 
 
 def component(item: pytest.Item) -> str | None:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -179,11 +180,15 @@ def test_on_a_cpu(): raise AssertionError
 """
 
 
-def planted(tmp_path, monkeypatch, text: str, *arguments: str) -> tuple[int, dict]:
-    """The suite on planted tests: its exit status, and its report."""
+def planted(tmp_path, monkeypatch, text: str, *arguments: str, more: dict[str, str] | None = None) -> tuple[int, dict]:
+    """The suite on planted tests, of the components that `text` names: its exit status, and its report."""
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "test_planted.py").write_text(text)
+    for name, other in (more or {}).items():
+        (tmp_path / "planted" / name).write_text(other)
     monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
+    only = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
+    monkeypatch.setattr(status, "COMPONENTS", only)
     out = tmp_path / "out"
     code = gpu_suite.main(["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--only", "tests", *arguments])
     (path,) = out.glob("*.json")
@@ -226,6 +231,62 @@ def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, c
     assert "passed all" not in text and text.count("**failed**") == 3
 
 
+GOOD = """
+import pytest
+@pytest.mark.gpu("demo")
+def test_good(): pass
+@pytest.mark.gpu("bench")
+def test_too(): pass
+"""
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["xdist", "serial"])
+def test_a_file_that_cannot_be_imported_has_failed(tmp_path, monkeypatch, parallel):
+    found = importlib.util.find_spec
+    if not parallel:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
+    mark = '\npytestmark = pytest.mark.gpu("demo")'
+    more = {"test_broken.py": f"import no_such_module, pytest{mark}"}
+    more["test_without.py"] = f"import pytest; pytest.importorskip('no_such_module'){mark}"
+    code, data = planted(tmp_path, monkeypatch, GOOD, "--budget", "3000", more=more)
+    assert code == 1 and told(data) == {"demo": "1 passed, 1 failed, 1 skipped", "bench": "1 passed"}
+    ((file, why),) = data["tests"]["demo"]["names"]["failed"].items()
+    assert file.endswith("test_broken.py")
+    assert why == "not collected: ModuleNotFoundError: No module named 'no_such_module'"
+    assert "passed all" not in line_of("demo", status.render({"a": data}))
+
+
+def line_of(component: str, text: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {component} "))
+
+
+def test_a_file_of_tests_names_its_components():
+    asked = ["torch backend", "cuda backend", "demo", "bench"]
+    assert outcomes.named('marks=pytest.mark.gpu("demo", limit=3)\n@pytest.mark.gpu("neighbours")', asked) == ["demo"]
+    assert outcomes.named('pytest.mark.gpu(f"{name} backend")', asked) == asked[:2]
+    assert outcomes.named('pytest.mark.gpu("neighbours")', asked) == []
+    assert outcomes.named("pytest.mark.gpu(NAME)", asked) == asked
+    for file in (ROOT / "tests").glob("test_*.py"):
+        if "mark.gpu(" in (text := file.read_text()):
+            assert outcomes.named(text, status.COMPONENTS) and re.search(r"gpu\(\s*f?[\"']", text)
+
+
+def test_a_component_without_a_record_makes_the_run_cut(tmp_path, monkeypatch):
+    code, data = planted(tmp_path, monkeypatch, f'{GOOD}# "neighbours"', "--budget", "3000")
+    assert code == 1 and not data["complete"] and set(data["tests"]) == {"demo", "bench"}
+
+
+def test_processes_that_end_before_their_first_test_do_not_take_all_the_time(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(outcomes, "FRUITLESS", 3)
+    monkeypatch.setattr(gpu_suite, "EVERY", 0.1)
+    text = GOOD.replace("import pytest", "import os, pytest\nos.abort()")
+    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000")
+    assert code == 1 and not data["complete"] and data["tests"] == {}
+    said = r"processes have ended before their first test, the last: Fatal Python error: Aborted at test_planted.py:3 "
+    assert re.search(rf"\d+ {said}", capsys.readouterr().out)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """The suite's clock, which goes on by as many seconds as are added to the list."""
@@ -236,7 +297,7 @@ def clock(monkeypatch):
     return more
 
 
-@pytest.mark.parametrize("end", ["cap", "Ctrl-C"])
+@pytest.mark.parametrize("end", ["cap", "Ctrl-C", "SIGHUP"])
 def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, clock, end):
     """One process, so that the tests run in the order of the file; the time is up when the one that hangs has begun."""
     monkeypatch.setattr(gpu_suite, "WORKERS", 1)
@@ -249,6 +310,8 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
             clock.append(9999)
             if end == "Ctrl-C":
                 raise KeyboardInterrupt
+            if end == "SIGHUP":
+                signal.raise_signal(signal.SIGHUP)
 
     monkeypatch.setattr(gpu_suite.Suite, "take_outcomes", look)
     text = PLANTED.replace("limit=1)", "limit=3600)").replace("range(6)", "range(3)")
@@ -349,6 +412,7 @@ def test_a_backend_whose_tests_did_not_pass_is_measured_apart_at_the_end(tmp_pat
     suite = gpu_suite.Suite(tmp_path, 3000, "abc1234", "cpu")
     suite.after = outcome("triton backend", 4, 0, **{"timed out": 1})["tests"]
     suite.data["tests"] = outcome("cuda backend", 4, 1)["tests"]
+    suite.data["tests"] |= outcome("triton backend", 4, 0, **{"not reached": 9})["tests"]  # not a word of good or bad
     seen = []
 
     def run(name, command, *_):
@@ -371,11 +435,131 @@ def test_a_backend_whose_tests_did_not_pass_is_measured_apart_at_the_end(tmp_pat
 def test_what_passed_in_an_earlier_report_is_not_tested_again():
     other = {"sources": "0", "passed": 3, "failed": 0}
     good, bad = (outcome("demo", 3, failed)["tests"]["demo"] for failed in (0, 1))
+    cut = good | {"not reached": 1}
     everything = [name for name in status.COMPONENTS if name != status.SANITIZER]
-    assert (
-        gpu_suite.untested({}) == gpu_suite.untested({"demo": other}) == gpu_suite.untested({"demo": bad}) == everything
+    assert gpu_suite.untested([]) == gpu_suite.untested([{"demo": each} for each in (other, bad, cut)]) == everything
+    for runs in ([good], [good, cut], [bad, good]):
+        assert gpu_suite.untested([{"demo": each} for each in runs]) == [name for name in everything if name != "demo"]
+    for runs, last in (([good, bad], bad), ([bad, cut], bad), ([bad, good], good), ([good, cut], cut)):
+        assert outcomes.newest({"demo": each} for each in runs) == {"demo": last}
+
+
+def test_earlier_reports_are_read_in_the_order_of_their_dates(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, date in zip(paths, ("2026-01-03", "2026-01-02"), strict=True):
+        report.save(outcome("demo", int(date[-1]), date=date), path)
+    assert [each["demo"]["passed"] for each in gpu_suite.earlier(paths)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tests": None},
+        {"tests": {"demo": 3}},
+        {"tests": {"demo": {"passed": 3}}},
+        {"tests": {"demo": {"sources": "0", "passed": "3"}}},
+        {"rows": [3]},
+    ],
+)
+def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, change):
+    monkeypatch.setattr(gpu_suite, "install", lambda _: pytest.fail("it is too late"))
+    path, out = tmp_path / "a.json", tmp_path / "out"
+    path.write_text(json.dumps(report.load(SAMPLE) | change))
+    assert gpu_suite.main(["--device", "cpu", "--out", str(out), "--after", str(path)]) == 1
+    assert capsys.readouterr().err == f"gpu_suite: after: got {path}, must be a report that this suite wrote\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("outcome", ["not run", "failed", "timed out", "not reached", None])
+def test_the_report_holds_what_became_of_the_ladder(tmp_path, monkeypatch, capsys, outcome):
+    rows = [{"name": "facts", "outcome": "passed"}, {"name": "decode", "outcome": outcome, "why": "planted"}]
+
+    def run(suite, name, command, seconds, look, show):
+        assert command[command.index("--device") + 1] == "cpu"
+        if outcome:
+            Path(command[command.index("--out") + 1]).write_text(json.dumps({"rows": rows}))
+        look()
+        return 1
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", run)
+    bad = outcome in outcomes.BAD
+    code = gpu_suite.main(["--device", "cpu", "--out", str(tmp_path), "--only", "ladder"])
+    assert code == (outcome != "not run")
+    (path,) = tmp_path.glob("*.json")
+    data, printed = report.load(path), capsys.readouterr().out
+    assert data["complete"] is (bad or outcome == "not run")
+    if outcome:
+        assert data["ladder"] == {"passed": 1, outcome: 1, "bad": {"decode": f"{outcome}: planted"} if bad else {}}
+        assert f"ladder: 1 passed, 1 {outcome}\n" in printed and (f"ladder, decode: {outcome}" in printed) is bad
+
+
+def test_a_folder_in_the_place_of_the_reports_own_gives_it_another_name(tmp_path):
+    date = gpu_suite.environment("cpu")["date"][:10]
+    (tmp_path / f"{date}-abc1234").mkdir()
+    path = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu").path
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-abc1234(-2)?\.json", path.name) and path.with_suffix("").is_dir()
+
+
+# A step that hears no Ctrl-C, and has a process of its own.
+DEAF = "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+DEAF += "child = subprocess.Popen(['sleep', '3600']); print('pid', child.pid, flush=True); time.sleep(3600)"
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + 120  # it has been killed: a moment, where it has
+    while outcomes.alive(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not outcomes.alive(pid)
+
+
+def test_a_second_signal_leaves_nothing_running(tmp_path, monkeypatch):
+    """The first comes while the step runs, the second while it may still save something."""
+    suite, said = gpu_suite.Suite(tmp_path, 3000, "abc1234", "cpu"), tmp_path / "suite.log"
+    monkeypatch.setattr(gpu_suite, "EVERY", 0.05)
+    send = subprocess.Popen.send_signal
+    found = []
+
+    def look():
+        found[:] = re.findall(r"pid (\d+)", said.read_text())
+        if found:
+            raise KeyboardInterrupt
+
+    def asked(process, number):
+        found.append(process.pid)
+        send(process, number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "send_signal", asked)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run("deaf", [sys.executable, "-c", DEAF], 900, lambda: None if found else look())
+    assert len(found) == 2 and all(gone(int(pid)) for pid in found)
+
+
+SUITE = "import sys; from pathlib import Path; sys.path.insert(0, 'bench'); import gpu_suite; "
+SUITE += "suite = gpu_suite.Suite(Path(sys.argv[1]), 3000, 'abc1234', 'cpu'); "
+
+
+def test_a_step_ends_with_a_suite_that_is_killed(tmp_path):
+    script = f"{SUITE}suite.run('step', [sys.executable, '-c', sys.argv[2]], 900)"
+    step = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(3600)"
+    suite = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), step], cwd=ROOT)
+    log = tmp_path / "suite.log"
+    while not (log.exists() and (found := re.search(r"pid (\d+)\n", log.read_text()))):
+        assert suite.poll() is None
+        time.sleep(0.05)
+    suite.kill()
+    suite.wait()
+    assert gone(int(found[1]))
+
+
+def test_a_closed_pipe_does_not_end_the_suite(tmp_path):
+    script = f"{SUITE}suite.say('first'); suite.say('second')"
+    run = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert gpu_suite.untested({"demo": good}) == [name for name in everything if name != "demo"]
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 0
+    assert (tmp_path / "suite.log").read_text() == "first\nsecond\n"
 
 
 def test_every_plan_fits_its_budget():

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,15 +73,16 @@ def check(name: str, tool: str, device: str = "cuda", seconds: float = SECONDS) 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-    )
+    )  # in this process's group: what ends that ends it, too
     try:
         said = run.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         pytest.skip(f"{tool} took longer than {seconds:g} s")
     finally:
         if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)  # the checker and what it checks
+            for pid in [*descendants(run.pid), run.pid]:  # the checker and what it checks
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     if found := re.search(r"Internal Sanitizer Error.*", said):
         pytest.skip(f"{tool} broke: {found[0]}")
     if run.returncode == 99 or re.search(r"SUMMARY: [1-9]", said):
@@ -88,6 +91,18 @@ def check(name: str, tool: str, device: str = "cuda", seconds: float = SECONDS) 
         lines = [line for line in said.splitlines() if line.strip()] or [f"exit {run.returncode}, no word"]
         pytest.skip(f"{tool} did not run: {next((line for line in lines if 'rror' in line), lines[-1])}")
     return None
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that one has started, and those that they have."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 @pytest.mark.gpu("compute-sanitizer", limit=SECONDS + 60)
@@ -128,6 +143,34 @@ def test_a_checker_that_is_refused_or_slow_has_not_failed(tmp_path, monkeypatch,
     else:
         with pytest.raises(pytest.skip.Exception, match=re.escape(outcome)):
             check("torch", "memcheck", "cpu", seconds)
+
+
+def alive(pid: str) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_checker_ends_with_what_it_started_and_with_what_started_it(tmp_path, monkeypatch):
+    program, noted = tmp_path / "compute-sanitizer", tmp_path / "pids"
+    program.write_text(f"#!/bin/sh\nsleep 3600 &\necho $$ $! > {noted}\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def communicate(run, timeout):
+        while not (noted.exists() and noted.read_text()):
+            time.sleep(0.01)
+        assert all(os.getpgid(int(pid)) == os.getpgrp() for pid in noted.read_text().split())
+        raise subprocess.TimeoutExpired(run.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(pytest.skip.Exception, match="took longer than"):
+        check("triton", "memcheck")
+    end = time.monotonic() + 120  # they have been killed: a moment, where they have
+    while (left := [pid for pid in noted.read_text().split() if alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not left
 
 
 def test_every_kernel_is_watched():

@@ -13,7 +13,8 @@
     build                    of bench/gpu_suite.py only: whether there is a CUDA core, and why not; architectures, nvcc,
                              cutlass; if it was built there: seconds, cores, MAX_JOBS, and whether nothing was there
                              before (whole)
-    ladder                   of bench/gpu_suite.py only: whether bench/first_light.py passed, and the file it wrote
+    ladder                   of bench/gpu_suite.py only: how many rungs of bench/first_light.py passed, failed, crashed,
+                             timed out, were not run or not reached, and which and why (bad)
 
 Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
 quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.
