@@ -482,11 +482,13 @@ def earlier(paths: list[Path]) -> list[dict[str, dict[str, Any]]]:
 
 
 def untested(after: list[dict[str, dict[str, Any]]]) -> list[str]:
-    """The components, the checker's aside, whose files, as they are, passed their tests in no earlier report."""
+    """The components, the checker's aside, of whose files, as they are, the last verdict is not that they passed."""
 
     def good(name: str) -> bool:
         records = [tests[name] for tests in after if name in tests]
-        return any(outcomes.passed(each) and each["sources"] == status.sources(name) for each in records)
+        same = [each for each in records if each["sources"] == status.sources(name)]
+        verdicts = [outcomes.passed(each) for each in same if outcomes.passed(each) or outcomes.bad(each)]
+        return verdicts[-1:] == [True]
 
     return [name for name in status.COMPONENTS if name != status.SANITIZER and not good(name)]
 

@@ -438,7 +438,8 @@ def test_what_passed_in_an_earlier_report_is_not_tested_again():
     cut = good | {"not reached": 1}
     everything = [name for name in status.COMPONENTS if name != status.SANITIZER]
     assert gpu_suite.untested([]) == gpu_suite.untested([{"demo": each} for each in (other, bad, cut)]) == everything
-    for runs in ([good], [good, cut], [bad, good]):
+    assert gpu_suite.untested([{"demo": each} for each in (good, bad, cut)]) == everything
+    for runs in ([good], [good, cut], [bad, good], [bad, good, other]):
         assert gpu_suite.untested([{"demo": each} for each in runs]) == [name for name in everything if name != "demo"]
     for runs, last in (([good, bad], bad), ([bad, cut], bad), ([bad, good], good), ([good, cut], cut)):
         assert outcomes.newest({"demo": each} for each in runs) == {"demo": last}
