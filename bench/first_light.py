@@ -1,6 +1,7 @@
 """A ladder for the first minutes on a GPU: every kernel on small problems, each rung in a process of its own.
 
     python bench/first_light.py --out FILE.json [--only RUNG ...] [--limit 20] [--jobs 1] [--trace]
+                                  [--commit NAME]
 
 A rung that hangs is killed after --limit seconds and one that crashes ends alone: the others go on.  Rungs run from the
 smallest (bench/rungs.py), one line is printed for each, and FILE.json is never older than the last line.  What a failed
@@ -117,10 +118,12 @@ class Running:
 class Ladder:
     """The report in the making; it has a row for every rung from the start."""
 
-    def __init__(self, out: Path, names: list[str], limit: float, jobs: int, device: str, trace: bool) -> None:
+    def __init__(
+        self, out: Path, names: list[str], limit: float, jobs: int, device: str, trace: bool, commit: str | None
+    ) -> None:
         self.out, self.limit, self.jobs, self.device, self.trace = out, limit, jobs, device, trace
         self.started = time.monotonic()
-        commit, dirty = report.source()
+        commit, dirty = (commit, None) if commit else report.source()
         self.data = {
             **{"format": "loraxs-first-light", "version": 1, **environment(device), "commit": commit, "dirty": dirty},
             **{
@@ -285,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a rung may take (default 20)")
     parser.add_argument("--jobs", type=int, default=1, help="rungs that run at once (default 1)")
     parser.add_argument("--device", default="cuda", help="cpu is for tests")
+    parser.add_argument("--commit", help="what to note as the source, where it is not a git checkout")
     parser.add_argument("--trace", action="store_true", help="say what the programs of a kernel that hung were at")
     parser.add_argument("--rung", help=argparse.SUPPRESS)
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
@@ -307,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out.exists():
             raise ValueError(f"out: {arguments.out} is there already and is not overwritten; name another file")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        how = (arguments.limit, arguments.jobs, arguments.device, arguments.trace)
+        how = (arguments.limit, arguments.jobs, arguments.device, arguments.trace, arguments.commit)
         ladder = Ladder(arguments.out, names, *how)
     except (ValueError, OSError) as error:
         print(f"first_light: {error}", file=sys.stderr)

@@ -242,7 +242,7 @@ class Suite:
         """bench/first_light.py, a line for each rung; what it saved is in the folder."""
         out = self.folder / "ladder.json"
         command = [sys.executable, "bench/first_light.py", "--jobs", str(WORKERS), "--out", str(out)]
-        command += ["--device", self.device]
+        command += ["--device", self.device, "--commit", self.data["commit"]]
         code = self.run("ladder", command, seconds, partial(self.take_ladder, out), show=SHOWN)
         self.cut |= code not in (0, 1) or self.data.get("ladder", {"not reached": True}).get("not reached", 0) > 0
 
