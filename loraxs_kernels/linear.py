@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .basis import INITS, Factors, Recipe, dtype_name
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
+from .padding import padded_rows
 from .svd import NotFinite
 from .weights import is_conv1d, mergeable_weight, weight_of, weight_view
 
@@ -32,7 +33,8 @@ class LoRAXSLinear(nn.Module):
         weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
-    of 8, B is a view of wider storage, and a state dict holds a contiguous copy of it: write to the buffer, not there.
+    of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of it: write to the
+    buffer, not there.
     """
 
     base_layer: nn.Module
@@ -252,6 +254,10 @@ class LoRAXSLinear(nn.Module):
         self.B = padded_rows(self.B)
         return self
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
+        self.B = padded_rows(self.B)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "B"] = destination[prefix + "B"].contiguous()
@@ -333,17 +339,6 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         operands.append((W, A, layer.R, B, layer.scaling, bias))
     made = dict(zip(joined, together(h, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
-
-
-def padded_rows(B: Tensor) -> Tensor:
-    """B (N, r) in rows that begin at multiples of 8 elements, as the GPU's copy engine wants them: B itself where r is.
-
-    Ranks such as 12 or 25 are a view of wider storage; whatever lies beside it is never read.
-    """
-    r = B.shape[1]
-    if B.stride(0) % 8 == 0 or r % 8 == 0:
-        return B
-    return B.new_empty(B.shape[0], r + -r % 8)[:, :r].copy_(B)
 
 
 def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:

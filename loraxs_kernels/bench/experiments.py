@@ -47,7 +47,6 @@ from ..backends import cuda
 from ..backends import torch as torch_backend
 from ..backends.cuda import config, core
 from ..backends.device import facts
-from ..linear import padded_rows
 from . import BenchError, chain, gemm, timer
 from .layer import Row, failure, figures, release
 from .paths import Operands
@@ -364,7 +363,7 @@ class _Narrow(chain.Case):
             o = Operands.random(T, shape.N, shape.K, r, dtype, device, seed)
             if direction == "forward":
                 return o.x.detach(), o.A, o.R, o.s, None
-            return o.gY, padded_rows(o.B).t(), o.R.t(), o.s, (o.x.detach() @ o.A.t()).float()
+            return o.gY, o.B.t(), o.R.t(), o.s, (o.x.detach() @ o.A.t()).float()
 
         needed = timer.sets_needed(device, self.K * (T + r) * self.itemsize)
         self.sets = [operands(seed) for seed in range(needed)]
@@ -555,7 +554,7 @@ def _host(settings: Settings) -> Iterator[Row]:
     """Issuing each launch to an idle device."""
     T, N, K, r = HOST
     o = Operands.random(T, N, K, r, settings.dtype, settings.device, seed=0)
-    x, W, A, R, B = o.x.detach(), o.W, o.A, o.R, padded_rows(o.B)
+    x, W, A, R, B = o.x.detach(), o.W, o.A, o.R, o.B
     u, y = x[:, :r].contiguous(), x.new_zeros(T, N)
     calls: dict[str, tuple[Callable, str | None]] = {
         "triton chain": (lambda: backends.primitive("triton")(x, None, A, R, B, o.s), backends.unavailable("triton")),

@@ -19,7 +19,7 @@ from .. import reference
 from ..backends import cuda
 from ..backends.cuda import config, core
 from ..backends.device import facts
-from ..linear import padded_rows
+from ..padding import padded_rows
 from . import chain, timer
 from .layer import Row, failure, release
 from .paths import Operands
@@ -71,7 +71,7 @@ class Case(chain.Case):
             o = Operands.random(T, shape.N, shape.K, r, dtype, device, seed)
             u = torch.randn(T, r, generator=torch.Generator(device).manual_seed(~seed), device=device).to(dtype)
             if direction == "forward":
-                return o.x.detach(), o.W, padded_rows(u), padded_rows(o.B)
+                return o.x.detach(), o.W, padded_rows(u), o.B
             return o.gY, o.W.t(), padded_rows(u), o.A.t()
 
         self.T, self.r, self.dtype, self.device = T, r, dtype, device

@@ -21,6 +21,7 @@ from .. import backends, ops, reference
 from ..backends.torch import scaled_mm
 from ..functional import _LowRankLinear
 from ..linear import LoRAXSLinear
+from ..padding import padded_rows
 from .timer import Call
 
 ROWS = 64  # of y and gX that are compared with the oracle; gR is compared whole
@@ -35,7 +36,7 @@ class Operands:
     W: Tensor  # (N, K)
     A: Tensor  # (r, K)
     R: Tensor  # (r, r), fp32
-    B: Tensor  # (N, r)
+    B: Tensor  # (N, r), in padded rows, as layers keep it
     s: float = 0.5
 
     @classmethod
@@ -47,7 +48,7 @@ class Operands:
 
         R = torch.randn(r, r, generator=g, device=device) / r**0.5
         x, gY, W, A, B = rand(T, K), rand(T, N), rand(N, K, over=K), rand(r, K, over=K), rand(N, r, over=r)
-        return cls(x.requires_grad_(), gY, W, A, R, B)
+        return cls(x.requires_grad_(), gY, W, A, R, padded_rows(B))
 
     @property
     def bytes(self) -> int:
@@ -152,8 +153,8 @@ def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
         return reference.lowrank_linear(x, W, A, R, B, s)[0]
 
     def layer(o: Operands) -> Layer:
-        R = o.R.to(o.x.dtype).requires_grad_()
-        return Layer(lambda x: chain(x, o.W, o.A, R, o.B, o.s), (R,), (o.A, R, o.B), o.s)
+        R, B = o.R.to(o.x.dtype).requires_grad_(), o.B.contiguous()
+        return Layer(lambda x: chain(x, o.W, o.A, R, B, o.s), (R,), (o.A, R, B), o.s)
 
     return [layer(o) for o in sets]
 

@@ -33,8 +33,9 @@ from .. import basis
 from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
-from ..linear import LoRAXSLinear, adapted, label_of, padded_rows, plus_delta, sparing_what_trains
+from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
 from ..model import fill, never_called, pattern_value, warn_of_experts
+from ..padding import padded_rows
 from ..svd import plan
 from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
 
@@ -330,9 +331,16 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         frozen = [*self.base_layer.parameters(), *self.base_layer.buffers()]
         frozen += [*self.loraxs_A.values(), *self.loraxs_B.values()]
         super()._apply(sparing_what_trains(fn, frozen), recurse)
+        self._pad()
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
+        self._pad()
+
+    def _pad(self) -> None:
         for name, B in self.loraxs_B.items():
             self.loraxs_B[name] = padded_rows(B)
-        return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """What PEFT calls after it has loaded an adapter.  No dtype is changed: R stays fp32, A and B as they are."""
