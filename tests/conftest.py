@@ -81,15 +81,36 @@ if INTERPRETED:
 
     own_dot = InterpreterBuilder.create_dot
 
-    def create_dot(self, a, b, *more):
-        """Triton's interpreter keeps bf16 as its 16 bits and its dot takes them for integers: hand it fp32 instead."""
+    def create_dot(self, a, b, d, input_precision, *more):
+        """Triton's interpreter keeps bf16 as its 16 bits and its dot takes them for integers: hand it fp32 instead.
+
+        And its fp32 products are exact: here they are those of a TF32 instruction, which reads 10 bits of a fraction and
+        not the other 13.  For "tf32" Triton hands it operands as they are; for "tf32x3" rounded, then what that left.
+        """
 
         def number(t: TensorHandle) -> TensorHandle:
             if t.dtype.scalar != tl.bfloat16:
                 return t
             return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-        return own_dot(self, number(a), number(b), *more)
+        def tf32(t: np.ndarray, rounded: int) -> np.ndarray:
+            return ((t.view(np.uint32) + np.uint32(rounded << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+        def parts(t: TensorHandle) -> tuple[TensorHandle, TensorHandle]:
+            large = tf32(t.data, rounded=1)
+            return TensorHandle(large, tl.float32), TensorHandle(tf32(t.data - large, rounded=1), tl.float32)
+
+        name = getattr(input_precision, "name", "")
+        if name == "IEEE" or not a.dtype.scalar == b.dtype.scalar == tl.float32:
+            return own_dot(self, number(a), number(b), d, input_precision, *more)
+        if name == "TF32":
+            products = [[TensorHandle(tf32(t.data, rounded=0), tl.float32) for t in (a, b)]]
+        else:
+            (a, a_rest), (b, b_rest) = parts(a), parts(b)
+            products = [(a_rest, b), (a, b_rest), (a, b)]
+        for left, right in products:
+            d = own_dot(self, left, right, d, input_precision, *more)
+        return d
 
     InterpreterBuilder.create_dot = create_dot
 

@@ -92,12 +92,45 @@ def test_the_triton_backend_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "compute capability 7.5, it must be at least 8.0" in backends.unavailable("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    module = backends.load("triton")
+    monkeypatch.setattr(module, "cannot_compile", lambda: "no compiler")
+    assert backends.unavailable("triton") == "no compiler"
+    monkeypatch.setattr(module, "cannot_compile", lambda: None)
     assert backends.unavailable("triton") is None
     monkeypatch.setattr(triton, "__version__", "2.1.0")
     assert "triton 2.1.0 is too old, it must be at least 3.2" in backends.unavailable("triton")
-    module, own = backends.load("triton"), importlib.util.find_spec
+    own = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "triton" else own(name))
     assert "the package triton is not installed: pip install triton" in backends.unavailable("triton")
+
+
+@pytest.mark.parametrize(
+    ("compilers", "CC", "headers", "reason"),
+    [
+        (["gcc"], None, True, None),
+        (["clang"], None, True, None),
+        (["mycc"], "mycc", True, None),
+        ([], None, True, "Triton needs a C compiler, and there is no gcc or clang: install one, or set CC"),
+        (["gcc"], "mycc", True, "Triton needs a C compiler, and there is none at CC=mycc: correct or unset CC"),
+        (["gcc"], None, False, r"Triton needs the headers of this Python, and .* has no Python.h: install them"),
+    ],
+)
+def test_triton_needs_a_c_compiler(monkeypatch, tmp_path, compilers, CC, headers, reason):
+    pytest.importorskip("triton")
+    module = backends.load("triton")
+    monkeypatch.setattr(module.shutil, "which", lambda name: name if name in compilers else None)
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if CC:
+        monkeypatch.setenv("CC", CC)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    module.cannot_compile.cache_clear()
+    try:
+        found = module.cannot_compile()
+    finally:
+        module.cannot_compile.cache_clear()
+    assert found is None if reason is None else re.match(reason, found)
 
 
 def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):

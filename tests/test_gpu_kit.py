@@ -122,10 +122,12 @@ def test_what_triton_compiled_on_one_machine_is_not_compiled_on_the_next(tmp_pat
     pytest.importorskip("triton")
     from triton.compiler import ASTSource
 
-    from loraxs_kernels.backends.triton import aot
+    from loraxs_kernels.backends.triton import aot, kernels
+    from loraxs_kernels.backends.triton.config import Config
 
     def compiled() -> list[aot.Compiled]:
-        return aot.compile_problem(aot.Problem(16, 64, 64, 16), (9, 0), None)
+        kernels.chain_kernel.device_caches.clear()
+        return aot.compile_problem(aot.Problem(16, 64, 64, 16), (9, 0), Config(16, 32, 32, 4, 2))
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one"))
     assert gpu_kit.main(["keep", str(tmp_path / "out")]) == 1

@@ -24,7 +24,7 @@ TOOLS = {
     "racecheck": [],
 }
 # A regular expression for the names of our kernels; the GEMM's, an instance of CUTLASS's, names a type of ours.
-OURS = {"triton": "(chain|shrink|expand|product)_kernel", "cuda": "loraxs"}
+OURS = {"triton": "(chain|shrink|expand)_kernel", "cuda": "loraxs"}
 WITHOUT_TMA = "(shrink|finish|decode)_kernel"  # whose barriers racecheck does not follow
 
 # Few rows and many, odd sizes and even, both directions, and no product of the library's: racecheck breaks on its

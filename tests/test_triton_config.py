@@ -37,7 +37,7 @@ def test_something_valid_is_picked_for_everything(device, dtype, layout):
         for N, K in ((1, 1), (1000, 7), (14336, 4096)):
             for r in (1, 4, 16, 17, 25, 64, 128):
                 cut = pick_config(T, N, K, r, dtype, layout, device)
-                if dtype == torch.float32 and r > config.WIDEST["ieee"]:
+                if dtype == torch.float32:  # not by TF32 instructions, unless torch is told to
                     assert cut is None
                     continue
                 assert cut == pick_config(T, N, K, r, dtype, layout, device)

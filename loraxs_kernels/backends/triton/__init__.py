@@ -1,25 +1,31 @@
 """The primitive with Triton: x -> A -> R -> B in one kernel, then the library's GEMM accumulates x W^T into y.
 
-kernels.py holds the kernels, config.py how they are cut.  Ranks too wide to stay on chip (config.WIDEST) leave the two
-large products to the library, where they are GEMMs in their own right, and those with R to a kernel.  fp64, empty
-operands and tensors that are not on a GPU go to the torch backend.
+kernels.py holds the kernels, config.py how they are cut, launch.py how they are started.  What they are not for goes
+to the torch backend: ranks too wide to stay on chip (config.WIDEST), fp32 that must not be multiplied by TF32
+instructions, fp64, empty operands, an `out` without contiguous rows, and tensors that are not on a GPU.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ...padding import readable_columns
 from .. import torch as torch_backend
 from ..device import empty, facts, on
 from .config import Config, padded, pick_config, precision
+from .launch import launch
 
 OLDEST = (3, 2)
-GRAM_ON_CHIP = 64  # the widest padded rank whose gram is made beside z: a wider one would spill registers
+GRAM_ON_CHIP = 64  # the widest padded rank whose gram is made beside z: before Hopper a wider one would spill registers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,6 +45,24 @@ def unavailable() -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         return f"the GPU has compute capability {major}.{minor}, it must be at least 8.0 (Ampere)"
+    return cannot_compile()
+
+
+@cache
+def cannot_compile() -> str | None:
+    """Why Triton cannot compile the C code by which it launches each kernel; None: it can."""
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)
+    if knobs is not None and knobs.build.impl:
+        return None
+    if named := os.environ.get("CC"):
+        if shutil.which(named) is None:
+            return f"Triton needs a C compiler, and there is none at CC={named}: correct or unset CC"
+    elif not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is no gcc or clang: install one, or set CC"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not Path(headers, "Python.h").is_file():
+        return f"Triton needs the headers of this Python, and {headers} has no Python.h: install them (python3-dev)"
     return None
 
 
@@ -61,24 +85,17 @@ def lowrank_linear(
     """(y, z, gram), see backends/torch.py.
 
     Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not, and one
-    that sums the gram's parts where there are several; past GRAM_ON_CHIP one more, that makes them.  The workspace is
-    those parts, r x r fp32 for each block of rows, and for few rows at most config.MOST parts of z.  Every sum has a
-    fixed order: same inputs, same bits.
+    that sums the gram's parts where there are several, or makes it past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32 for each block of
+    rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs, same bits.
     """
     (T, K), (N, r) = x.shape, B.shape
-    if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
+    config = None
+    if (x.is_cuda or (x.is_cpu and interpreted())) and x.dtype in _DTYPES and 0 not in (T, K, N):
+        config = pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
+    if config is None or (out is not None and out.stride(1) != 1):
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
     with on(x.device):
-        config = pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
-        if config is not None:
-            y, z, gram = low_rank(config, x, A, R, B, s, bias, out, other)
-        elif precision(x.dtype) == "ieee":  # no matrix instructions: the library's products are as good
-            y, z, gram = torch_backend.lowrank_linear(x, None, A, R, B, s, bias, out, other)
-        else:
-            z = torch_backend.shrink(x, A)
-            u = product(z, R.t(), s, x.dtype)
-            y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
-            gram = None if other is None else product(z.t(), other, s, z.dtype)
+        y, z, gram = low_rank(config, x, A, R, B, s, bias, out, other)
         return (y if W is None else y.addmm_(x, W.t())), z, gram
 
 
@@ -93,59 +110,70 @@ def low_rank(
     out: Tensor | None,
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, z, gram) without W, on chip."""
-    from . import kernels
-
+    """(y, z, gram) without W, on chip; out has contiguous rows."""
     (T, K), (N, r) = x.shape, B.shape
-    blocks = -(-T // config.block_t)
+    blocks, rank, add = -(-T // config.block_t), padded(r), out is not None
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    A, A_pitch, A_turned = as_it_lies(A)
+    B, B_pitch, B_turned = as_it_lies(B)
+    R = (R.t() if A_turned else R).contiguous()  # lies as A does
+    width = r
+    if A_turned or not B_turned:
+        width = min(readable_columns(t) for t in ([A.t()] if A_turned else []) + ([] if B_turned else [B]))
+    bias, other = (t if t is None else t.contiguous() for t in (bias, other))
     y = empty(x, (T, N), x.dtype) if out is None else out
     z = empty(x, (T, r), torch.float32)
-    rank, (large, small) = padded(r), dot_precision(precision(x.dtype))
-    wanted = None if other is None else other.contiguous()
-    other = wanted if rank <= GRAM_ON_CHIP else None
-    gram = None if other is None else empty(x, (blocks, r, r), torch.float32)
-    bias = bias if bias is None else bias.contiguous()
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, BLOCK_T=config.block_t, RANK=rank)
-    shrink = dict(BLOCK_K=config.block_k, PRECISION=large)
-    expand = dict(BLOCK_N=config.block_n, ADD=out is not None, PRECISION=large, R_PRECISION=small)
-    results = (y, z, gram)
+    beside = other if rank <= GRAM_ON_CHIP else None
+    gram = None if beside is None else empty(x, (blocks, r, r), torch.float32)
+    s, x_t, y_t = float(s), x.stride(0), y.stride(0)
+    large, small = dot_precision(precision(x.dtype))
+    end = (R, B, bias, beside, y, z, gram)  # what both of the kernels that write y take last
     if config.one_launch:
-        kernels.chain_kernel[(blocks,)](
-            *(x, A, R, B, bias, other, *results, T, N, K, r, float(s)),
-            *(*x.stride(), *A.stride(), *R.stride(), *B.stride(), *y.stride()),
-            **options | shrink | expand,
+        launch(
+            "chain_kernel",
+            (blocks, 1, 1),
+            (x, A, *end),
+            (T, s),
+            (N, K, r, width, x_t, A_pitch, B_pitch, y_t),
+            (A_turned, B_turned, add, rank, config.block_t, config.block_k, config.block_n, large, small),
+            config,
         )
     else:
-        parts = empty(x, (config.split_k, T, r), torch.float32)
-        kernels.shrink_kernel[(blocks, config.split_k)](
-            *(x, A, parts, T, K, r, *x.stride(), *A.stride()), **options | shrink
+        parts = empty(x, (config.split_k, T, rank), torch.float32)
+        launch(
+            "shrink_kernel",
+            (blocks, config.split_k, 1),
+            (x, A, parts),
+            (T,),
+            (K, r, width, x_t, A_pitch),
+            (A_turned, rank, config.block_t, config.block_k, large),
+            config,
         )
-        kernels.expand_kernel[(blocks, config.split_n)](
-            *(parts, R, B, bias, other, *results, T, N, r, float(s), config.split_k),
-            *(*R.stride(), *B.stride(), *y.stride()),
-            **options | expand,
+        launch(
+            "expand_kernel",
+            (blocks, config.split_n, 1),
+            (parts, *end),
+            (T, s, config.split_k),
+            (N, r, width, B_pitch, y_t),
+            (A_turned, B_turned, add, rank, config.block_t, config.block_n, large, small),
+            config,
         )
     if gram is not None:
         gram = gram[0] if blocks == 1 else gram.sum(0)
-    elif wanted is not None:
-        gram = product(z.t(), wanted, s, z.dtype)
+    elif other is not None:
+        gram = torch_backend.scaled_mm(z.t(), other, s, empty(x, (r, r), torch.float32))
     return y, z, gram
 
 
-def product(a: Tensor, b: Tensor, s: float, dtype: torch.dtype) -> Tensor:
-    """s a b for fp32 a (M, L) and any float b (L, N), on tensor cores; programs share L where M x N has few tiles."""
-    from . import kernels
-
-    (M, L), N = a.shape, b.shape[1]
-    m, n, k = 64, 32, 32
-    tiles = -(-M // m) * -(-N // n)
-    shares = max(1, min(facts(a.device).multiprocessors // tiles, L // (8 * k)))
-    c = empty(a, (shares, M, N), dtype if shares == 1 else torch.float32)
-    kernels.product_kernel[(-(-M // m), -(-N // n), shares)](
-        *(a, b, c, M, N, L, float(s), *a.stride(), *b.stride()),
-        **dict(BLOCK_M=m, BLOCK_N=n, BLOCK_L=k, PRECISION=dot_precision("tf32")[1], num_warps=4, num_stages=2),
-    )
-    return c[0] if shares == 1 else c.sum(0).to(dtype)
+def as_it_lies(t: Tensor) -> tuple[Tensor, int, bool]:
+    """t, or a copy in contiguous rows; the elements from one row to the next; True: from one column, as columns are."""
+    rows, columns = t.stride()
+    if columns == 1:
+        return t, rows, False
+    if rows == 1:
+        return t, columns, True
+    return t.contiguous(), t.shape[1], False
 
 
 def layout(A: Tensor) -> str:
@@ -154,11 +182,11 @@ def layout(A: Tensor) -> str:
 
 
 def dot_precision(which: str) -> tuple[str, str]:
-    """`input_precision` of the products with A and B, and of those with R, whose operands are always fp32.
+    """`input_precision` of the products with A and B, and of those with R and of the gram, whose operands are fp32.
 
-    Where TF32 may be used it takes three products: a single one would truncate its operands to 10 bits, not round them,
-    and the kernels wait for memory anyway.
+    A TF32 product truncates its operands to 10 bits.  That is less than the rounding of u and y where x is half
+    precision; for fp32 it takes three of them.
     """
     if torch.version.hip is not None:
         return "ieee", "ieee"
-    return {"half": ("ieee", "tf32x3"), "tf32": ("tf32x3", "tf32x3"), "ieee": ("ieee", "ieee")}[which]
+    return {"half": ("ieee", "tf32"), "tf32": ("tf32x3", "tf32x3")}[which]

@@ -1,7 +1,7 @@
 """What the backend launches, compiled to machine code for an NVIDIA GPU that need not be here.
 
-The launcher's own calls are recorded, on meta tensors, and their arguments specialised as Triton does when it launches:
-a 1 is a constant, multiples of 16 are known as such.  For the tests and for the table of configurations.
+The launcher itself runs, on meta tensors, and Triton compiles for a driver that stands in for that GPU's.  For the
+tests and for the table of configurations.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
+from ...padding import padded_rows
 from .. import triton as backend
-from . import kernels
 from .config import Config, Device
+from .launch import compile_kernel
 
-NAMES = ("chain_kernel", "shrink_kernel", "expand_kernel", "product_kernel")
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "tf32")
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 class Problem(NamedTuple):
@@ -40,14 +41,7 @@ class Problem(NamedTuple):
     layout: str = "forward"  # or "backward": A, B and R are transposed views, there is a gram and no bias
     matmul_precision: str = "highest"
     out: bool = False  # whether the chain is added to an output that is there
-
-
-class Launch(NamedTuple):
-    """A kernel and what it was called with."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, int]  # of the compiler
+    padded: bool = True  # whether B of rank r lies as a layer keeps it
 
 
 class Compiled(NamedTuple):
@@ -59,58 +53,55 @@ class Compiled(NamedTuple):
     shared: int  # bytes of a program
     instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
     narrow: list[str]  # address computations in fewer than 64 bits
+    copies: dict[int, int]  # how many copies to shared memory in the background there are, by their width in bits
+    short_reads: int  # how many reads of global memory take two bytes or less
 
 
-def compile_problem(problem: Problem, capability: tuple[int, int], config: Config | None) -> list[Compiled]:
-    """Everything launched for a problem; None: a rank too wide for the chip."""
-    return [compile_launch(launch, capability) for launch in launches(problem, capability, config)]
-
-
-def launches(problem: Problem, capability: tuple[int, int], config: Config | None) -> list[Launch]:
-    T, N, K, r, dtype, layout, matmul_precision, adds = problem
+def compile_problem(problem: Problem, capability: tuple[int, int], config: Config) -> list[Compiled]:
+    """Everything launched for a problem."""
+    T, N, K, r, dtype, layout, matmul_precision, adds, padded = problem
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        if layout == "forward":
-            return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.empty(shape[::-1], dtype=dtype, device="meta").t()
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    x = torch.empty(T, K, dtype=dtype, device="meta")
-    A, R, B = meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r)
-    z = torch.empty(T, r, device="meta")
-    out = torch.empty(T, N, dtype=dtype, device="meta") if adds else None
-    bias, other = (torch.empty(N, dtype=dtype, device="meta"), None) if layout == "forward" else (None, z)
-    with _recorded(capability) as found, fp32_matmul_precision(matmul_precision):
-        if config is not None:
-            backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
-        else:
-            backend.product(z, R.t(), 0.5, dtype)
-            backend.product(z.t(), z, 0.5, torch.float32)
-    return found
-
-
-class _Recorder:
-    """Stands where a kernel is."""
-
-    def __init__(self, kernel: Any, found: list[Launch]) -> None:
-        self.kernel, self.found = kernel, found
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-            self.found.append(Launch(self.kernel, arguments, dict(num_warps=num_warps, num_stages=num_stages)))
-
-        return launch
+    x, A, R, B, bias, other = meta(T, K), meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r), meta(N), None
+    B = padded_rows(B) if padded else B
+    if layout == "backward":
+        A, R, B = meta(K, r), R.t(), meta(r, N).t()
+        A, bias, other = (padded_rows(A) if padded else A).t(), None, meta(T, r, dtype=torch.float32)
+    out = meta(T, N) if adds else None
+    with _compiling(capability) as found, fp32_matmul_precision(matmul_precision):
+        backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
+    return [_looked_at(name, compiled) for name, compiled in found]
 
 
 @contextmanager
-def _recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    found: list[Launch] = []
-    recorders = {name: _Recorder(getattr(kernels, name), found) for name in NAMES}
-    with (
-        mock.patch.multiple(kernels, **recorders),
-        mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
-    ):
-        yield found
+def _compiling(capability: tuple[int, int]) -> Iterator[list[tuple[str, Any]]]:
+    """Launches compile alone; what they compile is listed, by its kernel's name."""
+    found: list[tuple[str, Any]] = []
+    sm = 10 * capability[0] + capability[1]
+    there = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", sm, 32),
+        get_current_device=lambda: sm,  # Triton keeps what it compiled by device
+        get_current_stream=lambda device: 0,
+    )
+
+    def launch(kernel: str, grid: tuple, tensors: tuple, free: tuple, sizes: tuple, constants: tuple, config: Config) -> None:
+        types = tuple(None if t is None else t.dtype for t in tensors)
+        found.append(
+            (kernel, compile_kernel(kernel, sm, types, sizes, constants, config.num_warps, config.num_stages))
+        )
+
+    before = driver._active
+    driver.set_active(there)
+    try:
+        with (
+            mock.patch.object(backend, "launch", launch),
+            mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
+        ):
+            yield found
+    finally:
+        driver._active = before
 
 
 @contextmanager
@@ -124,43 +115,38 @@ def fp32_matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        specialised = not launch.kernel.params[i].do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif (name.isupper() and len(name) > 1) or value is None or (value == 1 and specialised):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-        whole = signature[name] in ("i32", "i64") and specialised and value % 16 == 0
-        if isinstance(value, torch.Tensor) or whole:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    registers, stack, local = _resources(compiled.asm["cubin"])
-    ptx, ttir = compiled.asm["ptx"], compiled.asm["ttir"].splitlines()
+def _looked_at(name: str, compiled: Any) -> Compiled:
+    cubin, ptx, ttir = compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttir"].splitlines()
+    registers, stack, local = _resources(cubin)
+    code = _disassembled(cubin, "-sass")
     return Compiled(
-        kernel=launch.kernel.__name__,
+        kernel=name,
         registers=registers,
         spilled=stack + local,
         shared=compiled.metadata.shared,
         instructions={word: ptx.count(word) for word in INSTRUCTIONS},
         narrow=[line for line in ttir if "tt.addptr" in line and re.search(r", (tensor<[\dx]*i32>|i32)( loc|$)", line)],
+        copies=Counter(_width(suffixes) for suffixes in re.findall(r"\bLDGSTS([.\w]*)", code)),
+        short_reads=len(re.findall(r"\bLDG\.E\.[US](?:8|16)\b", code)),
     )
 
 
+def _width(suffixes: str) -> int:
+    """Of a copy, in bits: ".E.BYPASS.128"."""
+    return next((width for width in (128, 64) if str(width) in suffixes.split(".")), 32)
+
+
 def _resources(cubin: bytes) -> tuple[int, ...]:
-    """(registers, bytes of stack, bytes of local memory) of a thread, by the disassembler in Triton's own wheel."""
+    """(registers, bytes of stack, bytes of local memory) of a thread."""
+    report = _disassembled(cubin, "-res-usage")
+    found = {name: re.search(rf"{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
+    return tuple(int(each[1]) for each in found.values())
+
+
+def _disassembled(cubin: bytes, what: str) -> str:
+    """What the disassembler in Triton's own wheel says of a kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: re.search(rf"{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
-    return tuple(int(each[1]) for each in found.values())
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout

@@ -21,7 +21,8 @@ import torch
 from ..device import Device
 
 TABLE = Path(__file__).with_name("configs.json")
-WIDEST = {"half": 128, "tf32": 128, "ieee": 32}  # by precision, the largest padded rank whose chain stays on chip
+# By precision, the largest padded rank whose chain stays on chip, in tiles that do not read A and B too often.
+WIDEST = {"half": 128, "tf32": 64, "ieee": 0}
 _NEW_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 MOST = 32  # parts of z at most: every program of the expand reads them all
 
@@ -70,7 +71,7 @@ class Row(NamedTuple):
 
 
 def pick_config(T: int, N: int, K: int, r: int, dtype: torch.dtype, layout: str, device: Device) -> Config | None:
-    """The launch for x (T, K), A (r, K), B (N, r); None where the chain does not stay on chip (see WIDEST).
+    """The launch for x (T, K), A (r, K), B (N, r); None: a rank past WIDEST, or fp32 without TF32 instructions.
 
     layout: "forward" where A lies as stored, "backward" where it is B^T.  Of the rows that fit, in the user's table or
     else in the committed one, those of the GPU's own family go before those of "mma", which every GPU has, and then the
@@ -115,7 +116,7 @@ def shared_memory(capability: tuple[int, int]) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How operands are multiplied: "half" ones; fp32 ones by "tf32" instructions, where torch may; or "ieee".
+    """How operands are multiplied: "half" ones; fp32 ones by "tf32" instructions, where torch may; or "ieee": by none.
 
     Torch may where torch.set_float32_matmul_precision says so, or torch.backends.cuda.matmul.fp32_precision, which
     newer versions have and which follows both.

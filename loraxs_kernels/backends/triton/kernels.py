@@ -1,19 +1,25 @@
-"""The kernels: x -> A -> R -> B in one launch or two, and a small fp32 product.
+"""The kernels: x -> A -> R -> B in one launch or two.
 
 Letters as everywhere: x (T, K), A (r, K), R (r, r), B (N, r), y (T, N); z = x A^T, u = s z R^T, both on chip in a tile
-of RANK >= r columns, the rest of which is zero.  z is fp32, u is rounded to the dtype of x, sums are fp32.  Row and
-column offsets are 64-bit, strides are as given, masks take care of every edge.  PRECISION is that of fp32 products
-(`input_precision` of tl.dot); products of half-precision operands are exact.  Kernels are not compiled anew for another
-number of rows (do_not_specialize).
+of RANK >= r columns, the rest of which is zero.  z is fp32, u is rounded to the dtype of x, sums are fp32.
+
+How operands lie: rows of x and y are contiguous and begin x_t and y_t elements apart.  Rows of A and R are contiguous,
+or with A_TURNED their columns are; those of A begin A_pitch elements apart, R has no gaps.  B likewise with B_TURNED
+and B_pitch.  Of what is contiguous along the rank, `width` >= r elements are read, zeros from r on: a width of 16 lets
+a rank of 12 be read 16 bytes at a time.  Offsets are 64-bit, masks take care of every edge.
+
+PRECISION is that of fp32 products (`input_precision` of tl.dot) with A and B, R_PRECISION of those with R and of the
+gram; products of half-precision operands are exact.  Kernels are not compiled anew for another number of rows
+(do_not_specialize).
 
 Counted for 16-bit operands, and for T = 8192, N = K = 4096, r = 64 on an H200 (4.3 TB/s):
     memory    x is read and y written once, 2 T (K + N) bytes: 134 MB, 31 us.  A and B, 2 r (K + N) bytes, stay in the
               L2 cache, z, the parts and R are small.
     L2        each block of rows reads A and B anew: T / BLOCK_T times 1 MB, 134 MB at BLOCK_T = 64; with x, 200 MB of
               reads, some 35 us where the cache gives 6 TB/s.  Half with BLOCK_T = 128, on half as many programs.
-    flops     2 T r (K + N + 2 r): 8.7 GFLOP, 11 us at 790 TFLOP/s, the r x r products thrice in TF32 included.
-So 31 us is the floor and 40 us the prediction for chain_kernel, not measured yet; the library's GEMM, which then reads
-y beside its own work, takes up to 16 us longer for it.
+    flops     2 T r (K + N + 2 r): 8.7 GFLOP, 11 us at 790 TFLOP/s.
+So 31 us is the floor and 40 us the prediction for chain_kernel; the library's GEMM, which then reads y beside its own
+work, takes up to 16 us longer for it.
 """
 
 import triton
@@ -21,22 +27,31 @@ import triton.language as tl
 
 
 @triton.jit
+def _at(i, k, pitch, TURNED: tl.constexpr):
+    """Where element (i, k) of a matrix lies: in rows, or in columns."""
+    return k * pitch + i if TURNED else i * pitch + k
+
+
+@triton.jit
 def _shrink(
-    x, A, rows, T, r, begin, end, x_t, x_k, A_r, A_k,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    x, A, rows, T, r, width, begin, end, x_t, A_pitch,
+    A_TURNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z = x A^T over begin <= k < end."""
     ranks = tl.arange(0, RANK).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     first = tl.cast(begin, tl.int64)
-    x_tile = x + rows[:, None] * x_t + (first + k)[None, :] * x_k
-    A_tile = A + ranks[None, :] * A_r + (first + k)[:, None] * A_k
-    x_step, A_step = BLOCK_K * tl.cast(x_k, tl.int64), BLOCK_K * tl.cast(A_k, tl.int64)
+    pitch = tl.cast(A_pitch, tl.int64)
+    x_tile = x + rows[:, None] * x_t + (first + k)[None, :]
+    A_tile = A + _at(ranks[None, :], (first + k)[:, None], pitch, A_TURNED)
+    x_step = tl.cast(BLOCK_K, tl.int64)
+    A_step = _at(0, x_step, pitch, A_TURNED)
+    limit = width if A_TURNED else r
     z = tl.zeros((BLOCK_T, RANK), tl.float32)
     for at in range(begin, end, BLOCK_K):
         inside = at + k < end
         x_part = tl.load(x_tile, mask=(rows < T)[:, None] & inside[None, :], other=0.0)
-        A_part = tl.load(A_tile, mask=(ranks < r)[None, :] & inside[:, None], other=0.0)
+        A_part = tl.load(A_tile, mask=(ranks < limit)[None, :] & inside[:, None], other=0.0)
         z = tl.dot(x_part, A_part, z, input_precision=PRECISION)
         x_tile += x_step
         A_tile += A_step
@@ -44,35 +59,36 @@ def _shrink(
 
 
 @triton.jit
-def _mix(z, R, r, s, R_o, R_i, RANK: tl.constexpr, PRECISION: tl.constexpr):
+def _mix(z, R, r, s, R_TURNED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """u = s z R^T."""
     ranks = tl.arange(0, RANK).to(tl.int64)
     inside = (ranks < r)[:, None] & (ranks < r)[None, :]
-    Rt = tl.load(R + ranks[None, :] * R_o + ranks[:, None] * R_i, mask=inside, other=0.0)
+    Rt = tl.load(R + _at(ranks[None, :], ranks[:, None], r, R_TURNED), mask=inside, other=0.0)
     return s * tl.dot(z, Rt.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
 def _expand(
-    u, B, bias, y, rows, T, N, r, begin, end, B_n, B_r, y_t, y_n,
-    BLOCK_N: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    u, B, bias, y, rows, T, N, r, width, begin, end, B_pitch, y_t,
+    B_TURNED: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = u B^T (+ bias) (+ y) over begin <= n < end."""
     ranks = tl.arange(0, RANK).to(tl.int64)
+    limit = r if B_TURNED else width
     u = u.to(B.dtype.element_ty)
     y_rows = y + rows[:, None] * y_t
     for at in range(begin, end, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         wide = n.to(tl.int64)
         B_part = tl.load(
-            B + wide[None, :] * B_n + ranks[:, None] * B_r,
-            mask=(n < N)[None, :] & (ranks < r)[:, None],
+            B + _at(wide[None, :], ranks[:, None], tl.cast(B_pitch, tl.int64), B_TURNED),
+            mask=(n < N)[None, :] & (ranks < limit)[:, None],
             other=0.0,
         )
         tile = tl.dot(u, B_part, input_precision=PRECISION)
         if bias is not None:
             tile += tl.load(bias + wide, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        y_tile = y_rows + wide[None, :] * y_n
+        y_tile = y_rows + wide[None, :]
         inside = (rows < T)[:, None] & (n < N)[None, :]
         if ADD:
             tile += tl.load(y_tile, mask=inside, other=0.0).to(tl.float32)
@@ -94,43 +110,39 @@ def _keep(z, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECI
 
 @triton.jit(do_not_specialize=["T"])
 def chain_kernel(
-    x, A, R, B, bias, other, y, z_out, gram, T, N, K, r, s,
-    x_t, x_k, A_r, A_k, R_o, R_i, B_n, B_r, y_t, y_n,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
+    x, A, R, B, bias, other, y, z_out, gram, T, s, N, K, r, width, x_t, A_pitch, B_pitch, y_t,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_T rows: z = x A^T over all of K, u = s z R^T, y = u B^T (+ bias) (+ y) tile by tile."""
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    z = _shrink(x, A, rows, T, r, 0, K, x_t, x_k, A_r, A_k, BLOCK_T, BLOCK_K, RANK, PRECISION)
+    z = _shrink(x, A, rows, T, r, width, 0, K, x_t, A_pitch, A_TURNED, BLOCK_T, BLOCK_K, RANK, PRECISION)
     _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
-    u = _mix(z, R, r, s, R_o, R_i, RANK, R_PRECISION)
-    _expand(u, B, bias, y, rows, T, N, r, 0, N, B_n, B_r, y_t, y_n, BLOCK_N, RANK, ADD, PRECISION)
+    u = _mix(z, R, r, s, A_TURNED, RANK, R_PRECISION)
+    _expand(u, B, bias, y, rows, T, N, r, width, 0, N, B_pitch, y_t, B_TURNED, BLOCK_N, RANK, ADD, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
-    x, A, parts, T, K, r, x_t, x_k, A_r, A_k,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    x, A, parts, T, K, r, width, x_t, A_pitch,
+    A_TURNED: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first half of chain_kernel for few rows: program (i, j) leaves z of its share of K in parts[j] (T, r)."""
+    """The first half of chain_kernel for few rows: program (i, j) leaves z of its share of K in parts[j] (T, RANK)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     share = tl.cdiv(tl.cdiv(K, tl.num_programs(1)), BLOCK_K) * BLOCK_K
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, K)
-    z = _shrink(x, A, rows, T, r, begin, end, x_t, x_k, A_r, A_k, BLOCK_T, BLOCK_K, RANK, PRECISION)
-    ranks = tl.arange(0, RANK).to(tl.int64)
-    part = parts + tl.program_id(1).to(tl.int64) * T * r
-    inside = (rows < T)[:, None] & (ranks < r)[None, :]
-    tl.store(part + rows[:, None] * r + ranks[None, :], z, mask=inside)
+    z = _shrink(x, A, rows, T, r, width, begin, end, x_t, A_pitch, A_TURNED, BLOCK_T, BLOCK_K, RANK, PRECISION)
+    part = parts + tl.program_id(1).to(tl.int64) * T * RANK
+    tl.store(part + rows[:, None] * RANK + tl.arange(0, RANK).to(tl.int64)[None, :], z, mask=(rows < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "shares"])
 def expand_kernel(
-    parts, R, B, bias, other, y, z_out, gram, T, N, r, s, shares,
-    R_o, R_i, B_n, B_r, y_t, y_n,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
+    parts, R, B, bias, other, y, z_out, gram, T, s, shares, N, r, width, B_pitch, y_t,
+    R_TURNED: tl.constexpr, B_TURNED: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, R_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The second half: z is the sum of the parts, always in the same order; program (i, j) makes its share of N.
 
@@ -138,41 +150,15 @@ def expand_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, RANK).to(tl.int64)
-    part = parts + rows[:, None] * r + ranks[None, :]
-    inside = (rows < T)[:, None] & (ranks < r)[None, :]
+    part = parts + rows[:, None] * RANK + tl.arange(0, RANK).to(tl.int64)[None, :]
     z = tl.zeros((BLOCK_T, RANK), tl.float32)
     for _ in range(shares):
-        z += tl.load(part, mask=inside, other=0.0)
-        part += tl.cast(T, tl.int64) * r
+        z += tl.load(part, mask=(rows < T)[:, None], other=0.0)
+        part += tl.cast(T, tl.int64) * RANK
     if tl.program_id(1) == 0:
         _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
-    u = _mix(z, R, r, s, R_o, R_i, RANK, R_PRECISION)
+    u = _mix(z, R, r, s, R_TURNED, RANK, R_PRECISION)
     share = tl.cdiv(tl.cdiv(N, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, N)
-    _expand(u, B, bias, y, rows, T, N, r, begin, end, B_n, B_r, y_t, y_n, BLOCK_N, RANK, ADD, PRECISION)
-
-
-@triton.jit(do_not_specialize=["M", "L"])
-def product_kernel(
-    a, b, c, M, N, L, s, a_m, a_l, b_l, b_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """c = s a b for fp32 a (M, L), b (L, N), on tensor cores: u and the gram, where the rank is too wide for the chip.
-
-    Program (i, j, k) makes one tile over its share of L, into c[k] (M, N), contiguous and of any dtype.
-    """
-    share = tl.cdiv(tl.cdiv(L, tl.num_programs(2)), BLOCK_L) * BLOCK_L
-    begin = tl.program_id(2).to(tl.int64) * share
-    end = tl.minimum(begin + share, L)
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for at in range(begin, end, BLOCK_L):
-        k = at + tl.arange(0, BLOCK_L)
-        a_part = tl.load(a + m[:, None] * a_m + k[None, :] * a_l, mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
-        b_part = tl.load(b + k[:, None] * b_l + n[None, :] * b_n, mask=(k < end)[:, None] & (n < N)[None, :], other=0.0)
-        tile = tl.dot(a_part, b_part.to(tl.float32), tile, input_precision=PRECISION)
-    at = tl.program_id(2).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
-    tl.store(c + at, (s * tile).to(c.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    _expand(u, B, bias, y, rows, T, N, r, width, begin, end, B_pitch, y_t, B_TURNED, BLOCK_N, RANK, ADD, PRECISION)

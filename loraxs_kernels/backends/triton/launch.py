@@ -1,0 +1,95 @@
+"""How a kernel is started: past Triton's own binding of arguments, which takes the host longer than all the rest.
+
+Triton looks at every argument of every call to find out for which types, alignments and sizes a kernel must be compiled
+anew.  Here only the number of rows differs between the calls of a layer, so what was compiled is kept for the rest.
+By tests/test_triton_launch.py on an idle CPU, for Triton 3.6: 11 us for a launch of chain_kernel by Triton, 3 us so.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from . import kernels
+from .config import Config
+
+# Versions in which a compiled kernel was seen to take what `launch` hands it; others bind for themselves.
+TRIED = ((3, 3), (3, 9))
+# Where a profiler leaves what Triton is to call before and after each launch.
+_hooks = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel
+
+
+def launch(
+    kernel: str,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor | None, ...],
+    free: tuple[int | float, ...],
+    sizes: tuple[int, ...],
+    constants: tuple[Any, ...],
+    config: Config,
+) -> None:
+    """Start a kernel of kernels.py on the current device and stream; arguments in the kernel's own order.
+
+    free: numbers for which nothing is compiled anew, the number of rows first.  constants: its constexprs.
+    """
+    if direct() and free[0] < 2**31:
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        if not any([address & 15 for address in addresses]):
+            types = tuple([None if t is None else t.dtype for t in tensors])
+            device = torch.cuda.current_device()
+            key = (kernel, device, types, sizes, constants, config.num_warps, config.num_stages)
+            run, function, metadata, compiled = loaded(*key)
+            if _hooked():
+                compiled[grid](*addresses, *free, *sizes, *constants)
+            else:
+                stream = driver.active.get_current_stream(device)
+                run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *sizes, *constants)
+            return
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    getattr(kernels, kernel)[grid](*tensors, *free, *sizes, *constants, **options)
+
+
+@cache
+def direct() -> bool:
+    """Whether `launch` keeps compiled kernels: not in the interpreter, nor on AMD.
+
+    For an AMD GPU Triton also compiles for whether a tensor's memory is below 2 GB.
+    """
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    compiles = isinstance(kernels.chain_kernel, triton.JITFunction)
+    return compiles and torch.version.hip is None and TRIED[0] <= version <= TRIED[1]
+
+
+def _hooked() -> bool:
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@lru_cache(maxsize=4096)
+def loaded(*key: Any) -> tuple[Any, Any, Any, Any]:
+    """The kernel that `compile_kernel` makes of these, on the device: what starts it, and what that wants to be handed."""
+    compiled = compile_kernel(*key)
+    return compiled.run, compiled.function, compiled.packed_metadata, compiled
+
+
+def compile_kernel(
+    kernel: str,
+    device: int,
+    types: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> Any:
+    """The kernel as Triton compiles it for the current device, which is `device`, or finds it in its cache.
+
+    types: of tensors, at addresses that are multiples of 16; None: no tensor.
+    """
+    function = getattr(kernels, kernel)
+    free = [1.0 if name == "s" else 2 for name in function.arg_names if name in ("T", "s", "shares")]
+    return function.warmup(*types, *free, *sizes, *constants, grid=(1, 1, 1), num_warps=warps, num_stages=stages)
