@@ -8,6 +8,7 @@ which grid, with which arguments.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ _FORMATS |= {"i1": "?", "u1": "?", "fp16": "e", "fp32": "f", "fp64": "d"}
 
 
 class Launch(NamedTuple):
-    """What the driver was told."""
+    """What the driver was told, and what the kernel was compiled for."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -38,7 +39,9 @@ class Launch(NamedTuple):
     cluster: int
     early: bool
     cooperative: bool
-    arguments: dict[str, int | float]  # those the compiled kernel takes: no constants, no None, no integer that is 1
+    arguments: dict[str, int | float]  # those that the compiled kernel takes
+    constants: dict[str, Any]  # those it was compiled for: tl.constexpr, None, and integers that were 1
+    aligned: list[str]  # those it takes for multiples of 16
     rest: list[int]  # pointers to scratch memory, which Triton adds
 
 
@@ -47,6 +50,8 @@ def unavailable() -> str | None:
     """Why the stub cannot be used in this process; None: it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if (version := importlib.metadata.version("triton")).startswith("3.2."):
+        return f"triton {version} describes compiled kernels otherwise than those since, which the stub reads"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton interprets its kernels here (TRITON_INTERPRET=1)"
     if _compiler() is None:
@@ -106,7 +111,7 @@ def activate(monkeypatch, folder: Path, capability: tuple[int, int] = (9, 0)) ->
     launcher = driver.launcher_cls
 
     def labelled(source, metadata):
-        stub.label(source.signature)
+        stub.expect(source)
         return launcher(source, metadata)
 
     driver.launcher_cls = labelled  # it is made just before its kernel is loaded
@@ -119,6 +124,7 @@ class Stub:
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        self.loaded: list[str] = []  # the kernels compiled, or read from the cache on the disk, since the start
         library.stub_take.restype = ctypes.c_char_p
         self.fail("")
         self.launches()
@@ -131,18 +137,23 @@ class Stub:
         """What fails from now on: "load", "launch", "pointer" (whether an address is the GPU's), or nothing: ""."""
         self.library.stub_fail(call.encode())
 
-    def label(self, signature: dict[str, str]) -> None:
-        """Kernels that are loaded from now on have these arguments."""
-        pairs = [[name, kind] for name, kind in signature.items() if kind != "constexpr"]
-        self.library.stub_label(json.dumps(pairs)[1:-1].encode())
+    def expect(self, source) -> None:
+        """The kernel that is loaded next was compiled of this."""
+        names = list(source.signature)
+        self.loaded.append(source.name)
+        label = dict(
+            kinds={name: kind for name, kind in source.signature.items() if kind != "constexpr"},
+            constants={names[path[0]]: value for path, value in source.constants.items()},
+            aligned=[names[path[0]] for path, what in source.attrs.items() if ["tt.divisibility", 16] in what],
+        )
+        self.library.stub_label(json.dumps(label).encode())
 
 
-def _launch(label: list[tuple[str, str]], parameters: list[str], **rest) -> Launch:
-    values = list(map(bytes.fromhex, parameters))
-    pointers = values[len(label) :]
-    arguments = {name: _value(kind, value) for (name, kind), value in zip(label, values, strict=False)}
-    rest |= dict(grid=tuple(rest["grid"]), threads=tuple(rest["threads"]))
-    return Launch(**rest, arguments=arguments, rest=[_value("*", each) for each in pointers])
+def _launch(label: dict, parameters: list[str], grid: list[int], threads: list[int], **rest) -> Launch:
+    kinds, values = label.pop("kinds"), list(map(bytes.fromhex, parameters))
+    arguments = {name: _value(kind, value) for (name, kind), value in zip(kinds.items(), values, strict=False)}
+    pointers = [_value("*", each) for each in values[len(kinds) :]]
+    return Launch(grid=tuple(grid), threads=tuple(threads), arguments=arguments, rest=pointers, **label, **rest)
 
 
 def _value(kind: str, value: bytes) -> int | float:

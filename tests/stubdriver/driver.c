@@ -49,7 +49,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
   const char* names = image + sections[file->e_shstrndx].sh_offset;
   Kernel* kernel = calloc(1, sizeof *kernel);
   kernel->name = strdup(name);
-  kernel->label = strdup(label ? label : "");
+  kernel->label = strdup(label ? label : "null");
   for (unsigned i = 0; i < file->e_shnum; ++i) {
     const char* section = names + sections[i].sh_name;
     if (strncmp(section, ".nv.info.", 9) || strcmp(section + 9, name)) continue;
@@ -84,7 +84,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void**
     }
   }
   if (!out) out = open_memstream(&lines, &length);
-  fprintf(out, "{\"kernel\": \"%s\", \"label\": [%s], \"grid\": [%u, %u, %u], \"threads\": [%u, %u, %u], ", kernel->name,
+  fprintf(out, "{\"kernel\": \"%s\", \"label\": %s, \"grid\": [%u, %u, %u], \"threads\": [%u, %u, %u], ", kernel->name,
           kernel->label, how->gridDimX, how->gridDimY, how->gridDimZ, how->blockDimX, how->blockDimY, how->blockDimZ);
   fprintf(out, "\"shared\": %u, \"stream\": %zu, \"cluster\": %u, \"early\": %s, \"cooperative\": %s, \"parameters\": [",
           how->sharedMemBytes, (size_t)how->hStream, cluster, early ? "true" : "false", cooperative ? "true" : "false");
