@@ -128,6 +128,10 @@ def test_the_stub_fails_where_it_is_told_to(gpu_stub):
         launch()
     stub.fail("")
     launch()
+    assert len(stub.launches()) == 3
+    stub.record(False)
+    launch()
+    assert stub.launches() == []
 
 
 def test_nothing_is_left_behind(gpu_stub, monkeypatch):

@@ -126,12 +126,17 @@ class Stub:
         self.library = library
         self.loaded: list[str] = []  # the kernels compiled, or read from the cache on the disk, since the start
         library.stub_take.restype = ctypes.c_char_p
+        self.record(True)
         self.fail("")
         self.launches()
 
     def launches(self) -> list[Launch]:
         """Those since the last call."""
         return [_launch(**json.loads(line)) for line in self.library.stub_take().decode().splitlines()]
+
+    def record(self, on: bool) -> None:
+        """Whether launches are written down, which takes longer than all the rest of them: not where that is timed."""
+        self.library.stub_record(on)
 
     def fail(self, call: str) -> None:
         """What fails from now on: "load", "launch", "pointer" (whether an address is the GPU's), or nothing: ""."""

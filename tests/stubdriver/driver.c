@@ -1,9 +1,10 @@
-// In the place of NVIDIA's driver, libcuda.so.1, for Triton on a machine without a GPU: its own launcher runs, each launch
-// is written down as a line of JSON, and no kernel runs.  `stub_take` hands the lines out; `stub_label` is a text that
-// the functions loaded from then on carry into their launches; `stub_fail` has one kind of call fail from then on.
+// In the place of NVIDIA's driver, libcuda.so.1, for Triton on a machine without a GPU: its own launcher runs, each
+// launch is written down as a line of JSON, and no kernel runs.  `stub_take` hands the lines out; `stub_record` stops and
+// starts the writing, which takes longer than the launch; `stub_label` is JSON that the functions loaded from then on
+// carry into their lines; `stub_fail` has one kind of call fail from then on.
 //
 // Device n is one of compute capability n / 10, n % 10: tests of several kinds of GPU share nothing that Triton keeps by
-// device.  All multiprocessors are 132, and memory is what the kind of GPU has.
+// device.  Each has 132 multiprocessors, and the shared memory of its kind.
 
 #include <cuda.h>
 #include <elf.h>
@@ -21,6 +22,7 @@ typedef struct {
 static char *lines, *taken, *label;
 static char failing[32];
 static size_t length;
+static int silent;
 static FILE* out;
 
 static CUresult answer(const char* call) { return strcmp(failing, call) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
@@ -32,6 +34,7 @@ const char* stub_take(void) {
   out = NULL;
   return taken;
 }
+void stub_record(int on) { silent = !on; }
 void stub_fail(const char* call) { snprintf(failing, sizeof failing, "%s", call); }
 void stub_label(const char* text) {
   free(label);
@@ -73,6 +76,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void** parameters, void** extra) {
+  if (silent) return answer("launch");
   const Kernel* kernel = (const void*)function;
   unsigned cluster = 1, early = 0, cooperative = 0;
   for (unsigned i = 0; i < how->numAttrs; ++i) {
@@ -86,8 +90,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void**
   if (!out) out = open_memstream(&lines, &length);
   fprintf(out, "{\"kernel\": \"%s\", \"label\": %s, \"grid\": [%u, %u, %u], \"threads\": [%u, %u, %u], ", kernel->name,
           kernel->label, how->gridDimX, how->gridDimY, how->gridDimZ, how->blockDimX, how->blockDimY, how->blockDimZ);
-  fprintf(out, "\"shared\": %u, \"stream\": %zu, \"cluster\": %u, \"early\": %s, \"cooperative\": %s, \"parameters\": [",
+  fprintf(out, "\"shared\": %u, \"stream\": %zu, \"cluster\": %u, \"early\": %s, \"cooperative\": %s, ",
           how->sharedMemBytes, (size_t)how->hStream, cluster, early ? "true" : "false", cooperative ? "true" : "false");
+  fprintf(out, "\"parameters\": [");
   for (unsigned i = 0; i < kernel->count; ++i) {
     fprintf(out, i ? ", \"" : "\"");
     for (unsigned j = 0; j < kernel->sizes[i]; ++j) fprintf(out, "%02x", ((unsigned char**)parameters)[i][j]);
