@@ -1,10 +1,10 @@
 // In the place of NVIDIA's driver, libcuda.so.1, for Triton on a machine without a GPU: its own launcher runs, each
-// launch is written down as a line of JSON, and no kernel runs.  `stub_take` hands the lines out; `stub_record` stops and
-// starts the writing, which takes longer than the launch; `stub_label` is JSON that the functions loaded from then on
-// carry into their lines; `stub_fail` has one kind of call fail from then on.
+// launch is written down as a line of JSON, and no kernel runs.  `stub_take` hands the lines out; `stub_record` stops
+// and starts the writing, which takes longer than the launch; `stub_label` is JSON that the functions loaded from then
+// on carry into their lines; `stub_fail` has one kind of call fail from then on.
 //
-// Device n is one of compute capability n / 10, n % 10: tests of several kinds of GPU share nothing that Triton keeps by
-// device.  Each has 132 multiprocessors, and the shared memory of its kind.
+// Device n is one of compute capability n / 10, n % 10: tests of several kinds of GPU share nothing that Triton keeps
+// by device.  Each has 132 multiprocessors, and the shared memory of its kind.
 
 #include <cuda.h>
 #include <elf.h>
@@ -128,14 +128,20 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction f
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 
 CUresult cuInit(unsigned flags) { return CUDA_ERROR_NO_DEVICE; }  // whoever else asks finds no GPU; Triton does not ask
+CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return *context = (CUcontext)failing, CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext* context) { return *context = (CUcontext)failing, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice* device) { return *device = 90, CUDA_SUCCESS; }  // torch tells Triton the current one
 CUresult cuCtxGetLimit(size_t* value, CUlimit which) { return *value = 0, CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit which, size_t value) { return CUDA_SUCCESS; }
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr pointer) {
