@@ -201,6 +201,22 @@ def test_one_call_after_another(gpu_stub, backend, split):
         assert not (again and stub.loaded)
 
 
+def test_more_rows_than_32_bits_count(gpu_stub, backend, monkeypatch):
+    """The rows take no memory here: each is the same one."""
+
+    def rows(like, shape, dtype):
+        return torch.empty(shape[-1], dtype=dtype).expand(shape)
+
+    monkeypatch.setattr(backend, "empty", rows)
+    stub = gpu_stub()
+    few = helpers.operands(4, 48, 96, 12, torch.bfloat16, layout="expanded")
+    many = dataclasses.replace(few, x=few.x[:1].expand((1 << 31) + 7, 96))
+    for o in (few, many, few, many):
+        case = Case(backend, o, (32, 32, 16))
+        results = case.call()
+        case.check(stub.launches(), results)
+
+
 def test_the_gram_of_a_wide_rank_is_a_kernel_of_its_own(gpu_stub, backend, monkeypatch):
     monkeypatch.setattr(backend, "facts", lambda device: Device((9, 0), 132))
     stub = gpu_stub()
