@@ -8,6 +8,7 @@ tests each way, in processes of their own.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import standin
+import stubdriver
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -70,6 +72,19 @@ def fp32_precision():
     yield settings
     for name, each in settings.items():
         each.fp32_precision = before[name]
+
+
+@pytest.fixture(scope="session")
+def _driver(tmp_path_factory):
+    if reason := stubdriver.unavailable():
+        pytest.skip(reason)
+    return stubdriver.build(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def gpu_stub(_driver, monkeypatch):
+    """`gpu_stub((9, 0))`: Triton believes in a GPU of this compute capability; see tests/stubdriver."""
+    return functools.partial(stubdriver.activate, monkeypatch, _driver)
 
 
 if INTERPRETED:
