@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import torch as torch_backend
-from ..device import empty, facts, on
+from ..device import empty, facts, on, plain
 from .config import Config, padded, pick_config, precision
 
 OLDEST = (3, 2)
@@ -65,6 +65,7 @@ def lowrank_linear(
     those parts, r x r fp32 for each block of rows, and for few rows at most config.MOST parts of z.  Every sum has a
     fixed order: same inputs, same bits.
     """
+    x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
     (T, K), (N, r) = x.shape, B.shape
     if not (x.is_cuda or (x.is_cpu and interpreted())) or x.dtype not in _DTYPES or 0 in (T, K, N):
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
