@@ -47,9 +47,10 @@ def plain(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     A negated view (`c.conj().imag`) is copied, and so is a zero tensor, which autograd may hand over in place of zeros
     and which has no memory.  Real tensors have no conj bit.  Raises RuntimeError, before anything is launched, for
-    tangents of forward-mode AD and under torch.func's transforms: a kernel would drop what they carry.
+    tangents of forward-mode AD, under torch.func's transforms and for a batch of gY, which comes first: a kernel would
+    drop what they carry.
     """
-    if transformed(*tensors):
+    if transformed(*tensors) or torch._C._functorch.is_legacy_batchedtensor(tensors[0]):
         refuse_transforms("lora_xs_linear, lora_xs_delta and decode: their kernels")
     for t in tensors:
         if t is not None and (t.is_neg() or t._is_zerotensor()):
