@@ -37,6 +37,8 @@ def lora_xs_linear(
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+        RuntimeError: under torch.func (vmap, jvp, grad, ...) or on tangents of forward-mode AD, where a kernel runs or
+            x or R requires a gradient.  loraxs_kernels.reference.lowrank_linear can be transformed.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
@@ -60,7 +62,9 @@ def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out:
         (..., N): the delta, or out + delta.
 
     Raises:
-        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above, or out overlaps
+            itself or another operand; it is named.
+        RuntimeError: as for `lora_xs_linear`.
     """
     x, A, B = autocast(x, A, B)
     check(x, A, R, B, scale, out=out)
