@@ -73,19 +73,19 @@ class Recipe:
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            A = torch.empty(rank, K).uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
-            B = torch.empty(N, rank).uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+            A = torch.empty(rank, K, device="cpu").uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
+            B = torch.empty(N, rank, device="cpu").uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         raise ValueError("init: A and B were given, there is no recipe to make them again")
 
     def initial_R(self, rank: int, sigma: float) -> Tensor:
         """R (r, r) ~ N(0, sigma^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R")) * sigma
+        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * sigma
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""
         digest = hashlib.sha256(f"{self.seed}:{self.name}:{what}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

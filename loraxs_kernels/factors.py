@@ -247,7 +247,7 @@ class _Upload:
         if copied is not None:
             copied.synchronize()
         if buffer is None or buffer.numel() < W.nbytes:
-            buffer = torch.empty(W.nbytes, dtype=torch.uint8, pin_memory=True)
+            buffer = torch.empty(W.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         staged = buffer[: W.nbytes].view(W.dtype).view(W.shape)
         staged.copy_(W)
         with torch.cuda.stream(self.stream):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import backends, ops
+from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
 from .backends.torch import cast, scaled_mm, shrink
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]  # W, A, R, B, s, bias of one layer
@@ -36,6 +37,8 @@ def lora_xs_linear(
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+        RuntimeError: under torch.func (vmap, jvp, grad, ...) or on tangents of forward-mode AD, where a kernel runs or
+            x or R requires a gradient.  loraxs_kernels.reference.lowrank_linear can be transformed.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
@@ -52,13 +55,16 @@ def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out:
 
     Args:
         x, A, R, B, scale: as in `lora_xs_linear`.
-        out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.
+        out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.  It
+            shares no memory with A, R and B, nor with x, unless it is x itself.
 
     Returns:
         (..., N): the delta, or out + delta.
 
     Raises:
-        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above, or out overlaps
+            itself or another operand; it is named.
+        RuntimeError: as for `lora_xs_linear`.
     """
     x, A, B = autocast(x, A, B)
     check(x, A, R, B, scale, out=out)
@@ -87,6 +93,9 @@ def unchecked(
     primitive = backends.primitive(backend)
     with ops.no_autocast(x):
         if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
+            if transformed(x, W, A, R, B, bias, out):
+                name = "lora_xs_delta" if W is None else "lora_xs_linear"
+                refuse_transforms(f"{name}: a call whose x or R requires a gradient")
             y = _LowRankLinear.apply(out, rows, W, A, R, B, s, bias, primitive)
         else:
             y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))[0]
@@ -158,6 +167,8 @@ def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
     The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
     would with a kernel, and z and u are small.
     """
+    if in_forward_mode() or transformed():  # single calls are right there, or refused with a reason
+        return tuple(unchecked(x, W, A, R, B, s, bias) for W, A, R, B, s, bias in operands)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with ops.no_autocast(x):
         ys = _LowRankLinears.apply(rows, operands, *(R for _, _, R, *_ in operands))
@@ -274,3 +285,5 @@ def check(
             raise ValueError(f"{name}: got shape {tuple(operands[name].shape)}, must be {shape}")
     if r == 0:
         raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")
+    if out is not None and not torch.compiler.is_compiling():  # compiled code adds to it when all has been read
+        check_out(out, x=x, A=A, R=R, B=B, weight=weight, bias=bias)

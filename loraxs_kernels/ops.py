@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.device import in_forward_mode, refuse_transforms
 from .backends.torch import cast, scaled_mm, shrink
 
 _NOTHING = nullcontext()
@@ -69,6 +70,7 @@ def lowrank_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, z, gram) of the backend's primitive; gram is empty without `other`, as an operator cannot return None."""
+    _refuse_forward_mode()
     with no_autocast(x):
         y, z, gram = backends.primitive(backend)(x, W, A, R, B, s, bias, None, other)
     return y, z, z.new_empty(0) if gram is None else gram
@@ -86,8 +88,15 @@ def _(
     other: Optional[Tensor],  # noqa: UP045
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_forward_mode()
     z = x.new_empty(x.shape[0], A.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape[0], B.shape[0]), z, z.new_empty(0) if other is None else z.new_empty(R.shape)
+
+
+def _refuse_forward_mode() -> None:
+    """torch runs an operator that has no forward-mode derivative all the same, and drops the tangents."""
+    if in_forward_mode():
+        refuse_transforms("lora_xs_linear and lora_xs_delta: compiled code")
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -510,8 +510,8 @@ def _eigenpairs(H: Tensor, count: int, rank: int, pool: Executor | None) -> Call
     and 183806).
     """
     there = to_host(H)
-    ritz = torch.zeros(len(H), rank, dtype=H.dtype)
-    P = torch.zeros(len(H), H.shape[-1], rank, dtype=H.dtype)
+    ritz = torch.zeros(len(H), rank, dtype=H.dtype, device="cpu")
+    P = torch.zeros(len(H), H.shape[-1], rank, dtype=H.dtype, device="cpu")
 
     def solve(i: int) -> None:
         H_i = there()[i]
@@ -535,7 +535,7 @@ def to_host(t: Tensor) -> Callable[[], Tensor]:
     """Starts a copy to the host; the function waits for it, and for nothing that comes after."""
     if t.device.type == "cpu":
         return lambda: t
-    there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+    there = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True)
     there.copy_(t, non_blocking=True)
     # Those that wait sleep: their cores have eigenproblems to solve.
     copied = torch.cuda.current_stream(t.device).record_event(torch.cuda.Event(blocking=True))

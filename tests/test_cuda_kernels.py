@@ -199,6 +199,12 @@ def test_every_token_its_own_adapter(plans, T, r, cluster, R_dtype):
         ({"R": torch.zeros(4, 2, 2), "index": torch.zeros(3)}, r"index: got shape \(3,\) of torch.float32"),
         ({"R": torch.zeros(4, 2, 2), "index": torch.zeros(4).int()}, r"index: got shape \(4,\) of torch.int32"),
         ({"out": torch.zeros(3, 6).bfloat16()}, r"out: got shape \(3, 6\), must be \(3, 5\)"),
+        ({"out": torch.zeros(1, 5).bfloat16().expand(3, 5)}, r"out: .* strides \(0, 1\), must have memory of its own"),
+        (
+            {"B": (t := torch.zeros(5, 5).bfloat16())[:, :2], "out": t[2:]},
+            "out: got a tensor that overlaps B in memory",
+        ),
+        ({"bias": (t := torch.zeros(15).bfloat16())[:5], "out": t.view(3, 5)}, "out: got a tensor that overlaps bias"),
         ({"bias": torch.zeros(5, device="meta").bfloat16()}, "bias: got device meta, must be cpu like x"),
         (
             {"A": torch.zeros(129, 8).bfloat16(), "B": torch.zeros(5, 129).bfloat16()},
@@ -211,6 +217,27 @@ def test_decode_names_a_wrong_operand(change, message):
     given = {name: t.bfloat16() for name, t in good.items()} | {"R": torch.zeros(2, 2), "s": 1.0} | change
     with pytest.raises((TypeError, ValueError), match=message):
         backend.decode(**given)
+
+
+@pytest.mark.parametrize("plan", [Rows(3, 1, True), Rows(0, 1, True, programs=4), Decode(2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["x", "W", "A", "R", "B", "bias", "gY"])
+def test_negated_views_and_zero_tensors(plans, plan, name):
+    plans.forced = plan
+    o = operands(70 if isinstance(plan, Rows) else 17, 24, 304, 12, torch.bfloat16)
+    t = getattr(o, name)
+    for view in (torch._neg_view(-t), torch._efficientzerotensor(t.shape, dtype=t.dtype)):
+        given, same = (gradients(Operands(**vars(o) | {name: each}), lora_xs_linear) for each in (view, view.clone()))
+        assert all(map(torch.equal, given, same))
+
+
+@pytest.mark.parametrize("name", ["x", "A", "R", "B", "bias"])
+def test_decode_reads_negated_views_and_zero_tensors(name):
+    o = operands(4, 24, 304, 12, torch.bfloat16)
+    t = getattr(o, name)
+    for view in (torch._neg_view(-t), torch._efficientzerotensor(t.shape, dtype=t.dtype)):
+        given, same = (Operands(**vars(o) | {name: each}) for each in (view, view.clone()))
+        ys = (backend.decode(each.x, each.A, each.R, each.B, each.s, each.bias)[0] for each in (given, same))
+        assert torch.equal(*ys)
 
 
 def test_no_rows_and_no_columns(plans):

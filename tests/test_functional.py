@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import EMULATED, INTERPRETED
 from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, oracle_gradients, unfused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from loraxs_kernels import backends, functional, reference
+from loraxs_kernels import LoRAXSLinear, backends, forward_together, functional, reference
 from loraxs_kernels.backends import torch as torch_backend
+from loraxs_kernels.backends.device import _Elements
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
 
@@ -462,6 +468,259 @@ def test_out_must_be_writable_in_place():
         lora_xs_delta(o.x, o.A, o.R, o.B, o.s, out=torch.ones(6, 4))
     with pytest.raises(ValueError, match=r"out: .* must be viewable"):
         lora_xs_delta(o.x.view(2, 3, 7), o.A, o.R, o.B, o.s, out=torch.ones(3, 2, 5).transpose(0, 1))
+
+
+def negated(t: torch.Tensor) -> torch.Tensor:
+    """t, as a view of -t whose neg bit is set."""
+    return torch._neg_view(-t)
+
+
+NAMES = ("x", "W", "A", "R", "B", "bias", "gY")
+MANY_AND_FEW = [(70, 24, 304, 12), (4, 24, 304, 12)]  # rows: kernels of their own on the cuda backend
+
+
+@pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_negated_views(name, shape):
+    """Their memory holds the numbers with the other sign."""
+    o = operands(*shape, torch.bfloat16)
+    check_against_oracle(replace(o, **{name: negated(getattr(o, name))}))
+
+
+def test_imaginary_parts_of_conjugates():
+    """Where negated views come from; theirs lie in every other element, too."""
+    o = operands(70, 24, 304, 12, torch.float16)
+    changed = {name: torch.complex(o.gY[:1, :1], -getattr(o, name)).conj().imag for name in ("x", "A", "B")}
+    assert all(t.is_neg() for t in changed.values())
+    check_against_oracle(replace(o, **changed))
+
+
+@pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_tensors(name, shape):
+    """Zeros without memory, which autograd may hand over as gY."""
+    o = operands(*shape, torch.bfloat16)
+    t = getattr(o, name)
+    nothing = torch._efficientzerotensor(t.shape, dtype=t.dtype)
+    assert nothing._is_zerotensor()
+    check_against_oracle(replace(o, **{name: nothing}))
+
+
+def into(o: Operands, out: torch.Tensor, **changed) -> torch.Tensor:
+    return lora_xs_delta(**(dict(x=o.x, A=o.A, R=o.R, B=o.B, scale=o.s) | changed), out=out)
+
+
+def refused_outs(o: Operands) -> dict:
+    """What `out` may not be, with the operands that it is given with: T = 6, N = K = 8, r = 8."""
+    shared = torch.ones(20, 8, dtype=o.x.dtype)
+    return {
+        "one row for all": (
+            shared[:1].expand(6, 8),
+            {},
+            r"out: got shape \(6, 8\) with strides \(0, 1\), must have memory",
+        ),
+        "one element for a row": (shared[:6, :1].expand(6, 8), {}, "must have memory of its own for each element"),
+        "rows that overlap": (shared.as_strided((6, 8), (4, 1)), {}, "must have memory of its own for each element"),
+        "steps that meet": (shared.as_strided((6, 8), (3, 2)), {}, "must have memory of its own for each element"),
+        "x, a row further": (
+            shared[1:7],
+            dict(x=shared[:6]),
+            "out: got a tensor that overlaps x in memory, .* x itself",
+        ),
+        "x, a row before": (shared[:6], dict(x=shared[1:7]), "overlaps x in memory"),
+        "x, transposed": (shared[:8].t()[:6], dict(x=shared[:6]), "overlaps x in memory"),
+        "columns of A": (shared.view(10, 16)[:6, 4:12], dict(A=shared.view(10, 16)[:8, :8]), "overlaps A in memory"),
+        "R": (shared[:6], dict(R=shared[4:12]), "overlaps R in memory"),
+        "B itself": (shared[:6], dict(B=shared[:8]), "overlaps B in memory, must share none with it$"),
+        "a negated view": (negated(shared)[:6], {}, "out: got a negated view"),
+        "a zero tensor": (torch._efficientzerotensor((6, 8), dtype=o.x.dtype), {}, "out: got a zero tensor"),
+    }
+
+
+@pytest.mark.parametrize("case", refused_outs(operands(6, 8, 8, 8)))
+@pytest.mark.parametrize("trains", [False, True])
+def test_out_that_cannot_be_written_in_place_is_refused(case, trains):
+    o = operands(6, 8, 8, 8, torch.bfloat16)
+    out, changed, message = refused_outs(o)[case]
+    R = changed.get("R", o.R).detach().requires_grad_(trains)
+    with pytest.raises(ValueError, match=message):
+        into(o, out, **changed | dict(R=R))
+    assert (out == (case != "a zero tensor")).all()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda t: (t[:6], t[6:12]),
+        lambda t: (t[::2][:6], t[1::2][:6]),
+        lambda t: (t.view(10, 16)[:6, :8], t.view(10, 16)[:6, 8:]),
+        lambda t: (t.view(10, 16)[1:7, 8:], t.view(10, 16)[:6, :8]),
+        lambda t: (t.view(10, 16)[:6, ::2], t.view(10, 16)[:6, 1::2]),
+        lambda t: (t[:6], t[:6]),
+        lambda t: (t.view(10, 16)[:6, ::2], t.view(10, 16)[:6, ::2]),
+    ],
+    ids=["rows", "every other row", "columns", "columns, a row further", "every other column", "x", "x, a view"],
+)
+def test_out_may_lie_beside_x_or_be_x(place):
+    o = operands(6, 8, 8, 8, torch.bfloat16)
+    out, x = place(torch.empty(20, 8, dtype=torch.bfloat16))
+    x.copy_(o.x)
+    before = x.clone() if out.data_ptr() == x.data_ptr() else out.fill_(1).clone()
+    into(o, out, x=x)
+    expected = [before.to(dtype) + unfused(o.to(dtype).x, None, *(t.to(dtype) for t in (o.A, o.R, o.B)), o.s)
+                for dtype in (torch.bfloat16, torch.float64)]  # fmt: skip
+    assert_accurate(out, *expected, torch.bfloat16)
+
+
+PLACES = st.tuples(
+    st.integers(0, 12),
+    st.lists(st.tuples(st.integers(1, 4), st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 12])), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PLACES, PLACES)
+def test_which_elements_meet(mine, theirs):
+    """Against the set of all addresses: what is said to be apart is, and two dimensions are known to overlap or not."""
+    memory = torch.arange(128, dtype=torch.int16)
+    views = [memory.as_strided(*zip(*dims, strict=True), offset) for offset, dims in (mine, theirs)]
+    a, b = (view.reshape(-1).tolist() for view in views)
+    first, second = map(_Elements.of, views)
+    if set(a) & set(b):
+        assert first.may_meet(second) and second.may_meet(first)
+    twice = len(set(a)) < len(a)
+    if len(first.dims) < 3:
+        assert first.overlap_themselves() == twice
+    assert first.overlap_themselves() or not twice
+
+
+ADVICE = r"use loraxs_kernels\.reference\.lowrank_linear"
+
+
+def tangent(call, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Of call(x), by the two ways to forward-mode AD, which agree."""
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, t))).tangent
+    assert torch.equal(torch.func.jvp(call, (x,), (t,))[1], found)
+    return found
+
+
+def batched(call, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(call)(torch.stack([x, t]))
+
+
+def under_grad(call, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.func.grad(lambda x: call(x).float().square().sum())(x)
+
+
+TRANSFORMED = {
+    "lora_xs_linear": lambda o: lambda x, R: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias),
+    "lora_xs_delta": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s),
+    "lora_xs_delta into out": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s, out=torch.zeros_like(o.gY)),
+    "together": lambda o: lambda x, R: torch.cat(functional.together(x, [(o.W, o.A, R, o.B, o.s, o.bias)] * 2)),
+    "LoRAXSLinear": lambda o: layer_of(o),
+    "forward_together": lambda o: layer_of(o, twice=True),
+}
+
+
+def layer_of(o: Operands, twice: bool = False):
+    """The operands as a layer, called with x and an R in place of its parameter; twice: by forward_together."""
+    linear = torch.nn.Linear(o.W.shape[1], o.W.shape[0])
+    linear.weight, linear.bias = torch.nn.Parameter(o.W), torch.nn.Parameter(o.bias)
+    layer = LoRAXSLinear.from_linear(linear, len(o.R), alpha=o.s * len(o.R), init=(o.A, o.B))
+    del layer.R
+
+    def call(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        layer.R = R
+        return torch.cat(forward_together(x, layer, layer)) if twice else layer(x)
+
+    return call
+
+
+def untransformed(name: str, o: Operands):
+    """What `TRANSFORMED` computes, in torch's own operations."""
+
+    def call(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        if "delta" in name:
+            return unfused(x, None, o.A, R, o.B, o.s)
+        y = unfused(x, o.W, o.A, R, o.B, o.s, o.bias)
+        return torch.cat([y, y]) if "together" in name else y
+
+    return call
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("how", [tangent, batched])
+@pytest.mark.parametrize("of", ["x", "R"])
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_forward_mode_and_vmap_are_right_or_refused(name, how, of, no_grad):
+    """torch's own operations follow them; kernels would drop the tangents."""
+    o = operands(70, 24, 304, 12, torch.bfloat16)
+    t = torch.randn_like(getattr(o, of))
+
+    def transform(call, o: Operands, t: torch.Tensor) -> torch.Tensor:
+        return how(lambda v: call(*((v, o.R) if of == "x" else (o.x, v))), getattr(o, of), t)
+
+    with torch.no_grad() if no_grad else nullcontext():
+        if INTERPRETED or EMULATED:
+            with pytest.raises(RuntimeError, match=ADVICE):
+                transform(TRANSFORMED[name](o), o, t)
+            return
+        if how is batched and "out" in name:
+            with pytest.raises(RuntimeError, match="vmap: "):  # what is not batched cannot be written batched
+                transform(TRANSFORMED[name](o), o, t)
+            return
+        got = transform(TRANSFORMED[name](o), o, t)
+        expected = [transform(untransformed(name, each), each, t.to(each.x.dtype)) for each in (o, o.to(torch.float64))]
+    assert_accurate(got, *expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("how", [tangent, batched, under_grad])
+def test_what_trains_is_not_transformed(name, how):
+    """Its backward pass is hidden from torch; out stays as it was."""
+    o = operands(70, 24, 304, 12, torch.bfloat16)
+    R = o.R.requires_grad_()
+    call, message = TRANSFORMED[name](o), rf"lora_xs_(linear|delta): .* {ADVICE}"
+    with pytest.raises(RuntimeError, match=message):
+        how(lambda x: call(x, R), o.x, torch.randn_like(o.x))
+    out = o.gY.clone()
+    with pytest.raises(RuntimeError, match=f"lora_xs_delta: .* {ADVICE}"), forward_ad.dual_level():
+        lora_xs_delta(forward_ad.make_dual(o.x, o.x), o.A, R, o.B, o.s, out=out)
+    assert torch.equal(out, o.gY)
+
+
+@pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
+def test_gradients_of_a_batch_of_gY(shape):
+    o = operands(*shape, torch.bfloat16)
+    x, R, gYs = o.x.requires_grad_(), o.R.requires_grad_(), torch.stack([o.gY, o.gY * 2])
+    y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias)
+    if INTERPRETED or EMULATED:
+        with pytest.raises(RuntimeError, match=f"batched .* {ADVICE}"):
+            torch.autograd.grad(y, (x, R), gYs, is_grads_batched=True)
+        return
+    expected = torch.autograd.grad(y, (x, R), o.gY, retain_graph=True)
+    for got, one in zip(torch.autograd.grad(y, (x, R), gYs, is_grads_batched=True), expected, strict=True):
+        torch.testing.assert_close(got, torch.stack([one, one * 2]))
+
+
+def test_forward_mode_elsewhere_changes_nothing():
+    """Kernels refuse tangents, not the place where there might be some."""
+    o = operands(70, 24, 304, 12, torch.bfloat16)
+    expected = gradients(o, lora_xs_linear)
+    with forward_ad.dual_level():
+        got = gradients(o, lora_xs_linear)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_compiled_code_refuses_tangents():
+    """torch would run the operator without them."""
+    o = operands(17, 33, 65, 12)
+    call = torch.compile(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s), fullgraph=True, backend="aot_eager")
+    with forward_ad.dual_level(), pytest.raises(Exception, match=ADVICE):
+        call(forward_ad.make_dual(o.x, o.x))
+    assert torch.equal(call(o.x), lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s))
 
 
 def test_reference_is_its_formula():

@@ -33,7 +33,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, len(trec.CLASSES))
+        self.head = nn.Linear(encoder.config.hidden_size, len(trec.CLASSES), device=encoder.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

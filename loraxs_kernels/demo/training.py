@@ -60,10 +60,10 @@ class Encoded:
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
         """The named arguments of the model."""
-        lengths = torch.tensor([len(self.tokens[i]) for i in rows])
-        mask = torch.arange(max(lengths)) < lengths[:, None]
-        ids = torch.zeros(mask.shape, dtype=torch.long)  # token 0 pads, or any other: it is masked
-        ids[mask] = torch.tensor([token for i in rows for token in self.tokens[i]])
+        lengths = torch.tensor([len(self.tokens[i]) for i in rows], device="cpu")
+        mask = torch.arange(max(lengths), device="cpu") < lengths[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.long, device="cpu")  # token 0 pads, or any other: it is masked
+        ids[mask] = torch.tensor([token for i in rows for token in self.tokens[i]], device="cpu")
         return {"input_ids": ids.to(self.device), "attention_mask": mask.long().to(self.device)}
 
 
@@ -121,12 +121,12 @@ def _lr_factor(step: int, schedule: Schedule) -> float:
 
 def _bucketed(data: Encoded, batch: int, seed: int) -> Iterator[list[int]]:
     """Batches of similar length without end, every epoch shuffled anew."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     while True:
-        order = torch.randperm(len(data), generator=generator).tolist()
+        order = torch.randperm(len(data), generator=generator, device="cpu").tolist()
         pools = (sorted(pool, key=lambda i: len(data.tokens[i])) for pool in _chunks(order, POOL * batch))
         batches = [rows for pool in pools for rows in _chunks(pool, batch) if len(rows) == batch]
-        for i in torch.randperm(len(batches), generator=generator).tolist():
+        for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist():
             yield batches[i]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import torch as torch_backend
-from ..device import empty, facts, on
+from ..device import check_out, empty, facts, on, plain
 from ..torch import cast, scaled_mm
 from . import core
 from .config import ALIGNMENT, TOKENS, UNIT, WIDEST_DECODE, Decode, Rows, aligned, pick, unsupported, workspace
@@ -49,6 +49,7 @@ def lowrank_linear(
     The workspace is u, T x r, and where blocks share K at most config.PARTS parts of z; r x r fp32 for each 64 rows,
     where a gram is asked for.  Every sum has a fixed order: same inputs, same bits.
     """
+    x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
     plan = None
     if runs_here(x):
         (T, K), (N, r) = x.shape, B.shape
@@ -83,7 +84,8 @@ def decode(
         x (T, K), A (r, K), B (N, r), bias (N,): bf16 or fp16, any strides; T <= 64, r <= 128.
         R: (n, r, r), fp32, bf16 or fp16, any strides; or (r, r), one for all tokens.
         s: a number.
-        out: (T, N), written in place and returned; None: a new y.
+        out: (T, N), written in place and returned; None: a new y.  It shares no memory with the others, unless it is x
+            itself.
         index: (T,) int32 on x's device, which R a token uses; -1: none, its row of y gets the bias alone.  Values are
             not checked: they must be below n.  None: R is one matrix.
 
@@ -118,6 +120,9 @@ def decode(
     for name, t in (halves | {"R": R, "index": index}).items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
+    if out is not None:
+        check_out(out, x=x, A=A, R=R, B=B, bias=bias, index=index)
+    x, A, R, B, bias = plain(x, A, R, B, bias)
     plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
     if plan is None:  # no rows or no columns: whatever R is, there is nothing to add
         return torch_backend.lowrank_linear(x, None, A, R.new_zeros(r, r), B, s, bias, out)[:2]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...padding import readable_columns
 from .. import torch as torch_backend
-from ..device import empty, facts, on
+from ..device import empty, facts, on, plain
 from .config import Config, padded, pick_config, precision
 from .launch import launch
 
@@ -88,6 +88,7 @@ def lowrank_linear(
     that sums the gram's parts where there are several, or makes it past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32 for each block of
     rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs, same bits.
     """
+    x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
     (T, K), (N, r) = x.shape, B.shape
     config = None
     if (x.is_cuda or (x.is_cpu and interpreted())) and x.dtype in _DTYPES and 0 not in (T, K, N):
