@@ -99,8 +99,8 @@ if INTERPRETED:
     def create_dot(self, a, b, d, input_precision, *more):
         """Triton's interpreter keeps bf16 as its 16 bits and its dot takes them for integers: hand it fp32 instead.
 
-        And its fp32 products are exact: here they are those of a TF32 instruction, which reads 10 bits of a fraction and
-        not the other 13.  For "tf32" Triton hands it operands as they are; for "tf32x3" rounded, then what that left.
+        And its fp32 products are exact: here they are those of a TF32 instruction, which reads 10 bits of a fraction
+        and not the other 13.  For "tf32" Triton hands it operands as they are; for "tf32x3" rounded, then what that left.
         """
 
         def number(t: TensorHandle) -> TensorHandle:

@@ -339,7 +339,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_z_in_fp32():
     y = under_autocast(x, o.W, o.A, R, o.B, o.s, o.bias)
     got = R.grad.clone()
     hR = half.R.detach().requires_grad_()
-    expected = lora_xs_linear(half.x, half.W, half.A, hR, half.B, o.s, half.bias)
+    expected = lora_xs_linear(half.x.detach().requires_grad_(), half.W, half.A, hR, half.B, o.s, half.bias)
     assert torch.equal(y, expected)
     expected.float().backward(o.gY)
     torch.testing.assert_close(got, hR.grad, rtol=1e-5, atol=1e-5)

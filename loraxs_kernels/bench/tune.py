@@ -35,7 +35,12 @@ from .settings import at_least_one, model_or_shapes
 from .shapes import MODELS, Shape
 
 RANKS = (16, 32, 64, 128)
-TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}  # from how many rows on a row of the table is meant: with how many it is timed
+TYPICAL = {
+    1: 32,
+    257: 512,
+    2049: 8192,
+    16385: 32768,
+}  # from how many rows on a row of the table is meant: with how many it is timed
 OPTIONS = {
     "block_t": (16, 32, 64, 128),
     "block_k": (32, 64, 128),
@@ -51,9 +56,9 @@ _FILLED = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128
 _MANY = {16: (128, 64, 128, 8, 3), 32: (128, 64, 128, 8, 3), 64: (128, 64, 128, 8, 3)}
 START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
     ("wgmma", "half"): {257: _FILLED, 16385: _MANY},
-    ("tcgen05", "half"): {257: _FILLED, 16385: _MANY},
+    ("tcgen05", "half"): {257: _FILLED, 16385: _MANY | {32: (128, 64, 64, 8, 3)}},
     ("mma", "half"): {
-        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 64, 64, 8, 3)},
+        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 8, 3), 128: (16, 64, 64, 8, 3)},
         257: {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 4, 3), 64: (64, 64, 64, 8, 3), 128: (64, 64, 64, 8, 3)},
         16385: {16: (128, 64, 64, 8, 3), 32: (128, 64, 64, 8, 3), 64: (128, 64, 64, 8, 3)},
     },

@@ -84,9 +84,10 @@ def lowrank_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, z, gram), see backends/torch.py.
 
-    Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not, and one
-    that sums the gram's parts where there are several, or makes it past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32 for each block of
-    rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs, same bits.
+    Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not.  The gram
+    takes one more where it is the sum of several parts, or past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32
+    for each block of rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs,
+    same bits.
     """
     x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
     (T, K), (N, r) = x.shape, B.shape
@@ -126,7 +127,7 @@ def low_rank(
     y = empty(x, (T, N), x.dtype) if out is None else out
     z = empty(x, (T, r), torch.float32)
     beside = other if rank <= GRAM_ON_CHIP else None
-    gram = None if beside is None else empty(x, (blocks, r, r), torch.float32)
+    gram = None if beside is None else empty(x, (r, r) if blocks == 1 else (blocks, r, r), torch.float32)
     s, x_t, y_t = float(s), x.stride(0), y.stride(0)
     large, small = dot_precision(precision(x.dtype))
     end = (R, B, bias, beside, y, z, gram)  # what both of the kernels that write y take last
@@ -161,9 +162,9 @@ def low_rank(
             config,
         )
     if gram is not None:
-        gram = gram[0] if blocks == 1 else gram.sum(0)
+        gram = gram if blocks == 1 else gram.sum(0)
     elif other is not None:
-        gram = torch_backend.scaled_mm(z.t(), other, s, empty(x, (r, r), torch.float32))
+        gram = torch_backend.scaled_mm(z.t(), other, s, z.new_empty(r, r))
     return y, z, gram
 
 
@@ -185,8 +186,7 @@ def layout(A: Tensor) -> str:
 def dot_precision(which: str) -> tuple[str, str]:
     """`input_precision` of the products with A and B, and of those with R and of the gram, whose operands are fp32.
 
-    A TF32 product truncates its operands to 10 bits.  That is less than the rounding of u and y where x is half
-    precision; for fp32 it takes three of them.
+    A TF32 product holds 10 bits of its operands' fractions: as many as fp16, more than bf16.  fp32 takes three of them.
     """
     if torch.version.hip is not None:
         return "ieee", "ieee"

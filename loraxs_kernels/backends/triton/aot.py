@@ -86,11 +86,11 @@ def _compiling(capability: tuple[int, int]) -> Iterator[list[tuple[str, Any]]]:
         get_current_stream=lambda device: 0,
     )
 
-    def launch(kernel: str, grid: tuple, tensors: tuple, free: tuple, sizes: tuple, constants: tuple, config: Config) -> None:
+    def launch(
+        kernel: str, grid: tuple, tensors: tuple, free: tuple, sizes: tuple, constants: tuple, config: Config
+    ) -> None:
         types = tuple(None if t is None else t.dtype for t in tensors)
-        found.append(
-            (kernel, compile_kernel(kernel, sm, types, sizes, constants, config.num_warps, config.num_stages))
-        )
+        found.append((kernel, compile_kernel(kernel, sm, types, sizes, constants, config.num_warps, config.num_stages)))
 
     before = driver._active
     driver.set_active(there)

@@ -59,12 +59,22 @@ def _shrink(
 
 
 @triton.jit
+def _rounded(t, PRECISION: tl.constexpr):
+    """t as a single TF32 product should be handed it, which would cut off what it cannot hold: rounded to 10 bits."""
+    if PRECISION == "tf32":
+        bits = (t.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        t = tl.where(t == t, bits.to(tl.float32, bitcast=True), t)  # a NaN stays one
+    return t
+
+
+@triton.jit
 def _mix(z, R, r, s, R_TURNED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """u = s z R^T."""
     ranks = tl.arange(0, RANK).to(tl.int64)
     inside = (ranks < r)[:, None] & (ranks < r)[None, :]
     Rt = tl.load(R + _at(ranks[None, :], ranks[:, None], r, R_TURNED), mask=inside, other=0.0)
-    return s * tl.dot(z, Rt.to(tl.float32), input_precision=PRECISION)
+    Rt = _rounded(Rt.to(tl.float32), PRECISION)
+    return s * tl.dot(_rounded(z, PRECISION), Rt, input_precision=PRECISION)
 
 
 @triton.jit
@@ -103,7 +113,8 @@ def _keep(z, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECI
     inside = (rows < T)[:, None] & (ranks < r)[None, :]
     tl.store(z_out + at, z, mask=inside)
     if other is not None:
-        part = s * tl.dot(tl.trans(z), tl.load(other + at, mask=inside, other=0.0), input_precision=PRECISION)
+        z_forward = _rounded(tl.load(other + at, mask=inside, other=0.0), PRECISION)
+        part = s * tl.dot(tl.trans(_rounded(z, PRECISION)), z_forward, input_precision=PRECISION)
         square = (ranks < r)[:, None] & (ranks < r)[None, :]
         tl.store(gram + block * r * r + ranks[:, None] * r + ranks[None, :], part, mask=square)
 

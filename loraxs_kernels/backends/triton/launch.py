@@ -72,7 +72,7 @@ def _hooked() -> bool:
 
 @lru_cache(maxsize=4096)
 def loaded(*key: Any) -> tuple[Any, Any, Any, Any]:
-    """The kernel that `compile_kernel` makes of these, on the device: what starts it, and what that wants to be handed."""
+    """What `compile_kernel` makes of these, loaded: what starts the kernel, two things to hand to it, and the kernel."""
     compiled = compile_kernel(*key)
     return compiled.run, compiled.function, compiled.packed_metadata, compiled
 
