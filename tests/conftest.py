@@ -100,7 +100,8 @@ if INTERPRETED:
         """Triton's interpreter keeps bf16 as its 16 bits and its dot takes them for integers: hand it fp32 instead.
 
         And its fp32 products are exact: here they are those of a TF32 instruction, which reads 10 bits of a fraction
-        and not the other 13.  For "tf32" Triton hands it operands as they are; for "tf32x3" rounded, then what that left.
+        and not the other 13.  For "tf32" Triton hands it operands as they are; for "tf32x3" rounded ones, and what
+        rounding left.
         """
 
         def number(t: TensorHandle) -> TensorHandle:

@@ -52,7 +52,7 @@ OPTIONS = {
 # Few rows: the least a matrix instruction takes.  More: as many as registers hold without spilling, and as fill a GPU
 # (about 130 blocks), since each block of rows reads A and B anew; and stages that keep the memory busy.  At T = 8192,
 # N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2 cache with 64 rows a block, 1.07 GB with 16.
-_FILLED = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
+_FILLED = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 128, 8, 3)}
 _MANY = {16: (128, 64, 128, 8, 3), 32: (128, 64, 128, 8, 3), 64: (128, 64, 128, 8, 3)}
 START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
     ("wgmma", "half"): {257: _FILLED, 16385: _MANY},

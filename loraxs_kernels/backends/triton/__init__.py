@@ -84,8 +84,8 @@ def lowrank_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, z, gram), see backends/torch.py.
 
-    Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not.  The gram
-    takes one more where it is the sum of several parts, or past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32
+    Besides the GEMM with W: one launch where rows alone fill the chip, two (shrink, expand) where they do not; one more
+    for the gram where it is the sum of several parts, or past GRAM_ON_CHIP.  The workspace is those parts, r x r fp32
     for each block of rows, and for few rows at most config.MOST parts of z.  Every sum has a fixed order: same inputs,
     same bits.
     """

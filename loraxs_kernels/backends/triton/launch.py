@@ -72,7 +72,7 @@ def _hooked() -> bool:
 
 @lru_cache(maxsize=4096)
 def loaded(*key: Any) -> tuple[Any, Any, Any, Any]:
-    """What `compile_kernel` makes of these, loaded: what starts the kernel, two things to hand to it, and the kernel."""
+    """The kernel of `compile_kernel`, loaded: what starts it, the two things that wants to be handed, and itself."""
     compiled = compile_kernel(*key)
     return compiled.run, compiled.function, compiled.packed_metadata, compiled
 
