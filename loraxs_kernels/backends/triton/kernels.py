@@ -69,12 +69,12 @@ def _rounded(t, PRECISION: tl.constexpr):
 
 @triton.jit
 def _mix(z, R, r, s, R_TURNED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
-    """u = s z R^T."""
+    """u = s z R^T, z being `_rounded`."""
     ranks = tl.arange(0, RANK).to(tl.int64)
     inside = (ranks < r)[:, None] & (ranks < r)[None, :]
     Rt = tl.load(R + _at(ranks[None, :], ranks[:, None], r, R_TURNED), mask=inside, other=0.0)
     Rt = _rounded(Rt.to(tl.float32), PRECISION)
-    return s * tl.dot(_rounded(z, PRECISION), Rt, input_precision=PRECISION)
+    return s * tl.dot(z, Rt, input_precision=PRECISION)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _expand(
 
 
 @triton.jit
-def _keep(z, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECISION: tl.constexpr):
+def _keep(z, rounded, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """Store z, and this row block's part of the gram s z^T other where there is an `other`."""
     ranks = tl.arange(0, RANK).to(tl.int64)
     at = rows[:, None] * r + ranks[None, :]
@@ -114,7 +114,7 @@ def _keep(z, other, gram, z_out, block, rows, T, r, s, RANK: tl.constexpr, PRECI
     tl.store(z_out + at, z, mask=inside)
     if other is not None:
         z_forward = _rounded(tl.load(other + at, mask=inside, other=0.0), PRECISION)
-        part = s * tl.dot(tl.trans(_rounded(z, PRECISION)), z_forward, input_precision=PRECISION)
+        part = s * tl.dot(tl.trans(rounded), z_forward, input_precision=PRECISION)
         square = (ranks < r)[:, None] & (ranks < r)[None, :]
         tl.store(gram + block * r * r + ranks[:, None] * r + ranks[None, :], part, mask=square)
 
@@ -129,8 +129,9 @@ def chain_kernel(
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
     z = _shrink(x, A, rows, T, r, width, 0, K, x_t, A_pitch, A_TURNED, BLOCK_T, BLOCK_K, RANK, PRECISION)
-    _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
-    u = _mix(z, R, r, s, A_TURNED, RANK, R_PRECISION)
+    rounded = _rounded(z, R_PRECISION)
+    _keep(z, rounded, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
+    u = _mix(rounded, R, r, s, A_TURNED, RANK, R_PRECISION)
     _expand(u, B, bias, y, rows, T, N, r, width, 0, N, B_pitch, y_t, B_TURNED, BLOCK_N, RANK, ADD, PRECISION)
 
 
@@ -166,9 +167,10 @@ def expand_kernel(
     for _ in range(shares):
         z += tl.load(part, mask=(rows < T)[:, None], other=0.0)
         part += tl.cast(T, tl.int64) * RANK
+    rounded = _rounded(z, R_PRECISION)
     if tl.program_id(1) == 0:
-        _keep(z, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
-    u = _mix(z, R, r, s, R_TURNED, RANK, R_PRECISION)
+        _keep(z, rounded, other, gram, z_out, block, rows, T, r, s, RANK, R_PRECISION)
+    u = _mix(rounded, R, r, s, R_TURNED, RANK, R_PRECISION)
     share = tl.cdiv(tl.cdiv(N, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, N)
