@@ -7,6 +7,7 @@ does).  The GEMM with a tail is plain loops here, which hold its callers to what
 from __future__ import annotations
 
 import copy
+import ctypes
 import re
 import weakref
 
@@ -49,13 +50,13 @@ def guarded(monkeypatch):
 
 
 # Rows and ranks that fill no tile; few columns, one step of them, many.
-ROWS = [(65, 8, 8, 1), (70, 24, 304, 12), (130, 16, 1032, 25), (129, 40, 64, 64), (66, 8, 136, 100)]
+ROWS = [(65, 8, 8, 1), (70, 24, 264, 12), (130, 16, 1032, 25), (129, 40, 64, 64), (66, 8, 136, 100)]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ROWS, ids=str)
-@pytest.mark.parametrize("split, programs", [(1, 0), (3, 0), (0, 4)])
+@pytest.mark.parametrize("split, programs", [(1, 0), (7, 0), (0, 4)])
 def test_many_rows(plans, guarded, shape, layout, split, programs, dtype):
     """Forward and backward, the GEMM with a tail; blocks that share K, with and without a share; u made beside it."""
     T, N, K, r = shape
@@ -271,6 +272,18 @@ def test_same_bits_whatever_the_order_of_the_threads(emulated_core, monkeypatch)
         monkeypatch.setenv("LORAXS_EMULATOR_ORDER", str(order))
         torch.manual_seed(0)
         assert not differs(results(emulated_core), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("r", [16, 32, 64])
+def test_eight_lanes_that_share_a_cycle_of_shared_memory_fall_on_all_its_banks(emulated_core, r, transposed):
+    """Every asynchronous copy's write, and every read of matrices, of a whole shrink with a gram."""
+    library = ctypes.CDLL(emulated_core.__file__)
+    library.emulator_conflicts()
+    o = operands(70, 16, 300, r, torch.bfloat16)
+    A = backend._laid(o.A.t().contiguous().t(), 1) if transposed else backend._laid(o.A, 0)
+    backend.shrink(backend._laid(o.x, 0), A, o.R, o.s, torch.randn(70, r), 1, False)
+    assert library.emulator_conflicts() == 0
 
 
 BREAKS = {

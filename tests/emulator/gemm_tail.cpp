@@ -3,6 +3,8 @@
 
 #include "../../csrc/device.cuh"
 
+#include <utility>
+
 namespace loraxs {
 namespace {
 
@@ -80,6 +82,11 @@ extern "C" int loraxs_shrink_tma(const loraxs_shrink_args* args) {
   p.type == LORAXS_BF16 ? shrink<bf16>(p) : shrink<fp16>(p);
   for (int64_t unit = 0; p.ready && 128 * unit < p.T; ++unit) p.ready[unit] = 2;
   return LORAXS_OK;
+}
+
+// How many times more than once eight lanes had to take turns in shared memory, since it was asked last.
+extern "C" __attribute__((visibility("default"))) long emulator_conflicts(void) {
+  return std::exchange(loraxs::emulator::conflicts, 0);
 }
 
 extern "C" int loraxs_ready(void) { return LORAXS_OK; }
