@@ -29,8 +29,11 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct fp32 {
+  uint32_t bits;
+};
 
-__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(fp32 value) { return __uint_as_float(value.bits); }
 __device__ inline float widen(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 __device__ inline float widen(fp16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
@@ -184,6 +187,44 @@ constexpr int64_t up(int64_t value, int64_t by) { return (value + by - 1) / by; 
 template <int chunks>
 __device__ int swizzled(int row, int chunk) {
   return ((row * chunks + chunk) ^ (row * chunks / 8 % chunks)) * 16;
+}
+
+// z += x A^T for ROWS rows, RANK ranks and 32 columns, which lie as swizzled<4> says; A TRANSPOSED as swizzled<RANK / 8>.
+template <class T, int ROWS, int RANK, bool TRANSPOSED>
+__device__ void multiply(float (&z)[ROWS / 16][RANK / 8][4], unsigned char const* x, unsigned char const* A, int lane) {
+  int const i = lane % 8, q = lane / 8;  // the lane gives the address of row i of matrix q
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t rows[ROWS / 16][4];
+#pragma unroll
+    for (int m = 0; m < ROWS / 16; ++m) {
+      load_matrices(rows[m], x + swizzled<4>(16 * m + 8 * (q % 2) + i, 2 * h + q / 2));
+    }
+#pragma unroll
+    for (int n = 0; n < RANK / 8; n += 2) {
+      uint32_t ranks[4];  // two of each tile
+      if constexpr (TRANSPOSED) {
+        load_transposed(ranks, A + swizzled<RANK / 8>(16 * h + 8 * (q % 2) + i, n + q / 2));
+      } else {
+        load_matrices(ranks, A + swizzled<4>(8 * (n + q / 2) + i, 2 * h + q % 2));
+      }
+#pragma unroll
+      for (int m = 0; m < ROWS / 16; ++m) {
+        mma<T>(z[m][n], rows[m], ranks[0], ranks[1]);
+        mma<T>(z[m][n + 1], rows[m], ranks[2], ranks[3]);
+      }
+    }
+  }
+}
+
+// Two floats, each as the sum of two bf16.
+struct Split {
+  uint32_t high, low;
+};
+__device__ inline Split split(float first, float second) {
+  uint32_t const high = pair<bf16>(first, second);
+  float const first_high = widen(bf16{uint16_t(high)}), second_high = widen(bf16{uint16_t(high >> 16)});
+  return {high, pair<bf16>(first - first_high, second - second_high)};
 }
 
 // The width of a tile for rank r: one of 16, 32, 64, 128; `call(std::integral_constant)` with it.

@@ -25,7 +25,7 @@ namespace loraxs {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kStep = 32, kChunks = kStep / 8;  // columns that a warp takes at a time, in 16 bytes each
+constexpr int kStep = 32;  // columns that a warp takes at a time
 
 // Sizes for one width of the rank's tile, in bytes of shared memory.
 template <int RANK>
@@ -65,7 +65,7 @@ class Source {
   template <bool WHOLE>
   __device__ void copy(unsigned char* to, int left = kStep) {
     int const j = lane % 4, bytes = WHOLE ? 16 : std::clamp(left - 8 * j, 0, 8) * int(sizeof(T));
-    int const at = swizzled<kChunks>(lane / 4, j);  // eight rows further likewise
+    int const at = swizzled<4>(lane / 4, j);  // eight rows further likewise
     auto from = x;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i, from += x_next) {
@@ -96,33 +96,6 @@ class Source {
   int64_t const x_next, A_next;  // bytes
   int x_rows, A_rows = 0, A_bytes = 0;
 };
-
-// z += x A^T over one step of 32 columns, 16 at a time.
-template <class T, int RANK, bool TRANSPOSED>
-__device__ void multiply(float (&z)[4][Cut<RANK>::tiles][4], unsigned char const* x, int lane) {
-  auto const A = x + Cut<RANK>::x_bytes;
-  int const i = lane % 8, q = lane / 8;  // the lane gives the address of row i of matrix q
-#pragma unroll
-  for (int h = 0; h < kStep / 16; ++h) {
-    uint32_t rows[4][4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) load_matrices(rows[m], x + swizzled<kChunks>(16 * m + 8 * (q % 2) + i, 2 * h + q / 2));
-#pragma unroll
-    for (int n = 0; n < Cut<RANK>::tiles; n += 2) {
-      uint32_t ranks[4];  // two of each tile
-      if constexpr (TRANSPOSED) {
-        load_transposed(ranks, A + swizzled<Cut<RANK>::tiles>(16 * h + 8 * (q % 2) + i, n + q / 2));
-      } else {
-        load_matrices(ranks, A + swizzled<kChunks>(8 * (n + q / 2) + i, 2 * h + q % 2));
-      }
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        mma<T>(z[m][n], rows[m], ranks[0], ranks[1]);
-        mma<T>(z[m][n + 1], rows[m], ranks[2], ranks[3]);
-      }
-    }
-  }
-}
 
 template <class T, int RANK>
 __device__ void finish_block(loraxs_shrink_args const& p, Fragments<RANK> const& z, unsigned char* memory) {
@@ -160,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
     copy_wait<C::stages - 2>();
     __syncwarp();  // all lanes' copies of this step are there, and all have read the one before
     begin(step + C::stages - 1);
-    multiply<T, RANK, TRANSPOSED>(z, buffers + now, lane);
+    multiply<T, kRows, RANK, TRANSPOSED>(z, buffers + now, buffers + now + C::x_bytes, lane);
     now = after(now);
   }
   if (first <= whole && whole < last && (whole - first) % kWarps == warp) {  // the end of K, part of a step
@@ -169,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
     copy_commit();
     copy_wait<0>();
     __syncwarp();
-    multiply<T, RANK, TRANSPOSED>(z, buffers, lane);
+    multiply<T, kRows, RANK, TRANSPOSED>(z, buffers, buffers + C::x_bytes, lane);
   }
   LORAXS_TRACED(trace.tiles(steps);)
   __syncthreads();

@@ -315,7 +315,7 @@ def test_every_gemm_multiplies_with_wgmma(cuobjdump):
 
 
 def loops(function: str) -> list[list[str]]:
-    """The instructions of each loop in a function's machine code, from where a branch goes back to up to that branch."""
+    """The instructions of each loop of a function, from where a branch goes back to up to that branch."""
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", function, re.M)]
     back = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b.* (0x[0-9a-f]+)", text)]
     return [[text for at, text in code if first <= at <= last] for first, last in back if first < last]

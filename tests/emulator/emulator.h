@@ -184,16 +184,6 @@ inline void run_cluster(std::vector<std::unique_ptr<Block>>& blocks, int threads
 inline void __syncthreads() { loraxs::emulator::sync(loraxs::emulator::self->block->barrier); }
 inline void __syncwarp() { loraxs::emulator::sync(loraxs::emulator::self->warp().barrier); }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  struct Record {
-    float in, out;
-  } mine{value, 0};
-  loraxs::emulator::together<Record>(mine, [mask](Record* const* lanes) {
-    for (int lane = 0; lane < 32; ++lane) lanes[lane]->out = lanes[lane ^ mask]->in;
-  });
-  return mine.out;
-}
-
 namespace loraxs {
 
 struct bf16 {
@@ -202,8 +192,15 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct fp32 {
+  uint32_t bits;
+};
 
-inline float widen(float value) { return value; }
+inline float widen(fp32 value) {
+  float found;
+  std::memcpy(&found, &value.bits, 4);
+  return found;
+}
 inline float widen(bf16 value) {
   uint32_t const bits = uint32_t(value.bits) << 16;
   float found;
