@@ -324,7 +324,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
     int const t = at / RANK * size + rank, c = at % RANK;
     float found[8];  // all under way at once
 #pragma unroll
-    for (int other = 0; other < 8; ++other) found[other] = other < size ? of_block(parts, other)[t * RANK + c] : 0.0f;
+    for (int other = 0; other < 8; ++other) {
+      auto const from = of_block(parts, std::min(other, size - 1));
+      found[other] = other < size ? from[t * RANK + c] : 0.0f;
+    }
     float sum = found[0];
 #pragma unroll
     for (int other = 1; other < 8; ++other) sum += found[other];

@@ -1,4 +1,4 @@
-// What core.cpp is to the GPU, as plain loops: y = x W^T + u B^T (+ bias) (+ y) and the shrink by TMA, where gemm_tail.cuh
+// What core.cpp is to the GPU, as plain loops: y = x W^T + u B^T (+ bias) and the shrink by TMA, where gemm_tail.cuh
 // and shrink_tma.cu cannot run; what those need of their operands is checked.
 
 #include "../../csrc/device.cuh"
@@ -26,7 +26,6 @@ void run(loraxs_gemm_tail_args const& p) {
       for (int64_t k = 0; p.W.data && k < p.K; ++k) sum += at<T>(p.x, t, k) * at<T>(p.W, n, k);
       for (int64_t i = 0; i < p.r; ++i) sum += at<T>(p.u, t, i) * at<T>(p.B, n, i);
       if (p.bias) sum += widen(static_cast<T const*>(p.bias)[n]);
-      if (p.add) sum += at<T>(p.y, t, n);
       static_cast<T*>(p.y.data)[t * p.y.row + n * p.y.column] = T{rounded<T>(sum)};
     }
   }
