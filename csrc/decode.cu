@@ -1,22 +1,24 @@
 // y = (y +) s R[index] x A^T B^T (+ bias) for few rows, in one launch, each token with an R of its own if need be.
 //
-// A cluster of programs shares the sum over K: each copies its share of x and A to shared memory, leaves its part of z
-// there, reads those of all others for its share of the tokens, in order, and makes u of these.  Then each reads all of u
-// and makes its share of N.  Several clusters make z and u alike and share N.  Where there are no clusters (before Hopper)
-// each program makes all of z.  What is needed later (R, B, y where it is added to) is read while the copies are under way.
+// A cluster of programs shares the sum over K.  Each copies its share of x and A to shared memory, leaves its part of z
+// there, reads the parts of all others for its share of the tokens, adds them up in order, and makes u of these tokens.
+// Then each reads all of u and makes its share of N.  Several clusters make the same z and u and share N.  Before Hopper
+// there are no clusters, and each program makes all of z.  R, B, and y where it is added to are read into registers while
+// the copies are under way.
 //
-// Counted for T = 64, N = K = 4096 on an H100, 4 clusters of 8 programs, in rounds: reads that wait for what was read
-// before them.
-//     copies of x and A: four steps of 128 columns, all at once (r = 16), or three and then one (r = 64)       1    2
-//     z of the other programs, u of the other programs                                                         2    2
-// An earlier version kept each read of A behind the product before: 16 (r = 16) and 64 (r = 64) rounds for z, 4 and 16 for
-// R, 5 for B and y, 2 for z and u.  It took 20 and 56 us (bench/results/NOTES.md), 0.7 us for each of its 27 and 87 rounds.
-// So that was the cause, not that 32 programs leave 100 multiprocessors idle: more clusters would make the same z.
-// Where each token has an R of its own a warp has up to r / 16 of them to read: at r = 64 three rounds more.
-// Bytes: a program copies 80 KB (r = 16) or 128 KB (r = 64) through its port to L2, 64 a cycle: 0.7 or 1.2 us.
-// Prediction: 5 us (r = 16) and 7 us (r = 64), a launch and two barriers of the cluster included.  Not measured.
-// Without clusters 32 steps are 8 or 11 rounds (once 128 and 512), and 640 KB or 1 MB for each program are 7 or 12 us on
-// an A100: its ports limit.
+// Counted for T = 64, N = K = 4096 on an H100, 4 clusters of 8 programs.  A round is a wait for memory that depends on the
+// round before:
+//                                                         r = 16   r = 64
+//     x and A, in four steps of 128 columns                  1        2     all four steps at once; three, then the fourth
+//     z of the other programs, then u of them                2        2
+// The version before this one needed 27 and 87 rounds.  In its loop over K each read of A waited for the product before
+// it, 16 and 64 rounds; R took 4 and 16, B and y 5, z and u 2.  On an H100 it added 20 and 56 us to the base GEMM, 0.7 us
+// for each round.  That 100 of 132 multiprocessors have nothing to do is not the cause: more clusters only repeat z.
+// Where each token has its own R, a warp reads r / 16 of them in turn: three rounds more at r = 64.
+// Each program copies 80 KB (r = 16) or 128 KB (r = 64) from L2, at 64 bytes a cycle in 0.7 or 1.2 us.
+// Prediction: 5 us (r = 16) and 7 us (r = 64), with the launch and the cluster's two barriers.  Not measured.
+// Without clusters the 32 steps are 8 (r = 16) or 11 (r = 64) rounds, 128 and 512 before.  Each program copies 640 KB or
+// 1 MB, 7 or 12 us on an A100, and that is what limits there.
 
 #include <algorithm>
 #include <type_traits>

@@ -8,10 +8,10 @@
 // 128 blocks reads A from L2, 67 MB more.  2 T r K = 4.3 GFLOP, 9 us at 500 TFLOP/s (mma.sync), beside the reads.
 // Shared memory moves 2 bytes in and 2 out for each byte of x, 256 of its cycles for 8 KB of x: 56 B/ns a multiprocessor
 // where memory gives 33.  So 16 us is the floor.
-// For 4 KB of x a warp issues 235 instructions, 277 where A is transposed (sm_80; 212 and 266 on sm_90a;
-// tests/test_build.py counts them), 64 of them products, which take a tensor core of an A100 512 cycles.  So the issue no
-// longer limits, as it did with 902 instructions: those read 9 B/ns a multiprocessor of an H100 (bench/results/NOTES.md).
-// What this reaches is not measured.  On Hopper config.py does not pick this kernel.
+// For 4 KB of x a warp issues 235 instructions, or 277 where A is transposed (sm_80; 212 and 266 on sm_90a), which
+// tests/test_build.py counts.  64 of them are matrix products, which keep a tensor core of an A100 busy for 512 cycles, so
+// instructions do not limit.  The version before issued 902 and read 9 B/ns a multiprocessor on an H100
+// (bench/results/NOTES.md); this one is not measured.  On Hopper config.py does not pick this kernel.
 
 #include <algorithm>
 #include <type_traits>
@@ -41,8 +41,8 @@ struct Cut {
 
 static_assert(Cut<64>::bytes <= 99 * 1024, "what a block may have on every GPU from Ampere on");
 
-// What a lane copies of its warp's steps: 16 bytes of every eighth row of x, and of A; or, where A is contiguous along the
-// rank, of `kRowsOfA` rows further each time.  All that depends on the row is found out once.
+// What a lane copies of its warp's steps: 16 bytes of every eighth row of x and of A.  Where A is contiguous along the rank
+// its rows are columns of x, and the lane copies from every kRowsOfA-th.  What depends on the row is computed once.
 template <class T, int RANK, bool TRANSPOSED>
 class Source {
  public:
@@ -119,7 +119,9 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
   auto const buffers = memory + warp * C::stages * C::stage_bytes;
   Source<T, RANK, TRANSPOSED> source(p, row, int64_t(kStep) * (first + warp), lane);
   int next = 0, now = 0;  // which buffer is written, which is read
-  auto const after = [](int buffer) { return buffer + C::stage_bytes == C::stages * C::stage_bytes ? 0 : buffer + C::stage_bytes; };
+  auto const after = [](int buffer) {
+    return buffer == (C::stages - 1) * C::stage_bytes ? 0 : buffer + C::stage_bytes;
+  };
   auto const begin = [&](int step) {
     if (step < steps) source.template copy<true>(buffers + next);
     copy_commit();
