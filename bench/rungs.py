@@ -47,7 +47,8 @@ SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
     "ragged": [(129, 264, 72, 1), (1000, 1024, 1000, 12), (90, 8, 8, 25), (301, 520, 136, 64), (777, 1096, 1000, 130)],
     "overlap": [(4096, 256, 14336, 64)],
     "graph": [(2048, 1024, 4096, 12)],
-    "decode": [(T, 4096, 1000, 16) for T in (1, 17, 64)] + [(17, 1000, 4096, 12), (64, 264, 72, 128)],
+    "decode": [(T, 4096, 1000, 16) for T in (1, 17, 64)]
+    + [(17, 1000, 4096, 12), (64, 264, 4096, 64), (64, 264, 72, 128)],
     "shrink": [(300, 0, 1088, 64), (1000, 0, 1000, 12), (65, 0, 72, 1)],
     "triton": [(300, 1000, 1032, 64)],
     "svd": [(0, 1024, 4096, 64)],
@@ -254,10 +255,10 @@ def hot(T: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 # The GEMM with a tail: y = x W^T + u B^T (+ more).
 
 
-def _tail(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor, more: Tensor | None = None) -> Tensor:
-    """The formula; more: a bias, or the output before."""
+def _tail(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula."""
     y = F.linear(u, B) if W is None else F.linear(x, W) + F.linear(u, B)
-    return y if more is None else y + more
+    return y if bias is None else y + bias
 
 
 def tail(bench: Bench, tile: int, shapes: str, dtype: torch.dtype = torch.bfloat16, transposed: bool = False) -> None:
@@ -270,7 +271,7 @@ def tail(bench: Bench, tile: int, shapes: str, dtype: torch.dtype = torch.bfloat
 
         def call(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor) -> Tensor:
             W = None if W is None else laid(W, transposed)
-            return bench.cuda.gemm_tail(x, W, u, laid(B, transposed), None, None, tile, False)
+            return bench.cuda.gemm_tail(x, W, u, laid(B, transposed), None, tile, False)
 
         B, W = (Coded(name, N, width, dtype=dtype, device=bench.device) for name, width in (("B", r), ("W", K)))
         no_B, no_W = torch.zeros_like(B.passes[0]), torch.zeros_like(W.passes[0])
@@ -292,8 +293,8 @@ def tail(bench: Bench, tile: int, shapes: str, dtype: torch.dtype = torch.bfloat
             bench.rule(f"y, {what}", call(x, weight, u, B), _tail, (x, weight, u, B), size)
 
 
-def tail_bias_and_add(bench: Bench, tile: int) -> None:
-    """A coded bias and a coded output that is added to, where all else is zero; then random operands."""
+def tail_bias(bench: Bench, tile: int) -> None:
+    """A coded bias, where all else is zero; then random operands."""
     dtype, size, device = torch.bfloat16, TILES[tile][:2], bench.device
     for T, N, K, r in SHAPES["tail"] + SHAPES["ragged"][:2]:
         where = f"T {T} N {N} K {K} r {r}"
@@ -301,21 +302,15 @@ def tail_bias_and_add(bench: Bench, tile: int) -> None:
         bench.doing(f"coded bias, {where}")
         bias = Coded("bias", N, 1, dtype=dtype, device=device)
         y = torch.stack(
-            [bench.cuda.gemm_tail(x, None, u, B, each[:, 0].contiguous(), None, tile, False) for each in bias.passes]
+            [bench.cuda.gemm_tail(x, None, u, B, each[:, 0].contiguous(), tile, False) for each in bias.passes]
         )
         bench.exact(f"y = bias, {where}", y, bias.passes.mT.expand(-1, T, -1), bias, size)
-        bench.doing(f"coded output, {where}")
-        out = Coded("out", T, N, dtype=dtype, device=device)
-        y = torch.stack([bench.cuda.gemm_tail(x, None, u, B, None, laid(each), tile, False) for each in out.passes])
-        bench.exact(f"y = out, {where}", y, out.passes, out, size)
         x, u = (laid(bench.random(T, width, dtype=dtype)) for width in (K, r))
         W, B = (laid(bench.random(N, width, dtype=dtype, over=width**0.5)) for width in (K, r))
-        bias, out = bench.random(N, dtype=dtype), bench.random(T, N, dtype=dtype)
-        for name, more in (("a bias", bias), ("an output", out)):
-            bench.doing(f"random, with {name}, {where}")
-            extra = (more, None) if more is bias else (None, laid(out))
-            y = bench.cuda.gemm_tail(x, W, u, B, *extra, tile, False)
-            bench.rule(f"y, random, with {name}, {where}", y, _tail, (x, W, u, B, more), size)
+        bias = bench.random(N, dtype=dtype)
+        bench.doing(f"random, with a bias, {where}")
+        y = bench.cuda.gemm_tail(x, W, u, B, bias, tile, False)
+        bench.rule(f"y, random, with a bias, {where}", y, _tail, (x, W, u, B, bias), size)
 
 
 def _lowrank(x: Tensor, W: Tensor | None, A: Tensor, R: Tensor, B: Tensor) -> Tensor:
@@ -340,7 +335,7 @@ def _two_launches(
     ready = cuda.empty(x, (-(-len(x) // UNIT),), torch.int32) if beside else None
     u = bench.cuda.shrink(x, A, R, 0.75, None, split, overlap, programs, ready)[1]
     multiprocessors = facts(x.device).multiprocessors - programs * beside
-    return bench.cuda.gemm_tail(x, W, u, B, None, None, tile, overlap, 2, 2, multiprocessors, ready)
+    return bench.cuda.gemm_tail(x, W, u, B, None, tile, overlap, 2, 2, multiprocessors, ready)
 
 
 def tail_overlap(bench: Bench, tile: int) -> None:
@@ -580,7 +575,7 @@ def _tails() -> dict[str, Rung]:
         "transposed": partial(tail, shapes="tail", transposed=True),
         "ragged": partial(tail, shapes="ragged"),
         "ragged-transposed": partial(tail, shapes="ragged", transposed=True),
-        "bias-and-add": tail_bias_and_add,
+        "bias": tail_bias,
         "waves": partial(tail, shapes="waves"),
         "overlap": tail_overlap,
         "graph": tail_graph,

@@ -33,10 +33,10 @@ void require(int status, const char* kernel) {
 }
 
 void gemm_tail(int64_t T, int64_t N, int64_t K, int64_t r, py::handle x, py::handle W, py::handle u, py::handle B,
-               py::handle y, Address bias, int type, bool transposed, int tile, bool add, bool overlap, int swizzle,
-               int raster, int multiprocessors, Address ready, Address at) {
+               py::handle y, Address bias, int type, bool transposed, int tile, bool overlap, int swizzle, int raster,
+               int multiprocessors, Address ready, Address at) {
   loraxs_gemm_tail_args args{T, N, K, r, matrix(x), matrix(W), matrix(u), matrix(B), matrix(y), pointer<void>(bias),
-                             type, transposed, tile, add, overlap, swizzle, raster, multiprocessors,
+                             type, transposed, tile, overlap, swizzle, raster, multiprocessors,
                              pointer<uint32_t>(ready), stream(at)};
   require(loraxs_gemm_tail(&args), "gemm_tail");
 }

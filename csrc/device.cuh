@@ -29,8 +29,11 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct fp32 {
+  uint32_t bits;
+};
 
-__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(fp32 value) { return __uint_as_float(value.bits); }
 __device__ inline float widen(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 __device__ inline float widen(fp16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
@@ -66,8 +69,14 @@ __device__ inline void mma<fp16>(float (&d)[4], uint32_t const (&a)[4], uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory, transposed: lane 8 q + i gives the address of row i of
-// matrix q (16 bytes), and gets column g, rows 2j and 2j + 1 of each.
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane 8 q + i gives the address of row i of matrix q (16 bytes),
+// and gets row g, columns 2j and 2j + 1 of each; or, transposed, column g, rows 2j and 2j + 1.
+__device__ inline void load_matrices(uint32_t (&d)[4], void const* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
 __device__ inline void load_transposed(uint32_t (&d)[4], void const* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -75,9 +84,10 @@ __device__ inline void load_transposed(uint32_t (&d)[4], void const* row) {
                : "memory");
 }
 
-// Start to copy `bytes` of the 16 at `from` to shared memory, and zeros for the rest.
+// Start to copy `bytes` of the 16 at `from` to shared memory, and zeros for the rest; the L2 cache fetches the 256 bytes
+// around them.  Of no bytes nothing is read, and `from` may be anywhere.
 __device__ inline void copy_async(void* to, void const* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from), "r"(bytes)
                : "memory");
 }
@@ -171,6 +181,51 @@ int launch(void (*kernel)(Args), Launch const& how, Args args) {
 namespace loraxs {
 
 constexpr int64_t up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Where 16 bytes lie in shared memory, the chunk-th of a row of `chunks` (2, 4 or 8), exchanged so that eight rows below each
+// other fall on all banks, for each chunk.
+template <int chunks>
+__device__ int swizzled(int row, int chunk) {
+  return ((row * chunks + chunk) ^ (row * chunks / 8 % chunks)) * 16;
+}
+
+// z += x A^T for ROWS rows, RANK ranks and 32 columns, which lie as swizzled<4> says; A TRANSPOSED as swizzled<RANK / 8>.
+template <class T, int ROWS, int RANK, bool TRANSPOSED>
+__device__ void multiply(float (&z)[ROWS / 16][RANK / 8][4], unsigned char const* x, unsigned char const* A, int lane) {
+  int const i = lane % 8, q = lane / 8;  // the lane gives the address of row i of matrix q
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t rows[ROWS / 16][4];
+#pragma unroll
+    for (int m = 0; m < ROWS / 16; ++m) {
+      load_matrices(rows[m], x + swizzled<4>(16 * m + 8 * (q % 2) + i, 2 * h + q / 2));
+    }
+#pragma unroll
+    for (int n = 0; n < RANK / 8; n += 2) {
+      uint32_t ranks[4];  // two of each tile
+      if constexpr (TRANSPOSED) {
+        load_transposed(ranks, A + swizzled<RANK / 8>(16 * h + 8 * (q % 2) + i, n + q / 2));
+      } else {
+        load_matrices(ranks, A + swizzled<4>(8 * (n + q / 2) + i, 2 * h + q % 2));
+      }
+#pragma unroll
+      for (int m = 0; m < ROWS / 16; ++m) {
+        mma<T>(z[m][n], rows[m], ranks[0], ranks[1]);
+        mma<T>(z[m][n + 1], rows[m], ranks[2], ranks[3]);
+      }
+    }
+  }
+}
+
+// Two floats, each as the sum of two bf16.
+struct Split {
+  uint32_t high, low;
+};
+__device__ inline Split split(float first, float second) {
+  uint32_t const high = pair<bf16>(first, second);
+  float const first_high = widen(bf16{uint16_t(high)}), second_high = widen(bf16{uint16_t(high >> 16)});
+  return {high, pair<bf16>(first - first_high, second - second_high)};
+}
 
 // The width of a tile for rank r: one of 16, 32, 64, 128; `call(std::integral_constant)` with it.
 template <int most, class Call>

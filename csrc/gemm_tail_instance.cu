@@ -45,11 +45,13 @@ using RowMajor = cutlass::layout::RowMajor;
 using LayoutB = cute::conditional_t<LORAXS_TRANSPOSED, RowMajor, cutlass::layout::ColumnMajor>;
 constexpr int kAlignment = 16 / sizeof(Type);
 
+// Without C, an output that y is added to: it would take a descriptor, 1,100 instructions beside 1,500, and 16 KB (128 x 256)
+// or 8 KB of shared memory, but none of the 4 or 6 stages.
 using Epilogue = typename epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-    epilogue::collective::EpilogueTileAuto, float, float, Type, RowMajor, kAlignment, Type, RowMajor, kAlignment,
+    epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, kAlignment, Type, RowMajor, kAlignment,
     Schedule::Epilogue,
-    epilogue::fusion::LinCombPerColBias<Type, float, Type, Type, float>>::CollectiveOp;
+    epilogue::fusion::LinCombPerColBias<Type, float, Type, void, float>>::CollectiveOp;
 using Mainloop = TailMainloop<typename gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Type, RowMajor, kAlignment, Type, LayoutB, kAlignment, float,
     Tile, Cluster, gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
@@ -79,8 +81,6 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
   if (cudaError_t error = allow(kernel, Kernel::SharedStorageSize)) return error;
   int const T = int(args.T), N = int(args.N), K = args.W.data ? int(args.K) : 0, r = int(args.r);
   int const both = kTileK * (ceil_div(K, kTileK) + ceil_div(r, kTileK));
-  auto const y = static_cast<Type*>(args.y.data);
-  auto const y_stride = stride<typename Epilogue::StrideD>(args.y);
   using StrideA = typename Mainloop::StrideA;
   using StrideB = typename Mainloop::StrideB;
   typename Kernel::Arguments arguments{
@@ -88,9 +88,8 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
       {T, N, both, 1},
       {data<Type>(args.x), stride<StrideA>(args.x), data<Type>(args.W), stride<StrideB>(args.W),
        data<Type>(args.u), stride<StrideA>(args.u), data<Type>(args.B), stride<StrideB>(args.B), K, r, args.ready},
-      {{}, y, y_stride, y, y_stride},
+      {{}, nullptr, {}, static_cast<Type*>(args.y.data), stride<typename Epilogue::StrideD>(args.y)},
       {}};
-  arguments.epilogue.thread.beta = args.add ? 1.0f : 0.0f;
   arguments.epilogue.thread.bias_ptr = static_cast<Type const*>(args.bias);
   using Scheduler = decltype(arguments.scheduler);
   arguments.scheduler.max_swizzle_size = args.swizzle;
@@ -99,7 +98,7 @@ int LORAXS_INSTANCE(LORAXS_TYPE, LORAXS_TRANSPOSED, LORAXS_TILE)(loraxs_gemm_tai
   auto params = Kernel::to_underlying_arguments(arguments, nullptr);
   auto const& loop = params.mainloop;
   if (!(described(loop.tma_load_a) && described(loop.tma_load_b) && described(loop.u) && described(loop.B) &&
-        described(params.epilogue.tma_load_c) && described(params.epilogue.tma_store_d))) {
+        described(params.epilogue.tma_store_d))) {
     return LORAXS_NOT_DESCRIBED;
   }
   auto const threads = int(Kernel::get_block_shape().x), cluster = int(size<0>(Cluster{}));

@@ -20,9 +20,10 @@ typedef struct CUstream_st* loraxs_stream;
 /* Element types. */
 enum { LORAXS_BF16 = 0, LORAXS_FP16 = 1, LORAXS_FP32 = 2 };
 
-/* The order in which programs take the tiles of y: down its columns (T), along its rows (N), or the way that has fewer
-   tiles the other way.  In bands of `swizzle` tiles, so that neighbours share tiles of x and of W in the L2 cache; the
-   number of tiles is rounded up to whole bands both ways. */
+/* The order in which programs take the tiles of y: down its columns (T), along its rows (N), or (AUTO) CUTLASS chooses:
+   down the columns where y has more tiles from left to right than from top to bottom, else along the rows.  In bands of
+   `swizzle` tiles, so that neighbours share tiles of x and of W in the L2 cache; the number of tiles is rounded up to
+   whole bands both ways. */
 enum { LORAXS_RASTER_AUTO = 0, LORAXS_RASTER_T = 1, LORAXS_RASTER_N = 2 };
 
 /* A status: 0, a cudaError_t, or one of these. */
@@ -34,7 +35,7 @@ typedef struct {
   int64_t row, column;
 } loraxs_matrix;
 
-/* y = x W^T + u B^T (+ bias) (+ y), for capability 9.0.  W.data = 0: without W.
+/* y = x W^T + u B^T (+ bias), for capability 9.0.  W.data = 0: without W.
    The last dimensions of x, u and y are contiguous; W and B both have contiguous rows (transposed = 0) or both
    contiguous columns (1).  Bases and pitches are multiples of 16 bytes.  What lies between r and the pitch is not read. */
 typedef struct {
@@ -44,7 +45,6 @@ typedef struct {
   int type;           /* of everything */
   int transposed;     /* which way W and B lie */
   int tile;           /* a row of gemm_tail_tiles.h */
-  int add;            /* whether to y as it is */
   int overlap;        /* start before the launch that makes u has ended */
   int swizzle;        /* tiles of a band across the raster: 1, 2, 4 or 8, see LORAXS_RASTER_ */
   int raster;         /* LORAXS_RASTER_ */

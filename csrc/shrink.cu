@@ -5,10 +5,13 @@
 // and with `other` are made on tensor cores from fp32 numbers split into two bf16 each: hi hi + hi lo + lo hi, 2^-16.
 //
 // Counted for T = 8192, K = 4096, r = 64 on an H200 (4.3 TB/s, 132 multiprocessors): x is read once, 67 MB, 16 us; each of
-// 128 blocks reads A from L2, 67 MB more.  2 T r K = 4.3 GFLOP, 8 us at 500 TFLOP/s (mma.sync), beside the reads.
-// Shared memory moves 2 bytes in and 2 out for each byte read, 256 of its cycles for 8 KB of x: 56 B/ns a
-// multiprocessor where memory gives 33.  So 16 us is the floor.  One block of four warps a multiprocessor leaves the
-// latency of every step open, and on Hopper the library's product is faster: config.py does not pick this kernel there.
+// 128 blocks reads A from L2, 67 MB more.  2 T r K = 4.3 GFLOP, 9 us at 500 TFLOP/s (mma.sync), beside the reads.
+// Shared memory moves 2 bytes in and 2 out for each byte of x, 256 of its cycles for 8 KB of x: 56 B/ns a multiprocessor
+// where memory gives 33.  So 16 us is the floor.
+// For 4 KB of x a warp issues 235 instructions, or 277 where A is transposed (sm_80; 212 and 266 on sm_90a), which
+// tests/test_build.py counts.  64 of them are matrix products, which keep a tensor core of an A100 busy for 512 cycles, so
+// instructions do not limit.  The version before issued 902 and read 9 B/ns a multiprocessor on an H100
+// (bench/results/NOTES.md); this one is not measured.  On Hopper config.py does not pick this kernel.
 
 #include <algorithm>
 #include <type_traits>
@@ -21,7 +24,8 @@
 namespace loraxs {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kStep = 32;
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kStep = 32;  // columns that a warp takes at a time
 
 // Sizes for one width of the rank's tile, in bytes of shared memory.
 template <int RANK>
@@ -37,87 +41,61 @@ struct Cut {
 
 static_assert(Cut<64>::bytes <= 99 * 1024, "what a block may have on every GPU from Ampere on");
 
-// Where element (k, 8 chunk) of a step's A lies that is contiguous along the rank: rows of RANK elements, their chunks
-// exchanged so that the eight rows one lane group reads at once, 8 i and 8 i + 1, fall on different banks.
-template <int RANK>
-__device__ int transposed_at(int k, int chunk) {
-  int const turn = ((k >> 3) << 1 | (k & 1)) & (Cut<RANK>::tiles - 1);
-  return k * RANK * 2 + (chunk ^ turn) * 16;
-}
-
+// What a lane copies of its warp's steps: 16 bytes of every eighth row of x and of A.  Where A is contiguous along the rank
+// its rows are columns of x, and the lane copies from every kRowsOfA-th.  What depends on the row is computed once.
 template <class T, int RANK, bool TRANSPOSED>
-__device__ void start_copies(loraxs_shrink_args const& p, unsigned char* to, int64_t row, int64_t k, int lane) {
-  int const g = lane / 4, j = lane % 4;
-  auto const x = static_cast<T const*>(p.x.data);
-  auto const A = static_cast<T const*>(p.A.data);
-  int64_t const left = p.K - (k + 8 * j);
-  int const bytes = left <= 0 ? 0 : left >= 8 ? 16 : int(left) * 2;
-#pragma unroll 2
-  for (int i = g; i < kRows; i += 8) {
-    int const take = row + i < p.T ? bytes : 0;
-    copy_async(to + i * kStep * 2 + j * 16, take ? x + (row + i) * p.x.row + k + 8 * j : x, take);
-  }
-  to += Cut<RANK>::x_bytes;
-  if constexpr (!TRANSPOSED) {
-#pragma unroll 2
-    for (int i = g; i < RANK; i += 8) {
-      int const take = i < p.r ? bytes : 0;
-      copy_async(to + i * kStep * 2 + j * 16, take ? A + i * p.A.row + k + 8 * j : A, take);
-    }
-  } else {
-#pragma unroll 2
-    for (int at = lane; at < kStep * RANK / 8; at += 32) {
-      int const i = at / Cut<RANK>::tiles, chunk = at % Cut<RANK>::tiles;
-      int64_t const ranks = p.r - 8 * chunk;
-      int const take = k + i >= p.K || ranks <= 0 ? 0 : ranks >= 8 ? 16 : int(ranks) * 2;
-      copy_async(to + transposed_at<RANK>(i, chunk), take ? A + (k + i) * p.A.column + 8 * chunk : A, take);
-    }
-  }
-}
-
-// z += x A^T over one step of 32 columns.  Lane j has columns 8 j .. 8 j + 7 of its rows; product h takes four of them.
-template <class T, int RANK, bool TRANSPOSED>
-__device__ void multiply(float (&z)[4][Cut<RANK>::tiles][4], unsigned char const* from, int lane) {
-  int const g = lane / 4, j = lane % 4;
-  uint32_t x[4][2][4];
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      auto const wide = *reinterpret_cast<uint4 const*>(from + (16 * m + 8 * half + g) * kStep * 2 + j * 16);
-      x[m][0][half] = wide.x, x[m][0][2 + half] = wide.y, x[m][1][half] = wide.z, x[m][1][2 + half] = wide.w;
-    }
-  }
-  from += Cut<RANK>::x_bytes;
-#pragma unroll
-  for (int n = 0; n < Cut<RANK>::tiles; n += 2) {
-    uint32_t A[2][2][2];  // [h][tile][]
-    if constexpr (!TRANSPOSED) {
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        auto const wide = *reinterpret_cast<uint4 const*>(from + (8 * (n + tile) + g) * kStep * 2 + j * 16);
-        A[0][tile][0] = wide.x, A[0][tile][1] = wide.y, A[1][tile][0] = wide.z, A[1][tile][1] = wide.w;
-      }
+class Source {
+ public:
+  __device__ Source(loraxs_shrink_args const& p, int64_t row, int64_t k, int lane)
+      : lane(lane), x_next(8 * p.x.row * sizeof(T)), A_next(kRowsOfA * (TRANSPOSED ? p.A.column : p.A.row) * sizeof(T)) {
+    int const g = lane / 4, j = lane % 4;
+    x = reinterpret_cast<unsigned char const*>(static_cast<T const*>(p.x.data) + (row + g) * p.x.row + k + 8 * j);
+    x_rows = int(up(std::min<int64_t>(p.T - row, kRows) - g, 8));
+    auto const from = static_cast<T const*>(p.A.data);
+    if constexpr (TRANSPOSED) {
+      A = reinterpret_cast<unsigned char const*>(from + (k + first_k()) * p.A.column + 8 * chunk());
+      A_bytes = std::clamp(int(p.r) - 8 * chunk(), 0, 8) * int(sizeof(T));
     } else {
-      int const i = lane % 8, q = lane / 8;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int const k = 8 * (i / 2) + 4 * h + 2 * (q % 2) + i % 2;
-        uint32_t found[4];
-        load_transposed(found, from + transposed_at<RANK>(k, n + q / 2));
-        A[h][0][0] = found[0], A[h][0][1] = found[1], A[h][1][0] = found[2], A[h][1][1] = found[3];
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        mma<T>(z[m][n], x[m][h], A[h][0][0], A[h][0][1]);
-        mma<T>(z[m][n + 1], x[m][h], A[h][1][0], A[h][1][1]);
-      }
+      A = reinterpret_cast<unsigned char const*>(from + g * p.A.row + k + 8 * j);
+      A_rows = int(up(p.r - g, 8));
     }
   }
-}
+
+  // Start to copy a step, of which `left` columns are there, all where it is WHOLE; then turn to the warp's next.
+  template <bool WHOLE>
+  __device__ void copy(unsigned char* to, int left = kStep) {
+    int const j = lane % 4, bytes = WHOLE ? 16 : std::clamp(left - 8 * j, 0, 8) * int(sizeof(T));
+    int const at = swizzled<4>(lane / 4, j);  // eight rows further likewise
+    auto from = x;
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i, from += x_next) {
+      copy_async(to + at + 8 * i * kStep * int(sizeof(T)), from, i < x_rows ? bytes : 0);
+    }
+    x += kWarps * kStep * sizeof(T);
+    to += Cut<RANK>::x_bytes;
+    from = A;
+#pragma unroll
+    for (int i = 0; i < RANK / 8; ++i, from += A_next) {
+      if constexpr (TRANSPOSED) {
+        int const k = first_k() + kRowsOfA * i;
+        copy_async(to + swizzled<Cut<RANK>::tiles>(k, chunk()), from, WHOLE || k < left ? A_bytes : 0);
+      } else {
+        copy_async(to + at + 8 * i * kStep * int(sizeof(T)), from, i < A_rows ? bytes : 0);
+      }
+    }
+    A += TRANSPOSED ? kWarps * kStep / kRowsOfA * A_next : kWarps * kStep * int64_t(sizeof(T));
+  }
+
+ private:
+  static constexpr int kRowsOfA = TRANSPOSED ? 32 / Cut<RANK>::tiles : 8;
+  __device__ int first_k() const { return lane / Cut<RANK>::tiles; }
+  __device__ int chunk() const { return lane % Cut<RANK>::tiles; }
+
+  int const lane;
+  unsigned char const *x, *A;
+  int64_t const x_next, A_next;  // bytes
+  int x_rows, A_rows = 0, A_bytes = 0;
+};
 
 template <class T, int RANK>
 __device__ void finish_block(loraxs_shrink_args const& p, Fragments<RANK> const& z, unsigned char* memory) {
@@ -135,25 +113,38 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(loraxs_shrink_args con
   auto const memory = shared_memory();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t const row = int64_t(blockIdx.x) * kRows;
-  int64_t const share = up(up(p.K, kStep), gridDim.y), first = share * blockIdx.y;  // in steps
-  int64_t const last = std::min(first + share, up(p.K, kStep));
-  int64_t const steps = last > first + warp ? up(last - first - warp, kWarps) : 0;  // of this warp
-  auto const buffer = memory + warp * C::stages * C::stage_bytes;
-  auto const begin = [&](int64_t step) {
-    if (step < steps) {
-      start_copies<T, RANK, TRANSPOSED>(p, buffer + step % C::stages * C::stage_bytes, row,
-                                        kStep * (first + warp + kWarps * step), lane);
-    }
+  int const share = int(up(up(p.K, kStep), gridDim.y)), first = share * int(blockIdx.y);  // in steps
+  int const last = std::min(first + share, int(up(p.K, kStep))), whole = std::min(last, int(p.K / kStep));
+  int const steps = whole > first + warp ? int(up(whole - first - warp, kWarps)) : 0;  // of this warp
+  auto const buffers = memory + warp * C::stages * C::stage_bytes;
+  Source<T, RANK, TRANSPOSED> source(p, row, int64_t(kStep) * (first + warp), lane);
+  int next = 0, now = 0;  // which buffer is written, which is read
+  auto const after = [](int buffer) {
+    return buffer == (C::stages - 1) * C::stage_bytes ? 0 : buffer + C::stage_bytes;
+  };
+  auto const begin = [&](int step) {
+    if (step < steps) source.template copy<true>(buffers + next);
     copy_commit();
+    next = after(next);
   };
   float z[4][C::tiles][4] = {};
 #pragma unroll
   for (int step = 0; step < C::stages - 1; ++step) begin(step);
-  for (int64_t step = 0; step < steps; ++step) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
     copy_wait<C::stages - 2>();
     __syncwarp();  // all lanes' copies of this step are there, and all have read the one before
     begin(step + C::stages - 1);
-    multiply<T, RANK, TRANSPOSED>(z, buffer + step % C::stages * C::stage_bytes, lane);
+    multiply<T, kRows, RANK, TRANSPOSED>(z, buffers + now, buffers + now + C::x_bytes, lane);
+    now = after(now);
+  }
+  if (first <= whole && whole < last && (whole - first) % kWarps == warp) {  // the end of K, part of a step
+    __syncwarp();
+    source.template copy<false>(buffers, int(p.K % kStep));
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    multiply<T, kRows, RANK, TRANSPOSED>(z, buffers, buffers + C::x_bytes, lane);
   }
   LORAXS_TRACED(trace.tiles(steps);)
   __syncthreads();

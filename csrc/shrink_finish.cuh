@@ -23,16 +23,6 @@ struct Finish {
 template <int RANK>
 using Fragments = float[Finish<RANK>::tiles][4];  // of z or u: 16 rows of a warp
 
-// Two floats, each as the sum of two bf16.
-struct Split {
-  uint32_t high, low;
-};
-__device__ inline Split split(float first, float second) {
-  uint32_t const high = pair<bf16>(first, second);
-  float const first_high = widen(bf16{uint16_t(high)}), second_high = widen(bf16{uint16_t(high >> 16)});
-  return {high, pair<bf16>(first - first_high, second - second_high)};
-}
-
 // R, split, into shared memory.
 template <int RANK>
 __device__ void load_R(loraxs_shrink_args const& p, uint16_t* high, int thread, int threads) {

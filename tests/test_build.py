@@ -314,6 +314,28 @@ def test_every_gemm_multiplies_with_wgmma(cuobjdump):
     assert all("HGMMA" in text for text in gemms)
 
 
+def loops(function: str) -> list[list[str]]:
+    """The instructions of each loop of a function, from where a branch goes back to up to that branch."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", function, re.M)]
+    back = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b.* (0x[0-9a-f]+)", text)]
+    return [[text for at, text in code if first <= at <= last] for first, last in back if first < last]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_shrink_issues_few_instructions_for_what_it_reads(cuobjdump, transposed):
+    """At r = 64, for 64 rows of 32 columns of x (4 KB), 64 of them products."""
+    kernel = re.compile(rf"shrink_kernelI\w*bf16ELi64ELb{int(transposed)}E")
+    functions = re.split(r"^\s*Function : ", cuobjdump("-sass"), flags=re.M)[1:]
+    found = [text for text in functions if kernel.search(text.partition("\n")[0])]
+    assert len(found) == len(core.architectures())
+    for text in found:
+        both = [loop for loop in loops(text) if "LDGSTS" in "".join(loop) and "HMMA" in "".join(loop)]
+        loop = min(both, key=len)
+        products, copies = (sum(name in each for each in loop) for name in ("HMMA", "LDGSTS"))
+        assert (products, copies) == (64, 16)
+        assert len(loop) <= 300
+
+
 def test_the_core_needs_no_cuda_library_and_exports_its_interface_alone(built):
     if not (shutil.which("readelf") and shutil.which("nm")):
         pytest.skip("needs readelf and nm")

@@ -76,6 +76,35 @@ def test_what_a_hopper_gpu_gets(problem, plan):
     assert pick(*problem, torch.float32, H100, BOTH) is None
 
 
+LARGE, SMALL = (0, False, 1, 2), (1, False, 1, 2)
+ORDERS = {  # T, N: tile, overlap, swizzle, raster for K = 4096, and for a sum that is four times as long as y is wide
+    (512, 11008): ((1, False, 2, 2), (1, False, 2, 2)),
+    (512, 14336): ((1, False, 2, 2), LARGE),
+    (2100, 11008): (SMALL, LARGE),  # 17 rows of tiles: bands of 2 make 20 of them
+    (2100, 14336): (SMALL, LARGE),
+    (8192, 11008): ((1, False, 2, 2), LARGE),  # 43 columns of the large tile: bands of 4 make 44, and a wave more
+    (8192, 14336): ((1, False, 2, 2), (0, True, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("size", ORDERS, ids=str)
+def test_the_order_of_the_tiles_adds_no_wave(size):
+    T, N = size
+    for K, expected in zip((4096, 4 * N), ORDERS[size], strict=True):
+        plan = pick(T, N, K, 64, torch.bfloat16, H100, BOTH)
+        assert (plan.tile, plan.overlap, plan.swizzle, plan.raster) == expected
+        rows, columns, _, best = config.TILES[plan.tile]
+
+        def waves(swizzle, rows=rows, columns=columns):
+            """As CUTLASS pads and takes them: pairs of tiles below each other, whole bands both ways."""
+            down = len(range(0, T, 2 * swizzle * rows)) * 2 * swizzle
+            across = len(range(0, N, swizzle * columns)) * swizzle
+            return len(range(0, down * across, H100.multiprocessors))
+
+        assert waves(plan.swizzle) == waves(1)
+        assert plan.swizzle == best or waves(best) > waves(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "shapes"),
     [

@@ -7,6 +7,7 @@ does).  The GEMM with a tail is plain loops here, which hold its callers to what
 from __future__ import annotations
 
 import copy
+import ctypes
 import re
 import weakref
 
@@ -49,13 +50,13 @@ def guarded(monkeypatch):
 
 
 # Rows and ranks that fill no tile; few columns, one step of them, many.
-ROWS = [(65, 8, 8, 1), (70, 24, 304, 12), (130, 16, 1032, 25), (129, 40, 64, 64), (66, 8, 136, 100)]
+ROWS = [(65, 8, 8, 1), (70, 24, 264, 12), (130, 16, 1032, 25), (129, 40, 64, 64), (66, 8, 136, 100)]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ROWS, ids=str)
-@pytest.mark.parametrize("split, programs", [(1, 0), (3, 0), (0, 4)])
+@pytest.mark.parametrize("split, programs", [(1, 0), (7, 0), (0, 4)])
 def test_many_rows(plans, guarded, shape, layout, split, programs, dtype):
     """Forward and backward, the GEMM with a tail; blocks that share K, with and without a share; u made beside it."""
     T, N, K, r = shape
@@ -86,14 +87,16 @@ def test_what_the_programs_read_lives_until_y_is_there(plans, monkeypatch, emula
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("W", [False, True])
 @pytest.mark.parametrize("T", [33, 70])
-def test_out_and_no_weight(plans, T, W, add):
-    plans.forced = None if T == 33 else Rows(1, 1, True)
+def test_out_and_no_weight(plans, monkeypatch, T, W, add):
+    plans.forced, tails, own = None if T == 33 else Rows(1, 1, True), [], backend.gemm_tail
+    monkeypatch.setattr(backend, "gemm_tail", lambda *args: tails.append(args) or own(*args))
     o = operands(T, 40, 64, 12, torch.bfloat16)
     out = o.gY.clone() if add else None
     y, z, gram = backend.lowrank_linear(o.x, o.W if W else None, o.A, o.R, o.B, o.s, None if add else o.bias, out)
     assert (y is out) == add and gram is None
     assert_primitive(o, (y, z, None), None, o.gY if add else None, W)
     assert isinstance(plans[0], Decode if T == 33 else Rows)
+    assert len(tails) == (T == 70 and not add)  # what is added to is the library's
 
 
 @pytest.mark.parametrize("plan", [Decode(2, 1), Rows(1, 0, True), Rows(2, None, True)], ids=str)
@@ -147,7 +150,7 @@ def test_operands_the_copy_engine_cannot_read_as_they_lie(plans, kind, tile):
 @pytest.mark.parametrize("cluster", [1, 8])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (16, 130, 72, 16), (33, 40, 257, 25), (64, 17, 300, 64), (5, 300, 96, 100)]
+    "shape", [(1, 1, 1, 1), (16, 130, 72, 16), (33, 40, 257, 25), (64, 17, 300, 64), (5, 100, 712, 100)]
 )
 def test_few_rows(plans, guarded, shape, layout, cluster, dtype):
     plans.forced = Decode(cluster, 2)
@@ -252,7 +255,7 @@ def test_no_rows_and_no_columns(plans):
 def test_what_the_core_refuses_is_an_error():
     o = operands(70, 8, 8, 2, torch.bfloat16)
     with pytest.raises(RuntimeError, match="loraxs gemm_tail: operands it cannot be called with"):
-        backend.gemm_tail(o.x[:, 1:], o.W, torch.zeros(70, 2).bfloat16(), o.B, None, None, 0, False)
+        backend.gemm_tail(o.x[:, 1:], o.W, torch.zeros(70, 2).bfloat16(), o.B, None, 0, False)
 
 
 def test_a_layer_trains_on_it(plans):
@@ -284,6 +287,8 @@ def results(core) -> list[Tensor]:
             found += backend.shrink(o.x, A, o.R, o.s, torch.randn(66, 64), 2, False)
         o = operands(40, 40, 400, 16, torch.bfloat16)
         found += backend._decode(Decode(4, 1), o.x, o.A, o.R, o.B, o.s, None, None, None)
+        o = operands(10, 40, 504, 64, torch.bfloat16)  # more than is under way at once; not all warps read each step
+        found += backend._decode(Decode(1, 1), o.x, o.A, o.R, o.B, o.s, None, None, None)
     return found
 
 
@@ -300,9 +305,25 @@ def test_same_bits_whatever_the_order_of_the_threads(emulated_core, monkeypatch)
         assert not differs(results(emulated_core), expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_eight_lanes_that_share_a_cycle_of_shared_memory_fall_on_all_its_banks(emulated_core, r, transposed):
+    """Every asynchronous copy's write, and every read of matrices, of a shrink with a gram and of a decode."""
+    library = ctypes.CDLL(emulated_core.__file__)
+    library.emulator_conflicts()
+    o = operands(70, 16, 300, r, torch.bfloat16)
+    x, A = backend._laid(o.x, 0), backend._laid(o.A, 0)
+    if r <= 64:
+        backend.shrink(x, backend._laid(o.A, 1) if transposed else A, o.R, o.s, torch.randn(70, r), 1, False)
+    backend._decode(Decode(2, 1), x[:50], A, o.R, o.B, o.s, None, None, None)
+    assert library.emulator_conflicts() == 0
+
+
 BREAKS = {
     "an asynchronous copy that is not waited for": ("shrink.cu", r"copy_wait<[^;]*;", ""),
     "sums read before they are there": ("shrink.cu", r"\[3\]\};\n    \}\n  \}\n  __syncthreads\(\);", "[3]};}}"),
+    "a decode's copy that is not waited for": ("decode.cu", r"copy_wait<[^;]*;", ""),
+    "copies to where others still read": ("decode.cu", r"__syncthreads\(\);\n    copy\(step", "copy(step"),
     "blocks that do not wait for the cluster": ("decode.cu", r"cluster_sync\(\);", "__syncthreads();"),
 }
 

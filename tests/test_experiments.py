@@ -25,7 +25,7 @@ def request(**changes) -> settings.Settings:
     return dataclasses.replace(asked, questions=("experiments",))
 
 
-def gemm_tail(x, W, u, B, bias, out, tile, overlap, swizzle=1, raster=0, multiprocessors=None, ready=None):
+def gemm_tail(x, W, u, B, bias, tile, overlap, swizzle=1, raster=0, multiprocessors=None, ready=None):
     return (F.linear(x.float(), W.float()) + F.linear(u.float(), B.float())).to(x.dtype)
 
 

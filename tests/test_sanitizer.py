@@ -52,7 +52,7 @@ for T, N, K, r in ((17, 65, 129, 12), (17, 320, 640, 64), (1100, 320, 640, 64), 
                 ready = backend.empty(each.x, (-(-T // 128),), torch.int32)
                 z, u, _ = backend.shrink(each.x, each.A, each.R, each.s, z, 1, True, 4, ready)
                 rest = (tile, True, 2, 2, 128, ready)
-                backend.gemm_tail(each.x, each.W, u, each.B, None, None, *rest)
+                backend.gemm_tail(each.x, each.W, u, each.B, None, *rest)
 if device == "cuda":
     torch.cuda.synchronize()
 print("ran", name)

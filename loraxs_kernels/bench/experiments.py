@@ -63,7 +63,7 @@ RASTERS = {1: "along T", 2: "along N"}
 FEW = 128  # multiprocessors that the tiles of T = 8192 fill in whole waves; the others are free for z
 HOST = (64, 64, 64, 16)  # T, N, K, r of the question what a launch costs
 # Microseconds.  Triton: binder 6, key 1.5, driver 2, our own Python.  The core's: our Python 6, 3.4 and 9, timed on a
-# CPU; guessed: binding 1.5, memory and stream 1, six descriptors of the GEMM 3, driver 2.5.  The library's: guessed.
+# CPU; guessed: binding 1.5, memory and stream 1, five descriptors of the GEMM 2.5, driver 2.5.  The library's: guessed.
 HOST_PREDICTED = {
     "triton chain": (12, 18),
     "cuda shrink": (9, 13),
@@ -188,7 +188,7 @@ class Cut:
 
     def __call__(self, x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
         return cuda.gemm_tail(
-            *(x, W, u, B, None, None, self.tile, False),
+            *(x, W, u, B, None, self.tile, False),
             swizzle=self.swizzle,
             raster=self.raster,
             multiprocessors=self.multiprocessors,
@@ -560,7 +560,7 @@ def _host(settings: Settings) -> Iterator[Row]:
         "triton chain": (lambda: backends.primitive("triton")(x, None, A, R, B, o.s), backends.unavailable("triton")),
         "cuda shrink": (lambda: cuda.shrink(x, A, R, o.s, None, 1, False), backends.unavailable("cuda")),
         "cuda gemm_tail": (
-            lambda: cuda.gemm_tail(x, W, u, B, None, None, 0, False),
+            lambda: cuda.gemm_tail(x, W, u, B, None, 0, False),
             gemm.missing(settings.dtype, settings.device),
         ),
         "cuda decode": (lambda: cuda.decode(x, A, R, B, o.s), backends.unavailable("cuda")),

@@ -49,7 +49,7 @@ def _expand_first(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
 
 
 def _tail(tile: int, x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
-    return cuda.gemm_tail(x, W, u, B, bias=None, out=None, tile=tile, overlap=False)
+    return cuda.gemm_tail(x, W, u, B, bias=None, tile=tile, overlap=False)
 
 
 PATHS: dict[str, Tail] = {

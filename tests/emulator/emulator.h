@@ -2,7 +2,8 @@
 //
 // What it finds out: wrong numbers, reads of memory that is not there yet (shared memory starts as NaN, an asynchronous
 // copy is NaN until it is waited for), barriers that not all threads reach, and, by running the threads in another order
-// (LORAXS_EMULATOR_ORDER), results that depend on it.  What it cannot: speed, bank conflicts, anything about TMA or wgmma.
+// (LORAXS_EMULATOR_ORDER), results that depend on it.  It counts the bank conflicts of asynchronous copies and of matrices
+// that are read from shared memory.  What it cannot find out: speed, other bank conflicts, anything about TMA or wgmma.
 
 #pragma once
 
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <type_traits>
@@ -65,6 +67,7 @@ struct Copy {
 struct Warp {
   Barrier barrier{32};
   void* lanes[32];
+  std::map<long, std::map<int, void const*>> copies;  // by their number: where each lane's goes
 };
 
 struct Block {
@@ -88,7 +91,7 @@ struct Thread {
   bool done = false;
   std::vector<Copy> started;
   std::deque<std::vector<Copy>> groups;
-  long cluster_generation = 0;
+  long cluster_generation = 0, copied = 0;
   Warp& warp() { return block->warps[index.x / 32]; }
   int lane() const { return index.x % 32; }
 };
@@ -98,7 +101,7 @@ inline ucontext_t scheduler;
 inline dim3 grid;
 inline std::vector<std::unique_ptr<Block>>* cluster;
 inline Barrier* cluster_barrier;
-inline long progress;
+inline long progress, conflicts;
 inline std::function<void()>* body;
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
@@ -121,6 +124,14 @@ void together(Record& mine, std::function<void(Record* const*)> const& work) {
   Warp& warp = self->warp();
   warp.lanes[self->lane()] = &mine;
   sync(warp.barrier, [&] { work(reinterpret_cast<Record* const*>(warp.lanes)); });
+}
+
+// Eight lanes read or write 16 bytes each at once: on all banks, or one after another.
+template <class At>
+void count_conflicts(At const& at) {
+  int most = 0, on[8] = {};
+  for (int i = 0; i < 8; ++i) most = std::max(most, ++on[reinterpret_cast<uintptr_t>(at(i)) / 16 % 8]);
+  conflicts += most - 1;
 }
 
 inline void enter() {
@@ -173,16 +184,6 @@ inline void run_cluster(std::vector<std::unique_ptr<Block>>& blocks, int threads
 inline void __syncthreads() { loraxs::emulator::sync(loraxs::emulator::self->block->barrier); }
 inline void __syncwarp() { loraxs::emulator::sync(loraxs::emulator::self->warp().barrier); }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  struct Record {
-    float in, out;
-  } mine{value, 0};
-  loraxs::emulator::together<Record>(mine, [mask](Record* const* lanes) {
-    for (int lane = 0; lane < 32; ++lane) lanes[lane]->out = lanes[lane ^ mask]->in;
-  });
-  return mine.out;
-}
-
 namespace loraxs {
 
 struct bf16 {
@@ -191,8 +192,15 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct fp32 {
+  uint32_t bits;
+};
 
-inline float widen(float value) { return value; }
+inline float widen(fp32 value) {
+  float found;
+  std::memcpy(&found, &value.bits, 4);
+  return found;
+}
 inline float widen(bf16 value) {
   uint32_t const bits = uint32_t(value.bits) << 16;
   float found;
@@ -254,18 +262,21 @@ void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
   });
 }
 
-inline void load_transposed(uint32_t (&d)[4], void const* row) {
+template <bool transposed = false>
+void load_matrices(uint32_t (&d)[4], void const* row) {
   struct Record {
     uint32_t* d;
     void const* row;
   } mine{d, row};
   emulator::together<Record>(mine, [](Record* const* lanes) {
     for (int q = 0; q < 4; ++q) {
+      emulator::count_conflicts([&](int i) { return lanes[8 * q + i]->row; });
       for (int lane = 0; lane < 32; ++lane) {
         uint16_t both[2];
         for (int e = 0; e < 2; ++e) {
-          auto const from = static_cast<uint16_t const*>(lanes[8 * q + 2 * (lane % 4) + e]->row);
-          both[e] = from[lane / 4];
+          int const g = lane / 4, two = 2 * (lane % 4) + e;
+          auto const from = static_cast<uint16_t const*>(lanes[8 * q + (transposed ? two : g)]->row);
+          both[e] = from[transposed ? g : two];
         }
         lanes[lane]->d[q] = uint32_t(both[1]) << 16 | both[0];
       }
@@ -273,15 +284,25 @@ inline void load_transposed(uint32_t (&d)[4], void const* row) {
   });
 }
 
+inline void load_transposed(uint32_t (&d)[4], void const* row) { load_matrices<true>(d, row); }
+
 inline void copy_async(void* to, void const* from, int bytes) {
   emulator::Copy copy{to, {}};
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes < 0 || bytes > 16) {
     std::fprintf(stderr, "emulator: copy_async of %d bytes from %p to %p\n", bytes, from, to);
     std::abort();
   }
-  std::memcpy(copy.bytes.data(), from, bytes);
+  if (bytes) std::memcpy(copy.bytes.data(), from, bytes);
   std::memset(to, 0xff, 16);
   emulator::self->started.push_back(copy);
+  auto& all = emulator::self->warp().copies;
+  auto& same = all[emulator::self->copied];
+  same[emulator::self->lane()] = to;
+  if (same.size() == 32) {
+    for (int q = 0; q < 4; ++q) emulator::count_conflicts([&](int i) { return same[8 * q + i]; });
+    all.erase(emulator::self->copied);
+  }
+  ++emulator::self->copied;
 }
 inline void copy_commit() {
   emulator::self->groups.push_back(std::move(emulator::self->started));

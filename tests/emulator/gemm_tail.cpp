@@ -1,7 +1,9 @@
-// What core.cpp is to the GPU, as plain loops: y = x W^T + u B^T (+ bias) (+ y) and the shrink by TMA, where gemm_tail.cuh
+// What core.cpp is to the GPU, as plain loops: y = x W^T + u B^T (+ bias) and the shrink by TMA, where gemm_tail.cuh
 // and shrink_tma.cu cannot run; what those need of their operands is checked.
 
 #include "../../csrc/device.cuh"
+
+#include <utility>
 
 namespace loraxs {
 namespace {
@@ -24,7 +26,6 @@ void run(loraxs_gemm_tail_args const& p) {
       for (int64_t k = 0; p.W.data && k < p.K; ++k) sum += at<T>(p.x, t, k) * at<T>(p.W, n, k);
       for (int64_t i = 0; i < p.r; ++i) sum += at<T>(p.u, t, i) * at<T>(p.B, n, i);
       if (p.bias) sum += widen(static_cast<T const*>(p.bias)[n]);
-      if (p.add) sum += at<T>(p.y, t, n);
       static_cast<T*>(p.y.data)[t * p.y.row + n * p.y.column] = T{rounded<T>(sum)};
     }
   }
@@ -80,6 +81,11 @@ extern "C" int loraxs_shrink_tma(const loraxs_shrink_args* args) {
   p.type == LORAXS_BF16 ? shrink<bf16>(p) : shrink<fp16>(p);
   for (int64_t unit = 0; p.ready && 128 * unit < p.T; ++unit) p.ready[unit] = 2;
   return LORAXS_OK;
+}
+
+// How many times more than once eight lanes had to take turns in shared memory, since it was asked last.
+extern "C" __attribute__((visibility("default"))) long emulator_conflicts(void) {
+  return std::exchange(loraxs::emulator::conflicts, 0);
 }
 
 extern "C" int loraxs_ready(void) { return LORAXS_OK; }

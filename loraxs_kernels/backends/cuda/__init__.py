@@ -175,7 +175,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x = _laid(x, 0)
     way = lies(B) or 0 if W is None else lies(W)
-    tail = plan.tile is not None and way is not None and (out is None or lies(out) == 0)
+    tail = plan.tile is not None and way is not None and out is None
     if tail:  # now: nothing may come between two launches that overlap
         B, bias = _laid(B, way), _contiguous(bias)
     ready, multiprocessors = None, facts(x.device).multiprocessors
@@ -192,7 +192,7 @@ def _rows(
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
     if tail:
         order = (plan.swizzle, plan.raster, multiprocessors)
-        y = gemm_tail(x, W, _laid(u, 0), B, bias, out, plan.tile, plan.overlap, *order, ready)
+        y = gemm_tail(x, W, _laid(u, 0), B, bias, plan.tile, plan.overlap, *order, ready)
     else:
         y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
         y = y if W is None else y.addmm_(x, W.t())
@@ -239,7 +239,6 @@ def gemm_tail(
     u: Tensor,
     B: Tensor,
     bias: Tensor | None,
-    out: Tensor | None,
     tile: int,
     overlap: bool,
     swizzle: int = 1,
@@ -247,19 +246,19 @@ def gemm_tail(
     multiprocessors: int | None = None,
     ready: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + u B^T (+ bias), or added to `out`, in one GEMM, see csrc/gemm_tail.cuh.
+    """y = x W^T + u B^T (+ bias) in one GEMM, see csrc/gemm_tail.cuh.
 
-    All lie as `lies` wants: rows of x, u and out, rows or columns of W, and B as W does.  bias is contiguous.
+    All lie as `lies` wants: rows of x and u, rows or columns of W, and B as W does.  bias is contiguous.
     overlap: u may still be in the making by the launch before, if that is one of the core's.
     swizzle (1, 2, 4, 8), raster (0 automatic, 1 along T, 2 along N): the order of the tiles, see csrc/loraxs.h.
     multiprocessors: how many of the GPU's the launch may take; None: all.
-    ready: what the `shrink_tma` before tells of u's rows, which this launch waits for where it needs them.
+    ready: what a `shrink` with `programs` just before tells of u's rows: this launch waits for those it needs.
     """
     (T, K), (N, r) = x.shape, B.shape
-    y = empty(x, (T, N), x.dtype) if out is None else out
+    y = empty(x, (T, N), x.dtype)
     core.load().gemm_tail(
         *(T, N, K, r, _matrix(x), None if W is None else _matrix(W), _matrix(u), _matrix(B), _matrix(y)),
-        *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, out is not None, overlap, swizzle),
+        *(_address(bias), _TYPES[x.dtype], B.stride(1) != 1, tile, overlap, swizzle),
         *(raster, multiprocessors or facts(x.device).multiprocessors, _address(ready), _stream(x)),
     )
     return y

@@ -33,8 +33,8 @@ class Tile(NamedTuple):
     swizzle: int
 
 
-# csrc/gemm_tail_tiles.h.  The small tile reads more; on an H100 at its power limit it is the faster one all the same,
-# but not for a narrow y or a long sum.
+# csrc/gemm_tail_tiles.h.  For 64 columns of the sum the large tile reads 32 KB from L2, the small one 24 KB for half as
+# much of y; on an H100 at its power limit the small one is faster all the same, except for a narrow y or a long sum.
 TILES = {0: Tile(128, 256, 1.0, 4), 1: Tile(128, 128, 0.95, 2)}
 NARROW, LONG, SMALL_COST = 2048, 2, 1.1  # columns of y, and K / N: below the one or above the other it costs that
 RASTER = 2  # along N: the rows of u are needed in the order in which they are made
@@ -55,7 +55,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class Rows:
-    """z and u first, then y: by the GEMM with a tail, as tiles of a number, or (None) by the library's GEMMs."""
+    """z and u first, then y: by the GEMM with a tail, as tiles of a number, or (None) by the library's GEMMs.
+
+    The library's also where y is added to an output: that costs them 3.5 % at most (bench/results/NOTES.md).
+    """
 
     shrink: int  # blocks that share K; 0: z by the library
     tile: int | None
