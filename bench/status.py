@@ -24,7 +24,7 @@ COMPONENTS = {
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
     "triton backend": (
-        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/device.py"],
+        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/device.py", "loraxs_kernels/padding.py"],
         "interpreted and compiled ahead of time on a CPU; its tiles are counted, not measured; never run on an AMD GPU",
     ),
     "cuda backend": (
@@ -43,7 +43,7 @@ COMPONENTS = {
     "demo": (["loraxs_kernels/demo"], ""),
     "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
     SANITIZER: (
-        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
+        ["loraxs_kernels/backends", "loraxs_kernels/padding.py", "csrc"],
         "NVIDIA's memcheck, initcheck and, where TMA is not used, racecheck, over one small run of every kernel",
     ),
 }

@@ -12,8 +12,9 @@
 //     x and A, in four steps of 128 columns                  1        2     all four steps at once; three, then the fourth
 //     z of the other programs, then u of them                2        2
 // The version before this one needed 27 and 87 rounds.  In its loop over K each read of A waited for the product before
-// it, 16 and 64 rounds; R took 4 and 16, B and y 5, z and u 2.  On an H100 it added 20 and 56 us to the base GEMM, 0.7 us
-// for each round.  That 100 of 132 multiprocessors have nothing to do is not the cause: more clusters only repeat z.
+// it, 16 and 64 rounds; R took 4 and 16, B and y 5, z and u 2.  On an H100 it added 20 and 56 us to the base GEMM
+// (bench/results/h100/2026-11-26-6e73597-decode.json), 0.7 us for each round.  That 100 of 132 multiprocessors have
+// nothing to do is not the cause: more clusters only repeat z.
 // Where each token has its own R, a warp reads r / 16 of them in turn: three rounds more at r = 64.
 // Each program copies 80 KB (r = 16) or 128 KB (r = 64) from L2, at 64 bytes a cycle in 0.7 or 1.2 us.
 // Prediction: 5 us (r = 16) and 7 us (r = 64), with the launch and the cluster's two barriers.  Not measured.

@@ -15,6 +15,7 @@ from helpers import operands
 import loraxs_kernels as lx
 from loraxs_kernels import BackendUnavailable, backends
 from loraxs_kernels.backends import torch as torch_backend
+from loraxs_kernels.backends.device import plain
 from loraxs_kernels.functional import lora_xs_linear
 
 
@@ -120,17 +121,27 @@ def test_triton_needs_a_c_compiler(monkeypatch, tmp_path, compilers, CC, headers
     module = backends.load("triton")
     monkeypatch.setattr(module.shutil, "which", lambda name: name if name in compilers else None)
     monkeypatch.setattr(module.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     if CC:
         monkeypatch.setenv("CC", CC)
     if headers:
         (tmp_path / "Python.h").touch()
-    module.cannot_compile.cache_clear()
-    try:
-        found = module.cannot_compile()
-    finally:
-        module.cannot_compile.cache_clear()
+    found = module.cannot_compile.__wrapped__()
     assert found is None if reason is None else re.match(reason, found)
+    (tmp_path / "cache" / "a launcher").mkdir(parents=True)
+    (tmp_path / "cache" / "a launcher" / "it.so").touch()  # compiled before: such a machine may need no compiler
+    assert module.cannot_compile.__wrapped__() is None
+
+
+@pytest.mark.parametrize("name", ["W", "A", "R", "B", "bias", "z"])
+def test_kernels_refuse_an_operand_on_another_device(name):
+    o = operands(4, 5, 6, 2)
+    given = {"W": o.W, "A": o.A, "R": o.R, "B": o.B, "bias": o.bias, "z": torch.zeros(4, 2)}
+    assert plain(o.x, *given.values()) == (o.x, *given.values())
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{name}: got device meta, must be cpu like x"):
+        plain(o.x, *given.values())
 
 
 def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):

@@ -83,13 +83,24 @@ def test_zeros_beside_a_layers_own_B_are_read_and_nothing_beside_anothers(monkey
     o, wide = operands(70, 40, 48, r, torch.bfloat16), r + -r % 16
     layer = LoRAXSLinear.from_linear(nn.Linear(48, 40).bfloat16(), r, init=(o.A, o.B))
     foreign = torch.full((40, wide), math.nan, dtype=torch.bfloat16)[:, :r].copy_(o.B)
-    for o.B, width in ((layer.B, wide), (copy.deepcopy(layer).B, wide), (foreign, r), (layer.B[:, :3].clone(), 3)):
+    for o.B, width in ((layer.B, wide), (copy.deepcopy(layer).B, wide), (foreign, r), (layer.B[:, :3], 3)):
         o.A, o.R = o.A[: o.B.shape[1]], o.R[: o.B.shape[1], : o.B.shape[1]]
         for each, other in ((o, None), (backward(o), torch.randn(70, len(o.R)))):
             widths.clear()
             results = backend.lowrank_linear(each.x, each.W, each.A, each.R, each.B, o.s, each.bias, None, other)
             assert_primitive(each, results, other)
             assert set(widths) == {width}
+
+
+def test_numbers_are_rounded_to_tf32_and_not_cut_off():
+    """z, R and the z of the forward in turn are 1 + 3/4096, which has more bits: 1 + 4/4096 rounded, 1 cut off."""
+    cut, near, rounded = config.Config(16, 16, 16, 4, 2), 1 + 3 / 4096, 1 + 4 / 4096
+    one, A = torch.ones(1, 1), torch.ones(1, 2).half()
+    for x, R, other in ((near, 1.0, 1.0), (1.0, near, 1.0), (1.0, 1.0, near)):
+        x = torch.tensor([[1.0, x - 1.0]]).half()
+        y, _, gram = backend.low_rank(cut, x, A, R * one, one.half(), 1.0, None, None, other * one)
+        assert y.item() == (rounded if other == 1.0 else 1.0)
+        assert gram.item() == (rounded if R == 1.0 else 1.0)
 
 
 @pytest.fixture

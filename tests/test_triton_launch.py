@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import ANY
 
 import helpers
@@ -48,10 +51,10 @@ def backend(monkeypatch):
 class Case:
     """One call of low_rank with what it must launch."""
 
-    def __init__(self, backend, o, blocks, split=(1, 1), out=False, other=False, copied=()):
+    def __init__(self, backend, o, blocks, split=(1, 1), out=False, other=False, copied=(), warps=4, stages=2):
         """copied: names of operands that are read from a copy, as they do not lie as a kernel reads them."""
         self.backend, self.o, self.copied = backend, o, copied
-        self.config = backend.Config(*blocks, num_warps=4, num_stages=2, split_k=split[0], split_n=split[1])
+        self.config = backend.Config(*blocks, num_warps=warps, num_stages=stages, split_k=split[0], split_n=split[1])
         (self.T, self.K), (self.N, self.r) = o.x.shape, o.B.shape
         self.out = torch.empty(self.T, self.N, dtype=o.x.dtype) if out else None
         self.other = torch.empty(self.T, self.r) if other else None
@@ -92,6 +95,11 @@ class Case:
             given = each.constants | each.arguments
             assert given == {name: expected[name] for name in given}
             assert not [name for name in each.aligned if given[name] % 16], each
+
+
+def kept(backend):
+    """What launch.py keeps of each kernel."""
+    return sys.modules[f"{backend.__name__}.launch"].loaded
 
 
 def padded(o):
@@ -186,6 +194,9 @@ def test_one_call_after_another(gpu_stub, backend, split):
         x_not_aligned=Case(
             backend, but(x=torch.empty(64 * 96 + 1, dtype=torch.bfloat16)[1:].view(64, 96)), blocks, split
         ),
+        x_half_aligned=Case(
+            backend, but(x=torch.empty(64 * 96 + 4, dtype=torch.bfloat16)[4:].view(64, 96)), blocks, split
+        ),
         R_not_aligned=Case(backend, but(R=torch.empty(16 * 16 + 1)[1:].view(16, 16)), blocks, split),
         R_turned=Case(backend, but(R=first.R.t()), blocks, split, copied=["R"]),
         x_turned=Case(backend, but(x=first.x.t().contiguous().t()), blocks, split, copied=["x"]),
@@ -200,6 +211,8 @@ def test_one_call_after_another(gpu_stub, backend, split):
         out=Case(backend, first, blocks, split, out=True),
         other=Case(backend, first, blocks, split, other=True),
         blocks=Case(backend, first, (16, 32, 32), split),
+        warps=Case(backend, first, blocks, split, warps=8),
+        stages=Case(backend, first, blocks, split, stages=3),
     )
     for again in (False, True):
         stub.loaded.clear()
@@ -209,7 +222,10 @@ def test_one_call_after_another(gpu_stub, backend, split):
             case.check(stub.launches(), results)
             if name in ("other_rows", "one_row", "scale"):
                 assert len(stub.loaded) == compiled, name
+            if name in ("warps", "stages") and not again:
+                assert len(stub.loaded) > compiled, name
         assert not (again and stub.loaded)
+    assert kept(backend).cache_info().hits > 0
 
 
 def test_more_rows_than_32_bits_count(gpu_stub, backend, monkeypatch):
@@ -242,7 +258,7 @@ def test_a_profiler_sees_every_launch(gpu_stub, backend, monkeypatch):
     stub, seen = gpu_stub(), []
     case = Case(backend, helpers.operands(64, 48, 96, 16, torch.bfloat16), (32, 32, 16))
     case.call()
-    hooks = importlib.import_module(f"{backend.__name__}.launch")._hooks
+    hooks = sys.modules[f"{backend.__name__}.launch"]._hooks
     hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
     if hasattr(hooks.launch_enter_hook, "add"):
         hooks.launch_enter_hook.add(hook)
@@ -259,14 +275,47 @@ def test_a_profiler_sees_every_launch(gpu_stub, backend, monkeypatch):
     assert second._replace(arguments=None) == first._replace(arguments=None)
 
 
-def test_a_launch_that_fails_says_so(gpu_stub, backend):
+@pytest.mark.parametrize("call", ["load", "launch"])
+def test_what_fails_says_so_and_works_afterwards(gpu_stub, backend, call):
     stub = gpu_stub()
     case = Case(backend, helpers.operands(70, 48, 96, 12, torch.bfloat16), (32, 32, 16))
-    for _ in range(2):
-        stub.fail("launch")
-        with pytest.raises(RuntimeError, match="the stub was told to fail"):
-            case.call()
+    for attempt in range(2):
+        stub.fail(call)
+        if call == "launch" or attempt == 0:  # a kernel is loaded once
+            with pytest.raises(RuntimeError, match="the stub was told to fail"):
+                case.call()
         stub.fail("")
         stub.launches()
         results = case.call()
         case.check(stub.launches(), results)
+
+
+def test_each_device_has_its_own_kernels(gpu_stub, backend, monkeypatch):
+    case = Case(backend, helpers.operands(64, 48, 96, 16, torch.bfloat16), (32, 32, 16))
+    for capability in ((8, 0), (9, 0)):
+        with monkeypatch.context():
+            stub = gpu_stub(capability)
+            results = case.call()
+            case.check(stub.launches(), results)
+            assert stub.loaded == ["chain_kernel"]
+
+
+def test_two_threads_may_be_first(gpu_stub, backend, monkeypatch):
+    """One waits while the other's kernel is loaded, which lets others run."""
+    gpu_stub()
+    case = Case(backend, helpers.operands(64, 48, 96, 16, torch.bfloat16), (32, 32, 16))
+    utils, begun = triton.runtime.driver.active.utils, threading.Event()
+    own = utils.load_binary
+
+    def slow(*args):
+        begun.set()
+        time.sleep(0.2)
+        return own(*args)
+
+    monkeypatch.setattr(utils, "load_binary", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(case.call)
+        begun.wait()
+        second = pool.submit(case.call)
+        assert first.result() and second.result()
+    case.call()

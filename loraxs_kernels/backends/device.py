@@ -42,20 +42,40 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
-def plain(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as a kernel can read them: at their address lie their numbers, which are all that they carry.
+def plain(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The operands as a kernel can read them: all on one device, each with its numbers at its address, and only those.
 
     A negated view (`c.conj().imag`) is copied, and so is a zero tensor, which autograd may hand over in place of zeros
-    and which has no memory.  Real tensors have no conj bit.  Raises RuntimeError, before anything is launched, for
-    tangents of forward-mode AD, under torch.func's transforms and for a batch of gY, which comes first: a kernel would
-    drop what they carry.
+    and which has no memory.  Real tensors have no conj bit.  Raises, before anything is launched, ValueError for an
+    operand on another device than x, and RuntimeError for tangents of forward-mode AD, under torch.func's transforms
+    and for a batch of gY, which comes as x: a kernel would drop what they carry.
     """
-    if transformed(*tensors) or torch._C._functorch.is_legacy_batchedtensor(tensors[0]):
+    operands = (x, W, A, R, B, bias, other)
+    if transformed(*operands) or torch._C._functorch.is_legacy_batchedtensor(x):
         refuse_transforms("lora_xs_linear, lora_xs_delta and decode: their kernels")
-    for t in tensors:
-        if t is not None and (t.is_neg() or t._is_zerotensor()):
-            return tuple(t if t is None or not (t.is_neg() or t._is_zerotensor()) else t.clone() for t in tensors)
-    return tensors
+    device, as_they_are = x.device, True
+    for t in operands:
+        if t is not None:
+            if t.device != device:
+                _refuse_device(x, W=W, A=A, R=R, B=B, bias=bias, z=other)
+            if t.is_neg() or t._is_zerotensor():
+                as_they_are = False
+    if as_they_are:
+        return operands
+    return tuple(t.clone() if t is not None and (t.is_neg() or t._is_zerotensor()) else t for t in operands)
+
+
+def _refuse_device(x: Tensor, **operands: Tensor | None) -> NoReturn:
+    name, t = next((name, t) for name, t in operands.items() if t is not None and t.device != x.device)
+    raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
 
 
 def transformed(*tensors: Tensor | None) -> bool:

@@ -122,7 +122,7 @@ def decode(
             raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
     if out is not None:
         check_out(out, x=x, A=A, R=R, B=B, bias=bias, index=index)
-    x, A, R, B, bias = plain(x, A, R, B, bias)
+    x, _, A, R, B, bias, _ = plain(x, None, A, R, B, bias)
     plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
     if plan is None:  # no rows or no columns: whatever R is, there is nothing to add
         return torch_backend.lowrank_linear(x, None, A, R.new_zeros(r, r), B, s, bias, out)[:2]

@@ -50,9 +50,12 @@ def unavailable() -> str | None:
 
 @cache
 def cannot_compile() -> str | None:
-    """Why Triton cannot compile the C code by which it launches each kernel; None: it can."""
+    """Why Triton cannot compile the C code by which it launches each kernel; None: it can, or has done so before."""
     knobs = getattr(importlib.import_module("triton"), "knobs", None)
-    if knobs is not None and knobs.build.impl:
+    folder = os.environ.get("TRITON_CACHE_DIR") or Path(
+        os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache"
+    )
+    if (knobs is not None and knobs.build.impl) or any(Path(folder).glob("*/*.so")):
         return None
     if named := os.environ.get("CC"):
         if shutil.which(named) is None:

@@ -92,16 +92,12 @@ def _compiling(capability: tuple[int, int]) -> Iterator[list[tuple[str, Any]]]:
         types = tuple(None if t is None else t.dtype for t in tensors)
         found.append((kernel, compile_kernel(kernel, sm, types, sizes, constants, config.num_warps, config.num_stages)))
 
-    before = driver._active
-    driver.set_active(there)
-    try:
-        with (
-            mock.patch.object(backend, "launch", launch),
-            mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
-        ):
-            yield found
-    finally:
-        driver._active = before
+    with (
+        mock.patch.object(driver, "_active" if hasattr(driver, "_active") else "active", there),
+        mock.patch.object(backend, "launch", launch),
+        mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
+    ):
+        yield found
 
 
 @contextmanager

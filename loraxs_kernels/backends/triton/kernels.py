@@ -60,7 +60,7 @@ def _shrink(
 
 @triton.jit
 def _rounded(t, PRECISION: tl.constexpr):
-    """t as a single TF32 product should be handed it, which would cut off what it cannot hold: rounded to 10 bits."""
+    """t rounded to the 10 bits of its fraction that a TF32 instruction reads: it would cut off the other 13."""
     if PRECISION == "tf32":
         bits = (t.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         t = tl.where(t == t, bits.to(tl.float32, bitcast=True), t)  # a NaN stays one

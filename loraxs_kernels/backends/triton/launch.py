@@ -8,6 +8,7 @@ By tests/test_triton_launch.py on an idle CPU, for Triton 3.6: 11 us for a launc
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .config import Config
 TRIED = ((3, 3), (3, 9))
 # Where a profiler leaves what Triton is to call before and after each launch.
 _hooks = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel
+_loading = Lock()
 
 
 def launch(
@@ -37,18 +39,14 @@ def launch(
 
     free: numbers for which nothing is compiled anew, the number of rows first.  constants: its constexprs.
     """
-    if direct() and free[0] < 2**31:
+    if direct() and free[0] < 2**31 and not _watched():
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         if not any([address & 15 for address in addresses]):
             types = tuple([None if t is None else t.dtype for t in tensors])
             device = torch.cuda.current_device()
-            key = (kernel, device, types, sizes, constants, config.num_warps, config.num_stages)
-            run, function, metadata, compiled = loaded(*key)
-            if _hooked():
-                compiled[grid](*addresses, *free, *sizes, *constants)
-            else:
-                stream = driver.active.get_current_stream(device)
-                run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *sizes, *constants)
+            run, *handles = loaded(kernel, device, types, sizes, constants, config.num_warps, config.num_stages)
+            stream = driver.active.get_current_stream(device)
+            run(*grid, stream, *handles, None, None, None, *addresses, *free, *sizes, *constants)
             return
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     getattr(kernels, kernel)[grid](*tensors, *free, *sizes, *constants, **options)
@@ -65,16 +63,19 @@ def direct() -> bool:
     return compiles and torch.version.hip is None and TRIED[0] <= version <= TRIED[1]
 
 
-def _hooked() -> bool:
+def _watched() -> bool:
+    """Whether a profiler or a debugger wants Triton's own launch."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or getattr(_hooks, "debug", False))
 
 
 @lru_cache(maxsize=4096)
-def loaded(*key: Any) -> tuple[Any, Any, Any, Any]:
-    """The kernel of `compile_kernel`, loaded: what starts it, the two things that wants to be handed, and itself."""
-    compiled = compile_kernel(*key)
-    return compiled.run, compiled.function, compiled.packed_metadata, compiled
+def loaded(*key: Any) -> tuple[Any, Any, Any]:
+    """The kernel of `compile_kernel`, loaded: what starts it, and what that wants to be handed after the stream."""
+    with _loading:  # Triton sets `run` before it loads, and another thread must not see that
+        compiled = compile_kernel(*key)
+        compiled._init_handles()
+        return compiled.run, compiled.function, compiled.packed_metadata
 
 
 def compile_kernel(
