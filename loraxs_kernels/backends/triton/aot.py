@@ -38,10 +38,11 @@ class Problem(NamedTuple):
     K: int
     r: int
     dtype: torch.dtype = torch.bfloat16
-    layout: str = "forward"  # or "backward": A, B and R are transposed views, there is a gram and no bias
+    layout: str = "forward"  # or "backward": A, B and R are transposed views, and there is a gram
     matmul_precision: str = "highest"
     out: bool = False  # whether the chain is added to an output that is there
     padded: bool = True  # whether B of rank r lies as a layer keeps it
+    bias: bool = False
 
 
 class Compiled(NamedTuple):
@@ -59,17 +60,17 @@ class Compiled(NamedTuple):
 
 def compile_problem(problem: Problem, capability: tuple[int, int], config: Config) -> list[Compiled]:
     """Everything launched for a problem."""
-    T, N, K, r, dtype, layout, matmul_precision, adds, padded = problem
+    T, N, K, r, dtype, layout, matmul_precision, adds, padded, biased = problem
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, A, R, B, bias, other = meta(T, K), meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r), meta(N), None
+    x, A, R, B, other = meta(T, K), meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r), None
     B = padded_rows(B) if padded else B
     if layout == "backward":
         A, R, B = meta(K, r), R.t(), meta(r, N).t()
-        A, bias, other = (padded_rows(A) if padded else A).t(), None, meta(T, r, dtype=torch.float32)
-    out = meta(T, N) if adds else None
+        A, other = (padded_rows(A) if padded else A).t(), meta(T, r, dtype=torch.float32)
+    out, bias = meta(T, N) if adds else None, meta(N) if biased else None
     with _compiling(capability) as found, fp32_matmul_precision(matmul_precision):
         backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
     return [_looked_at(name, compiled) for name, compiled in found]
