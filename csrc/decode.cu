@@ -347,7 +347,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(loraxs_decode_args 
     for (int e = 0; e < 4; ++e) {
       int const to = row + (p.index ? 0 : 2 * j + e % 2);
       float const value = R.slot < 0 ? 0.0f : p.s * both[e];
-      if (to < own) made[to * pitch + ranks_of(job) + 8 * (e / 2) + g] = T{uint16_t(pair<T>(value, 0.0f))};
+      if (to >= own || (p.index && (j > 0 || e % 2 > 0))) continue;  // of one token four lanes have the same, twice
+      made[to * pitch + ranks_of(job) + 8 * (e / 2) + g] = T{uint16_t(pair<T>(value, 0.0f))};
     }
   }
   cluster_sync();

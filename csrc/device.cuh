@@ -217,7 +217,7 @@ __device__ void multiply(float (&z)[ROWS / 16][RANK / 8][4], unsigned char const
   }
 }
 
-// Two floats, each as the sum of two bf16.
+// Two floats, each as the sum of two bf16.  An infinite one becomes NaN where the halves are multiplied.
 struct Split {
   uint32_t high, low;
 };

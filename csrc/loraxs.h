@@ -78,7 +78,8 @@ typedef struct {
 } loraxs_shrink_args;
 
 /* y = (y +) s R[index] x A^T B^T (+ bias) and z = x A^T for T <= 64 rows, r <= 128, in one launch, capability 8.0 on.
-   Any strides.  Token t uses R + index[t] * R_next, none where index[t] is -1; without an index all use R. */
+   Any strides.  Token t uses R + index[t] * R_next, none where index[t] is -1; without an index all use R.
+   What is not finite in a token's x or R reaches no other token's y; an infinity may be a NaN there. */
 typedef struct {
   int64_t T, N, K, r;
   loraxs_matrix x, A, R, B, y;

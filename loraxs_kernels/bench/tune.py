@@ -89,7 +89,14 @@ def counted() -> tuple[Row, ...]:
 
 
 def _compiled(row: Row) -> Row:
-    return row._replace(shared=shared(row, FOR[row.family], ("forward", "backward")))
+    def has_its_own(capability: tuple[int, int]) -> bool:
+        """Whether a GPU has a row of its own family, which it picks instead of this one."""
+        family = config.family(capability)
+        own = START.get((family, row.precision), {}) if family != row.family else {}
+        return any(tokens <= row.tokens and row.rank in by_rank for tokens, by_rank in own.items())
+
+    capabilities = [capability for capability in FOR[row.family] if not has_its_own(capability)]
+    return row._replace(shared=shared(row, capabilities, ("forward", "backward")))
 
 
 def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:

@@ -173,9 +173,10 @@ def _rows(
     out: Tensor | None,
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = _laid(x, 0)
     way = lies(B) or 0 if W is None else lies(W)
     tail = plan.tile is not None and way is not None and out is None
+    if tail or plan.shrink:
+        x = _laid(x, 0)
     if tail:  # now: nothing may come between two launches that overlap
         B, bias = _laid(B, way), _contiguous(bias)
     ready, multiprocessors = None, facts(x.device).multiprocessors

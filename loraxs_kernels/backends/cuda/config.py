@@ -57,7 +57,8 @@ class Decode:
 class Rows:
     """z and u first, then y: by the GEMM with a tail, as tiles of a number, or (None) by the library's GEMMs.
 
-    The library's also where y is added to an output: that costs them 3.5 % at most (bench/results/NOTES.md).
+    The library's also where y is added to an output, which costs a GEMM of the library's 3.5 % at most
+    (bench/results/NOTES.md).
     """
 
     shrink: int  # blocks that share K; 0: z by the library
