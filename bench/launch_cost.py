@@ -1,4 +1,4 @@
-"""How long the host takes to launch a Triton kernel: by Triton's own call, and by backends/triton/launch.py.
+"""How long the host takes to launch a Triton kernel: by Triton's own call, and by backends/triton/launcher.py.
 
     python bench/launch_cost.py --out bench/results/cpu
 
@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import stubdriver  # noqa: E402
 
 from loraxs_kernels.backends import triton as backend  # noqa: E402
-from loraxs_kernels.backends.triton import kernels  # noqa: E402
+from loraxs_kernels.backends.triton import kernels, launcher  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
@@ -60,11 +60,11 @@ def measure(patch: pytest.MonkeyPatch) -> dict[str, float]:
         "backward": (x, B.t(), R.t(), A.t(), 0.5, None, None, z),
     }
     found, arguments = {}, []
-    ways = {"direct": backend.launch, "by Triton": by_triton}
-    patch.setattr(backend, "launch", lambda *given: arguments.append(given))
+    ways = {"direct": launcher.launch, "by Triton": by_triton}
+    patch.setattr(launcher, "launch", lambda *given: arguments.append(given))
     backend.low_rank(ONE, *operands["forward"])
     for way, launch in ways.items():
-        patch.setattr(backend, "launch", launch)
+        patch.setattr(launcher, "launch", launch)
         found[f"chain_kernel, {way}"] = microseconds(partial(launch, *arguments[0]))
         for launches, config in (("one launch", ONE), ("two launches", TWO)):
             for direction, o in operands.items():

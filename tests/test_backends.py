@@ -100,9 +100,14 @@ def test_the_triton_backend_says_what_is_missing(monkeypatch):
     assert backends.unavailable("triton") is None
     monkeypatch.setattr(triton, "__version__", "2.1.0")
     assert "triton 2.1.0 is too old, it must be at least 3.2" in backends.unavailable("triton")
-    own = importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "triton" else own(name))
-    assert "the package triton is not installed: pip install triton" in backends.unavailable("triton")
+
+
+def test_the_triton_backend_says_so_where_there_is_no_triton(monkeypatch):
+    monkeypatch.setattr(backends, "triton", None, raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or "backends.triton" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # so that importing it fails
+    assert backends.unavailable("triton") == "the package triton is not installed: pip install triton"
 
 
 @pytest.mark.parametrize(

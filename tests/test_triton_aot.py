@@ -90,9 +90,9 @@ def test_compiles_for_a_gpu_that_is_not_here(compiling, job):
         assert each.shared <= room, each
         assert not each.narrow, each
         assert {word for word, count in each.instructions.items() if count} & MATRIX, each
-        assert set(each.copies) == {128}, each
-    read_by_elements = any(each.short_reads for each in kernels)
-    assert read_by_elements == (job.problem.bias or not job.problem.padded), kernels
+        assert set(each.copies) == {128} or not job.problem.padded, each
+    if not job.problem.bias:
+        assert any(each.short_reads for each in kernels) == (not job.problem.padded), kernels
 
 
 def test_hopper_and_blackwell_use_their_own_matrix_instructions(compiling):

@@ -22,7 +22,7 @@ if not INTERPRETED:
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
 
 from loraxs_kernels.backends import triton as backend
-from loraxs_kernels.backends.triton import config
+from loraxs_kernels.backends.triton import config, launcher
 from loraxs_kernels.bench import tune
 from loraxs_kernels.bench.shapes import Shape
 
@@ -73,13 +73,13 @@ def check_rank(T, r, dtype, matmul_precision):
 @pytest.mark.parametrize("processors", [1, 132])
 def test_zeros_beside_a_layers_own_B_are_read_and_nothing_beside_anothers(monkeypatch, processors, r):
     monkeypatch.setattr(backend, "facts", lambda _: config.Device((9, 0), processors))
-    widths, own = [], backend.launch
+    widths, own = [], launcher.launch
 
     def launch(kernel, grid, tensors, free, sizes, *more):
         widths.append(sizes[3 if kernel == "chain_kernel" else 2])
         own(kernel, grid, tensors, free, sizes, *more)
 
-    monkeypatch.setattr(backend, "launch", launch)
+    monkeypatch.setattr(launcher, "launch", launch)
     o, wide = operands(70, 40, 48, r, torch.bfloat16), r + -r % 16
     layer = LoRAXSLinear.from_linear(nn.Linear(48, 40).bfloat16(), r, init=(o.A, o.B))
     foreign = torch.full((40, wide), math.nan, dtype=torch.bfloat16)[:, :r].copy_(o.B)

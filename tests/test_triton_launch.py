@@ -98,8 +98,8 @@ class Case:
 
 
 def kept(backend):
-    """What launch.py keeps of each kernel."""
-    return sys.modules[f"{backend.__name__}.launch"].loaded
+    """What launcher.py keeps of each kernel."""
+    return sys.modules[f"{backend.__name__}.launcher"].loaded
 
 
 def padded(o):
@@ -258,7 +258,7 @@ def test_a_profiler_sees_every_launch(gpu_stub, backend, monkeypatch):
     stub, seen = gpu_stub(), []
     case = Case(backend, helpers.operands(64, 48, 96, 16, torch.bfloat16), (32, 32, 16))
     case.call()
-    hooks = sys.modules[f"{backend.__name__}.launch"]._hooks
+    hooks = sys.modules[f"{backend.__name__}.launcher"]._hooks
     hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
     if hasattr(hooks.launch_enter_hook, "add"):
         hooks.launch_enter_hook.add(hook)

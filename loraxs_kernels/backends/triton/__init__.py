@@ -1,6 +1,6 @@
 """The primitive with Triton: x -> A -> R -> B in one kernel, then the library's GEMM accumulates x W^T into y.
 
-kernels.py holds the kernels, config.py how they are cut, launch.py how they are started.  What they are not for goes
+kernels.py holds the kernels, config.py how they are cut, launcher.py how they are started.  What they are not for goes
 to the torch backend: ranks too wide to stay on chip (config.WIDEST), fp32 that must not be multiplied by TF32
 instructions, fp64, empty operands, an `out` without contiguous rows, and tensors that are not on a GPU.
 """
@@ -22,7 +22,6 @@ from ...padding import readable_columns
 from .. import torch as torch_backend
 from ..device import empty, facts, on, plain
 from .config import Config, padded, pick_config, precision
-from .launch import launch
 
 OLDEST = (3, 2)
 GRAM_ON_CHIP = 64  # the widest padded rank whose gram is made beside z: before Hopper a wider one would spill registers
@@ -52,10 +51,9 @@ def unavailable() -> str | None:
 def cannot_compile() -> str | None:
     """Why Triton cannot compile the C code by which it launches each kernel; None: it can, or has done so before."""
     knobs = getattr(importlib.import_module("triton"), "knobs", None)
-    folder = os.environ.get("TRITON_CACHE_DIR") or Path(
-        os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache"
-    )
-    if (knobs is not None and knobs.build.impl) or any(Path(folder).glob("*/*.so")):
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    if (knobs is not None and knobs.build.impl) or any(kept.glob("*/*.so")):
         return None
     if named := os.environ.get("CC"):
         if shutil.which(named) is None:
@@ -116,6 +114,8 @@ def low_rank(
     other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, z, gram) without W, on chip; out has contiguous rows."""
+    from .launcher import launch  # which imports Triton
+
     (T, K), (N, r) = x.shape, B.shape
     blocks, rank, add = -(-T // config.block_t), padded(r), out is not None
     if x.stride(1) != 1:

@@ -24,8 +24,9 @@ from triton.runtime import driver
 
 from ...padding import padded_rows
 from .. import triton as backend
+from . import launcher
 from .config import Config, Device
-from .launch import compile_kernel
+from .launcher import compile_kernel
 
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "tf32")
 
@@ -95,7 +96,7 @@ def _compiling(capability: tuple[int, int]) -> Iterator[list[tuple[str, Any]]]:
 
     with (
         mock.patch.object(driver, "_active" if hasattr(driver, "_active") else "active", there),
-        mock.patch.object(backend, "launch", launch),
+        mock.patch.object(launcher, "launch", launch),
         mock.patch.object(backend, "facts", lambda _: Device(capability, 132)),
     ):
         yield found
