@@ -49,7 +49,7 @@ OPTIONS = {
     "num_stages": (2, 3, 4),
 }
 # By family, precision and least number of rows: block_t, block_k, block_n, warps and stages for each padded rank.
-# Few rows: the least a matrix instruction takes, and 128 columns of x where 64 would leave a thread less than 16 bytes.
+# Few rows: the least a matrix instruction takes, and enough columns of x that a thread copies 16 bytes of them.
 # More: as many as registers hold without spilling, since each block of rows reads A and B anew, while the blocks fill a
 # GPU; and stages that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2
 # cache with 64 rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
@@ -58,7 +58,7 @@ START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
     ("wgmma", "half"): {257: _MANY, 16385: {64: (128, 64, 128, 8, 3)}},
     ("tcgen05", "half"): {257: _MANY},
     ("mma", "half"): {
-        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 128, 64, 8, 3), 128: (16, 128, 64, 8, 2)},
+        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 128, 64, 8, 2)},
         257: {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 8, 3), 64: (64, 64, 64, 8, 3), 128: (64, 64, 128, 8, 3)},
         16385: {64: (128, 32, 64, 8, 3)},
     },
