@@ -1,12 +1,17 @@
 // A GPU for csrc/device.cuh on a CPU: the kernels of shrink.cu and decode.cu run as they are, a fiber for each thread.
 //
-// What it finds out: wrong numbers, reads of memory that is not there yet (shared memory starts as NaN, an asynchronous
-// copy is NaN until it is waited for), barriers that not all threads reach, and, by running the threads in another order
-// (LORAXS_EMULATOR_ORDER), results that depend on it.  It counts the bank conflicts of asynchronous copies and of matrices
-// that are read from shared memory.  What it cannot find out: speed, other bank conflicts, anything about TMA or wgmma.
+// What it finds out: wrong numbers, reads of memory that is not there yet or no longer (shared memory starts as NaN and is
+// NaN again when its block has ended, an asynchronous copy is NaN until it is waited for), and, by running the threads in
+// another order (LORAXS_EMULATOR_ORDER), results that depend on it.  A launch fails, with a RuntimeError in Python, where a
+// barrier is waited for that not all threads reach, where a read or write is not aligned, and where there is no memory
+// (emulator.fenced puts an operand next to a page that is none).  It counts the bank conflicts of asynchronous copies and
+// of matrices that are read from shared memory.  What it cannot find out: speed, other bank conflicts, anything about TMA
+// or wgmma, and a missing __syncwarp: here matrix instructions bring a warp's lanes together, and on a GPU they do not make
+// what one lane has written visible to the others.
 
 #pragma once
 
+#include <signal.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,6 +26,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -72,13 +78,13 @@ struct Warp {
 
 struct Block {
   dim3 index;
-  int rank;
+  int rank, running;
   std::vector<unsigned char> memory;
   unsigned char* shared;
   Barrier barrier;
   std::vector<Warp> warps;
   Block(dim3 index, int rank, int threads, int bytes)
-      : index(index), rank(rank), memory(bytes + 128, 0xff), barrier{threads}, warps(threads / 32) {
+      : index(index), rank(rank), running(threads), memory(bytes + 128, 0xff), barrier{threads}, warps(threads / 32) {
     shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
   }
 };
@@ -87,7 +93,6 @@ struct Thread {
   dim3 index;
   Block* block;
   ucontext_t context;
-  std::vector<unsigned char> stack;
   bool done = false;
   std::vector<Copy> started;
   std::deque<std::vector<Copy>> groups;
@@ -103,8 +108,18 @@ inline std::vector<std::unique_ptr<Block>>* cluster;
 inline Barrier* cluster_barrier;
 inline long progress, conflicts;
 inline std::function<void()>* body;
+inline std::vector<std::unique_ptr<unsigned char[]>> stacks;  // which the next cluster takes again
+
+constexpr int kFailed = -100;  // a status
+inline std::string failure;  // why the launch cannot go on, if it cannot
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
+
+// From inside a thread, which does not go on, nor does any other.
+inline void fail(std::string const& why) {
+  failure = why;
+  yield();
+}
 
 inline void wait(Barrier& barrier, long generation) {
   while (barrier.generation == generation) yield();
@@ -138,41 +153,92 @@ inline void enter() {
   (*body)();
   self->done = true;
   ++progress;
+  Block& block = *self->block;
+  if (--block.running == 0) std::fill(block.memory.begin(), block.memory.end(), 0xff);
   yield();
+}
+
+// The threads of a block, or of all, by warps.
+using Warps = std::vector<std::vector<Thread*>>;
+
+// A thread until it waits for others; whether it has come further.
+inline bool step(Thread* thread) {
+  if (thread->done || !failure.empty()) return false;
+  long const before = progress;
+  self = thread;
+  swapcontext(&scheduler, &thread->context);
+  return progress != before;
+}
+
+// All of them once, in order: so all warps stay together.
+inline bool in_turn(std::vector<Warps> const& blocks) {
+  bool further = false;
+  for (auto const& warps : blocks) {
+    for (auto const& warp : warps) {
+      for (Thread* thread : warp) further |= step(thread);
+    }
+  }
+  return further;
+}
+
+// A block as far as it comes without the others, and of it a warp as far as it comes: so they part as far as they can.
+inline bool greedily(std::vector<Warps> const& blocks) {
+  bool further = false;
+  for (auto const& warps : blocks) {
+    for (bool block = true; block; further |= block) {
+      block = false;
+      for (auto const& warp : warps) {
+        for (bool any = true; any; block |= any) {
+          any = false;
+          for (Thread* thread : warp) any |= step(thread);
+        }
+      }
+    }
+  }
+  return further;
 }
 
 inline void run_cluster(std::vector<std::unique_ptr<Block>>& blocks, int threads) {
   Barrier barrier{int(blocks.size()) * threads};
   cluster = &blocks, cluster_barrier = &barrier;
   std::vector<std::unique_ptr<Thread>> all;
+  std::vector<Warps> order;
   for (auto& block : blocks) {
+    order.emplace_back(threads / 32);
     for (int i = 0; i < threads; ++i) {
       auto thread = std::make_unique<Thread>();
       thread->index = dim3(i), thread->block = block.get();
-      thread->stack.resize(1 << 17);
+      constexpr int size = 1 << 17;
+      if (stacks.size() == all.size()) stacks.emplace_back(new unsigned char[size]);
       getcontext(&thread->context);
-      thread->context.uc_stack.ss_sp = thread->stack.data();
-      thread->context.uc_stack.ss_size = thread->stack.size();
+      thread->context.uc_stack.ss_sp = stacks[all.size()].get();
+      thread->context.uc_stack.ss_size = size;
       makecontext(&thread->context, enter, 0);
+      order.back()[i / 32].push_back(thread.get());
       all.push_back(std::move(thread));
     }
   }
-  char const* order = std::getenv("LORAXS_EMULATOR_ORDER");
-  if (order && *order) std::shuffle(all.begin(), all.end(), std::mt19937(unsigned(std::atoi(order))));
-  for (bool left = true; left;) {
-    long const before = progress;
-    left = false;
-    for (auto& thread : all) {
-      if (thread->done) continue;
-      self = thread.get();
-      swapcontext(&scheduler, &self->context);
-      left |= !thread->done;
-    }
-    if (left && progress == before) {
-      std::fprintf(stderr, "emulator: a barrier is waited for that not all threads reach\n");
-      std::abort();
+  char const* given = std::getenv("LORAXS_EMULATOR_ORDER");  // 0: in turn; any other: greedily, shuffled by it
+  int const seed = given ? std::atoi(given) : 0;
+  if (seed) {
+    std::mt19937 random{unsigned(seed)};
+    std::shuffle(order.begin(), order.end(), random);
+    for (auto& warps : order) {
+      std::shuffle(warps.begin(), warps.end(), random);
+      for (auto& warp : warps) std::shuffle(warp.begin(), warp.end(), random);
     }
   }
+  while (seed ? greedily(order) : in_turn(order)) {
+  }
+  bool const left = std::any_of(all.begin(), all.end(), [](auto const& thread) { return !thread->done; });
+  if (left && failure.empty()) failure = "a barrier is waited for that not all threads reach";
+}
+
+// Where a thread uses memory that is none.  (Its stack is its own: the signal's handler leaves it like any wait.)
+inline void no_memory(int, siginfo_t* what, void*) {
+  char text[64];
+  std::snprintf(text, sizeof text, "there is no memory at %p", what->si_addr);
+  fail(text);
 }
 
 }  // namespace loraxs::emulator
@@ -268,6 +334,7 @@ void load_matrices(uint32_t (&d)[4], void const* row) {
     uint32_t* d;
     void const* row;
   } mine{d, row};
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("a row of a matrix is not aligned");
   emulator::together<Record>(mine, [](Record* const* lanes) {
     for (int q = 0; q < 4; ++q) {
       emulator::count_conflicts([&](int i) { return lanes[8 * q + i]->row; });
@@ -289,8 +356,7 @@ inline void load_transposed(uint32_t (&d)[4], void const* row) { load_matrices<t
 inline void copy_async(void* to, void const* from, int bytes) {
   emulator::Copy copy{to, {}};
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes < 0 || bytes > 16) {
-    std::fprintf(stderr, "emulator: copy_async of %d bytes from %p to %p\n", bytes, from, to);
-    std::abort();
+    emulator::fail("an asynchronous copy of fewer than 0 or more than 16 bytes, or not aligned");
   }
   if (bytes) std::memcpy(copy.bytes.data(), from, bytes);
   std::memset(to, 0xff, 16);
@@ -350,7 +416,10 @@ struct Launch {
 template <class Args>
 int launch(void (*kernel)(Args), Launch const& how, Args args) {
   std::function<void()> body = [&] { kernel(args); };
-  emulator::body = &body, emulator::grid = how.grid;
+  emulator::body = &body, emulator::grid = how.grid, emulator::failure.clear();
+  struct sigaction handler = {}, before;
+  handler.sa_sigaction = emulator::no_memory, handler.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGSEGV, &handler, &before);
   for (unsigned y = 0; y < how.grid.y; ++y) {
     for (unsigned x = 0; x < how.grid.x; x += how.cluster) {
       std::vector<std::unique_ptr<emulator::Block>> blocks;
@@ -358,10 +427,11 @@ int launch(void (*kernel)(Args), Launch const& how, Args args) {
         blocks.push_back(
             std::make_unique<emulator::Block>(dim3(x + rank, y), rank, how.threads, how.shared_bytes));
       }
-      emulator::run_cluster(blocks, how.threads);
+      if (emulator::failure.empty()) emulator::run_cluster(blocks, how.threads);
     }
   }
-  return LORAXS_OK;
+  sigaction(SIGSEGV, &before, nullptr);
+  return emulator::failure.empty() ? LORAXS_OK : emulator::kFailed;
 }
 
 }  // namespace loraxs

@@ -90,5 +90,20 @@ extern "C" __attribute__((visibility("default"))) long emulator_conflicts(void) 
 
 extern "C" int loraxs_ready(void) { return LORAXS_OK; }
 
-extern "C" const char* loraxs_message(int status) { return status ? "operands it cannot be called with" : "no error"; }
+extern "C" const char* loraxs_message(int status) {
+  if (status == loraxs::emulator::kFailed) return loraxs::emulator::failure.c_str();
+  return status ? "operands it cannot be called with" : "no error";
+}
+
+// What -fsanitize=alignment, with which the kernels are compiled, calls in place of its own library.
+extern "C" void __ubsan_handle_type_mismatch_v1(void* what, uintptr_t address) {
+  struct Place {
+    char const* file;
+    uint32_t line, column;
+  } const& at = *static_cast<Place const*>(what);
+  char text[64];
+  std::snprintf(text, sizeof text, ":%u: not aligned: %#lx", at.line, static_cast<unsigned long>(address));
+  loraxs::emulator::fail(at.file + std::string(text));
+}
+
 extern "C" const char* loraxs_architectures(void) { return "90a"; }
