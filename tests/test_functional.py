@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loraxs_kernels import LoRAXSLinear, backends, forward_together, functional, reference
 from loraxs_kernels.backends import torch as torch_backend
-from loraxs_kernels.backends.device import _Elements
+from loraxs_kernels.backends.device import _Runs
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
 
@@ -529,6 +529,7 @@ def refused_outs(o: Operands) -> dict:
         ),
         "x, a row before": (shared[:6], dict(x=shared[1:7]), "overlaps x in memory"),
         "x, transposed": (shared[:8].t()[:6], dict(x=shared[:6]), "overlaps x in memory"),
+        "all of x, transposed": (shared[:8].t(), dict(x=shared[:8]), "overlaps x in memory"),
         "columns of A": (shared.view(10, 16)[:6, 4:12], dict(A=shared.view(10, 16)[:8, :8]), "overlaps A in memory"),
         "R": (shared[:6], dict(R=shared[4:12]), "overlaps R in memory"),
         "B itself": (shared[:6], dict(B=shared[:8]), "overlaps B in memory, must share none with it$"),
@@ -581,17 +582,14 @@ PLACES = st.tuples(
 @settings(max_examples=300, deadline=None)
 @given(PLACES, PLACES)
 def test_which_elements_meet(mine, theirs):
-    """Against the set of all addresses: what is said to be apart is, and two dimensions are known to overlap or not."""
+    """Against the set of all addresses: what is said to be apart is, and what shares memory is said to."""
     memory = torch.arange(128, dtype=torch.int16)
     views = [memory.as_strided(*zip(*dims, strict=True), offset) for offset, dims in (mine, theirs)]
     a, b = (view.reshape(-1).tolist() for view in views)
-    first, second = map(_Elements.of, views)
+    first, second = map(_Runs.of, views)
     if set(a) & set(b):
-        assert first.may_meet(second) and second.may_meet(first)
-    twice = len(set(a)) < len(a)
-    if len(first.dims) < 3:
-        assert first.overlap_themselves() == twice
-    assert first.overlap_themselves() or not twice
+        assert not first.apart(second) and not second.apart(first)
+    assert first.shared or len(set(a)) == len(a)
 
 
 ADVICE = r"use loraxs_kernels\.reference\.lowrank_linear"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from math import gcd
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -104,94 +103,64 @@ def refuse_transforms(what: str) -> NoReturn:
 def check_out(out: Tensor, **operands: Tensor | None) -> None:
     """Raise a ValueError if `out` cannot be written in place while the operands are read; `x` may be out itself.
 
-    Memory is compared by addresses, sizes and strides: rows or columns of one buffer, side by side or interleaved, are
-    known to be apart.  A shared buffer whose elements cannot be told apart that way is refused.
+    Rows or columns of one buffer, side by side or interleaved, are known to be apart; what cannot be told apart by its
+    address and strides is refused.  Different storages are taken to be apart, as torch takes them.
     """
     if out.is_neg():
         raise ValueError("out: got a negated view (its neg bit is set), must be a tensor that holds its own numbers")
     if out._is_zerotensor():
         raise ValueError("out: got a zero tensor without memory, must be one that can be written: .clone() it")
     try:
-        first = out.data_ptr()
-        if not first:  # on the meta device, or empty
+        if not out.data_ptr():  # on the meta device, or empty
             return
-        mine, end = None, first + out.nbytes
-        if not out.is_contiguous():
-            mine = _Elements.of(out)
-            if mine.overlap_themselves():
-                raise ValueError(
-                    f"out: got shape {tuple(out.shape)} with strides {out.stride()}, must have memory of its own for "
-                    "each element"
-                )
-            end = first + mine.extent
+        if not out.is_contiguous() and _Runs.of(out).shared:
+            what = f"shape {tuple(out.shape)} with strides {out.stride()}"
+            raise ValueError(f"out: got {what}, must have memory of its own for each element")
+        memory = out.untyped_storage().data_ptr()
         for name, t in operands.items():
-            if t is None or t.data_ptr() >= end or (t.is_contiguous() and t.data_ptr() + t.nbytes <= first):
+            if t is None or t.is_neg() or t._is_zerotensor():  # of the last two a copy is read
                 continue
-            if t.is_neg() or t._is_zerotensor():  # a copy is read
+            if t.untyped_storage().data_ptr() != memory or _Runs.of(out).apart(_Runs.of(t)):
                 continue
-            mine, theirs = mine or _Elements.of(out), _Elements.of(t)
-            if mine.may_meet(theirs) and not (name == "x" and mine == theirs):
-                itself = ", unless it is x itself" if name == "x" else ""
-                raise ValueError(f"out: got a tensor that overlaps {name} in memory, must share none with it{itself}")
+            itself = name == "x" and (t.data_ptr(), t.shape, t.stride()) == (out.data_ptr(), out.shape, out.stride())
+            if not itself:
+                but = ", unless it is x itself" if name == "x" else ""
+                raise ValueError(f"out: got a tensor that overlaps {name} in memory, must share none with it{but}")
     except RuntimeError:  # FakeTensor and torch.func's tensors have no address
         return
 
 
-class _Elements(NamedTuple):
-    """Where the elements of a tensor lie: all in bytes, strides of 0 and dimensions of one element left out."""
+class _Runs(NamedTuple):
+    """Where the elements of a tensor lie: in runs of `width` bytes, `pitch` apart (0: in one), over `extent` bytes."""
 
     address: int
-    size: int  # of an element
-    extent: int  # from the first byte to the last
-    dims: tuple[tuple[int, int], ...]  # (stride, count), largest stride first; neighbours that run on are one
-    repeated: bool  # whether a stride is 0
+    width: int
+    pitch: int
+    extent: int
+    shared: bool  # whether two elements share memory, or may
 
     @classmethod
-    def of(cls, t: Tensor) -> _Elements:
-        size, address = t.element_size(), t.data_ptr()
-        if t.is_contiguous():
-            count = t.numel()
-            return cls(address, size, size * count, ((size, count),) if count > 1 else (), False)
-        dims: list[tuple[int, int]] = []
-        laid = sorted(
-            ((size * stride, n) for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1), reverse=True
-        )
-        for stride, n in laid:
-            if stride and dims and dims[-1][0] == stride * n:
-                dims[-1] = (stride, n * dims[-1][1])
-            elif stride:
-                dims.append((stride, n))
-        extent = size + sum(stride * (n - 1) for stride, n in dims)
-        return cls(address, size, extent, tuple(dims), any(not stride for stride, _ in laid))
+    def of(cls, t: Tensor) -> _Runs:
+        size = width = extent = t.element_size()
+        pitch = count = 0
+        shared = False
+        for stride, n in sorted((size * stride, n) for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+            before, extent = extent, extent + stride * (n - 1)
+            if stride < before:
+                shared, width, pitch = True, extent, 0
+            elif pitch and stride == pitch * count:
+                count *= n
+            elif not pitch and stride == width:
+                width = extent
+            else:
+                width, pitch, count = before, stride, n
+        return cls(t.data_ptr(), width, pitch, extent if t.numel() else 0, shared)
 
-    def overlap_themselves(self) -> bool:
-        """Whether two elements share memory; for more than two dimensions that do not run on, whether they may."""
-        if self.repeated:
-            return True
-        if len(self.dims) == 2:
-            (a, m), (b, n) = self.dims
-            steps = gcd(a, b)
-            return b // steps < m and a // steps < n  # b/steps of the one stride are a/steps of the other
-        return any(stride < self._reach(i + 1) for i, (stride, _) in enumerate(self.dims))
-
-    def may_meet(self, other: _Elements) -> bool:
-        """Whether an element of the one and one of the other share memory, as far as the rules below can tell."""
+    def apart(self, other: _Runs) -> bool:
+        """Whether they share no byte, as far as can be told."""
         ahead = other.address - self.address
-        if ahead >= self.extent or -ahead >= other.extent or not self.extent or not other.extent:
-            return False
-        strides = [stride for stride, _ in (*self.dims, *other.dims)]
-        if _apart(ahead, gcd(*strides), self.size, other.size):  # interleaved
-            return False
-        pitch = max(strides, default=0)  # rows, in columns of their own?
-        return not _apart(
-            ahead, pitch, *(each._reach(bool(each.dims) and each.dims[0][0] == pitch) for each in (self, other))
-        )
-
-    def _reach(self, first: int) -> int:
-        """The bytes from the first to the last that the dimensions from this one on take."""
-        return self.size + sum(stride * (n - 1) for stride, n in self.dims[first:])
-
-
-def _apart(ahead: int, period: int, mine: int, theirs: int) -> bool:
-    """Whether [0, mine) and [ahead, ahead + theirs) stay apart, both repeated at every multiple of the period."""
-    return period > 0 and mine <= ahead % period <= period - theirs
+        if ahead >= self.extent or -ahead >= other.extent:
+            return True
+        pitch = max(self.pitch, other.pitch)
+        alike = pitch > 0 and {self.pitch, other.pitch} <= {0, pitch}
+        return alike and self.width <= ahead % pitch <= pitch - other.width
