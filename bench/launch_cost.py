@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import stubdriver  # noqa: E402
 
 from loraxs_kernels.backends import triton as backend  # noqa: E402
-from loraxs_kernels.backends.triton import kernels, launcher  # noqa: E402
+from loraxs_kernels.backends.triton import launcher  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
@@ -43,14 +43,6 @@ def microseconds(call: Callable[[], object]) -> float:
     return round(min(timeit.repeat(call, number=CALLS, repeat=ROUNDS, timer=time.process_time)) / CALLS * 1e6, 2)
 
 
-def by_triton(
-    kernel: str, grid: tuple, tensors: tuple, free: tuple, sizes: tuple, constants: tuple, config: Config
-) -> None:
-    """What `launch` does, as Triton's users write it."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    getattr(kernels, kernel)[grid](*tensors, *free, *sizes, *constants, **options)
-
-
 def measure(patch: pytest.MonkeyPatch) -> dict[str, float]:
     """{what: microseconds}."""
     x, A, B = (torch.randn(*shape).bfloat16() for shape in ((T, K), (r, K), (N, r)))
@@ -60,11 +52,12 @@ def measure(patch: pytest.MonkeyPatch) -> dict[str, float]:
         "backward": (x, B.t(), R.t(), A.t(), 0.5, None, None, z),
     }
     found, arguments = {}, []
-    ways = {"direct": launcher.launch, "by Triton": by_triton}
+    launch = launcher.launch
     patch.setattr(launcher, "launch", lambda *given: arguments.append(given))
     backend.low_rank(ONE, *operands["forward"])
-    for way, launch in ways.items():
-        patch.setattr(launcher, "launch", launch)
+    patch.setattr(launcher, "launch", launch)
+    for way, direct in {"direct": True, "by Triton": False}.items():
+        patch.setattr(launcher, "direct", lambda direct=direct: direct)
         found[f"chain_kernel, {way}"] = microseconds(partial(launch, *arguments[0]))
         for launches, config in (("one launch", ONE), ("two launches", TWO)):
             for direction, o in operands.items():

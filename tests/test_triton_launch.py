@@ -290,14 +290,13 @@ def test_what_fails_says_so_and_works_afterwards(gpu_stub, backend, call):
         case.check(stub.launches(), results)
 
 
-def test_each_device_has_its_own_kernels(gpu_stub, backend, monkeypatch):
+def test_each_device_has_its_own_kernels(gpu_stub, backend):
     case = Case(backend, helpers.operands(64, 48, 96, 16, torch.bfloat16), (32, 32, 16))
     for capability in ((8, 0), (9, 0)):
-        with monkeypatch.context():
-            stub = gpu_stub(capability)
-            results = case.call()
-            case.check(stub.launches(), results)
-            assert stub.loaded == ["chain_kernel"]
+        stub = gpu_stub(capability)
+        results = case.call()
+        case.check(stub.launches(), results)
+        assert stub.loaded == ["chain_kernel"]
 
 
 def test_two_threads_may_be_first(gpu_stub, backend, monkeypatch):

@@ -35,12 +35,8 @@ from .settings import at_least_one, model_or_shapes
 from .shapes import MODELS, Shape
 
 RANKS = (16, 32, 64, 128)
-TYPICAL = {
-    1: 32,
-    257: 512,
-    2049: 8192,
-    16385: 32768,
-}  # from how many rows on a row of the table is meant: with how many it is timed
+# From how many rows of x on a row of the table is meant, and with how many it is timed.
+TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}
 OPTIONS = {
     "block_t": (16, 32, 64, 128),
     "block_k": (32, 64, 128),

@@ -51,7 +51,7 @@ def unavailable() -> str | None:
 def cannot_compile() -> str | None:
     """Why Triton cannot compile the C code by which it launches each kernel; None: it can, or has done so before."""
     knobs = getattr(importlib.import_module("triton"), "knobs", None)
-    home = os.environ.get("TRITON_HOME") or Path.home()
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
     if (knobs is not None and knobs.build.impl) or any(kept.glob("*/*.so")):
         return None
@@ -123,9 +123,7 @@ def low_rank(
     A, A_pitch, A_turned = as_it_lies(A)
     B, B_pitch, B_turned = as_it_lies(B)
     R = (R.t() if A_turned else R).contiguous()  # lies as A does
-    width = r
-    if A_turned or not B_turned:
-        width = min(readable_columns(t) for t in ([A.t()] if A_turned else []) + ([] if B_turned else [B]))
+    width = min(readable_columns(A.t()) if A_turned else rank, rank if B_turned else readable_columns(B))
     bias, other = (t if t is None else t.contiguous() for t in (bias, other))
     y = empty(x, (T, N), x.dtype) if out is None else out
     z = empty(x, (T, r), torch.float32)

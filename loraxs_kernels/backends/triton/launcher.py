@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every call to find out for which types, alignments and sizes a kernel must be compiled
 anew.  Here only the number of rows differs between the calls of a layer, so what was compiled is kept for the rest.
-That takes two thirds of a launch (bench/results/cpu/2026-11-26-fec50bf-launch.json).
+On a CPU the binding takes two thirds of a launch (bench/results/cpu/2026-11-26-fec50bf-launch.json).
 """
 
 from __future__ import annotations
