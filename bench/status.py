@@ -107,7 +107,7 @@ def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
         passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
         what = "failed" if any(result.get(word) for word in outcomes.BAD) else "not finished"
         return f"**{what}**: {outcomes.told(result)}, {at}; {passed}"
-    stale = "" if unchanged(component, last) else "; **stale: its files have changed since, and no GPU has run them so**"
+    stale = "" if unchanged(component, last) else "; **stale: its files have changed since; not run on a GPU so**"
     skipped = f" ({result['skipped']} skipped)" if result.get("skipped") else ""
     return f"passed all {result['passed']}{skipped}, {at}{stale}"
 

@@ -88,7 +88,9 @@ def test_status_is_not_flattering():
     assert "passed all 5, 2026-01-02, commit 0000000, Sample GPU" in line({"a": good}) and "stale" not in line(
         {"a": good}
     )
-    assert "**stale: its files have changed since, and no GPU has run them so**" in line({"a": outcome("truncated_svd", 5, 0, sources="0")})
+    assert "**stale: its files have changed since; not run on a GPU so**" in line(
+        {"a": outcome("truncated_svd", 5, 0, sources="0")}
+    )
     core = outcome("cuda backend", 5, 0)
     for compiled, stale in ((status.core.sources(), False), ("0", True)):  # CMakeLists.txt says with which flags
         text = status.render({"a": core | {"build": {"built": True, "sources": compiled}}})
