@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ def lora_xs_linear(
         bias: (N,), added to y; the only frozen operand that may also train.
 
     Returns:
-        y (..., N) in x's dtype.  Gradients reach x, R and bias, once (no double backward).  Between forward and
-        backward only z = x A^T (T x r, fp32) is kept, never x.
+        y (..., N) in x's dtype.  Gradients reach x, R and bias, and can be differentiated again (create_graph=True).
+        Between forward and backward only z = x A^T (T x r, fp32) is kept, never x.
 
     Under torch.autocast, x, weight, A, B and bias are cast to the autocast dtype, as F.linear does.
 
@@ -56,14 +57,15 @@ def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out:
     Args:
         x, A, R, B, scale: as in `lora_xs_linear`.
         out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.  It
-            shares no memory with A, R and B, nor with x, unless it is x itself.
+            shares no memory with A, R and B, nor with x, unless it is x itself, and is nothing that autograd would not
+            let an in-place operation write, such as a leaf that requires grad.
 
     Returns:
         (..., N): the delta, or out + delta.
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above, or out overlaps
-            itself or another operand; it is named.
+            itself or another operand, or cannot be written; it is named, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
     x, A, B = autocast(x, A, B)
@@ -84,7 +86,7 @@ def unchecked(
     """The functions above on operands known to be good: flatten x to rows, pick the backend, join autograd."""
     if bias is not None and bias.requires_grad:
         return unchecked(x, W, A, R, B, s) + bias
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     backend = backends.choose(rows, A, B)
     if torch.compiler.is_compiling():
         y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, backend)[0]
@@ -96,9 +98,12 @@ def unchecked(
             if transformed(x, W, A, R, B, bias, out):
                 name = "lora_xs_delta" if W is None else "lora_xs_linear"
                 refuse_transforms(f"{name}: a call whose x or R requires a gradient")
-            y = _LowRankLinear.apply(out, rows, W, A, R, B, s, bias, primitive)
+            into = None if out is None else out.detach()
+            y, _ = _LowRankLinear.apply(rows, W, A, R, B, s, bias, into, primitive)
+            if out is not None:
+                _Sum.apply(out, y)
         else:
-            y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows(out))[0]
+            y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))[0]
             if out is not None and not out.is_inference():
                 torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
     if out is not None:
@@ -106,9 +111,14 @@ def unchecked(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
 
 
-def _rows(out: Tensor) -> Tensor:
+def _rows(t: Tensor) -> Tensor:
+    """t (..., n) as (T, n); n may be 0."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _rows_of_out(out: Tensor) -> Tensor:
     try:
-        return out.view(-1, out.shape[-1])
+        return out.view(math.prod(out.shape[:-1]), out.shape[-1])
     except RuntimeError:
         raise ValueError(
             f"out: got shape {tuple(out.shape)} with strides {out.stride()}, must be viewable as rows of "
@@ -117,16 +127,15 @@ def _rows(out: Tensor) -> Tensor:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """The primitive of one backend on x (T, K), with the gradient of ops.gradients.
+    """(y, z) of one backend's primitive on x (T, K), with the gradients of ops.gradients.
 
-    `out` (..., N) is written in place and comes first: autograd takes the first input for the one an in-place
-    Function changes, where that is a view.
+    z is an output so that gradients of gradients can reach x by it, although x is not kept.  With `out` (..., N) the
+    result is added to it and y is a stand-in of its shape without memory, for `_Sum`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        out: Tensor | None,
         x: Tensor,
         W: Tensor | None,
         A: Tensor,
@@ -134,28 +143,45 @@ class _LowRankLinear(torch.autograd.Function):
         B: Tensor,
         s: float,
         bias: Tensor | None,
+        out: Tensor | None,
         primitive: backends.Primitive,
-    ) -> Tensor:
-        y, z, _ = primitive(x, W, A, R, B, s, bias, None if out is None else _rows(out))
-        _, need_gX, _, _, need_gR = ctx.needs_input_grad[:5]
+    ) -> tuple[Tensor, Tensor]:
+        y, z, _ = primitive(x, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))
+        need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
         # Only what the backward will read: W for gX, z for gR.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
         ctx.s, ctx.primitive = s, primitive
-        if out is None:
-            return y
+        ctx.set_materialize_grads(False)
+        return y if out is None else out.new_empty(()).expand(out.shape), z
+
+    @staticmethod
+    def backward(ctx: Any, gY: Tensor | None, gz: Tensor | None) -> tuple[Tensor | None, ...]:
+        need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
+        rows = None if gY is None else _rows(gY)
+        gX, gR = ops.gradients(_for_backward(ctx.primitive), rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
+        return gX, None, None, gR, None, None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """out, to which y has been added: a Function that writes to a view may return nothing but that view."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, y: Tensor) -> Tensor:
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gY: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _LowRankLinear.backward(ctx, gY)
-            return _OnceDifferentiable.apply(gY.new_zeros((), requires_grad=True), *gradients)
-        need_gOut, need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
-        rows = gY if gY.dim() == 2 else gY.reshape(-1, gY.shape[-1])
-        gX, gR = ops.gradients(ctx.primitive, rows, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
-        return gY if need_gOut else None, gX, None, None, gR, None, None, None, None
+    def backward(ctx: Any, gY: Tensor) -> tuple[Tensor, Tensor]:
+        return gY, gY
+
+
+def _for_backward(primitive: backends.Primitive) -> backends.Primitive:
+    """The primitive; in grad mode (create_graph=True) one that is differentiable and makes no gram."""
+
+    def differentiable(*operands: Any, other: None) -> tuple[Tensor, Tensor, None]:
+        return *_LowRankLinear.apply(*operands, None, None, primitive), None
+
+    return differentiable if torch.is_grad_enabled() else primitive
 
 
 def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
@@ -169,14 +195,13 @@ def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
     """
     if in_forward_mode() or transformed():  # single calls are right there, or refused with a reason
         return tuple(unchecked(x, W, A, R, B, s, bias) for W, A, R, B, s, bias in operands)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with ops.no_autocast(x):
-        ys = _LowRankLinears.apply(rows, operands, *(R for _, _, R, *_ in operands))
+        *ys, _ = _LowRankLinears.apply(_rows(x), operands, *(R for _, _, R, *_ in operands))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """The primitive of several layers on one x (T, K); see `together`."""
+    """(y of each layer, z of all side by side) of several layers on one x (T, K); see `together`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, operands: Sequence[Operands], *Rs: Tensor) -> tuple[Tensor, ...]:
@@ -190,19 +215,23 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.save_for_backward(z if any(need_gR) else None, *frozen)
         ctx.scales = [s for *_, s, _ in operands]
         ctx.set_materialize_grads(False)
-        return tuple(ys)
+        return *ys, z
 
     @staticmethod
     def backward(ctx: Any, *gYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _LowRankLinears.backward(ctx, *gYs)
-            anchor = next(gY for gY in gYs if gY is not None).new_zeros((), requires_grad=True)
-            return _OnceDifferentiable.apply(anchor, *gradients)
+        *gYs, gz = gYs
         z, *saved = ctx.saved_tensors
         Ws, As, Rs, Bs = (saved[i::4] for i in range(4))
-        zs = () if z is None else z.split([len(R) for R in Rs], dim=1)
+        ranks = [len(R) for R in Rs]
+        zs = [None] * len(Rs) if z is None else z.split(ranks, dim=1)
         need_gX, _, *need_gR = ctx.needs_input_grad
+        if gz is not None or torch.is_grad_enabled():
+            op = _for_backward(backends.primitive("torch"))
+            gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
+            operands = zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True)
+            gXs, gRs = zip(*(ops.gradients(op, *those[:-1], need_gX, those[-1]) for those in operands), strict=True)
+            gXs = [gX for gX in gXs if gX is not None]
+            return sum(gXs[1:], gXs[0]) if gXs else None, None, *gRs
         used = [i for i, gY in enumerate(gYs) if gY is not None]
         gX, gRs, us = None, [None] * len(gYs), []
         with ops.no_autocast(Rs[0]):
@@ -217,24 +246,6 @@ class _LowRankLinears(torch.autograd.Function):
                 for i in used:
                     gX.addmm_(gYs[i], Ws[i])
         return gX, None, *gRs
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Hands gradients on; whoever differentiates them is told that they cannot be.
-
-    torch's own `once_differentiable` lets them pass as constants when gY is one, although gX depends on R.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "lora_xs_linear: is differentiable once, its gradients cannot be differentiated again; "
-            "for second derivatives use loraxs_kernels.reference.lowrank_linear"
-        )
 
 
 def autocast(x: Tensor, *frozen: Tensor | None) -> tuple:
@@ -285,5 +296,31 @@ def check(
             raise ValueError(f"{name}: got shape {tuple(operands[name].shape)}, must be {shape}")
     if r == 0:
         raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")
-    if out is not None and not torch.compiler.is_compiling():  # compiled code adds to it when all has been read
+    if torch.compiler.is_compiling():  # compiled code adds to out when all has been read
+        return
+    grad = torch.is_grad_enabled() and (x.requires_grad or R.requires_grad)
+    for name in ("A", "R", "B", "weight") if grad else ():
+        if name in operands and operands[name].is_inference():
+            raise ValueError(f"{name}: got an inference tensor, must be one that autograd can keep: .clone() it")
+    if out is not None:
         check_out(out, x=x, A=A, R=R, B=B, weight=weight, bias=bias)
+        _check_in_place(out, grad)
+
+
+def _check_in_place(out: Tensor, grad: bool) -> None:
+    """Raise a ValueError for an `out` that autograd would refuse, which it does only when it has been written.
+
+    grad: whether a gradient will pass from what is added.
+    """
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be another: .clone() it")
+    if not (grad or (torch.is_grad_enabled() and out.requires_grad)):
+        return
+    base = out._base if out._is_view() else out
+    if out.requires_grad and base.is_leaf:
+        raise ValueError("out: got a leaf that requires grad, or a view of one, must be a result: .clone() it")
+    if out._is_view() and torch._C._autograd._get_creation_meta(out) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            "out: got a view made under no_grad, or one of several that one operation made (chunk, split, unbind), "
+            "must be a view by itself, such as a slice"
+        )

@@ -32,8 +32,9 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def gradients(
-    op: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    gY: Tensor,
+    op: Callable[..., tuple[Tensor, Tensor, Optional[Tensor]]],  # noqa: UP045
+    gY: Optional[Tensor],  # noqa: UP045
+    gz: Optional[Tensor],  # noqa: UP045
     W: Optional[Tensor],  # noqa: UP045
     A: Tensor,
     R: Tensor,
@@ -45,16 +46,24 @@ def gradients(
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
     """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, whose gram gR is.
 
-    `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.
+    `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.  gz (T, r), that
+    of z, adds gz A to gX; there is one only where gradients are differentiated.  In grad mode (create_graph=True) `op`
+    is differentiable in gY and R, its gram is not, and gR = s v^T z is a product of its own, of outputs that are.
     """
     gX = gR = None
-    with no_autocast(gY):
-        if need_gX:
-            W_t = None if W is None else W.t()
-            gX, _, gR = op(gY, W_t, B.t(), R.t(), A.t(), s, other=z if need_gR else None)
-        elif need_gR:
+    again = torch.is_grad_enabled()
+    with no_autocast(A):
+        if gY is not None and (need_gX or again):
+            other = z if need_gR and not again else None
+            gX, v, gR = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, other=other)
+            if need_gR and again:
+                gR = s * (v.t() @ z)
+        elif gY is not None and need_gR:
             gR = scaled_mm(shrink(gY, B.t()).t(), z, s, cast(R, z.dtype))
-    return gX, cast(gR, R.dtype) if need_gR else None
+        if gz is not None and need_gX:
+            through_z = cast(gz, A.dtype) @ A
+            gX = through_z if gX is None else gX + through_z
+    return gX if need_gX else None, cast(gR, R.dtype) if need_gR and gR is not None else None
 
 
 @torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())
@@ -105,12 +114,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gY: Tensor, *_: None) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
+def _backward(
+    ctx: Any,
+    gY: Optional[Tensor],  # noqa: UP045
+    gz: Optional[Tensor],  # noqa: UP045
+    _: None,  # of the gram, which only the line with `other` below asks for
+) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
     def op(*operands: Any, other: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: UP045
         return lowrank_linear(*operands, None, other, ctx.backend)
 
     needed = ctx.needs_input_grad
-    gX, gR = gradients(op, gY, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
+    gX, gR = gradients(op, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
     return gX, None, None, gR, None, None, None, None, None
 
 

@@ -163,6 +163,19 @@ def test_leading_dimensions(lead):
     torch.testing.assert_close(y, unfused(x, o.W, o.A, o.R, o.B, o.s, o.bias))
 
 
+@pytest.mark.parametrize("N", [0, 5])
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 7), (2, 0, 0), (0,), (7,), (4, 7)], ids=str)
+def test_features_that_are_none(shape, N):
+    o = operands(1, N, shape[-1], 3)
+    x, R = torch.randn(shape, requires_grad=True), o.R.requires_grad_()
+    for W, out in ((o.W, None), (None, None), (None, torch.ones(*shape[:-1], N))):
+        expected = unfused(x, W, o.A, R, o.B, o.s) + (0 if out is None else out)
+        y = lora_xs_linear(x, W, o.A, R, o.B, o.s) if W is not None else lora_xs_delta(x, o.A, R, o.B, o.s, out=out)
+        torch.testing.assert_close(y, expected)
+        for got, right in zip(*(torch.autograd.grad(each.sum(), (x, R)) for each in (y, expected)), strict=True):
+            torch.testing.assert_close(got, right)
+
+
 def test_non_contiguous_3d_x_with_gradient():
     o = operands(1, 5, 7, 3)
     x = torch.randn(4, 7, 2).transpose(1, 2).requires_grad_()
@@ -299,13 +312,70 @@ def test_R_changed_between_forward_and_backward_is_an_error():
         y.sum().backward()
 
 
-def test_second_derivatives_are_refused_with_a_reason():
-    o = operands(5, 4, 6, 3)
-    x, R = o.x.requires_grad_(), o.R.requires_grad_()
-    y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s)
-    (gX,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # gX depends on R, though gY is a constant
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (R.sum() + gX.square().sum()).backward()
+def second_gradients(o: Operands, call) -> tuple[torch.Tensor, ...]:
+    """The gradients of <gX, p> + <gR, q> for gY, x and R, with p and q of order 1."""
+    x, R, gY = (t.detach().requires_grad_() for t in (o.x, o.R, o.gY))
+    gX, gR = torch.autograd.grad(call(x, o.W, o.A, R, o.B, o.s, None), (x, R), gY, create_graph=True)
+    return torch.autograd.grad((gX * o.x.flip(0)).sum() + (gR * o.R.t().flip(0)).sum(), (gY, x, R))
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_second_derivatives(shape, dtype, delta):
+    o = operands(*shape, dtype)
+
+    def alone(call):
+        return lambda x, W, A, R, B, s, bias: call(x, A, R, B, s)
+
+    calls = (lora_xs_linear, unfused)
+    if delta:
+        calls = alone(lora_xs_delta), lambda x, W, A, R, B, s, bias: unfused(x, None, A, R, B, s)
+    got, chain, oracle = second_gradients(o, calls[0]), second_gradients(o, calls[1]), None
+    oracle = second_gradients(o.to(torch.float64), calls[1])
+    for name, *three in zip(("of gY", "of x", "of R"), got, chain, oracle, strict=True):
+        assert_accurate(*three, dtype, name)
+
+
+def test_derivatives_of_every_order_also_into_a_view():
+    o = operands(5, 4, 6, 3, torch.float64)
+    base = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    inputs = o.x.requires_grad_(), o.R.requires_grad_(), o.bias.requires_grad_()
+
+    def gradient_of_a_penalty(x, R, bias):
+        y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s, bias).tanh()
+        return sum(g.square().sum() for g in torch.autograd.grad(y.sum(), (x, R), create_graph=True))
+
+    assert torch.autograd.gradgradcheck(gradient_of_a_penalty, inputs)
+
+    def into(x, R, base):
+        return lora_xs_delta(x, o.A, R, o.B, o.s, out=(base * 2)[:, 2:6]).tanh()
+
+    assert torch.autograd.gradgradcheck(into, (*inputs[:2], base))
+
+
+def test_curvature_and_gradient_penalties_as_people_ask_for_them():
+    """In all of these autograd follows only the paths to R, so that nothing that hangs elsewhere would be noticed."""
+    o = operands(5, 4, 6, 3, torch.float64)
+    loss = {call: lambda R, call=call: call(o.x, o.W, o.A, R, o.B, o.s, o.bias).tanh().square().sum()
+            for call in (lora_xs_linear, unfused)}  # fmt: skip
+
+    def penalty(call):
+        x, R = o.x.detach().requires_grad_(), o.R.detach().requires_grad_()
+        (gX,) = torch.autograd.grad(call(x, o.W, o.A, R, o.B, o.s, o.bias).sum(), x, create_graph=True)
+        gX.square().sum().backward(inputs=[R])
+        return R.grad
+
+    asked = {
+        "hvp": lambda call: torch.autograd.functional.hvp(loss[call], o.R, o.R.t())[1],
+        "vhp": lambda call: torch.autograd.functional.vhp(loss[call], o.R, o.R.t())[1],
+        "hessian": lambda call: torch.autograd.functional.hessian(loss[call], o.R),
+        "vectorized hessian": lambda call: torch.autograd.functional.hessian(loss[call], o.R, vectorize=True),
+        "penalty": penalty,
+    }
+    for name, of in asked.items():
+        assert of(unfused).norm() > 1, name
+        torch.testing.assert_close(of(lora_xs_linear), of(unfused), msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_in_place_ops_on_the_output_keep_gradients_right():
@@ -547,6 +617,61 @@ def test_out_that_cannot_be_written_in_place_is_refused(case, trains):
     with pytest.raises(ValueError, match=message):
         into(o, out, **changed | dict(R=R))
     assert (out == (case != "a zero tensor")).all()
+
+
+def outs_for_autograd() -> dict:
+    """`out` of every kind that autograd tells apart, all ones, and whether a gradient comes from it."""
+
+    def ones(**options):
+        return torch.ones(6, 8, **options)
+
+    leaf, made = ones(requires_grad=True), ones(requires_grad=True) * 1
+    with torch.no_grad():
+        hidden = made.view(6, 8)
+    with torch.inference_mode():
+        inference = ones()
+    return {
+        "plain": ones(),
+        "made": made,
+        "a slice of one": torch.ones(9, 8, requires_grad=True).mul(1)[2:8],
+        "a slice of a plain one": torch.ones(9, 8)[2:8],
+        "a leaf": leaf,
+        "a slice of a leaf": torch.ones(9, 8, requires_grad=True)[2:8],
+        "one of two": torch.ones(12, 8, requires_grad=True).mul(1).chunk(2)[0],
+        "one of two plain ones": torch.ones(12, 8).chunk(2)[0],
+        "a view made under no_grad": hidden,
+        "detached": made.detach(),
+        "an inference tensor": inference,
+    }
+
+
+@pytest.mark.parametrize("mode", ["trains", "does not", "no_grad"])
+@pytest.mark.parametrize("kind", outs_for_autograd())
+def test_out_is_refused_where_torch_refuses_it_and_then_not_written(kind, mode):
+    o = operands(6, 8, 8, 8)
+    R, mine, torchs = o.R.requires_grad_(mode == "trains"), *(outs_for_autograd()[kind] for _ in range(2))
+    with torch.no_grad() if mode == "no_grad" else nullcontext():
+        delta = lora_xs_delta(o.x, o.A, R, o.B, o.s)
+        try:
+            torchs.add_(delta)
+        except RuntimeError:
+            with pytest.raises(ValueError, match=r"out: got .*, must be"):
+                into(o, mine, R=R)
+            assert (mine == 1).all()
+        else:
+            torch.testing.assert_close(into(o, mine, R=R), torchs)
+            assert mine.requires_grad == torchs.requires_grad
+
+
+def test_inference_tensors_are_refused_before_out_is_written():
+    o = operands(6, 8, 8, 8)
+    with torch.inference_mode():
+        A = o.A.clone()
+    out = torch.ones(6, 8)
+    with pytest.raises(ValueError, match="A: got an inference tensor"):
+        into(o, out, A=A, R=o.R.requires_grad_())
+    assert (out == 1).all()
+    into(o, out, A=A, R=o.R.detach())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from loraxs_kernels import LoRAXSLinear, forward_together
-from loraxs_kernels.reference import UnfusedLinear, relative_error
+from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
 def make(kind: str = "linear", dtype: torch.dtype = torch.float32, N: int = 24, K: int = 40, **options) -> LoRAXSLinear:
@@ -485,7 +485,7 @@ def test_together_under_compile_and_autocast():
         assert relative_error(g, e) < 1e-2
 
 
-def test_together_lets_outputs_change_in_place_and_refuses_second_derivatives():
+def test_together_lets_outputs_change_in_place():
     layers, x = siblings(), torch.randn(2, 5, 40, requires_grad=True)
     q, k, _ = forward_together(x, *layers)
     q.mul_(2)
@@ -494,9 +494,29 @@ def test_together_lets_outputs_change_in_place_and_refuses_second_derivatives():
     q, k, _ = separately(x, *layers)
     (2 * q.sum() + k.sum()).backward()
     torch.testing.assert_close(got, x.grad)
-    (gX,) = torch.autograd.grad(sum(y.sum() for y in forward_together(x, *layers)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (layers[0].R.sum() + gX.square().sum()).backward()
+
+
+def unfused(layer: LoRAXSLinear):
+    """The layer in separate torch ops."""
+    W = layer.weight.t() if isinstance(layer.base_layer, Conv1D) else layer.weight
+    return lambda x: lowrank_linear(x, W, layer.A, layer.R, layer.B, layer.scaling, layer.bias)[0]
+
+
+def test_second_derivatives_together():
+    layers, x = [layer.double() for layer in siblings()], torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    inputs = x, *(layer.R for layer in layers)
+
+    def second(call, used):
+        q, *others = (y.tanh() for y in call(x, *layers))
+        loss = q.sum() if used == "one" else (q * sum(y.sum() for y in others)).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
+
+    for used in ("one", "all"):
+        expected = second(lambda x, *layers: [unfused(layer)(x) for layer in layers], used)
+        for call in (forward_together, separately):
+            for got, right in zip(second(call, used), expected, strict=True):
+                torch.testing.assert_close(got, right)
 
 
 def test_together_names_the_layer_that_x_does_not_fit():
