@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from loraxs_kernels import LoRAXSLinear, forward_together
+from loraxs_kernels import LoRAXSLinear, attach, forward_together
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
@@ -517,6 +517,27 @@ def test_second_derivatives_together():
         for call in (forward_together, separately):
             for got, right in zip(second(call, used), expected, strict=True):
                 torch.testing.assert_close(got, right)
+
+
+def test_a_gradient_penalty_of_a_real_model(minilm):
+    """|d loss / d embeddings|^2, differentiated for every R, beside the layers that people run today."""
+    minilm.set_attn_implementation("eager")  # the fused attention of a CPU is differentiable once
+    model = attach(minilm.double(), 8, target_modules="all-linear", sigma=0.1, progress=False)
+    today = copy.deepcopy(model)
+    for parent in list(today.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, LoRAXSLinear):
+                parent._modules[name] = UnfusedLinear(child)
+    embeddings = model.embeddings(torch.randint(1000, 5000, (2, 12))).detach().requires_grad_()
+
+    def penalized(model):
+        y = model(inputs_embeds=embeddings).last_hidden_state
+        (g,) = torch.autograd.grad(y.square().mean(), embeddings, create_graph=True)
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name]
+        return torch.autograd.grad(g.square().sum(), trained)
+
+    for got, expected in zip(penalized(model), penalized(today), strict=True):
+        assert relative_error(got, expected) < 1e-10
 
 
 def test_together_names_the_layer_that_x_does_not_fit():
