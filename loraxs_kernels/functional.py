@@ -94,7 +94,7 @@ def unchecked(
         return y if out is None else out.add_(y)
     primitive = backends.primitive(backend)
     with ops.no_autocast(x):
-        if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
+        if _in_grad_mode() and (x.requires_grad or R.requires_grad):
             if transformed(x, W, A, R, B, bias, out):
                 name = "lora_xs_delta" if W is None else "lora_xs_linear"
                 refuse_transforms(f"{name}: a call whose x or R requires a gradient")
@@ -109,6 +109,11 @@ def unchecked(
     if out is not None:
         return out
     return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
+
+
+def _in_grad_mode() -> bool:
+    """Whether autograd records: not in inference mode, where torch.enable_grad() has no effect."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -298,7 +303,7 @@ def check(
         raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")
     if torch.compiler.is_compiling():  # compiled code adds to out when all has been read
         return
-    grad = torch.is_grad_enabled() and (x.requires_grad or R.requires_grad)
+    grad = _in_grad_mode() and (x.requires_grad or R.requires_grad)
     for name in ("A", "R", "B", "weight") if grad else ():
         if name in operands and operands[name].is_inference():
             raise ValueError(f"{name}: got an inference tensor, must be one that autograd can keep: .clone() it")
@@ -314,7 +319,7 @@ def _check_in_place(out: Tensor, grad: bool) -> None:
     """
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be another: .clone() it")
-    if not (grad or (torch.is_grad_enabled() and out.requires_grad)):
+    if not (grad or (_in_grad_mode() and out.requires_grad)):
         return
     base = out._base if out._is_view() else out
     if out.requires_grad and base.is_leaf:

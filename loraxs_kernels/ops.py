@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 from .backends.device import in_forward_mode, refuse_transforms
 from .backends.torch import cast, scaled_mm, shrink
 
@@ -52,6 +52,8 @@ def gradients(
     """
     gX = gR = None
     again = torch.is_grad_enabled()
+    if again and gY is not None and torch._C._functorch.is_legacy_batchedtensor(gY):
+        op = _chain
     with no_autocast(A):
         if gY is not None and (need_gX or again):
             other = z if need_gR and not again else None
@@ -64,6 +66,12 @@ def gradients(
             through_z = cast(gz, A.dtype) @ A
             gX = through_z if gX is None else gX + through_z
     return gX if need_gX else None, cast(gR, R.dtype) if need_gR and gR is not None else None
+
+
+def _chain(x: Tensor, W: Optional[Tensor], A: Tensor, R: Tensor, B: Tensor, s: float, other: None) -> tuple:  # noqa: UP045
+    """The primitive in plain torch, for a batch of gY in grad mode, in which a Function would lose its graph."""
+    y, z = reference.lowrank_linear(x, W, A, R.to(x.dtype), B, s)
+    return y, z.to(torch.promote_types(z.dtype, torch.float32)), other
 
 
 @torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())

@@ -168,10 +168,10 @@ def results(call, case: dict[str, Any], t: dict[str, Tensor], out: Tensor | None
         return found
     gY = gY.to(y.dtype)
     if mode == "batched":
-        gs = torch.autograd.grad(y, [*inputs.values()], torch.stack([gY, 2 * gY]), is_grads_batched=True)
-        return found | dict(zip(inputs, gs, strict=True))
+        gY = torch.stack([gY, 2 * gY])
     gY.requires_grad_(case["order"] == 2)
-    first = torch.autograd.grad(y, [*inputs.values()], gY, create_graph=case["order"] == 2)
+    how = {"create_graph": case["order"] == 2, "is_grads_batched": mode == "batched"}
+    first = torch.autograd.grad(y, [*inputs.values()], gY, **how)
     found |= {f"g{name}": g.detach() for name, g in zip(inputs, first, strict=True)}
     if case["order"] == 2:
         inputs["gY"] = gY
