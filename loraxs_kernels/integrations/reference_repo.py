@@ -28,9 +28,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import AdapterMismatch, saved_modules, saved_values
+from ..adapter_file import AdapterMismatch, fitted, saved_modules, saved_values
 from ..atomic import write_atomically
-from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual
+from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual, singular_values
 from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
 from ..matching import matches
@@ -41,7 +41,10 @@ OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was 
 PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
 # What PEFT saves by the type of the task, too; up to 0.10, which the reference asks for, its config does not say so.
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lora_B.weight"}
+# The keys of A, B and R, a dot in front: of a saved adapter, of a model's state dict, and as the reference's scripts
+# rename the ones to the others.  R of q_proj is q_proj_lora_latent_mapping.weight where PEFT up to 0.17 saved it, which
+# took every ".default" for the adapter's name, and q_proj.default_lora_latent_mapping.weight since.
+KEY = re.compile(r"(.*?)(?:\.lora_([AB])(?:\.[^.]+)?|(?:\.default)*_lora_latent_mapping)\.weight")
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", bound="PeftModel")
@@ -49,6 +52,8 @@ Part = tuple[str, nn.Module, Tensor, Tensor, Tensor, float]  # of a model: a lay
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from .peft import LoraXSLinearLayer
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,77 @@ def replace_reference_layers(model: P) -> P:
     tuner.training = model.base_model.training
     model.base_model, model.peft_type = tuner, config.peft_type
     return model
+
+
+@torch.no_grad()
+def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLayer], *, whole_model: bool) -> None:
+    """Put the reference's A, R and B in a state dict under the keys of our PEFT method's layers, in place.
+
+    An adapter that keeps A and B in its file takes all three.  Any other keeps its own A and B, and R is expressed on
+    them, as `load_reference_adapter` does with basis="recompute".  Nothing happens where the state dict has no such
+    keys.
+
+    Args:
+        state_dict: what torch loads, its own copy of the caller's.
+        layers: by their names in the state dict; keys of other modules are left alone.
+        whole_model: whether these are all layers of the model, so that the state dict must have R for each, and for
+            no other module.
+
+    Raises ValueError where a layer's set is not whole, does not fit the adapter, or the layer has several adapters, and
+    AdapterMismatch where R makes another delta W on the adapter's own A and B.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key in state_dict:
+        if part := _part(key):
+            found.setdefault(part[0], []).append((part[1], key))
+    with_R = {name for name, parts in found.items() if "R" in dict(parts)}
+    if whole_model and with_R and (other := sorted(with_R ^ layers.keys())):
+        what = "has an adapter, but the state dict has no R"
+        if other[0] not in layers:
+            what = "the state dict has R, but the model no adapter"
+        raise ValueError(
+            f"module {other[0]!r}: {what} for it; a checkpoint of the reference is for a model with the same "
+            "target_modules"
+        )
+    for name in found.keys() & layers.keys():
+        layer, label = layers[name], f"module {name!r}"
+        if sorted(letter for letter, _ in found[name]) != ["A", "B", "R"]:
+            raise ValueError(
+                f"{label}: the state dict has {sorted(key.removeprefix(f'{name}.') for _, key in found[name])}, must "
+                "have lora_A, lora_B and default_lora_latent_mapping (R), as the reference saves them: R means nothing "
+                "without its exact A and B, and LoRA without R is no LoRA-XS"
+            )
+        if len(layer.loraxs_R) != 1:
+            raise ValueError(
+                f"{label}: has the adapters {list(layer.loraxs_R)}, must have one to load the reference's keys into, "
+                "which do not say which adapter they are for"
+            )
+        (adapter,) = layer.loraxs_R
+        own = {letter: getattr(layer, f"loraxs_{letter}")[adapter] for letter in "ARB"}
+        new = {letter: state_dict.pop(key) for letter, key in found[name]}
+        A, R, B = (new[letter] for letter in "ARB")
+        shapes, must = ([tuple(t.shape) for t in each] for each in ((A, R, B), own.values()))
+        if shapes != must:
+            raise ValueError(f"{label}: A, R and B of the state dict have shapes {shapes}, must have {must}")
+        if not all(torch.isfinite(t).all() for t in (A, R, B)):
+            raise ValueError(f"{label}: A, R or B of the state dict has NaN or Inf values")
+        if adapter in layer.loraxs_A._non_persistent_buffers_set:
+            entry = new | {"S": singular_values(A), "probe": probes(A, R, B)}
+            R, error = fitted(entry, own["A"], own["B"])
+            if error > ALIGNED:
+                raise AdapterMismatch(
+                    f"{label}: on the adapter's own A and B, R of the state dict makes another delta W than on those "
+                    f"it was trained with (estimated relative error {error:.1e}). Adapters that take A and B have "
+                    "save_factors=True in their config; replace_reference_layers makes such"
+                )
+            if error > ACCEPT:
+                warnings.warn(f"{label}: the estimated relative error of delta W is {error:.1e}", stacklevel=2)
+            new, A, B = {"R": R}, own["A"], own["B"]
+        for letter, t in new.items():
+            state_dict[f"{name}.loraxs_{letter}.{adapter}"] = t.to(own[letter].dtype)
+        if adapter not in layer.loraxs_fingerprint._non_persistent_buffers_set:
+            fingerprint = torch.cat([singular_values(A), probes(A, R, B)])
+            state_dict[f"{name}.loraxs_fingerprint.{adapter}"] = fingerprint
 
 
 def export_as_lora(
@@ -460,19 +536,14 @@ def _json(file: Path) -> dict[str, Any]:
 def _trained(
     config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, Trained], dict[str, Tensor]]:
-    """A, R, B by the names of the base model's modules, and all other tensors by theirs.
-
-    R of q_proj is q_proj_lora_latent_mapping.weight where PEFT up to 0.17 saved it, which took every ".default" for the
-    adapter's name, and q_proj.default_lora_latent_mapping.weight since.
-    """
+    """A, R, B by the names of the base model's modules, and all other tensors by theirs."""
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, t in tensors.items():
         key = key.removeprefix(PREFIX)
-        for letter, ending in ENDINGS.items():
-            if key.endswith(ending):
-                found.setdefault(key.removesuffix(ending).removesuffix(".default"), {})[letter] = t
-                break
+        if part := _part(key):
+            name, letter = part
+            found.setdefault(name, {})[letter] = t
         else:
             others[key] = t
     if not any("R" in each for each in found.values()):
@@ -493,6 +564,12 @@ def _trained(
             raise ValueError(f"{folder}: A, R or B of module {name!r} has NaN or Inf values")
         trained[name] = Trained(A, R, B, _alpha(config, name, r, folder))
     return trained, others
+
+
+def _part(key: str) -> tuple[str, str] | None:
+    """The layer's name and "A", "R" or "B", where the key is of one of the reference's tensors."""
+    match = KEY.fullmatch(f".{key}")
+    return match and (match[1][1:], match[2] or "R")
 
 
 def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
