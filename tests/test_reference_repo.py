@@ -405,6 +405,9 @@ def test_arguments_and_models_that_do_not_fit(tmp_path):
         load_reference_adapter(bert(), folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="already has LoRA-XS adapters"):
         load_reference_adapter(lx.attach(bert(), 4, target_modules=TARGETS), folder)
+    for wrapped in (trained(), trained().base_model.model, replace_reference_layers(trained())):
+        with pytest.raises(ValueError, match=f"got a {type(wrapped).__name__} with PEFT in it, must be the plain base"):
+            load_reference_adapter(wrapped, folder)
     with pytest.raises(ValueError, match="is on the meta device"):
         load_reference_adapter(bert().to("meta"), folder)
     model = bert()

@@ -109,6 +109,12 @@ def load_reference_adapter(
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+    if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
+        raise ValueError(
+            f"model: got a {type(model).__name__} with PEFT in it, must be the plain base model: this function adds "
+            "the adapters itself. model.load_adapter(folder, 'default') loads a checkpoint of the reference into "
+            "layers that replace_reference_layers has made"
+        )
     folder = Path(folder)
     config, tensors = _read(folder)
     trained, others = _trained(config, tensors, folder)
