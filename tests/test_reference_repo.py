@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear
+from loraxs_kernels.basis import Recipe
 from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
@@ -237,6 +238,54 @@ def test_a_basis_of_our_own(tmp_path):
     lx.save_adapter(model, tmp_path / "a.safetensors")
     assert not any(key.startswith("A/") for key in safetensors.torch.load_file(tmp_path / "a.safetensors"))
     assert torch.equal(lx.load_adapter(bert(), tmp_path / "a.safetensors")(IDS).logits, model(IDS).logits)
+
+
+def test_scikit_learn_makes_their_basis_again(tmp_path, monkeypatch):
+    """Two iterations at rank 16, far from converged: no other SVD gives this basis, and the file holds R alone."""
+    config = CONFIG | {"svd": {"n_iter": 2, "random_state": 7}}
+    theirs = trained(config=config, r=16)
+    folder, expected = saved(theirs, tmp_path, config), theirs(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_reference_adapter(bert(), folder, basis="recompute", tolerance=1e-5)
+    assert relative_error(model(IDS).logits, expected) < 1e-5
+    for name, layer in adapted_layers(model):
+        A, B = (
+            reference_layers(theirs)[name].lora_A.default.weight,
+            reference_layers(theirs)[name].lora_B.default.weight,
+        )
+        assert layer.recipe == Recipe("sklearn", 7, name, n_iter=2)
+        assert torch.equal(layer.A.abs(), A.abs()) and torch.equal(layer.B.abs(), B.abs())
+    file = tmp_path / "a.safetensors"
+    lx.save_adapter(model, file)
+    assert not any(key.startswith("A/") for key in safetensors.torch.load_file(file))
+    assert torch.equal(lx.load_adapter(bert(), file)(IDS).logits, model(IDS).logits)
+    broken = bert()
+    nn.init.constant_(broken.bert.encoder.layer[1].output.dense.weight, torch.nan)
+    with pytest.raises(ValueError, match=r"module 'bert.*1\.output\.dense': W: has NaN"):
+        lx.load_adapter(broken, file)
+    for missing in ("sklearn", "sklearn.decomposition"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    plain = bert()
+    before = snapshot(plain)
+    with pytest.raises(ImportError, match="scikit-learn makes them, which is not installed: pip install"):
+        lx.load_adapter(plain, file)
+    with pytest.raises(AdapterMismatch, match=r'not quite those it was trained on; basis="file"'):
+        load_reference_adapter(plain, folder, basis="recompute", tolerance=1e-5)
+    assert snapshot(plain) == before
+
+
+def test_a_model_whose_basis_scikit_learn_does_not_make_falls_back(tmp_path):
+    folder = saved(trained(), tmp_path)
+    with pytest.warns(UserWarning, match="not quite those it was trained on"):
+        model = load_reference_adapter(bert(torch.bfloat16), folder, basis="recompute")
+    assert {layer.recipe.init for _, layer in adapted_layers(model)} == {"svd"}
+    other = bert()  # one weight of many, not the smallest, is another
+    W = other.bert.encoder.layer[1].output.dense.weight.data
+    W += 1e-3 * torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"module 'bert\.encoder\.layer\.1\.output\.dense'.*not quite those"):
+        load_reference_adapter(other, folder, basis="recompute")
+    assert {layer.recipe.init for _, layer in adapted_layers(other)} == {"svd"}
 
 
 def test_a_basis_that_does_not_span_theirs_is_refused(tmp_path):

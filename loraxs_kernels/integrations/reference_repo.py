@@ -18,8 +18,9 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,8 +89,10 @@ def load_reference_adapter(
         folder: with adapter_config.json and adapter_model.safetensors (or .bin), as save_pretrained or the Trainer
             left them.  reconstr_config.json, there or one folder up, is read where it is.
         basis: "file": the A and B of the checkpoint, and its R as it is; they go into the files of `save_adapter`, too.
-            "recompute": A' and B' from the SVD of the model's weights, as `attach` makes them, and
-            R' = B'^+ B R A A'^+, so that adapter files hold R alone.  The last vectors of the reference's SVD have not
+            "recompute": A' and B' from the SVD of the model's weights, and R' = B'^+ B R A A'^+, so that adapter files
+            hold R alone.  With scikit-learn installed the SVD is the reference's own, on the CPU, and loading such a
+            file needs scikit-learn too.  Where that does not give the checkpoint's A and B (other weights than it was
+            trained on, or a model in bf16), the SVD is that of `attach`: the last vectors of the reference's have not
             converged, on the weights of real models often by more than the tolerance, and delta W changes by as much.
         tolerance: the largest relative error of delta W that may come of rounding A and B, or of another basis; it is
             estimated for every layer as adapter files do.  Above 1e-3 a warning gives it.
@@ -118,29 +121,41 @@ def load_reference_adapter(
     folder = Path(folder)
     config, tensors = _read(folder)
     trained, others = _trained(config, tensors, folder)
-    _check_base(model, trained, folder)
+    described = _described(folder)
+    _check_base(model, trained, described, folder)
     saved = _modules_to_save(model, config, others, folder)
     head = saved_values(model, saved, others)
-    options = {
-        name: {
-            "rank": each.R.shape[0],
-            "alpha": each.alpha,
-            "dropout": float(config.get("lora_dropout", 0.0)),
-            "init": (each.A, each.B) if basis == "file" else "svd",
-            "dtype": dtype,
-        }
-        for name, each in trained.items()
-    }
     devices = None if device is None else compute_devices(device)
-    install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
-    try:
-        layers = dict(adapted_layers(model))
+
+    def errors_with(recipe: Recipe | None) -> dict[str, float]:
+        """Attach with A and B by this recipe, or those of the checkpoint; the relative error of every delta W."""
+        options = {
+            name: {
+                "rank": each.R.shape[0],
+                "alpha": each.alpha,
+                "dropout": float(config.get("lora_dropout", 0.0)),
+                "init": replace(recipe, name=name) if recipe else (each.A, each.B),
+                "dtype": dtype,
+            }
+            for name, each in trained.items()
+        }
+        install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
         errors = {}
-        for name, each in trained.items():
-            layer = layers[name]
-            R = each.R if basis == "file" else align_by_factors(each.R.double(), (each.A, each.B), layer.A, layer.B)
-            layer.R.copy_(R)
+        for name, layer in adapted_layers(model):
+            each = trained[name]
+            layer.R.copy_(_expressed(each, layer.A, layer.B) if recipe else each.R)
             errors[name] = residual(probes(each.A, each.R, each.B), layer.A, layer.R, layer.B)
+        return errors
+
+    try:
+        errors = None
+        if basis == "recompute" and (recipe := _own_recipe(model, trained, described)):
+            errors = errors_with(recipe)
+            if not max(errors.values()) <= ACCEPT:
+                detach(model)
+                errors = None
+        if errors is None:
+            errors = errors_with(Recipe() if basis == "recompute" else None)
         worst = max(errors, key=errors.__getitem__)
         found = f"{folder}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
         why = "its A and B are rounded to the model's dtype; dtype=torch.float32 keeps them"
@@ -149,7 +164,8 @@ def load_reference_adapter(
         if not errors[worst] <= tolerance:
             raise AdapterMismatch(f"{found}, more than the tolerance of {tolerance:.0e}: {why}")
     except BaseException:
-        detach(model)
+        if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+            detach(model)
         raise
     for target, value in head:
         target.copy_(value)
@@ -588,12 +604,39 @@ def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
         raise ValueError(f"{folder}: adapter_config.json does not say r and lora_alpha ({error!r})") from error
 
 
-def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) -> None:
+def _described(folder: Path) -> dict[str, Any] | None:
+    """reconstr_config.json, where it is."""
+    places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
+    return next((_json(file) for file in places if file.is_file()), None)
+
+
+def _random(described: dict[str, Any] | None) -> bool:
+    """Whether A and B are random ones, in part or whole."""
+    return any((described or {}).get(key) for key in ("replacement_module_random_init", "half_init_dec"))
+
+
+def _expressed(each: Trained, A: Tensor, B: Tensor) -> Tensor:
+    """R on other A and B."""
+    return align_by_factors(each.R.double(), (each.A, each.B), A, B)
+
+
+def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None) -> Recipe | None:
+    """How the reference made A and B, where scikit-learn makes them again here; tried on the smallest layer."""
+    svd = (described or {}).get("svd") or {"n_iter": 10, "random_state": 42}
+    if find_spec("sklearn") is None or _random(described) or not {"n_iter", "random_state"} <= set(svd):
+        return None
+    recipe = Recipe("sklearn", svd["random_state"], n_iter=svd["n_iter"])
+    name, each = min(trained.items(), key=lambda item: item[1].A.shape[1] * item[1].B.shape[0])
+    A, B = recipe.factors(weight_of(model.get_submodule(name), f"module {name!r}"), each.A.shape[0])
+    error = residual(probes(each.A, each.R, each.B), A, _expressed(each, A, B), B)
+    return recipe if error <= ACCEPT else None
+
+
+def _check_base(
+    model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None, folder: Path
+) -> None:
     """That the model has the modules and that A = B^T W, as the reference's are, converged or not, on their own W."""
     modules = dict(model.named_modules())
-    places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
-    described = next((_json(file) for file in places if file.is_file()), None)
-    random = described and any(described.get(key) for key in ("replacement_module_random_init", "half_init_dec"))
     errors = {}
     for name, each in trained.items():
         if name not in modules:
@@ -610,7 +653,7 @@ def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) 
                 f"model: module {name!r} has a weight of shape {N} x {K}, {folder} is for "
                 f"{each.B.shape[0]} x {each.A.shape[1]}; it is of another base model"
             )
-        if not random:
+        if not _random(described):
             W = weight.read()
             W = W.to(torch.promote_types(W.dtype, torch.float32))
             A, B = each.A.to(W), each.B.to(W)
