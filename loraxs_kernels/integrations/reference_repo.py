@@ -260,7 +260,7 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             f"module {other[0]!r}: {what} for it; a checkpoint of the reference is for a model with the same "
             "target_modules"
         )
-    for name in found.keys() & layers.keys():
+    for name in sorted(found.keys() & layers.keys()):
         layer, label = layers[name], f"module {name!r}"
         if sorted(letter for letter, _ in found[name]) != ["A", "B", "R"]:
             raise ValueError(
