@@ -15,10 +15,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .svd import Plan, plan, rademacher, truncated_svd
+from .svd import NotFinite, Plan, plan, rademacher, truncated_svd
 from .weights import Weight
 
-INITS = ("svd", "random")  # that can be computed again; the third is "given"
+INITS = ("svd", "random")  # by name; "sklearn" comes of load_reference_adapter, "given" of a pair (A, B)
 
 PROBES = 8  # bilinear probes of a delta, and columns of a sketch
 ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
@@ -33,11 +33,13 @@ Factors = tuple[Tensor, Tensor]
 class Recipe:
     """How A and B of one layer are made; the same recipe on the same weight makes the same factors.
 
-    init: "svd" (A = S_r V_r^T, B = U_r), "random" (Kaiming uniform, the paper's ablation) or "given".
+    init: "svd" (A = S_r V_r^T, B = U_r), "random" (Kaiming uniform, the paper's ablation), "sklearn" (the same as "svd"
+        by scikit-learn's TruncatedSVD on the CPU, as far as n_iter steps converge: what the reference implementation
+        trains on) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
     dtype: of A and B, by torch's name, where it is not the weight's: rounded to another they are another basis.
-    method, block, n_iter, tier: of truncated_svd, unused by the other inits.  `pinned` puts what "auto" and None mean
-        today in their place, so that a recipe in a file means the same tomorrow.
+    method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
+        what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
     """
 
     init: str = "svd"
@@ -50,7 +52,7 @@ class Recipe:
     tier: str = "standard"
 
     def __post_init__(self) -> None:
-        if self.init not in (*INITS, "given"):
+        if self.init not in (*INITS, "sklearn", "given"):
             raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or a pair (A, B)')
 
     def plan(self, rank: int, shape: Sequence[int]) -> Plan:
@@ -64,7 +66,8 @@ class Recipe:
     def factors(self, weight: Weight, rank: int) -> Factors:
         """A (r, K) and B (N, r) for W (N, K), in fp32 (fp64 for fp64 W) on W's device; random ones do not read W.
 
-        Raises ValueError where W has no such factors or the init is "given".
+        Raises ValueError where W has no such factors or the init is "given", ImportError where scikit-learn is needed
+        and missing.
         """
         N, K = weight.shape
         if self.init == "svd":
@@ -76,7 +79,24 @@ class Recipe:
             A = torch.empty(rank, K, device="cpu").uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
             B = torch.empty(N, rank, device="cpu").uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
+        if self.init == "sklearn":
+            return self._factors_by_sklearn(weight.read(), rank)
         raise ValueError("init: A and B were given, there is no recipe to make them again")
+
+    def _factors_by_sklearn(self, W: Tensor, rank: int) -> Factors:
+        try:
+            from sklearn.decomposition import TruncatedSVD
+        except ImportError as error:
+            raise ImportError(
+                "the adapter is on A and B as scikit-learn makes them, which is not installed: pip install scikit-learn"
+            ) from error
+        X = W.detach().to("cpu", torch.promote_types(W.dtype, torch.float32)).t()
+        if not torch.isfinite(X).all():
+            raise NotFinite(0, "NaN or Inf values, must be finite")
+        svd = TruncatedSVD(rank, n_iter=self.n_iter, random_state=self.seed).fit(X.numpy())
+        A, B = torch.from_numpy(svd.transform(X.numpy())).t(), torch.from_numpy(svd.components_).t()
+        signs = B.gather(0, B.abs().argmax(0, keepdim=True)).sign()  # scikit-learn's own rule differs by version
+        return (A * signs.t()).to(W.device, X.dtype), (B * signs).to(W.device, X.dtype)
 
     def initial_R(self, rank: int, sigma: float) -> Tensor:
         """R (r, r) ~ N(0, sigma^2), fp32, on the CPU."""

@@ -265,6 +265,13 @@ class LoRAXSLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
+        theirs = (f"{prefix}lora_", f"{prefix}default_lora_latent")
+        if key := next((key for key in state_dict if key.startswith(theirs)), None):
+            raise ValueError(
+                f"module {prefix[:-1]!r}: got a state dict with {key!r}, must have A, R and B of a LoRAXSLinear. A "
+                "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
+                "loraxs_kernels.integrations.reference_repo, into the plain base model"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.B = padded_rows(self.B)
 

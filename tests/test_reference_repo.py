@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear
+from loraxs_kernels.basis import Recipe
 from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
@@ -31,6 +32,7 @@ from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.reference import relative_error
 
 peft = pytest.importorskip("peft")
+LoraXSConfig = lx.integrations.peft.LoraXSConfig
 decomposition = pytest.importorskip("sklearn.decomposition")
 transformers = pytest.importorskip("transformers")
 
@@ -238,6 +240,54 @@ def test_a_basis_of_our_own(tmp_path):
     assert torch.equal(lx.load_adapter(bert(), tmp_path / "a.safetensors")(IDS).logits, model(IDS).logits)
 
 
+def test_scikit_learn_makes_their_basis_again(tmp_path, monkeypatch):
+    """Two iterations at rank 16, far from converged: no other SVD gives this basis, and the file holds R alone."""
+    config = CONFIG | {"svd": {"n_iter": 2, "random_state": 7}}
+    theirs = trained(config=config, r=16)
+    folder, expected = saved(theirs, tmp_path, config), theirs(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_reference_adapter(bert(), folder, basis="recompute", tolerance=1e-5)
+    assert relative_error(model(IDS).logits, expected) < 1e-5
+    for name, layer in adapted_layers(model):
+        A, B = (
+            reference_layers(theirs)[name].lora_A.default.weight,
+            reference_layers(theirs)[name].lora_B.default.weight,
+        )
+        assert layer.recipe == Recipe("sklearn", 7, name, n_iter=2)
+        assert torch.equal(layer.A.abs(), A.abs()) and torch.equal(layer.B.abs(), B.abs())
+    file = tmp_path / "a.safetensors"
+    lx.save_adapter(model, file)
+    assert not any(key.startswith("A/") for key in safetensors.torch.load_file(file))
+    assert torch.equal(lx.load_adapter(bert(), file)(IDS).logits, model(IDS).logits)
+    broken = bert()
+    nn.init.constant_(broken.bert.encoder.layer[1].output.dense.weight, torch.nan)
+    with pytest.raises(ValueError, match=r"module 'bert.*1\.output\.dense': W: has NaN"):
+        lx.load_adapter(broken, file)
+    for missing in ("sklearn", "sklearn.decomposition"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    plain = bert()
+    before = snapshot(plain)
+    with pytest.raises(ImportError, match="scikit-learn makes them, which is not installed: pip install"):
+        lx.load_adapter(plain, file)
+    with pytest.raises(AdapterMismatch, match=r'not quite those it was trained on; basis="file"'):
+        load_reference_adapter(plain, folder, basis="recompute", tolerance=1e-5)
+    assert snapshot(plain) == before
+
+
+def test_a_model_whose_basis_scikit_learn_does_not_make_falls_back(tmp_path):
+    folder = saved(trained(), tmp_path)
+    with pytest.warns(UserWarning, match="not quite those it was trained on"):
+        model = load_reference_adapter(bert(torch.bfloat16), folder, basis="recompute")
+    assert {layer.recipe.init for _, layer in adapted_layers(model)} == {"svd"}
+    other = bert()  # one weight of many, not the smallest, is another
+    W = other.bert.encoder.layer[1].output.dense.weight.data
+    W += 1e-3 * torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"module 'bert\.encoder\.layer\.1\.output\.dense'.*not quite those"):
+        load_reference_adapter(other, folder, basis="recompute")
+    assert {layer.recipe.init for _, layer in adapted_layers(other)} == {"svd"}
+
+
 def test_a_basis_that_does_not_span_theirs_is_refused(tmp_path):
     """Without SVD, as in the paper's ablation: the checkpoint's own A and B still serve, ours cannot stand in."""
     config = CONFIG | {"replacement_module_random_init": True}
@@ -404,6 +454,9 @@ def test_arguments_and_models_that_do_not_fit(tmp_path):
         load_reference_adapter(bert(), folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="already has LoRA-XS adapters"):
         load_reference_adapter(lx.attach(bert(), 4, target_modules=TARGETS), folder)
+    for wrapped in (trained(), trained().base_model.model, replace_reference_layers(trained())):
+        with pytest.raises(ValueError, match=f"got a {type(wrapped).__name__} with PEFT in it, must be the plain base"):
+            load_reference_adapter(wrapped, folder)
     with pytest.raises(ValueError, match="is on the meta device"):
         load_reference_adapter(bert().to("meta"), folder)
     model = bert()
@@ -665,6 +718,164 @@ def test_factors_wider_than_the_weight_stay_so(tmp_path):
     loaded = peft.PeftModel.from_pretrained(bert(torch.bfloat16), saved(model, tmp_path))
     for each in (model, loaded):
         assert all(torch.equal(m.loraxs_A["default"], expected[name]) for name, m in replaced_layers(each).items())
+
+
+# Checkpoints of the reference, loaded into such models the way its scripts and the Trainer do.
+
+
+def started(**options):
+    """A model before training, in our layers: what a script has when it loads a checkpoint to start from."""
+    model = peft.get_peft_model(bert(), lora := peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, **options))
+    restated(model, {"default": lora}, CONFIG)
+    return replace_reference_layers(model)
+
+
+def as_method(**options):
+    return peft.get_peft_model(bert(), LoraXSConfig(**{"r": 4, "lora_alpha": 16, "target_modules": TARGETS} | options))
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def renamed(tensors):
+    """As main_glue_from_pretrained.py and merge_adapter_to_base_model.py do before their load_state_dict."""
+    for old, new in (
+        ("lora_A", "lora_A.default"),
+        ("lora_B", "lora_B.default"),
+        ("_lora_latent", ".default_lora_latent"),
+    ):
+        tensors = {key.replace(old, new): t for key, t in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "start", [started, as_method, lambda: as_method(save_factors=True)], ids=["given", "svd", "kept"]
+)
+@pytest.mark.parametrize("spelling", [lambda folder: folder, respelled], ids=["since 0.18", "up to 0.17"])
+def test_a_checkpoint_of_the_reference_loads_into_our_layers(start, spelling, tmp_path):
+    theirs = trained(task_type=None)
+    folder = spelling(saved(theirs, tmp_path))
+    expected, own = theirs(IDS).logits, {k: t for k, t in theirs.state_dict().items() if "lora" in k}
+    for load in (
+        lambda model: model.load_state_dict(own, strict=False),
+        lambda model: model.load_state_dict(tensors_of(folder), strict=False),
+        lambda model: model.load_state_dict(renamed(tensors_of(folder)), strict=False),
+        lambda model: peft.set_peft_model_state_dict(model, tensors_of(folder)),
+        lambda model: model.load_adapter(folder, "default", is_trainable=True),
+    ):
+        model = start()
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            load(model)
+        assert relative_error(model(IDS).logits, expected) < 1e-4 < relative_error(bert()(IDS).logits, expected)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+        if start is started:
+            for name, layer in replaced_layers(model).items():
+                assert torch.equal(layer.loraxs_A["default"], reference_layers(theirs)[name].lora_A.default.weight)
+    assert len(own) == 24 and all("lora" in key for key in own), "the caller's state dict stays as it was"
+
+
+def test_a_strict_load_of_the_reference_model_s_own_state_dict():
+    theirs, model = trained(), started(task_type="SEQ_CLS")
+    model.load_state_dict(theirs.state_dict())
+    assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+def key_of(letter):
+    return f"{LAST}.{'default_lora_latent_mapping' if letter == 'R' else f'lora_{letter}'}.weight"
+
+
+WHERE = r"module 'base_model\.model\.bert\.encoder\.layer\.1\.output\.dense'"
+NOT_WHOLE = {
+    "no R": (lambda t: t.pop(key_of("R")), f"{WHERE}: has an adapter, but the state dict has no R for it"),
+    "LoRA": (lambda t: [t.pop(k) for k in list(t) if "latent" in k], "LoRA without R is no LoRA-XS"),
+    "no A": (lambda t: t.pop(key_of("A")), WHERE + r": the state dict has \['default_.*', 'lora_B\.weight'\], must"),
+    "R alone": (lambda t: [t.pop(key_of(letter)) for letter in "AB"], r"has \['default_.*'\], must .*exact A and B"),
+    "R twice": (lambda t: t.update({key_of("R").replace(".default_", "_"): t[key_of("R")]}), r"has \[.*\], must"),
+    "another rank": (lambda t: t.update({key_of("R"): torch.ones(3, 3)}), r"\(3, 3\).*must have \[.*\(4, 4\)"),
+    "NaN": (lambda t: t[key_of("B")].mul_(torch.nan), f"{WHERE}: A, R or B of the state dict has NaN"),
+    "another layer": (
+        lambda t: t.update({key.replace("layer.1.", "layer.2."): t[key] for key in list(t)}),
+        r"layer\.2\..*': the state dict has R, but the model no adapter for it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_what_is_not_whole_is_refused_before_anything_is_loaded(case, tmp_path):
+    tensors = tensors_of(saved(trained(), tmp_path))
+    change, message = NOT_WHOLE[case]
+    change(tensors)
+    model = started()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(tensors, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_an_adapter_with_a_basis_of_its_own_refuses_another_delta(tmp_path):
+    random = trained(config=CONFIG | {"replacement_module_random_init": True})
+    with pytest.raises(AdapterMismatch, match=r"module 'base.*another delta W .*save_factors=True"):
+        as_method().load_state_dict(random.state_dict(), strict=False)
+    imprecise = trained(config=CONFIG | {"svd": {"n_iter": 2, "random_state": 42}}, r=16)
+    with pytest.warns(UserWarning, match=r"module 'base.*': the estimated relative error of delta W is \d"):
+        as_method(r=16).load_state_dict(imprecise.state_dict(), strict=False)
+
+
+def test_the_reference_s_keys_name_no_adapter(tmp_path):
+    model = as_method()
+    model.add_adapter("other", model.peft_config["default"])
+    with pytest.raises(ValueError, match=r"has the adapters \['default', 'other'\], must have one"):
+        model.load_adapter(saved(trained(), tmp_path), "other")
+
+
+def test_layers_without_their_tuner_take_or_refuse_them_too(tmp_path):
+    theirs = trained()
+    folder = saved(theirs, tmp_path)
+    for take in (dict, lambda tensors: tensors_of(respelled(folder))):
+        model = started().get_base_model()
+        tensors = {key.removeprefix("base_model.model."): t for key, t in take(tensors_of(folder)).items()}
+        if take is dict:
+            model.load_state_dict(tensors, strict=False)
+            model.classifier = theirs.get_base_model().classifier
+            assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+            continue
+        with pytest.raises(ValueError, match="must have lora_A, lora_B and default_lora_latent_mapping"):
+            model.load_state_dict(tensors, strict=False)
+        attached = lx.attach(bert(), 4, target_modules=TARGETS)
+        with pytest.raises(ValueError, match=r"module 'bert.*': got a state dict with .* load_reference_adapter"):
+            attached.load_state_dict(tensors, strict=False)
+
+
+def test_trainer_resumes_from_a_checkpoint_of_the_reference(tmp_path):
+    """Three steps by the reference and three in our layers are six steps by the reference."""
+    pytest.importorskip("accelerate")
+
+    def trainer(model, steps, **options):
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=steps, learning_rate=1e-2, save_strategy="no", report_to=[], use_cpu=True, **options
+        )
+        data = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(IDS.repeat(12, 1))]
+        return transformers.Trainer(model, arguments, train_dataset=data)
+
+    def rs(model):
+        return torch.stack([p.detach() for name, p in model.named_parameters() if p.shape == (4, 4)])
+
+    options = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
+    expected = trained()
+    trainer(expected, 6, **options).train()
+    first = trainer(trained(), 3, **options)
+    first.args.save_strategy = "steps"
+    first.train()
+    first._save_checkpoint(first.model, None)
+    folder = respelled(tmp_path / "checkpoint-3")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    model = started(task_type="SEQ_CLS")
+    trainer(model, 6, **options).train(resume_from_checkpoint=str(folder))
+    assert rs(model).shape == (8, 4, 4) and relative_error(rs(model), rs(expected)) < 1e-3
+    assert relative_error(model.eval()(IDS).logits, expected.eval()(IDS).logits) < 1e-3
 
 
 def plain(model):

@@ -38,6 +38,7 @@ from ..model import fill, never_called, pattern_value, warn_of_experts
 from ..padding import padded_rows
 from ..svd import plan
 from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
+from .reference_repo import translate
 
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
@@ -317,6 +318,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        translate(state_dict, {prefix[:-1]: self}, whole_model=False)
         for name in self.loraxs_R:
             there = {
                 which for which in ("A", "R", "B", "fingerprint") if f"{prefix}loraxs_{which}.{name}" in state_dict
@@ -370,6 +372,16 @@ class LoraXSModel(BaseTuner):
     prefix = "loraxs_"
     tuner_layer_cls = LoraXSLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # All layers before the first of them is loaded, and here also the keys that stand beside a layer.
+        layers = {
+            f"{prefix}{name}": module
+            for name, module in self.named_modules(remove_duplicate=False)
+            if isinstance(module, LoraXSLinearLayer)
+        }
+        translate(state_dict, layers, whole_model=True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         modules = [(m, dict(m._modules)) for m in model.modules()]

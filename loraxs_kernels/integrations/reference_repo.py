@@ -18,8 +18,9 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,9 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import AdapterMismatch, saved_modules, saved_values
+from ..adapter_file import AdapterMismatch, fitted, saved_modules, saved_values
 from ..atomic import write_atomically
-from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual
+from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual, singular_values
 from ..factors import WORKSPACE, compute_devices
 from ..linear import LoRAXSLinear
 from ..matching import matches
@@ -41,7 +42,10 @@ OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was 
 PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
 # What PEFT saves by the type of the task, too; up to 0.10, which the reference asks for, its config does not say so.
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-ENDINGS = {"A": ".lora_A.weight", "R": "_lora_latent_mapping.weight", "B": ".lora_B.weight"}
+# The keys of A, B and R, a dot in front: of a saved adapter, of a model's state dict, and as the reference's scripts
+# rename the ones to the others.  R of q_proj is q_proj_lora_latent_mapping.weight where PEFT up to 0.17 saved it, which
+# took every ".default" for the adapter's name, and q_proj.default_lora_latent_mapping.weight since.
+KEY = re.compile(r"(.*?)(?:\.lora_([AB])(?:\.[^.]+)?|(?:\.default)*_lora_latent_mapping)\.weight")
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", bound="PeftModel")
@@ -49,6 +53,8 @@ Part = tuple[str, nn.Module, Tensor, Tensor, Tensor, float]  # of a model: a lay
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from .peft import LoraXSLinearLayer
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ def load_reference_adapter(
         folder: with adapter_config.json and adapter_model.safetensors (or .bin), as save_pretrained or the Trainer
             left them.  reconstr_config.json, there or one folder up, is read where it is.
         basis: "file": the A and B of the checkpoint, and its R as it is; they go into the files of `save_adapter`, too.
-            "recompute": A' and B' from the SVD of the model's weights, as `attach` makes them, and
-            R' = B'^+ B R A A'^+, so that adapter files hold R alone.  The last vectors of the reference's SVD have not
+            "recompute": A' and B' from the SVD of the model's weights, and R' = B'^+ B R A A'^+, so that adapter files
+            hold R alone.  With scikit-learn installed the SVD is the reference's own, on the CPU, and loading such a
+            file needs scikit-learn too.  Where that does not give the checkpoint's A and B (other weights than it was
+            trained on, or a model in bf16), the SVD is that of `attach`: the last vectors of the reference's have not
             converged, on the weights of real models often by more than the tolerance, and delta W changes by as much.
         tolerance: the largest relative error of delta W that may come of rounding A and B, or of another basis; it is
             estimated for every layer as adapter files do.  Above 1e-3 a warning gives it.
@@ -104,32 +112,50 @@ def load_reference_adapter(
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+    if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
+        raise ValueError(
+            f"model: got a {type(model).__name__} with PEFT in it, must be the plain base model: this function adds "
+            "the adapters itself. model.load_adapter(folder, 'default') loads a checkpoint of the reference into "
+            "layers that replace_reference_layers has made"
+        )
     folder = Path(folder)
     config, tensors = _read(folder)
     trained, others = _trained(config, tensors, folder)
-    _check_base(model, trained, folder)
+    described = _described(folder)
+    _check_base(model, trained, described, folder)
     saved = _modules_to_save(model, config, others, folder)
     head = saved_values(model, saved, others)
-    options = {
-        name: {
-            "rank": each.R.shape[0],
-            "alpha": each.alpha,
-            "dropout": float(config.get("lora_dropout", 0.0)),
-            "init": (each.A, each.B) if basis == "file" else "svd",
-            "dtype": dtype,
-        }
-        for name, each in trained.items()
-    }
     devices = None if device is None else compute_devices(device)
-    install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
-    try:
-        layers = dict(adapted_layers(model))
+
+    def errors_with(recipe: Recipe | None) -> dict[str, float]:
+        """Attach with A and B by this recipe, or those of the checkpoint; the relative error of every delta W."""
+        options = {
+            name: {
+                "rank": each.R.shape[0],
+                "alpha": each.alpha,
+                "dropout": float(config.get("lora_dropout", 0.0)),
+                "init": replace(recipe, name=name) if recipe else (each.A, each.B),
+                "dtype": dtype,
+            }
+            for name, each in trained.items()
+        }
+        install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
         errors = {}
-        for name, each in trained.items():
-            layer = layers[name]
-            R = each.R if basis == "file" else align_by_factors(each.R.double(), (each.A, each.B), layer.A, layer.B)
-            layer.R.copy_(R)
+        for name, layer in adapted_layers(model):
+            each = trained[name]
+            layer.R.copy_(_expressed(each, layer.A, layer.B) if recipe else each.R)
             errors[name] = residual(probes(each.A, each.R, each.B), layer.A, layer.R, layer.B)
+        return errors
+
+    try:
+        errors = None
+        if basis == "recompute" and (recipe := _own_recipe(model, trained, described)):
+            errors = errors_with(recipe)
+            if not max(errors.values()) <= ACCEPT:
+                detach(model)
+                errors = None
+        if errors is None:
+            errors = errors_with(Recipe() if basis == "recompute" else None)
         worst = max(errors, key=errors.__getitem__)
         found = f"{folder}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
         why = "its A and B are rounded to the model's dtype; dtype=torch.float32 keeps them"
@@ -138,7 +164,8 @@ def load_reference_adapter(
         if not errors[worst] <= tolerance:
             raise AdapterMismatch(f"{found}, more than the tolerance of {tolerance:.0e}: {why}")
     except BaseException:
-        detach(model)
+        if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+            detach(model)
         raise
     for target, value in head:
         target.copy_(value)
@@ -201,6 +228,77 @@ def replace_reference_layers(model: P) -> P:
     tuner.training = model.base_model.training
     model.base_model, model.peft_type = tuner, config.peft_type
     return model
+
+
+@torch.no_grad()
+def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLayer], *, whole_model: bool) -> None:
+    """Put the reference's A, R and B in a state dict under the keys of our PEFT method's layers, in place.
+
+    An adapter that keeps A and B in its file takes all three.  Any other keeps its own A and B, and R is expressed on
+    them, as `load_reference_adapter` does with basis="recompute".  Nothing happens where the state dict has no such
+    keys.
+
+    Args:
+        state_dict: what torch loads, its own copy of the caller's.
+        layers: by their names in the state dict; keys of other modules are left alone.
+        whole_model: whether these are all layers of the model, so that the state dict must have R for each, and for
+            no other module.
+
+    Raises ValueError where a layer's set is not whole, does not fit the adapter, or the layer has several adapters, and
+    AdapterMismatch where R makes another delta W on the adapter's own A and B.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key in state_dict:
+        if part := _part(key):
+            found.setdefault(part[0], []).append((part[1], key))
+    with_R = {name for name, parts in found.items() if "R" in dict(parts)}
+    if whole_model and with_R and (other := sorted(with_R ^ layers.keys())):
+        what = "has an adapter, but the state dict has no R"
+        if other[0] not in layers:
+            what = "the state dict has R, but the model no adapter"
+        raise ValueError(
+            f"module {other[0]!r}: {what} for it; a checkpoint of the reference is for a model with the same "
+            "target_modules"
+        )
+    for name in sorted(found.keys() & layers.keys()):
+        layer, label = layers[name], f"module {name!r}"
+        if sorted(letter for letter, _ in found[name]) != ["A", "B", "R"]:
+            raise ValueError(
+                f"{label}: the state dict has {sorted(key.removeprefix(f'{name}.') for _, key in found[name])}, must "
+                "have lora_A, lora_B and default_lora_latent_mapping (R), as the reference saves them: R means nothing "
+                "without its exact A and B, and LoRA without R is no LoRA-XS"
+            )
+        if len(layer.loraxs_R) != 1:
+            raise ValueError(
+                f"{label}: has the adapters {list(layer.loraxs_R)}, must have one to load the reference's keys into, "
+                "which do not say which adapter they are for"
+            )
+        (adapter,) = layer.loraxs_R
+        own = {letter: getattr(layer, f"loraxs_{letter}")[adapter] for letter in "ARB"}
+        new = {letter: state_dict.pop(key) for letter, key in found[name]}
+        A, R, B = (new[letter] for letter in "ARB")
+        shapes, must = ([tuple(t.shape) for t in each] for each in ((A, R, B), own.values()))
+        if shapes != must:
+            raise ValueError(f"{label}: A, R and B of the state dict have shapes {shapes}, must have {must}")
+        if not all(torch.isfinite(t).all() for t in (A, R, B)):
+            raise ValueError(f"{label}: A, R or B of the state dict has NaN or Inf values")
+        if adapter in layer.loraxs_A._non_persistent_buffers_set:
+            entry = new | {"S": singular_values(A), "probe": probes(A, R, B)}
+            R, error = fitted(entry, own["A"], own["B"])
+            if error > ALIGNED:
+                raise AdapterMismatch(
+                    f"{label}: on the adapter's own A and B, R of the state dict makes another delta W than on those "
+                    f"it was trained with (estimated relative error {error:.1e}). Adapters that take A and B have "
+                    "save_factors=True in their config; replace_reference_layers makes such"
+                )
+            if error > ACCEPT:
+                warnings.warn(f"{label}: the estimated relative error of delta W is {error:.1e}", stacklevel=2)
+            new, A, B = {"R": R}, own["A"], own["B"]
+        for letter, t in new.items():
+            state_dict[f"{name}.loraxs_{letter}.{adapter}"] = t.to(own[letter].dtype)
+        if adapter not in layer.loraxs_fingerprint._non_persistent_buffers_set:
+            fingerprint = torch.cat([singular_values(A), probes(A, R, B)])
+            state_dict[f"{name}.loraxs_fingerprint.{adapter}"] = fingerprint
 
 
 def export_as_lora(
@@ -460,19 +558,14 @@ def _json(file: Path) -> dict[str, Any]:
 def _trained(
     config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, Trained], dict[str, Tensor]]:
-    """A, R, B by the names of the base model's modules, and all other tensors by theirs.
-
-    R of q_proj is q_proj_lora_latent_mapping.weight where PEFT up to 0.17 saved it, which took every ".default" for the
-    adapter's name, and q_proj.default_lora_latent_mapping.weight since.
-    """
+    """A, R, B by the names of the base model's modules, and all other tensors by theirs."""
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, t in tensors.items():
         key = key.removeprefix(PREFIX)
-        for letter, ending in ENDINGS.items():
-            if key.endswith(ending):
-                found.setdefault(key.removesuffix(ending).removesuffix(".default"), {})[letter] = t
-                break
+        if part := _part(key):
+            name, letter = part
+            found.setdefault(name, {})[letter] = t
         else:
             others[key] = t
     if not any("R" in each for each in found.values()):
@@ -495,6 +588,12 @@ def _trained(
     return trained, others
 
 
+def _part(key: str) -> tuple[str, str] | None:
+    """The layer's name and "A", "R" or "B", where the key is of one of the reference's tensors."""
+    match = KEY.fullmatch(f".{key}")
+    return match and (match[1][1:], match[2] or "R")
+
+
 def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
     """alpha = s r for a layer of this rank; s by the configuration's numbers, which PEFT goes by."""
     try:
@@ -505,12 +604,39 @@ def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
         raise ValueError(f"{folder}: adapter_config.json does not say r and lora_alpha ({error!r})") from error
 
 
-def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) -> None:
+def _described(folder: Path) -> dict[str, Any] | None:
+    """reconstr_config.json, where it is."""
+    places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
+    return next((_json(file) for file in places if file.is_file()), None)
+
+
+def _random(described: dict[str, Any] | None) -> bool:
+    """Whether A and B are random ones, in part or whole."""
+    return any((described or {}).get(key) for key in ("replacement_module_random_init", "half_init_dec"))
+
+
+def _expressed(each: Trained, A: Tensor, B: Tensor) -> Tensor:
+    """R on other A and B."""
+    return align_by_factors(each.R.double(), (each.A, each.B), A, B)
+
+
+def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None) -> Recipe | None:
+    """How the reference made A and B, where scikit-learn makes them again here; tried on the smallest layer."""
+    svd = (described or {}).get("svd") or {"n_iter": 10, "random_state": 42}
+    if find_spec("sklearn") is None or _random(described) or not {"n_iter", "random_state"} <= set(svd):
+        return None
+    recipe = Recipe("sklearn", svd["random_state"], n_iter=svd["n_iter"])
+    name, each = min(trained.items(), key=lambda item: item[1].A.shape[1] * item[1].B.shape[0])
+    A, B = recipe.factors(weight_of(model.get_submodule(name), f"module {name!r}"), each.A.shape[0])
+    error = residual(probes(each.A, each.R, each.B), A, _expressed(each, A, B), B)
+    return recipe if error <= ACCEPT else None
+
+
+def _check_base(
+    model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None, folder: Path
+) -> None:
     """That the model has the modules and that A = B^T W, as the reference's are, converged or not, on their own W."""
     modules = dict(model.named_modules())
-    places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
-    described = next((_json(file) for file in places if file.is_file()), None)
-    random = described and any(described.get(key) for key in ("replacement_module_random_init", "half_init_dec"))
     errors = {}
     for name, each in trained.items():
         if name not in modules:
@@ -527,7 +653,7 @@ def _check_base(model: nn.Module, trained: Mapping[str, Trained], folder: Path) 
                 f"model: module {name!r} has a weight of shape {N} x {K}, {folder} is for "
                 f"{each.B.shape[0]} x {each.A.shape[1]}; it is of another base model"
             )
-        if not random:
+        if not _random(described):
             W = weight.read()
             W = W.to(torch.promote_types(W.dtype, torch.float32))
             A, B = each.A.to(W), each.B.to(W)
