@@ -634,6 +634,8 @@ def test_merging_into_quantised_layers(kind, tmp_path, monkeypatch):
     llama(initializer_range=0.2).save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, device_map={"": "cpu"})
     model = randomise(get_peft_model(base, config(target_modules=["q_proj", "down_proj"])))
+    if next(iter(layers(model).values())).quantization_backend is None:
+        pytest.skip("this peft does not know this torchao")
     model.add_adapter("second", config(target_modules=["q_proj"]))
     randomise(model, "second").train()  # bitsandbytes rounds 4-bit layers further for evaluation on a CPU
     adapters = list(layers(model).values())
@@ -830,12 +832,12 @@ def test_R_in_the_dtype_of_the_base_if_asked_for(low_cpu_mem_usage, tmp_path):
     assert dtypes(whole) == {torch.float32}
     whole.save_pretrained(tmp_path / "fp32")
     how = dict(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
-    rounded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "fp32", is_trainable=True, **how)
+    rounded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "fp32", **how)
     rounded.load_adapter(tmp_path / "fp32", "again", **how)
     assert dtypes(rounded) == {torch.bfloat16}  # and taken, though delta W is not quite the file's
     for a, b in zip(layers(whole).values(), layers(rounded).values(), strict=True):
         assert torch.equal(b.loraxs_R["default"], a.loraxs_R["default"].bfloat16())
-        assert b.loraxs_R["default"].requires_grad and not b.loraxs_R["again"].requires_grad
+    rounded.set_adapter("default")
     y = logits(rounded)
     rounded(IDS).logits.float().sum().backward()
     assert all(layer.loraxs_R["default"].grad.dtype == torch.bfloat16 for layer in layers(rounded).values())
@@ -845,8 +847,9 @@ def test_R_in_the_dtype_of_the_base_if_asked_for(low_cpu_mem_usage, tmp_path):
     rounded.save_pretrained(tmp_path / "bf16")
     again = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "bf16", low_cpu_mem_usage=low_cpu_mem_usage)
     assert dtypes(again) == {torch.float32} and torch.equal(logits(again), y)
-    quarter = llama(hidden_size=16, intermediate_size=16).half()
-    assert dtypes(get_peft_model(quarter, config(), autocast_adapter_dtype=False)) == {torch.float16}
+    halves = get_peft_model(llama().half(), config(), autocast_adapter_dtype=False)
+    assert dtypes(halves) == {torch.float16}
+    assert all(p.requires_grad == ("loraxs_R" in name) for name, p in halves.named_parameters())
 
 
 def test_fsdp1_takes_a_bf16_model_whose_R_is_bf16():

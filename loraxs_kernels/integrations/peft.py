@@ -42,7 +42,7 @@ from ..weights import FLOATS, assign, is_conv1d, is_linear, mergeable_weight, we
 
 try:
     from peft.utils import quantization_utils
-except ImportError:  # before peft 0.21, which cannot merge into quantised layers for a method from elsewhere
+except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
     quantization_utils = None
 
 if Version(peft.__version__).release < (0, 18):
@@ -141,7 +141,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     base_layer is never written.  Merging puts another weight into it and keeps the old one, so that unmerging gives
     the very same tensor back: in bf16, subtracting what was added would not.  A quantised weight is merged into by
-    `quantization_backend`, PEFT's own (0.21 or later), which quantises the sum anew.
+    `quantization_backend`, PEFT's own (0.20 or later), which quantises the sum anew.
 
     Attributes, each by the adapter's name: loraxs_R (r, r), trains, fp32 unless PEFT was called with
         autocast_adapter_dtype=False; loraxs_A (r, K) and loraxs_B (N, r), frozen, in the base layer's dtype;
@@ -556,8 +556,8 @@ def _backend_of(base: nn.Module, model: nn.Module) -> Any:
         return quantization_utils.resolve_quantization_backend(
             base, **quantization_utils.get_quantization_kwargs(model)
         )
-    except ValueError:  # torchao, but not by way of transformers, which would know how the weight was quantised
-        return None
+    except (ImportError, ValueError):  # a torchao that this PEFT does not know, or one that quantised by itself and
+        return None  # not for transformers, which would know how to do it again
 
 
 class _Unmerged:
