@@ -3,7 +3,7 @@
     python tests/peft_suite.py -n 2        (options of pytest)
 
 The tests come from that version's sdist, by pip, and are kept beside the environment; where pip cannot get it nothing
-is run, and the last line says so.  Their modules hold lists of models and configurations: here those lists hold
+is run, and it says so.  Their modules hold lists of models and configurations: here those lists hold
 LoraXSConfig alone.  Models that they would load from the Hub are small ones of the same architecture, made here.
 
 Rows that do not apply to LoRA-XS stand in DOES_NOT_APPLY with the reason.  They are run, too: one that passes fails the

@@ -655,7 +655,13 @@ def test_merging_into_quantised_layers(kind, tmp_path, monkeypatch):
     merged = logits(model)
     assert (merged - y).norm() < 0.5 * (plain - y).norm()
     assert all(type(layer.base_layer.weight) is type(W) for layer, W in zip(adapters, weights, strict=True))
-    both = model.merge_adapter(["second"]) or logits(model)
+    weight = adapters[0].base_layer.weight
+    adapters[0].base_layer.weight = nn.Parameter(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match=r"got a merged weight on meta .* a quantised weight does not follow"):
+        adapters[0].unmerge()
+    adapters[0].base_layer.weight = weight
+    model.merge_adapter(["second"])
+    both = logits(model)
     assert not torch.equal(both, merged)
     model.eval()
     model.unmerge_adapter()
