@@ -47,6 +47,7 @@ test: $(VENV)/.test lint
 	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" $(INTERPRETED)
 	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
 	$(PYTEST) bench --quiet --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite.py -n $(WORKERS)
 
 newest: $(VENV)/.test
 	$(BIN)/python -m venv --clear $(VENV)-newest
@@ -55,7 +56,9 @@ newest: $(VENV)/.test
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --upgrade $(NEWEST)
 	@$(VENV)-newest/bin/python -c "from importlib.metadata import version; \
 		print('with', ', '.join(f'{name} {version(name)}' for name in '$(NEWEST)'.split()))"
-	$(subst $(BIN),$(VENV)-newest/bin,$(PYTEST)) -q -rfEs --tb=line $(NEIGHBOURS)
+	came=0; $(subst $(BIN),$(VENV)-newest/bin,$(PYTEST)) -q -rfEs --tb=line $(NEIGHBOURS) || came=$$?; \
+		OMP_NUM_THREADS=1 $(VENV)-newest/bin/python tests/peft_suite.py -n $(WORKERS) -rf --tb=line || came=$$?; \
+		exit $$came
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -84,8 +84,7 @@ def attach(
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
     """
-    if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
-        raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+    _check_unadapted(model)
     saved = named(model, modules_to_save or ())
     names = match(model, target_modules, exclude_modules, saved)
     options: dict[str, dict[str, Any]] = {}
@@ -132,6 +131,7 @@ def install(
     progress: bool = True,
 ) -> M:
     """Adapt the named modules, each with its own options of LoRAXSLinear.from_linear; all of them or none."""
+    _check_unadapted(model)
     modules = dict(model.named_modules())
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     layers: dict[int, LoRAXSLinear] = {}
@@ -161,6 +161,18 @@ def install(
         model.get_submodule(name).requires_grad_(True)
     model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
     return model
+
+
+def _check_unadapted(model: nn.Module) -> None:
+    """Refuse a model that has LoRA-XS adapters, from here or through PEFT: new ones would nest, and freeze them."""
+    for m in model.modules():
+        if isinstance(m, LoRAXSLinear):
+            raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+        if hasattr(m, "loraxs_R"):  # a layer of integrations.peft, told without importing it
+            raise ValueError(
+                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
+                "gives a model without them"
+            )
 
 
 def fill(

@@ -18,10 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -88,6 +90,7 @@ def test_computes_what_attach_computes_to_the_bit(dtype):
     assert len(adapters) == 14
     for name, layer in adapters.items():
         other = ours.get_submodule(name)
+        assert (layer.out_features, layer.in_features) == tuple(layer.base_layer.weight.shape)
         assert layer.loraxs_R["default"].dtype == torch.float32 and layer.loraxs_A["default"].dtype == dtype
         assert torch.equal(layer.loraxs_R["default"], other.R) and torch.equal(layer.loraxs_A["default"], other.A)
         assert torch.equal(layer.loraxs_B["default"], other.B)
@@ -118,7 +121,7 @@ def test_from_pretrained_gives_the_same_model(trained, saved, low_cpu_mem_usage)
     loaded = PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(loaded), logits(trained))
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert not any(layer.loraxs_fingerprint.loaded for layer in layers(loaded).values())
+    assert not any(layer.unchecked for layer in layers(loaded).values())
     assert any(p.requires_grad for p in PeftModel.from_pretrained(llama(), saved, is_trainable=True).parameters())
 
 
@@ -162,7 +165,7 @@ def test_transformers_own_loading(trained, saved_with_base):
     model = AutoModelForCausalLM.from_pretrained(saved_with_base / "base")
     model.load_adapter(str(saved_with_base / "adapter"), adapter_name="mine")
     assert torch.equal(logits(model), expected)
-    assert not any(layer.loraxs_fingerprint.loaded for layer in layers(model).values())  # checked at the first forward
+    assert not any(layer.unchecked for layer in layers(model).values())  # checked at the first forward
     model.disable_adapters()
     assert torch.equal(logits(model), logits(llama()))
 
@@ -294,6 +297,17 @@ def test_saved_factors_are_taken_from_the_file(init, tmp_path):
         for a, b in zip(layers(model).values(), layers(other).values(), strict=True):
             assert torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default"))
             assert b.loraxs_B["default"].stride(0) % 8 == 0  # padded storage for the kernels
+
+
+@pytest.mark.parametrize("save_factors", [False, True])
+def test_low_cpu_mem_usage_loads_onto_the_device_of_the_base(save_factors, tmp_path):
+    get_peft_model(llama(), config(save_factors=save_factors)).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = LlamaForCausalLM(llama().config)  # the one device beside the CPU that is everywhere
+    loaded = PeftModel.from_pretrained(base, tmp_path, torch_device="cpu", low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "again", torch_device="cpu", low_cpu_mem_usage=True)
+    for name, t in [*loaded.named_parameters(), *loaded.named_buffers()]:
+        assert t.is_meta, name
 
 
 def test_factors_can_be_saved_after_all(trained, saved, tmp_path):
@@ -444,6 +458,7 @@ def test_gpt2_conv1d(tmp_path):
 
     model = randomise(get_peft_model(gpt2(), config()))
     assert len(layers(model)) == 8
+    assert all((layer.in_features, layer.out_features) == tuple(layer.weight.shape) for layer in layers(model).values())
     y = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), y)
@@ -606,6 +621,78 @@ def test_quantised_base_layers(tmp_path):
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes 8 bit", "bitsandbytes 4 bit", "torchao"])
+def test_merging_into_quantised_layers(kind, tmp_path, monkeypatch):
+    if loraxs_peft.quantization_utils is None:
+        pytest.skip("this peft has nothing that quantises again")
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantised = TorchAoConfig(quant_type=quantization.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        quantised = BitsAndBytesConfig(**{f"load_in_{kind.split()[1]}bit": True})
+    llama(initializer_range=0.2).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, device_map={"": "cpu"})
+    model = randomise(get_peft_model(base, config(target_modules=["q_proj", "down_proj"])))
+    if next(iter(layers(model).values())).quantization_backend is None:
+        pytest.skip("this peft does not know this torchao")
+    model.add_adapter("second", config(target_modules=["q_proj"]))
+    randomise(model, "second").train()  # bitsandbytes rounds 4-bit layers further for evaluation on a CPU
+    adapters = list(layers(model).values())
+    y = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+
+    def notes():
+        layer_parts = [(m.base_layer.weight, getattr(m.base_layer, "state", None), m.base_layer) for m in adapters]
+        return [{**vars(part), "training": None} for parts in layer_parts for part in parts if part is not None]
+
+    def same(now, before):
+        return all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(now, before, strict=True))
+
+    weights, before = [layer.base_layer.weight for layer in adapters], notes()
+    model.merge_adapter(["default"])
+    merged = logits(model)
+    assert (merged - y).norm() < 0.5 * (plain - y).norm()
+    assert all(type(layer.base_layer.weight) is type(W) for layer, W in zip(adapters, weights, strict=True))
+    weight = adapters[0].base_layer.weight
+    adapters[0].base_layer.weight = nn.Parameter(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match=r"got a merged weight on meta .* a quantised weight does not follow"):
+        adapters[0].unmerge()
+    adapters[0].base_layer.weight = weight
+    model.merge_adapter(["second"])
+    both = logits(model)
+    assert not torch.equal(both, merged)
+    model.eval()
+    model.unmerge_adapter()
+    assert same(notes(), before) and all(m.base_layer.weight is W for m, W in zip(adapters, weights, strict=True))
+    assert not any(layer.base_layer.training for layer in adapters)
+    assert torch.equal(logits(model.train()), y)
+
+    def fails(owner, weight):
+        type(owner.quantization_backend).set_base_weight(owner.quantization_backend, owner, weight)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters[0].quantization_backend, "set_base_weight", fails)
+        before = notes()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            adapters[0].merge()
+        assert same(notes(), before) and not adapters[0].merged and torch.equal(logits(model), y)
+    model.merge_adapter(["default", "second"])  # quantised once, as it was above
+    assert torch.equal(logits(model), both)
+    model.unmerge_adapter()
+    adapters[0].loraxs_R["second"].data[0, 0] = torch.nan
+    model.merge_adapter(["default"])
+    with pytest.raises(
+        ValueError, match=r"The adapter default and second seems.*module 'model.layers.0.self_attn.q_proj'"
+    ):
+        adapters[0].merge(adapter_names=["second"])
+    assert adapters[0].merged_adapters == ["default"] and torch.equal(logits(model), merged)
+    unloaded = model.merge_and_unload(adapter_names=["default"])
+    assert not layers(unloaded) and torch.equal(logits(unloaded), merged)
+
+
 @pytest.mark.gpu("neighbours")
 def test_on_a_gpu(tmp_path):
     """Made on the CPU and moved, or made there: trained under autocast, saved, loaded across devices, merged."""
@@ -692,6 +779,122 @@ def test_layers_of_another_method_are_refused():
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), llama(), "lora")
     with pytest.raises(TypeError, match=r"module 'model.layers.0.self_attn.q_proj'.*another method"):
         inject_adapter_in_model(config(target_modules=["q_proj"]), model, "xs")
+
+
+def test_not_on_top_of_attach_nor_the_other_way_round():
+    attached = lx.attach(llama(), 4, target_modules=["q_proj"])
+    before = snapshot(attached)
+    with pytest.raises(ValueError, match=r"lx\.attach put on.*lx\.detach\(model\) takes them off"):
+        get_peft_model(attached, config())
+    with pytest.raises(ValueError, match=r"lx\.attach put on"):
+        inject_adapter_in_model(config(target_modules=["o_proj"]), attached)
+    assert snapshot(attached) == before and not hasattr(attached, "peft_config")
+    lx.detach(attached)
+    wrapped = get_peft_model(attached, config(target_modules=["q_proj"]))
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match="model: already has LoRA-XS adapters through PEFT; unload"):
+        lx.attach(wrapped, 4, target_modules=["o_proj"])
+    assert snapshot(wrapped) == before
+    lx.attach(wrapped.unload(), 4, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("name", ["latest", "loaded", "put", "unchecked", "r", "scaling", "base_layer", "0", "a b"])
+def test_what_layers_keep_beside_adapters_takes_no_name_from_them(name, tmp_path):
+    model = randomise(get_peft_model(llama(), config(), adapter_name=name), name)
+    y = logits(model)
+    assert not torch.equal(y, logits(llama()))
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name, low_cpu_mem_usage=low)
+        assert torch.equal(logits(loaded), y) and not any(layer.unchecked for layer in layers(loaded).values())
+    loaded.load_adapter(tmp_path / name, "another")
+    loaded.delete_adapter(name)
+    loaded.set_adapter("another")
+    assert torch.equal(logits(loaded), y)
+
+
+@pytest.mark.parametrize(
+    "name", ["training", "forward", "keys", "_buffers", "put.together", "", "_Fingerprints__unchecked"]
+)
+def test_names_that_torch_cannot_hold_are_refused(name):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"adapter_name: got '{name}', must be a name without a dot"):
+        get_peft_model(model, config(), adapter_name=name)
+    assert snapshot(model) == before
+    model = get_peft_model(model, config(target_modules=["q_proj"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter_name: got"):
+        model.add_adapter(name, config())
+    assert snapshot(model) == before and list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_R_in_the_dtype_of_the_base_if_asked_for(low_cpu_mem_usage, tmp_path):
+    def dtypes(model):
+        return {layer.loraxs_R[name].dtype for layer in layers(model).values() for name in layer.loraxs_R}
+
+    whole = randomise(get_peft_model(llama().bfloat16(), config(target_modules=["q_proj", "down_proj"])))
+    assert dtypes(whole) == {torch.float32}
+    whole.save_pretrained(tmp_path / "fp32")
+    how = dict(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
+    rounded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "fp32", **how)
+    rounded.load_adapter(tmp_path / "fp32", "again", **how)
+    assert dtypes(rounded) == {torch.bfloat16}  # and taken, though delta W is not quite the file's
+    for a, b in zip(layers(whole).values(), layers(rounded).values(), strict=True):
+        assert torch.equal(b.loraxs_R["default"], a.loraxs_R["default"].bfloat16())
+    rounded.set_adapter("default")
+    y = logits(rounded)
+    rounded(IDS).logits.float().sum().backward()
+    assert all(layer.loraxs_R["default"].grad.dtype == torch.bfloat16 for layer in layers(rounded).values())
+    rounded.merge_adapter()
+    torch.testing.assert_close(logits(rounded), y, atol=3e-2, rtol=0)
+    rounded.unmerge_adapter()
+    rounded.save_pretrained(tmp_path / "bf16")
+    again = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "bf16", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert dtypes(again) == {torch.float32} and torch.equal(logits(again), y)
+    halves = get_peft_model(llama().half(), config(), autocast_adapter_dtype=False)
+    assert dtypes(halves) == {torch.float16}
+    assert all(p.requires_grad == ("loraxs_R" in name) for name, p in halves.named_parameters())
+
+
+def test_fsdp1_takes_a_bf16_model_whose_R_is_bf16():
+    from torch import distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    model = randomise(get_peft_model(llama().bfloat16(), config(), autocast_adapter_dtype=False))
+    plain = copy.deepcopy(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+        y = wrapped(IDS).logits
+        y.float().sum().backward()
+        gradients = [p.grad for name, p in wrapped.named_parameters() if "loraxs_R" in name]
+    finally:
+        dist.destroy_process_group()
+    expected = plain(IDS).logits
+    expected.float().sum().backward()
+    torch.testing.assert_close(y, expected, atol=5e-3, rtol=0)  # the flat parameter lies otherwise in memory
+    for a, layer in zip(gradients, layers(plain).values(), strict=True):
+        torch.testing.assert_close(a, layer.loraxs_R["default"].grad, atol=2e-2, rtol=5e-2)
+
+
+def test_the_cast_of_inputs_can_be_disabled():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)).bfloat16(), config(target_modules=["0"], task_type=None))
+    layer = model.base_model.model[0]
+    layer.base_layer.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))  # as layerwise casting does
+    x = torch.randn(3, 8)
+    y = model(x.bfloat16())
+    assert torch.equal(model(x), y)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(x.bfloat16()), y)
+        with pytest.raises(ValueError, match=r"x: got torch.float32 for module '0', must be torch.bfloat16"):
+            model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+    assert torch.equal(model(x), y)
 
 
 def test_settings_that_choose_modules():

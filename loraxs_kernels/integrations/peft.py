@@ -35,10 +35,16 @@ from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
 from ..model import fill, never_called, pattern_value, warn_of_experts
+from ..ops import autocast_on
 from ..padding import padded_rows
 from ..svd import plan
-from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
+from ..weights import FLOATS, assign, is_conv1d, is_linear, mergeable_weight, weight_of, weight_view, whole
 from .reference_repo import translate
+
+try:
+    from peft.utils import quantization_utils
+except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
+    quantization_utils = None
 
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
@@ -135,28 +141,33 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer and its LoRA-XS adapters by name: y = base_layer(x) + sum over active ones of s B R A x.
 
     base_layer is never written.  Merging puts another weight into it and keeps the old one, so that unmerging gives
-    the very same tensor back: in bf16, subtracting what was added would not.
+    the very same tensor back: in bf16, subtracting what was added would not.  A quantised weight is merged into by
+    `quantization_backend`, PEFT's own (0.20 or later), which quantises the sum anew.
 
-    Attributes, each by the adapter's name: loraxs_R (r, r), fp32, trains; loraxs_A (r, K) and loraxs_B (N, r), frozen,
-        in the base layer's dtype; loraxs_fingerprint (r + 8,), fp32: the singular values in A and 8 probes of B R A;
-        r, lora_alpha, scaling, recipe, config.
+    Attributes, each by the adapter's name: loraxs_R (r, r), trains, fp32 unless PEFT was called with
+        autocast_adapter_dtype=False; loraxs_A (r, K) and loraxs_B (N, r), frozen, in the base layer's dtype;
+        loraxs_fingerprint (r + 8,), fp32: the singular values in A and 8 probes of B R A; r, lora_alpha, scaling,
+        recipe, config.  unchecked: the names of adapters that came with an R and were not compared with A and B yet.
     """
 
     adapter_layer_names = ("loraxs_R",)
     other_param_names = ("loraxs_A", "loraxs_B", "loraxs_fingerprint", "r", "lora_alpha", "scaling", "recipe", "config")
+    cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting turns it off
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.quantization_backend = base_layer, quantization_backend
         self.loraxs_R = nn.ParameterDict()
-        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = _Buffers(), _Buffers(), _Fingerprints()
+        self.unchecked: set[str] = set()
+        self._latest: set[str] = set()  # those in the last state dict that torch loaded
+        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = _Buffers(), _Buffers(), _Fingerprints(self.unchecked)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.recipe: dict[str, Recipe] = {}
         self.config: dict[str, LoraXSConfig] = {}
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, which keeps it out of the parameters
+        self._unmerged: _Unmerged | None = None
         self.register_load_state_dict_post_hook(_check_what_was_loaded)
         self.train(base_layer.training)
 
@@ -164,11 +175,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """Take over the tensors of an adapter that was made for base_layer."""
         self.r[name], self.lora_alpha[name], self.scaling[name] = adapter.rank, adapter.alpha, adapter.scaling
         self.recipe[name], self.config[name] = adapter.recipe, config
+        self.in_features, self.out_features = adapter.in_features, adapter.out_features
         self.loraxs_R[name] = adapter.R
-        self.loraxs_A.put(name, adapter.A, config.save_factors)
-        self.loraxs_B.put(name, adapter.B, config.save_factors)
+        self.loraxs_A.register_buffer(name, adapter.A, config.save_factors)
+        self.loraxs_B.register_buffer(name, adapter.B, config.save_factors)
         fingerprint = torch.zeros(adapter.rank + basis.PROBES, device=adapter.A.device)
-        self.loraxs_fingerprint.put(name, fingerprint, config.init != "given")
+        self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
 
     def discard(self, name: str) -> None:
         """Forget an adapter, if it is there."""
@@ -186,14 +198,19 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
-        base, R, fingerprints = (self._modules[name] for name in ("base_layer", "loraxs_R", "loraxs_fingerprint"))
-        if fingerprints.loaded and not self._disable_adapters:
+        base, R = self._modules["base_layer"], self._modules["loraxs_R"]
+        if self.unchecked and not self._disable_adapters:
             self.check_fingerprints(self.active_adapters)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.r]
         if self._disable_adapters or self.merged_adapters or not active:
             return base(x, *args, **kwargs)
+        if not self.cast_input_dtype_enabled and not autocast_on(x):
+            for name in active:
+                if x.dtype != (dtype := self._modules["loraxs_A"]._buffers[name].dtype):
+                    label = label_of(self.recipe[name].name)
+                    raise ValueError(f"x: got {x.dtype} for {label}, must be {dtype} while casting inputs is disabled")
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
             y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name)
             for name in active[1:]:
@@ -219,28 +236,54 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         trained = R[name] if trained is None else trained  # a parametrization makes it
         return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + sum of s B R A into base_layer, summed in fp32 and rounded once; `unmerge` puts W itself back.
 
         The result is always checked, whatever safe_merge says: ValueError where it is not finite, TypeError where
-        W is not a dense tensor; the layer is then as it was.
+        W is neither a dense tensor nor one that PEFT can quantise again; the layer is then as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not names:
             return
         self.check_fingerprints(names)
-        base = self.base_layer
-        (unmerged,) = self._unmerged or (base.weight,)
-        label = label_of(self.recipe[names[0]].name)
-        mergeable_weight(base, label)
-        delta = sum(self.adapter(name).delta_weight() for name in [*self.merged_adapters, *names])
-        total = (delta.t() if is_conv1d(base) else delta).add(unmerged).to(unmerged.dtype)
+        if before := list(self.merged_adapters):
+            self.unmerge()
+        try:
+            self._merge([*before, *names])
+        except BaseException:
+            if before:
+                self._merge(before)
+            raise
+
+    @torch.no_grad()
+    def _merge(self, names: list[str]) -> None:
+        base, label = self.base_layer, label_of(self.recipe[names[0]].name)
+        requantise = self.quantization_backend is not None and self.quantization_backend.supports_merge
+        if requantise:
+            weight = weight_of(base, label)
+            W, dtype = weight.read(), weight.dtype
+        else:
+            W = mergeable_weight(base, label)
+            dtype = W.dtype
+        total = sum(self.adapter(name).delta_weight() for name in names).add(W).to(dtype)
         if not torch.isfinite(total).all():
-            raise ValueError(f"{label}: the merged weight has NaN or Inf values; {names} stay unmerged")
-        # A new Parameter, since the old one may be another module's too, such as the embedding's.
-        base.weight = nn.Parameter(total.contiguous(), requires_grad=False)
-        self._unmerged = (unmerged,)
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: {label} "
+                "would have NaN or Inf values, and stays unmerged"
+            )
+        unmerged = _Unmerged(base)
+        try:
+            if requantise:
+                self.quantization_backend.set_base_weight(self, total)
+            else:
+                # A new Parameter, since the old one may be another module's too, such as the embedding's.
+                total = total.t() if is_conv1d(base) else total
+                base.weight = nn.Parameter(total.contiguous(), requires_grad=False)
+        except BaseException:
+            unmerged.put_back(self)
+            raise
+        unmerged.note_changes()
+        self._unmerged = unmerged
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -248,10 +291,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        (weight,), merged = self._unmerged, self.base_layer.weight
-        if (weight.device, weight.dtype) != (merged.device, merged.dtype):  # the layer was moved in the meantime
-            weight = nn.Parameter(weight.to(merged), requires_grad=weight.requires_grad)
-        self.base_layer.weight, self._unmerged = weight, None
+        self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
+        self._unmerged.put_back(self)
+        self._unmerged = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -281,7 +323,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3, and again whenever such an
         adapter is to be used; the others of the layer stay usable.
         """
-        for name in sorted(self.loraxs_fingerprint.loaded.intersection(names)):
+        for name in sorted(self.unchecked.intersection(names)):
             A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
             self.loraxs_B[name] = padded_rows(B)
             if any(t.is_meta for t in (A, R, B)):
@@ -294,24 +336,35 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 if not torch.isfinite(entry["R"]).all():
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
                 aligned, error = fitted(entry, A, B)
-                if error > (basis.ALIGNED if config.save_factors else basis.ACCEPT):
+                accepted = basis.ACCEPT + torch.finfo(R.dtype).eps  # R may have been rounded to bf16 when it was loaded
+                if error > (basis.ALIGNED if config.save_factors else accepted):
                     raise mismatch(f"adapter {name!r}", label, entry, error, A, REMEDY)
-                if error > basis.ACCEPT:  # its own A and B, rounded to this model's dtype
+                if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
                         f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "
                         f"{error:.1e}",
                         stacklevel=2,
                     )
                 assign(R, aligned)
-            self.loraxs_fingerprint.loaded.discard(name)
+            self.unchecked.discard(name)
+
+    def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:
+        """R in fp32, or in the dtype of the base weight; one that a parametrization makes stays as it is."""
+        R, W = self.loraxs_R._parameters.get(name), getattr(self.base_layer, "weight", None)
+        if autocast_adapter_dtype:
+            dtype = torch.float32
+        else:
+            dtype = W.dtype if isinstance(W, Tensor) and W.dtype in FLOATS else self.loraxs_A[name].dtype
+        if R is not None and R.dtype != dtype and R.dtype != torch.float64:
+            self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
             for held in (self.loraxs_A, self.loraxs_B):  # save_factors may have been set after the adapter was made
-                held.put(name, held[name], self.config[name].save_factors)
-            if name in self.loraxs_fingerprint.loaded or any(t.is_meta for t in (A, R, B)):
+                held.register_buffer(name, held[name], self.config[name].save_factors)
+            if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
                 continue
             fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
             self.loraxs_fingerprint[name] = fingerprint
@@ -327,6 +380,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             if there and (missing := sorted(needed - there)):
                 label = label_of(self.recipe[name].name)
                 raise ValueError(f"adapter {name!r}: has no {' and '.join(missing)} for {label}")
+        self._latest = {name for name in self.loraxs_R if f"{prefix}loraxs_fingerprint.{name}" in state_dict}
+        self.unchecked |= self._latest
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
@@ -345,10 +400,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.loraxs_B[name] = padded_rows(B)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """What PEFT calls after it has loaded an adapter.  No dtype is changed: R stays fp32, A and B as they are."""
+        """What PEFT calls after it has loaded an adapter.  No dtype is changed: R, A and B stay as they are."""
         if adapter_name not in self.loraxs_R:
             return
-        device = device or self.loraxs_A[adapter_name].device  # the base weight may be offloaded
+        if device is None:
+            W = self.base_layer._parameters.get("weight")
+            offloaded = W is None or hasattr(self.base_layer, "_hf_hook")
+            device = (self.loraxs_A[adapter_name] if offloaded else W).device  # A may have come from a file just now
         if self.loraxs_R[adapter_name].is_meta and device.type != "meta":
             label = label_of(self.recipe[adapter_name].name)
             raise ValueError(f"adapter {adapter_name!r}: has no R for {label}")
@@ -359,7 +417,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.check_fingerprints([adapter_name])
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: rank={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
+        parts = [f"{name}: rank={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items()]
+        if self.quantization_backend is not None:
+            parts.append(f"quantization_backend='{self.quantization_backend.backend_name}'")
+        return ", ".join(parts)
 
 
 class LoraXSModel(BaseTuner):
@@ -390,6 +451,12 @@ class LoraXSModel(BaseTuner):
             warn_of_experts(model, stacklevel=2)
         self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
         try:
+            _check_name(adapter_name)
+            if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+                raise ValueError(
+                    "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
+                    "lx.detach(model) takes them off"
+                )
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(self._new, None, None, WORKSPACE, progress=True)
         except BaseException:
@@ -435,7 +502,7 @@ class LoraXSModel(BaseTuner):
         if isinstance(target, LoraXSLinearLayer):
             target.add(adapter_name, adapter, config)
         else:
-            layer = LoraXSLinearLayer(base)
+            layer = LoraXSLinearLayer(base, _backend_of(base, self.model))
             layer.add(adapter_name, adapter, config)
             self._replace_module(parent, target_name, layer, target)
         if config.init != "given":
@@ -448,7 +515,13 @@ class LoraXSModel(BaseTuner):
                     module._modules[name] = new_module
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """R is fp32 already, and A and B belong in the base layer's dtype: in another they cost a separate pass."""
+        """R in fp32, or in the base layer's dtype, as FSDP1 needs it, where autocast_adapter_dtype is False.
+
+        A and B belong in the base layer's dtype either way: in another they cost a separate pass.
+        """
+        for module in self.model.modules():
+            if isinstance(module, LoraXSLinearLayer) and adapter_name in module.loraxs_R:
+                module.cast_R(adapter_name, autocast_adapter_dtype)
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters, for a model that was adapted on the meta device and has its weights now."""
@@ -487,11 +560,56 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     return LoRAXSLinear.from_linear(base, r, init=recipe, **options)
 
 
-class _Buffers(BufferDict):
-    """PEFT's BufferDict, in which each entry is part of the state dict or is not."""
+def _backend_of(base: nn.Module, model: nn.Module) -> Any:
+    """PEFT's way of merging into a quantised layer; None for other layers, and where nothing can quantise it anew."""
+    if quantization_utils is None or weight_view(base) is not None:
+        return None
+    try:
+        return quantization_utils.resolve_quantization_backend(
+            base, **quantization_utils.get_quantization_kwargs(model)
+        )
+    except (ImportError, ValueError):  # a torchao that this PEFT does not know, or one that quantised by itself and
+        return None  # not for transformers, which would know how to do it again
 
-    def put(self, name: str, t: Tensor, persistent: bool) -> None:
-        self.register_buffer(name, t, persistent=persistent)
+
+class _Unmerged:
+    """A layer's weight before it is merged into, and what PEFT's backends overwrite beside it, to be put back."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.weight = layer, layer._parameters.get("weight")
+        self.of_layer = dict(vars(layer))
+        parts = (self.weight, getattr(layer, "state", None))  # on which bitsandbytes keeps notes, too
+        self.of_parts = [(each, dict(vars(each))) for each in parts if each is not None]
+
+    def note_changes(self) -> None:
+        """Keep of the layer only what merging has changed: the rest, such as `training`, may change while merged."""
+        now = vars(self.layer)
+        self.of_layer = {key: value for key, value in self.of_layer.items() if now.get(key) is not value}
+
+    def check(self, merged: nn.Module, label: str) -> None:
+        """Let the weight follow where the layer was moved in the meantime; ValueError if that is no dense one."""
+        now = merged._parameters.get("weight")
+        if self.weight is None or (self.weight.device, self.weight.dtype) == (now.device, now.dtype):
+            return
+        if type(self.weight) is not nn.Parameter:
+            raise ValueError(
+                f"{label}: got a merged weight on {now.device} in {now.dtype}, must be on {self.weight.device} in "
+                f"{self.weight.dtype} as before merging: a quantised weight does not follow"
+            )
+        self.weight = nn.Parameter(self.weight.to(now), requires_grad=self.weight.requires_grad)
+
+    def put_back(self, owner: LoraXSLinearLayer) -> None:
+        vars(self.layer).update(self.of_layer)
+        for each, before in self.of_parts:
+            vars(each).clear()
+            vars(each).update(before)
+        if self.weight is not None:
+            self.layer.weight = self.weight
+        owner.base_layer = self.layer
+
+
+class _Buffers(BufferDict):
+    """PEFT's BufferDict, in which each entry is part of the state dict or is not, as `register_buffer` was told."""
 
     def __setitem__(self, name: str, t: Tensor) -> None:
         self._buffers[name] = t
@@ -504,34 +622,37 @@ class _Buffers(BufferDict):
 
 
 class _Fingerprints(_Buffers):
-    """Fingerprints by adapter; `loaded` names those that came with an R and were not compared with A and B yet.
+    """Fingerprints by adapter; the names of those that are assigned as attributes go into the layer's `unchecked`.
 
-    torch copies what it loads or assigns it as an attribute, transformers always assigns.  `latest`: those in the last
-    state dict that torch loaded.
+    torch copies what it loads or assigns it so, transformers always assigns.  Whatever is kept here beside the
+    fingerprints needs a name that no adapter has, as __unchecked does: Python spells it _Fingerprints__unchecked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unchecked: set[str]) -> None:
         super().__init__()
-        self.loaded: set[str] = set()
-        self.latest: set[str] = set()
+        self.__unchecked = unchecked
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self.loaded.discard(name)
+        self.__unchecked.discard(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self.__dict__.get("_buffers", ()):
-            self.loaded.add(name)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        self.latest = {name for name in self._buffers if prefix + name in state_dict}
-        self.loaded |= self.latest
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self.__unchecked.add(name)
 
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
-    layer.check_fingerprints(layer.loraxs_fingerprint.latest)
+    layer.check_fingerprints(layer._latest)
+
+
+def _check_name(name: str) -> None:
+    """Refuse, before anything is changed, a name under which torch's modules cannot hold a tensor."""
+    if not name or "." in name or any(hasattr(each, name) for each in (nn.ParameterDict(), _Fingerprints(set()))):
+        raise ValueError(
+            f"adapter_name: got {name!r}, must be a name without a dot that is no attribute of nn.ParameterDict or of "
+            "PEFT's BufferDict, which hold the adapters by name"
+        )
 
 
 def _register(config: type, model: type) -> tuple[type, type]:
