@@ -16,7 +16,9 @@ from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, is_conv1d, mergeable_weight, weight_of, weight_view
+
+_FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
 
 class LoRAXSLinear(nn.Module):
@@ -104,12 +106,14 @@ class LoRAXSLinear(nn.Module):
         """
         label = label_of(name)
         check_rank(rank, label)
-        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        if alpha is not None and not _is_finite(alpha):
             raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout} for {label}, must be in [0, 1)")
-        if sigma < 0:
-            raise ValueError(f"sigma: got {sigma} for {label}, must be at least 0")
+        if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
+            raise ValueError(f"dropout: got {dropout!r} for {label}, must be in [0, 1)")
+        if not (_is_finite(sigma) and sigma >= 0.0):
+            raise ValueError(f"sigma: got {sigma!r} for {label}, must be a finite number of at least 0")
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
@@ -365,6 +369,10 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
         )
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def label_of(name: str) -> str:
     """What errors call the layer of that name in its model."""
     return f"module {name!r}" if name else "linear"
@@ -382,8 +390,8 @@ def _hooked(layer: nn.Module) -> bool:
 
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
-    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in factors):
-        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of floating-point tensors")
+    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
+        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in {_FLOATS}")
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])
     if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):

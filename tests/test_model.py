@@ -253,6 +253,8 @@ FAILURES = {
     "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
     "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
     "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),
+    "sigma": (None, dict(sigma=float("nan")), ValueError, "sigma: got nan for module 'bert"),
+    "dtype": (None, dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'bert"),
     "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
     "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
 }  # fmt: skip
