@@ -378,13 +378,48 @@ def test_what_is_registered_is_checked():
     lx.register_weight_reader(Halved, None)  # nothing to take back
 
 
-def test_a_linear_with_a_forward_of_its_own_is_refused():
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
-    with pytest.raises(TypeError, match=r"module 'q': got a Scaled .* no dequantiser here: lx\.register_weight_reader"):
-        LoRAXSLinear.from_linear(Scaled(K, N), 4, name="q")
+
+class Packed(nn.Linear):
+    """Somebody's quantised layer: two weights in one number, and scales."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = nn.Parameter(linear.weight.detach()[:, ::2].clone())
+
+    def forward(self, x):
+        return x[..., ::2] @ self.weight.T
+
+
+def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():
+    model = nn.Sequential(nn.Linear(K, K), Scaled(K, N))
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(model[1].state_dict())
+    before, x = snapshot(model), torch.randn(3, K)
+    lx.attach(model, 4, target_modules="all-linear", alpha=8)
+    expected = LoRAXSLinear.from_linear(plain, 4, name="1")
+    layer = model[1]
+    assert torch.equal(layer.A, expected.A) and torch.equal(layer.B, expected.B)
+    nn.init.normal_(layer.R)
+    h = model[0](x)
+    torch.testing.assert_close(model(x), 2 * plain(h) + h @ layer.delta_weight().T)
+    gR = torch.autograd.grad(model(x).sum(), layer.R)[0]
+    torch.testing.assert_close(gR, 2 * layer.B.sum(0)[:, None] * (h @ layer.A.T).sum(0))
+    with pytest.raises(TypeError, match=r"module '1': got a Scaled .* with that class's forward .* to merge into"):
+        lx.merge(model)
+    assert snapshot(lx.detach(model)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_a_quantised_class_derived_from_linear_is_refused(dtype):
+    layer = Packed(nn.Linear(K, N)) if dtype == torch.float32 else Scaled(K, N)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    name = type(layer).__name__
+    with pytest.raises(TypeError, match=rf"module 'q': got a {name} .* no dequantiser here: lx\.register_weight_reader"):
+        LoRAXSLinear.from_linear(layer, 4, name="q")
 
 
 # Weights that are sharded over ranks.
