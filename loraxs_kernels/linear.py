@@ -276,14 +276,23 @@ class LoRAXSLinear(nn.Module):
 def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, name: str = "") -> Tensor:
     """base(x) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
 
-    Raises ValueError, naming the layer `name`, where x does not fit.
+    Raises, naming the layer `name`: ValueError where x does not fit; RuntimeError where x requires a gradient and
+    base passes none to it.
     """
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p):
         x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
         return unchecked(x, W, A, R, B, s, bias)
-    return plus_delta(base(x), x, A, R, B, s, p, in_place=plain)
+    y = base(x)
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        weight = getattr(base, "weight", None)
+        raise RuntimeError(
+            f"{label_of(name)}: its base layer, a {type(base).__name__} with a {type(weight).__name__} weight, passes "
+            "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
+            "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
+        )
+    return plus_delta(y, x, A, R, B, s, p, in_place=plain)
 
 
 def plus_delta(

@@ -213,6 +213,25 @@ def test_adapters_on_a_quantised_model(kind):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("way", ["attach", "peft"])
+def test_a_layer_that_quantises_its_input_is_refused_where_a_gradient_would_be_lost(way):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
+    model = model_of()
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    if way == "attach":
+        lx.attach(model, 4, target_modules="all-linear")
+    else:
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        model = peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=["0", "2"]))
+    x = torch.randn(5, K)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match=r"module '2': its base layer, a Linear with a \w+ weight, passes no"):
+        model(x)
+
+
 @everywhere
 def test_a_failed_attach_changes_nothing(kind):
     model = model_of(kind)
@@ -418,7 +437,7 @@ def test_a_quantised_class_derived_from_linear_is_refused(dtype):
     layer = Packed(nn.Linear(K, N)) if dtype == torch.float32 else Scaled(K, N)
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     name = type(layer).__name__
-    with pytest.raises(TypeError, match=rf"module 'q': got a {name} .* no dequantiser here: lx\.register_weight_reader"):
+    with pytest.raises(TypeError, match=rf"module 'q': got a {name} .* no dequantiser here: lx\.register_weight_read"):
         LoRAXSLinear.from_linear(layer, 4, name="q")
 
 
