@@ -36,7 +36,7 @@ class LoRAXSLinear(nn.Module):
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
     of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of it: write to the
-    buffer, not there.
+    buffer, not there.  While merged, the state dict is that of the plain layer: `weight` and `bias` alone.
     """
 
     base_layer: nn.Module
@@ -232,7 +232,10 @@ class LoRAXSLinear(nn.Module):
         TypeError where W is not a dense tensor; the layer is then as it was.
         """
         if not self.merged:
-            self.register_buffer("merged_weight", self.merged_dense_weight(), persistent=False)
+            merged = self.merged_dense_weight()
+            if is_conv1d(self.base_layer):
+                merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
+            self.register_buffer("merged_weight", merged, persistent=False)
 
     def unmerge(self) -> None:
         """Back to the base weight and a separate adapter."""
@@ -261,6 +264,14 @@ class LoRAXSLinear(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
         self.B = padded_rows(self.B)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        if not self.merged:
+            return super().state_dict(*args, **options)
+        plain = nn.Module()
+        plain.register_parameter("weight", nn.Parameter(self.weight, requires_grad=False))
+        plain.register_parameter("bias", self.bias)
+        return plain.state_dict(*args, **options)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,6 +29,48 @@ class Attachment:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
+
+
+class SavePretrained:
+    """What `attach` puts in the place of `save_pretrained` of a transformers model, on the instance alone.
+
+    It saves as before, and warns where from_pretrained could not load what is saved.  Nothing here keeps the model
+    alive, so that `del model` frees it at once, and a copy of the model saves the copy.
+
+    before: what stood there on the instance, if anything did.
+    """
+
+    def __init__(self, model: nn.Module, before: Callable[..., Any] | None) -> None:
+        self.model, self.before = weakref.ref(model), before
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model(), self.before)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        model = self.model()
+        _check_what_is_saved(model)
+        if self.before is not None:
+            return self.before(*args, **options)
+        return type(model).save_pretrained(model, *args, **options)
+
+
+def _check_what_is_saved(model: nn.Module) -> None:
+    layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
+    if not all(layer.merged for layer in layers):
+        warnings.warn(
+            "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
+            "place of every adapted layer. Save the adapter with lx.save_adapter(model, file), or call "
+            "lx.merge(model) first, so that plain weights are saved; in Trainer, LoraXSCallback saves R",
+            stacklevel=3,
+        )
+    head = _embeddings(model, "output")
+    if not (isinstance(head, LoRAXSLinear) and head.merged and getattr(model.config, "tie_word_embeddings", False)):
+        return
+    if head.base_layer.weight is getattr(_embeddings(model, "input"), "weight", None):
+        raise ValueError(
+            f"model.config.tie_word_embeddings: got True, must be False to save a merged {head.label}, whose weight is "
+            "another than the input embeddings' now: from_pretrained would tie them again"
+        )
 
 
 def attach(
@@ -160,6 +203,9 @@ def install(
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
+    for module in model.modules():
+        if callable(getattr(type(module), "save_pretrained", None)):
+            module.save_pretrained = SavePretrained(module, module.__dict__.get("save_pretrained"))
     return model
 
 
@@ -238,6 +284,10 @@ def detach(model: M, *, merge: bool = False) -> M:
         if attachment := module.__dict__.pop("loraxs", None):
             for name, p in module.named_parameters():
                 p.requires_grad_(name in attachment.trainable_before)
+        if isinstance(saver := module.__dict__.get("save_pretrained"), SavePretrained):
+            del module.save_pretrained
+            if saver.before is not None:
+                module.save_pretrained = saver.before
     return model
 
 
@@ -245,8 +295,9 @@ def merge(model: M) -> M:
     """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
 
     The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
-    bit.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError where a base layer
-    has no dense weight; the model is then as it was.
+    bit.  While merged, the state dict is that of the base model, with the merged weights: save_pretrained writes what
+    from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError
+    where a base layer has no dense weight; the model is then as it was.
     """
     merged = []
     try:
@@ -302,7 +353,7 @@ def match(
     saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     unused = set() if isinstance(target_modules, str) else set(target_modules)
-    head = _output_embeddings(model)
+    head = _embeddings(model, "output")
     names = []
     for name, module in modules.items():
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
@@ -376,6 +427,7 @@ def never_called(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a transformers model, where it has any."""
+    get = getattr(model, f"get_{which}_embeddings", None)
     return get() if callable(get) else None

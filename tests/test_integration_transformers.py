@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def own(model: nn.Module) -> tuple:
         for m in model.modules()
         for hooks in (m._forward_hooks, m._load_state_dict_pre_hooks, m._load_state_dict_post_hooks)
     ]
-    return hooks, "save_pretrained" in model.__dict__
+    return hooks, model.__dict__.get("save_pretrained")
 
 
 @pytest.mark.parametrize("step", [2, 8])  # in the middle of an epoch and at the end of one
@@ -220,20 +221,32 @@ def test_the_model_itself_is_saved_whole(tmp_path):
             raise KeyboardInterrupt
 
     model = attached()
-    state = set(model.state_dict())
-    with pytest.raises(KeyboardInterrupt):
+    state, before = set(model.state_dict()), model.save_pretrained
+    with pytest.warns(UserWarning, match="random weights") as warned, pytest.raises(KeyboardInterrupt):
         trainer_of(model, tmp_path / "run", callbacks=[LoraXSCallback(), Save()]).train()
-    model.save_pretrained(tmp_path / "given up")
-    copy.deepcopy(model)
-    trainer_of(model, tmp_path / "run", max_steps=1).train()
-    assert "save_pretrained" not in model.__dict__
-    model.save_pretrained(tmp_path / "after")
+    assert sum("random weights" in str(each.message) for each in warned) == 2  # once a call
+    with pytest.warns(UserWarning, match="random weights"):
+        model.save_pretrained(tmp_path / "given up")
+    assert copy.deepcopy(model).save_pretrained.model() is not model
+    trainer = trainer_of(model, tmp_path / "run", max_steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="save_pretrained")
+        trainer.train()
+    assert model.save_pretrained is before
+    with pytest.warns(UserWarning, match="random weights"):
+        trainer.save_model(tmp_path / "after")
     for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):
         assert set(load_file(tmp_path / folder / "model.safetensors")) == state
         assert (tmp_path / folder / "config.json").exists()
     model.save_pretrained = patched = functools.partial(model.save_pretrained)
     trainer_of(model, tmp_path / "run", max_steps=1).train()
     assert model.__dict__["save_pretrained"] is patched
+    del model.save_pretrained
+    lx.merge(model)
+    trainer.save_model(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = texts()[0]["input_ids"][None]
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_the_best_model_is_loaded(tmp_path, caplog):

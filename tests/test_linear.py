@@ -208,17 +208,34 @@ def test_a_merge_that_is_not_finite_is_refused():
     assert not layer.merged
 
 
-def test_state_dict_round_trip_even_while_merged():
+def test_state_dict_round_trip():
     layer, other = make(), make()
     x = torch.randn(3, 40)
-    y = layer(x)
-    layer.merge()
     state = layer.state_dict()
     assert sorted(state) == ["A", "B", "R", "base_layer.bias", "base_layer.weight"]
     other.load_state_dict(state)
-    assert torch.equal(other(x), y)
+    assert torch.equal(other(x), layer(x))
+    other.merge()
     with pytest.raises(RuntimeError, match="is merged"):
-        layer.load_state_dict(state)
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+def test_state_dict_while_merged_is_that_of_a_plain_layer(kind):
+    layer, x = make(kind), torch.randn(3, 40)
+    nn.utils.parametrize.register_parametrization(layer, "R", nn.Identity())
+    before = layer.state_dict()
+    layer.merge()
+    model = nn.Sequential(Conv1D(24, 40) if kind == "conv1d" else nn.Linear(40, 24, bias=kind != "no bias"))
+    state = nn.Sequential(layer).state_dict()
+    assert all(t.is_contiguous() and not t.requires_grad for t in state.values())
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(x), layer(x))
+    assert state["0.weight"].data_ptr() == layer.weight.data_ptr(), "no copy is made"
+    layer.unmerge()
+    assert {name: t.data_ptr() for name, t in layer.state_dict().items() if name != "B"} == {
+        name: t.data_ptr() for name, t in before.items() if name != "B"
+    }
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -174,6 +180,68 @@ def test_detach_with_merge_from_separate_adapters(gpt2):
     lx.detach(gpt2, merge=True)
     assert not adapters(gpt2)
     torch.testing.assert_close(gpt2(IDS).logits, adapted, atol=1e-4, rtol=1e-3)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [lambda model: model, copy.deepcopy, copied], ids=["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_from_pretrained_loads_a_merged_model_and_a_separate_one_is_warned_of(kind, way, request, tmp_path):
+    model = request.getfixturevalue(kind)  # gpt2: Conv1D, and tied embeddings
+    lx.attach(model, 2, target_modules="all-linear")
+    model = way(randomise(model))
+    y = model(IDS).logits
+    with pytest.warns(UserWarning, match=r"random weights in the place .* lx\.save_adapter.* lx\.merge"):
+        model.save_pretrained(tmp_path / "separate")
+    lx.merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "merged", max_shard_size="20KB")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    loaded, report = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(loaded(IDS).logits, y, atol=1e-4, rtol=1e-3)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(lx.unmerge(model)(IDS).logits, y)
+    fresh = lx.load_adapter(lx.detach(model), tmp_path / "adapter.safetensors")
+    assert torch.equal(fresh(IDS).logits, y)
+
+
+def test_a_merged_head_is_not_tied_to_the_embeddings_again(tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    lx.merge(randomise(lx.attach(model, 4, target_modules=["lm_head"])))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings: got True, must be False to save a merged .* 'lm_head'"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+def test_nothing_keeps_an_adapted_model_alive_and_detach_leaves_nothing_on_it(bert):
+    calls = []
+    bert.bert.save_pretrained = before = calls.append  # somebody else's
+    lx.attach(bert, 2, target_modules=["query"])
+    with pytest.warns(UserWarning, match="random weights"):
+        bert.bert.save_pretrained("folder")
+    lx.detach(bert)
+    assert calls == ["folder"] and "save_pretrained" not in bert.__dict__ and bert.bert.save_pretrained is before
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    gc.collect()
+    gc.disable()
+    try:
+        alive = [weakref.ref(m) for m in lx.attach(model, 4, target_modules="all-linear").modules()]
+        del model
+        assert not any(each() is not None for each in alive)
+    finally:
+        gc.enable()
 
 
 class Tied(nn.Module):
