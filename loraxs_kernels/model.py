@@ -49,9 +49,30 @@ class SavePretrained:
     def __call__(self, *args: Any, **options: Any) -> Any:
         model = self.model()
         _check_what_is_saved(model)
-        if self.before is not None:
-            return self.before(*args, **options)
-        return type(model).save_pretrained(model, *args, **options)
+        pretends = _pretends(model)
+        if pretends:  # or transformers would look for PEFT's adapters and save those alone
+            del model._hf_peft_config_loaded
+        try:
+            if self.before is not None:
+                return self.before(*args, **options)
+            return type(model).save_pretrained(model, *args, **options)
+        finally:
+            if pretends:
+                model._hf_peft_config_loaded = True
+
+
+def _pretends(model: nn.Module) -> bool:
+    """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
+
+    Trainer refuses to train a quantised model without that mark.
+    """
+    return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
+
+
+def _is_quantised_for_training(model: nn.Module) -> bool:
+    """Whether transformers has quantised the model, in a way in which it can be trained through."""
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+    return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
 
 
 def _check_what_is_saved(model: nn.Module) -> None:
@@ -206,6 +227,8 @@ def install(
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
             module.save_pretrained = SavePretrained(module, module.__dict__.get("save_pretrained"))
+            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+                module._hf_peft_config_loaded = True
     return model
 
 
@@ -288,6 +311,8 @@ def detach(model: M, *, merge: bool = False) -> M:
             del module.save_pretrained
             if saver.before is not None:
                 module.save_pretrained = saver.before
+            if _pretends(module):
+                del module._hf_peft_config_loaded
     return model
 
 

@@ -441,6 +441,61 @@ def test_a_module_that_is_no_pretrained_model(tmp_path):
     lx.load_adapter(Plain(), tmp_path / "checkpoint-12" / "adapter.safetensors", progress=False)
 
 
+def quantised(kind: str, folder: Path) -> nn.Module:
+    if not folder.exists():
+        torch.manual_seed(1)
+        options = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        options |= dict(num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).save_pretrained(folder)
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
+        config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, to quantise as it does")
+        config = transformers.BitsAndBytesConfig(**{kind: True})
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
+def test_quantised_models_train_and_resume(tmp_path, kind):
+    options = dict(max_steps=4, learning_rate=3e-2, data=4 * texts(4))
+    whole = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "whole", **options)
+    whole.train()
+    losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
+    assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
+    resumed = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(resumed.model), trained(whole.model))
+
+    with pytest.warns(UserWarning, match="random weights"):
+        whole.save_model(tmp_path / "saved")  # as transformers saves a quantised model, not as one of PEFT's
+    assert (tmp_path / "saved" / "config.json").exists()
+    lx.detach(copy.deepcopy(resumed.model)).save_pretrained(tmp_path / "detached")
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer_of(lx.detach(resumed.model), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
+def test_quantised_models_train_and_resume_with_peft(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def trainer(folder: Path):
+        config = LoraXSConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(quantised(kind, tmp_path / "base"), config)
+        return trainer_of(model, folder, max_steps=4, learning_rate=3e-2, data=4 * texts(4))
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
+    assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
+
+
 def test_accelerate(tmp_path):
     from accelerate import Accelerator
 
