@@ -18,7 +18,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
-from .weights import is_dtensor, is_linear, weight_of
+from .weights import is_dtensor, is_linear, is_unread_linear, unread, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -371,25 +371,30 @@ def match(
 ) -> list[str]:
     """The names of the modules that `target_modules` means in this model; see `attach`.
 
-    Raises TypeError for a match that is no linear layer, ValueError for no match at all.  A list entry that matches
-    nothing is a warning, since lists are shared between architectures.
+    Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
+    list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
+    "all-linear" has to leave out.
     """
     modules = dict(model.named_modules())
     saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
-    names = []
+    names, left_out = [], []
     for name, module in modules.items():
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
             hit = is_linear(module) and module is not head and not never_called(module)
+            if is_unread_linear(module) and module is not head:
+                left_out.append((name, module))
         else:
             hit = matches(name, target_modules)
         if not hit:
             continue
         unused -= {t for t in unused if matches(name, [t])}
+        if is_unread_linear(module):
+            raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
         if not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
@@ -400,6 +405,9 @@ def match(
                 "calling the layer, so that an adapter on it would have no effect"
             )
         names.append(name)
+    if not names and left_out:
+        name, module = left_out[0]
+        raise TypeError(f"target_modules: 'all-linear' finds no linear layer but such as {name!r}, {unread(module)}")
     if not names:
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
@@ -410,6 +418,7 @@ def match(
         warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
     if everything:
         warn_of_experts(model, stacklevel=4)
+        warn_of_unread(left_out, stacklevel=4)
     return names
 
 
@@ -425,6 +434,17 @@ def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
         warnings.warn(
             f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
             "parameter; LoRA-XS adapts linear layers",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> None:
+    """Say that "all-linear" leaves out layers whose weights nothing here can read, if there are any."""
+    if layers:
+        (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(layers)} layers ({', '.join(kinds)}); the first, {name!r}, "
+            f"is {unread(first)}",
             stacklevel=stacklevel,
         )
 

@@ -154,10 +154,26 @@ def is_linear(layer: nn.Module) -> bool:
     )
 
 
+def is_unread_linear(layer: nn.Module) -> bool:
+    """Whether a layer looks like a linear one, as quantised layers do, of a type that nothing here can read."""
+    if is_linear(layer) or layer._modules or not (layer._parameters or layer._buffers):
+        return False
+    return all(isinstance(n, int) for n in _features(layer))
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def unread(layer: nn.Module) -> str:
+    """What is wrong with a layer that `is_unread_linear`, and what to do about it."""
+    kind = type(layer).__name__
+    return (
+        f"a {kind}, whose weight nothing here can read: lx.register_weight_reader({kind}, read) changes that, with "
+        "read(layer) -> its dense weight (out_features, in_features)"
+    )
 
 
 def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:

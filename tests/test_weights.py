@@ -311,8 +311,12 @@ def register():
 def test_a_registered_layer_is_adapted_like_any_other(register):
     linear = nn.Linear(K, N, bias=False)
     model = nn.Sequential(Halved(linear), nn.GELU())
-    with pytest.raises(TypeError, match=r"matches module '0', a Halved; must match linear layers alone"):
-        lx.attach(model, 4, target_modules=["0"])
+    for target_modules, found in (
+        (["0"], "matches module '0'"),
+        ("all-linear", "finds no linear layer but such as '0'"),
+    ):
+        with pytest.raises(TypeError, match=rf"{found}, a Halved, .* lx\.register_weight_reader\(Halved, read\)"):
+            lx.attach(model, 4, target_modules=target_modules)
     reads = []
     register(Halved, lambda layer: reads.append(layer) or whole(layer))
     lx.attach(model, 4, target_modules="all-linear")
@@ -325,6 +329,51 @@ def test_a_registered_layer_is_adapted_like_any_other(register):
     assert len(reads) == 1 and model[0].R.grad.any()
     with pytest.raises(TypeError, match=r"module '0': got a Halved, must be an nn\.Linear or Conv1D .* to merge into"):
         lx.merge(model)
+
+
+class HQQLinear(nn.Module):
+    """What HQQ's layer looks like: no nn.Linear, its weight packed under a name of its own."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.W_q = nn.Parameter(linear.weight.detach().mul(9).round().to(torch.int8).view(-1, 2), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.W_q.view(self.out_features, -1).to(x.dtype).T / 9
+
+
+@pytest.mark.parametrize("way", ["attach", "peft"])
+def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, register):
+    peft = pytest.importorskip("peft") if way == "peft" else None
+
+    def attach(model, target_modules):
+        if way == "attach":
+            return lx.attach(model, 4, target_modules=target_modules)
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        return peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=target_modules))
+
+    def mixed():
+        others = [nn.Bilinear(K, K, 4), nn.Conv1d(K, K, 1), nn.Identity(), nn.Sequential(nn.Linear(K, K))]
+        others[-1].in_features = others[-1].out_features = K  # a container that says so
+        return nn.ModuleList([nn.Linear(K, K), HQQLinear(nn.Linear(K, K)), Halved(nn.Linear(K, N)), *others])
+
+    with pytest.warns(UserWarning) as warned:
+        model = attach(mixed(), "all-linear")
+    (text,) = [str(each.message) for each in warned if "leaves out" in str(each.message)]
+    assert "leaves out 2 layers (HQQLinear, Halved); the first, '1', is a HQQLinear, whose weight" in text
+    assert "lx.register_weight_reader(HQQLinear, read)" in text
+    assert sum(hasattr(m, "base_layer") for m in model.modules()) == 2
+    model, message = mixed(), r"matches module '1', a HQQLinear.* lx\.register_weight_reader\(HQQLinear, read\)"
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=message):
+        attach(model, ["0", "1"])
+    assert snapshot(model) == before
+    register(HQQLinear, lambda layer: layer.W_q.view(K, K).float() / 9)
+    assert hasattr(
+        attach(model, ["0", "1"]).get_submodule("1" if way == "attach" else "base_model.model.1"), "base_layer"
+    )
 
 
 def test_the_most_specific_reader_wins_and_users_readers_over_ours(register):

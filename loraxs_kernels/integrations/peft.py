@@ -34,10 +34,10 @@ from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
-from ..model import fill, never_called, pattern_value, warn_of_experts
+from ..model import fill, never_called, pattern_value, warn_of_experts, warn_of_unread
 from ..padding import padded_rows
 from ..svd import plan
-from ..weights import assign, is_conv1d, is_linear, mergeable_weight, weight_of, whole
+from ..weights import assign, is_conv1d, is_linear, is_unread_linear, mergeable_weight, unread, weight_of, whole
 
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
@@ -376,6 +376,7 @@ class LoraXSModel(BaseTuner):
         trained = [(p, p.requires_grad) for p in model.parameters()]
         if self.peft_config[adapter_name].target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             warn_of_experts(model, stacklevel=2)
+            warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=2)
         self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -413,6 +414,8 @@ class LoraXSModel(BaseTuner):
         **_: Any,
     ) -> None:
         base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
+        if is_unread_linear(base):
+            raise TypeError(f"target_modules: matches module {current_key!r}, {unread(base)}")
         if isinstance(base, BaseTunerLayer) or not is_linear(base) or never_called(base):
             why = " of an nn.MultiheadAttention, which is never called" if never_called(base) else ""
             raise TypeError(
