@@ -125,7 +125,8 @@ def attach(
         rank: r of every adapter, unless `rank_pattern` says otherwise.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
-            embeddings.
+            embeddings and, in a transformers model for classification, its head, which then trains whole, as if named
+            in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: s = alpha / r; None: s = 1 everywhere.
@@ -133,7 +134,7 @@ def attach(
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
-            adapter file beside R.
+            adapter file beside R.  []: nothing but R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
             pair is checked against its weight.  The recipe is the file's, its seed included: seed, n_iter and tier
             given here say nothing.
@@ -150,8 +151,13 @@ def attach(
     """
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-    saved = named(model, modules_to_save or ())
-    names = match(model, target_modules, exclude_modules, saved)
+    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
+    if idle:
+        warnings.warn(
+            f"modules_to_save: {', '.join(idle)} of a {type(model).__name__} will neither train nor be adapted; "
+            f"modules_to_save={idle} trains such a head whole, [] keeps it as it is",
+            stacklevel=2,
+        )
     options: dict[str, dict[str, Any]] = {}
     for name in names:
         r = pattern_value(rank_pattern, name, rank)
@@ -363,6 +369,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def choose(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str] | None,
+) -> tuple[list[str], list[str], list[str]]:
+    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
+    saved, head = named(model, modules_to_save or ()), classification_head(model)
+    if modules_to_save is not None and not modules_to_save:
+        head = []
+    elif _is_everything(target_modules):
+        saved += [name for name in head if name not in saved]
+    names = match(model, target_modules, exclude_modules, saved)
+    idle = [name for name in head if not any(f"{each}.".startswith(f"{name}.") for each in (*saved, *names))]
+    return names, saved, idle
+
+
 def match(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -376,8 +399,9 @@ def match(
     "all-linear" has to leave out.
     """
     modules = dict(model.named_modules())
-    saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
-    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    everything = _is_everything(target_modules)
+    saved = [*modules_to_save, *(classification_head(model) if everything else ())]
+    saved = {id(m) for name in saved for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
     names, left_out = [], []
@@ -415,11 +439,35 @@ def match(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
         )
     if unused:
-        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
+        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=4)
     if everything:
-        warn_of_experts(model, stacklevel=4)
-        warn_of_unread(left_out, stacklevel=4)
+        warn_of_experts(model, stacklevel=5)
+        warn_of_unread(left_out, stacklevel=5)
     return names
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """The names of what a transformers model for classification has beside its backbone, by the names of its class.
+
+    Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
+    """
+    if not (hasattr(model, "base_model_prefix") and _CLASSIFIES.search(type(model).__name__)):
+        return []
+    backbone = getattr(model, model.base_model_prefix, None)
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not backbone and (is_linear(child) if backbone is None else any(True for _ in child.parameters()))
+    ]
+
+
+_CLASSIFIES = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|SentencePrediction|Regression|CTC|XVector)"
+)
+
+
+def _is_everything(target_modules: str | Sequence[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def warn_of_experts(model: nn.Module, stacklevel: int) -> None:

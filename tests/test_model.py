@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -25,6 +26,8 @@ from transformers import (
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
 from loraxs_kernels.model import match
+
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. classifier of a:UserWarning")
 
 
 @pytest.fixture
@@ -137,6 +140,82 @@ def test_all_linear_leaves_the_output_embeddings_out(gpt2):
     separate = lx.unmerge(copy.deepcopy(gpt2))
     torch.testing.assert_close(merged(IDS).logits, separate(IDS).logits, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(merged(IDS).logits, y, atol=1e-3)
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+WORDS = dict(input_ids=torch.arange(12).view(2, 6) + 2, labels=torch.tensor([0, 1]))
+SPEECH = dict(conv_dim=(16,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1, vocab_size=9)
+SPEECH |= dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, classifier_proj_size=16)
+HEADS = {
+    "Bert": (SMALL | dict(vocab_size=50), WORDS, ["classifier"], True),
+    "Roberta": (SMALL | dict(vocab_size=50), WORDS, ["classifier"], False),
+    "DistilBert": (
+        dict(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=50),
+        WORDS,
+        ["pre_classifier", "classifier"],
+        False,
+    ),
+    "GPT2": (dict(n_embd=32, n_layer=1, n_head=2, vocab_size=50, pad_token_id=0), WORDS, ["score"], False),
+    "ViT": (
+        SMALL | dict(image_size=8, patch_size=4),
+        dict(pixel_values=torch.randn(2, 3, 8, 8), labels=WORDS["labels"]),
+        ["classifier"],
+        False,
+    ),
+    "Wav2Vec2": (
+        SMALL | SPEECH,
+        dict(input_values=torch.randn(2, 400), labels=WORDS["labels"]),
+        ["projector", "classifier"],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_all_linear_trains_a_classification_head_whole(kind, tmp_path):
+    sizes, inputs, head, pooler = HEADS[kind]
+    task = "ForImageClassification" if kind == "ViT" else "ForSequenceClassification"
+    model = getattr(transformers, kind + task)(getattr(transformers, kind + "Config")(**sizes))
+    base, bodies = copy.deepcopy(model), [name for name, _ in model.named_children() if name not in head]
+    assert lx.attach(model, 4, target_modules="all-linear").loraxs.modules_to_save == tuple(head)
+    names = set(adapters(model))
+    assert (
+        names
+        and all(name.split(".")[0] in bodies for name in names)
+        and (f"{bodies[0]}.pooler.dense" in names) == pooler
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.R" for name in names} | {
+        n for n, _ in base.named_parameters() if n.split(".")[0] in head
+    }
+    model.train()
+    model(**inputs).loss.backward()
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).sub_(model.get_parameter(name).grad)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    fresh = lx.load_adapter(base.eval(), tmp_path / "adapter.safetensors")
+    assert torch.equal(fresh(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_what_else_may_be_said_of_a_classification_head(bert):
+    def attach(**options):
+        model = lx.attach(copy.deepcopy(bert), 2, **options)
+        return model.loraxs.modules_to_save, "classifier" in adapters(model)
+
+    pooler = ["bert.pooler"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert attach(target_modules="all-linear", modules_to_save=pooler) == (("bert.pooler", "classifier"), False)
+        assert attach(target_modules="all-linear", modules_to_save=[]) == ((), False)
+        assert attach(target_modules=["query"], modules_to_save=[]) == ((), False)
+        assert attach(target_modules=["query"], modules_to_save=["classifier"]) == (("classifier",), False)
+        assert attach(target_modules=["query", "classifier"]) == ((), True)
+    for options in (dict(target_modules=["query"]), dict(target_modules=".*query", modules_to_save=pooler)):
+        with pytest.warns(
+            UserWarning, match=r"classifier of a BertForSequenceClassification .* modules_to_save=\['clas"
+        ):
+            attach(**options)
 
 
 def test_detach_gives_the_very_same_model_back(bert):
