@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import warnings
@@ -404,12 +406,13 @@ def match(
     saved = {id(m) for name in saved for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
+    read = {id(m): parent for parent in modules.values() for n, m in parent._modules.items() if never_called(parent, n)}
     names, left_out = [], []
     for name, module in modules.items():
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and not never_called(module)
+            hit = is_linear(module) and module is not head and id(module) not in read
             if is_unread_linear(module) and module is not head:
                 left_out.append((name, module))
         else:
@@ -423,11 +426,8 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if never_called(module):
-            raise TypeError(
-                f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
-                "calling the layer, so that an adapter on it would have no effect"
-            )
+        if id(module) in read:
+            raise TypeError(f"target_modules: matches module {name!r} {why_never_called(read[id(module)])}")
         names.append(name)
     if not names and left_out:
         name, module = left_out[0]
@@ -516,8 +516,49 @@ def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-def never_called(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+# Linear layers whose weight their parent may read without calling them: {name of the layer: classes of the parent}.
+_READ_BY_PARENT = {
+    "out_proj": "MultiheadAttention WavLMAttention MambaMixer FalconMambaMixer Mamba2Mixer BambaMixer FalconH1Mixer "
+    "GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer",
+    "x_proj": "MambaMixer FalconMambaMixer",
+    "dt_proj": "MambaMixer FalconMambaMixer JambaMambaMixer",
+    "q_proj": "WavLMAttention",
+    "k_proj": "WavLMAttention DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "v_proj": "WavLMAttention",
+    "k_linear": "DabDetrMHAttentionMap DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "query": "VideoMAESelfAttention",
+    "key": "VideoMAESelfAttention",
+    "value": "VideoMAESelfAttention LSHSelfAttention",
+    "query_key": "LSHSelfAttention",
+    "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+    "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "dense": "MobileBertLMPredictionHead",
+    "decoder": "MobileBertLMPredictionHead",
+    "unembedding_projection": "NeoMMEForMaskedLM",
+    "classifier": "LongcatFlashTopkRouter",
+    "correction_coefs": "Gemma3nTextAltUp",
+    "kernel": "TDNNLayer",
+}
+
+
+def never_called(parent: nn.Module, name: str) -> bool:
+    """Whether a module reads the weight of its linear layer of that name, so that an adapter there would do nothing."""
+    classes = _READ_BY_PARENT.get(name, "").split()
+    return any(kind.__name__ in classes and _reads(kind, name) for kind in type(parent).__mro__)
+
+
+@functools.cache
+def _reads(kind: type, name: str) -> bool:
+    """Whether the source of a class has the weight of a child in it: classes change between versions."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(kind)
+    except (OSError, TypeError):  # there is no source
+        return True
+
+
+def why_never_called(parent: nn.Module) -> str:
+    return f"of a {type(parent).__name__}, which reads its weight without calling it: an adapter there has no effect"
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

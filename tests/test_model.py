@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import io
+import re
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import match
+from loraxs_kernels.model import _READ_BY_PARENT, match
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. classifier of a:UserWarning")
 
@@ -446,9 +449,89 @@ def test_calls_out_of_order_say_what_to_do(bert):
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of an nn\.MultiheadAttention"):
+    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):
         lx.attach(model, 4, target_modules=["out_proj"])
     assert match(model, "all-linear") == ["linear1", "linear2"]
+
+
+SSM = SMALL | dict(vocab_size=50, state_size=8, num_heads=4, head_dim=16, n_groups=1, num_key_value_heads=2)
+SSM |= dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_num_heads=4)
+SSM |= dict(mamba_head_dim=16, ssm_state_size=8, pad_token_id=0)
+
+
+@pytest.mark.parametrize("way", ["attach", "peft"])
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba", "FalconH1", "NemotronH"])
+def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
+    if not hasattr(transformers, f"{kind}ForCausalLM"):
+        pytest.skip(f"this transformers has no {kind}")
+    sizes = SSM | (dict(layers_block_type=["mamba", "attention"]) if kind == "NemotronH" else {})
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).train()
+    peft = pytest.importorskip("peft") if way == "peft" else None
+
+    def attach(target_modules):
+        if way == "attach":
+            return lx.attach(model, 4, target_modules=target_modules)
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        return peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=target_modules))
+
+    mixers = [name for name, m in model.named_modules() if hasattr(m, "A_log")]
+    assert mixers
+    with pytest.raises(
+        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads its weight without"
+    ):
+        attach([f"{name}.out_proj" for name in mixers])
+    adapted = attach("all-linear")
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name: p.grad is not None for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(trained.values()) and any(".in_proj." in name for name in trained)
+
+
+def reads_of_weights(source: str) -> set[tuple[str, str]]:
+    """(class, name) where a class hands on `self.name.weight`, of a linear layer that it made, while it runs."""
+    found = set()
+    for kind in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
+        made = {
+            target.attr
+            for node in ast.walk(kind)
+            if isinstance(node, ast.Assign) and "Linear(" in ast.unparse(node.value)
+            for target in node.targets
+            if isinstance(target, ast.Attribute)
+        }
+        for method in (node for node in kind.body if isinstance(node, ast.FunctionDef)):
+            if re.match(r"_*(init|tie|get|set|resize|reset|post)", method.name):
+                continue
+            nodes = list(ast.walk(method))
+            asked = [
+                n for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("dtype", "device", "shape", "data")
+            ]
+            asked += [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "isinstance"]
+            harmless = {id(child) for node in asked for child in ast.iter_child_nodes(node)}
+            for node in nodes:
+                if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in harmless:
+                    owner, _, name = ast.unparse(node.value).rpartition(".")
+                    if owner == "self" and name in made:
+                        found.add((kind.name, name))
+    return found
+
+
+CALLED_UNLESS_CONFIGURED = {  # where only settings of research make the parent read the weight
+    ("BloomAttention", "dense"),
+    ("BloomMLP", "dense_4h_to_h"),
+    ("DisentangledSelfAttention", "in_proj"),
+    ("Gemma4AssistantForCausalLM", "lm_head"),
+    ("Gemma4UnifiedAssistantForCausalLM", "lm_head"),
+}
+
+
+def test_every_weight_that_transformers_reads_without_calling_its_layer_is_known():
+    found = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        if re.search(r"self\.\w+\.weight\b(?!\.(dtype|device))", source := file.read_text(encoding="utf-8")):
+            found |= reads_of_weights(source)
+    assert ("MambaMixer", "out_proj") in found
+    known = {(kind, name) for name, kinds in _READ_BY_PARENT.items() for kind in kinds.split()}
+    assert found - known == CALLED_UNLESS_CONFIGURED & found
 
 
 def test_an_unused_name_in_the_list_is_a_warning(bert):
