@@ -296,7 +296,7 @@ def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: floa
         x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
         return unchecked(x, W, A, R, B, s, bias)
     y = base(x)
-    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+    if not plain and torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
         weight = getattr(base, "weight", None)
         raise RuntimeError(
             f"{label_of(name)}: its base layer, a {type(base).__name__} with a {type(weight).__name__} weight, passes "
@@ -304,6 +304,21 @@ def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: floa
             "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
         )
     return plus_delta(y, x, A, R, B, s, p, in_place=plain)
+
+
+def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether y = base(x) has a gradient for x.  A bias that trains makes y require one without it."""
+    if torch.compiler.is_compiling() or not (y.requires_grad and any(p.requires_grad for p in base.parameters())):
+        return y.requires_grad
+    wanted = torch.autograd.graph.get_gradient_edge(x).node
+    seen, ahead = {None}, [y.grad_fn]
+    while ahead:
+        if (node := ahead.pop()) is wanted:
+            return True
+        if node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return False
 
 
 def plus_delta(

@@ -115,7 +115,7 @@ class PassesNoGradient(nn.Linear):
         return super().forward(x.detach().round(decimals=2))
 
 
-@pytest.mark.parametrize("how", ["eager", "dropout", "compiled", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("how", ["eager", "bias trains", "dropout", "compiled", "checkpointed", "reentrant"])
 def test_a_base_that_passes_no_gradient_is_refused(how):
     layer = LoRAXSLinear.from_linear(PassesNoGradient(12, 8), 2, name="a.b", dropout=0.1 if how == "dropout" else 0.0)
     x = torch.randn(3, 12)
@@ -124,6 +124,7 @@ def test_a_base_that_passes_no_gradient_is_refused(how):
     x.requires_grad_()
     with torch.no_grad():
         layer(x)
+    layer.base_layer.bias.requires_grad_(how == "bias trains")
     run = {
         "compiled": lambda: torch.compile(layer, backend="aot_eager")(x),
         "checkpointed": lambda: checkpoint(layer, x, use_reentrant=False),
@@ -141,6 +142,8 @@ def test_a_base_that_passes_its_gradient_compiles_in_one_graph():
 
     layer, x = LoRAXSLinear.from_linear(Own(12, 8), 2), torch.randn(3, 12, requires_grad=True)
     nn.init.normal_(layer.R)
+    layer.bias.requires_grad_(True)
+    assert layer(2 * x).grad_fn is not None
     y, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     for got, right in zip(*(torch.autograd.grad(t.sum(), (x, layer.R)) for t in (compiled, y)), strict=True):
         torch.testing.assert_close(got, right)
