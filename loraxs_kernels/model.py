@@ -87,7 +87,8 @@ def _check_what_is_saved(model: nn.Module) -> None:
             stacklevel=3,
         )
     head = _embeddings(model, "output")
-    if not (isinstance(head, LoRAXSLinear) and head.merged and getattr(model.config, "tie_word_embeddings", False)):
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not (tied and isinstance(head, LoRAXSLinear) and head.merged):
         return
     if head.base_layer.weight is getattr(_embeddings(model, "input"), "weight", None):
         raise ValueError(
