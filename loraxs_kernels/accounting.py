@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .linear import LoRAXSLinear, check_rank, label_of
-from .model import match, named, pattern_value
+from .model import choose, pattern_value
 from .weights import is_linear, weight_of
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ def count_parameters(
         for argument, value in (("rank", rank), ("target_modules", target_modules)):
             if value is None:
                 raise ValueError(f"{argument}: must be given, for the model has no LoRA-XS adapters to count")
-        names = named(model, modules_to_save or ())
-        saved = [model.get_submodule(name) for name in names]
+        names, saved, _ = choose(model, target_modules, exclude_modules, modules_to_save)
+        saved = [model.get_submodule(name) for name in saved]
         layers = []
-        for name in match(model, target_modules, exclude_modules, names):
+        for name in names:
             N, K = weight_of(model.get_submodule(name), label_of(name)).shape
             r = pattern_value(rank_pattern, name, rank)
             check_rank(r, label_of(name), (N, K))

@@ -16,7 +16,9 @@ from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, is_conv1d, mergeable_weight, weight_of, weight_view
+
+_FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
 
 class LoRAXSLinear(nn.Module):
@@ -34,7 +36,7 @@ class LoRAXSLinear(nn.Module):
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
     of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of it: write to the
-    buffer, not there.
+    buffer, not there.  While merged, the state dict is that of the plain layer: `weight` and `bias` alone.
     """
 
     base_layer: nn.Module
@@ -104,12 +106,14 @@ class LoRAXSLinear(nn.Module):
         """
         label = label_of(name)
         check_rank(rank, label)
-        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        if alpha is not None and not _is_finite(alpha):
             raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout} for {label}, must be in [0, 1)")
-        if sigma < 0:
-            raise ValueError(f"sigma: got {sigma} for {label}, must be at least 0")
+        if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
+            raise ValueError(f"dropout: got {dropout!r} for {label}, must be in [0, 1)")
+        if not (_is_finite(sigma) and sigma >= 0.0):
+            raise ValueError(f"sigma: got {sigma!r} for {label}, must be a finite number of at least 0")
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
@@ -228,7 +232,10 @@ class LoRAXSLinear(nn.Module):
         TypeError where W is not a dense tensor; the layer is then as it was.
         """
         if not self.merged:
-            self.register_buffer("merged_weight", self.merged_dense_weight(), persistent=False)
+            merged = self.merged_dense_weight()
+            if is_conv1d(self.base_layer):
+                merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
+            self.register_buffer("merged_weight", merged, persistent=False)
 
     def unmerge(self) -> None:
         """Back to the base weight and a separate adapter."""
@@ -258,6 +265,14 @@ class LoRAXSLinear(nn.Module):
         super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
         self.B = padded_rows(self.B)
 
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        if not self.merged:
+            return super().state_dict(*args, **options)
+        plain = nn.Module()
+        plain.register_parameter("weight", nn.Parameter(self.weight, requires_grad=False))
+        plain.register_parameter("bias", self.bias)
+        return plain.state_dict(*args, **options)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "B"] = destination[prefix + "B"].contiguous()
@@ -279,14 +294,38 @@ class LoRAXSLinear(nn.Module):
 def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, name: str = "") -> Tensor:
     """base(x) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
 
-    Raises ValueError, naming the layer `name`, where x does not fit.
+    Raises, naming the layer `name`: ValueError where x does not fit; RuntimeError where x requires a gradient and
+    base passes none to it.
     """
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p):
         x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
         return unchecked(x, W, A, R, B, s, bias)
-    return plus_delta(base(x), x, A, R, B, s, p, in_place=plain)
+    y = base(x)
+    if not plain and torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
+        weight = getattr(base, "weight", None)
+        raise RuntimeError(
+            f"{label_of(name)}: its base layer, a {type(base).__name__} with a {type(weight).__name__} weight, passes "
+            "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
+            "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
+        )
+    return plus_delta(y, x, A, R, B, s, p, in_place=plain)
+
+
+def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether y = base(x) has a gradient for x.  A bias that trains makes y require one without it."""
+    if torch.compiler.is_compiling() or not (y.requires_grad and any(p.requires_grad for p in base.parameters())):
+        return y.requires_grad
+    wanted = torch.autograd.graph.get_gradient_edge(x).node
+    seen, ahead = {None}, [y.grad_fn]
+    while ahead:
+        if (node := ahead.pop()) is wanted:
+            return True
+        if node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return False
 
 
 def plus_delta(
@@ -372,6 +411,10 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
         )
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def label_of(name: str) -> str:
     """What errors call the layer of that name in its model."""
     return f"module {name!r}" if name else "linear"
@@ -389,8 +432,8 @@ def _hooked(layer: nn.Module) -> bool:
 
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
-    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in factors):
-        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of floating-point tensors")
+    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
+        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in {_FLOATS}")
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])
     if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +20,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
-from .weights import is_dtensor, is_linear, weight_of
+from .weights import is_dtensor, is_linear, is_unread_linear, unread, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +31,70 @@ class Attachment:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
+
+
+class SavePretrained:
+    """What `attach` puts in the place of `save_pretrained` of a transformers model, on the instance alone.
+
+    It saves as before, and warns where from_pretrained could not load what is saved.  Nothing here keeps the model
+    alive, so that `del model` frees it at once, and a copy of the model saves the copy.
+
+    before: what stood there on the instance, if anything did.
+    """
+
+    def __init__(self, model: nn.Module, before: Callable[..., Any] | None) -> None:
+        self.model, self.before = weakref.ref(model), before
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model(), self.before)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        model = self.model()
+        _check_what_is_saved(model)
+        pretends = _pretends(model)
+        if pretends:  # or transformers would look for PEFT's adapters and save those alone
+            del model._hf_peft_config_loaded
+        try:
+            if self.before is not None:
+                return self.before(*args, **options)
+            return type(model).save_pretrained(model, *args, **options)
+        finally:
+            if pretends:
+                model._hf_peft_config_loaded = True
+
+
+def _pretends(model: nn.Module) -> bool:
+    """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
+
+    Trainer refuses to train a quantised model without that mark.
+    """
+    return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
+
+
+def _is_quantised_for_training(model: nn.Module) -> bool:
+    """Whether transformers has quantised the model, in a way in which it can be trained through."""
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+    return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
+
+
+def _check_what_is_saved(model: nn.Module) -> None:
+    layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
+    if not all(layer.merged for layer in layers):
+        warnings.warn(
+            "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
+            "place of every adapted layer. Save the adapter with lx.save_adapter(model, file), or call "
+            "lx.merge(model) first, so that plain weights are saved; in Trainer, LoraXSCallback saves R",
+            stacklevel=3,
+        )
+    head = _embeddings(model, "output")
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not (tied and isinstance(head, LoRAXSLinear) and head.merged):
+        return
+    if head.base_layer.weight is getattr(_embeddings(model, "input"), "weight", None):
+        raise ValueError(
+            f"model.config.tie_word_embeddings: got True, must be False to save a merged {head.label}, whose weight is "
+            "another than the input embeddings' now: from_pretrained would tie them again"
+        )
 
 
 def attach(
@@ -61,7 +128,8 @@ def attach(
         rank: r of every adapter, unless `rank_pattern` says otherwise.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
-            embeddings.
+            embeddings and, in a transformers model for classification, its head, which then trains whole, as if named
+            in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: s = alpha / r; None: s = 1 everywhere.
@@ -69,7 +137,7 @@ def attach(
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
-            adapter file beside R.
+            adapter file beside R.  []: nothing but R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
             pair is checked against its weight.  The recipe is the file's, its seed included: seed, n_iter and tier
             given here say nothing.
@@ -85,8 +153,13 @@ def attach(
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
     """
     _check_unadapted(model)
-    saved = named(model, modules_to_save or ())
-    names = match(model, target_modules, exclude_modules, saved)
+    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
+    if idle:
+        warnings.warn(
+            f"modules_to_save: {', '.join(idle)} of a {type(model).__name__} will neither train nor be adapted; "
+            f"modules_to_save={idle} trains such a head whole, [] keeps it as it is",
+            stacklevel=2,
+        )
     options: dict[str, dict[str, Any]] = {}
     for name in names:
         r = pattern_value(rank_pattern, name, rank)
@@ -160,6 +233,11 @@ def install(
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
+    for module in model.modules():
+        if callable(getattr(type(module), "save_pretrained", None)):
+            module.save_pretrained = SavePretrained(module, module.__dict__.get("save_pretrained"))
+            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+                module._hf_peft_config_loaded = True
     return model
 
 
@@ -250,6 +328,12 @@ def detach(model: M, *, merge: bool = False) -> M:
         if attachment := module.__dict__.pop("loraxs", None):
             for name, p in module.named_parameters():
                 p.requires_grad_(name in attachment.trainable_before)
+        if isinstance(saver := module.__dict__.get("save_pretrained"), SavePretrained):
+            del module.save_pretrained
+            if saver.before is not None:
+                module.save_pretrained = saver.before
+            if _pretends(module):
+                del module._hf_peft_config_loaded
     return model
 
 
@@ -257,8 +341,9 @@ def merge(model: M) -> M:
     """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
 
     The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
-    bit.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError where a base layer
-    has no dense weight; the model is then as it was.
+    bit.  While merged, the state dict is that of the base model, with the merged weights: save_pretrained writes what
+    from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError
+    where a base layer has no dense weight; the model is then as it was.
     """
     merged = []
     try:
@@ -299,6 +384,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def choose(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str] | None,
+) -> tuple[list[str], list[str], list[str]]:
+    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
+    saved, head = named(model, modules_to_save or ()), classification_head(model)
+    if modules_to_save is not None and not modules_to_save:
+        head = []
+    elif _is_everything(target_modules):
+        saved += [name for name in head if name not in saved]
+    names = match(model, target_modules, exclude_modules, saved)
+    idle = [name for name in head if not any(f"{each}.".startswith(f"{name}.") for each in (*saved, *names))]
+    return names, saved, idle
+
+
 def match(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -307,35 +409,42 @@ def match(
 ) -> list[str]:
     """The names of the modules that `target_modules` means in this model; see `attach`.
 
-    Raises TypeError for a match that is no linear layer, ValueError for no match at all.  A list entry that matches
-    nothing is a warning, since lists are shared between architectures.
+    Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
+    list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
+    "all-linear" has to leave out.
     """
     modules = dict(model.named_modules())
-    saved = {id(m) for name in modules_to_save for m in model.get_submodule(name).modules()}
-    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    everything = _is_everything(target_modules)
+    saved = [*modules_to_save, *(classification_head(model) if everything else ())]
+    saved = {id(m) for name in saved for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
-    head = _output_embeddings(model)
-    names = []
+    head = _embeddings(model, "output")
+    read = {id(m): parent for parent in modules.values() for n, m in parent._modules.items() if never_called(parent, n)}
+    names, left_out = [], []
     for name, module in modules.items():
         if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and not never_called(module)
+            hit = is_linear(module) and module is not head and id(module) not in read
+            if is_unread_linear(module) and module is not head:
+                left_out.append((name, module))
         else:
             hit = matches(name, target_modules)
         if not hit:
             continue
         unused -= {t for t in unused if matches(name, [t])}
+        if is_unread_linear(module):
+            raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
         if not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if never_called(module):
-            raise TypeError(
-                f"target_modules: matches module {name!r} of an nn.MultiheadAttention, which reads the weight without "
-                "calling the layer, so that an adapter on it would have no effect"
-            )
+        if id(module) in read:
+            raise TypeError(f"target_modules: matches module {name!r} {why_never_called(read[id(module)])}")
         names.append(name)
+    if not names and left_out:
+        name, module = left_out[0]
+        raise TypeError(f"target_modules: 'all-linear' finds no linear layer but such as {name!r}, {unread(module)}")
     if not names:
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
@@ -343,10 +452,35 @@ def match(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
         )
     if unused:
-        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=3)
+        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=4)
     if everything:
-        warn_of_experts(model, stacklevel=4)
+        warn_of_experts(model, stacklevel=5)
+        warn_of_unread(left_out, stacklevel=5)
     return names
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """The names of what a transformers model for classification has beside its backbone, by the names of its class.
+
+    Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
+    """
+    if not (hasattr(model, "base_model_prefix") and _CLASSIFIES.search(type(model).__name__)):
+        return []
+    backbone = getattr(model, model.base_model_prefix, None)
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not backbone and (is_linear(child) if backbone is None else any(True for _ in child.parameters()))
+    ]
+
+
+_CLASSIFIES = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|SentencePrediction|Regression|CTC|XVector)"
+)
+
+
+def _is_everything(target_modules: str | Sequence[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
@@ -361,6 +495,17 @@ def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
         warnings.warn(
             f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
             "parameter; LoRA-XS adapts linear layers",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> None:
+    """Say that "all-linear" leaves out layers whose weights nothing here can read, if there are any."""
+    if layers:
+        (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(layers)} layers ({', '.join(kinds)}); the first, {name!r}, "
+            f"is {unread(first)}",
             stacklevel=stacklevel,
         )
 
@@ -384,10 +529,52 @@ def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-def never_called(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+# Linear layers whose weight their parent may read without calling them: {name of the layer: classes of the parent}.
+_READ_BY_PARENT = {
+    "out_proj": "MultiheadAttention WavLMAttention MambaMixer FalconMambaMixer Mamba2Mixer BambaMixer FalconH1Mixer "
+    "GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer",
+    "x_proj": "MambaMixer FalconMambaMixer",
+    "dt_proj": "MambaMixer FalconMambaMixer JambaMambaMixer",
+    "q_proj": "WavLMAttention",
+    "k_proj": "WavLMAttention DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "v_proj": "WavLMAttention",
+    "k_linear": "DabDetrMHAttentionMap DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "query": "VideoMAESelfAttention",
+    "key": "VideoMAESelfAttention",
+    "value": "VideoMAESelfAttention LSHSelfAttention",
+    "query_key": "LSHSelfAttention",
+    "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+    "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "dense": "MobileBertLMPredictionHead",
+    "decoder": "MobileBertLMPredictionHead",
+    "unembedding_projection": "NeoMMEForMaskedLM",
+    "classifier": "LongcatFlashTopkRouter",
+    "correction_coefs": "Gemma3nTextAltUp",
+    "kernel": "TDNNLayer",
+}
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+def never_called(parent: nn.Module, name: str) -> bool:
+    """Whether a module reads the weight of its linear layer of that name, so that an adapter there would do nothing."""
+    classes = _READ_BY_PARENT.get(name, "").split()
+    return any(kind.__name__ in classes and _reads(kind, name) for kind in type(parent).__mro__)
+
+
+@functools.cache
+def _reads(kind: type, name: str) -> bool:
+    """Whether the source of a class has the weight of a child in it: classes change between versions."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(kind)
+    except (OSError, TypeError):  # there is no source
+        return True
+
+
+def why_never_called(parent: nn.Module) -> str:
+    return f"of a {type(parent).__name__}, which reads its weight without calling it: an adapter there has no effect"
+
+
+def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a transformers model, where it has any."""
+    get = getattr(model, f"get_{which}_embeddings", None)
     return get() if callable(get) else None

@@ -65,8 +65,8 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     W = weight_view(layer)
     if W is None:
         raise TypeError(
-            f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a dense 2-dimensional floating-point "
-            "weight to merge into; the adapter stays beside it"
+            f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
+            "2-dimensional floating-point weight to merge into; the adapter stays beside it"
         )
     if W.is_meta:
         raise TypeError(
@@ -79,7 +79,8 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
 def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
     """What is known of W before it is read, and the way to read it; nothing is read, dequantised or gathered here.
 
-    Readers that were registered go first.  Known besides, on nn.Linear and transformers' Conv1D:
+    Readers that were registered go first.  Known besides, on nn.Linear and transformers' Conv1D (of a class derived
+    from nn.Linear with a forward of its own, dense weights of shape (out_features, in_features) alone):
         a dense weight;
         tensor subclasses that dequantise themselves (torchao), in their own dtype;
         weights that accelerate has offloaded, read from where they are; device: where the layer computes;
@@ -153,10 +154,26 @@ def is_linear(layer: nn.Module) -> bool:
     )
 
 
+def is_unread_linear(layer: nn.Module) -> bool:
+    """Whether a layer looks like a linear one, as quantised layers do, of a type that nothing here can read."""
+    if is_linear(layer) or layer._modules or not (layer._parameters or layer._buffers):
+        return False
+    return all(isinstance(n, int) for n in _features(layer))
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def unread(layer: nn.Module) -> str:
+    """What is wrong with a layer that `is_unread_linear`, and what to do about it."""
+    kind = type(layer).__name__
+    return (
+        f"a {kind}, whose weight nothing here can read: lx.register_weight_reader({kind}, read) changes that, with "
+        "read(layer) -> its dense weight (out_features, in_features)"
+    )
 
 
 def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
@@ -181,10 +198,13 @@ def _features(layer: nn.Module) -> tuple:
 
 
 def _linear(layer: nn.Module, label: str) -> Weight:
-    """nn.Linear and Conv1D: whatever their weight is, the layer computes x W^T + bias with it."""
+    """nn.Linear and Conv1D, whose forward is x W^T + bias, and classes derived from nn.Linear that hold W as it does.
+
+    What a class with a forward of its own computes with W is its own affair: that forward is called.
+    """
     conv1d = is_conv1d(layer)
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or not (conv1d or type(layer).forward is nn.Linear.forward):
+    if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
     shape = getattr(weight, "ds_shape", weight.shape)
     plain = type(weight) in (nn.Parameter, Tensor)
@@ -192,6 +212,10 @@ def _linear(layer: nn.Module, label: str) -> Weight:
         raise _fsdp1(layer, label)
     if len(shape) != 2 or not (weight.dtype in FLOATS if plain else is_dtensor(weight) or _dequantises(weight)):
         raise _unreadable(layer, label)
+    if not conv1d and type(layer).forward is not nn.Linear.forward:
+        dense = plain or is_dtensor(weight)
+        if not dense or tuple(shape) != (layer.out_features, layer.in_features):  # quantised, packed or transposed
+            raise _unreadable(layer, label)
     N, K = reversed(shape) if conv1d else shape
     hook = _offloading(layer)
     device = weight.device if hook is None else torch.device(hook.execution_device)
@@ -342,7 +366,8 @@ def _what(layer: nn.Module) -> str:
 
 def _unreadable(layer: nn.Module, label: str) -> TypeError:
     return TypeError(
-        f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight. "
+        f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight, of "
+        "shape (out_features, in_features) where a class derived from nn.Linear has a forward of its own. "
         "A quantised layer of this kind has no dequantiser here: lx.register_weight_reader adds one; or leave it out, "
         "or give its A and B with init=(A, B). A sharded one must be gathered first"
     )

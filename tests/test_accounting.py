@@ -97,7 +97,10 @@ def test_counts_what_attach_trains(bert, case):
     assert lx.count_parameters(bert.to("meta"), 4, **case) == expected
     attached = lx.attach(bert, 4, **case, progress=False)
     assert trained(attached) == expected.loraxs + expected.saved
-    assert expected.saved == (32 * 2 + 2 + 32 * 32 + 32 if "modules_to_save" in case else 0)
+    head, pooler = 32 * 2 + 2, 32 * 32 + 32
+    assert expected.saved == (head if case["target_modules"] == "all-linear" else 0) + (
+        head + pooler if "modules_to_save" in case else 0
+    )
     assert lx.count_parameters(attached) == expected  # what is there
     assert lx.count_parameters(lx.detach(attached), 4, **case) == expected
 
@@ -196,6 +199,7 @@ def test_the_class_of_a_configuration(name, architectures, kind):
     assert vars(config) == before and torch.equal(torch.get_rng_state(), state)
     everything = lx.count_parameters(config, 1, target_modules="all-linear")
     output = model.get_output_embeddings() if name != "clip" else None
+    output = model.classifier if kind == "BertForSequenceClassification" else output
     linear = [m for m in model.modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
     assert everything.modules == len([m for m in linear if m is not output])
 

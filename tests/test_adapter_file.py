@@ -209,7 +209,7 @@ def test_saving_does_not_read_the_base(tmp_path):
     """Which may have been packed, sharded or wrapped since the adapters were attached."""
     model = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"]))
     for _, layer in adapted_layers(model):
-        layer.base_layer.__class__ = type("Packed", (nn.Linear,), {"forward": None})
+        layer.base_layer.__class__ = type("Packed", (nn.Module,), {})
     with pytest.raises(TypeError, match="got a Packed"):
         model[0].reset_parameters()
     lx.save_adapter(model, tmp_path / "a.safetensors")

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def own(model: nn.Module) -> tuple:
         for m in model.modules()
         for hooks in (m._forward_hooks, m._load_state_dict_pre_hooks, m._load_state_dict_post_hooks)
     ]
-    return hooks, "save_pretrained" in model.__dict__
+    return hooks, model.__dict__.get("save_pretrained")
 
 
 @pytest.mark.parametrize("step", [2, 8])  # in the middle of an epoch and at the end of one
@@ -220,20 +221,32 @@ def test_the_model_itself_is_saved_whole(tmp_path):
             raise KeyboardInterrupt
 
     model = attached()
-    state = set(model.state_dict())
-    with pytest.raises(KeyboardInterrupt):
+    state, before = set(model.state_dict()), model.save_pretrained
+    with pytest.warns(UserWarning, match="random weights") as warned, pytest.raises(KeyboardInterrupt):
         trainer_of(model, tmp_path / "run", callbacks=[LoraXSCallback(), Save()]).train()
-    model.save_pretrained(tmp_path / "given up")
-    copy.deepcopy(model)
-    trainer_of(model, tmp_path / "run", max_steps=1).train()
-    assert "save_pretrained" not in model.__dict__
-    model.save_pretrained(tmp_path / "after")
+    assert sum("random weights" in str(each.message) for each in warned) == 2  # once a call
+    with pytest.warns(UserWarning, match="random weights"):
+        model.save_pretrained(tmp_path / "given up")
+    assert copy.deepcopy(model).save_pretrained.model() is not model
+    trainer = trainer_of(model, tmp_path / "run", max_steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="save_pretrained")
+        trainer.train()
+    assert model.save_pretrained is before
+    with pytest.warns(UserWarning, match="random weights"):
+        trainer.save_model(tmp_path / "after")
     for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):
         assert set(load_file(tmp_path / folder / "model.safetensors")) == state
         assert (tmp_path / folder / "config.json").exists()
     model.save_pretrained = patched = functools.partial(model.save_pretrained)
     trainer_of(model, tmp_path / "run", max_steps=1).train()
     assert model.__dict__["save_pretrained"] is patched
+    del model.save_pretrained
+    lx.merge(model)
+    trainer.save_model(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = texts()[0]["input_ids"][None]
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_the_best_model_is_loaded(tmp_path, caplog):
@@ -325,11 +338,12 @@ def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
 def test_figures_without_the_weights_of_a_layer(tmp_path):
     class Opaque(nn.Linear):
         def forward(self, x):
-            return nn.functional.linear(x, self.weight)
+            return x @ self.weight
 
     model = llama()
     layer = model.model.layers[0].mlp
     layer.up_proj = Opaque(16, 24, bias=False)
+    layer.up_proj.weight = nn.Parameter(torch.randn(16, 24))
     nn.init.zeros_(layer.gate_proj.weight)
     factors = {"model.layers.0.mlp.up_proj": (torch.randn(4, 16), torch.randn(24, 4))}
     trainer = trainer_of(attached(model, target_modules=["layers.0.mlp.up_proj"], init=factors), tmp_path, max_steps=1)
@@ -425,6 +439,64 @@ def test_a_module_that_is_no_pretrained_model(tmp_path):
     assert same(trained(resumed.model), trained(whole.model))
     torch.manual_seed(0)
     lx.load_adapter(Plain(), tmp_path / "checkpoint-12" / "adapter.safetensors", progress=False)
+
+
+def quantised(kind: str, folder: Path) -> nn.Module:
+    if not folder.exists():
+        torch.manual_seed(1)
+        options = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        options |= dict(num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).save_pretrained(folder)
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
+        config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, to quantise as it does")
+        config = transformers.BitsAndBytesConfig(**{kind: True})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    if not model.hf_quantizer.is_trainable:
+        pytest.skip("this transformers does not train models that are quantised so")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
+def test_quantised_models_train_and_resume(tmp_path, kind):
+    options = dict(max_steps=4, learning_rate=3e-2, data=4 * texts(4))
+    whole = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "whole", **options)
+    whole.train()
+    losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
+    assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
+    resumed = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(resumed.model), trained(whole.model))
+
+    with pytest.warns(UserWarning, match="random weights"):
+        whole.save_model(tmp_path / "saved")  # as transformers saves a quantised model, not as one of PEFT's
+    assert (tmp_path / "saved" / "config.json").exists()
+    lx.detach(copy.deepcopy(resumed.model)).save_pretrained(tmp_path / "detached")
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer_of(lx.detach(resumed.model), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
+def test_quantised_models_train_and_resume_with_peft(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def trainer(folder: Path):
+        config = LoraXSConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(quantised(kind, tmp_path / "base"), config)
+        return trainer_of(model, folder, max_steps=4, learning_rate=3e-2, data=4 * texts(4))
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
+    assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
 
 
 def test_accelerate(tmp_path):

@@ -108,6 +108,47 @@ def test_opaque_bases_get_the_delta_on_top():
         LoRAXSLinear.from_linear(base, 6, name="q")
 
 
+class PassesNoGradient(nn.Linear):
+    """Like a layer that quantises its input: what comes before it gets no gradient."""
+
+    def forward(self, x):
+        return super().forward(x.detach().round(decimals=2))
+
+
+@pytest.mark.parametrize("how", ["eager", "bias trains", "dropout", "compiled", "checkpointed", "reentrant"])
+def test_a_base_that_passes_no_gradient_is_refused(how):
+    layer = LoRAXSLinear.from_linear(PassesNoGradient(12, 8), 2, name="a.b", dropout=0.1 if how == "dropout" else 0.0)
+    x = torch.randn(3, 12)
+    layer(x).sum().backward()  # nothing before it wants a gradient
+    assert layer.R.grad is not None
+    x.requires_grad_()
+    with torch.no_grad():
+        layer(x)
+    layer.base_layer.bias.requires_grad_(how == "bias trains")
+    run = {
+        "compiled": lambda: torch.compile(layer, backend="aot_eager")(x),
+        "checkpointed": lambda: checkpoint(layer, x, use_reentrant=False),
+        "reentrant": lambda: checkpoint(layer, x, use_reentrant=True).sum().backward(),
+    }.get(how, lambda: layer(x))
+    message = r"module 'a\.b': its base layer, a PassesNoGradient with a Parameter weight, passes no gradient to its"
+    with pytest.raises(RuntimeError, match=message):
+        run()
+
+
+def test_a_base_that_passes_its_gradient_compiles_in_one_graph():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    layer, x = LoRAXSLinear.from_linear(Own(12, 8), 2), torch.randn(3, 12, requires_grad=True)
+    nn.init.normal_(layer.R)
+    layer.bias.requires_grad_(True)
+    assert layer(2 * x).grad_fn is not None
+    y, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    for got, right in zip(*(torch.autograd.grad(t.sum(), (x, layer.R)) for t in (compiled, y)), strict=True):
+        torch.testing.assert_close(got, right)
+
+
 def test_unfrozen_base_weight_still_gets_its_gradient():
     layer = make()
     layer.base_layer.requires_grad_(True)
@@ -170,17 +211,34 @@ def test_a_merge_that_is_not_finite_is_refused():
     assert not layer.merged
 
 
-def test_state_dict_round_trip_even_while_merged():
+def test_state_dict_round_trip():
     layer, other = make(), make()
     x = torch.randn(3, 40)
-    y = layer(x)
-    layer.merge()
     state = layer.state_dict()
     assert sorted(state) == ["A", "B", "R", "base_layer.bias", "base_layer.weight"]
     other.load_state_dict(state)
-    assert torch.equal(other(x), y)
+    assert torch.equal(other(x), layer(x))
+    other.merge()
     with pytest.raises(RuntimeError, match="is merged"):
-        layer.load_state_dict(state)
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+def test_state_dict_while_merged_is_that_of_a_plain_layer(kind):
+    layer, x = make(kind), torch.randn(3, 40)
+    nn.utils.parametrize.register_parametrization(layer, "R", nn.Identity())
+    before = layer.state_dict()
+    layer.merge()
+    model = nn.Sequential(Conv1D(24, 40) if kind == "conv1d" else nn.Linear(40, 24, bias=kind != "no bias"))
+    state = nn.Sequential(layer).state_dict()
+    assert all(t.is_contiguous() and not t.requires_grad for t in state.values())
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(x), layer(x))
+    assert state["0.weight"].data_ptr() == layer.weight.data_ptr(), "no copy is made"
+    layer.unmerge()
+    assert {name: t.data_ptr() for name, t in layer.state_dict().items() if name != "B"} == {
+        name: t.data_ptr() for name, t in before.items() if name != "B"
+    }
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -331,10 +389,24 @@ BAD = {
     "rank no integer": (dict(rank=2.0), ValueError, r"rank: got 2\.0"),
     "alpha": (dict(alpha=float("nan")), ValueError, r"alpha: got nan for module 'a\.b'"),
     "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
+    "dropout nan": (dict(dropout=float("nan")), ValueError, r"dropout: got nan for module 'a\.b'"),
+    "dropout no number": (dict(dropout="0.1"), ValueError, r"dropout: got '0\.1' for module 'a\.b'"),
     "sigma": (dict(sigma=-1.0), ValueError, r"sigma: got -1\.0"),
+    "sigma nan": (dict(sigma=float("nan")), ValueError, r"sigma: got nan for module 'a\.b', must be a finite number"),
+    "sigma inf": (dict(sigma=float("inf")), ValueError, r"sigma: got inf for module 'a\.b'"),
+    "sigma no number": (dict(sigma="1e-5"), ValueError, r"sigma: got '1e-5' for module 'a\.b'"),
+    "dtype int32": (dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'a\.b', must be torch"),
+    "dtype complex64": (dict(dtype=torch.complex64), ValueError, r"dtype: got torch\.complex64 for module"),
+    "dtype float8": (dict(dtype=torch.float8_e4m3fn), ValueError, r"dtype: got torch\.float8_e4m3fn for module"),
+    "dtype a string": (dict(dtype="bfloat16"), ValueError, r"dtype: got 'bfloat16' for module"),
     "init": (dict(init="kaiming"), ValueError, "init: got 'kaiming' for module 'a.b'"),
     "factors of another shape": (dict(init=(torch.ones(2, 8), torch.ones(8, 2))), ValueError, r"must be \(2, 12\)"),
     "factors not finite": (dict(init=(torch.ones(2, 12) / 0, torch.ones(8, 2))), ValueError, "NaN or Inf"),
+    "factors in float8": (
+        dict(init=(torch.ones(2, 12).to(torch.float8_e5m2), torch.ones(8, 2))),
+        TypeError,
+        r"pair \(A, B\) of tensors in torch\.bfloat16",
+    ),
     "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(1, 2\)"),
 }
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import gc
+import io
+import re
+import warnings
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import match
+from loraxs_kernels.model import _READ_BY_PARENT, match
+
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. classifier of a:UserWarning")
 
 
 @pytest.fixture
@@ -133,6 +145,82 @@ def test_all_linear_leaves_the_output_embeddings_out(gpt2):
     assert not torch.allclose(merged(IDS).logits, y, atol=1e-3)
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+WORDS = dict(input_ids=torch.arange(12).view(2, 6) + 2, labels=torch.tensor([0, 1]))
+SPEECH = dict(conv_dim=(16,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1, vocab_size=9)
+SPEECH |= dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, classifier_proj_size=16)
+HEADS = {
+    "Bert": (SMALL | dict(vocab_size=50), WORDS, ["classifier"], True),
+    "Roberta": (SMALL | dict(vocab_size=50), WORDS, ["classifier"], False),
+    "DistilBert": (
+        dict(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=50),
+        WORDS,
+        ["pre_classifier", "classifier"],
+        False,
+    ),
+    "GPT2": (dict(n_embd=32, n_layer=1, n_head=2, vocab_size=50, pad_token_id=0), WORDS, ["score"], False),
+    "ViT": (
+        SMALL | dict(image_size=8, patch_size=4),
+        dict(pixel_values=torch.randn(2, 3, 8, 8), labels=WORDS["labels"]),
+        ["classifier"],
+        False,
+    ),
+    "Wav2Vec2": (
+        SMALL | SPEECH,
+        dict(input_values=torch.randn(2, 400), labels=WORDS["labels"]),
+        ["projector", "classifier"],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_all_linear_trains_a_classification_head_whole(kind, tmp_path):
+    sizes, inputs, head, pooler = HEADS[kind]
+    task = "ForImageClassification" if kind == "ViT" else "ForSequenceClassification"
+    model = getattr(transformers, kind + task)(getattr(transformers, kind + "Config")(**sizes))
+    base, bodies = copy.deepcopy(model), [name for name, _ in model.named_children() if name not in head]
+    assert lx.attach(model, 4, target_modules="all-linear").loraxs.modules_to_save == tuple(head)
+    names = set(adapters(model))
+    assert (
+        names
+        and all(name.split(".")[0] in bodies for name in names)
+        and (f"{bodies[0]}.pooler.dense" in names) == pooler
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.R" for name in names} | {
+        n for n, _ in base.named_parameters() if n.split(".")[0] in head
+    }
+    model.train()
+    model(**inputs).loss.backward()
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).sub_(model.get_parameter(name).grad)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    fresh = lx.load_adapter(base.eval(), tmp_path / "adapter.safetensors")
+    assert torch.equal(fresh(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_what_else_may_be_said_of_a_classification_head(bert):
+    def attach(**options):
+        model = lx.attach(copy.deepcopy(bert), 2, **options)
+        return model.loraxs.modules_to_save, "classifier" in adapters(model)
+
+    pooler = ["bert.pooler"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert attach(target_modules="all-linear", modules_to_save=pooler) == (("bert.pooler", "classifier"), False)
+        assert attach(target_modules="all-linear", modules_to_save=[]) == ((), False)
+        assert attach(target_modules=["query"], modules_to_save=[]) == ((), False)
+        assert attach(target_modules=["query"], modules_to_save=["classifier"]) == (("classifier",), False)
+        assert attach(target_modules=["query", "classifier"]) == ((), True)
+    for options in (dict(target_modules=["query"]), dict(target_modules=".*query", modules_to_save=pooler)):
+        with pytest.warns(
+            UserWarning, match=r"classifier of a BertForSequenceClassification .* modules_to_save=\['clas"
+        ):
+            attach(**options)
+
+
 def test_detach_gives_the_very_same_model_back(bert):
     bert.bert.embeddings.requires_grad_(False)
     before, y = snapshot(bert), bert(IDS).logits
@@ -174,6 +262,68 @@ def test_detach_with_merge_from_separate_adapters(gpt2):
     lx.detach(gpt2, merge=True)
     assert not adapters(gpt2)
     torch.testing.assert_close(gpt2(IDS).logits, adapted, atol=1e-4, rtol=1e-3)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [lambda model: model, copy.deepcopy, copied], ids=["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_from_pretrained_loads_a_merged_model_and_a_separate_one_is_warned_of(kind, way, request, tmp_path):
+    model = request.getfixturevalue(kind)  # gpt2: Conv1D, and tied embeddings
+    lx.attach(model, 2, target_modules="all-linear")
+    model = way(randomise(model))
+    y = model(IDS).logits
+    with pytest.warns(UserWarning, match=r"random weights in the place .* lx\.save_adapter.* lx\.merge"):
+        model.save_pretrained(tmp_path / "separate")
+    lx.merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "merged", max_shard_size="20KB")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    loaded, report = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(loaded(IDS).logits, y, atol=1e-4, rtol=1e-3)
+    lx.save_adapter(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(lx.unmerge(model)(IDS).logits, y)
+    fresh = lx.load_adapter(lx.detach(model), tmp_path / "adapter.safetensors")
+    assert torch.equal(fresh(IDS).logits, y)
+
+
+def test_a_merged_head_is_not_tied_to_the_embeddings_again(tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    lx.merge(randomise(lx.attach(model, 4, target_modules=["lm_head"])))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings: got True, must be False to save a merged .* 'lm_head'"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+def test_nothing_keeps_an_adapted_model_alive_and_detach_leaves_nothing_on_it(bert):
+    calls = []
+    bert.bert.save_pretrained = before = calls.append  # somebody else's
+    lx.attach(bert, 2, target_modules=["query"])
+    with pytest.warns(UserWarning, match="random weights"):
+        bert.bert.save_pretrained("folder")
+    lx.detach(bert)
+    assert calls == ["folder"] and "save_pretrained" not in bert.__dict__ and bert.bert.save_pretrained is before
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    gc.collect()
+    gc.disable()
+    try:
+        alive = [weakref.ref(m) for m in lx.attach(model, 4, target_modules="all-linear").modules()]
+        del model
+        assert not any(each() is not None for each in alive)
+    finally:
+        gc.enable()
 
 
 class Tied(nn.Module):
@@ -253,6 +403,8 @@ FAILURES = {
     "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
     "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
     "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),
+    "sigma": (None, dict(sigma=float("nan")), ValueError, "sigma: got nan for module 'bert"),
+    "dtype": (None, dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'bert"),
     "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
     "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
 }  # fmt: skip
@@ -297,9 +449,89 @@ def test_calls_out_of_order_say_what_to_do(bert):
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of an nn\.MultiheadAttention"):
+    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):
         lx.attach(model, 4, target_modules=["out_proj"])
     assert match(model, "all-linear") == ["linear1", "linear2"]
+
+
+SSM = SMALL | dict(vocab_size=50, state_size=8, num_heads=4, head_dim=16, n_groups=1, num_key_value_heads=2)
+SSM |= dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_num_heads=4)
+SSM |= dict(mamba_head_dim=16, ssm_state_size=8, pad_token_id=0)
+
+
+@pytest.mark.parametrize("way", ["attach", "peft"])
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba", "FalconH1", "NemotronH"])
+def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
+    if not hasattr(transformers, f"{kind}ForCausalLM"):
+        pytest.skip(f"this transformers has no {kind}")
+    sizes = SSM | (dict(layers_block_type=["mamba", "attention"]) if kind == "NemotronH" else {})
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).train()
+    peft = pytest.importorskip("peft") if way == "peft" else None
+
+    def attach(target_modules):
+        if way == "attach":
+            return lx.attach(model, 4, target_modules=target_modules)
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        return peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=target_modules))
+
+    mixers = [name for name, m in model.named_modules() if hasattr(m, "A_log")]
+    assert mixers
+    with pytest.raises(
+        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads its weight without"
+    ):
+        attach([f"{name}.out_proj" for name in mixers])
+    adapted = attach("all-linear")
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name: p.grad is not None for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(trained.values()) and any(".in_proj." in name for name in trained)
+
+
+def reads_of_weights(source: str) -> set[tuple[str, str]]:
+    """(class, name) where a class hands on `self.name.weight`, of a linear layer that it made, while it runs."""
+    found = set()
+    for kind in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
+        made = {
+            target.attr
+            for node in ast.walk(kind)
+            if isinstance(node, ast.Assign) and "Linear(" in ast.unparse(node.value)
+            for target in node.targets
+            if isinstance(target, ast.Attribute)
+        }
+        for method in (node for node in kind.body if isinstance(node, ast.FunctionDef)):
+            if re.match(r"_*(init|tie|get|set|resize|reset|post)", method.name):
+                continue
+            nodes = list(ast.walk(method))
+            asked = [
+                n for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("dtype", "device", "shape", "data")
+            ]
+            asked += [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "isinstance"]
+            harmless = {id(child) for node in asked for child in ast.iter_child_nodes(node)}
+            for node in nodes:
+                if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in harmless:
+                    owner, _, name = ast.unparse(node.value).rpartition(".")
+                    if owner == "self" and name in made:
+                        found.add((kind.name, name))
+    return found
+
+
+CALLED_UNLESS_CONFIGURED = {  # where only settings of research make the parent read the weight
+    ("BloomAttention", "dense"),
+    ("BloomMLP", "dense_4h_to_h"),
+    ("DisentangledSelfAttention", "in_proj"),
+    ("Gemma4AssistantForCausalLM", "lm_head"),
+    ("Gemma4UnifiedAssistantForCausalLM", "lm_head"),
+}
+
+
+def test_every_weight_that_transformers_reads_without_calling_its_layer_is_known():
+    found = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        if re.search(r"self\.\w+\.weight\b(?!\.(dtype|device))", source := file.read_text(encoding="utf-8")):
+            found |= reads_of_weights(source)
+    assert ("MambaMixer", "out_proj") in found
+    known = {(kind, name) for name, kinds in _READ_BY_PARENT.items() for kind in kinds.split()}
+    assert found - known == CALLED_UNLESS_CONFIGURED & found
 
 
 def test_an_unused_name_in_the_list_is_a_warning(bert):

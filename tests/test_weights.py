@@ -213,6 +213,25 @@ def test_adapters_on_a_quantised_model(kind):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("way", ["attach", "peft"])
+def test_a_layer_that_quantises_its_input_is_refused_where_a_gradient_would_be_lost(way):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
+    model = model_of()
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    if way == "attach":
+        lx.attach(model, 4, target_modules="all-linear")
+    else:
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        model = peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=["0", "2"]))
+    x = torch.randn(5, K)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match=r"module '2': its base layer, a Linear with a \w+ weight, passes no"):
+        model(x)
+
+
 @everywhere
 def test_a_failed_attach_changes_nothing(kind):
     model = model_of(kind)
@@ -292,8 +311,12 @@ def register():
 def test_a_registered_layer_is_adapted_like_any_other(register):
     linear = nn.Linear(K, N, bias=False)
     model = nn.Sequential(Halved(linear), nn.GELU())
-    with pytest.raises(TypeError, match=r"matches module '0', a Halved; must match linear layers alone"):
-        lx.attach(model, 4, target_modules=["0"])
+    for target_modules, found in (
+        (["0"], "matches module '0'"),
+        ("all-linear", "finds no linear layer but such as '0'"),
+    ):
+        with pytest.raises(TypeError, match=rf"{found}, a Halved, .* lx\.register_weight_reader\(Halved, read\)"):
+            lx.attach(model, 4, target_modules=target_modules)
     reads = []
     register(Halved, lambda layer: reads.append(layer) or whole(layer))
     lx.attach(model, 4, target_modules="all-linear")
@@ -306,6 +329,51 @@ def test_a_registered_layer_is_adapted_like_any_other(register):
     assert len(reads) == 1 and model[0].R.grad.any()
     with pytest.raises(TypeError, match=r"module '0': got a Halved, must be an nn\.Linear or Conv1D .* to merge into"):
         lx.merge(model)
+
+
+class HQQLinear(nn.Module):
+    """What HQQ's layer looks like: no nn.Linear, its weight packed under a name of its own."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.W_q = nn.Parameter(linear.weight.detach().mul(9).round().to(torch.int8).view(-1, 2), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.W_q.view(self.out_features, -1).to(x.dtype).T / 9
+
+
+@pytest.mark.parametrize("way", ["attach", "peft"])
+def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, register):
+    peft = pytest.importorskip("peft") if way == "peft" else None
+
+    def attach(model, target_modules):
+        if way == "attach":
+            return lx.attach(model, 4, target_modules=target_modules)
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        return peft.get_peft_model(model, LoraXSConfig(r=4, target_modules=target_modules))
+
+    def mixed():
+        others = [nn.Bilinear(K, K, 4), nn.Conv1d(K, K, 1), nn.Identity(), nn.Sequential(nn.Linear(K, K))]
+        others[-1].in_features = others[-1].out_features = K  # a container that says so
+        return nn.ModuleList([nn.Linear(K, K), HQQLinear(nn.Linear(K, K)), Halved(nn.Linear(K, N)), *others])
+
+    with pytest.warns(UserWarning) as warned:
+        model = attach(mixed(), "all-linear")
+    (text,) = [str(each.message) for each in warned if "leaves out" in str(each.message)]
+    assert "leaves out 2 layers (HQQLinear, Halved); the first, '1', is a HQQLinear, whose weight" in text
+    assert "lx.register_weight_reader(HQQLinear, read)" in text
+    assert sum(hasattr(m, "base_layer") for m in model.modules()) == 2
+    model, message = mixed(), r"matches module '1', a HQQLinear.* lx\.register_weight_reader\(HQQLinear, read\)"
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=message):
+        attach(model, ["0", "1"])
+    assert snapshot(model) == before
+    register(HQQLinear, lambda layer: layer.W_q.view(K, K).float() / 9)
+    assert hasattr(
+        attach(model, ["0", "1"]).get_submodule("1" if way == "attach" else "base_model.model.1"), "base_layer"
+    )
 
 
 def test_the_most_specific_reader_wins_and_users_readers_over_ours(register):
@@ -378,13 +446,48 @@ def test_what_is_registered_is_checked():
     lx.register_weight_reader(Halved, None)  # nothing to take back
 
 
-def test_a_linear_with_a_forward_of_its_own_is_refused():
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
-    with pytest.raises(TypeError, match=r"module 'q': got a Scaled .* no dequantiser here: lx\.register_weight_reader"):
-        LoRAXSLinear.from_linear(Scaled(K, N), 4, name="q")
+
+class Packed(nn.Linear):
+    """Somebody's quantised layer: two weights in one number, and scales."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = nn.Parameter(linear.weight.detach()[:, ::2].clone())
+
+    def forward(self, x):
+        return x[..., ::2] @ self.weight.T
+
+
+def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():
+    model = nn.Sequential(nn.Linear(K, K), Scaled(K, N))
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(model[1].state_dict())
+    before, x = snapshot(model), torch.randn(3, K)
+    lx.attach(model, 4, target_modules="all-linear", alpha=8)
+    expected = LoRAXSLinear.from_linear(plain, 4, name="1")
+    layer = model[1]
+    assert torch.equal(layer.A, expected.A) and torch.equal(layer.B, expected.B)
+    nn.init.normal_(layer.R)
+    h = model[0](x)
+    torch.testing.assert_close(model(x), 2 * plain(h) + h @ layer.delta_weight().T)
+    gR = torch.autograd.grad(model(x).sum(), layer.R)[0]
+    torch.testing.assert_close(gR, 2 * layer.B.sum(0)[:, None] * (h @ layer.A.T).sum(0))
+    with pytest.raises(TypeError, match=r"module '1': got a Scaled .* with that class's forward .* to merge into"):
+        lx.merge(model)
+    assert snapshot(lx.detach(model)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_a_quantised_class_derived_from_linear_is_refused(dtype):
+    layer = Packed(nn.Linear(K, N)) if dtype == torch.float32 else Scaled(K, N)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    name = type(layer).__name__
+    with pytest.raises(TypeError, match=rf"module 'q': got a {name} .* no dequantiser here: lx\.register_weight_read"):
+        LoRAXSLinear.from_linear(layer, 4, name="q")
 
 
 # Weights that are sharded over ranks.

@@ -20,7 +20,12 @@ from packaging.version import Version
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -34,11 +39,22 @@ from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
-from ..model import fill, never_called, pattern_value, warn_of_experts
+from ..model import fill, never_called, pattern_value, warn_of_experts, warn_of_unread, why_never_called
 from ..ops import autocast_on
 from ..padding import padded_rows
 from ..svd import plan
-from ..weights import FLOATS, assign, is_conv1d, is_linear, mergeable_weight, weight_of, weight_view, whole
+from ..weights import (
+    FLOATS,
+    assign,
+    is_conv1d,
+    is_linear,
+    is_unread_linear,
+    mergeable_weight,
+    unread,
+    weight_of,
+    weight_view,
+    whole,
+)
 from .reference_repo import translate
 
 try:
@@ -447,8 +463,6 @@ class LoraXSModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         modules = [(m, dict(m._modules)) for m in model.modules()]
         trained = [(p, p.requires_grad) for p in model.parameters()]
-        if self.peft_config[adapter_name].target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            warn_of_experts(model, stacklevel=2)
         self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
         try:
             _check_name(adapter_name)
@@ -457,6 +471,7 @@ class LoraXSModel(BaseTuner):
                     "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
                     "lx.detach(model) takes them off"
                 )
+            self._spell_out_all_linear(self.peft_config[adapter_name], model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(self._new, None, None, WORKSPACE, progress=True)
         except BaseException:
@@ -473,6 +488,21 @@ class LoraXSModel(BaseTuner):
             raise
         finally:
             del self._new
+
+    def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
+        """The names that "all-linear" means to PEFT, less those of layers that are never called, in its place."""
+        targets = config.target_modules
+        if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+            return
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules -= {
+            f"{name}.{child}".removeprefix(".")
+            for name, parent in model.named_modules()
+            for child in parent._modules
+            if never_called(parent, child)
+        }
+        warn_of_experts(model, stacklevel=3)
+        warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
@@ -492,10 +522,13 @@ class LoraXSModel(BaseTuner):
         **_: Any,
     ) -> None:
         base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
-        if isinstance(base, BaseTunerLayer) or not is_linear(base) or never_called(base):
-            why = " of an nn.MultiheadAttention, which is never called" if never_called(base) else ""
+        if is_unread_linear(base):
+            raise TypeError(f"target_modules: matches module {current_key!r}, {unread(base)}")
+        if never_called(parent, target_name):
+            raise TypeError(f"target_modules: matches module {current_key!r} {why_never_called(parent)}")
+        if isinstance(base, BaseTunerLayer) or not is_linear(base):
             raise TypeError(
-                f"target_modules: matches module {current_key!r}, a {type(base).__name__}{why}; must match linear "
+                f"target_modules: matches module {current_key!r}, a {type(base).__name__}; must match linear "
                 "layers without an adapter of another method (exclude_modules leaves one out)"
             )
         adapter = _new_adapter(base, config, current_key)
