@@ -125,7 +125,7 @@ def _addmm(o: Operands) -> Layer:
 
     def call(x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return _LowRankLinear.apply(None, x, o.W, o.A, R, o.B, o.s, None, primitive)
+            return _LowRankLinear.apply(x, o.W, o.A, R, o.B, o.s, None, None, primitive)[0]
         return primitive(x, o.W, o.A, R, o.B, o.s, None)[0]
 
     return Layer(call, (R,), (o.A, R, o.B), o.s)
