@@ -112,6 +112,8 @@ class LoRAXSLinear(nn.Module):
             raise ValueError(f"dropout: got {dropout!r} for {label}, must be in [0, 1)")
         if not (_is_finite(sigma) and sigma >= 0.0):
             raise ValueError(f"sigma: got {sigma!r} for {label}, must be a finite number of at least 0")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed: got {seed!r} for {label}, must be an integer")
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
         if isinstance(linear, LoRAXSLinear):
@@ -401,7 +403,7 @@ def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor 
 
 def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
     """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
     if shape is not None and rank > min(shape):
         N, K = shape
