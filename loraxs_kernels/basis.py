@@ -18,7 +18,7 @@ from torch import Tensor
 from .svd import NotFinite, Plan, plan, rademacher, truncated_svd
 from .weights import Weight
 
-INITS = ("svd", "random")  # by name; "sklearn" comes of load_reference_adapter, "given" of a pair (A, B)
+INITS = ("svd", "random")  # by name; only load_reference_adapter makes "sklearn", a pair (A, B) is "given"
 
 PROBES = 8  # bilinear probes of a delta, and columns of a sketch
 ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
@@ -88,7 +88,8 @@ class Recipe:
             from sklearn.decomposition import TruncatedSVD
         except ImportError as error:
             raise ImportError(
-                "the adapter is on A and B as scikit-learn makes them, which is not installed: pip install scikit-learn"
+                f"module {self.name!r}: A and B of its adapter are as scikit-learn makes them, which is not installed: "
+                "pip install scikit-learn"
             ) from error
         X = W.detach().to("cpu", torch.promote_types(W.dtype, torch.float32)).t()
         if not torch.isfinite(X).all():

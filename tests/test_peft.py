@@ -14,10 +14,12 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -421,12 +423,131 @@ def test_merge_and_unload_gives_a_plain_model(trained):
     assert torch.equal(logits(again.unload()), logits(plain))
 
 
-def test_a_merge_that_is_not_finite_is_refused(trained):
-    broken = list(layers(trained).values())[1]
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_is_not_finite_changes_no_layer(trained, merge):
+    *_, broken = layers(trained).values()
     broken.loraxs_R["default"].data.fill_(torch.inf)
-    with pytest.raises(ValueError, match=r"module 'model.layers.0.self_attn.k_proj'.*NaN or Inf"):
+    before = snapshot(trained)
+    with pytest.raises(ValueError, match=r"module 'model.layers.1.mlp.down_proj'.*NaN or Inf"):
+        getattr(trained, merge)()
+    assert snapshot(trained) == before and not any(layer.merged for layer in layers(trained).values())
+    trained.add_adapter("second", config())
+    randomise(trained, "second")
+    trained.merge_adapter(["second"])
+    merged = logits(trained)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        getattr(trained, merge)(adapter_names=["second", "default"])
+    assert all(layer.merged_adapters == ["second"] for layer in layers(trained).values())
+    assert torch.equal(logits(trained), merged)
+
+
+def test_layers_are_unmerged_all_or_none(trained, monkeypatch):
+    trained.merge_adapter()
+    *_, last = layers(trained).values()
+
+    def refuse():
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(last, "check_unmerge", refuse)
+    with pytest.raises(ValueError, match="not this one"):
+        trained.unmerge_adapter()
+    assert all(layer.merged for layer in layers(trained).values())
+
+
+def test_the_state_dict_of_a_merged_model_has_its_weights_once(trained):
+    separate = {key: t.clone() for key, t in trained.state_dict().items()}
+    trained.merge_adapter()
+    merged = logits(trained)
+    state_dict = trained.state_dict()
+    assert state_dict.keys() == separate.keys() and all(torch.equal(t, separate[key]) for key, t in state_dict.items())
+    assert torch.equal(logits(trained), merged)
+
+
+def others(trained: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict of another R for every layer."""
+    state_dict = {key: t.clone() for key, t in randomise(copy.deepcopy(trained)).state_dict().items()}
+    return {key: t for key, t in state_dict.items() if "loraxs_" in key}
+
+
+def without_R(state_dict):
+    del state_dict[[key for key in state_dict if "loraxs_R" in key][-1]]
+
+
+def with_a_smaller_R(state_dict):
+    state_dict[[key for key in state_dict if "loraxs_R" in key][-1]] = torch.ones(2, 2)
+
+
+LOADS = {
+    "no R for the last": (without_R, r"has no R for module 'model.layers.1.mlp.down_proj'"),
+    "another shape": (with_a_smaller_R, r"R for module '.*down_proj' has shape \(2, 2\), must be \(3, 3\)"),
+    "merged": (lambda state_dict: None, r"is merged into module 'model.layers.0.self_attn.q_proj'; unmerge_adapter"),
+}
+
+
+@pytest.mark.parametrize("within", ["PeftModel", "the base model"])
+@pytest.mark.parametrize("case", LOADS)
+def test_a_load_that_is_refused_changes_no_layer(trained, case, within):
+    damage, message = LOADS[case]
+    state_dict = others(trained)
+    damage(state_dict)
+    if case == "merged":
         trained.merge_adapter()
-    assert not broken.merged
+    model, y = trained, logits(trained)
+    if within != "PeftModel":
+        model = trained.get_base_model()
+        state_dict = {key.removeprefix("base_model.model."): t for key, t in state_dict.items()}
+    before = {key: t.clone() for key, t in trained.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(state_dict, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in trained.state_dict().items())
+    assert torch.equal(logits(trained), y)
+
+
+def test_an_R_that_a_parametrization_makes_is_saved_and_loaded(tmp_path):
+    class Twice(nn.Module):
+        def forward(self, R):
+            return 2 * R
+
+    def made():
+        model = get_peft_model(llama(), config())
+        for layer in layers(model).values():
+            parametrize.register_parametrization(layer.loraxs_R, "default", Twice())
+        return model
+
+    model, again = made(), made()
+    for layer in layers(model).values():
+        nn.init.normal_(layer.loraxs_R.parametrizations["default"].original)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again), logits(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="where a parametrization makes R; remove it"):
+        again.load_adapter(tmp_path, "default")
+
+
+def test_a_config_is_as_it_was_where_an_adapter_cannot_be_added():
+    asked = config(r=200)
+    with pytest.raises(ValueError, match="rank: got 200"):
+        get_peft_model(llama(), asked)
+    assert (asked.target_modules, asked.modules_to_save, asked.svd_recipe) == ("all-linear", None, {})
+    with pytest.raises(ValueError, match="without a linear layer that can be adapted"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config(task_type=None))
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "SEQ_CLS", None])
+def test_all_linear_leaves_a_head_to_train_whole(task_type, tmp_path):
+    def bert():
+        torch.manual_seed(1)
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+        kind = BertForSequenceClassification if task_type == "SEQ_CLS" else BertForTokenClassification
+        return kind(BertConfig(**sizes)).eval()
+
+    model = randomise(get_peft_model(bert(), config(task_type=task_type)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "loraxs_R" not in name}
+    assert trained == {f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
+    nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model))
 
 
 def test_a_layer_in_two_places_and_a_shared_weight():

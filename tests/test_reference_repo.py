@@ -831,22 +831,32 @@ def test_the_reference_s_keys_name_no_adapter(tmp_path):
         model.load_adapter(saved(trained(), tmp_path), "other")
 
 
-def test_layers_without_their_tuner_take_or_refuse_them_too(tmp_path):
+def test_layers_without_their_tuner_take_them_too(tmp_path):
     theirs = trained()
     folder = saved(theirs, tmp_path)
-    for take in (dict, lambda tensors: tensors_of(respelled(folder))):
+    for take in (lambda folder: folder, respelled):
+        tensors = {key.removeprefix("base_model.model."): t for key, t in tensors_of(take(folder)).items()}
         model = started().get_base_model()
-        tensors = {key.removeprefix("base_model.model."): t for key, t in take(tensors_of(folder)).items()}
-        if take is dict:
-            model.load_state_dict(tensors, strict=False)
-            model.classifier = theirs.get_base_model().classifier
-            assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
-            continue
-        with pytest.raises(ValueError, match="must have lora_A, lora_B and default_lora_latent_mapping"):
-            model.load_state_dict(tensors, strict=False)
-        attached = lx.attach(bert(), 4, target_modules=TARGETS)
-        with pytest.raises(ValueError, match=r"module 'bert.*': got a state dict with .* load_reference_adapter"):
-            attached.load_state_dict(tensors, strict=False)
+        model.load_state_dict(tensors, strict=False)
+        model.classifier = theirs.get_base_model().classifier
+        assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+def test_both_spellings_of_R_are_refused(tmp_path):
+    model = started()
+    both = tensors_of(saved(trained(), tmp_path)) | {k: t for k, t in model.state_dict().items() if "loraxs_R" in k}
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="has R both as the reference and as LoRA-XS in PEFT spells it"):
+        model.load_state_dict(both, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_layers_of_attach_refuse_them(tmp_path):
+    folder = respelled(saved(trained(), tmp_path))
+    tensors = {key.removeprefix("base_model.model."): t for key, t in tensors_of(folder).items()}
+    attached = lx.attach(bert(), 4, target_modules=TARGETS)
+    with pytest.raises(ValueError, match=r"module 'bert.*': got a state dict with .* load_reference_adapter"):
+        attached.load_state_dict(tensors, strict=False)
 
 
 def test_trainer_resumes_from_a_checkpoint_of_the_reference(tmp_path):

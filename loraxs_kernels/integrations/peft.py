@@ -8,6 +8,7 @@ checked when it is loaded.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
+    onload_layer,
 )
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -39,7 +41,15 @@ from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
-from ..model import fill, never_called, pattern_value, warn_of_experts, warn_of_unread, why_never_called
+from ..model import (
+    classification_head,
+    fill,
+    never_called,
+    pattern_value,
+    warn_of_experts,
+    warn_of_unread,
+    why_never_called,
+)
 from ..ops import autocast_on
 from ..padding import padded_rows
 from ..svd import plan
@@ -271,11 +281,15 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 self._merge(before)
             raise
 
+    @property
+    def _requantises(self) -> bool:
+        return self.quantization_backend is not None and self.quantization_backend.supports_merge
+
     @torch.no_grad()
-    def _merge(self, names: list[str]) -> None:
+    def merged_weight(self, names: list[str]) -> Tensor:
+        """W + sum of s B R A (N, K) for a layer that is not merged; see `merge` for what it raises."""
         base, label = self.base_layer, label_of(self.recipe[names[0]].name)
-        requantise = self.quantization_backend is not None and self.quantization_backend.supports_merge
-        if requantise:
+        if self._requantises:
             weight = weight_of(base, label)
             W, dtype = weight.read(), weight.dtype
         else:
@@ -287,9 +301,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: {label} "
                 "would have NaN or Inf values, and stays unmerged"
             )
+        return total
+
+    def _merge(self, names: list[str]) -> None:
+        base, total = self.base_layer, self.merged_weight(names)
         unmerged = _Unmerged(base)
         try:
-            if requantise:
+            if self._requantises:
                 self.quantization_backend.set_base_weight(self, total)
             else:
                 # A new Parameter, since the old one may be another module's too, such as the embedding's.
@@ -307,10 +325,26 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
+        self.check_unmerge()
         self._unmerged.put_back(self)
         self._unmerged = None
         self.merged_adapters.clear()
+
+    def check_unmerge(self) -> None:
+        """Raise a ValueError if the layer is merged and cannot be unmerged."""
+        if self._unmerged is not None:
+            self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """With the base weight as it is without adapters, merged or not: R is there beside it."""
+        if self._unmerged is None:
+            return super().state_dict(*args, **options)
+        merged = _Unmerged(self.base_layer)
+        self._unmerged.put_back(self)
+        try:
+            return super().state_dict(*args, **options)
+        finally:
+            merged.put_back(self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B R A in the layout of base_layer.weight, in the dtype of A."""
@@ -336,8 +370,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def check_fingerprints(self, names: Iterable[str]) -> None:
         """Compare the delta of those adapters that were loaded with their file's probes; a flipped sign is mended in R.
 
-        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3, and again whenever such an
-        adapter is to be used; the others of the layer stay usable.
+        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3 (3e-2 for an adapter that
+        brings its own A and B; a rounding of R more where R is in half precision), and again whenever such an adapter
+        is to be used; the others of the layer stay usable.
         """
         for name in sorted(self.unchecked.intersection(names)):
             A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
@@ -352,7 +387,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 if not torch.isfinite(entry["R"]).all():
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
                 aligned, error = fitted(entry, A, B)
-                accepted = basis.ACCEPT + torch.finfo(R.dtype).eps  # R may have been rounded to bf16 when it was loaded
+                accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 if error > (basis.ALIGNED if config.save_factors else accepted):
                     raise mismatch(f"adapter {name!r}", label, entry, error, A, REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
@@ -365,7 +400,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.unchecked.discard(name)
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:
-        """R in fp32, or in the dtype of the base weight; one that a parametrization makes stays as it is."""
+        """R in fp32; or in the dtype of the base weight, that of A where the weight is quantised.
+
+        R in fp64, and one that a parametrization makes, stay as they are.
+        """
         R, W = self.loraxs_R._parameters.get(name), getattr(self.base_layer, "weight", None)
         if autocast_adapter_dtype:
             dtype = torch.float32
@@ -384,19 +422,49 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 continue
             fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
             self.loraxs_fingerprint[name] = fingerprint
+            if name not in self.loraxs_R._parameters:  # for models without the parametrization that makes it
+                destination[f"{prefix}loraxs_R.{name}"] = R.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raise a ValueError, naming the layer, where an adapter in a state dict is not whole or does not fit this one.
+
+        Adapters that the state dict has nothing of are left alone.  The R that a parametrization has made is taken out
+        of the state dict, where what it was made of is there too.
+        """
+        for name, r in self.r.items():
+            label = label_of(self.recipe[name].name)
+            shapes = {"A": (r, self.in_features), "R": (r, r), "B": (self.out_features, r)}
+            shapes["fingerprint"] = (r + basis.PROBES,)
+            keys = {which: f"{prefix}loraxs_{which}.{name}" for which in shapes}
+            there = {which for which, key in keys.items() if key in state_dict}
+            if name not in self.loraxs_R._parameters:  # a parametrization makes it
+                if any(key.startswith(f"{prefix}loraxs_R.parametrizations.{name}.") for key in state_dict):
+                    state_dict.pop(keys["R"], None)
+                    there.add("R")
+                elif "R" in there:
+                    raise ValueError(
+                        f"adapter {name!r}: got an R for {label}, where a parametrization makes R; remove it before "
+                        "loading"
+                    )
+            if not there:
+                continue
+            if name in self.merged_adapters:
+                raise ValueError(f"adapter {name!r}: is merged into {label}; unmerge_adapter() before loading it")
+            needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
+            if missing := sorted(needed - there):
+                raise ValueError(f"adapter {name!r}: has no {' and '.join(missing)} for {label}")
+            for which, key in keys.items():
+                if key in state_dict and tuple(state_dict[key].shape) != shapes[which]:
+                    raise ValueError(
+                        f"adapter {name!r}: {which} for {label} has shape {tuple(state_dict[key].shape)}, must be "
+                        f"{shapes[which]}"
+                    )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         translate(state_dict, {prefix[:-1]: self}, whole_model=False)
-        for name in self.loraxs_R:
-            there = {
-                which for which in ("A", "R", "B", "fingerprint") if f"{prefix}loraxs_{which}.{name}" in state_dict
-            }
-            needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
-            if there and (missing := sorted(needed - there)):
-                label = label_of(self.recipe[name].name)
-                raise ValueError(f"adapter {name!r}: has no {' and '.join(missing)} for {label}")
-        self._latest = {name for name in self.loraxs_R if f"{prefix}loraxs_fingerprint.{name}" in state_dict}
+        self.check_state_dict(state_dict, prefix)
+        self._latest = {name for name in self.r if f"{prefix}loraxs_fingerprint.{name}" in state_dict}
         self.unchecked |= self._latest
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -443,26 +511,21 @@ class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
 
     A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
-    together, as `lx.attach` makes them.  If anything fails the model is as it was.
+    together, as `lx.attach` makes them.  If adding an adapter fails the model is as it was, and so it is if one cannot
+    be merged, unmerged or loaded; an adapter whose delta W turns out to be another is refused when its R is in place.
     """
 
     prefix = "loraxs_"
     tuner_layer_cls = LoraXSLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # All layers before the first of them is loaded, and here also the keys that stand beside a layer.
-        layers = {
-            f"{prefix}{name}": module
-            for name, module in self.named_modules(remove_duplicate=False)
-            if isinstance(module, LoraXSLinearLayer)
-        }
-        translate(state_dict, layers, whole_model=True)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         modules = [(m, dict(m._modules)) for m in model.modules()]
         trained = [(p, p.requires_grad) for p in model.parameters()]
+        config = self.peft_config[adapter_name]
+        said = {
+            field: copy.copy(getattr(config, field)) for field in ("target_modules", "modules_to_save", "svd_recipe")
+        }
         self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
         try:
             _check_name(adapter_name)
@@ -471,10 +534,13 @@ class LoraXSModel(BaseTuner):
                     "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
                     "lx.detach(model) takes them off"
                 )
-            self._spell_out_all_linear(self.peft_config[adapter_name], model)
+            self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(self._new, None, None, WORKSPACE, progress=True)
+            if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
+                model.register_load_state_dict_pre_hook(_check_before_loading)
         except BaseException:
+            vars(config).update(said)
             for module, children in modules:
                 module._modules.clear()
                 module._modules.update(children)
@@ -490,7 +556,10 @@ class LoraXSModel(BaseTuner):
             del self._new
 
     def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
-        """The names that "all-linear" means to PEFT, less those of layers that are never called, in its place."""
+        """Put the names that "all-linear" means in its place: what it means to PEFT, and as `attach` has it.
+
+        Layers that are never called are left out; a classification head trains whole, as one of modules_to_save.
+        """
         targets = config.target_modules
         if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
             return
@@ -501,8 +570,54 @@ class LoraXSModel(BaseTuner):
             for child in parent._modules
             if never_called(parent, child)
         }
+        head = classification_head(model)
+        inside = tuple(f"{name}." for name in head)
+        config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
+        if head and config.modules_to_save is None:
+            config.modules_to_save = head
+        if not config.target_modules:
+            raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
         warn_of_experts(model, stacklevel=3)
         warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
+
+    def _layers(self) -> list[LoraXSLinearLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
+
+    def merge_adapter(self, *args: Any, **options: Any) -> None:
+        """All layers or none."""
+        before = [(layer, list(layer.merged_adapters)) for layer in self._layers()]
+        try:
+            super().merge_adapter(*args, **options)
+        except BaseException:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """All layers or none."""
+        for layer in self._layers():
+            layer.check_unmerge()
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and any(layer.merged_adapters for layer in self._layers()):
+            self.merge_adapter(adapter_names, safe_merge)
+        elif merge:  # every sum is looked at first, and not kept, which would take a second copy of the weights
+            for layer in self._layers():
+                if names := [name for name in adapter_names or layer.active_adapters if name in layer.r]:
+                    with onload_layer(layer):
+                        layer.check_fingerprints(names)
+                        layer.merged_weight(names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
@@ -673,6 +788,22 @@ class _Fingerprints(_Buffers):
         super().__setattr__(name, value)
         if name in self.__dict__.get("_buffers", ()):
             self.__unchecked.add(name)
+
+
+def _check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Look at all layers before the first of them is loaded, so that what is refused changes none.
+
+    Only from here are the keys seen that the reference puts beside a layer.
+    """
+    layers = {
+        f"{prefix}{name}": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoraXSLinearLayer)
+    }
+    if layers:  # it may have been unloaded
+        translate(state_dict, layers, whole_model=True)
+        for name, layer in layers.items():
+            layer.check_state_dict(state_dict, f"{name}.")
 
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:

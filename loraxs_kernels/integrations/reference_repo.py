@@ -274,6 +274,10 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
                 "which do not say which adapter they are for"
             )
         (adapter,) = layer.loraxs_R
+        if adapter not in layer.loraxs_R._parameters:
+            raise ValueError(f"{label}: a parametrization makes its R; remove it before loading the reference's keys")
+        if f"{name}.loraxs_R.{adapter}" in state_dict:
+            raise ValueError(f"{label}: the state dict has R both as the reference and as LoRA-XS in PEFT spells it")
         own = {letter: getattr(layer, f"loraxs_{letter}")[adapter] for letter in "ARB"}
         new = {letter: state_dict.pop(key) for letter, key in found[name]}
         A, R, B = (new[letter] for letter in "ARB")
@@ -623,7 +627,8 @@ def _expressed(each: Trained, A: Tensor, B: Tensor) -> Tensor:
 def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None) -> Recipe | None:
     """How the reference made A and B, where scikit-learn makes them again here; tried on the smallest layer."""
     svd = (described or {}).get("svd") or {"n_iter": 10, "random_state": 42}
-    if find_spec("sklearn") is None or _random(described) or not {"n_iter", "random_state"} <= set(svd):
+    said = isinstance(svd, dict) and all(type(svd.get(key)) is int for key in ("n_iter", "random_state"))
+    if not said or _random(described) or find_spec("sklearn") is None:
         return None
     recipe = Recipe("sklearn", svd["random_state"], n_iter=svd["n_iter"])
     name, each = min(trained.items(), key=lambda item: item[1].A.shape[1] * item[1].B.shape[0])
