@@ -216,8 +216,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
+class NoSdist(Exception):
+    """pip cannot get the sources of the installed PEFT; the message is pip's."""
+
+
 def fetch() -> Path:
-    """The folder with the tests of the installed PEFT; OSError, with the reason, where they cannot be had."""
+    """The folder with the tests of the installed PEFT."""
     name = f"peft-{version('peft')}"
     kept = Path(sys.prefix) / "peft-suite"
     if (kept / name / "pytest.ini").exists():
@@ -228,13 +232,14 @@ def fetch() -> Path:
         pip += ["--no-deps", "--no-binary", "peft", "--dest", new, name.replace("-", "==")]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
-            raise OSError(done.stderr.strip())
-        with tarfile.open(next(Path(new).glob("*.tar.gz"))) as sdist:
+            raise NoSdist(done.stderr.strip())
+        with tarfile.open(Path(new) / f"{name}.tar.gz") as sdist:
             sdist.extractall(new, [m for m in sdist if m.name.startswith(f"{name}/tests/")], filter="data")
         folder = Path(new) / name
         (folder / "tests" / "__init__.py").touch()
         (folder / "pytest.ini").touch()  # so that no other configuration counts
-        folder.rename(kept / name)
+        if not (kept / name).exists():  # another run may have been faster
+            folder.rename(kept / name)
     return kept / name
 
 
@@ -252,7 +257,7 @@ def make_models(folder: Path) -> None:
 def main(options: list[str]) -> int:
     try:
         folder = fetch()
-    except OSError as reason:
+    except NoSdist as reason:
         print(f"PEFT'S OWN TESTS WERE NOT RUN: no sdist of peft {version('peft')} from pip: {reason}")
         return 0
     here = Path(__file__).resolve()
