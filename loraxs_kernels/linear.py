@@ -272,7 +272,8 @@ class LoRAXSLinear(nn.Module):
             return super().state_dict(*args, **options)
         plain = nn.Module()
         plain.register_parameter("weight", nn.Parameter(self.weight, requires_grad=False))
-        plain.register_parameter("bias", self.bias)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        plain.register_parameter("bias", bias)  # a copy, to be saved by this name even if it is tied to another
         return plain.state_dict(*args, **options)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

@@ -6,8 +6,8 @@ import functools
 import inspect
 import os
 import re
+import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -33,36 +33,6 @@ class Attachment:
     trainable_before: frozenset[str]
 
 
-class SavePretrained:
-    """What `attach` puts in the place of `save_pretrained` of a transformers model, on the instance alone.
-
-    It saves as before, and warns where from_pretrained could not load what is saved.  Nothing here keeps the model
-    alive, so that `del model` frees it at once, and a copy of the model saves the copy.
-
-    before: what stood there on the instance, if anything did.
-    """
-
-    def __init__(self, model: nn.Module, before: Callable[..., Any] | None) -> None:
-        self.model, self.before = weakref.ref(model), before
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.model(), self.before)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        model = self.model()
-        _check_what_is_saved(model)
-        pretends = _pretends(model)
-        if pretends:  # or transformers would look for PEFT's adapters and save those alone
-            del model._hf_peft_config_loaded
-        try:
-            if self.before is not None:
-                return self.before(*args, **options)
-            return type(model).save_pretrained(model, *args, **options)
-        finally:
-            if pretends:
-                model._hf_peft_config_loaded = True
-
-
 def _pretends(model: nn.Module) -> bool:
     """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
 
@@ -77,24 +47,58 @@ def _is_quantised_for_training(model: nn.Module) -> bool:
     return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
 
 
-def _check_what_is_saved(model: nn.Module) -> None:
-    layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
-    if not all(layer.merged for layer in layers):
-        warnings.warn(
-            "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
-            "place of every adapted layer. Save the adapter with lx.save_adapter(model, file), or call "
-            "lx.merge(model) first, so that plain weights are saved; in Trainer, LoraXSCallback saves R",
-            stacklevel=3,
-        )
-    head = _embeddings(model, "output")
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if not (tied and isinstance(head, LoRAXSLinear) and head.merged):
-        return
-    if head.base_layer.weight is getattr(_embeddings(model, "input"), "weight", None):
-        raise ValueError(
-            f"model.config.tie_word_embeddings: got True, must be False to save a merged {head.label}, whose weight is "
-            "another than the input embeddings' now: from_pretrained would tie them again"
-        )
+def _teach_saving(model: nn.Module) -> None:
+    """Make `save_pretrained` know adapters, in the classes that define it for the model and for what it is a part of.
+
+    Each class is changed once, and nothing is left on the model, so that copies of it save themselves.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
+        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
+        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
+            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
+
+
+def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A `save_pretrained` that does as `save`, but warns where from_pretrained could not load what is saved."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+        layers = [m for m in self.modules() if isinstance(m, LoRAXSLinear)] if isinstance(self, nn.Module) else []
+        if not layers:
+            return save(self, *args, **options)
+        given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
+        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+            warnings.warn(
+                "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
+                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
+                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
+                stacklevel=2,
+            )
+        pretends, tying = _pretends(self), [config for config in _tying(self) if _embeddings(self, "output").merged]
+        if pretends:  # or transformers would look for PEFT's adapters and save those alone
+            del self._hf_peft_config_loaded
+        try:
+            for config in tying:
+                config.tie_word_embeddings = False
+            return save(self, *args, **options)
+        finally:
+            for config in tying:
+                config.tie_word_embeddings = True
+            if pretends:
+                self._hf_peft_config_loaded = True
+
+    save_pretrained.loraxs_knows_adapters = True
+    return save_pretrained
+
+
+def _tying(model: nn.Module) -> list[Any]:
+    """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(_embeddings(model, "output"), LoRAXSLinear):
+        return []
+    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
 def attach(
@@ -207,6 +211,10 @@ def install(
     _check_unadapted(model)
     modules = dict(model.named_modules())
     before = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable_before = {name for name, grad in before.items() if grad}
+    for name, m in modules.items():  # what an earlier `attach` froze, whose adapters `detach` took off part by part
+        if attachment := m.__dict__.get("loraxs"):
+            trainable_before |= {f"{name}.{each}".removeprefix(".") for each in attachment.trainable_before}
     layers: dict[int, LoRAXSLinear] = {}
     try:
         for name in options:
@@ -232,12 +240,11 @@ def install(
         layer.R.requires_grad_(True)
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
+    model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
     for module in model.modules():
-        if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = SavePretrained(module, module.__dict__.get("save_pretrained"))
-            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
-                module._hf_peft_config_loaded = True
+        if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+            module._hf_peft_config_loaded = True
+    _teach_saving(model)
     return model
 
 
@@ -297,7 +304,8 @@ def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
 
     With merge=True the adapter is added to the weight first, layer by layer, without a second copy of the model; a
-    weight that another module shares stays as it is there.  A model that is merged at the time needs merge=True to
+    weight that another module shares stays as it is there: where that is a transformers model's head, tied to the
+    embeddings, config.tie_word_embeddings becomes False.  A model that is merged at the time needs merge=True to
     keep the merged weights, or `unmerge` first to get the old ones: losing either by accident is an error.
     modules_to_save keep their trained values.
 
@@ -312,10 +320,14 @@ def detach(model: M, *, merge: bool = False) -> M:
         )
     if isinstance(model, LoRAXSLinear):
         raise ValueError("model: is itself a LoRAXSLinear; its base_layer is what detach would give back")
+    untied = []
     if merge:
         for _, layer in adapted:
             if not layer.merged:
                 layer.merged_dense_weight()  # raises before anything has changed
+        for module, config in [(module, config) for module in model.modules() for config in _tying(module)]:
+            config.tie_word_embeddings = False
+            untied.append(_embeddings(module, "output").base_layer)
         for _, layer in adapted:
             layer.merge()
             layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
@@ -324,16 +336,15 @@ def detach(model: M, *, merge: bool = False) -> M:
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, LoRAXSLinear):
                 parent._modules[child_name] = child.base_layer
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # what was recorded on the whole goes before what was on a part
         if attachment := module.__dict__.pop("loraxs", None):
             for name, p in module.named_parameters():
                 p.requires_grad_(name in attachment.trainable_before)
-        if isinstance(saver := module.__dict__.get("save_pretrained"), SavePretrained):
-            del module.save_pretrained
-            if saver.before is not None:
-                module.save_pretrained = saver.before
-            if _pretends(module):
-                del module._hf_peft_config_loaded
+        if _pretends(module):
+            del module._hf_peft_config_loaded
+    for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
     return model
 
 

@@ -295,26 +295,71 @@ def test_from_pretrained_loads_a_merged_model_and_a_separate_one_is_warned_of(ki
     assert torch.equal(fresh(IDS).logits, y)
 
 
-def test_a_merged_head_is_not_tied_to_the_embeddings_again(tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
-    lx.merge(randomise(lx.attach(model, 4, target_modules=["lm_head"])))
-    with pytest.raises(ValueError, match=r"tie_word_embeddings: got True, must be False to save a merged .* 'lm_head'"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    model.config.tie_word_embeddings = False
+@pytest.mark.parametrize("way", [lx.merge, lambda model: lx.detach(model, merge=True)], ids=["merge", "detach"])
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
+    sizes = SMALL | dict(vocab_size=50, tie_word_embeddings=True)
+    of = getattr(transformers, kind + ("ForCausalLM" if kind == "Llama" else "ForMaskedLM"))
+    model = of(getattr(transformers, kind + "Config")(**sizes)).eval()
+    if kind == "Bert":  # which ties the bias of its head, too
+        nn.init.normal_(model.get_output_embeddings().bias)
+    head = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
+    way(randomise(lx.attach(model, 4, target_modules=[head])))
+    tied = model.config.tie_word_embeddings
+    assert tied == (way is lx.merge)
     model.save_pretrained(tmp_path)
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+    assert model.config.tie_word_embeddings is tied
+    assert torch.equal(of.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
-def test_nothing_keeps_an_adapted_model_alive_and_detach_leaves_nothing_on_it(bert):
-    calls = []
-    bert.bert.save_pretrained = before = calls.append  # somebody else's
-    lx.attach(bert, 2, target_modules=["query"])
+def test_saving_needs_nothing_on_the_model(bert, tmp_path):
+    """A model that only its method holds, a copy of the module alone, a part that was adapted, a state dict of before."""
+    lx.attach(bert.bert, 2, target_modules=["query"])
+    assert not {"save_pretrained", "_hf_peft_config_loaded"} & (bert.__dict__.keys() | bert.bert.__dict__.keys())
+    with pytest.warns(UserWarning, match="random weights") as warned:
+        bert.save_pretrained(tmp_path / "whole")
+        bert.save_pretrained(tmp_path / "given", state_dict=bert.state_dict())
+    assert [each.filename for each in warned] == 2 * [__file__]
+    separate = bert.state_dict()
+    lx.merge(randomise(bert))
     with pytest.warns(UserWarning, match="random weights"):
-        bert.bert.save_pretrained("folder")
-    lx.detach(bert)
-    assert calls == ["folder"] and "save_pretrained" not in bert.__dict__ and bert.bert.save_pretrained is before
+        bert.save_pretrained(tmp_path / "of before", state_dict=separate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = {name: t.clone() for name, t in bert.state_dict().items()}
+        lx.unmerge(bert).save_pretrained(tmp_path / "merged before", state_dict=merged)
+        lx.detach(bert).save_pretrained(tmp_path / "base")
+        copied = copy.copy(bert)
+        copied.classifier = nn.Linear(32, 2)
+        copied.save_pretrained(tmp_path / "copy")
+        lx.merge(
+            lx.attach(type(bert).from_pretrained(tmp_path / "base").bert, 2, target_modules=["query"])
+        ).save_pretrained(tmp_path / "temporary")
+    saved = type(bert).from_pretrained(tmp_path / "copy")
+    assert torch.equal(saved.classifier.weight, copied.classifier.weight)
+    lx.attach(bert.bert.encoder.layer[0], 2, target_modules=["query"])  # has no save_pretrained of its own
+    with pytest.warns(UserWarning, match="random weights"):
+        bert.save_pretrained(tmp_path / "part")
+
+
+def test_what_trained_before_is_known_after_parts_were_detached(bert):
+    bert.bert.embeddings.requires_grad_(False)
+    before = snapshot(bert)
+    layers = bert.bert.encoder.layer
+    for attach_first, detach_first in ((bert, layers), (layers, layers[0].attention), (layers[0], layers[0])):
+        lx.attach(attach_first, 2, target_modules=["query"])
+        for part in detach_first if detach_first is layers else [detach_first]:
+            lx.detach(part)
+        if attach_first is layers:
+            lx.detach(layers[1])
+        lx.attach(bert, 2, target_modules=["query"])
+        lx.detach(layers[0])
+        lx.attach(layers[0], 2, target_modules=["query"])
+        lx.detach(bert)
+        assert snapshot(bert) == before
+
+
+def test_nothing_keeps_an_adapted_model_alive():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     gc.collect()
     gc.disable()
