@@ -249,7 +249,7 @@ def install(
 
 
 def _check_unadapted(model: nn.Module) -> None:
-    """Refuse a model that has LoRA-XS adapters, from here or through PEFT: new ones would nest, and freeze them."""
+    """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
     for m in model.modules():
         if isinstance(m, LoRAXSLinear):
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
@@ -257,6 +257,10 @@ def _check_unadapted(model: nn.Module) -> None:
             raise ValueError(
                 "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
                 "gives a model without them"
+            )
+        if "base_layer" in m._modules and hasattr(m, "active_adapters"):
+            raise ValueError(
+                f"model: has adapters of PEFT (in a {type(m).__name__}); merge_and_unload() or unload() first"
             )
 
 
@@ -325,9 +329,11 @@ def detach(model: M, *, merge: bool = False) -> M:
         for _, layer in adapted:
             if not layer.merged:
                 layer.merged_dense_weight()  # raises before anything has changed
-        for module, config in [(module, config) for module in model.modules() for config in _tying(module)]:
-            config.tie_word_embeddings = False
-            untied.append(_embeddings(module, "output").base_layer)
+        for module in model.modules():
+            if configs := _tying(module):
+                untied.append(_embeddings(module, "output").base_layer)
+            for config in configs:
+                config.tie_word_embeddings = False
         for _, layer in adapted:
             layer.merge()
             layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
@@ -566,10 +572,25 @@ _READ_BY_PARENT = {
 }
 
 
+# Linear layers whose weight the model changes without calling them: RwkvModel rescales these in eval mode.
+_CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
+
+# Classes derived from nn.Linear whose forward is no linear map from (..., K) to (..., N).
+_NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
+
+
 def never_called(parent: nn.Module, name: str) -> bool:
-    """Whether a module reads the weight of its linear layer of that name, so that an adapter there would do nothing."""
-    classes = _READ_BY_PARENT.get(name, "").split()
-    return any(kind.__name__ in classes and _reads(kind, name) for kind in type(parent).__mro__)
+    """Whether the linear layer of that name in a module takes no adapter, as `why_never_called` says."""
+    if _NO_LINEAR_MAP & _names(parent._modules[name]):
+        return True
+    read, changed = (set(table.get(name, "").split()) for table in (_READ_BY_PARENT, _CHANGED_BY_MODEL))
+    return bool(changed & _names(parent)) or any(
+        kind.__name__ in read and _reads(kind, name) for kind in type(parent).__mro__
+    )
+
+
+def _names(module: nn.Module | None) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 @functools.cache
@@ -582,7 +603,10 @@ def _reads(kind: type, name: str) -> bool:
 
 
 def why_never_called(parent: nn.Module) -> str:
-    return f"of a {type(parent).__name__}, which reads its weight without calling it: an adapter there has no effect"
+    return (
+        f"of a {type(parent).__name__}, which reads or changes its weight without calling it, or calls it for more "
+        "than a linear map: an adapter there would have no effect or a wrong one"
+    )
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

@@ -20,8 +20,6 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -313,7 +311,7 @@ def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
 
 
 def test_saving_needs_nothing_on_the_model(bert, tmp_path):
-    """A model that only its method holds, a copy of the module alone, a part that was adapted, a state dict of before."""
+    """A temporary model, a copy of the module alone, a part that was adapted, a state dict of before."""
     lx.attach(bert.bert, 2, target_modules=["query"])
     assert not {"save_pretrained", "_hf_peft_config_loaded"} & (bert.__dict__.keys() | bert.bert.__dict__.keys())
     with pytest.warns(UserWarning, match="random weights") as warned:
@@ -490,13 +488,44 @@ def test_calls_out_of_order_say_what_to_do(bert):
     lx.attach(bert, 4, target_modules=["query"])
     with pytest.raises(ValueError, match=r"already has LoRA-XS adapters; lx\.detach"):
         lx.attach(bert, 4, target_modules=["value"])
+    lx.detach(bert)
+    peft = pytest.importorskip("peft")
+    before = [
+        p.requires_grad for p in peft.get_peft_model(bert, peft.LoraConfig(target_modules=["query"])).parameters()
+    ]
+    with pytest.raises(ValueError, match=r"model: has adapters of PEFT \(in a Linear\); merge_and_unload\(\)"):
+        lx.attach(bert, 4, target_modules=["value"])
+    assert [p.requires_grad for p in bert.parameters()] == before
 
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):
+    with pytest.raises(
+        TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads or changes its weight"
+    ):
         lx.attach(model, 4, target_modules=["out_proj"])
     assert match(model, "all-linear") == ["linear1", "linear2"]
+
+
+def test_layers_that_the_model_rescales_or_that_are_no_linear_map_are_left_out():
+    options = SMALL | dict(vocab_size=50, attention_hidden_size=32, num_hidden_layers=2)
+    rwkv = transformers.RwkvForCausalLM(transformers.RwkvConfig(**options))
+    names = {".".join(name.split(".")[-2:]) for name in match(rwkv, "all-linear")}
+    assert names == {f"attention.{n}" for n in ("key", "value", "receptance")} | {
+        "feed_forward.key",
+        "feed_forward.receptance",
+    }
+    for name in ("attention.output", "feed_forward.value"):
+        with pytest.raises(TypeError, match=rf"{name}' of a Rwkv\w+, which reads or changes its weight without"):
+            lx.attach(rwkv, 4, target_modules=[name])
+
+    class Llama4Router(nn.Linear):  # by the name of the class
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Llama4Router(8, 8))
+    assert match(model, "all-linear") == ["0"]
+    with pytest.raises(TypeError, match=r"'1' of a Sequential, which .* or calls it for more than a linear map"):
+        lx.attach(model, 4, target_modules=["1"])
 
 
 SSM = SMALL | dict(vocab_size=50, state_size=8, num_heads=4, head_dim=16, n_groups=1, num_key_value_heads=2)
@@ -523,7 +552,7 @@ def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
     mixers = [name for name, m in model.named_modules() if hasattr(m, "A_log")]
     assert mixers
     with pytest.raises(
-        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads its weight without"
+        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads or changes its weight without"
     ):
         attach([f"{name}.out_proj" for name in mixers])
     adapted = attach("all-linear")
