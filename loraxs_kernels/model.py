@@ -151,17 +151,20 @@ def attach(
         progress: show a bar when it takes more than a second.
 
     Returns:
-        `model`.  A module or weight that stands in several places is adapted once.
+        `model`.  A module or weight that stands in several places is adapted once.  Inside the wrappers of
+        torch.compile and DataParallel the names are those of the base model.
 
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
     """
+    given, model = model, unwrapped(model)
     _check_unadapted(model)
     names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
     if idle:
         warnings.warn(
-            f"modules_to_save: {', '.join(idle)} of a {type(model).__name__} will neither train nor be adapted; "
-            f"modules_to_save={idle} trains such a head whole, [] keeps it as it is",
+            f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
+            f"and has no adapter. Pass modules_to_save={[*(modules_to_save or ()), *idle]} to train it whole, or [] to "
+            "keep it as it is",
             stacklevel=2,
         )
     options: dict[str, dict[str, Any]] = {}
@@ -181,7 +184,8 @@ def attach(
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
     opened = None if basis is None else _basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
-    return install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    return given
 
 
 def _basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Basis:
@@ -358,9 +362,9 @@ def merge(model: M) -> M:
     """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
 
     The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
-    bit.  While merged, the state dict is that of the base model, with the merged weights: save_pretrained writes what
-    from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError
-    where a base layer has no dense weight; the model is then as it was.
+    bit.  While merged, the state dict of every adapted layer is its merged weight and bias alone, without A, B and R:
+    save_pretrained writes what from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would
+    not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
     """
     merged = []
     try:
@@ -409,12 +413,15 @@ def choose(
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
     saved, head = named(model, modules_to_save or ()), classification_head(model)
-    if modules_to_save is not None and not modules_to_save:
-        head = []
-    elif _is_everything(target_modules):
+    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
+    if everything and not keeps:
         saved += [name for name in head if name not in saved]
-    names = match(model, target_modules, exclude_modules, saved)
-    idle = [name for name in head if not any(f"{each}.".startswith(f"{name}.") for each in (*saved, *names))]
+    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
+    idle = []
+    for name in () if keeps else head:
+        parts = [f"{name}.{n}".rstrip(".") for n, m in model.get_submodule(name).named_modules() if m._parameters]
+        left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
+        idle += [name] if left == parts else left
     return names, saved, idle
 
 
@@ -422,9 +429,9 @@ def match(
     model: nn.Module,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
-    modules_to_save: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> list[str]:
-    """The names of the modules that `target_modules` means in this model; see `attach`.
+    """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
 
     Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
     list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
@@ -432,14 +439,13 @@ def match(
     """
     modules = dict(model.named_modules())
     everything = _is_everything(target_modules)
-    saved = [*modules_to_save, *(classification_head(model) if everything else ())]
-    saved = {id(m) for name in saved for m in model.get_submodule(name).modules()}
+    without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
     read = {id(m): parent for parent in modules.values() for n, m in parent._modules.items() if never_called(parent, n)}
     names, left_out = [], []
     for name, module in modules.items():
-        if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
+        if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
             hit = is_linear(module) and module is not head and id(module) not in read
@@ -477,18 +483,24 @@ def match(
 
 
 def classification_head(model: nn.Module) -> list[str]:
-    """The names of what a transformers model for classification has beside its backbone, by the names of its class.
+    """The names of what transformers models for classification have beside their backbone, by the names of their class.
 
     Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
     """
-    if not (hasattr(model, "base_model_prefix") and _CLASSIFIES.search(type(model).__name__)):
-        return []
-    backbone = getattr(model, model.base_model_prefix, None)
-    return [
-        name
-        for name, child in model.named_children()
-        if child is not backbone and (is_linear(child) if backbone is None else any(True for _ in child.parameters()))
-    ]
+    names = []
+    for prefix, m in model.named_modules():
+        if not (hasattr(m, "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
+            continue
+        backbone = getattr(m, m.base_model_prefix, None)
+        bodies = [c for c in m.children() if any(hasattr(each, "base_model_prefix") for each in c.modules())]
+        bodies = bodies if backbone is None else [backbone]
+        names += [
+            f"{prefix}.{name}".removeprefix(".")
+            for name, child in m.named_children()
+            if not any(child is body for body in bodies)
+            and (any(True for _ in child.parameters()) if bodies else is_linear(child))
+        ]
+    return names
 
 
 _CLASSIFIES = re.compile(
@@ -521,8 +533,8 @@ def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> 
     if layers:
         (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
         warnings.warn(
-            f"target_modules: 'all-linear' leaves out {len(layers)} layers ({', '.join(kinds)}); the first, {name!r}, "
-            f"is {unread(first)}",
+            f"target_modules: 'all-linear' leaves out {len(layers)} layer{'s'[: len(layers) - 1]} "
+            f"({', '.join(kinds)}); the first, {name!r}, is {unread(first)}",
             stacklevel=stacklevel,
         )
 

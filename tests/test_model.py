@@ -26,9 +26,9 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import _READ_BY_PARENT, match
+from loraxs_kernels.model import _READ_BY_PARENT, match, unwrapped
 
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. classifier of a:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
 
 @pytest.fixture
@@ -213,10 +213,61 @@ def test_what_else_may_be_said_of_a_classification_head(bert):
         assert attach(target_modules=["query"], modules_to_save=["classifier"]) == (("classifier",), False)
         assert attach(target_modules=["query", "classifier"]) == ((), True)
     for options in (dict(target_modules=["query"]), dict(target_modules=".*query", modules_to_save=pooler)):
+        whole = re.escape(str([*options.get("modules_to_save", ()), "classifier"]))
         with pytest.warns(
-            UserWarning, match=r"classifier of a BertForSequenceClassification .* modules_to_save=\['clas"
+            UserWarning, match=rf"\(classifier\) of this BertForSeq\w+ will not .*modules_to_save={whole}"
         ):
             attach(**options)
+
+
+class Sentiment(BertForSequenceClassification):
+    pass
+
+
+class Around(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+def test_a_classification_head_is_found_in_derived_classes_and_inside_wrappers(bert, tmp_path):
+    derived = Sentiment(bert.config)
+    for model, head in (
+        (derived, "classifier"),
+        (Around(bert), "inner.classifier"),
+        (torch.compile(copy.deepcopy(bert)), "classifier"),
+        (nn.DataParallel(copy.deepcopy(bert)), "classifier"),
+    ):
+        base = unwrapped(model)
+        fresh = copy.deepcopy(base)
+        assert lx.attach(model, 2, target_modules="all-linear") is model
+        assert base.loraxs.modules_to_save == (head,) and head not in adapters(base)
+        nn.init.normal_(base.get_submodule(head).weight)
+        lx.save_adapter(randomise(model), tmp_path / "adapter.safetensors")
+        loaded, state = lx.load_adapter(fresh, tmp_path / "adapter.safetensors").state_dict(), base.state_dict()
+        assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], t) for name, t in state.items())
+
+
+def test_a_head_that_trains_in_part_is_warned_of():
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, vocab_size=50))
+    for options in (dict(target_modules=["query", "dense"]), dict(modules_to_save=["classifier.dense"])):
+        with pytest.warns(
+            UserWarning, match=r"the head \(classifier\.out_proj\) of this Roberta.*'classifier\.out_proj'\]"
+        ):
+            lx.attach(copy.deepcopy(model), 2, **(dict(target_modules=["query"]) | options))
+
+
+def test_a_head_of_more_than_linear_layers_beside_a_backbone_of_another_name(bert):
+    class TwoPartsForSequenceClassification(nn.Module):
+        base_model_prefix = "model"  # names nothing
+
+        def __init__(self):
+            super().__init__()
+            self.text, self.norm = bert.bert, nn.LayerNorm(32)
+            self.head = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+    model = lx.attach(TwoPartsForSequenceClassification(), 2, target_modules="all-linear")
+    assert model.loraxs.modules_to_save == ("norm", "head") and all(n.startswith("text.") for n in adapters(model))
 
 
 def test_detach_gives_the_very_same_model_back(bert):
