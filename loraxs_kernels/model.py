@@ -312,8 +312,8 @@ def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
 
     With merge=True the adapter is added to the weight first, layer by layer, without a second copy of the model; a
-    weight that another module shares stays as it is there: where that is a transformers model's head, tied to the
-    embeddings, config.tie_word_embeddings becomes False.  A model that is merged at the time needs merge=True to
+    weight that another module shares stays as it is there.  If the adapted head of a transformers model was tied to
+    its embeddings, config.tie_word_embeddings becomes False.  A model that is merged at the time needs merge=True to
     keep the merged weights, or `unmerge` first to get the old ones: losing either by accident is an error.
     modules_to_save keep their trained values.
 
@@ -346,7 +346,7 @@ def detach(model: M, *, merge: bool = False) -> M:
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, LoRAXSLinear):
                 parent._modules[child_name] = child.base_layer
-    for module in reversed(list(model.modules())):  # what was recorded on the whole goes before what was on a part
+    for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
         if attachment := module.__dict__.pop("loraxs", None):
             for name, p in module.named_parameters():
                 p.requires_grad_(name in attachment.trainable_before)
@@ -419,7 +419,11 @@ def choose(
     names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
     idle = []
     for name in () if keeps else head:
-        parts = [f"{name}.{n}".rstrip(".") for n, m in model.get_submodule(name).named_modules() if m._parameters]
+        parts = [
+            f"{name}.{n}".rstrip(".")
+            for n, m in model.get_submodule(name).named_modules()
+            if any(True for _ in m.parameters(recurse=False))
+        ]
         left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
         idle += [name] if left == parts else left
     return names, saved, idle
