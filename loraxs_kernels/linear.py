@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class LoRAXSLinear(nn.Module):
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
     of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of it: write to the
-    buffer, not there.  While merged, the state dict is that of the plain layer: `weight` and `bias` alone.
+    buffer, not there.  While merged, the state dict of the layer is `weight` and `bias` alone.
     """
 
     base_layer: nn.Module
@@ -144,9 +145,8 @@ class LoRAXSLinear(nn.Module):
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
-        layer = cls(
-            linear, A, R, B, alpha=rank if alpha is None else alpha, dropout=dropout, sigma=sigma, recipe=recipe
-        )
+        alpha = float(rank if alpha is None else alpha)
+        layer = cls(linear, A, R, B, alpha=alpha, dropout=float(dropout), sigma=float(sigma), recipe=recipe)
         if fill and not A.is_meta:
             layer.reset_parameters()
         linear.requires_grad_(False)
@@ -175,14 +175,14 @@ class LoRAXSLinear(nn.Module):
         """Draw R again."""
         self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         A, B, merged_weight = buffers["A"], buffers["B"], buffers.get("merged_weight")
         if merged_weight is not None:
-            return F.linear(x, merged_weight, base.bias)
+            return F.linear(x, merged_weight, base.bias, *args, **kwargs)  # more is a TypeError, as for nn.Linear
         p = self.dropout if self.training else 0.0
-        return adapted(base, x, A, self.R, B, self.scaling, p, self.recipe.name)
+        return adapted(base, x, A, self.R, B, self.scaling, p, self.recipe.name, *args, **kwargs)
 
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
@@ -272,7 +272,8 @@ class LoRAXSLinear(nn.Module):
             return super().state_dict(*args, **options)
         plain = nn.Module()
         plain.register_parameter("weight", nn.Parameter(self.weight, requires_grad=False))
-        plain.register_parameter("bias", self.bias)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        plain.register_parameter("bias", bias)  # a copy, to be saved by this name even if it is tied to another
         return plain.state_dict(*args, **options)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -293,22 +294,42 @@ class LoRAXSLinear(nn.Module):
         self.B = padded_rows(self.B)
 
 
-def adapted(base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, name: str = "") -> Tensor:
-    """base(x) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
+def adapted(
+    base: nn.Module,
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    p: float,
+    name: str,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """base(x, ...) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
 
-    Raises, naming the layer `name`: ValueError where x does not fit; RuntimeError where x requires a gradient and
-    base passes none to it.
+    Raises, naming the layer `name`: ValueError where x does not fit; TypeError where what base returns is not of shape
+    (..., N); RuntimeError where x requires a gradient and base passes none to it.
     """
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
-    if plain and _is_one_primitive(W, A, p):
+    if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
         x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
         return unchecked(x, W, A, R, B, s, bias)
-    y = base(x)
+    y = base(x, *args, **kwargs)
+    if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
+        found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise TypeError(
+            f"{label_of(name)}: its base layer, a {type(base).__name__}, returned {found} for x of shape "
+            f"{tuple(x.shape)}, must return a tensor of shape {(*x.shape[:-1], B.shape[0])} to take an adapter; leave "
+            "it out (exclude_modules)"
+        )
     if not plain and torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
         weight = getattr(base, "weight", None)
+        of = "" if weight is None else f" with a {type(weight).__name__} weight"
         raise RuntimeError(
-            f"{label_of(name)}: its base layer, a {type(base).__name__} with a {type(weight).__name__} weight, passes "
+            f"{label_of(name)}: its base layer, a {type(base).__name__}{of}, passes "
             "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
             "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
         )
@@ -414,7 +435,7 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def label_of(name: str) -> str:

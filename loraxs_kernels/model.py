@@ -6,8 +6,8 @@ import functools
 import inspect
 import os
 import re
+import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -33,36 +33,6 @@ class Attachment:
     trainable_before: frozenset[str]
 
 
-class SavePretrained:
-    """What `attach` puts in the place of `save_pretrained` of a transformers model, on the instance alone.
-
-    It saves as before, and warns where from_pretrained could not load what is saved.  Nothing here keeps the model
-    alive, so that `del model` frees it at once, and a copy of the model saves the copy.
-
-    before: what stood there on the instance, if anything did.
-    """
-
-    def __init__(self, model: nn.Module, before: Callable[..., Any] | None) -> None:
-        self.model, self.before = weakref.ref(model), before
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.model(), self.before)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        model = self.model()
-        _check_what_is_saved(model)
-        pretends = _pretends(model)
-        if pretends:  # or transformers would look for PEFT's adapters and save those alone
-            del model._hf_peft_config_loaded
-        try:
-            if self.before is not None:
-                return self.before(*args, **options)
-            return type(model).save_pretrained(model, *args, **options)
-        finally:
-            if pretends:
-                model._hf_peft_config_loaded = True
-
-
 def _pretends(model: nn.Module) -> bool:
     """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
 
@@ -77,24 +47,58 @@ def _is_quantised_for_training(model: nn.Module) -> bool:
     return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
 
 
-def _check_what_is_saved(model: nn.Module) -> None:
-    layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
-    if not all(layer.merged for layer in layers):
-        warnings.warn(
-            "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
-            "place of every adapted layer. Save the adapter with lx.save_adapter(model, file), or call "
-            "lx.merge(model) first, so that plain weights are saved; in Trainer, LoraXSCallback saves R",
-            stacklevel=3,
-        )
-    head = _embeddings(model, "output")
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if not (tied and isinstance(head, LoRAXSLinear) and head.merged):
-        return
-    if head.base_layer.weight is getattr(_embeddings(model, "input"), "weight", None):
-        raise ValueError(
-            f"model.config.tie_word_embeddings: got True, must be False to save a merged {head.label}, whose weight is "
-            "another than the input embeddings' now: from_pretrained would tie them again"
-        )
+def _teach_saving(model: nn.Module) -> None:
+    """Make `save_pretrained` know adapters, in the classes that define it for the model and for what it is a part of.
+
+    Each class is changed once, and nothing is left on the model, so that copies of it save themselves.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
+        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
+        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
+            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
+
+
+def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A `save_pretrained` that does as `save`, but warns where from_pretrained could not load what is saved."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+        layers = [m for m in self.modules() if isinstance(m, LoRAXSLinear)] if isinstance(self, nn.Module) else []
+        if not layers:
+            return save(self, *args, **options)
+        given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
+        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+            warnings.warn(
+                "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
+                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
+                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
+                stacklevel=2,
+            )
+        pretends, tying = _pretends(self), [config for config in _tying(self) if _embeddings(self, "output").merged]
+        if pretends:  # or transformers would look for PEFT's adapters and save those alone
+            del self._hf_peft_config_loaded
+        try:
+            for config in tying:
+                config.tie_word_embeddings = False
+            return save(self, *args, **options)
+        finally:
+            for config in tying:
+                config.tie_word_embeddings = True
+            if pretends:
+                self._hf_peft_config_loaded = True
+
+    save_pretrained.loraxs_knows_adapters = True
+    return save_pretrained
+
+
+def _tying(model: nn.Module) -> list[Any]:
+    """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(_embeddings(model, "output"), LoRAXSLinear):
+        return []
+    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
 def attach(
@@ -147,17 +151,20 @@ def attach(
         progress: show a bar when it takes more than a second.
 
     Returns:
-        `model`.  A module or weight that stands in several places is adapted once.
+        `model`.  A module or weight that stands in several places is adapted once.  Inside the wrappers of
+        torch.compile and DataParallel the names are those of the base model.
 
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
     """
+    given, model = model, unwrapped(model)
     _check_unadapted(model)
     names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
     if idle:
         warnings.warn(
-            f"modules_to_save: {', '.join(idle)} of a {type(model).__name__} will neither train nor be adapted; "
-            f"modules_to_save={idle} trains such a head whole, [] keeps it as it is",
+            f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
+            f"and has no adapter. Pass modules_to_save={[*(modules_to_save or ()), *idle]} to train it whole, or [] to "
+            "keep it as it is",
             stacklevel=2,
         )
     options: dict[str, dict[str, Any]] = {}
@@ -177,7 +184,8 @@ def attach(
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
     opened = None if basis is None else _basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
-    return install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    return given
 
 
 def _basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Basis:
@@ -207,6 +215,10 @@ def install(
     _check_unadapted(model)
     modules = dict(model.named_modules())
     before = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable_before = {name for name, grad in before.items() if grad}
+    for name, m in modules.items():  # what an earlier `attach` froze, whose adapters `detach` took off part by part
+        if attachment := m.__dict__.get("loraxs"):
+            trainable_before |= {f"{name}.{each}".removeprefix(".") for each in attachment.trainable_before}
     layers: dict[int, LoRAXSLinear] = {}
     try:
         for name in options:
@@ -232,17 +244,16 @@ def install(
         layer.R.requires_grad_(True)
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
-    model.loraxs = Attachment(tuple(modules_to_save), frozenset(n for n, grad in before.items() if grad))
+    model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
     for module in model.modules():
-        if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = SavePretrained(module, module.__dict__.get("save_pretrained"))
-            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
-                module._hf_peft_config_loaded = True
+        if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+            module._hf_peft_config_loaded = True
+    _teach_saving(model)
     return model
 
 
 def _check_unadapted(model: nn.Module) -> None:
-    """Refuse a model that has LoRA-XS adapters, from here or through PEFT: new ones would nest, and freeze them."""
+    """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
     for m in model.modules():
         if isinstance(m, LoRAXSLinear):
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
@@ -250,6 +261,10 @@ def _check_unadapted(model: nn.Module) -> None:
             raise ValueError(
                 "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
                 "gives a model without them"
+            )
+        if "base_layer" in m._modules and hasattr(m, "active_adapters"):
+            raise ValueError(
+                f"model: has adapters of PEFT (in a {type(m).__name__}); merge_and_unload() or unload() first"
             )
 
 
@@ -297,7 +312,8 @@ def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
 
     With merge=True the adapter is added to the weight first, layer by layer, without a second copy of the model; a
-    weight that another module shares stays as it is there.  A model that is merged at the time needs merge=True to
+    weight that another module shares stays as it is there.  If the adapted head of a transformers model was tied to
+    its embeddings, config.tie_word_embeddings becomes False.  A model that is merged at the time needs merge=True to
     keep the merged weights, or `unmerge` first to get the old ones: losing either by accident is an error.
     modules_to_save keep their trained values.
 
@@ -312,10 +328,16 @@ def detach(model: M, *, merge: bool = False) -> M:
         )
     if isinstance(model, LoRAXSLinear):
         raise ValueError("model: is itself a LoRAXSLinear; its base_layer is what detach would give back")
+    untied = []
     if merge:
         for _, layer in adapted:
             if not layer.merged:
                 layer.merged_dense_weight()  # raises before anything has changed
+        for module in model.modules():
+            if configs := _tying(module):
+                untied.append(_embeddings(module, "output").base_layer)
+            for config in configs:
+                config.tie_word_embeddings = False
         for _, layer in adapted:
             layer.merge()
             layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
@@ -324,16 +346,15 @@ def detach(model: M, *, merge: bool = False) -> M:
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, LoRAXSLinear):
                 parent._modules[child_name] = child.base_layer
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
         if attachment := module.__dict__.pop("loraxs", None):
             for name, p in module.named_parameters():
                 p.requires_grad_(name in attachment.trainable_before)
-        if isinstance(saver := module.__dict__.get("save_pretrained"), SavePretrained):
-            del module.save_pretrained
-            if saver.before is not None:
-                module.save_pretrained = saver.before
-            if _pretends(module):
-                del module._hf_peft_config_loaded
+        if _pretends(module):
+            del module._hf_peft_config_loaded
+    for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
     return model
 
 
@@ -341,9 +362,9 @@ def merge(model: M) -> M:
     """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
 
     The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
-    bit.  While merged, the state dict is that of the base model, with the merged weights: save_pretrained writes what
-    from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would not be finite, TypeError
-    where a base layer has no dense weight; the model is then as it was.
+    bit.  While merged, the state dict of every adapted layer is its merged weight and bias alone, without A, B and R:
+    save_pretrained writes what from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would
+    not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
     """
     merged = []
     try:
@@ -392,12 +413,19 @@ def choose(
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
     saved, head = named(model, modules_to_save or ()), classification_head(model)
-    if modules_to_save is not None and not modules_to_save:
-        head = []
-    elif _is_everything(target_modules):
+    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
+    if everything and not keeps:
         saved += [name for name in head if name not in saved]
-    names = match(model, target_modules, exclude_modules, saved)
-    idle = [name for name in head if not any(f"{each}.".startswith(f"{name}.") for each in (*saved, *names))]
+    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
+    idle = []
+    for name in () if keeps else head:
+        parts = [
+            f"{name}.{n}".rstrip(".")
+            for n, m in model.get_submodule(name).named_modules()
+            if any(True for _ in m.parameters(recurse=False))
+        ]
+        left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
+        idle += [name] if left == parts else left
     return names, saved, idle
 
 
@@ -405,9 +433,9 @@ def match(
     model: nn.Module,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
-    modules_to_save: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> list[str]:
-    """The names of the modules that `target_modules` means in this model; see `attach`.
+    """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
 
     Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
     list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
@@ -415,14 +443,13 @@ def match(
     """
     modules = dict(model.named_modules())
     everything = _is_everything(target_modules)
-    saved = [*modules_to_save, *(classification_head(model) if everything else ())]
-    saved = {id(m) for name in saved for m in model.get_submodule(name).modules()}
+    without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
     read = {id(m): parent for parent in modules.values() for n, m in parent._modules.items() if never_called(parent, n)}
     names, left_out = [], []
     for name, module in modules.items():
-        if not name or id(module) in saved or (exclude_modules and matches(name, exclude_modules)):
+        if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
             hit = is_linear(module) and module is not head and id(module) not in read
@@ -460,18 +487,24 @@ def match(
 
 
 def classification_head(model: nn.Module) -> list[str]:
-    """The names of what a transformers model for classification has beside its backbone, by the names of its class.
+    """The names of what transformers models for classification have beside their backbone, by the names of their class.
 
     Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
     """
-    if not (hasattr(model, "base_model_prefix") and _CLASSIFIES.search(type(model).__name__)):
-        return []
-    backbone = getattr(model, model.base_model_prefix, None)
-    return [
-        name
-        for name, child in model.named_children()
-        if child is not backbone and (is_linear(child) if backbone is None else any(True for _ in child.parameters()))
-    ]
+    names = []
+    for prefix, m in model.named_modules():
+        if not (hasattr(m, "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
+            continue
+        backbone = getattr(m, m.base_model_prefix, None)
+        bodies = [c for c in m.children() if any(hasattr(each, "base_model_prefix") for each in c.modules())]
+        bodies = bodies if backbone is None else [backbone]
+        names += [
+            f"{prefix}.{name}".removeprefix(".")
+            for name, child in m.named_children()
+            if not any(child is body for body in bodies)
+            and (any(True for _ in child.parameters()) if bodies else is_linear(child))
+        ]
+    return names
 
 
 _CLASSIFIES = re.compile(
@@ -504,8 +537,8 @@ def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> 
     if layers:
         (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
         warnings.warn(
-            f"target_modules: 'all-linear' leaves out {len(layers)} layers ({', '.join(kinds)}); the first, {name!r}, "
-            f"is {unread(first)}",
+            f"target_modules: 'all-linear' leaves out {len(layers)} layer{'s'[: len(layers) - 1]} "
+            f"({', '.join(kinds)}); the first, {name!r}, is {unread(first)}",
             stacklevel=stacklevel,
         )
 
@@ -555,10 +588,25 @@ _READ_BY_PARENT = {
 }
 
 
+# Linear layers whose weight the model changes without calling them: RwkvModel rescales these in eval mode.
+_CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
+
+# Classes derived from nn.Linear whose forward is no linear map from (..., K) to (..., N).
+_NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
+
+
 def never_called(parent: nn.Module, name: str) -> bool:
-    """Whether a module reads the weight of its linear layer of that name, so that an adapter there would do nothing."""
-    classes = _READ_BY_PARENT.get(name, "").split()
-    return any(kind.__name__ in classes and _reads(kind, name) for kind in type(parent).__mro__)
+    """Whether the linear layer of that name in a module takes no adapter, as `why_never_called` says."""
+    if _NO_LINEAR_MAP & _names(parent._modules[name]):
+        return True
+    read, changed = (set(table.get(name, "").split()) for table in (_READ_BY_PARENT, _CHANGED_BY_MODEL))
+    return bool(changed & _names(parent)) or any(
+        kind.__name__ in read and _reads(kind, name) for kind in type(parent).__mro__
+    )
+
+
+def _names(module: nn.Module | None) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 @functools.cache
@@ -571,7 +619,10 @@ def _reads(kind: type, name: str) -> bool:
 
 
 def why_never_called(parent: nn.Module) -> str:
-    return f"of a {type(parent).__name__}, which reads its weight without calling it: an adapter there has no effect"
+    return (
+        f"of a {type(parent).__name__}, which reads or changes its weight without calling it, or calls it for more "
+        "than a linear map: an adapter there would have no effect or a wrong one"
+    )
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

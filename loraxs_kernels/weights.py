@@ -63,10 +63,11 @@ def weight_view(layer: nn.Module) -> Tensor | None:
 def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     """W (N, K), as a view, of a layer that an adapter can be merged into, or a TypeError that names it."""
     W = weight_view(layer)
-    if W is None:
+    if W is None or "weight" not in layer._parameters:  # a parametrization or pruning makes it anew
         raise TypeError(
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
-            "2-dimensional floating-point weight to merge into; the adapter stays beside it"
+            "2-dimensional floating-point weight, which must be a parameter and not made from others (parametrize, "
+            "weight_norm, prune), to merge into; the adapter stays beside it"
         )
     if W.is_meta:
         raise TypeError(
@@ -368,8 +369,8 @@ def _unreadable(layer: nn.Module, label: str) -> TypeError:
     return TypeError(
         f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight, of "
         "shape (out_features, in_features) where a class derived from nn.Linear has a forward of its own. "
-        "A quantised layer of this kind has no dequantiser here: lx.register_weight_reader adds one; or leave it out, "
-        "or give its A and B with init=(A, B). A sharded one must be gathered first"
+        "If it is quantised, lx.register_weight_reader can teach this library to read it; or leave it out, or give its "
+        "A and B with init=(A, B). If it is sharded, it must be gathered first"
     )
 
 

@@ -227,12 +227,15 @@ def test_the_model_itself_is_saved_whole(tmp_path):
     assert sum("random weights" in str(each.message) for each in warned) == 2  # once a call
     with pytest.warns(UserWarning, match="random weights"):
         model.save_pretrained(tmp_path / "given up")
-    assert copy.deepcopy(model).save_pretrained.model() is not model
+    given_up = copy.deepcopy(model)
+    assert given_up.save_pretrained.args[0] is given_up
+    lx.detach(given_up).save_pretrained(tmp_path / "run" / "checkpoint-9")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-9")
     trainer = trainer_of(model, tmp_path / "run", max_steps=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="save_pretrained")
         trainer.train()
-    assert model.save_pretrained is before
+    assert model.save_pretrained == before and "save_pretrained" not in model.__dict__
     with pytest.warns(UserWarning, match="random weights"):
         trainer.save_model(tmp_path / "after")
     for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear, attach, forward_together
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
@@ -104,8 +105,44 @@ def test_opaque_bases_get_the_delta_on_top():
         torch.testing.assert_close(g, r)
     with pytest.raises(TypeError, match=r"linear: got a Quantised with a Tensor weight of shape .* dtype torch\.int8"):
         opaque.merge()
-    with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* no dequantiser"):
+    with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* lx\.register_weight_reader can"):
         LoRAXSLinear.from_linear(base, 6, name="q")
+
+
+class Routed(nn.Linear):
+    """A linear layer with more arguments, and more outputs where it is asked for them."""
+
+    def forward(self, x, scale=1.0, *, top=None):
+        y = super().forward(x) * scale
+        return y if top is None else (y, y.topk(top))
+
+
+@pytest.mark.parametrize("through", ["attach", "peft"])
+def test_a_base_with_a_forward_of_its_own_gets_all_arguments_and_returns_what_an_adapter_fits(through):
+    model, x = nn.ModuleDict({"q": Routed(12, 8), "k": nn.Linear(12, 8)}), torch.randn(3, 12)
+    base = copy.deepcopy(model)
+    if through == "attach":
+        lx.attach(model, 2, target_modules=["q", "k"])
+        layers = model
+    else:
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        layers = peft.get_peft_model(model, LoraXSConfig(r=2, target_modules=["q", "k"])).base_model.model
+    added = layers["q"](x) - base["q"](x)
+    torch.testing.assert_close(layers["q"](x, 3.0), base["q"](x, scale=3.0) + added)
+    torch.testing.assert_close(layers["q"](x, scale=3.0), base["q"](x, scale=3.0) + added)
+    with pytest.raises(TypeError, match=r"module 'q': its base layer, a Routed, returned a tuple .*exclude_modules"):
+        layers["q"](x, top=1)
+    layers["q"].base_layer.forward = lambda x: x
+    with pytest.raises(TypeError, match=r"a Routed, returned a tensor of shape \(3, 12\) for .* must .* \(3, 8\)"):
+        layers["q"](x)
+    with pytest.raises(TypeError, match="positional argument"):
+        layers["k"](x, 3.0)
+    if through == "attach":
+        layers["k"].merge()
+        with pytest.raises(TypeError):
+            layers["k"](x, 3.0)
 
 
 class PassesNoGradient(nn.Linear):
@@ -420,6 +457,15 @@ def test_bad_arguments_are_named(case):
     with pytest.raises(error, match=message):
         LoRAXSLinear.from_linear(linear, **(dict(rank=2, name="a.b") | options))
     assert linear.weight.requires_grad
+
+
+def test_numbers_of_other_packages_are_taken_and_kept_as_floats():
+    numpy = pytest.importorskip("numpy")
+    layer = make(alpha=numpy.float32(4), dropout=numpy.float64(0.25), sigma=numpy.float32(0.5))
+    assert (layer.alpha, layer.dropout, layer.sigma) == (4.0, 0.25, 0.5)
+    assert {type(each) for each in (layer.alpha, layer.scaling, layer.dropout, layer.sigma)} == {float}
+    with pytest.raises(ValueError, match=r"sigma: got .*inf"):
+        make(sigma=numpy.float32("inf"))
 
 
 def test_bad_layers_are_named():

@@ -20,17 +20,15 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import _READ_BY_PARENT, match
+from loraxs_kernels.model import _READ_BY_PARENT, match, unwrapped
 
-pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. classifier of a:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
 
 @pytest.fixture
@@ -215,10 +213,61 @@ def test_what_else_may_be_said_of_a_classification_head(bert):
         assert attach(target_modules=["query"], modules_to_save=["classifier"]) == (("classifier",), False)
         assert attach(target_modules=["query", "classifier"]) == ((), True)
     for options in (dict(target_modules=["query"]), dict(target_modules=".*query", modules_to_save=pooler)):
+        whole = re.escape(str([*options.get("modules_to_save", ()), "classifier"]))
         with pytest.warns(
-            UserWarning, match=r"classifier of a BertForSequenceClassification .* modules_to_save=\['clas"
+            UserWarning, match=rf"\(classifier\) of this BertForSeq\w+ will not .*modules_to_save={whole}"
         ):
             attach(**options)
+
+
+class Sentiment(BertForSequenceClassification):
+    pass
+
+
+class Around(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+def test_a_classification_head_is_found_in_derived_classes_and_inside_wrappers(bert, tmp_path):
+    derived = Sentiment(bert.config)
+    for model, head in (
+        (derived, "classifier"),
+        (Around(bert), "inner.classifier"),
+        (torch.compile(copy.deepcopy(bert)), "classifier"),
+        (nn.DataParallel(copy.deepcopy(bert)), "classifier"),
+    ):
+        base = unwrapped(model)
+        fresh = copy.deepcopy(base)
+        assert lx.attach(model, 2, target_modules="all-linear") is model
+        assert base.loraxs.modules_to_save == (head,) and head not in adapters(base)
+        nn.init.normal_(base.get_submodule(head).weight)
+        lx.save_adapter(randomise(model), tmp_path / "adapter.safetensors")
+        loaded, state = lx.load_adapter(fresh, tmp_path / "adapter.safetensors").state_dict(), base.state_dict()
+        assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], t) for name, t in state.items())
+
+
+def test_a_head_that_trains_in_part_is_warned_of():
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, vocab_size=50))
+    for options in (dict(target_modules=["query", "dense"]), dict(modules_to_save=["classifier.dense"])):
+        with pytest.warns(
+            UserWarning, match=r"the head \(classifier\.out_proj\) of this Roberta.*'classifier\.out_proj'\]"
+        ):
+            lx.attach(copy.deepcopy(model), 2, **(dict(target_modules=["query"]) | options))
+
+
+def test_a_head_of_more_than_linear_layers_beside_a_backbone_of_another_name(bert):
+    class TwoPartsForSequenceClassification(nn.Module):
+        base_model_prefix = "model"  # names nothing
+
+        def __init__(self):
+            super().__init__()
+            self.text, self.norm = bert.bert, nn.LayerNorm(32)
+            self.head = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+    model = lx.attach(TwoPartsForSequenceClassification(), 2, target_modules="all-linear")
+    assert model.loraxs.modules_to_save == ("norm", "head") and all(n.startswith("text.") for n in adapters(model))
 
 
 def test_detach_gives_the_very_same_model_back(bert):
@@ -295,26 +344,68 @@ def test_from_pretrained_loads_a_merged_model_and_a_separate_one_is_warned_of(ki
     assert torch.equal(fresh(IDS).logits, y)
 
 
-def test_a_merged_head_is_not_tied_to_the_embeddings_again(tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
-    lx.merge(randomise(lx.attach(model, 4, target_modules=["lm_head"])))
-    with pytest.raises(ValueError, match=r"tie_word_embeddings: got True, must be False to save a merged .* 'lm_head'"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    model.config.tie_word_embeddings = False
+@pytest.mark.parametrize("way", [lx.merge, lambda model: lx.detach(model, merge=True)], ids=["merge", "detach"])
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
+    sizes = SMALL | dict(vocab_size=50, tie_word_embeddings=True)
+    of = getattr(transformers, kind + ("ForCausalLM" if kind == "Llama" else "ForMaskedLM"))
+    model = of(getattr(transformers, kind + "Config")(**sizes)).eval()
+    if kind == "Bert":  # which ties the bias of its head, too
+        nn.init.normal_(model.get_output_embeddings().bias)
+    head = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
+    way(randomise(lx.attach(model, 4, target_modules=[head])))
+    tied = model.config.tie_word_embeddings
+    assert tied == (way is lx.merge)
     model.save_pretrained(tmp_path)
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+    assert model.config.tie_word_embeddings is tied
+    assert torch.equal(of.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
-def test_nothing_keeps_an_adapted_model_alive_and_detach_leaves_nothing_on_it(bert):
-    calls = []
-    bert.bert.save_pretrained = before = calls.append  # somebody else's
-    lx.attach(bert, 2, target_modules=["query"])
+def test_saving_needs_nothing_on_the_model(bert, tmp_path):
+    """A temporary model, a copy of the module alone, a part that was adapted, a state dict of before."""
+    lx.attach(bert.bert, 2, target_modules=["query"])
+    assert not {"save_pretrained", "_hf_peft_config_loaded"} & (bert.__dict__.keys() | bert.bert.__dict__.keys())
+    with pytest.warns(UserWarning, match="random weights") as warned:
+        bert.save_pretrained(tmp_path / "whole")
+        bert.save_pretrained(tmp_path / "given", state_dict=bert.state_dict())
+    assert [each.filename for each in warned] == 2 * [__file__]
+    separate = bert.state_dict()
+    lx.merge(randomise(bert))
     with pytest.warns(UserWarning, match="random weights"):
-        bert.bert.save_pretrained("folder")
-    lx.detach(bert)
-    assert calls == ["folder"] and "save_pretrained" not in bert.__dict__ and bert.bert.save_pretrained is before
+        bert.save_pretrained(tmp_path / "of before", state_dict=separate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = {name: t.clone() for name, t in bert.state_dict().items()}
+        lx.unmerge(bert).save_pretrained(tmp_path / "merged before", state_dict=merged)
+        lx.detach(bert).save_pretrained(tmp_path / "base")
+        copied = copy.copy(bert)
+        copied.classifier = nn.Linear(32, 2)
+        copied.save_pretrained(tmp_path / "copy")
+        lx.merge(
+            lx.attach(type(bert).from_pretrained(tmp_path / "base").bert, 2, target_modules=["query"])
+        ).save_pretrained(tmp_path / "temporary")
+    saved = type(bert).from_pretrained(tmp_path / "copy")
+    assert torch.equal(saved.classifier.weight, copied.classifier.weight)
+    lx.attach(bert.bert.encoder.layer[0], 2, target_modules=["query"])  # has no save_pretrained of its own
+    with pytest.warns(UserWarning, match="random weights"):
+        bert.save_pretrained(tmp_path / "part")
+
+
+def test_what_trained_before_is_known_after_parts_were_detached(bert):
+    bert.bert.embeddings.requires_grad_(False)
+    before, layers = snapshot(bert), bert.bert.encoder.layer
+    for whole in (bert, layers):
+        lx.attach(whole, 2, target_modules=["query"])
+        for layer in layers:
+            lx.detach(layer)
+        lx.attach(bert, 2, target_modules=["query"])
+        lx.detach(layers[0])
+        lx.attach(layers[0], 2, target_modules=["query"])
+        lx.detach(bert)
+        assert snapshot(bert) == before
+
+
+def test_nothing_keeps_an_adapted_model_alive():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     gc.collect()
     gc.disable()
@@ -445,13 +536,44 @@ def test_calls_out_of_order_say_what_to_do(bert):
     lx.attach(bert, 4, target_modules=["query"])
     with pytest.raises(ValueError, match=r"already has LoRA-XS adapters; lx\.detach"):
         lx.attach(bert, 4, target_modules=["value"])
+    lx.detach(bert)
+    peft = pytest.importorskip("peft")
+    before = [
+        p.requires_grad for p in peft.get_peft_model(bert, peft.LoraConfig(target_modules=["query"])).parameters()
+    ]
+    with pytest.raises(ValueError, match=r"model: has adapters of PEFT \(in a Linear\); merge_and_unload\(\)"):
+        lx.attach(bert, 4, target_modules=["value"])
+    assert [p.requires_grad for p in bert.parameters()] == before
 
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):
+    with pytest.raises(
+        TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads or changes its weight"
+    ):
         lx.attach(model, 4, target_modules=["out_proj"])
     assert match(model, "all-linear") == ["linear1", "linear2"]
+
+
+def test_layers_that_the_model_rescales_or_that_are_no_linear_map_are_left_out():
+    options = SMALL | dict(vocab_size=50, attention_hidden_size=32, num_hidden_layers=2)
+    rwkv = transformers.RwkvForCausalLM(transformers.RwkvConfig(**options))
+    names = {".".join(name.split(".")[-2:]) for name in match(rwkv, "all-linear")}
+    assert names == {f"attention.{n}" for n in ("key", "value", "receptance")} | {
+        "feed_forward.key",
+        "feed_forward.receptance",
+    }
+    for name in ("attention.output", "feed_forward.value"):
+        with pytest.raises(TypeError, match=rf"{name}' of a Rwkv\w+, which reads or changes its weight without"):
+            lx.attach(rwkv, 4, target_modules=[name])
+
+    class Llama4Router(nn.Linear):  # by the name of the class
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Llama4Router(8, 8))
+    assert match(model, "all-linear") == ["0"]
+    with pytest.raises(TypeError, match=r"'1' of a Sequential, which .* or calls it for more than a linear map"):
+        lx.attach(model, 4, target_modules=["1"])
 
 
 SSM = SMALL | dict(vocab_size=50, state_size=8, num_heads=4, head_dim=16, n_groups=1, num_key_value_heads=2)
@@ -478,7 +600,7 @@ def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
     mixers = [name for name, m in model.named_modules() if hasattr(m, "A_log")]
     assert mixers
     with pytest.raises(
-        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads its weight without"
+        TypeError, match=rf"'{mixers[0]}\.out_proj' of a {kind}\w*Mixer, which reads or changes its weight without"
     ):
         attach([f"{name}.out_proj" for name in mixers])
     adapted = attach("all-linear")

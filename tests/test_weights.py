@@ -11,12 +11,14 @@ import copy
 import os
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
@@ -462,6 +464,32 @@ class Packed(nn.Linear):
         return x[..., ::2] @ self.weight.T
 
 
+def weight_normed(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        nn.utils.parametrizations.weight_norm,
+        weight_normed,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["parametrized", "weight_norm", "pruned"],
+)
+def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
+    model = nn.Sequential(nn.Linear(K, K), made(nn.Linear(K, N)))
+    lx.attach(model, 4, target_modules="all-linear")
+    before, x = snapshot(model), torch.randn(3, K)
+    y = model(x)
+    for merge in (lx.merge, lambda model: lx.detach(model, merge=True)):
+        with pytest.raises(TypeError, match=r"module '1': got a \w*Linear .*must be a parameter and not made from oth"):
+            merge(model)
+        assert snapshot(model) == before and torch.equal(model(x), y)
+
+
 def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():
     model = nn.Sequential(nn.Linear(K, K), Scaled(K, N))
     plain = nn.Linear(K, N)
@@ -486,7 +514,9 @@ def test_a_quantised_class_derived_from_linear_is_refused(dtype):
     layer = Packed(nn.Linear(K, N)) if dtype == torch.float32 else Scaled(K, N)
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     name = type(layer).__name__
-    with pytest.raises(TypeError, match=rf"module 'q': got a {name} .* no dequantiser here: lx\.register_weight_read"):
+    with pytest.raises(
+        TypeError, match=rf"module 'q': got a {name} .* If it is quantised, lx\.register_weight_reader can"
+    ):
         LoRAXSLinear.from_linear(layer, 4, name="q")
 
 

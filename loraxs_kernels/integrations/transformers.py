@@ -38,7 +38,6 @@ from .. import basis
 from ..adapter_file import AdapterMismatch, save_adapter
 from ..atomic import write_atomically
 from ..linear import LoRAXSLinear
-from ..model import SavePretrained
 from ..svd import rademacher
 from ..weights import is_dtensor, weight_of, whole
 
@@ -105,11 +104,12 @@ class LoraXSCallback(TrainerCallback):
         if attached:
             self._hook(model)
         if attached and isinstance(model, PreTrainedModel):
-            before = model.__dict__.get("save_pretrained")
-            if isinstance(before, _SaveCheckpoints):  # of a training that was given up
-                before = before.before
+            before = model.__dict__.pop("save_pretrained", None)  # somebody else's, or of a training that was given up
+            if isinstance(before, functools.partial) and before.func is _save_pretrained:
+                before = None
             self._undo.append(functools.partial(_put_back, model, before))
-            model.save_pretrained = _SaveCheckpoints(model, before, Path(args.output_dir).absolute())
+            run = Path(args.output_dir).absolute()
+            model.save_pretrained = functools.partial(_save_pretrained, model, before or model.save_pretrained, run)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -287,38 +287,31 @@ def _put_back(model: PreTrainedModel, save_pretrained: Callable | None) -> None:
         model.save_pretrained = save_pretrained
 
 
-class _SaveCheckpoints(SavePretrained):
+def _save_pretrained(
+    model: PreTrainedModel,
+    whole_model: Callable,
+    run: Path,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
     """model.save_pretrained while training: R alone into a checkpoint of this run, the whole model anywhere else."""
-
-    def __init__(self, model: PreTrainedModel, before: Callable[..., Any] | None, run: Path) -> None:
-        super().__init__(model, before)
-        self.run = run
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.model(), self.before, self.run)
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        model, folder = self.model(), Path(save_directory).absolute()
-        if self.run not in folder.parents or not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-            whole_model = self.before or SavePretrained(model, None)
-            return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
-        if is_main_process:
-            # The names are those of the model that Trainer has, which a user may have compiled.
-            compiled = state_dict is not None and all(key.startswith("_orig_mod.") for key in state_dict)
-            tensors = {name: t.detach().cpu().contiguous() for name, t in _changing(model)}
-            for name, layer in model.named_modules():
-                if isinstance(layer, LoRAXSLinear):
-                    tensors[f"{name}.{FINGERPRINT}"] = basis.probes(layer.A, _mixing(layer), layer.B).cpu()
-            tensors = {("_orig_mod." if compiled else "") + name: t for name, t in tensors.items()}
-            write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
-            save_adapter(model, folder / ADAPTER_NAME)
-        return None
+    folder = Path(save_directory).absolute()
+    of_run = run in folder.parents and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)
+    if not of_run or not any(isinstance(m, LoRAXSLinear) for m in model.modules()):  # detached after it was given up
+        return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+    if is_main_process:
+        # The names are those of the model that Trainer has, which a user may have compiled.
+        compiled = state_dict is not None and all(key.startswith("_orig_mod.") for key in state_dict)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in _changing(model)}
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoRAXSLinear):
+                tensors[f"{name}.{FINGERPRINT}"] = basis.probes(layer.A, _mixing(layer), layer.B).cpu()
+        tensors = {("_orig_mod." if compiled else "") + name: t for name, t in tensors.items()}
+        write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
+        save_adapter(model, folder / ADAPTER_NAME)
+    return None
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
