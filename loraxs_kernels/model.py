@@ -95,8 +95,12 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
 def _tying(model: nn.Module) -> list[Any]:
     """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
     config = getattr(model, "config", None)
-    if config is None or not isinstance(_embeddings(model, "output"), LoRAXSLinear):
+    head = _embeddings(model, "output")
+    if config is None or not isinstance(head, LoRAXSLinear):
         return []
+    weight = head.base_layer._parameters.get("weight")
+    if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:
+        return []  # an encoder's and a decoder's embeddings are tied by the same setting, and have to stay so
     of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 

@@ -28,6 +28,8 @@ from transformers import (
     TorchAoConfig,
     Trainer,
     TrainingArguments,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 import loraxs_kernels as lx
@@ -454,15 +456,6 @@ def test_layers_are_unmerged_all_or_none(trained, monkeypatch):
     assert all(layer.merged for layer in layers(trained).values())
 
 
-def test_the_state_dict_of_a_merged_model_has_its_weights_once(trained):
-    separate = {key: t.clone() for key, t in trained.state_dict().items()}
-    trained.merge_adapter()
-    merged = logits(trained)
-    state_dict = trained.state_dict()
-    assert state_dict.keys() == separate.keys() and all(torch.equal(t, separate[key]) for key, t in state_dict.items())
-    assert torch.equal(logits(trained), merged)
-
-
 def others(trained: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict of another R for every layer."""
     state_dict = {key: t.clone() for key, t in randomise(copy.deepcopy(trained)).state_dict().items()}
@@ -532,6 +525,13 @@ def test_a_config_is_as_it_was_where_an_adapter_cannot_be_added():
     assert (asked.target_modules, asked.modules_to_save, asked.svd_recipe) == ("all-linear", None, {})
     with pytest.raises(ValueError, match="without a linear layer that can be adapted"):
         get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config(task_type=None))
+
+
+def test_all_linear_leaves_no_part_of_a_head_idle():
+    sizes = dict(vocab_size=50, d_model=32, n_layer=1, n_head=2, d_inner=48)
+    model = get_peft_model(XLNetForSequenceClassification(XLNetConfig(**sizes)), config(task_type="SEQ_CLS"))
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and "loraxs" not in name}
+    assert trained == {"sequence_summary", "logits_proj"}
 
 
 @pytest.mark.parametrize("task_type", ["TOKEN_CLS", "SEQ_CLS", None])

@@ -41,6 +41,7 @@ from ..adapter_file import fitted, mismatch
 from ..basis import Recipe
 from ..factors import WORKSPACE
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
+from ..matching import matches
 from ..model import (
     classification_head,
     fill,
@@ -335,17 +336,6 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is not None:
             self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """With the base weight as it is without adapters, merged or not: R is there beside it."""
-        if self._unmerged is None:
-            return super().state_dict(*args, **options)
-        merged = _Unmerged(self.base_layer)
-        self._unmerged.put_back(self)
-        try:
-            return super().state_dict(*args, **options)
-        finally:
-            merged.put_back(self)
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B R A in the layout of base_layer.weight, in the dtype of A."""
         self.check_fingerprints([adapter])
@@ -570,11 +560,13 @@ class LoraXSModel(BaseTuner):
             for child in parent._modules
             if never_called(parent, child)
         }
-        head = classification_head(model)
+        # What transformers' add_adapter trains whole its load_adapter does not load: there a head is adapted.
+        alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
+        head = [] if alone else classification_head(model)
         inside = tuple(f"{name}." for name in head)
         config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
-        if head and config.modules_to_save is None:
-            config.modules_to_save = head
+        if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
+            config.modules_to_save = [*(config.modules_to_save or []), *new]
         if not config.target_modules:
             raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
         warn_of_experts(model, stacklevel=3)
