@@ -450,13 +450,14 @@ def match(
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = _embeddings(model, "output")
-    read = {id(m): parent for parent in modules.values() for n, m in parent._modules.items() if never_called(parent, n)}
+    children = ((parent, n, m) for parent in modules.values() for n, m in parent._modules.items())
+    no_adapter = {id(m): why for parent, n, m in children if (why := why_no_adapter(parent, n))}
     names, left_out = [], []
     for name, module in modules.items():
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and id(module) not in read
+            hit = is_linear(module) and module is not head and id(module) not in no_adapter
             if is_unread_linear(module) and module is not head:
                 left_out.append((name, module))
         else:
@@ -470,8 +471,8 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
             )
-        if id(module) in read:
-            raise TypeError(f"target_modules: matches module {name!r} {why_never_called(read[id(module)])}")
+        if why := no_adapter.get(id(module)):
+            raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
     if not names and left_out:
         name, module = left_out[0]
@@ -599,14 +600,17 @@ _CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
 _NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
 
 
-def never_called(parent: nn.Module, name: str) -> bool:
-    """Whether the linear layer of that name in a module takes no adapter, as `why_never_called` says."""
+def why_no_adapter(parent: nn.Module, name: str) -> str | None:
+    """Why the linear layer of that name in a module takes no adapter, as the end of a sentence; None: it does."""
+    of = f"of a {type(parent).__name__}, "
     if _NO_LINEAR_MAP & _names(parent._modules[name]):
-        return True
-    read, changed = (set(table.get(name, "").split()) for table in (_READ_BY_PARENT, _CHANGED_BY_MODEL))
-    return bool(changed & _names(parent)) or any(
-        kind.__name__ in read and _reads(kind, name) for kind in type(parent).__mro__
-    )
+        return f"{of}a {type(parent._modules[name]).__name__}, whose forward is no linear map"
+    if _CHANGED_BY_MODEL.get(name) in _names(parent):
+        return f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
+    reading = _READ_BY_PARENT.get(name, "").split()
+    if any(kind.__name__ in reading and _reads(kind, name) for kind in type(parent).__mro__):
+        return f"{of}which reads its weight without calling it: an adapter there has no effect"
+    return None
 
 
 def _names(module: nn.Module | None) -> set[str]:
@@ -620,13 +624,6 @@ def _reads(kind: type, name: str) -> bool:
         return f"self.{name}.weight" in inspect.getsource(kind)
     except (OSError, TypeError):  # there is no source
         return True
-
-
-def why_never_called(parent: nn.Module) -> str:
-    return (
-        f"of a {type(parent).__name__}, which reads or changes its weight without calling it, or calls it for more "
-        "than a linear map: an adapter there would have no effect or a wrong one"
-    )
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

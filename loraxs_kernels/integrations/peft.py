@@ -45,11 +45,10 @@ from ..matching import matches
 from ..model import (
     classification_head,
     fill,
-    never_called,
     pattern_value,
     warn_of_experts,
     warn_of_unread,
-    why_never_called,
+    why_no_adapter,
 )
 from ..ops import autocast_on
 from ..padding import padded_rows
@@ -502,7 +501,7 @@ class LoraXSModel(BaseTuner):
 
     A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
     together, as `lx.attach` makes them.  If adding an adapter fails the model is as it was, and so it is if one cannot
-    be merged, unmerged or loaded; an adapter whose delta W turns out to be another is refused when its R is in place.
+    be merged, unmerged or loaded.  Only an adapter that makes another delta W here is refused after its R is in place.
     """
 
     prefix = "loraxs_"
@@ -548,7 +547,7 @@ class LoraXSModel(BaseTuner):
     def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
         """Put the names that "all-linear" means in its place: what it means to PEFT, and as `attach` has it.
 
-        Layers that are never called are left out; a classification head trains whole, as one of modules_to_save.
+        Layers that take no adapter are left out; a classification head trains whole, as one of modules_to_save.
         """
         targets = config.target_modules
         if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
@@ -558,7 +557,7 @@ class LoraXSModel(BaseTuner):
             f"{name}.{child}".removeprefix(".")
             for name, parent in model.named_modules()
             for child in parent._modules
-            if never_called(parent, child)
+            if why_no_adapter(parent, child)
         }
         # What transformers' add_adapter trains whole its load_adapter does not load: there a head is adapted.
         alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
@@ -631,8 +630,8 @@ class LoraXSModel(BaseTuner):
         base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
         if is_unread_linear(base):
             raise TypeError(f"target_modules: matches module {current_key!r}, {unread(base)}")
-        if never_called(parent, target_name):
-            raise TypeError(f"target_modules: matches module {current_key!r} {why_never_called(parent)}")
+        if why := why_no_adapter(parent, target_name):
+            raise TypeError(f"target_modules: matches module {current_key!r} {why}")
         if isinstance(base, BaseTunerLayer) or not is_linear(base):
             raise TypeError(
                 f"target_modules: matches module {current_key!r}, a {type(base).__name__}; must match linear "
