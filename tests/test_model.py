@@ -548,9 +548,7 @@ def test_calls_out_of_order_say_what_to_do(bert):
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(
-        TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"
-    ):
+    with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):
         lx.attach(model, 4, target_modules=["out_proj"])
     assert match(model, "all-linear") == ["linear1", "linear2"]
 
@@ -572,7 +570,7 @@ def test_layers_that_the_model_rescales_or_that_are_no_linear_map_are_left_out()
 
     model = nn.Sequential(nn.Linear(8, 8), Llama4Router(8, 8))
     assert match(model, "all-linear") == ["0"]
-    with pytest.raises(TypeError, match=r"'1' of a Sequential, which .* or calls it for more than a linear map"):
+    with pytest.raises(TypeError, match="'1' of a Sequential, a Llama4Router, whose forward is no linear map"):
         lx.attach(model, 4, target_modules=["1"])
 
 
