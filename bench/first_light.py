@@ -37,9 +37,9 @@ import numpy as np  # noqa: E402
 import rungs  # noqa: E402
 import torch  # noqa: E402
 
-from loraxs_kernels.atomic import write_atomically  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
+from loraxs_kernels.files import write_atomically  # noqa: E402
 from loraxs_kernels.info import environment, info  # noqa: E402
 
 SCRIPT = Path(__file__)  # what a rung's process runs

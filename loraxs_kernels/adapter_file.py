@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis
-from .atomic import write_atomically
 from .basis import Recipe
 from .factors import WORKSPACE, compute_devices
+from .files import write_atomically
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, install, unwrapped
 from .weights import assign, whole

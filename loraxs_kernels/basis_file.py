@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from . import basis
-from .atomic import write_atomically
 from .basis import Factors, Recipe
 from .factors import WORKSPACE, Job, factor
+from .files import write_atomically
 from .matching import matches
 from .weights import FLOATS, Weight
 
@@ -183,7 +183,7 @@ def make_basis(
         },
     }
     metadata = {"loraxs_basis": json.dumps(header, separators=(",", ":"))}
-    write_atomically(Path(out), lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    write_atomically(out, safetensors.torch.save(tensors, metadata))
     return list(entries)
 
 

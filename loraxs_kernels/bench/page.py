@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically
+from ..files import write_atomically
 from . import BenchError, plots, tables
 
 STYLE = """

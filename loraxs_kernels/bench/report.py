@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..atomic import write_atomically
+from ..files import write_atomically
 from ..info import environment
 from . import BenchError
 from .settings import QUESTIONS, Settings

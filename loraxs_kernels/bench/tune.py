@@ -24,10 +24,10 @@ import torch
 from tqdm import tqdm
 
 from .. import backends
-from ..atomic import write_atomically
 from ..backends.triton import config, low_rank
 from ..backends.triton import facts as device_facts
 from ..backends.triton.config import Config, Device, Row
+from ..files import write_atomically
 from . import BenchError, timer
 from .chain import Case
 from .layer import release

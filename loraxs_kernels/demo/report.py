@@ -12,7 +12,7 @@ import json
 import time
 from typing import Any
 
-from ..atomic import write_atomically
+from ..files import write_atomically
 from ..info import environment
 from . import Settings
 

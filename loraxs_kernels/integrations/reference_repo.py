@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_file import AdapterMismatch, fitted, saved_modules, saved_values
-from ..atomic import write_atomically
 from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual, singular_values
 from ..factors import WORKSPACE, compute_devices
+from ..files import write_atomically
 from ..linear import LoRAXSLinear
 from ..matching import matches
 from ..model import adapted_layers, detach, install, pattern_value, unwrapped
@@ -406,9 +406,7 @@ def write_lora(
         "inference_mode": True,
     }
     metadata = {"format": "pt"}
-    write_atomically(
-        folder / "adapter_model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, metadata)
-    )
+    write_atomically(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata))
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 

@@ -36,7 +36,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .. import basis
 from ..adapter_file import AdapterMismatch, save_adapter
-from ..atomic import write_atomically
+from ..files import write_atomically
 from ..linear import LoRAXSLinear
 from ..svd import rademacher
 from ..weights import is_dtensor, weight_of, whole

@@ -1,0 +1,179 @@
+"""Files that are whole or not there, and that are known to be what was written.
+
+An adapter or basis file is a safetensors file with one entry in its metadata, the header: a JSON object, whose name
+says what the file is.  Its first field is the SHA-256 of the whole file, computed with zeros in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FORMAT_VERSION = 2  # version 1 had no checksum
+UNKNOWN = "0" * 64  # in the place of a digest that is being computed
+
+
+def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> None:
+    """Replace the file by one that holds `parts`, in one step: a reader finds the old file or the new one, whole.
+
+    The parts go to a temporary file in the same folder, which is flushed to the disk and then renamed.  A file that
+    exists keeps its mode, and a symbolic link stays one: the file it points to is replaced.  What a killed process has
+    left behind in the folder is removed.  Raises ValueError where the path is no regular file, OSError where the disk
+    does not take it.
+    """
+    target = Path(os.path.realpath(path))
+    found = target.stat() if target.exists() else None
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        what = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        raise ValueError(f"path: {path} is {what}, must be the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target.parent)
+    with _temporary(target.parent) as f:
+        try:
+            for part in parts:
+                f.write(part)
+            f.flush()
+            if found is not None:
+                os.chmod(f.name, stat.S_IMODE(found.st_mode))
+            os.fsync(f.fileno())
+            os.replace(f.name, target)
+        except BaseException:
+            Path(f.name).unlink(missing_ok=True)
+            raise
+    if os.name == "posix":  # the rename itself, too
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _temporary(folder: Path) -> BinaryIO:
+    """A new file in the folder, locked.  Its name is short, since the target's may be as long as a name can be."""
+    while True:
+        f = open(folder / f".loraxs-{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115
+        _lock(f, wait=True)
+        if os.path.exists(f.name):  # else another process took it for a leftover, before it was locked
+            return f
+        f.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed: those that nobody holds a lock on."""
+    for leftover in folder.glob(".loraxs-*.tmp"):
+        try:
+            with open(leftover, "rb") as f:
+                if _lock(f, wait=False):
+                    leftover.unlink()
+        except OSError:  # it is gone, or another user's
+            continue
+
+
+def _lock(f: BinaryIO, wait: bool) -> bool:
+    """Lock an open file until it is closed or its process ends, however it ends; returns whether that was done."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (AttributeError, OSError):  # the system or the file system has no such locks, or another process holds it
+        return False
+    return True
+
+
+def sealed(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> tuple[bytes | memoryview, ...]:
+    """The parts of a safetensors file of these tensors, with the header and its checksum under the name `kind`."""
+    text = json.dumps({"sha256": UNKNOWN, "version": FORMAT_VERSION, **header}, separators=(",", ":"))
+    data = memoryview(safetensors.torch.save(dict(tensors), {kind: text}))
+    start = bytes(data[: 8 + int.from_bytes(data[:8], "little")]).index(UNKNOWN.encode())
+    return data[:start], hashlib.sha256(data).hexdigest().encode(), data[start + len(UNKNOWN) :]
+
+
+def unsealed(path: Path, kind: str, what: str) -> tuple[dict[str, Any], Any]:
+    """The header of a file that `sealed` made or that has version 1, and the open file, for `tensors_of`.
+
+    kind: the name of the header.  what: the file must be, for errors.  Raises FileNotFoundError where there is no such
+    file, and ValueError, naming the file, where it is another kind of file, of an unknown version or not as written.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}")
+    try:
+        f = safetensors.safe_open(path, framework="pt")
+        text = (f.metadata() or {}).get(kind)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+    if text is None:
+        raise ValueError(f"{path}: is a safetensors file, but no {what} (its metadata has no {kind!r})")
+    header = read_json(text, str(path))
+    version = header.get("version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: is of format version {version!r}, this loraxs_kernels reads 1 to {FORMAT_VERSION}; upgrade it"
+        )
+    if version > 1:
+        said = header.pop("sha256", None)
+        if said != (found := _sha256(path, said)):
+            damaged(path, f"its SHA-256 is {found}, and its header says {said!r}")
+    return header, f
+
+
+def _sha256(path: Path, said: Any) -> str:
+    """The digest of the file with zeros in the place of the one that it holds."""
+    with open(path, "rb") as f:
+        length = f.read(8)
+        start = length + f.read(int.from_bytes(length, "little"))
+        if isinstance(said, str) and len(said) == len(UNKNOWN):
+            start = start.replace(said.encode(), UNKNOWN.encode(), 1)
+        digest = hashlib.sha256(start)
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
+    """All tensors of an open safetensors file; ValueError, naming the file, for a tensor that is not finite."""
+    tensors = {}
+    for key in f.keys():  # noqa: SIM118
+        try:
+            tensors[key] = f.get_tensor(key)
+        except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
+            damaged(path, f"tensor {key!r} cannot be read ({error})", error)
+        check_finite(tensors[key], path, f"tensor {key!r}")
+    return tensors
+
+
+def check_finite(t: Tensor, path: Path, what: str) -> None:
+    """ValueError, naming the file, where a tensor has NaN or Inf values."""
+    if t.is_floating_point() and t.element_size() == 1:
+        t = t.float()  # float8 types know no isfinite
+    if (t.is_floating_point() or t.is_complex()) and not torch.isfinite(t).all():
+        damaged(path, f"{what} has NaN or Inf values")
+
+
+def read_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a text; ValueError, beginning with `where`, for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deep
+        raise ValueError(f"{where}: is damaged, no JSON ({str(error) or type(error).__name__})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: is damaged, no JSON object but a {type(found).__name__}")
+    return found
+
+
+def damaged(path: str | os.PathLike, problem: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise the ValueError of a file that cannot be what was written."""
+    raise ValueError(f"{path}: is damaged: {problem}") from cause

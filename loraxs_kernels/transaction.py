@@ -1,0 +1,53 @@
+"""Changes of a model that happen as a whole or not at all, whatever stops them: an error, Ctrl-C, a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def transaction(model: nn.Module) -> Iterator[ExitStack]:
+    """Put a model back as it was if the block does not come to its end.
+
+    Modules, parameters and buffers are put back where they stood, with their requires_grad, and the attributes of every
+    module.  Nothing is copied: tensors that the block writes to are named to `keep` before, and whatever is no part
+    of the model is put back by a callback of the ExitStack that the block is given.
+    """
+    before = [(m, dict(vars(m)), _children(m)) for m in model.modules()]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    with ExitStack() as undo:
+        undo.callback(_put_back, before, trained)
+        yield undo
+        undo.pop_all()
+
+
+def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
+    """Let a transaction write back the values that tensors have now."""
+    undo.callback(_write, [(t, t.detach().clone()) for t in tensors])
+
+
+def _children(module: nn.Module) -> list[tuple[Any, Any]]:
+    held = (vars(module).get(each) for each in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"))
+    return [(each, each.copy()) for each in held if isinstance(each, (dict, set))]
+
+
+def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: list[tuple[Tensor, bool]]) -> None:
+    for module, attributes, children in before:
+        vars(module).clear()
+        vars(module).update(attributes)
+        for held, content in children:
+            held.clear()
+            held.update(content)
+    for p, requires_grad in trained:
+        p.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def _write(values: list[tuple[Tensor, Tensor]]) -> None:
+    for t, value in values:
+        t.copy_(value)
