@@ -1,7 +1,8 @@
 """Adapter files: R alone, in one safetensors file, with what it takes to know its A and B again.
 
-Layout, format version 1.  Metadata: one JSON object under "loraxs".  Tensors, stacked over the modules of one rank r
-in the order of the metadata's list:
+Layout, format version 2, which is version 1 with a checksum (files.py) and two fields of the recipe more, `rounded` and
+`weight_dtype`.  Header: one JSON object under "loraxs".  Tensors, stacked over the modules of one rank r in the order
+of the header's list:
 
     R/r        (n, r, r)  as trained, fp32 or the dtype asked for
     S/r        (n, r)     fp32 norms of the rows of A: for the SVD init the singular values
@@ -15,29 +16,30 @@ Stacking keeps the header small: 224 modules of r = 16 in bf16 are 112 KiB of R.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis
-from .basis import Recipe
+from .basis import ACCEPT, ALIGNED, PROBES, Recipe
 from .factors import WORKSPACE, compute_devices
-from .files import write_atomically
+from .files import damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
-from .model import adapted_layers, detach, install, unwrapped
-from .weights import assign, whole
+from .model import adapted_layers, basis_for, install, unwrapped
+from .transaction import keep, transaction
+from .weights import FLOATS, assign, whole
 
-FORMAT_VERSION = 1
+NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
+HOW = ("init", "seed", "method", "block", "n_iter", "tier")  # of a recipe: what decides A and B of one weight
+DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,16 +69,16 @@ def save_adapter(
             R to a slightly different basis, such as one from the weights in another dtype.
         save_factors: add A and B themselves (large).  Always so for factors that were given and not computed.
 
-    Raises ValueError, before anything is written, where the model has no adapters or an R is not finite.
+    Raises ValueError, before anything is written, where the model has no adapters, or where R or a tensor of the
+    modules_to_save is not finite.  Warns if the model was moved to a dtype of less precision after its A and B were
+    made, since such a file does not load into the model as it is now.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
     model, path = unwrapped(model), Path(path)
-    if path.is_dir():
-        raise ValueError(f"path: {path} is a directory, must be the name of a file")
     stacks: dict[str, list[Tensor]] = {}
     tensors: dict[str, Tensor] = {}
-    descriptions = {}
+    descriptions, moved = {}, []
     for i, (name, layer) in enumerate(adapted_layers(model)):
         if "_fsdp_wrapped_module" in name:
             raise ValueError(
@@ -99,16 +101,20 @@ def save_adapter(
             stacks.setdefault(f"{key}/{layer.rank}", []).append(t.cpu())
         if save_factors or layer.recipe.init == "given":
             tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
+        elif not portable and _lost_precision(layer):
+            moved.append(name)
         descriptions[name] = _description(layer, name)
     tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
     modules_to_save = saved_modules(model)
     for name in modules_to_save:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"model/{name}.{key}": _plain(t) for key, t in state.items()}
+    for key, t in tensors.items():
+        if key.startswith("model/") and not is_finite(t):
+            raise ValueError(f"{key.removeprefix('model/')}: has NaN or Inf values; nothing was written")
     first = next(iter(descriptions.values()))
     common = {key: value for key, value in first.items() if key != "name"}
     header = {
-        "version": FORMAT_VERSION,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or "",
         "modules_to_save": modules_to_save,
         "layer": common,
@@ -117,7 +123,19 @@ def save_adapter(
             for name, d in descriptions.items()
         },
     }
-    write_atomically(path, safetensors.torch.save(tensors, {"loraxs": json.dumps(header, separators=(",", ":"))}))
+    data = sealed(tensors, "loraxs", header)
+    if moved:
+        made, now = (
+            descriptions[moved[0]]["weight_dtype"],
+            basis.dtype_name(_weight_dtype(model.get_submodule(moved[0]))),
+        )
+        warnings.warn(
+            f"{path}: A and B of {len(moved)} modules, the first {moved[0]!r}, were made from weights in {made}, which "
+            f"are {now} now. The file loads into the model in {made}, which can then be moved, and not into one in "
+            f"{now}; portable=True or save_factors=True makes one that does",
+            stacklevel=3,  # past no_grad's wrapper
+        )
+    write_atomically(path, *data)
 
 
 @torch.no_grad()
@@ -125,6 +143,7 @@ def load_adapter(
     model: M,
     path: str | os.PathLike,
     *,
+    basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace: int = WORKSPACE,
     progress: bool = True,
@@ -138,43 +157,63 @@ def load_adapter(
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
         path: of the file.
+        basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
+            a model without adapters.
         device, workspace, progress: of the SVD, as in `attach`, where the adapters are attached here.
 
     Raises:
-        FileNotFoundError: there is no such file.  ValueError: it is no whole adapter file of a version known here, or
-        its modules are not the model's.  AdapterMismatch: the basis is another.  The model is then as it was.
+        FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
+        here, or its modules are not the model's.  AdapterMismatch: A and B of this model are not those it was trained
+        on.  The model is then as it was.
     """
     given, model, path = model, unwrapped(model), Path(path)
-    header, entries, tensors = _read(path)
+    entries, modules_to_save, saved = _read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
-    if fresh:
-        devices = None if device is None else compute_devices(device)
-        _attach(model, header, entries, devices=devices, workspace=workspace, progress=progress)
-    try:
+    if basis is not None and not fresh:
+        raise ValueError(
+            "basis: got a file for a model that has adapters, and with them A and B, already; must be None"
+        )
+    devices = None if device is None else compute_devices(device)
+    with transaction(model) as undo:
+        if fresh:
+            with _named(path):
+                how = {"devices": devices, "workspace": workspace, "progress": progress}
+                _attach(model, entries, modules_to_save, basis, how)
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
-        saved = {key.removeprefix("model/"): t for key, t in tensors.items()}
-        values = saved_values(model, header["modules_to_save"], saved)
-    except BaseException:
-        if fresh:
-            detach(model)
-        raise
-    for name, R in settled.items():
-        layer = layers[name]
-        layer.alpha, layer.scaling = entries[name]["alpha"], entries[name]["alpha"] / layer.rank
-        if parametrize.is_parametrized(layer, "R"):
-            layer.R = R.to(layer.R)
-        else:
-            assign(layer.R, R)
-    for target, value in values:
-        target.copy_(value)
-    if worst > basis.ACCEPT:
-        warnings.warn(
-            f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, with "
-            f"an estimated relative error of delta W of up to {worst:.1e}",
-            stacklevel=3,  # past no_grad's wrapper
-        )
+        with _named(path):
+            values = saved_values(model, modules_to_save, saved)
+        if worst > ACCEPT:
+            warnings.warn(
+                f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, "
+                f"with an estimated relative error of delta W of up to {worst:.1e}",
+                stacklevel=3,  # past no_grad's wrapper
+            )
+        trained = [p for layer in layers.values() for n, p in layer.named_parameters() if _makes_R(n)]
+        keep(undo, [*trained, *(target for target, _ in values)])
+        for name, R in settled.items():
+            layer = layers[name]
+            layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
+            if parametrize.is_parametrized(layer, "R"):
+                layer.R = R.to(layer.R)
+            else:
+                assign(layer.R, R)
+        for target, value in values:
+            target.copy_(value)
     return given
+
+
+def _makes_R(name: str) -> bool:
+    return name == "R" or name.startswith("parametrizations.R.")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of putting what is in a file into a model, as ValueErrors that name the file."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
 def saved_modules(model: nn.Module) -> list[str]:
@@ -185,21 +224,50 @@ def saved_modules(model: nn.Module) -> list[str]:
 
 def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer; the recipe's name only where it is not the module's."""
-    recipe = {k: v for k, v in asdict(layer.recipe).items() if k != "name" or v != name}
-    return {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout, "sigma": layer.sigma, **recipe}
+    recipe = asdict(layer.recipe.cast(layer.A.dtype))  # A may have been assigned
+    recipe = {k: v for k, v in recipe.items() if k != "name" or v != name}
+    return {key: getattr(layer, key) for key in NUMBERS} | recipe
 
 
-def _attach(model: nn.Module, header: dict, entries: dict[str, dict], **how: Any) -> None:
+def _weight_dtype(layer: LoRAXSLinear) -> torch.dtype | None:
+    """The dtype of the base weight now, if it is a dense one."""
+    dtype = getattr(getattr(layer.base_layer, "weight", None), "dtype", None)
+    return dtype if dtype in FLOATS else None
+
+
+def _lost_precision(layer: LoRAXSLinear) -> bool:
+    """Whether the weight has less precision than the one that A and B were made from, and would make others."""
+    made, now = layer.recipe.weight_dtype, _weight_dtype(layer)
+    if layer.recipe.init == "random" or made is None or now is None:
+        return False
+    return torch.finfo(now).eps > torch.finfo(basis.DTYPES[made]).eps
+
+
+def _attach(
+    model: nn.Module,
+    entries: dict[str, dict],
+    modules_to_save: list[str],
+    basis_file: str | os.PathLike | None,
+    how: dict[str, Any],
+) -> None:
     """Attach the adapters of a file to a model that has none."""
     modules = dict(model.named_modules())
-    for name in [*entries, *header["modules_to_save"]]:
+    for name in [*entries, *modules_to_save]:
         if name not in modules:
             raise ValueError(f"model: has no module {name!r}, which the adapter is for; it is of another base model")
+        if not name:
+            raise ValueError(
+                "model: is a layer without an adapter, and the file is of a single LoRAXSLinear; must be one, such as "
+                "LoRAXSLinear.from_linear(model, rank)"
+            )
     options = {}
     for name, entry in entries.items():
-        init = (entry["A"], entry["B"]) if entry["recipe"].init == "given" else entry["recipe"]
-        options[name] = {key: entry[key] for key in ("rank", "alpha", "dropout", "sigma")} | {"init": init}
-    install(model, options, header["modules_to_save"], **how)
+        recipe = entry["recipe"]
+        options[name] = {key: entry[key] for key in NUMBERS} | {"init": recipe}
+        if recipe.init == "given":
+            options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and basis.DTYPES[recipe.dtype]}
+    opened = None if basis_file is None else basis_for(basis_file, options)
+    install(model, options, modules_to_save, basis=opened, **how)
 
 
 def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
@@ -207,7 +275,7 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
     if layers.keys() != entries.keys():
         only = sorted(layers.keys() ^ entries.keys())
         raise ValueError(f"{path}: is for other modules than the model's adapters; the first difference: {only[0]!r}")
-    settled, errors = {}, {}
+    settled, errors, refused = {}, {}, {}
     for name, entry in entries.items():
         layer = layers[name]
         if layer.rank != entry["rank"]:
@@ -219,12 +287,18 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
         ):
             raise ValueError(f"model: the parametrization of R in module {name!r} has no right_inverse to set R by")
         settled[name], errors[name] = fitted(entry, layer.A, layer.B)
-    worst = max(errors, key=errors.__getitem__)
-    entry, layer = entries[worst], layers[worst]
-    can_align = ("A" in entry or "U" in entry) and basis.same_base(entry["S"], layer.A)
-    if errors[worst] > (basis.ALIGNED if can_align else basis.ACCEPT):
-        raise mismatch(str(path), worst, entry, errors[worst], layer.A)
-    return settled, errors[worst]
+        if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not basis.same_base(entry["S"], layer.A):
+            refused[name] = errors[name]
+    if refused:
+        worst = max(refused, key=refused.__getitem__)
+        layer = layers[worst]
+        raise mismatch(str(path), worst, entries[worst], refused[worst], layer.A, recipe=layer.recipe)
+    return settled, max(errors.values())
+
+
+def can_align(entry: dict[str, Any]) -> bool:
+    """Whether an adapter has what R is aligned to other A and B by."""
+    return "A" in entry or "U" in entry
 
 
 def mismatch(
@@ -234,27 +308,39 @@ def mismatch(
     error: float,
     A: Tensor,
     keeping: str = "portable=True or save_factors=True",
+    recipe: Recipe | None = None,
 ) -> AdapterMismatch:
-    """What to raise for a module whose delta W is off by `error`.
+    """What to raise for a module whose delta W is off by `error`: by how much, why, and what to do.
 
-    where: names the adapter.  entry: as for `fitted`.  keeping: what to save it with, so that it fits.
+    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  keeping: what to
+    save an adapter with, so that it can be aligned.  recipe: that A was made by.
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
-    if not basis.same_base(entry["S"], A):
+    there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
+    differs = [f for f in HOW if getattr(there, f, None) != getattr(here, f, None)]
+    same_base = basis.same_base(entry["S"], A)
+    again = "" if can_align(entry) else f", or save the adapter again with {keeping}"
+    if same_base and differs:
+        what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
         return AdapterMismatch(
-            f"{found}, and its singular values are not those the adapter was trained on: the base model (its name "
-            f"there: {entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
+            f"{found}: A and B of the model were made by another recipe ({what}). Load the adapter into a model "
+            "without adapters and without basis=, so that A and B are made by the recipe in the file"
         )
-    if error > basis.ALIGNED:
+    if not same_base or error > DIFFERENT:
+        what = "delta W is" if same_base else "singular values are"
         return AdapterMismatch(
-            f"{found}, more than {basis.ALIGNED:.0e}: the weights differ (edited, quantised or in another dtype) "
-            "or the adapters were attached with another recipe. Load the weights in the dtype it was trained on "
-            f"and let the adapter file attach, or save it with {keeping}"
+            f"{found}, and its {what} not those the adapter was trained on: the base model (its name there: "
+            f"{entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
         )
-    return AdapterMismatch(
-        f"{found}, more than {basis.ACCEPT:.0e}, and the file has nothing to align R by. Load the weights in "
-        f"the dtype it was trained on, or save the adapter again with {keeping}"
-    )
+    more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"
+    dtypes = [each and each.weight_dtype for each in (there, here)]
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        return AdapterMismatch(
+            f"{more}: its A and B were made from weights in {dtypes[0]}, those of this model from weights in "
+            f"{dtypes[1]}. Load the adapter into the model in {dtypes[0]}, which can be moved afterwards{again}"
+        )
+    how = "edited, or quantised in another way" if None not in dtypes else "edited, quantised or in another dtype"
+    return AdapterMismatch(f"{more}: the weights differ ({how}). Load the weights it was trained on{again}")
 
 
 def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
@@ -264,7 +350,7 @@ def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     """
     R = entry["R"].to(A.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates = [R]
-    if basis.residual(entry["probe"], A, R, B) > basis.ACCEPT and basis.same_base(entry["S"], A):
+    if basis.residual(entry["probe"], A, R, B) > ACCEPT and basis.same_base(entry["S"], A):
         candidates += basis.single_flips(R)
         if "A" in entry:
             candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), A, B))
@@ -289,51 +375,72 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
             if value is None or value.shape != target.shape:
                 there = "missing" if value is None else f"of shape {tuple(value.shape)}"
                 raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(target.shape)}")
+            if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
+                raise ValueError(f"{name}.{key}: is of {value.dtype} in the file, must be of {target.dtype}")
             pairs.append((target, value))
+        for key in tensors:
+            if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:
+                raise ValueError(f"model: has no tensor {key!r}, which the adapter file has a value for")
     return pairs
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The header, everything about each module by its name, and all tensors of an adapter file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            header = (f.metadata() or {}).get("loraxs")
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
-    if header is None:
-        raise ValueError(f"{path}: is a safetensors file, but no LoRA-XS adapter (its metadata has no 'loraxs')")
-    try:
-        header = json.loads(header)
-        version = header["version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: is of format version {version}, this loraxs_kernels reads {FORMAT_VERSION}; upgrade it"
-            )
-        return header, _entries(header, tensors), tensors
-    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is damaged, its header and tensors do not agree ({error!r})") from error
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
+    """Everything about each module by its name, the modules_to_save, and their tensors, of an adapter file.
+
+    Every tensor of the file has a place in these, and is of the dtype and shape that the header says.
+    """
+    header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
+    tensors = tensors_of(f, path)
+    modules, common, saved, base_model = (header.get(k) for k in ("modules", "layer", "modules_to_save", "base_model"))
+    if not (
+        isinstance(modules, dict) and modules and all(isinstance(each, dict) for each in (common, *modules.values()))
+    ):
+        damaged(path, "its header has no modules, or does not describe them")
+    if not (isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)):
+        damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
+    if not isinstance(base_model, str):
+        damaged(path, f"base_model is {base_model!r} in its header, must be a string")
+    entries, stacks = {}, {}
+    for i, (name, own) in enumerate(modules.items()):
+        try:
+            numbers, recipe = basis.parsed({"name": name} | common | own, NUMBERS, header["version"])
+        except ValueError as error:
+            damaged(path, f"module {name!r}: {error}", error)
+        entry = entries[name] = {"base_model": base_model, "recipe": recipe, **numbers}
+        stacks.setdefault(entry["rank"], []).append(entry)
+        factors = {"A": (entry["rank"], None), "B": (None, entry["rank"])}
+        if recipe.init == "given" or any(f"{key}/{i}" in tensors for key in factors):
+            for key, size in factors.items():
+                entry[key] = _taken(tensors, f"{key}/{i}", size, FLOATS, path)
+    for rank, stack in stacks.items():
+        sizes = {"R": (rank, rank), "S": (rank,), "probe": (PROBES,), "U": (rank, PROBES), "V": (rank, PROBES)}
+        sketched = f"U/{rank}" in tensors or f"V/{rank}" in tensors
+        for key, size in sizes.items():
+            if sketched or key not in ("U", "V"):
+                dtypes = FLOATS if key == "R" else (torch.float32,)
+                t = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
+                for entry, row in zip(stack, t, strict=True):
+                    entry[key] = row
+    values = {key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")}
+    for key in tensors:
+        if not key.removeprefix("model/").startswith(tuple(f"{name}." for name in saved)) or not key.startswith(
+            "model/"
+        ):
+            damaged(path, f"has a tensor {key!r}, of which its header says nothing")
+    return entries, saved, values
 
 
-def _entries(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """{module name: its description, R, S, probe and, where the file has them, U and V or A and B}."""
-    entries, position = {}, {}
-    for i, (name, difference) in enumerate(header["modules"].items()):
-        entry = {"base_model": header["base_model"], "name": name, **header["layer"], **difference}
-        rank = entry["rank"]
-        row = position[rank] = position.get(rank, -1) + 1
-        entry |= {key: tensors[f"{key}/{rank}"][row] for key in ("R", "S", "probe")}
-        entry |= {key: tensors[f"{key}/{rank}"][row] for key in ("U", "V") if f"{key}/{rank}" in tensors}
-        entry |= {key: tensors[f"{key}/{i}"] for key in ("A", "B") if f"{key}/{i}" in tensors}
-        if entry["init"] == "given" and not {"A", "B"} <= entry.keys():
-            raise KeyError(f"A and B of module {name!r}")
-        entry["recipe"] = Recipe(**{f.name: entry[f.name] for f in fields(Recipe)})
-        if entry["R"].shape != (rank, rank):
-            raise IndexError(f"R of module {name!r} has shape {tuple(entry['R'].shape)}")
-        entries[name] = entry
-    return entries
+def _taken(
+    tensors: dict[str, Tensor], key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype], path: Path
+) -> Tensor:
+    """A tensor of a file, taken out of them all, if it is as the header says (None: any size)."""
+    t = tensors.pop(key, None)
+    if t is None:
+        damaged(path, f"tensor {key!r} is missing")
+    if not has_shape(t.shape, shape) or t.dtype not in dtypes:
+        must = f"{shape} and {' or '.join(map(basis.dtype_name, dtypes))}"
+        damaged(path, f"tensor {key!r} has shape {tuple(t.shape)} and {basis.dtype_name(t.dtype)}, must have {must}")
+    return t
 
 
 def _plain(t: Tensor) -> Tensor:

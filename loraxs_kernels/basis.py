@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .svd import NotFinite, Plan, plan, rademacher, truncated_svd
-from .weights import Weight
+from .svd import METHODS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
+from .weights import FLOATS, Weight
 
 INITS = ("svd", "random")  # by name; only load_reference_adapter makes "sklearn", a pair (A, B) is "given"
 
@@ -24,9 +26,57 @@ PROBES = 8  # bilinear probes of a delta, and columns of a sketch
 ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
 ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
+PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
 
+SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
+
 Factors = tuple[Tensor, Tensor]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a Recipe has it: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+
+
+def _integer(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What an adapter and its recipe may be, whether a caller or a file says so: a test, and its meaning in words.
+_MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (_integer(1, 2**31 - 1), "an integer of at least 1"),
+    "alpha": (_number, "a finite number"),
+    "dropout": (lambda value: _number(value) and 0 <= value < 1, "in [0, 1)"),
+    "sigma": (lambda value: _number(value) and value >= 0, "a finite number of at least 0"),
+    "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random" or a pair (A, B)'),
+    "seed": (_integer(-(2**63), 2**63 - 1), "an integer of at most 64 bits"),
+    "name": (lambda value: isinstance(value, str), "a string"),
+    "dtype": (lambda value: value in (None, *DTYPES), f"one of {', '.join(DTYPES)} or None"),
+    "method": (lambda value: value in ("auto", *METHODS), '"auto", "krylov" or "subspace"'),
+    "block": (lambda value: value is None or _integer(1, 65536)(value), "an integer from 1 to 65536, or None"),
+    "n_iter": (lambda value: value is None or _integer(0, 1000)(value), "an integer from 0 to 1000, or None"),
+    "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
+    "rounded": (
+        lambda value: isinstance(value, tuple) and len(value) <= 64 and all(each in tuple(DTYPES) for each in value),
+        f"at most 64 names, each one of {', '.join(DTYPES)}",
+    ),
+}
+_MUST["weight_dtype"] = _MUST["dtype"]
+
+
+def check(argument: str, value: Any, of: str = "") -> None:
+    """ValueError where a number of an adapter, or a field of its recipe, is out of range; `of` names the layer."""
+    allowed, must = _MUST[argument]
+    if not allowed(value):
+        raise ValueError(f"{argument}: got {value!r}{f' for {of}' if of else ''}, must be {must}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +87,10 @@ class Recipe:
         by scikit-learn's TruncatedSVD on the CPU, as far as n_iter steps converge: what the reference implementation
         trains on) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
-    dtype: of A and B, by torch's name, where it is not the weight's: rounded to another they are another basis.
+    dtype: that A and B are stored in, by torch's name, where it is not the weight's.
+    rounded: the dtypes that A and B were rounded to since they were made, in this order, by torch's names: all of them
+        are made again, since each rounding makes another basis.
+    weight_dtype: of the weight that A and B were made from; None: not known.
     method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
         what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
     """
@@ -50,10 +103,36 @@ class Recipe:
     block: int | None = None
     n_iter: int | None = None
     tier: str = "standard"
+    rounded: tuple[str, ...] = ()
+    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.init not in (*INITS, "sklearn", "given"):
-            raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or a pair (A, B)')
+        if isinstance(self.rounded, list):  # as JSON has it
+            object.__setattr__(self, "rounded", tuple(self.rounded))
+        for argument, value in vars(self).items():
+            check(argument, value)
+
+    def stored_in(self, weight: torch.dtype) -> torch.dtype:
+        """The dtype to store A and B in beside a weight: the weight's own, if it holds them as they were rounded."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        last = DTYPES[self.rounded[-1]] if self.rounded else weight
+        return weight if torch.finfo(weight).eps <= torch.finfo(last).eps else last
+
+    def cast(self, dtype: torch.dtype) -> Recipe:
+        """The recipe once A and B have been converted to a dtype, which counts as a rounding if it can change them."""
+        made = torch.promote_types(DTYPES[self.weight_dtype or "float32"], torch.float32)
+        last = DTYPES[self.rounded[-1]] if self.rounded else made
+        exact = self.init == "given" or torch.promote_types(last, dtype) == dtype
+        rounded = self.rounded if exact else (*self.rounded, dtype_name(dtype))
+        return replace(self, rounded=rounded, dtype=self.dtype if self.dtype == dtype_name(dtype) else None)
+
+    def round(self, factors: Factors) -> Factors:
+        """A and B as they were made, rounded as the recipe says."""
+        A, B = factors
+        for dtype in map(DTYPES.__getitem__, self.rounded):
+            A, B = A.to(dtype), B.to(dtype)
+        return A, B
 
     def plan(self, rank: int, shape: Sequence[int]) -> Plan:
         """What truncated_svd does by this recipe with weights of this shape."""
@@ -109,9 +188,20 @@ class Recipe:
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """As a Recipe has it: "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
+def parsed(said: dict[str, Any], numbers: Sequence[str], version: int) -> tuple[dict[str, Any], Recipe]:
+    """The numbers and the recipe of a module, as a file of a format version says them; ValueError where it cannot.
+
+    Every field must be there, none may be unknown, and each must be what `check` allows.
+    """
+    needed = {*numbers, *(each.name for each in fields(Recipe))}
+    needed -= {"rounded", "weight_dtype"} if version == 1 else set()
+    if wrong := sorted(needed ^ said.keys()):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in needed else 'not known'} in the header")
+    for key in numbers:
+        check(key, said[key])
+    recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
+    recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
+    return {key: said[key] for key in numbers}, recipe
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -147,8 +237,11 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
     """How far A = S V^T and B = U are from singular triplets of W (N, K): about 0, or about 1 for another weight.
 
     The relative error of U^T W = A, or of W V S = B S^2 where W is tall, estimated at PROBES hashed +-1 vectors: the
-    one of the two that `truncated_svd` meets to rounding even where it has not converged.
+    one of the two that `truncated_svd` meets to rounding even where it has not converged.  Or, if that is more, how far
+    the columns of B are from orthonormal, which those of zeros are not.
     """
+    gram = B.double().t() @ B.double()
+    skew = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm() / len(gram) ** 0.5)
     if W.shape[0] <= W.shape[1]:
         X = _probe_vectors(W.shape[1], 5, W.device)
         got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X
@@ -157,7 +250,22 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
         got = (W @ (A.double().t() @ X).to(W.dtype)).double()
         right = B.double() @ (singular_values(A).double().square()[:, None] * X)
     error = (got - right).norm()
-    return float((error / right.norm()).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
+    off = float((error / right.norm()).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
+    return max(off, skew) if math.isfinite(skew) else math.inf
+
+
+def weight_probes(W: Tensor) -> Tensor:
+    """p_i = a_i^T W b_i for hashed +-1 vectors a_i, b_i: (PROBES,) fp64, the same for the same values in any dtype."""
+    left, right = (_probe_vectors(size, seed, W.device) for size, seed in zip(W.shape, (7, 8), strict=True))
+    rows = zip(W.split(PROBE_ROWS), left.split(PROBE_ROWS), strict=True)
+    return sum((part.double() @ right * of_part).sum(0) for part, of_part in rows)
+
+
+def weight_distance(expected: Tensor, W: Tensor) -> float:
+    """The estimated relative distance of W from the weight whose probes are `expected`; inf for NaN."""
+    error = (weight_probes(W) - expected.to(W.device)).square().mean().sqrt()
+    norm = torch.linalg.vector_norm(W, dtype=torch.float64)
+    return float((error / norm).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
 
 
 def sketch(A: Tensor, B: Tensor) -> Factors:

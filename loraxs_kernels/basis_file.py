@@ -1,34 +1,32 @@
 """Basis files: A and B of a base model, computed once from its checkpoint, without its class (`loraxs init`).
 
-Layout, format version 1: a safetensors file with the tensors NAME.A (r, K) and NAME.B (N, r) for each module, and one
-JSON object under "loraxs_basis" in the metadata: the version, the base model's name, the recipe that all modules share
-("recipe") and for each module what is its own ("modules").
+Layout, format version 2: a safetensors file (files.py says how it is checked) with, for each module, the tensors NAME.A
+(r, K), NAME.B (N, r) and NAME.W (8,), fp64 probes of the weight that A and B were made from.  The header, under
+"loraxs_basis", has the base model's name, the recipe that all modules share ("recipe") and for each module what is its
+own ("modules").  Version 1 had no NAME.W and no checksum, and of the recipe neither `rounded` nor `weight_dtype`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from . import basis
 from .basis import Factors, Recipe
 from .factors import WORKSPACE, Job, factor
-from .files import write_atomically
+from .files import check_finite, damaged, has_shape, read_json, sealed, unsealed, write_atomically
 from .matching import matches
 from .weights import FLOATS, Weight
 
-FORMAT_VERSION = 1
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
@@ -45,6 +43,7 @@ class Basis:
     path: Path
     base_model: str
     modules: Mapping[str, tuple[int, Recipe]]
+    file: Any  # open, so that a file that replaces it does not matter
 
     def find(self, name: str) -> str:
         """The module of the file that a model's module is: by its name, else by the one whose name ends alike.
@@ -61,51 +60,76 @@ class Basis:
         return found[0]
 
     def read(self, there: str, W: Weight, label: str) -> Factors:
-        """A and B of one module, on the weight's device, checked against the weight; ValueError where they differ."""
-        with _opened(self.path) as f:
-            A, B = (f.get_tensor(f"{there}.{which}").to(W.device) for which in "AB")
-        N, K = W.shape
-        rank = self.modules[there][0]
+        """A and B of one module, on the weight's device; ValueError where they were made from another weight.
+
+        The weight must have the same values as the one they were made from, in whatever dtype: an adapter file is
+        loaded by making A and B again from the weight.
+        """
+        A, B = (self.file.get_tensor(f"{there}.{which}").to(W.device) for which in "AB")
+        (N, K), (rank, recipe) = W.shape, self.modules[there]
         if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):
             raise ValueError(
                 f"basis: {self.path} has A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
                 f"must be {(rank, K)} and {(N, rank)}"
             )
-        off = basis.distance(W.read(), A, B)
-        if not off <= basis.ALIGNED:
+        for which, t in (("A", A), ("B", B)):
+            check_finite(t, self.path, f"tensor '{there}.{which}'")
+        if f"{there}.W" in self.file.keys():  # noqa: SIM118
+            off, limit = basis.weight_distance(self.file.get_tensor(f"{there}.W"), W.read()), basis.SAME_WEIGHT
+        else:  # of version 1; A and B in half precision are off by their rounding
+            off = basis.distance(W.read(), A, B)
+            limit = basis.ACCEPT if A.dtype.itemsize >= 4 else basis.ALIGNED
+        if not off <= limit:
+            made, now = recipe.weight_dtype, basis.dtype_name(W.dtype)
+            remedy = "Run loraxs init on this model's checkpoint"
+            if made not in (None, now):
+                remedy = f"They were made from weights in {made}; run loraxs init with --weight-dtype {now}"
             raise ValueError(
                 f"basis: {self.path} was made from another weight than that of {label}: A and B are off by {off:.1e}, "
-                f"must be within {basis.ALIGNED:.0e}. Run loraxs init on this model's checkpoint"
+                f"must be within {limit:.0e}. {remedy}"
             )
         return A, B
 
 
 def read_basis(path: str | os.PathLike) -> Basis:
-    """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is no whole basis file."""
+    """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is damaged or no basis file."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"basis: there is no file {path}")
-    with _opened(path) as f:
-        header = (f.metadata() or {}).get("loraxs_basis")
-        keys = set(f.keys())
-    if header is None:
-        raise ValueError(f"basis: {path} is a safetensors file, but no LoRA-XS basis; `loraxs init` makes one")
-    try:
-        header = json.loads(header)
-        if header["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"basis: {path} is of format version {header['version']}, this loraxs_kernels reads {FORMAT_VERSION}"
-            )
-        modules = {}
-        for name, own in header["modules"].items():
-            entry = header["recipe"] | own
-            rank = entry.pop("rank")
-            modules[name] = rank, Recipe(name=name, **entry)
-            if not {f"{name}.A", f"{name}.B"} <= keys:
-                raise KeyError(f"A and B of {name}")
-        return Basis(path, header["base_model"], modules)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"basis: {path} is damaged, its header and tensors do not agree ({error!r})") from error
+    header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
+    common, own, base_model = (header.get(key) for key in ("recipe", "modules", "base_model"))
+    described = isinstance(own, dict) and all(isinstance(each, dict) for each in (common, *own.values()))
+    if not (described and own and isinstance(base_model, str)):
+        damaged(path, "its header has no modules, or does not describe them")
+    version = header["version"]
+    left, modules = set(f.keys()), {}
+    for name, differs in own.items():
+        try:
+            numbers, recipe = basis.parsed({"name": name} | common | differs, ["rank"], version)
+            rank = numbers["rank"]
+            if recipe.init != "svd":
+                raise ValueError(f"init is {recipe.init!r}, must be 'svd'")
+            A = _check_shape(f, f"{name}.A", (rank, None), FLOATS)
+            _check_shape(f, f"{name}.B", (None, rank), (A,))
+            if version > 1:
+                _check_shape(f, f"{name}.W", (basis.PROBES,), (torch.float64,))
+        except ValueError as error:
+            damaged(path, f"module {name!r}: {error}", error)
+        # Version 1 does not say how A and B were rounded, but this is where it shows.
+        modules[name] = rank, replace(recipe.cast(A), dtype=recipe.dtype)
+        left -= {f"{name}.{which}" for which in "ABW"}
+    if left:
+        damaged(path, f"has a tensor {min(left)!r}, of which its header says nothing")
+    return Basis(path, base_model, modules, f)
+
+
+def _check_shape(f: Any, key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of a tensor in an open file, once it and the shape are what they must be (None: any size)."""
+    if key not in f.keys():  # noqa: SIM118
+        raise ValueError(f"tensor {key!r} is missing")
+    found = f.get_slice(key)
+    got, dtype = found.get_shape(), DTYPES.get(found.get_dtype())
+    if dtype not in dtypes or not has_shape(got, shape):
+        raise ValueError(f"tensor {key!r} is of shape {tuple(got)} and dtype {found.get_dtype()}, must be of {shape}")
+    return dtype
 
 
 def make_basis(
@@ -119,6 +143,7 @@ def make_basis(
     n_iter: int | None = None,
     tier: str = "standard",
     dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     devices: Sequence[torch.device] | None = None,
     workspace: int = WORKSPACE,
     progress: bool = True,
@@ -133,15 +158,17 @@ def make_basis(
             every matrix but embeddings and output embeddings, told by the last part of their names.
         seed, n_iter, tier: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
+        weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
         devices: to compute on, sharing the modules; None: the CPU.
         workspace, progress: as in `attach`.
 
     Returns the names of the modules.  Raises FileNotFoundError or ValueError, naming the argument or the module, before
     anything is written.
     """
-    weights, base_model = _checkpoint(Path(model))
+    weights, base_model = _checkpoint(Path(model), weight_dtype)
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     jobs: list[Job] = []
+    tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
         if exclude_modules and matches(name, exclude_modules):
             continue
@@ -160,21 +187,23 @@ def make_basis(
                 "leave the module out with exclude_modules"
             )
         chosen = None if dtype in (None, weight.dtype) else basis.dtype_name(dtype)
-        recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, tier=tier).pinned(rank, weight.shape)
-        jobs.append(Job(f"module {name!r}", weight, rank, recipe))
+        recipe = Recipe(
+            "svd", seed, name, chosen, n_iter=n_iter, tier=tier, weight_dtype=basis.dtype_name(weight.dtype)
+        )
+        recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
+        jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
-    tensors: dict[str, Tensor] = {}
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
-        name, to = jobs[i].recipe.name, dtype or jobs[i].weight.dtype
-        tensors[f"{name}.A"], tensors[f"{name}.B"] = (t.to(to).cpu().contiguous() for t in (A, B))
+        recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype
+        for which, t in zip("AB", recipe.round((A, B)), strict=True):
+            tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
     factor(jobs, keep, devices=devices, workspace=workspace, progress=progress)
     entries = {job.recipe.name: _entry(job) for job in jobs}
     common = next(iter(entries.values()))
     header = {
-        "version": FORMAT_VERSION,
         "base_model": base_model,
         "recipe": common,
         "modules": {
@@ -182,28 +211,40 @@ def make_basis(
             for name, entry in entries.items()
         },
     }
-    metadata = {"loraxs_basis": json.dumps(header, separators=(",", ":"))}
-    write_atomically(out, safetensors.torch.save(tensors, metadata))
+    write_atomically(out, *sealed(tensors, "loraxs_basis", header))
     return list(entries)
+
+
+def _probed(name: str, weight: Weight, tensors: dict[str, Tensor]) -> Weight:
+    """The weight, whose probes are put among the tensors when it is read."""
+
+    def read() -> Tensor:
+        W = weight.read()
+        tensors[f"{name}.W"] = basis.weight_probes(W)
+        return W
+
+    return replace(weight, read=read)
 
 
 def _entry(job: Job) -> dict[str, Any]:
     return {"rank": job.rank} | {key: value for key, value in asdict(job.recipe).items() if key != "name"}
 
 
-def _checkpoint(model: Path) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
+def _checkpoint(
+    model: Path, rounded: torch.dtype | None
+) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
     """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
     files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
     index = model / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            files = [model / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"model: {index} is no index of safetensors files ({error!r})") from error
+        names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
+        if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
+            raise ValueError(f"model: {index} is no index of safetensors files: it has no weight_map of file names")
+        files = [model / name for name in sorted(set(names.values()))]
     if not files:
         raise FileNotFoundError(f"model: {model} is no safetensors file and no folder that has any")
     config = model / "config.json"
-    described = json.loads(config.read_text()) if config.is_file() else {}
+    described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}
     transposed = described.get("model_type") in CONV1D_MODELS
     weights: dict[str, tuple[list[int], str, Weight | None]] = {}
     for file in files:
@@ -215,21 +256,27 @@ def _checkpoint(model: Path) -> tuple[dict[str, tuple[list[int], str, Weight | N
                 if kind == "weight":
                     tensor = f.get_slice(key)
                     shape, dtype = tensor.get_shape(), tensor.get_dtype()
-                    weights[name] = shape, dtype, _weight(file, key, shape, dtype, transposed)
-    return weights, described.get("_name_or_path") or (model.stem if model.is_file() else model.resolve().name)
+                    weights[name] = shape, dtype, _weight(file, key, shape, dtype, transposed, rounded)
+    base_model = described.get("_name_or_path")
+    if not (isinstance(base_model, str) and base_model):
+        base_model = model.stem if model.is_file() else model.resolve().name
+    return weights, base_model
 
 
-def _weight(file: Path, key: str, shape: list[int], dtype: str, transposed: bool) -> Weight | None:
+def _weight(
+    file: Path, key: str, shape: list[int], dtype: str, transposed: bool, rounded: torch.dtype | None
+) -> Weight | None:
     if len(shape) != 2 or DTYPES.get(dtype) not in FLOATS:
         return None
 
     def read() -> Tensor:
         with _opened(file) as f:
-            W = f.get_tensor(key)
+            W = f.get_tensor(key).to(to)
         return W.mT if transposed else W
 
+    to = rounded or DTYPES[dtype]
     N, K = reversed(shape) if transposed else shape
-    return Weight((N, K), DTYPES[dtype], torch.device("cpu"), copies=True, sharded=False, read=read)
+    return Weight((N, K), to, torch.device("cpu"), copies=True, sharded=False, read=read)
 
 
 @contextmanager

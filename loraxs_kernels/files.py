@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -102,14 +102,15 @@ def sealed(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) 
     return data[:start], hashlib.sha256(data).hexdigest().encode(), data[start + len(UNKNOWN) :]
 
 
-def unsealed(path: Path, kind: str, what: str) -> tuple[dict[str, Any], Any]:
+def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[dict[str, Any], Any]:
     """The header of a file that `sealed` made or that has version 1, and the open file, for `tensors_of`.
 
-    kind: the name of the header.  what: the file must be, for errors.  Raises FileNotFoundError where there is no such
-    file, and ValueError, naming the file, where it is another kind of file, of an unknown version or not as written.
+    kind: the name of the header.  what, argument: what the file must be and who names it, for errors.  Raises
+    FileNotFoundError where there is no such file, and ValueError, naming the file, where it is another kind of file, of
+    an unknown version or not as it was written.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
+        raise FileNotFoundError(f"{argument}: there is no file {path}")
     try:
         f = safetensors.safe_open(path, framework="pt")
         text = (f.metadata() or {}).get(kind)
@@ -157,10 +158,20 @@ def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
 
 def check_finite(t: Tensor, path: Path, what: str) -> None:
     """ValueError, naming the file, where a tensor has NaN or Inf values."""
+    if not is_finite(t):
+        damaged(path, f"{what} has NaN or Inf values")
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether a tensor of any dtype has neither NaN nor Inf values."""
     if t.is_floating_point() and t.element_size() == 1:
         t = t.float()  # float8 types know no isfinite
-    if (t.is_floating_point() or t.is_complex()) and not torch.isfinite(t).all():
-        damaged(path, f"{what} has NaN or Inf values")
+    return not (t.is_floating_point() or t.is_complex()) or bool(torch.isfinite(t).all())
+
+
+def has_shape(shape: Sequence[int], must: Sequence[int | None]) -> bool:
+    """Whether a shape is the one it must be; None: any size."""
+    return len(shape) == len(must) and all(size in (None, n) for n, size in zip(shape, must, strict=True))
 
 
 def read_json(text: str | bytes, where: str) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .basis import INITS, Factors, Recipe, dtype_name
+from .basis import INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
@@ -107,14 +105,9 @@ class LoRAXSLinear(nn.Module):
         """
         label = label_of(name)
         check_rank(rank, label)
-        if alpha is not None and not _is_finite(alpha):
-            raise ValueError(f"alpha: got {alpha!r} for {label}, must be a finite number or None")
-        if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
-            raise ValueError(f"dropout: got {dropout!r} for {label}, must be in [0, 1)")
-        if not (_is_finite(sigma) and sigma >= 0.0):
-            raise ValueError(f"sigma: got {sigma!r} for {label}, must be a finite number of at least 0")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed: got {seed!r} for {label}, must be an integer")
+        alpha = rank if alpha is None else alpha
+        for argument, value in {"alpha": alpha, "dropout": dropout, "sigma": sigma, "seed": seed}.items():
+            check(argument, value, label)
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
         if isinstance(linear, LoRAXSLinear):
@@ -137,16 +130,18 @@ class LoRAXSLinear(nn.Module):
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
+            kept = None if W is None or dtype == W.dtype else dtype_name(dtype)
+            recipe = replace(recipe, dtype=kept, weight_dtype=None if W is None else dtype_name(W.dtype))
         else:
             N, K = W.shape
             if recipe.init == "svd":
                 check_rank(rank, label, (N, K))
-            dtype = dtype or (getattr(torch, recipe.dtype) if recipe.dtype else W.dtype)
-            recipe = replace(recipe.pinned(rank, (N, K)), dtype=None if dtype == W.dtype else dtype_name(dtype))
+            dtype = dtype or recipe.stored_in(W.dtype)
+            kept = None if dtype == W.dtype else dtype_name(dtype)
+            recipe = replace(recipe.pinned(rank, (N, K)), dtype=kept, weight_dtype=dtype_name(W.dtype)).cast(dtype)
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
-        alpha = float(rank if alpha is None else alpha)
-        layer = cls(linear, A, R, B, alpha=alpha, dropout=float(dropout), sigma=float(sigma), recipe=recipe)
+        layer = cls(linear, A, R, B, alpha=float(alpha), dropout=float(dropout), sigma=float(sigma), recipe=recipe)
         if fill and not A.is_meta:
             layer.reset_parameters()
         linear.requires_grad_(False)
@@ -166,9 +161,14 @@ class LoRAXSLinear(nn.Module):
             except NotFinite as error:
                 raise ValueError(f"{self.label}: {error}") from error
         if factors is not None:
-            self.A.copy_(factors[0])
-            self.B.copy_(factors[1])
+            self.set_factors(*factors)
         self.reset_R()
+
+    @torch.no_grad()
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Store A and B as they were made, rounded as the recipe says."""
+        for held, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
+            held.copy_(t)
 
     @torch.no_grad()
     def reset_R(self) -> None:
@@ -259,7 +259,10 @@ class LoRAXSLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
         frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), *self._buffers.values()]
+        dtype = self.A.dtype
         super()._apply(sparing_what_trains(fn, frozen), recurse)
+        if self.A.dtype != dtype:
+            self.recipe = self.recipe.cast(self.A.dtype)
         self.B = padded_rows(self.B)
         return self
 
@@ -424,18 +427,13 @@ def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor 
 
 def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
     """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank: got {rank!r} for {label}, must be an integer of at least 1")
+    check("rank", rank, label)
     if shape is not None and rank > min(shape):
         N, K = shape
         raise ValueError(
             f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
             "leave the module out or give it a smaller rank"
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 def label_of(name: str) -> str:

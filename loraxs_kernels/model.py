@@ -20,6 +20,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
+from .transaction import transaction
 from .weights import is_dtensor, is_linear, is_unread_linear, unread, weight_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -186,18 +187,20 @@ def attach(
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
-    opened = None if basis is None else _basis_for(basis, options)
+    opened = None if basis is None else basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
     install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
     return given
 
 
-def _basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Basis:
+def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Basis:
     """The basis file, with every module's recipe put into its options."""
     found = read_basis(path)
     for name, o in options.items():
-        if o["init"] != "svd":
-            raise ValueError(f'init: got {o["init"]!r} beside basis, must be "svd"')
+        init = getattr(o["init"], "init", o["init"])  # of a Recipe
+        if not isinstance(init, str) or init != "svd":
+            shown = init if isinstance(init, str) else "(A, B)"
+            raise ValueError(f'init: got {shown!r} beside basis, must be "svd"')
         rank, recipe = found.modules[found.find(name)]
         if o["rank"] != rank:
             raise ValueError(f"rank: got {o['rank']} for module {name!r}, must be {rank} as in the basis file {path}")
@@ -218,41 +221,36 @@ def install(
     """Adapt the named modules, each with its own options of LoRAXSLinear.from_linear; all of them or none."""
     _check_unadapted(model)
     modules = dict(model.named_modules())
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    trainable_before = {name for name, grad in before.items() if grad}
+    trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, m in modules.items():  # what an earlier `attach` froze, whose adapters `detach` took off part by part
         if attachment := m.__dict__.get("loraxs"):
             trainable_before |= {f"{name}.{each}".removeprefix(".") for each in attachment.trainable_before}
     layers: dict[int, LoRAXSLinear] = {}
-    try:
+    with transaction(model):
         for name in options:
             layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
         fill(list(layers.values()), basis, devices, workspace, progress)
-    except BaseException:
-        for name, p in model.named_parameters():
-            p.requires_grad_(before[name])
-        raise
-    for parent in list(modules.values()):
-        for child_name, child in list(parent._modules.items()):
-            if id(child) in layers:
-                parent._modules[child_name] = layers[id(child)]
-    sharded = [layer.label for layer in layers.values() if any(map(is_dtensor, layer.base_layer.parameters()))]
-    if sharded:
-        warnings.warn(
-            f"model: is sharded over ranks already ({sharded[0]}), so that every rank has an R of its own and nothing "
-            "reduces its gradient; attach before fully_shard, which then shards R too",
-            stacklevel=3,
-        )
-    model.requires_grad_(False)
-    for layer in layers.values():
-        layer.R.requires_grad_(True)
-    for name in modules_to_save:
-        model.get_submodule(name).requires_grad_(True)
-    model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
-    for module in model.modules():
-        if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
-            module._hf_peft_config_loaded = True
-    _teach_saving(model)
+        sharded = [layer.label for layer in layers.values() if any(map(is_dtensor, layer.base_layer.parameters()))]
+        if sharded:
+            warnings.warn(
+                f"model: is sharded over ranks already ({sharded[0]}), so that every rank has an R of its own and "
+                "nothing reduces its gradient; attach before fully_shard, which then shards R too",
+                stacklevel=4,
+            )
+        for parent in modules.values():
+            for child_name, child in list(parent._modules.items()):
+                if id(child) in layers:
+                    parent._modules[child_name] = layers[id(child)]
+        model.requires_grad_(False)
+        for layer in layers.values():
+            layer.R.requires_grad_(True)
+        for name in modules_to_save:
+            model.get_submodule(name).requires_grad_(True)
+        model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
+        for module in model.modules():
+            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+                module._hf_peft_config_loaded = True
+        _teach_saving(model)
     return model
 
 
@@ -302,8 +300,7 @@ def fill(
 
     @torch.no_grad()
     def deliver(i: int, A: Tensor, B: Tensor) -> None:
-        made[i].A.copy_(A)
-        made[i].B.copy_(B)
+        made[i].set_factors(A, B)
 
     factor(jobs, deliver, devices=devices, workspace=workspace, progress=progress)
     for layer in made:
@@ -315,11 +312,12 @@ def fill(
 def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
 
-    With merge=True the adapter is added to the weight first, layer by layer, without a second copy of the model; a
-    weight that another module shares stays as it is there.  If the adapted head of a transformers model was tied to
-    its embeddings, config.tie_word_embeddings becomes False.  A model that is merged at the time needs merge=True to
-    keep the merged weights, or `unmerge` first to get the old ones: losing either by accident is an error.
-    modules_to_save keep their trained values.
+    With merge=True the adapter is added to the weight first.  All merged weights are made before the first one takes
+    its place, so that nothing is lost if one of them cannot be made: while this runs, memory holds a second copy of the
+    adapted weights, as `merge` does.  A weight that another module shares stays as it is there.  If the adapted head of
+    a transformers model was tied to its embeddings, config.tie_word_embeddings becomes False.  A model that is merged
+    at the time needs merge=True to keep the merged weights, or `unmerge` first to get the old ones: losing either by
+    accident is an error.  modules_to_save keep their trained values.
 
     Raises ValueError where a merged weight would not be finite or the choice above was not made; TypeError where
     a base layer has no dense weight to merge into.  The model is then as it was.
@@ -332,33 +330,33 @@ def detach(model: M, *, merge: bool = False) -> M:
         )
     if isinstance(model, LoRAXSLinear):
         raise ValueError("model: is itself a LoRAXSLinear; its base_layer is what detach would give back")
-    untied = []
-    if merge:
-        for _, layer in adapted:
-            if not layer.merged:
-                layer.merged_dense_weight()  # raises before anything has changed
-        for module in model.modules():
-            if configs := _tying(module):
-                untied.append(_embeddings(module, "output").base_layer)
-            for config in configs:
-                config.tie_word_embeddings = False
-        for _, layer in adapted:
-            layer.merge()
-            layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
-            layer.unmerge()
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if isinstance(child, LoRAXSLinear):
-                parent._modules[child_name] = child.base_layer
-    for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
-        if attachment := module.__dict__.pop("loraxs", None):
-            for name, p in module.named_parameters():
-                p.requires_grad_(name in attachment.trainable_before)
-        if _pretends(module):
-            del module._hf_peft_config_loaded
-    for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
-        if head.bias is not None:
-            head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
+    with transaction(model) as undo:
+        if merge:
+            untied = []
+            for module in model.modules():
+                if configs := _tying(module):
+                    untied.append(_embeddings(module, "output").base_layer)
+                for config in configs:
+                    undo.callback(setattr, config, "tie_word_embeddings", True)
+                    config.tie_word_embeddings = False
+            for _, layer in adapted:
+                layer.merge()
+            for _, layer in adapted:
+                layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
+            for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
+                if head.bias is not None:
+                    head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
+        for parent in list(model.modules()):
+            for child_name, child in list(parent._modules.items()):
+                if isinstance(child, LoRAXSLinear):
+                    child.unmerge()
+                    parent._modules[child_name] = child.base_layer
+        for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
+            if attachment := module.__dict__.pop("loraxs", None):
+                for name, p in module.named_parameters():
+                    p.requires_grad_(name in attachment.trainable_before)
+            if _pretends(module):
+                del module._hf_peft_config_loaded
     return model
 
 
@@ -370,23 +368,17 @@ def merge(model: M) -> M:
     save_pretrained writes what from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would
     not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
     """
-    merged = []
-    try:
+    with transaction(model):
         for _, layer in adapted_layers(model):
-            if not layer.merged:
-                layer.merge()
-                merged.append(layer)
-    except BaseException:
-        for layer in merged:
-            layer.unmerge()
-        raise
+            layer.merge()
     return model
 
 
 def unmerge(model: M) -> M:
     """Undo `merge`: the original weights and separate adapters."""
-    for _, layer in adapted_layers(model):
-        layer.unmerge()
+    with transaction(model):
+        for _, layer in adapted_layers(model):
+            layer.unmerge()
     return model
 
 

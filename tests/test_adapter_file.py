@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from torch.nn.utils import parametrize
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
+from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
@@ -270,11 +273,11 @@ OTHER_BASES = {
     "another model": (other_weights, r"module '2' is .* its singular values are not those"),
     "edited weights": (
         scaled_by(1.01),
-        r"module '0' is 1\.\de-02, more than 1e-03, and the file has nothing to align R",
+        r"module '0' is 1\.\de-02, more than 1e-03: the weights differ \(edited, .* save the adapter again with",
     ),
     "quantised weights": (
         lambda m: m[0].weight.data.copy_((m[0].weight / 0.03).round() * 0.03),
-        r"module '0' is .*, more than 3e-02: the weights differ",
+        r"module '0' is .*, more than 1e-03: the weights differ \(edited, or quantised",
     ),
 }
 
@@ -311,43 +314,194 @@ def test_modules_that_do_not_match_are_named(trained):
         lx.load_adapter(merged, path)
 
 
+V1 = Path(__file__).parent / "data" / "adapter_v1.safetensors"
+
+
 def edited(path: Path, change) -> None:
-    """Rewrite the file with a changed header."""
-    with safetensors.safe_open(path, framework="pt") as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        header = json.loads(f.metadata()["loraxs"])
+    """Rewrite the file with a changed header or changed tensors and the checksum that belongs to them."""
+    header, f = unsealed(path, "loraxs", "adapter")
+    tensors = tensors_of(f, path)
     metadata = change(header, tensors)
-    safetensors.torch.save_file(tensors, path, metadata or {"loraxs": json.dumps(header)})
+    if isinstance(metadata, dict) and "loraxs" in metadata:
+        safetensors.torch.save_file(tensors, path, metadata)
+    elif header["version"] == 1:
+        safetensors.torch.save_file(tensors, path, {"loraxs": json.dumps(header)})
+    else:
+        write_atomically(path, *sealed(tensors, "loraxs", header))
 
 
-FILES = {
+def in_header(**values):
+    return lambda p: edited(p, lambda h, t: h.update(values))
+
+
+def in_layer(**values):
+    return lambda p: edited(p, lambda h, t: h["layer"].update(values))
+
+
+def in_tensors(change):
+    return lambda p: edited(p, lambda h, t: change(t))
+
+
+def set_to(key, value):
+    return lambda t: t.update({key: torch.full_like(t[key], value)})
+
+
+NO_ADAPTERS = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is not a whole safetensors file"),
     "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:50]), "is not a whole safetensors file"),
     "empty": (lambda p: p.write_bytes(b""), "is not a whole safetensors file"),
     "a pickle": (lambda p: torch.save({"R": torch.ones(2)}, p), "is not a whole safetensors file"),
     "foreign": (lambda p: safetensors.torch.save_file({"x": torch.ones(1)}, p), "no LoRA-XS adapter"),
-    "a newer version": (
-        lambda p: edited(p, lambda h, t: h.update(version=2)),
-        "is of format version 2, this loraxs_kernels reads 1; upgrade it",
+    "a newer version": (in_header(version=3), "is of format version 3, this loraxs_kernels reads 1 to 2; upgrade it"),
+    "a version that is no number": (in_header(version="2"), "is of format version '2'"),
+    "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "no JSON object but a list"),
+    "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged, no JSON"),
+    "a header too deep": (lambda p: edited(p, lambda h, t: {"loraxs": '{"a":' * 9000}), "is damaged, no JSON"),
+}
+# What a checksum would tell too, and is told without one, so that files of version 1 are checked as well.
+DAMAGES = {
+    "no modules": (in_header(modules={}), "has no modules"),
+    "modules that are a list": (in_header(modules=["0"]), "has no modules, or does not describe them"),
+    "a module too many": (
+        lambda p: edited(p, lambda h, t: h["modules"].update({"9": {}})),
+        r"'R/4' has shape \(1, 4, 4\)",
     ),
-    "a module too many": (lambda p: edited(p, lambda h, t: h["modules"].update({"9": {}})), "is damaged"),
-    "a tensor missing": (lambda p: edited(p, lambda h, t: t.clear()), "is damaged"),
-    "R of another shape": (lambda p: edited(p, lambda h, t: t.update({"R/4": torch.ones(1, 2, 4)})), "is damaged"),
-    "an init unknown here": (lambda p: edited(p, lambda h, t: h["layer"].update(init="pissa")), "init: got 'pissa'"),
-    "NaN for probes": (lambda p: edited(p, lambda h, t: t.update({"probe/4": t["probe/4"] * torch.nan})), "delta W in"),
-    "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "is damaged"),
-    "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged"),
+    "a module too few": (
+        lambda p: edited(p, lambda h, t: h["modules"].pop("2")),
+        "'.*/3', of which its header says noth",
+    ),
+    "modules_to_save dropped": (
+        in_header(modules_to_save=[]),
+        "tensor 'model/3.bias', of which its header says nothing",
+    ),
+    "modules_to_save a string": (in_header(modules_to_save="3"), "modules_to_save is '3' in its header"),
+    "base_model a number": (in_header(base_model=1), "base_model is 1 in its header"),
+    "all tensors missing": (in_tensors(lambda t: t.clear()), "tensor 'R/4' is missing"),
+    "half a sketch": (in_tensors(lambda t: t.update({"U/4": torch.ones(1, 4, 8)})), "tensor 'V/4' is missing"),
+    "A without B": (in_tensors(lambda t: t.update({"A/0": torch.ones(4, 20)})), "tensor 'B/0' is missing"),
+    "R of another shape": (
+        in_tensors(lambda t: t.update({"R/4": torch.ones(1, 2, 4)})),
+        r"'R/4' has shape \(1, 2, 4\)",
+    ),
+    "R of integers": (
+        in_tensors(lambda t: t.update({"R/4": t["R/4"].int()})),
+        "'R/4' has shape .* and int32, must have",
+    ),
+    "probes in fp64": (in_tensors(lambda t: t.update({"probe/4": t["probe/4"].double()})), "'probe/4' has .* float64"),
+    "a foreign tensor": (
+        in_tensors(lambda t: t.update({"x": torch.ones(1)})),
+        "tensor 'x', of which its header says noth",
+    ),
+    "R not finite": (in_tensors(set_to("R/4", torch.nan)), "tensor 'R/4' has NaN or Inf"),
+    "probes not finite": (in_tensors(set_to("probe/4", torch.inf)), "tensor 'probe/4' has NaN or Inf"),
+    "a head not finite": (in_tensors(set_to("model/3.bias", torch.nan)), "tensor 'model/3.bias' has NaN or Inf"),
+    "all zeros": (in_tensors(lambda t: [v.zero_() for v in t.values()]), "singular values are not those"),
+    "a head of integers": (
+        in_tensors(lambda t: t.update({"model/3.bias": t["model/3.bias"].long()})),
+        r"3\.bias: is of torch\.int64 in the file, must be of torch\.float32",
+    ),
+    "a head with a part too many": (
+        in_tensors(lambda t: t.update({"model/3.scale": torch.ones(1)})),
+        "model: has no tensor '3.scale'",
+    ),
+    "an init unknown here": (in_layer(init="pissa"), "module '0': init: got 'pissa'"),
+    "an init that has no factors": (in_layer(init="given"), "tensor 'A/0' is missing"),
+    "alpha missing": (lambda p: edited(p, lambda h, t: h["layer"].pop("alpha")), "alpha is missing in the header"),
+    "a field too many": (in_layer(beta=1), "beta is not known in the header"),
+    "alpha null": (in_layer(alpha=None), "alpha: got None, must be a finite number"),
+    "alpha infinite": (in_layer(alpha=float("inf")), "alpha: got inf, must be a finite number"),
+    "rank a string": (
+        lambda p: edited(p, lambda h, t: h["modules"]["2"].update(rank="3")),
+        "module '2': rank: got '3'",
+    ),
+    "rank a truth": (in_layer(rank=True), "module '0': rank: got True"),
+    "dropout of one": (in_layer(dropout=1.0), r"dropout: got 1\.0, must be in \[0, 1\)"),
+    "a seed of fractions": (in_layer(seed=0.5), r"seed: got 0\.5, must be an integer"),
+    "a seed without end": (in_layer(seed=10**40), "seed: got 1000.* must be an integer of at most 64 bits"),
+    "iterations without end": (in_layer(n_iter=10**6), "n_iter: got 1000000, must be an integer from 0 to 1000"),
+    "a block without end": (in_layer(block=10**9), "block: got 1000000000, must be"),
+    "a block below the rank": (
+        in_layer(block=2),
+        "module '0': block: got 2, must be at least the rank, 4",
+    ),
+    "an unknown method": (in_layer(method="lanczos"), "method: got 'lanczos'"),
+    "an unknown dtype": (in_layer(dtype="int8"), "dtype: got 'int8', must be one of bfloat16"),
+    "a module of another model": (
+        lambda p: edited(p, lambda h, t: h["modules"].update({"7": h["modules"].pop("2")})),
+        "does not fit this model: model: has no module '7'",
+    ),
+    "a module that is no linear layer": (
+        lambda p: edited(p, lambda h, t: h["modules"].update({"1": h["modules"].pop("2")})),
+        "does not fit this model: module '1': got a ReLU",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_files_that_are_not_adapters_are_refused(trained, case):
-    damage, message = FILES[case]
-    damage(trained[1])
+@pytest.mark.parametrize("case", [*NO_ADAPTERS, *DAMAGES])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("attached", [False, True])
+def test_damaged_files_are_refused_by_name_and_nothing_changes(trained, case, version, attached):
+    damage, message = (NO_ADAPTERS | DAMAGES)[case]
+    path = trained[1]
+    if version == 1:
+        shutil.copy(V1, path)
+    damage(path)
     model = mlp()
-    with pytest.raises(ValueError, match=message):
-        lx.load_adapter(model, trained[1])
-    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+    if attached:
+        lx.attach(model, 4, target_modules=["0", "2"], rank_pattern={"2": 3}, modules_to_save=["3"])
+        if "does not fit this model" in message:
+            message = "error of delta W in|other modules than the model's"
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message) as refusal:
+        lx.load_adapter(model, path)
+    assert str(path) in str(refusal.value) and unchanged(model, state)
+    assert any(isinstance(m, LoRAXSLinear) for m in model.modules()) is attached
+
+
+def test_every_flipped_bit_is_seen(trained):
+    """A checksum of the whole file: of R, of the head, of alpha and the recipe, of the tensors' names."""
+    path = trained[1]
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            lx.load_adapter(mlp(), path)
+    path.write_bytes(whole)
+    assert lx.load_adapter(mlp(), path)
+
+
+def test_files_of_version_1_load():
+    model = lx.load_adapter(mlp(), V1)
+    with safetensors.safe_open(V1, framework="pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    assert torch.equal(model[0].R, tensors["R/4"][0]) and torch.equal(model[2].R, tensors["R/3"][0])
+    assert torch.equal(model[3].weight, tensors["model/3.weight"]) and model[2].scaling == 8 / 3
+
+
+def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
+    """A warning that is made an error, and the file of a single layer for a linear layer that no adapter can replace."""
+    base = copy.deepcopy(minilm).bfloat16()
+    head = ["pooler"]
+    path = tmp_path / "a.safetensors"
+    lx.save_adapter(
+        randomise(lx.attach(minilm, 8, target_modules=["query"], modules_to_save=head)), path, portable=True
+    )
+    state = copy.deepcopy(base.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="R was aligned"):
+            lx.load_adapter(base, path)
+    assert unchanged(base, state) and all(p.requires_grad for p in base.parameters())
+
+    layer = LoRAXSLinear.from_linear(nn.Linear(6, 5), 2)
+    nn.init.normal_(layer.R)
+    lx.save_adapter(layer, path)
+    linear = copy.deepcopy(layer.base_layer)
+    with pytest.raises(ValueError, match="the file is of a single LoRAXSLinear; must be one"):
+        lx.load_adapter(linear.requires_grad_(True), path)
+    assert linear.weight.requires_grad and "loraxs" not in vars(linear)
+    again = lx.load_adapter(LoRAXSLinear.from_linear(linear, 2), path)
+    assert torch.equal(again.R, layer.R)
 
 
 def test_missing_files_and_folders(trained, tmp_path):
@@ -416,6 +570,17 @@ def test_parametrised_R(trained):
     torch.testing.assert_close(other[0].R, model[0].R)
     lx.save_adapter(other, path)
     assert torch.equal(lx.load_adapter(mlp(), path)[0].R, other[0].R)
+
+    class Refusing(Doubled):
+        def right_inverse(self, R):
+            raise RuntimeError("not today")
+
+    refusing = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3})
+    parametrize.register_parametrization(refusing[2], "R", Refusing(), unsafe=True)
+    state = copy.deepcopy(refusing.state_dict())
+    with pytest.raises(RuntimeError, match="not today"):
+        lx.load_adapter(refusing, path)
+    assert unchanged(refusing, state) and refusing[0].scaling == 1.0
 
     class Fixed(nn.Module):
         def forward(self, R):

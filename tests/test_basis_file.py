@@ -116,7 +116,7 @@ def test_the_distance_to_a_weight(shape, dtype):
     if shape[0] == shape[1]:
         assert distance(W.T, A, B) > 0.3
     assert distance(torch.full(shape, float("nan"), dtype=dtype), A, B) == float("inf")
-    assert distance(0 * W, 0 * A, B) == 0
+    assert distance(0 * W, 0 * A, B) < 2e-3 and distance(0 * W, 0 * A, 0 * B) == 1
 
 
 def test_gpt2_stores_its_weights_the_other_way(tmp_path):
@@ -214,7 +214,7 @@ def test_files_that_are_no_basis_are_refused(tmp_path):
     for header, message in (
         ('{"version": 9}', "is of format version 9"),
         ("[", "is damaged"),
-        ('{"version": 1, "base_model": "", "recipe": {"rank": 4}, "modules": {"x": {}}}', "is damaged.*A and B of x"),
+        ('{"version": 1, "base_model": "", "recipe": {"rank": 4}, "modules": {"x": {}}}', "is damaged: module 'x'"),
     ):
         safetensors.torch.save_file({"x": torch.ones(2)}, plain, {"loraxs_basis": header})
         with pytest.raises(ValueError, match=message):
