@@ -318,14 +318,14 @@ def mismatch(
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
     differs = [f for f in HOW if getattr(there, f, None) != getattr(here, f, None)]
-    same_base = basis.same_base(entry["S"], A)
     again = "" if can_align(entry) else f", or save the adapter again with {keeping}"
-    if same_base and differs:
+    if differs:
         what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
         return AdapterMismatch(
             f"{found}: A and B of the model were made by another recipe ({what}). Load the adapter into a model "
             "without adapters and without basis=, so that A and B are made by the recipe in the file"
         )
+    same_base = basis.same_base(entry["S"], A)
     if not same_base or error > DIFFERENT:
         what = "delta W is" if same_base else "singular values are"
         return AdapterMismatch(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraxs_kernels import reference
+
+PACKAGE = Path(reference.__file__).parent
 
 # (T, N, K, r): empty, single, prime, rank above the features, the paper's ranks, a little of everything.
 SHAPES = [
@@ -150,3 +157,29 @@ def guard(monkeypatch, backend, written: bool = True):
 
     monkeypatch.setattr(backend, "empty", empty)
     return whole
+
+
+def interrupted(call: Callable[[], Any], at: int) -> bool:
+    """Whether the call came to the line of loraxs_kernels that is the `at`-th to run, and got a KeyboardInterrupt."""
+    left = at
+
+    def on_event(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if event == "call" and not frame.f_code.co_filename.startswith(str(PACKAGE)):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return on_event
+
+    before = sys.gettrace()
+    sys.settrace(on_event)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

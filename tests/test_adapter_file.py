@@ -13,6 +13,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -206,6 +207,79 @@ def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
     for (_, layer), (_, saved) in zip(adapted_layers(loaded), adapted_layers(model), strict=True):
         assert layer.A.dtype == torch.bfloat16 and torch.equal(layer.A, saved.A) and layer.recipe == saved.recipe
         assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The base, A and B as they are attached, where the model is moved before it is saved; the bases that load the file.
+MOVES = {
+    "a checkpoint in bf16": ("bf16", None, [], {"bf16": True, "fp32": True, "fp16": True}),
+    "trained in fp32, moved": ("fp32", None, ["bf16"], {"fp32": True, "bf16": False}),
+    "moved and back": ("fp32", None, ["bf16", "fp32"], {"fp32": True}),
+    "moved twice": ("fp32", None, ["fp16", "bf16"], {"fp32": True, "bf16": False}),
+    "A in fp32, moved to fp16": ("bf16", "fp32", ["fp16"], {"bf16": True, "fp16": True}),
+    "A in fp32": ("bf16", "fp32", [], {"bf16": True}),
+    "A in bf16": ("fp32", "bf16", [], {"fp32": True}),
+    "assigned": ("fp32", None, "A and B in bf16", {"fp32": True}),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
+    """The same roundings are made again, so that the file loads where the weights have the values A was made from."""
+    start, dtype, moves, loads = MOVES[case]
+    bases = {"fp32": minilm.to(DTYPES[start]).float()}
+    bases |= {name: copy.deepcopy(bases["fp32"]).to(DTYPES[name]) for name in ("bf16", "fp16")}
+    model = copy.deepcopy(bases[start])
+    randomise(lx.attach(model, 16, target_modules=TARGETS, dtype=dtype and DTYPES[dtype]))
+    if moves == "A and B in bf16":
+        for _, layer in adapted_layers(model):
+            layer.A, layer.B = layer.A.bfloat16(), layer.B.bfloat16()
+    else:
+        for to in moves:
+            model.to(DTYPES[to])
+    path = tmp_path / "a.safetensors"
+    if False in loads.values():
+        made, now = (str(DTYPES[each]).removeprefix("torch.") for each in (start, moves[-1]))
+        with pytest.warns(UserWarning, match=f"were made from weights in {made}, which are {now} now. .*portable=True"):
+            lx.save_adapter(model, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if all(loads.values()) else "ignore")
+        lx.save_adapter(model, path)
+        for name, fits in loads.items():
+            if fits:
+                lx.load_adapter(bases[name], path)
+                assert worst_error(bases[name], deltas(model)) < 1e-3
+                assert {layer.A.dtype for _, layer in adapted_layers(bases[name])} <= {
+                    DTYPES[name],
+                    model.encoder.layer[0].attention.self.query.A.dtype,
+                }
+                lx.save_adapter(bases[name], tmp_path / "again.safetensors")
+                lx.load_adapter(copy.deepcopy(lx.detach(bases[name])), tmp_path / "again.safetensors")
+            else:
+                with pytest.raises(
+                    AdapterMismatch, match=rf"weights in {made}, those of this model from .* {now}\. Load"
+                ):
+                    lx.load_adapter(bases[name], path)
+
+
+def test_the_message_says_what_was_found(trained):
+    """Quite other weights, another recipe: none of them blames the dtype, or advises what the file has already."""
+    model, path = trained
+    lx.save_adapter(model, path, portable=True)
+    other = mlp()
+    turned = torch.linalg.qr(torch.randn(20, 20)).Q
+    other[0].weight.data = other[0].weight @ turned  # of the same singular values
+    with pytest.raises(
+        AdapterMismatch, match=r"is \d\.\de[+-]\d\d, and its delta W is not those? .* weights are others"
+    ) as refusal:
+        lx.load_adapter(other, path)
+    assert "dtype" not in str(refusal.value) and "portable" not in str(refusal.value)
+    for how, what in ((dict(init="random"), "init 'random' and not 'svd', "), (dict(n_iter=0), "n_iter 0 and not 5")):
+        attached = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, **how)
+        with pytest.raises(
+            AdapterMismatch, match=rf"by another recipe \({what}.*Load the adapter into a model without"
+        ):
+            lx.load_adapter(attached, path)
 
 
 def test_saving_does_not_read_the_base(tmp_path):
@@ -479,7 +553,7 @@ def test_files_of_version_1_load():
 
 
 def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
-    """A warning that is made an error, and the file of a single layer for a linear layer that no adapter can replace."""
+    """A warning that is made an error, and the file of a single layer for a linear layer, which nothing can replace."""
     base = copy.deepcopy(minilm).bfloat16()
     head = ["pooler"]
     path = tmp_path / "a.safetensors"
@@ -571,12 +645,9 @@ def test_parametrised_R(trained):
     lx.save_adapter(other, path)
     assert torch.equal(lx.load_adapter(mlp(), path)[0].R, other[0].R)
 
-    class Refusing(Doubled):
-        def right_inverse(self, R):
-            raise RuntimeError("not today")
-
     refusing = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3})
-    parametrize.register_parametrization(refusing[2], "R", Refusing(), unsafe=True)
+    parametrize.register_parametrization(refusing[2], "R", Doubled())
+    refusing[2].parametrizations.R[0].right_inverse = Mock(side_effect=RuntimeError("not today"))
     state = copy.deepcopy(refusing.state_dict())
     with pytest.raises(RuntimeError, match="not today"):
         lx.load_adapter(refusing, path)

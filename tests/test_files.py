@@ -1,0 +1,106 @@
+"""What this library writes: whole or not there, with the mode it had, where the name points to, and no rubbish."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraxs_kernels.files import read_json, write_atomically
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_gets_the_usual_one(tmp_path):
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    for mode in (0o600, 0o640, 0o444):
+        path.chmod(mode)
+        write_atomically(path, b"new ", memoryview(b"content"))
+        assert path.read_bytes() == b"new content" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link, dangling = tmp_path / "there" / "target", tmp_path / "link", tmp_path / "dangling"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    dangling.symlink_to(tmp_path / "there" / "new")
+    write_atomically(link, b"new")
+    write_atomically(dangling, b"newer")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert dangling.is_symlink() and (tmp_path / "there" / "new").read_bytes() == b"newer"
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path, what in ((fifo, "no regular file"), (Path("/dev/null"), "no regular file"), (tmp_path, "a directory")):
+        with pytest.raises(ValueError, match=f"path: {path} is {what}, must be the name of a file"):
+            write_atomically(path, b"data")
+    assert stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
+
+
+def test_names_may_be_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / ("n" * 255)
+    write_atomically(path, b"data")
+    assert path.read_bytes() == b"data" and os.listdir(tmp_path) == [path.name]
+
+
+WRITE = """
+import os, signal, sys
+from loraxs_kernels.files import write_atomically
+setattr(os, sys.argv[2], lambda *a: os.kill(os.getpid(), getattr(signal, sys.argv[3])))
+write_atomically(sys.argv[1], b"new" * 1000)
+"""
+
+
+def test_what_a_kill_leaves_the_next_write_removes(tmp_path):
+    """But not the temporary file of a process that is still writing."""
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    for moment in ("fsync", "replace"):
+        run = subprocess.run([sys.executable, "-c", WRITE, str(path), moment, "SIGKILL"], capture_output=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
+    stopped = subprocess.Popen([sys.executable, "-c", WRITE, str(path), "fsync", "SIGSTOP"])
+    try:
+        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+        write_atomically(tmp_path / "b", b"another")
+        assert len(os.listdir(tmp_path)) == 3 and path.read_bytes() == b"old"
+    finally:
+        stopped.kill()
+        stopped.wait()
+    write_atomically(path, b"new")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs setrlimit")
+def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    script = """
+import resource, signal, sys
+from loraxs_kernels.files import write_atomically
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_atomically(sys.argv[1], b"new" * 10000)
+except OSError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert "too large" in run.stdout, run.stderr
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff{}", b'{"a":' * 20000, b"[" + b"9" * 5000 + b"]", b"null"])
+def test_only_json_objects_are_read(text):
+    with pytest.raises(ValueError, match="^the file: is damaged, no JSON"):
+        read_json(text, "the file")

@@ -1,0 +1,107 @@
+"""Ctrl-C at any line of attach, load_adapter, merge, unmerge and detach leaves the model as it was, or wholly done."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import interrupted
+from torch import nn
+from torch.nn.utils import parametrize
+
+import loraxs_kernels as lx
+from loraxs_kernels.model import adapted_layers
+
+
+class Tied(nn.Module):
+    """A little of everything: a tied head with a configuration, a module of modules_to_save, one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"tie_word_embeddings": True})()
+        self.embed = nn.Embedding(12, 8)
+        self.body = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 8))
+        self.norm = nn.LayerNorm(8).requires_grad_(False)
+        self.head = nn.Linear(8, 12)
+        self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(self.embed(x))))
+
+
+def model() -> Tied:
+    torch.manual_seed(1)
+    return Tied()
+
+
+def attached() -> Tied:
+    m = lx.attach(model(), 2, target_modules=["0", "1", "head"], modules_to_save=["norm"], progress=False)
+    for _, layer in adapted_layers(m):
+        nn.init.normal_(layer.R, std=0.5)
+    return m
+
+
+def parametrized() -> Tied:
+    class Doubled(nn.Module):
+        def forward(self, R):
+            return 2 * R
+
+        def right_inverse(self, R):
+            return R / 2
+
+    m = attached()
+    parametrize.register_parametrization(m.body[1], "R", Doubled())
+    return m
+
+
+def state(m: Tied) -> dict[str, Any]:
+    """Everything of a model that could be half done, as objects and as bits."""
+    parts = {}
+    for name, module in m.named_modules(remove_duplicate=False):
+        parts[name] = type(module), {k: v for k, v in vars(module).items() if k in ("alpha", "scaling", "loraxs")}
+        held = {**module._parameters, **{name: b for name, b in module._buffers.items()}}
+        parts[name] += ({k: None if t is None else (t.requires_grad, t.tolist()) for k, t in held.items()},)
+    parts["config"] = m.config.tie_word_embeddings
+    parts["y"] = m(torch.arange(12)).tolist()
+    return parts
+
+
+OPERATIONS = {
+    "attach": (model, lambda m, file: lx.attach(m, 2, target_modules=["0", "1", "head"], progress=False), 3),
+    "load into a base model": (model, lambda m, file: lx.load_adapter(m, file, progress=False), 5),
+    "load into an adapted model": (parametrized, lambda m, file: lx.load_adapter(m, file), 1),
+    "merge": (attached, lambda m, file: lx.merge(m), 1),
+    "unmerge": (lambda: lx.merge(attached()), lambda m, file: lx.unmerge(m), 1),
+    "detach": (attached, lambda m, file: lx.detach(m), 1),
+    "detach, merging": (attached, lambda m, file: lx.detach(m, merge=True), 1),
+    "detach, merged": (lambda: lx.merge(attached()), lambda m, file: lx.detach(m, merge=True), 1),
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_an_interruption_leaves_nothing_half_done(tmp_path, case):
+    make, operation, step = OPERATIONS[case]
+    file = tmp_path / "adapter.safetensors"
+    other = attached()
+    for p in other.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    lx.save_adapter(other, file)
+    done = make()
+    before = state(done)
+    operation(done, file)
+    done = state(done)
+    assert done != before
+    outcomes, k = {"before": 0, "done": 0}, 0
+    m = make()
+    while interrupted(lambda m=m: operation(m, file), at=k):
+        now = state(m)
+        assert now in (before, done), f"half done at line {k}"
+        outcomes["before" if now == before else "done"] += 1
+        m, k = (copy.deepcopy(m) if now == before else make()), k + step
+    assert state(m) == done and outcomes["before"] > 10
