@@ -102,5 +102,5 @@ except OSError as error:
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff{}", b'{"a":' * 20000, b"[" + b"9" * 5000 + b"]", b"null"])
 def test_only_json_objects_are_read(text):
-    with pytest.raises(ValueError, match="^the file: is damaged, no JSON"):
+    with pytest.raises(ValueError, match=r"^the file: is damaged, no JSON"):
         read_json(text, "the file")

@@ -63,8 +63,11 @@ def state(m: Tied) -> dict[str, Any]:
     """Everything of a model that could be half done, as objects and as bits."""
     parts = {}
     for name, module in m.named_modules(remove_duplicate=False):
-        parts[name] = type(module), {k: v for k, v in vars(module).items() if k in ("alpha", "scaling", "loraxs")}
-        held = {**module._parameters, **{name: b for name, b in module._buffers.items()}}
+        parts[name] = (
+            type(module).__name__,
+            {k: v for k, v in vars(module).items() if k in ("alpha", "scaling", "loraxs")},
+        )
+        held = {**module._parameters, **module._buffers}
         parts[name] += ({k: None if t is None else (t.requires_grad, t.tolist()) for k, t in held.items()},)
     parts["config"] = m.config.tie_word_embeddings
     parts["y"] = m(torch.arange(12)).tolist()
