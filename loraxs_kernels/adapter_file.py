@@ -170,9 +170,7 @@ def load_adapter(
     entries, modules_to_save, saved = _read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:
-        raise ValueError(
-            "basis: got a file for a model that has adapters, and with them A and B, already; must be None"
-        )
+        raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
     devices = None if device is None else compute_devices(device)
     with transaction(model) as undo:
         if fresh:

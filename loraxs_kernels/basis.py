@@ -237,11 +237,9 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
     """How far A = S V^T and B = U are from singular triplets of W (N, K): about 0, or about 1 for another weight.
 
     The relative error of U^T W = A, or of W V S = B S^2 where W is tall, estimated at PROBES hashed +-1 vectors: the
-    one of the two that `truncated_svd` meets to rounding even where it has not converged.  Or, if that is more, how far
-    the columns of B are from orthonormal, which those of zeros are not.
+    one of the two that `truncated_svd` meets to rounding even where it has not converged.  And at least how far the
+    columns of B are from orthonormal, and 1 where A is less than half of what r average singular values make it.
     """
-    gram = B.double().t() @ B.double()
-    skew = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm() / len(gram) ** 0.5)
     if W.shape[0] <= W.shape[1]:
         X = _probe_vectors(W.shape[1], 5, W.device)
         got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X
@@ -250,8 +248,11 @@ def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
         got = (W @ (A.double().t() @ X).to(W.dtype)).double()
         right = B.double() @ (singular_values(A).double().square()[:, None] * X)
     error = (got - right).norm()
-    off = float((error / right.norm()).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
-    return max(off, skew) if math.isfinite(skew) else math.inf
+    gram = B.double().t() @ B.double()
+    skew = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm() / len(gram) ** 0.5
+    size, average = A.double().norm(), (len(A) / min(W.shape)) ** 0.5 * torch.linalg.vector_norm(W, dtype=torch.float64)
+    off = [error / right.norm() if error != 0 else error, skew, (2 * size < average).double()]
+    return float(torch.stack(off).nan_to_num(nan=torch.inf).max())
 
 
 def weight_probes(W: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,6 +19,7 @@ import loraxs_kernels as lx
 from loraxs_kernels import basis_file
 from loraxs_kernels.basis_file import make_basis, read_basis
 from loraxs_kernels.cli import main
+from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.linear import LoRAXSLinear
 
 
@@ -202,6 +206,137 @@ def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
     (checkpoint / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"index\.json names b\.safetensors, which is not there"):
         make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+
+
+V1 = Path(__file__).parent / "data" / "basis_v1.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_basis_in_bf16_serves_the_model_in_any_dtype(minilm, tmp_path, dtype):
+    """A and B were rounded to bf16, as the recipe says: what is trained on them loads without the basis and with it."""
+    minilm.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    make_basis(
+        tmp_path / "checkpoint", 16, tmp_path / "basis.safetensors", target_modules=["query", "intermediate.dense"]
+    )
+    base = minilm.to(dtype)
+    targets = ["query", "intermediate.dense"]
+    m = lx.attach(copy.deepcopy(base), 16, target_modules=targets, basis=tmp_path / "basis.safetensors")
+    for layer in m.modules():
+        if isinstance(layer, LoRAXSLinear):
+            assert layer.A.dtype == dtype and torch.equal(layer.A, layer.A.bfloat16().to(dtype))
+            layer.R.data.normal_()
+    lx.save_adapter(m, tmp_path / "adapter.safetensors")
+    for basis in (None, tmp_path / "basis.safetensors"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = lx.load_adapter(copy.deepcopy(base), tmp_path / "adapter.safetensors", basis=basis)
+        state = loaded.state_dict()
+        # At most a rounding from what was trained: the SVD of the weight in another dtype is not the same to the bit.
+        for name, t in m.state_dict().items():
+            assert (state[name] - t).norm() <= 1e-3 * t.norm(), name
+        if basis is not None:
+            assert all(torch.equal(state[name], t) for name, t in m.state_dict().items())
+    with pytest.raises(ValueError, match="basis: got a file for a model that has adapters already"):
+        lx.load_adapter(loaded, tmp_path / "adapter.safetensors", basis=tmp_path / "basis.safetensors")
+
+
+def test_a_basis_of_weights_that_are_rounded_since_is_refused_as_loading_would(checkpoint, tmp_path):
+    out = tmp_path / "basis.safetensors"
+    make_basis(checkpoint, 4, out)
+    with pytest.raises(ValueError, match=r"made from weights in float32; run loraxs init with --weight-dtype bfloat16"):
+        lx.attach(model().bfloat16(), 4, target_modules=["up", "down"], basis=out)
+    make_basis(checkpoint, 4, out, weight_dtype=torch.bfloat16)
+    read = lx.attach(model().bfloat16(), 4, target_modules=["up", "down"], basis=out)
+    computed = lx.attach(model().bfloat16(), 4, target_modules=["up", "down"])
+    assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
+    edited = model()
+    edited.layers[1]["up"].weight.data[3] *= 1.001
+    make_basis(checkpoint, 4, out)
+    with pytest.raises(
+        ValueError, match=r"than that of module 'layers.1.up': A and B are off by \d\.\de-0\d, .*\. Run"
+    ):
+        lx.attach(edited, 4, target_modules=["up", "down"], basis=out)
+
+
+def test_a_basis_of_version_1_serves(tmp_path):
+    m = lx.attach(model(), 2, target_modules=["0.up", "1.down"], basis=V1)
+    assert m.layers[0]["up"].recipe.rounded == ("bfloat16",) and m.layers[0]["up"].A.dtype == torch.bfloat16
+    other = model()
+    nn.init.normal_(other.layers[0]["up"].weight)
+    with pytest.raises(ValueError, match=r"made from another weight than that of module 'layers\.0\.up'"):
+        lx.attach(other, 2, target_modules=["0.up", "1.down"], basis=V1)
+    path = tmp_path / "zero.safetensors"
+    shutil.copy(V1, path)
+    edited(path, lambda h, t: t["layers.0.up.A"].zero_())  # nothing but the weight tells
+    with pytest.raises(ValueError, match=r"made from another weight than that of module 'layers\.0\.up'"):
+        lx.attach(model(), 2, target_modules=["0.up", "1.down"], basis=path)
+
+
+def edited(path: Path, change) -> None:
+    """Rewrite a basis file with a changed header or changed tensors, and the checksum that belongs to them."""
+    header, f = unsealed(path, "loraxs_basis", "basis")
+    tensors = tensors_of(f, path)
+    change(header, tensors)
+    if header["version"] == 1:
+        safetensors.torch.save_file(tensors, path, {"loraxs_basis": json.dumps(header)})
+    else:
+        write_atomically(path, *sealed(tensors, "loraxs_basis", header))
+
+
+DAMAGES = {
+    "zeros": (lambda h, t: [v.zero_() for v in t.values()], "was made from another weight"),
+    "not finite": (lambda h, t: t["layers.1.down.B"].fill_(torch.nan), "tensor 'layers.1.down.B' has NaN or Inf"),
+    "no recipe": (lambda h, t: h.pop("recipe"), "does not describe them"),
+    "no modules": (lambda h, t: h.update(modules={}), "has no modules"),
+    "a module dropped": (
+        lambda h, t: h["modules"].pop("layers.1.down"),
+        "layers.1.down.A', of which its header says no",
+    ),
+    "a module too many": (lambda h, t: h["modules"].update(x={}), "module 'x': tensor 'x.A' is missing"),
+    "A of another shape": (
+        lambda h, t: t.update({"layers.0.up.A": torch.ones(3, 24)}),
+        r"'layers.0.up.A' is of shape \(3",
+    ),
+    "A in integers": (
+        lambda h, t: t.update({"layers.0.up.A": torch.ones(2, 24).int()}),
+        "'layers.0.up.A' .* dtype I32",
+    ),
+    "A and B of two dtypes": (
+        lambda h, t: t.update({"layers.0.up.B": torch.ones(60, 2)}),
+        "'layers.0.up.B' .* dtype F32",
+    ),
+    "init given": (lambda h, t: h["recipe"].update(init="given"), "init is 'given', must be 'svd'"),
+    "rank": (lambda h, t: h["recipe"].update(rank=None), "rank: got None"),
+    "iterations without end": (lambda h, t: h["recipe"].update(n_iter=10**6), "n_iter: got 1000000, must be"),
+    "a name": (lambda h, t: h.update(base_model=None), "does not describe them"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_damaged_basis_files_are_refused_by_name(checkpoint, tmp_path, case, version):
+    change, message = DAMAGES[case]
+    path = tmp_path / "basis.safetensors"
+    if version == 1:
+        shutil.copy(V1, path)
+    else:
+        make_basis(checkpoint, 2, path, target_modules=["0.up", "1.down"], dtype=torch.bfloat16)
+    edited(path, change)
+    m = model()
+    with pytest.raises(ValueError, match=message) as refusal:
+        lx.attach(m, 2, target_modules=["0.up", "1.down"], basis=path)
+    assert str(path) in str(refusal.value)
+    assert not any(isinstance(layer, LoRAXSLinear) for layer in m.modules())
+
+
+def test_every_flipped_bit_of_a_basis_is_seen(checkpoint, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    make_basis(checkpoint, 2, path, target_modules=["0.up"], dtype=torch.bfloat16)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_basis(path)
 
 
 def test_files_that_are_no_basis_are_refused(tmp_path):
