@@ -1,0 +1,173 @@
+"""Whatever happens to a file, it is loaded as it was written, or refused by name and the model is as it was.
+
+Hypothesis damages adapter files and basis files, of the current format and of version 1: bytes are flipped, zeroed,
+cut out, put in, moved; fields of the header and tensors are changed, in files whose checksum is then made right again,
+as no accident would leave them.  The damages are the same each time; LORAXS_FUZZ=20000 makes up that many new ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from test_adapter_file import mlp
+
+import loraxs_kernels as lx
+from loraxs_kernels.basis_file import make_basis
+from loraxs_kernels.files import sealed, tensors_of, unsealed
+
+EXAMPLES = int(os.environ.get("LORAXS_FUZZ", 1500))
+OPTIONS = dict(target_modules=["0", "2"], rank_pattern={"2": 3})
+KINDS = {"adapter": "loraxs", "basis": "loraxs_basis"}
+OLD = {kind: Path(__file__).parent / "data" / f"{kind}_v1.safetensors" for kind in KINDS}
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(
+        [0, -1, 1, 3, 4, 5, 17, 10**6, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("-inf")]
+    ),
+    st.sampled_from(
+        ["", "0", "2", "3", "svd", "given", "random", "sklearn", "float16", "bfloat16", "\u00e4", "../x", "a" * 300]
+    ),
+    st.sampled_from([[], {}, [[]], {"rank": 3}, ["bfloat16"], ["3"]]),
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[tuple[str, int], bytes]:
+    """Whole files of each kind and version, all for `mlp()`."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model = lx.attach(mlp(), 4, modules_to_save=["3"], alpha=8, **OPTIONS)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    lx.save_adapter(model, folder / "adapter.safetensors", portable=True)
+    safetensors.torch.save_file(mlp().state_dict(), folder / "model.safetensors")
+    make_basis(folder / "model.safetensors", 4, folder / "basis.safetensors", target_modules=["0", "2"])
+    new = {(kind, 2): (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
+    return new | {(kind, 1): path.read_bytes() for kind, path in OLD.items() if kind == "adapter"}
+
+
+@st.composite
+def damages(draw) -> dict[str, Any]:
+    kind = draw(st.sampled_from([("adapter", 2), ("adapter", 2), ("adapter", 1), ("basis", 2)]))
+    how = draw(st.sampled_from(["flip", "zero", "cut", "insert", "move", "field", "field", "tensor"]))
+    place = st.floats(0, 1, exclude_max=True)
+    damage = {"kind": kind, "how": how, "at": draw(place), "to": draw(place), "size": draw(st.integers(1, 200))}
+    if how == "field":
+        damage["path"] = draw(st.lists(st.integers(0, 12), min_size=1, max_size=3))
+        damage["value"] = draw(st.one_of(st.just("removed"), VALUES))
+    if how == "tensor":
+        damage["change"] = draw(
+            st.sampled_from(["removed", "zero", "nan", "int", "double", "half", "row", "1-d", "renamed"])
+        )
+    return damage
+
+
+def damaged(whole: bytes, damage: dict[str, Any], path: Path) -> bytes:
+    """The bytes of the file after the damage; the path is written to on the way."""
+    at, to = (int(damage[key] * len(whole)) for key in ("at", "to"))
+    end, how = at + damage["size"], damage["how"]
+    if how == "flip":
+        return whole[:at] + bytes([whole[at] ^ 1 << damage["size"] % 8]) + whole[at + 1 :]
+    if how == "zero":
+        return whole[:at] + bytes(len(whole[at:end])) + whole[end:]
+    if how == "cut":
+        return whole[:at] + whole[end:]
+    if how == "insert":
+        return whole[:at] + whole[to : to + damage["size"]] + whole[at:]
+    if how == "move":
+        rest = whole[:at] + whole[end:]
+        return rest[:to] + whole[at:end] + rest[to:]
+    path.write_bytes(whole)
+    header, f = unsealed(path, KINDS[damage["kind"][0]], "file")
+    tensors = tensors_of(f, path)
+    if how == "field":
+        _set(header, damage["path"], damage["value"])
+    else:
+        _change(tensors, sorted(tensors)[int(damage["at"] * len(tensors))], damage["change"])
+    if damage["kind"][1] == 1 or not tensors:
+        return safetensors.torch.save(tensors, {KINDS[damage["kind"][0]]: json.dumps(header)})
+    return b"".join(sealed(tensors, KINDS[damage["kind"][0]], header))
+
+
+def _set(header: dict[str, Any], path: list[int], value: Any) -> None:
+    for i, step in enumerate(path):
+        key = list(header)[step % len(header)]
+        if i + 1 < len(path) and isinstance(header[key], dict) and header[key]:
+            header = header[key]
+        elif value == "removed":
+            del header[key]
+            return
+        else:
+            header[key] = value
+            return
+
+
+def _change(tensors: dict[str, torch.Tensor], key: str, change: str) -> None:
+    t = tensors.pop(key)
+    changed = {
+        "zero": lambda: t * 0,
+        "nan": lambda: t * torch.nan,
+        "int": lambda: t.int(),
+        "double": lambda: t.double(),
+        "half": lambda: t.half(),
+        "row": lambda: t[1:],
+        "1-d": lambda: t.flatten(),
+        "renamed": lambda: t,
+    }
+    if change in changed:
+        tensors[f"{key}.x" if change == "renamed" else key] = changed[change]().contiguous()
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="LORAXS_FUZZ" not in os.environ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(damages(), st.booleans())
+def test_a_damaged_file_is_loaded_right_or_refused(files, tmp_path_factory, damage, attached):
+    kind, version = damage["kind"]
+    path = tmp_path_factory.getbasetemp() / f"{kind}.safetensors"
+    whole = files[kind, version]
+    data = damaged(whole, damage, path)
+    path.write_bytes(data)
+    model = mlp()
+    if attached and kind == "adapter":
+        lx.attach(model, 4, **OPTIONS)
+    state = copy.deepcopy(model.state_dict())
+    scalings = [getattr(m, "scaling", None) for m in model]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind == "adapter":
+                lx.load_adapter(model, path, progress=False)
+            else:
+                lx.attach(model, 4, target_modules=["0"], basis=path, progress=False)
+    except ValueError as refusal:
+        event(f"{kind} {version} {damage['how']} refused")
+        assert str(path) in str(refusal), refusal
+        now = model.state_dict()
+        assert now.keys() == state.keys() and all(torch.equal(now[key], t) for key, t in state.items())
+        assert scalings == [getattr(m, "scaling", None) for m in model]
+        assert all(p.requires_grad for p in model.parameters()) or attached
+    else:
+        event(f"{kind} {version} {damage['how']} loaded")
+        # By accident, a file of the current format is not another one that passes for it.
+        assert version == 1 or data == whole or damage["how"] in ("field", "tensor")
+        assert (
+            all(t.isfinite().all() for t in model.state_dict().values()) and model(torch.randn(2, 20)).isfinite().all()
+        )
