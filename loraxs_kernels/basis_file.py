@@ -28,6 +28,7 @@ from .matching import matches
 from .weights import FLOATS, Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+INDEX = "model.safetensors.index.json"
 # By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 # Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
@@ -166,6 +167,8 @@ def make_basis(
     anything is written.
     """
     weights, base_model = _checkpoint(Path(model), weight_dtype)
+    if os.path.realpath(out) in {os.path.realpath(file) for file in _files(Path(model))}:
+        raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     jobs: list[Job] = []
     tensors: dict[str, Tensor] = {}
@@ -234,15 +237,7 @@ def _checkpoint(
     model: Path, rounded: torch.dtype | None
 ) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
     """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
-    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
-    index = model / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
-        if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
-            raise ValueError(f"model: {index} is no index of safetensors files: it has no weight_map of file names")
-        files = [model / name for name in sorted(set(names.values()))]
-    if not files:
-        raise FileNotFoundError(f"model: {model} is no safetensors file and no folder that has any")
+    files, index = _files(model), model / INDEX
     config = model / "config.json"
     described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}
     transposed = described.get("model_type") in CONV1D_MODELS
@@ -261,6 +256,20 @@ def _checkpoint(
     if not (isinstance(base_model, str) and base_model):
         base_model = model.stem if model.is_file() else model.resolve().name
     return weights, base_model
+
+
+def _files(model: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, whether they are there or not."""
+    index = model / INDEX
+    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
+    if index.is_file():
+        names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
+        if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
+            raise ValueError(f"model: {index} is no index of safetensors files: it has no weight_map of file names")
+        files = [model / name for name in sorted(set(names.values()))]
+    if not files:
+        raise FileNotFoundError(f"model: {model} is no safetensors file and no folder that has any")
+    return files
 
 
 def _weight(

@@ -7,9 +7,9 @@ says what the file is.  Its first field is the SHA-256 of the whole file, comput
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT_VERSION = 2  # version 1 had no checksum
+WRITERS = 8  # of one file at one time, whose temporary files are looked for when they were killed
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
 
@@ -34,8 +35,8 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
 
     The parts go to a temporary file in the same folder, which is flushed to the disk and then renamed.  A file that
     exists keeps its mode, and a symbolic link stays one: the file it points to is replaced.  What a killed process has
-    left behind in the folder is removed.  Raises ValueError where the path is no regular file, OSError where the disk
-    does not take it.
+    left behind of the same file is removed.  Raises ValueError where the path is no regular file, OSError where the
+    disk does not take it.
     """
     target = Path(os.path.realpath(path))
     found = target.stat() if target.exists() else None
@@ -43,8 +44,7 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
         what = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
         raise ValueError(f"path: {path} is {what}, must be the name of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target.parent)
-    with _temporary(target.parent) as f:
+    with _temporary(target) as f:
         try:
             for part in parts:
                 f.write(part)
@@ -53,8 +53,10 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
                 os.chmod(f.name, stat.S_IMODE(found.st_mode))
             os.fsync(f.fileno())
             os.replace(f.name, target)
-        except BaseException:
+        except BaseException as error:
             Path(f.name).unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+                error.filename = str(path)
             raise
     if os.name == "posix":  # the rename itself, too
         folder = os.open(target.parent, os.O_RDONLY)
@@ -64,25 +66,42 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
             os.close(folder)
 
 
-def _temporary(folder: Path) -> BinaryIO:
-    """A new file in the folder, locked.  Its name is short, since the target's may be as long as a name can be."""
-    while True:
-        f = open(folder / f".loraxs-{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115
+def _temporary(target: Path) -> BinaryIO:
+    """A new file in the target's folder, locked.  Its name does not grow with the target's.
+
+    The names are the same each time, so that one that a killed process has left is found without reading the folder.
+    """
+    stem = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    paths = (target.with_name(f".loraxs-{stem}-{i}.tmp") for i in itertools.count())
+    first = list(itertools.islice(paths, WRITERS))
+    for path in first:
+        _remove_if_left(path)
+    for path in itertools.chain(first, paths):
+        try:
+            f = open(path, "xb")  # noqa: SIM115
+        except FileExistsError:  # another process is writing the same file
+            continue
         _lock(f, wait=True)
-        if os.path.exists(f.name):  # else another process took it for a leftover, before it was locked
+        if _is_at(path, f):  # else another process took it for a leftover, before it was locked
             return f
         f.close()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed: those that nobody holds a lock on."""
-    for leftover in folder.glob(".loraxs-*.tmp"):
-        try:
-            with open(leftover, "rb") as f:
-                if _lock(f, wait=False):
-                    leftover.unlink()
-        except OSError:  # it is gone, or another user's
-            continue
+def _remove_if_left(temporary: Path) -> None:
+    """Remove a temporary file if no process holds a lock on it."""
+    try:
+        with open(temporary, "rb") as f:
+            if _lock(f, wait=False) and _is_at(temporary, f):
+                temporary.unlink()
+    except OSError:  # there is none, or it is another user's
+        pass
+
+
+def _is_at(path: Path, f: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(f: BinaryIO, wait: bool) -> bool:

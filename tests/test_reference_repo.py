@@ -254,7 +254,7 @@ def test_scikit_learn_makes_their_basis_again(tmp_path, monkeypatch):
             reference_layers(theirs)[name].lora_A.default.weight,
             reference_layers(theirs)[name].lora_B.default.weight,
         )
-        assert layer.recipe == Recipe("sklearn", 7, name, n_iter=2)
+        assert layer.recipe == Recipe("sklearn", 7, name, n_iter=2, weight_dtype="float32")
         assert torch.equal(layer.A.abs(), A.abs()) and torch.equal(layer.B.abs(), B.abs())
     file = tmp_path / "a.safetensors"
     lx.save_adapter(model, file)
