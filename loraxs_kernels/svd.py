@@ -16,13 +16,14 @@ limit; all terms of a split factor go into one product, which reads W once.  Nex
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -576,28 +577,59 @@ def _signs(U: Tensor, seed: int) -> Tensor:
     return torch.where(products < 0, -1.0, 1.0).to(U.dtype)
 
 
+# The open blocks of `exact_matmul`, and what puts the user's settings back once there are none.
+_exact: set[object] = set()
+_users_settings = ExitStack()
+_exact_lock = threading.RLock()
+
+
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in."""
-    cuda = torch.backends.cuda.matmul
-    # The older functions raise once the newer settings, of torch 2.9 on, have been used.
-    settings = [cuda, getattr(torch.backends.mkldnn, "matmul", None)]
-    settings = [each for each in settings if hasattr(each, "fp32_precision")]
-    before = [each.fp32_precision for each in settings] or torch.get_float32_matmul_precision()
-    in_fp16 = getattr(cuda, "allow_fp16_accumulation", False)
+    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in.
+
+    The settings of products belong to the whole process.  Of the blocks that are open at one time, in whichever
+    threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
+    """
+    block = object()
     try:
-        for each in settings:
-            each.fp32_precision = "ieee"
-        if not settings:
-            torch.set_float32_matmul_precision("highest")
-        if in_fp16:
-            cuda.allow_fp16_accumulation = False
+        with _exact_lock:
+            if not _exact:
+                _save_settings(_users_settings)
+            _exact.add(block)
+            _multiply_exactly()
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for each, value in zip(settings, before, strict=False):
-            each.fp32_precision = value
-        if not settings:
-            torch.set_float32_matmul_precision(before)
-        if in_fp16:
-            cuda.allow_fp16_accumulation = True
+        with _exact_lock:
+            _exact.discard(block)
+            if not _exact:
+                _users_settings.close()
+
+
+def _save_settings(to: ExitStack) -> None:
+    """Has `to` restore, when it is closed, how products are made in this process now."""
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            to.callback(setattr, each, "fp32_precision", each.fp32_precision)
+    else:
+        to.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        to.callback(setattr, cuda, "allow_fp16_accumulation", True)
+
+
+def _multiply_exactly() -> None:
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            each.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        cuda.allow_fp16_accumulation = False
+
+
+def _fp32_settings() -> list[Any]:
+    """What has torch's settings of fp32 products, of torch 2.9 on; the older functions raise once these have been used."""
+    each = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [where for where in each if hasattr(where, "fp32_precision")]
