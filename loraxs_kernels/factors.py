@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def _bar(total: int) -> tqdm:
     """
 
     class Bar(tqdm):
-        _instances = weakref.WeakSet()
+        _instances: ClassVar = weakref.WeakSet()
         monitor_interval = 0  # tqdm's thread that watches slow bars, which miniters=1 makes unnecessary
 
     Bar.set_lock(threading.RLock())

@@ -39,6 +39,7 @@ GROUP = 16  # and at most so many of them; also how many may wait for the host's
 KEEP_BYTES = 512 * 2**20  # and what those may hold
 GRAM_ROWS = 4096  # of an fp64 copy at a time
 NARROW, PIECES = 128, 8  # a Gram of up to so many columns is summed in so many pieces
+MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 LEAST = 1e-8  # of c, over the sum of the squares of the singular values: less, and rounding spoils the iteration
 
 
@@ -78,8 +79,8 @@ def plan(
         raise ValueError(f'tier: got {tier!r}, must be "standard" or "precise"')
     if block is not None and block < rank:
         raise ValueError(f"block: got {block}, must be at least the rank, {rank}")
-    if n_iter is not None and n_iter < 0:
-        raise ValueError(f"n_iter: got {n_iter}, must be at least 0")
+    if n_iter is not None and not 0 <= n_iter <= MOST_ITERATIONS:
+        raise ValueError(f"n_iter: got {n_iter}, must be from 0 to {MOST_ITERATIONS}")
     # For the Krylov space a narrow block and one more step cost what a wide block costs and come nearer to the truth.
     # Multiples of 8 keep rows of bf16 aligned.
     krylov = Plan("krylov", block or -(-rank // 8) * 8 + 8, 5 if n_iter is None else n_iter, tier)
@@ -630,6 +631,6 @@ def _multiply_exactly() -> None:
 
 
 def _fp32_settings() -> list[Any]:
-    """What has torch's settings of fp32 products, of torch 2.9 on; the older functions raise once these have been used."""
+    """What has torch 2.9's settings of fp32 products; once these have been used, torch's older functions raise."""
     each = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     return [where for where in each if hasattr(where, "fp32_precision")]
