@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -189,6 +190,8 @@ def _init(arguments: argparse.Namespace) -> int:
         raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
     if arguments.out.is_dir():
         raise ValueError(f"out: {arguments.out} is a folder, must be the name of a file")
+    if not _utf8(str(arguments.out)):
+        raise ValueError(f"out: {arguments.out} must be a name in UTF-8: safetensors opens no other file")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     names = make_basis(
         arguments.model,
@@ -205,6 +208,14 @@ def _init(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +240,8 @@ def _params(arguments: argparse.Namespace) -> int:
 
     if not 1 <= arguments.adapters <= MOST_ADAPTERS:
         raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
-    model = from_config(_configuration(arguments.model))
+    with _quiet_transformers():
+        model = from_config(_configuration(arguments.model))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -249,6 +261,22 @@ def _params(arguments: argparse.Namespace) -> int:
         print(f"loraxs params: {text}", file=sys.stderr)
     print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
     return 0
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings, which are about running a model; from its errors one line is made."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _configuration(name: str) -> PretrainedConfig:
