@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import LoRAXSLinear, check_rank, label_of
 from .model import choose, pattern_value
@@ -30,6 +33,7 @@ METHODS = {"loraxs": "LoRA-XS", "lora": "LoRA", "vera": "VeRA"}
 
 # Of a configuration that names no class: the first of these that knows it.  Encoders come before the decoders that
 # most of them can also be built as.
+MOST_MODULES = 300_000  # of a model; the largest mixtures of experts have a third of that
 HEADS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
 
 
@@ -133,7 +137,8 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     transformers = sys.modules.get("transformers")  # without which there is no configuration of its
     if transformers is None or not isinstance(config, transformers.PretrainedConfig):
         raise TypeError(f"model: got a {type(config).__name__}, must be an nn.Module or a transformers configuration")
-    kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
+    named = config.architectures if isinstance(config.architectures, (list, tuple)) else ()
+    kinds = [_model_class(transformers, name) for name in named]
     for mapping in (*(f"MODEL_FOR_{head}_MAPPING" for head in HEADS), "MODEL_MAPPING"):
         if type(config) in (known := getattr(transformers, mapping)):
             kinds.append(known[type(config)])
@@ -141,11 +146,31 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     what = f"the configuration of a {config.model_type or 'nameless'!r} model"
     if kind is None:
         raise ValueError(f"model: got {what}, of which transformers has no class; build it and hand in the module")
+    made, thread = 0, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal made
+        if threading.get_ident() == thread and (made := made + 1) > MOST_MODULES:
+            raise ValueError(f"it has more than {MOST_MODULES:,} modules")
+
+    counting = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))  # which models write to
     except Exception as error:  # sizes that do not fit each other fail as they like in there
-        raise ValueError(f"model: got {what}, of which no {kind.__name__} can be made: {error}") from error
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: got {what}, of which no {kind.__name__} can be made: {why}") from error
+    finally:
+        counting.remove()
+
+
+def _model_class(transformers: ModuleType, name: str) -> type[nn.Module] | None:
+    """The model's class of this name; a configuration may name anything else that the package has."""
+    try:
+        found = getattr(transformers, name, None)
+    except Exception:  # as the import of a module raises
+        return None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _trained(layer: LoRAXSLinear) -> list[nn.Parameter]:

@@ -3,62 +3,156 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from . import demo
+from .bench import BenchError
+from .demo import DemoError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
     from .accounting import Parameters
 
 
+MOST_ADAPTERS = 10**15
+MOST_LAYERS = 10**5  # or labels
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `init`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the exit status."""
-    from .bench import BenchError, command, tune
+    """Run `loraxs info`, `init`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the exit status.
+
+    0: all went well.  1: an error, told in one line on stderr.  130: stopped by Ctrl-C.  141: the reader of the output
+    has gone, as in `loraxs params ... | head -1`; nothing is printed, and shells report the same number, 128 + SIGPIPE,
+    for `cat` and `grep`, so that scripts need no special case.  Wrong usage ends by argparse's SystemExit, with 2.  An
+    exception of any other kind is a mistake in this program and comes out with its traceback.
+    """
+    output = None if sys.stdout is None else _Output(sys.stdout)
+    command = "loraxs"
+    try:
+        with redirect_stdout(output):
+            try:
+                arguments = _parser().parse_args(argv)
+                command = f"loraxs {arguments.command}"
+                return arguments.run(arguments)
+            finally:
+                if output is not None:
+                    output.flush()
+    except KeyboardInterrupt:
+        return _failed(command, "stopped", 130)
+    except (DemoError, BenchError) as error:  # may go on for more lines with what to type
+        return _failed(command, str(error), 1)
+    except OSError as error:
+        if error.filename == _Output.NAME:
+            output.close()
+            if isinstance(error, BrokenPipeError):
+                return 141
+        what = error.filename2 or error.filename
+        return _failed(command, _line(f"{what}: {error.strerror}" if what else error), 1)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _failed(command, _line(f"out of memory: {error}"), 1)
+    except ValueError as error:
+        return _failed(command, _line(error), 1)
+
+
+class _Output:
+    """A stream as all commands print to it: what it cannot encode is escaped, and its errors name standard output."""
+
+    NAME = "standard output"
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None  # the last one, which `flush` raises again if a caller swallowed it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        return self._named(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        self._named(self.stream.flush)
+        if self.error is not None:
+            raise self.error
+
+    def _named(self, call: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            error.filename, self.error = self.NAME, error
+            raise
+
+    def close(self) -> None:
+        """Let what is still buffered go nowhere, so that Python does not fail to write it once more when it ends."""
+        with suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _failed(command: str, message: str, status: int) -> int:
+    if sys.stderr is not None:
+        with suppress(OSError):  # there is nowhere left to say so
+            print(f"{command}: {message}", file=_Output(sys.stderr), flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The arguments of every command, and as `run` the function that runs it."""
+    from .bench import command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is installed, which backends can run here, and why not")
-    _add_init(commands.add_parser("init", help="compute A and B of a checkpoint, for attach(..., basis=FILE)"))
-    _add_params(commands.add_parser("params", help="count what LoRA-XS trains on a model, beside LoRA and VeRA"))
-    demo = commands.add_parser("demo", help="fine-tune a real model on real questions, offline")
-    demo.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
-    length = demo.add_mutually_exclusive_group()
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary)
+        added.set_defaults(run=run)
+        return added
+
+    add("info", _info, "what is installed, which backends can run here, and why not")
+    _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
+    _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
+    _add_demo(add("demo", _demo, "fine-tune a real model on real questions, offline"))
+    command.add_bench(add("bench", command.bench, "time LoRA-XS layers and their neighbours, side by side"))
+    command.add_roofline(add("roofline", command.show_roofline, "what bandwidth and flops alone allow, path by path"))
+    tune.add_tune(add("tune", tune.tune, "find the fastest tiles of the Triton kernels for this GPU"))
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import info
+
+    for key, value in info().items():
+        print(f"{key:16} {value}")
+    return 0
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
+    length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
     length.add_argument("--full", action="store_true", help="three seeds")
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")
-    demo.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
-    command.add_bench(commands.add_parser("bench", help="time LoRA-XS layers and their neighbours, side by side"))
-    command.add_roofline(commands.add_parser("roofline", help="what bandwidth and flops alone allow, path by path"))
-    tune.add_tune(commands.add_parser("tune", help="find the fastest tiles of the Triton kernels for this GPU"))
-    arguments = parser.parse_args(argv)
-    if arguments.command == "info":
-        from .info import info
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter"
+    )
+    parser.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
 
-        for key, value in info().items():
-            print(f"{key:16} {value}")
-        return 0
-    if arguments.command == "init":
-        return _init(arguments)
-    if arguments.command == "params":
-        return _params(arguments)
-    from . import demo as demos
 
-    try:
-        if arguments.command == "bench":
-            return command.bench(arguments)
-        if arguments.command == "roofline":
-            return command.show_roofline(arguments)
-        if arguments.command == "tune":
-            return tune.tune(arguments)
-        demos.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
-    except (demos.DemoError, BenchError) as error:
-        print(f"loraxs {arguments.command}: {error}", file=sys.stderr)
-        return 1
+def _demo(arguments: argparse.Namespace) -> int:
+    demo.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
     return 0
 
 
@@ -88,31 +182,40 @@ def _targets(arguments: argparse.Namespace) -> str | list[str]:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    import torch
-
     from .basis_file import make_basis
     from .factors import compute_devices
 
-    try:
-        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-        names = make_basis(
-            arguments.model,
-            arguments.rank,
-            arguments.out,
-            target_modules=_targets(arguments),
-            exclude_modules=arguments.exclude_modules,
-            seed=arguments.seed,
-            n_iter=arguments.n_iter,
-            tier=arguments.tier,
-            dtype=arguments.dtype and getattr(torch, arguments.dtype),
-            devices=compute_devices(arguments.device or there),
-            workspace=int(arguments.workspace * 2**30),
-        )
-    except (ValueError, OSError) as error:
-        print(f"loraxs init: {error}", file=sys.stderr)
-        return 1
+    workspace = arguments.workspace * 2**30
+    if not 0 < workspace < 2**63:
+        raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
+    if arguments.out.is_dir():
+        raise ValueError(f"out: {arguments.out} is a folder, must be the name of a file")
+    if not _utf8(str(arguments.out)):
+        raise ValueError(f"out: {arguments.out} must be a name in UTF-8: safetensors opens no other file")
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    names = make_basis(
+        arguments.model,
+        arguments.rank,
+        arguments.out,
+        target_modules=_targets(arguments),
+        exclude_modules=arguments.exclude_modules,
+        seed=arguments.seed,
+        n_iter=arguments.n_iter,
+        tier=arguments.tier,
+        dtype=arguments.dtype and getattr(torch, arguments.dtype),
+        devices=compute_devices(arguments.device or there),
+        workspace=int(workspace),
+    )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:
@@ -133,16 +236,15 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
 
 
 def _params(arguments: argparse.Namespace) -> int:
-    import torch
-
     from .accounting import count_parameters, from_config
 
-    try:
-        if arguments.adapters < 1:
-            raise ValueError(f"adapters: got {arguments.adapters}, must be at least 1")
+    if not 1 <= arguments.adapters <= MOST_ADAPTERS:
+        raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
+    with _quiet_transformers():
         model = from_config(_configuration(arguments.model))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
             counts = {
                 r: count_parameters(
                     model,
@@ -153,13 +255,28 @@ def _params(arguments: argparse.Namespace) -> int:
                 )
                 for r in arguments.rank
             }
-    except (ValueError, TypeError) as error:
-        print(f"loraxs params: {error}", file=sys.stderr)
-        return 1
+        except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
+            raise ValueError(str(error)) from error
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"loraxs params: {text}", file=sys.stderr)
     print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
     return 0
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings, which are about running a model; from its errors one line is made."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _configuration(name: str) -> PretrainedConfig:
@@ -173,6 +290,7 @@ def _configuration(name: str) -> PretrainedConfig:
     if name in MODELS:
         return AutoConfig.for_model(MODELS[name].model_type, **MODELS[name].config)
     try:
+        _check_config(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such file, no such name, no network, no JSON, no model_type
         reason = str(error).strip().partition("\n")[0]
@@ -180,6 +298,26 @@ def _configuration(name: str) -> PretrainedConfig:
             f"model: got {name!r}, must be one of {', '.join(MODELS)}, a folder with a config.json, such a file, or a "
             f"name on Hugging Face's hub: {reason}"
         ) from error
+
+
+def _check_config(name: str) -> None:
+    """Refuse a config.json that is no JSON object, or of so many layers or labels that they would fill the memory."""
+    from transformers import PretrainedConfig
+
+    path = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+    if path.is_file():
+        try:
+            config = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON file ({error})") from error
+    else:
+        config = PretrainedConfig.get_config_dict(name)[0]
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, must hold a JSON object")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if ("layer" in key or "label" in key) and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"{path}: {key} is {value}, must be at most {MOST_LAYERS}")
 
 
 def _params_table(name: str, counts: dict[int, Parameters], dtype: torch.dtype, adapters: int) -> Iterator[str]:

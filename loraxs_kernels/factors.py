@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,7 +95,7 @@ def factor(
     # What the caller's streams have under way comes first, and what is delivered is theirs.
     streams = {device: torch.cuda.current_stream(device) for device in queues if device.type == "cuda"}
     with (
-        tqdm(total=len(jobs), desc="LoRA-XS factors", unit="layer", delay=1, disable=not progress) as bar,
+        _bar(len(jobs)) if progress else nullcontext() as bar,
         host_pool() if on_gpu else nullcontext() as pool,
     ):
 
@@ -105,7 +107,8 @@ def factor(
                             return
                         with lock:
                             deliver(i, A, B)
-                            bar.update()
+                            if bar is not None:
+                                bar.update()
             except BaseException:
                 stop.set()
                 raise
@@ -122,6 +125,21 @@ def factor(
                     each.result()
             finally:
                 stop.set()
+
+
+def _bar(total: int) -> tqdm:
+    """A progress bar that shares its lock with no other bar, thread or process.
+
+    tqdm's bars share one lock, and processes forked from one another share a semaphore in it: if a process is killed
+    while it holds that semaphore, the others wait for it for ever.
+    """
+
+    class Bar(tqdm):
+        _instances: ClassVar = weakref.WeakSet()
+        monitor_interval = 0  # tqdm's thread that watches slow bars, which miniters=1 makes unnecessary
+
+    Bar.set_lock(threading.RLock())
+    return Bar(total=total, desc="LoRA-XS factors", unit="layer", delay=1, miniters=1)
 
 
 def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -> list[torch.device]:

@@ -16,13 +16,14 @@ limit; all terms of a split factor go into one product, which reads W once.  Nex
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ GROUP = 16  # and at most so many of them; also how many may wait for the host's
 KEEP_BYTES = 512 * 2**20  # and what those may hold
 GRAM_ROWS = 4096  # of an fp64 copy at a time
 NARROW, PIECES = 128, 8  # a Gram of up to so many columns is summed in so many pieces
+MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 LEAST = 1e-8  # of c, over the sum of the squares of the singular values: less, and rounding spoils the iteration
 
 
@@ -77,8 +79,8 @@ def plan(
         raise ValueError(f'tier: got {tier!r}, must be "standard" or "precise"')
     if block is not None and block < rank:
         raise ValueError(f"block: got {block}, must be at least the rank, {rank}")
-    if n_iter is not None and n_iter < 0:
-        raise ValueError(f"n_iter: got {n_iter}, must be at least 0")
+    if n_iter is not None and not 0 <= n_iter <= MOST_ITERATIONS:
+        raise ValueError(f"n_iter: got {n_iter}, must be from 0 to {MOST_ITERATIONS}")
     # For the Krylov space a narrow block and one more step cost what a wide block costs and come nearer to the truth.
     # Multiples of 8 keep rows of bf16 aligned.
     krylov = Plan("krylov", block or -(-rank // 8) * 8 + 8, 5 if n_iter is None else n_iter, tier)
@@ -576,28 +578,59 @@ def _signs(U: Tensor, seed: int) -> Tensor:
     return torch.where(products < 0, -1.0, 1.0).to(U.dtype)
 
 
+# The open blocks of `exact_matmul`, and what puts the user's settings back once there are none.
+_exact: set[object] = set()
+_users_settings = ExitStack()
+_exact_lock = threading.RLock()
+
+
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in."""
-    cuda = torch.backends.cuda.matmul
-    # The older functions raise once the newer settings, of torch 2.9 on, have been used.
-    settings = [cuda, getattr(torch.backends.mkldnn, "matmul", None)]
-    settings = [each for each in settings if hasattr(each, "fp32_precision")]
-    before = [each.fp32_precision for each in settings] or torch.get_float32_matmul_precision()
-    in_fp16 = getattr(cuda, "allow_fp16_accumulation", False)
+    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in.
+
+    The settings of products belong to the whole process.  Of the blocks that are open at one time, in whichever
+    threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
+    """
+    block = object()
     try:
-        for each in settings:
-            each.fp32_precision = "ieee"
-        if not settings:
-            torch.set_float32_matmul_precision("highest")
-        if in_fp16:
-            cuda.allow_fp16_accumulation = False
+        with _exact_lock:
+            if not _exact:
+                _save_settings(_users_settings)
+            _exact.add(block)
+            _multiply_exactly()
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for each, value in zip(settings, before, strict=False):
-            each.fp32_precision = value
-        if not settings:
-            torch.set_float32_matmul_precision(before)
-        if in_fp16:
-            cuda.allow_fp16_accumulation = True
+        with _exact_lock:
+            _exact.discard(block)
+            if not _exact:
+                _users_settings.close()
+
+
+def _save_settings(to: ExitStack) -> None:
+    """Has `to` restore, when it is closed, how products are made in this process now."""
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            to.callback(setattr, each, "fp32_precision", each.fp32_precision)
+    else:
+        to.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        to.callback(setattr, cuda, "allow_fp16_accumulation", True)
+
+
+def _multiply_exactly() -> None:
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            each.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        cuda.allow_fp16_accumulation = False
+
+
+def _fp32_settings() -> list[Any]:
+    """What has torch 2.9's settings of fp32 products; once these have been used, torch's older functions raise."""
+    each = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [where for where in each if hasattr(where, "fp32_precision")]

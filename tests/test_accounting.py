@@ -293,7 +293,7 @@ def test_the_table_of_a_folder_or_a_file(capsys, tmp_path, bert):
         (["--model", "tiny", "-r", "1000"], "rank: got 1000 for module"),
         (["--model", "tiny", "-r", "4", "--target-modules", "c_attn"], "target_modules: got ['c_attn']"),
         (["--model", "tiny", "-r", "4", "--target-modules", "norm"], "target_modules: matches module 'model.norm'"),
-        (["--model", "tiny", "-r", "4", "--adapters", "0"], "adapters: got 0, must be at least 1"),
+        (["--model", "tiny", "-r", "4", "--adapters", "0"], "adapters: got 0, must be from 1 to"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, tmp_path, arguments, message):

@@ -52,6 +52,21 @@ def test_the_block_ends_the_choice_even_after_an_error():
     assert backends.choose(*chosen_by()) == before
 
 
+@pytest.mark.parametrize("names", [("torch", "triton"), ("triton", "torch"), ("triton", None), ("torch", "torch")])
+def test_overlapping_blocks_leave_nothing_forced(monkeypatch, names):
+    """Two blocks in two threads end in the order in which they began; torch.compile has to see a plain global."""
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    before = backends._forced
+    first, second = (lx.backend(name) for name in names)
+    first.__enter__()
+    second.__enter__()
+    assert backends._forced == names[1]
+    first.__exit__(None, None, None)
+    assert backends._forced == names[1]
+    second.__exit__(None, None, None)
+    assert backends._forced == before
+
+
 @pytest.fixture
 def plugged_in(monkeypatch):
     """A backend put where its file would be, which counts its calls."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -181,6 +184,33 @@ def test_a_weight_elsewhere_is_refused():
     job = replace(job, weight=replace(job.weight, device=torch.device("mps", 0)))
     with pytest.raises(ValueError, match=r"module '0': got a weight on 'mps:0', must be on a CPU or a CUDA device"):
         made([job])
+
+
+KILLED_CHILD = """
+import os, signal
+import torch
+from tqdm import tqdm
+import loraxs_kernels as lx
+
+lock = tqdm.get_lock()  # made before the fork, as by any bar of the user's
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    lock.acquire()
+    os.write(writer, b".")
+    signal.pause()
+os.read(reader, 1)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+for progress in (False, True):
+    lx.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), 2, target_modules="all-linear", progress=progress)
+assert tqdm.get_lock() is lock
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_killed_child_that_held_tqdms_lock_stops_no_attach():
+    subprocess.run([sys.executable, "-c", KILLED_CHILD], check=True, timeout=120)
 
 
 def test_the_hosts_threads_leave_the_callers_setting_alone(monkeypatch):

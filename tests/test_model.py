@@ -671,11 +671,16 @@ def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypat
     from loraxs_kernels import factors
 
     seen = []
-    original = factors.tqdm
-    monkeypatch.setattr(factors, "tqdm", lambda *a, **k: seen.append(k) or original(*a, **k))
+
+    class Watched(factors.tqdm):
+        def __init__(self, *args, **options):
+            seen.append(options)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(factors, "tqdm", Watched)
     lx.attach(copy.deepcopy(bert), 4, target_modules=["query"])
     lx.attach(bert, 4, target_modules=["query"], progress=False)
-    assert [k["disable"] for k in seen] == [False, True] and seen[0]["delay"] == 1
+    assert len(seen) == 1 and seen[0]["delay"] == 1
     assert "LoRA-XS" not in capsys.readouterr().err  # over in less than a second
 
 

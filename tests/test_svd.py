@@ -238,6 +238,33 @@ def test_torchs_newer_precision_settings_do_not_reach_in_either(fp32_precision):
     assert [each.fp32_precision for each in fp32_precision.values()] == ["tf32", "bf16"]
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, newer):
+    """As of two threads: the first block ends while the second one still needs exact products."""
+    if newer:
+        settings = request.getfixturevalue("fp32_precision")
+    else:  # torch before 2.9
+        monkeypatch.setattr(svd, "_fp32_settings", list)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: now[0])
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: now.__setitem__(0, value))
+    now = ["high"]
+
+    def precision() -> list[str]:
+        return [each.fp32_precision for each in settings.values()] if newer else now
+
+    if newer:
+        settings["cuda"].fp32_precision, settings["cpu"].fp32_precision = "tf32", "bf16"
+    users = list(precision())
+    first, second = svd.exact_matmul(), svd.exact_matmul()
+    first.__enter__()
+    exact = list(precision())
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert precision() == exact != users
+    second.__exit__(None, None, None)
+    assert precision() == users
+
+
 def test_start_vectors_are_pinned():
     """Files of version 1 stand on these bits."""
     assert rademacher(2, 6, 0, torch.device("cpu")).tolist() == [[1, 1, -1, -1, -1, 1], [-1, 1, 1, -1, 1, 1]]

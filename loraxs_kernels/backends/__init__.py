@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -26,6 +27,9 @@ Primitive = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 # A plain global and not a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get (torch 2.13).
 _forced: str | None = None
+# The open blocks of `backend` in the order in which they began, each with the name that it asked for.
+_blocks: dict[object, str | None] = {}
+_blocks_lock = threading.RLock()
 
 
 class BackendUnavailable(RuntimeError):
@@ -37,7 +41,8 @@ def backend(name: str | None) -> Iterator[None]:
     """Run every LoRA-XS layer called inside the block on one backend: "torch", "triton" or "cuda".
 
     None gives the choice back to `choose`.  The setting is process-wide, as torch's own precision settings are, and
-    holds for the calls made inside the block, their backward included whenever that runs.
+    holds for the calls made inside the block, their backward included whenever that runs.  Of several open blocks, in
+    whichever threads, the one that began last decides; each ends only its own setting, in any order.
     Raises ValueError for an unknown name, BackendUnavailable with the reason when it cannot run here.
     """
     global _forced
@@ -46,11 +51,15 @@ def backend(name: str | None) -> Iterator[None]:
             raise ValueError(f"backend: got {name!r}, must be one of {', '.join(map(repr, NAMES))} or None")
         if reason := unavailable(name):
             raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
-    before, _forced = _forced, name
+    block = object()
     try:
+        with _blocks_lock:
+            _blocks[block] = _forced = name
         yield
     finally:
-        _forced = before
+        with _blocks_lock:
+            _blocks.pop(block, None)
+            _forced = next(reversed(_blocks.values()), None)
 
 
 def unavailable(name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,8 @@ def _answer(question: str, request: Settings, report: Report) -> None:
     try:
         for row in _watched(question, module.rows(request), module.points(request)):
             report.add(row)
+    except BrokenPipeError:  # of what is printed
+        raise
     except Exception as error:
         row = {"question": question} | failure("(the rest)", error)
         report.add(row)
@@ -191,7 +194,14 @@ def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
         found = load(arguments.ceilings)["ceilings"]
         if found is None:
             raise BenchError(f"ceilings: {arguments.ceilings} has none, it was not measured on a GPU")
-        return roofline.Ceilings(**found)
+        try:
+            ceilings = roofline.Ceilings(**found)
+            sensible = all(0 < each < math.inf for each in (ceilings.bandwidth, ceilings.half, ceilings.single))
+        except TypeError:
+            sensible = False
+        if not sensible:
+            raise BenchError(f"ceilings: those in {arguments.ceilings} are damaged: {found!r}")
+        return ceilings
     if arguments.gpu is None and torch.cuda.is_available():
         return timer.ceilings(torch.device("cuda"))
     name = arguments.gpu or "H200"

@@ -141,12 +141,14 @@ def load(path: Path) -> dict[str, Any]:
     """A report, checked.  Raises BenchError, naming the file, where it is not one this version reads."""
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BenchError(f"{path}: cannot be read as a report: {error}") from error
     if not is_report(data) or data.get("version") != VERSION:
         raise BenchError(f"{path}: must be a report of `loraxs bench`, version {VERSION}")
     if missing := [field for field in _FIELDS if field not in data]:
         raise BenchError(f"{path}: has no {', '.join(missing)}")
+    if not isinstance(data["rows"], list) or not all(isinstance(row, dict) for row in data["rows"]):
+        raise BenchError(f"{path}: rows must be a list of JSON objects")
     for i, row in enumerate(data["rows"]):
         ok = row.get("status") == "ok" or (row.get("status") == "failed" and row.get("reason"))
         if row.get("question") not in QUESTIONS or not row.get("path") or not ok:

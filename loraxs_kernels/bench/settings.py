@@ -137,11 +137,11 @@ def model_or_shapes(model: str | None, shapes: Sequence[str]) -> tuple[str, tupl
 
 
 def at_least_one(**options: Sequence[int | None]) -> None:
-    """Refuse numbers below 1; None: not given."""
+    """Refuse numbers below 1, and those that no tensor's size can be; None: not given."""
     for name, numbers in options.items():
         for number in numbers:
-            if number is not None and number < 1:
-                raise BenchError(f"{name}: got {number}, must be at least 1")
+            if number is not None and not 1 <= number < 2**63:
+                raise BenchError(f"{name}: got {number}, must be at least 1" + " and below 2^63" * (number > 1))
 
 
 def _longest_sequence(model: str) -> int | None:
@@ -154,13 +154,15 @@ def _longest_sequence(model: str) -> int | None:
         config = {"model_type": MODELS[model].model_type, **MODELS[model].config}
     else:
         try:
-            config = json.loads((Path(model) / "config.json").read_text())
-        except ValueError as error:
+            config = json.loads((Path(model) / "config.json").read_bytes())
+        except (ValueError, RecursionError) as error:
             raise BenchError(f"model: {model}/config.json cannot be read: {error}") from error
-    if "num_hidden_layers" not in config:
+    if not isinstance(config, dict) or "num_hidden_layers" not in config:
         raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
     longest = config.get("max_position_embeddings")
-    return longest and longest - 2 * (config["model_type"] == "roberta")  # whose positions start at 2
+    if not isinstance(longest, (int, type(None))):
+        raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
+    return longest and longest - 2 * (config.get("model_type") == "roberta")  # whose positions start at 2
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:

@@ -82,7 +82,7 @@ MODELS = {
 
 def parse(text: str) -> Shape:
     """The shape written "NxK", as in 4096x14336; BenchError for anything else."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d{1,18})x(\d{1,18})", text)
     if match is None or 0 in (N_K := tuple(map(int, match.groups()))):
         raise BenchError(f"shape: got {text!r}, must be NxK, out-features by in-features, such as 4096x14336")
     return Shape(*N_K)

@@ -102,4 +102,6 @@ def _device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise DemoError(f"device: got {name!r}, which computes nothing; must be one that does, such as cpu or cuda")
     return device
