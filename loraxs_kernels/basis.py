@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .svd import METHODS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
+from .svd import METHODS, MOST_ITERATIONS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
 from .weights import FLOATS, Weight
 
 INITS = ("svd", "random")  # by name; only load_reference_adapter makes "sklearn", a pair (A, B) is "given"
@@ -62,7 +62,10 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda value: value in (None, *DTYPES), f"one of {', '.join(DTYPES)} or None"),
     "method": (lambda value: value in ("auto", *METHODS), '"auto", "krylov" or "subspace"'),
     "block": (lambda value: value is None or _integer(1, 65536)(value), "an integer from 1 to 65536, or None"),
-    "n_iter": (lambda value: value is None or _integer(0, 1000)(value), "an integer from 0 to 1000, or None"),
+    "n_iter": (
+        lambda value: value is None or _integer(0, MOST_ITERATIONS)(value),
+        f"an integer from 0 to {MOST_ITERATIONS}, or None",
+    ),
     "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
     "rounded": (
         lambda value: isinstance(value, tuple) and len(value) <= 64 and all(each in tuple(DTYPES) for each in value),

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import basis
 from .basis import Factors, Recipe
 from .factors import WORKSPACE, Job, factor
-from .files import check_finite, damaged, has_shape, read_json, sealed, unsealed, write_atomically
+from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
 from .matching import matches
 from .weights import FLOATS, Weight
 
@@ -167,7 +167,7 @@ def make_basis(
     anything is written.
     """
     weights, base_model = _checkpoint(Path(model), weight_dtype)
-    if os.path.realpath(out) in {os.path.realpath(file) for file in _files(Path(model))}:
+    if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     jobs: list[Job] = []

@@ -165,6 +165,11 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
     parser.add_argument("--tier", choices=("standard", "precise"), default="standard", help="of the SVD")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
+    parser.add_argument(
+        "--weight-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="that the model will be loaded in; default: as the weights are stored",
+    )
     parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
 
@@ -188,8 +193,6 @@ def _init(arguments: argparse.Namespace) -> int:
     workspace = arguments.workspace * 2**30
     if not 0 < workspace < 2**63:
         raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
-    if arguments.out.is_dir():
-        raise ValueError(f"out: {arguments.out} is a folder, must be the name of a file")
     if not _utf8(str(arguments.out)):
         raise ValueError(f"out: {arguments.out} must be a name in UTF-8: safetensors opens no other file")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
@@ -203,6 +206,7 @@ def _init(arguments: argparse.Namespace) -> int:
         n_iter=arguments.n_iter,
         tier=arguments.tier,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
+        weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
         devices=compute_devices(arguments.device or there),
         workspace=int(workspace),
     )

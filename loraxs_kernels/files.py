@@ -38,19 +38,16 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
     left behind of the same file is removed.  Raises ValueError where the path is no regular file, OSError where the
     disk does not take it.
     """
-    target = Path(os.path.realpath(path))
-    found = target.stat() if target.exists() else None
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        what = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-        raise ValueError(f"path: {path} is {what}, must be the name of a file")
+    target = target_of(path)
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as f:
         try:
             for part in parts:
                 f.write(part)
             f.flush()
-            if found is not None:
-                os.chmod(f.name, stat.S_IMODE(found.st_mode))
+            if mode is not None:
+                os.chmod(f.name, mode)
             os.fsync(f.fileno())
             os.replace(f.name, target)
         except BaseException as error:
@@ -64,6 +61,18 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
+    """The file that a path, or the link there, names; ValueError, naming the argument, where no file can be written."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "no regular file"
+        raise ValueError(f"{argument}: {path} is {what}, must be the name of a file")
+    above = next(each for each in target.parents if each.exists())
+    if not above.is_dir():
+        raise ValueError(f"{argument}: {path} is in {above}, which is no folder")
+    return target
 
 
 def _temporary(target: Path) -> BinaryIO:

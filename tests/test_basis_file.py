@@ -245,7 +245,7 @@ def test_a_basis_of_weights_that_are_rounded_since_is_refused_as_loading_would(c
     make_basis(checkpoint, 4, out)
     with pytest.raises(ValueError, match=r"made from weights in float32; run loraxs init with --weight-dtype bfloat16"):
         lx.attach(model().bfloat16(), 4, target_modules=["up", "down"], basis=out)
-    make_basis(checkpoint, 4, out, weight_dtype=torch.bfloat16)
+    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), "--weight-dtype", "bfloat16"]) == 0
     read = lx.attach(model().bfloat16(), 4, target_modules=["up", "down"], basis=out)
     computed = lx.attach(model().bfloat16(), 4, target_modules=["up", "down"])
     assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
@@ -337,6 +337,14 @@ def test_every_flipped_bit_of_a_basis_is_seen(checkpoint, tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         with pytest.raises(ValueError, match=re.escape(str(path))):
             read_basis(path)
+
+
+def test_the_checkpoint_is_not_written_over(checkpoint):
+    whole = (checkpoint / "a.safetensors").read_bytes()
+    for model in (checkpoint, checkpoint / "a.safetensors"):
+        with pytest.raises(ValueError, match=r"out: .*a\.safetensors is a file of the checkpoint"):
+            make_basis(model, 4, checkpoint / "a.safetensors")
+    assert (checkpoint / "a.safetensors").read_bytes() == whole
 
 
 def test_files_that_are_no_basis_are_refused(tmp_path):

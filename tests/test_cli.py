@@ -126,11 +126,11 @@ def test_mistakes_of_the_program_keep_their_traceback(monkeypatch, kind):
         (["--workspace", "1e400"], "workspace: got inf"),
         (["--workspace", "nan"], "workspace: got nan"),
         (["--workspace", "-1"], "workspace: got -1"),
-        (["--n-iter", "1000000"], "n_iter: got 1000000, must be from 0 to 1000"),
+        (["--n-iter", "1000000"], "n_iter: got 1000000, must be an integer from 0 to 1000"),
         (["--out", "toy"], "out: toy is a folder"),
         (["--out", ""], "out: . is a folder"),
         (["--out", "\udcff"], "out: \\udcff must be a name in UTF-8"),
-        (["--out", "toy/model.safetensors/x"], "toy/model.safetensors: File exists"),
+        (["--out", "toy/model.safetensors/x"], "out: toy/model.safetensors/x is in "),
     ],
 )
 def test_arguments_of_init_out_of_range(checkpoint, capsys, arguments, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loraxs_kernels.files import read_json, write_atomically
+from loraxs_kernels.files import read_json, target_of, write_atomically
 
 
 def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_gets_the_usual_one(tmp_path):
@@ -41,9 +41,11 @@ def test_links_stay_links(tmp_path):
 def test_what_is_no_regular_file_is_refused(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for path, what in ((fifo, "no regular file"), (Path("/dev/null"), "no regular file"), (tmp_path, "a directory")):
+    for path, what in ((fifo, "no regular file"), (Path("/dev/null"), "no regular file"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"path: {path} is {what}, must be the name of a file"):
             write_atomically(path, b"data")
+    with pytest.raises(ValueError, match=r"out: .*/a/b is in .*/fifo, which is no folder"):
+        target_of(fifo / "a" / "b", "out")
     assert stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
 
 
