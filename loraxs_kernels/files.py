@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
             os.replace(f.name, target)
         except BaseException as error:
             Path(f.name).unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
                 error.filename = str(path)
             raise
     if os.name == "posix":  # the rename itself, too
