@@ -110,8 +110,8 @@ def save_adapter(
         state = model.get_submodule(name).state_dict()
         tensors |= {f"model/{name}.{key}": _plain(t) for key, t in state.items()}
     for key, t in tensors.items():
-        if key.startswith("model/") and not is_finite(t):
-            raise ValueError(f"{key.removeprefix('model/')}: has NaN or Inf values; nothing was written")
+        if not is_finite(t):
+            raise ValueError(f"tensor {key.removeprefix('model/')!r} has NaN or Inf values; nothing was written")
     first = next(iter(descriptions.values()))
     common = {key: value for key, value in first.items() if key != "name"}
     header = {
@@ -125,10 +125,8 @@ def save_adapter(
     }
     data = sealed(tensors, "loraxs", header)
     if moved:
-        made, now = (
-            descriptions[moved[0]]["weight_dtype"],
-            basis.dtype_name(_weight_dtype(model.get_submodule(moved[0]))),
-        )
+        layer = model.get_submodule(moved[0])
+        made, now = layer.recipe.weight_dtype, basis.dtype_name(_weight_dtype(layer))
         warnings.warn(
             f"{path}: A and B of {len(moved)} modules, the first {moved[0]!r}, were made from weights in {made}, which "
             f"are {now} now. The file loads into the model in {made}, which can then be moved, and not into one in "
@@ -344,7 +342,7 @@ def mismatch(
 def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
 
-    entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where it can be aligned.
+    entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where R can be aligned.
     """
     R = entry["R"].to(A.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates = [R]
@@ -389,10 +387,10 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, T
     """
     header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
     tensors = tensors_of(f, path)
-    modules, common, saved, base_model = (header.get(k) for k in ("modules", "layer", "modules_to_save", "base_model"))
-    if not (
-        isinstance(modules, dict) and modules and all(isinstance(each, dict) for each in (common, *modules.values()))
-    ):
+    modules, common = header.get("modules"), header.get("layer")
+    saved, base_model = header.get("modules_to_save"), header.get("base_model")
+    described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (common, *modules.values()))
+    if not (described and modules):
         damaged(path, "its header has no modules, or does not describe them")
     if not (isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
@@ -416,16 +414,13 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, T
         for key, size in sizes.items():
             if sketched or key not in ("U", "V"):
                 dtypes = FLOATS if key == "R" else (torch.float32,)
-                t = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
-                for entry, row in zip(stack, t, strict=True):
+                rows = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
+                for entry, row in zip(stack, rows, strict=True):
                     entry[key] = row
-    values = {key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")}
     for key in tensors:
-        if not key.removeprefix("model/").startswith(tuple(f"{name}." for name in saved)) or not key.startswith(
-            "model/"
-        ):
+        if not key.startswith(tuple(f"model/{name}." for name in saved)):
             damaged(path, f"has a tensor {key!r}, of which its header says nothing")
-    return entries, saved, values
+    return entries, saved, {key.removeprefix("model/"): t for key, t in tensors.items()}
 
 
 def _taken(
