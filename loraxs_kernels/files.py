@@ -12,8 +12,9 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import safetensors
 import safetensors.torch
@@ -43,9 +44,9 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as f:
         try:
-            for part in parts:
-                f.write(part)
-            f.flush()
+            for part in map(memoryview, parts):
+                while part:
+                    part = part[f.write(part) :]
             if mode is not None:
                 os.chmod(f.name, mode)
             os.fsync(f.fileno())
@@ -75,7 +76,7 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     return target
 
 
-def _temporary(target: Path) -> BinaryIO:
+def _temporary(target: Path) -> FileIO:
     """A new file in the target's folder, locked.  Its name does not grow with the target's.
 
     The names are the same each time, so that one that a killed process has left is found without reading the folder.
@@ -87,7 +88,7 @@ def _temporary(target: Path) -> BinaryIO:
         _remove_if_left(path)
     for path in itertools.chain(first, paths):
         try:
-            f = open(path, "xb")  # noqa: SIM115
+            f = open(path, "xb", buffering=0)  # noqa: SIM115
         except FileExistsError:  # another process is writing the same file
             continue
         _lock(f, wait=True)
@@ -99,21 +100,21 @@ def _temporary(target: Path) -> BinaryIO:
 def _remove_if_left(temporary: Path) -> None:
     """Remove a temporary file if no process holds a lock on it."""
     try:
-        with open(temporary, "rb") as f:
+        with open(temporary, "rb", buffering=0) as f:
             if _lock(f, wait=False) and _is_at(temporary, f):
                 temporary.unlink()
     except OSError:  # there is none, or it is another user's
         pass
 
 
-def _is_at(path: Path, f: BinaryIO) -> bool:
+def _is_at(path: Path, f: FileIO) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
     except FileNotFoundError:
         return False
 
 
-def _lock(f: BinaryIO, wait: bool) -> bool:
+def _lock(f: FileIO, wait: bool) -> bool:
     """Lock an open file until it is closed or its process ends, however it ends; returns whether that was done."""
     try:
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -98,7 +98,7 @@ except OSError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert "too large" in run.stdout, run.stderr
+    assert f"too large: '{path}'" in run.stdout, run.stderr
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
 
