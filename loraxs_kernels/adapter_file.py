@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 from . import basis
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
 from .factors import WORKSPACE, compute_devices
-from .files import damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
+from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
 from .model import adapted_layers, basis_for, install, unwrapped
 from .transaction import keep, transaction
@@ -69,16 +69,16 @@ def save_adapter(
             R to a slightly different basis, such as one from the weights in another dtype.
         save_factors: add A and B themselves (large).  Always so for factors that were given and not computed.
 
-    Raises ValueError, before anything is written, where the model has no adapters, or where R or a tensor of the
+    Raises ValueError, before anything is written, where the model has no adapters, or where R or a parameter of the
     modules_to_save is not finite.  Warns if the model was moved to a dtype of less precision after its A and B were
-    made, since such a file does not load into the model as it is now.
+    made, even if it was moved back: such a file does not load into the model as it is now.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
     model, path = unwrapped(model), Path(path)
     stacks: dict[str, list[Tensor]] = {}
     tensors: dict[str, Tensor] = {}
-    descriptions, moved = {}, []
+    descriptions, moved, buffers = {}, [], set()
     for i, (name, layer) in enumerate(adapted_layers(model)):
         if "_fsdp_wrapped_module" in name:
             raise ValueError(
@@ -101,16 +101,17 @@ def save_adapter(
             stacks.setdefault(f"{key}/{layer.rank}", []).append(t.cpu())
         if save_factors or layer.recipe.init == "given":
             tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
-        elif not portable and _lost_precision(layer):
-            moved.append(name)
+        elif not portable and layer.lost_precision():
+            moved.append(layer)
         descriptions[name] = _description(layer, name)
     tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
     modules_to_save = saved_modules(model)
     for name in modules_to_save:
-        state = model.get_submodule(name).state_dict()
-        tensors |= {f"model/{name}.{key}": _plain(t) for key, t in state.items()}
+        module = model.get_submodule(name)
+        tensors |= {f"model/{name}.{key}": _plain(t) for key, t in module.state_dict().items()}
+        buffers |= {f"model/{name}.{key}" for key, _ in module.named_buffers()}  # a mask may be of -Inf
     for key, t in tensors.items():
-        if not is_finite(t):
+        if key not in buffers and not is_finite(t):
             raise ValueError(f"tensor {key.removeprefix('model/')!r} has NaN or Inf values; nothing was written")
     first = next(iter(descriptions.values()))
     common = {key: value for key, value in first.items() if key != "name"}
@@ -125,12 +126,12 @@ def save_adapter(
     }
     data = sealed(tensors, "loraxs", header)
     if moved:
-        layer = model.get_submodule(moved[0])
-        made, now = layer.recipe.weight_dtype, basis.dtype_name(_weight_dtype(layer))
+        made, now = moved[0].recipe.weight_dtype, basis.dtype_name(moved[0].lost_precision())
         warnings.warn(
-            f"{path}: A and B of {len(moved)} modules, the first {moved[0]!r}, were made from weights in {made}, which "
-            f"are {now} now. The file loads into the model in {made}, which can then be moved, and not into one in "
-            f"{now}; portable=True or save_factors=True makes one that does",
+            f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, were made from weights in {made}, "
+            f"which were rounded to {now} since. The file loads into the model with its weights in {made}, which can "
+            f"then be moved, and not into one with rounded weights; portable=True or save_factors=True makes one that "
+            "does",
             stacklevel=3,  # past no_grad's wrapper
         )
     write_atomically(path, *data)
@@ -162,7 +163,7 @@ def load_adapter(
     Raises:
         FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
         here, or its modules are not the model's.  AdapterMismatch: A and B of this model are not those it was trained
-        on.  The model is then as it was.
+        on.  The model is then as it was: until all is done, memory holds the old values of the modules_to_save too.
     """
     given, model, path = model, unwrapped(model), Path(path)
     entries, modules_to_save, saved = _read(path)
@@ -195,7 +196,7 @@ def load_adapter(
             else:
                 assign(layer.R, R)
         for target, value in values:
-            target.copy_(value)
+            assign(target, value)
     return given
 
 
@@ -223,20 +224,6 @@ def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     recipe = asdict(layer.recipe.cast(layer.A.dtype))  # A may have been assigned
     recipe = {k: v for k, v in recipe.items() if k != "name" or v != name}
     return {key: getattr(layer, key) for key in NUMBERS} | recipe
-
-
-def _weight_dtype(layer: LoRAXSLinear) -> torch.dtype | None:
-    """The dtype of the base weight now, if it is a dense one."""
-    dtype = getattr(getattr(layer.base_layer, "weight", None), "dtype", None)
-    return dtype if dtype in FLOATS else None
-
-
-def _lost_precision(layer: LoRAXSLinear) -> bool:
-    """Whether the weight has less precision than the one that A and B were made from, and would make others."""
-    made, now = layer.recipe.weight_dtype, _weight_dtype(layer)
-    if layer.recipe.init == "random" or made is None or now is None:
-        return False
-    return torch.finfo(now).eps > torch.finfo(basis.DTYPES[made]).eps
 
 
 def _attach(
@@ -313,7 +300,8 @@ def mismatch(
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
-    differs = [f for f in HOW if getattr(there, f, None) != getattr(here, f, None)]
+    names = ("name",) if there is not None and there.init == "random" else ()
+    differs = [f for f in (*HOW, *names) if getattr(there, f, None) != getattr(here, f, None)]
     again = "" if can_align(entry) else f", or save the adapter again with {keeping}"
     if differs:
         what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
@@ -323,9 +311,9 @@ def mismatch(
         )
     same_base = basis.same_base(entry["S"], A)
     if not same_base or error > DIFFERENT:
-        what = "delta W is" if same_base else "singular values are"
+        what = "delta W is not the one" if same_base else "singular values are not those"
         return AdapterMismatch(
-            f"{found}, and its {what} not those the adapter was trained on: the base model (its name there: "
+            f"{found}, and its {what} the adapter was trained on: the base model (its name there: "
             f"{entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
         )
     more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"
@@ -334,6 +322,12 @@ def mismatch(
         return AdapterMismatch(
             f"{more}: its A and B were made from weights in {dtypes[0]}, those of this model from weights in "
             f"{dtypes[1]}. Load the adapter into the model in {dtypes[0]}, which can be moved afterwards{again}"
+        )
+    if there is not None and there.rounded != here.rounded:
+        ways = [" and then ".join(each.rounded) or "nothing" for each in (there, here)]
+        return AdapterMismatch(
+            f"{more}: its A and B were rounded to {ways[0]}, those of this model to {ways[1]}. Load the adapter into a "
+            "model without adapters and without basis=, so that A and B are rounded as the file says"
         )
     how = "edited, or quantised in another way" if None not in dtypes else "edited, quantised or in another dtype"
     return AdapterMismatch(f"{more}: the weights differ ({how}). Load the weights it was trained on{again}")
@@ -373,6 +367,8 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
                 raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(target.shape)}")
             if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
                 raise ValueError(f"{name}.{key}: is of {value.dtype} in the file, must be of {target.dtype}")
+            if not is_finite(value.to(target.dtype)) and (target.is_meta or is_finite(target)):
+                raise ValueError(f"{name}.{key}: has values in the file that are NaN or Inf in {target.dtype}")
             pairs.append((target, value))
         for key in tensors:
             if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:
@@ -387,12 +383,15 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, T
     """
     header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
     tensors = tensors_of(f, path)
+    if unknown := sorted(header.keys() - {"version", "base_model", "modules_to_save", "layer", "modules"}):
+        damaged(path, f"its header has {unknown[0]!r}, which is not known")
     modules, common = header.get("modules"), header.get("layer")
     saved, base_model = header.get("modules_to_save"), header.get("base_model")
     described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (common, *modules.values()))
     if not (described and modules):
         damaged(path, "its header has no modules, or does not describe them")
-    if not (isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)):
+    names = isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)
+    if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
     if not isinstance(base_model, str):
         damaged(path, f"base_model is {base_model!r} in its header, must be a string")
@@ -433,9 +432,10 @@ def _taken(
     if not has_shape(t.shape, shape) or t.dtype not in dtypes:
         must = f"{shape} and {' or '.join(map(basis.dtype_name, dtypes))}"
         damaged(path, f"tensor {key!r} has shape {tuple(t.shape)} and {basis.dtype_name(t.dtype)}, must have {must}")
+    check_finite(t, path, f"tensor {key!r}")
     return t
 
 
 def _plain(t: Tensor) -> Tensor:
-    """A copy that shares memory with nothing, on the CPU."""
-    return t.detach().to("cpu", copy=True).contiguous()
+    """A copy that shares memory with nothing, on the CPU; a collective for a tensor that is sharded over ranks."""
+    return whole(t.detach()).to("cpu", copy=True).contiguous()

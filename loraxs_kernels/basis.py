@@ -47,7 +47,10 @@ def _integer(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer past all floats
+        return False
 
 
 # What an adapter and its recipe may be, whether a caller or a file says so: a test, and its meaning in words.
@@ -56,8 +59,8 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (_number, "a finite number"),
     "dropout": (lambda value: _number(value) and 0 <= value < 1, "in [0, 1)"),
     "sigma": (lambda value: _number(value) and value >= 0, "a finite number of at least 0"),
-    "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random" or a pair (A, B)'),
-    "seed": (_integer(-(2**63), 2**63 - 1), "an integer of at most 64 bits"),
+    "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random", "sklearn" or "given"'),
+    "seed": (_integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
     "name": (lambda value: isinstance(value, str), "a string"),
     "dtype": (lambda value: value in (None, *DTYPES), f"one of {', '.join(DTYPES)} or None"),
     "method": (lambda value: value in ("auto", *METHODS), '"auto", "krylov" or "subspace"'),
@@ -68,8 +71,8 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
     "rounded": (
-        lambda value: isinstance(value, tuple) and len(value) <= 64 and all(each in tuple(DTYPES) for each in value),
-        f"at most 64 names, each one of {', '.join(DTYPES)}",
+        lambda value: isinstance(value, tuple) and len(value) <= 8 and all(each in tuple(DTYPES) for each in value),
+        f"at most 8 names, each one of {', '.join(DTYPES)}",
     ),
 }
 _MUST["weight_dtype"] = _MUST["dtype"]
@@ -91,8 +94,8 @@ class Recipe:
         trains on) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
     dtype: that A and B are stored in, by torch's name, where it is not the weight's.
-    rounded: the dtypes that A and B were rounded to since they were made, in this order, by torch's names: all of them
-        are made again, since each rounding makes another basis.
+    rounded: the dtypes that A and B were rounded to since they were made, by torch's names.  Each rounding makes
+        another basis, so a load repeats them, in this order.
     weight_dtype: of the weight that A and B were made from; None: not known.
     method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
         what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
@@ -126,7 +129,9 @@ class Recipe:
         """The recipe once A and B have been converted to a dtype, which counts as a rounding if it can change them."""
         made = torch.promote_types(DTYPES[self.weight_dtype or "float32"], torch.float32)
         last = DTYPES[self.rounded[-1]] if self.rounded else made
-        exact = self.init == "given" or torch.promote_types(last, dtype) == dtype
+        # bf16 and fp16 round each other's numbers, but what went through both stays as it is.
+        again = dtype_name(dtype) in self.rounded[-2:]
+        exact = self.init == "given" or dtype not in FLOATS or again or torch.promote_types(last, dtype) == dtype
         rounded = self.rounded if exact else (*self.rounded, dtype_name(dtype))
         return replace(self, rounded=rounded, dtype=self.dtype if self.dtype == dtype_name(dtype) else None)
 
@@ -204,6 +209,8 @@ def parsed(said: dict[str, Any], numbers: Sequence[str], version: int) -> tuple[
         check(key, said[key])
     recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
     recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
+    if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
+        raise ValueError(f"n_iter and seed: got {recipe.n_iter} and {recipe.seed}, which scikit-learn does not take")
     return {key: said[key] for key in numbers}, recipe
 
 
@@ -236,26 +243,9 @@ def same_base(expected: Tensor, A: Tensor) -> bool:
     return bool((singular_values(A) - expected).norm() <= OTHER_BASE * expected.norm())
 
 
-def distance(W: Tensor, A: Tensor, B: Tensor) -> float:
-    """How far A = S V^T and B = U are from singular triplets of W (N, K): about 0, or about 1 for another weight.
-
-    The relative error of U^T W = A, or of W V S = B S^2 where W is tall, estimated at PROBES hashed +-1 vectors: the
-    one of the two that `truncated_svd` meets to rounding even where it has not converged.  And at least how far the
-    columns of B are from orthonormal, and 1 where A is less than half of what r average singular values make it.
-    """
-    if W.shape[0] <= W.shape[1]:
-        X = _probe_vectors(W.shape[1], 5, W.device)
-        got, right = B.double().t() @ (W @ X.to(W.dtype)).double(), A.double() @ X
-    else:
-        X = _probe_vectors(A.shape[0], 5, W.device)
-        got = (W @ (A.double().t() @ X).to(W.dtype)).double()
-        right = B.double() @ (singular_values(A).double().square()[:, None] * X)
-    error = (got - right).norm()
-    gram = B.double().t() @ B.double()
-    skew = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm() / len(gram) ** 0.5
-    size, average = A.double().norm(), (len(A) / min(W.shape)) ** 0.5 * torch.linalg.vector_norm(W, dtype=torch.float64)
-    off = [error / right.norm() if error != 0 else error, skew, (2 * size < average).double()]
-    return float(torch.stack(off).nan_to_num(nan=torch.inf).max())
+def mixing(rank: int, device: torch.device) -> Tensor:
+    """An r x r matrix of +-1 in the place of R, to compare two A and B by: it sees turned signs, as I would not."""
+    return rademacher(rank, rank, 6, device).double()
 
 
 def weight_probes(W: Tensor) -> Tensor:

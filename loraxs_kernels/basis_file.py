@@ -64,7 +64,7 @@ class Basis:
         """A and B of one module, on the weight's device; ValueError where they were made from another weight.
 
         The weight must have the same values as the one they were made from, in whatever dtype: an adapter file is
-        loaded by making A and B again from the weight.
+        loaded by making A and B again from the weight.  To check a file of version 1, that is done here.
         """
         A, B = (self.file.get_tensor(f"{there}.{which}").to(W.device) for which in "AB")
         (N, K), (rank, recipe) = W.shape, self.modules[there]
@@ -77,9 +77,9 @@ class Basis:
             check_finite(t, self.path, f"tensor '{there}.{which}'")
         if f"{there}.W" in self.file.keys():  # noqa: SIM118
             off, limit = basis.weight_distance(self.file.get_tensor(f"{there}.W"), W.read()), basis.SAME_WEIGHT
-        else:  # of version 1; A and B in half precision are off by their rounding
-            off = basis.distance(W.read(), A, B)
-            limit = basis.ACCEPT if A.dtype.itemsize >= 4 else basis.ALIGNED
+        else:
+            again, R = recipe.round(recipe.factors(W, rank)), basis.mixing(rank, W.device)
+            off, limit = basis.residual(basis.probes(A, R, B), again[0], R, again[1]), basis.ACCEPT
         if not off <= limit:
             made, now = recipe.weight_dtype, basis.dtype_name(W.dtype)
             remedy = "Run loraxs init on this model's checkpoint"
@@ -96,6 +96,8 @@ def read_basis(path: str | os.PathLike) -> Basis:
     """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is damaged or no basis file."""
     path = Path(path)
     header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
+    if unknown := sorted(header.keys() - {"version", "base_model", "recipe", "modules"}):
+        damaged(path, f"its header has {unknown[0]!r}, which is not known")
     common, own, base_model = (header.get(key) for key in ("recipe", "modules", "base_model"))
     described = isinstance(own, dict) and all(isinstance(each, dict) for each in (common, *own.values()))
     if not (described and own and isinstance(base_model, str)):

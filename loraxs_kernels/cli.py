@@ -193,8 +193,6 @@ def _init(arguments: argparse.Namespace) -> int:
     workspace = arguments.workspace * 2**30
     if not 0 < workspace < 2**63:
         raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
-    if not _utf8(str(arguments.out)):
-        raise ValueError(f"out: {arguments.out} must be a name in UTF-8: safetensors opens no other file")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     names = make_basis(
         arguments.model,
@@ -212,14 +210,6 @@ def _init(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
-
-
-def _utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,12 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import safetensors
 import safetensors.torch
@@ -27,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT_VERSION = 2  # version 1 had no checksum
-WRITERS = 8  # of one file at one time, whose temporary files are looked for when they were killed
+WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
 
@@ -67,6 +68,10 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     """The file that a path, or the link there, names; ValueError, naming the argument, where no file can be written."""
     target = Path(os.path.realpath(path))
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument}: {path} must be a name in UTF-8: safetensors opens no other file") from None
     if target.exists() and not target.is_file():
         what = "a folder" if target.is_dir() else "no regular file"
         raise ValueError(f"{argument}: {path} is {what}, must be the name of a file")
@@ -77,9 +82,10 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
 
 
 def _temporary(target: Path) -> FileIO:
-    """A new file in the target's folder, locked.  Its name does not grow with the target's.
+    """A new file in the target's folder, locked where the file system has locks.
 
-    The names are the same each time, so that one that a killed process has left is found without reading the folder.
+    Its name does not grow with the target's.  The names are the same each time, so that one that a killed process has
+    left is found without reading the folder.
     """
     stem = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     paths = (target.with_name(f".loraxs-{stem}-{i}.tmp") for i in itertools.count())
@@ -107,7 +113,7 @@ def _remove_if_left(temporary: Path) -> None:
         pass
 
 
-def _is_at(path: Path, f: FileIO) -> bool:
+def _is_at(path: Path, f: FileIO | BinaryIO) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
     except FileNotFoundError:
@@ -140,11 +146,18 @@ def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[
     """
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}")
-    try:
-        f = safetensors.safe_open(path, framework="pt")
-        text = (f.metadata() or {}).get(kind)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+    while True:
+        with open(path, "rb") as raw:
+            try:
+                f = safetensors.safe_open(path, framework="pt")
+                text = (f.metadata() or {}).get(kind)
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+            if _is_at(path, raw):  # else another one has taken its place, before or after `f` was opened
+                return _checked_header(path, kind, what, text, raw), f
+
+
+def _checked_header(path: Path, kind: str, what: str, text: str | None, raw: BinaryIO) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{path}: is a safetensors file, but no {what} (its metadata has no {kind!r})")
     header = read_json(text, str(path))
@@ -155,33 +168,31 @@ def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[
         )
     if version > 1:
         said = header.pop("sha256", None)
-        if said != (found := _sha256(path, said)):
-            damaged(path, f"its SHA-256 is {found}, and its header says {said!r}")
-    return header, f
+        if not (isinstance(said, str) and re.fullmatch("[0-9a-f]{64}", said)):
+            damaged(path, f"its header has {said!r} for a SHA-256")
+        if said != (found := _sha256(raw, said)):
+            damaged(path, f"its SHA-256 is {found}, and its header says {said}")
+    return header
 
 
-def _sha256(path: Path, said: Any) -> str:
-    """The digest of the file with zeros in the place of the one that it holds."""
-    with open(path, "rb") as f:
-        length = f.read(8)
-        start = length + f.read(int.from_bytes(length, "little"))
-        if isinstance(said, str) and len(said) == len(UNKNOWN):
-            start = start.replace(said.encode(), UNKNOWN.encode(), 1)
-        digest = hashlib.sha256(start)
-        while chunk := f.read(2**20):
-            digest.update(chunk)
+def _sha256(f: BinaryIO, said: str) -> str:
+    """The digest of a file with zeros in the place of the one that it holds."""
+    length = f.read(8)
+    start = length + f.read(int.from_bytes(length, "little"))
+    digest = hashlib.sha256(start.replace(said.encode(), UNKNOWN.encode(), 1))
+    while chunk := f.read(2**20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
 def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
-    """All tensors of an open safetensors file; ValueError, naming the file, for a tensor that is not finite."""
+    """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read."""
     tensors = {}
     for key in f.keys():  # noqa: SIM118
         try:
             tensors[key] = f.get_tensor(key)
         except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
             damaged(path, f"tensor {key!r} cannot be read ({error})", error)
-        check_finite(tensors[key], path, f"tensor {key!r}")
     return tensors
 
 

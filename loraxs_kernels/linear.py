@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .basis import INITS, Factors, Recipe, check, dtype_name
+from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
@@ -63,6 +63,7 @@ class LoRAXSLinear(nn.Module):
         self.R = nn.Parameter(R)
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
         self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
+        self._coarsest = dense_dtype(base_layer)
         self.train(base_layer.training)
 
     @classmethod
@@ -263,6 +264,7 @@ class LoRAXSLinear(nn.Module):
         super()._apply(sparing_what_trains(fn, frozen), recurse)
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
+        self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
         self.B = padded_rows(self.B)
         return self
 
@@ -283,7 +285,7 @@ class LoRAXSLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         theirs = (f"{prefix}lora_", f"{prefix}default_lora_latent")
@@ -293,8 +295,36 @@ class LoRAXSLinear(nn.Module):
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        A = state_dict.get(f"{prefix}A", self.A)
+        elsewhere = A.dtype != self.A.dtype and A.dtype in FLOATS  # it was made, or rounded, differently
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.B = padded_rows(self.B)
+        if elsewhere:
+            weight = state_dict.get(f"{prefix}base_layer.weight", A).dtype
+            made = replace(self.recipe, rounded=(), weight_dtype=dtype_name(weight) if weight in FLOATS else None)
+            self.recipe = made.cast(A.dtype).cast(self.A.dtype)
+            kept = weight if local_metadata.get("assign_to_params_buffers") else dense_dtype(self.base_layer)
+            self._coarsest = _coarser(weight, kept)
+
+    def lost_precision(self) -> torch.dtype | None:
+        """A dtype of less precision than that of the weight A and B were made from, if the weight was rounded to one.
+
+        Its A and B would be others.
+        """
+        made = self.recipe.weight_dtype
+        if self.recipe.init in ("random", "given") or made is None or self._coarsest is None:
+            return None
+        return self._coarsest if torch.finfo(self._coarsest).eps > torch.finfo(DTYPES[made]).eps else None
+
+
+def dense_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The dtype of a layer's weight, if that is a floating-point tensor."""
+    weight = getattr(layer, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+def _coarser(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
+    return max((each for each in (a, b) if each is not None), key=lambda each: torch.finfo(each).eps, default=None)
 
 
 def adapted(

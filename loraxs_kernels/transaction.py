@@ -15,8 +15,8 @@ def transaction(model: nn.Module) -> Iterator[ExitStack]:
     """Put a model back as it was if the block does not come to its end.
 
     Modules, parameters and buffers are put back where they stood, with their requires_grad, and the attributes of every
-    module.  Nothing is copied: tensors that the block writes to are named to `keep` before, and whatever is no part
-    of the model is put back by a callback of the ExitStack that the block is given.
+    module.  No tensor is copied here: a block that writes into tensors first calls `keep`, which copies them.  What is
+    not part of the model is put back by callbacks that the block adds to the ExitStack it gets.
     """
     before = [(m, dict(vars(m)), _children(m)) for m in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -33,7 +33,9 @@ def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
 
 def _children(module: nn.Module) -> list[tuple[Any, Any]]:
     held = (vars(module).get(each) for each in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"))
-    return [(each, each.copy()) for each in held if isinstance(each, (dict, set))]
+    # Not each.copy(): DeepSpeed's ZeRO-3 has dictionaries of its own here, which cannot copy themselves.
+    kinds = ((each, set if isinstance(each, set) else dict) for each in held if isinstance(each, (dict, set)))
+    return [(each, kind(each)) for each, kind in kinds]
 
 
 def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: list[tuple[Tensor, bool]]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -238,12 +239,15 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
         for to in moves:
             model.to(DTYPES[to])
     path = tmp_path / "a.safetensors"
-    if False in loads.values():
-        made, now = (str(DTYPES[each]).removeprefix("torch.") for each in (start, moves[-1]))
-        with pytest.warns(UserWarning, match=f"were made from weights in {made}, which are {now} now. .*portable=True"):
+    loses = start == "fp32" and isinstance(moves, list) and "bf16" in moves
+    if loses:
+        made, now = "float32", "bfloat16"
+        with pytest.warns(
+            UserWarning, match=f"were made from weights in {made}, which were rounded to {now} since. .*portable=True"
+        ):
             lx.save_adapter(model, path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if all(loads.values()) else "ignore")
+        warnings.simplefilter("ignore" if loses else "error")
         lx.save_adapter(model, path)
         for name, fits in loads.items():
             if fits:
@@ -265,15 +269,19 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
 def test_the_message_says_what_was_found(trained):
     """Quite other weights, another recipe: none of them blames the dtype, or advises what the file has already."""
     model, path = trained
+    shutil.copy(path, path.with_name("plain"))
     lx.save_adapter(model, path, portable=True)
     other = mlp()
     turned = torch.linalg.qr(torch.randn(20, 20)).Q
     other[0].weight.data = other[0].weight @ turned  # of the same singular values
     with pytest.raises(
-        AdapterMismatch, match=r"is \d\.\de[+-]\d\d, and its delta W is not those? .* weights are others"
+        AdapterMismatch, match=r"is \d\.\de[+-]\d\d, and its delta W is not the one .* weights are others"
     ) as refusal:
         lx.load_adapter(other, path)
     assert "dtype" not in str(refusal.value) and "portable" not in str(refusal.value)
+    with pytest.raises(AdapterMismatch, match="A and B were rounded to nothing, those of this model to bfloat16"):
+        rounded = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, dtype=torch.bfloat16)
+        lx.load_adapter(rounded, path.with_name("plain"))
     for how, what in ((dict(init="random"), "init 'random' and not 'svd', "), (dict(n_iter=0), "n_iter 0 and not 5")):
         attached = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, **how)
         with pytest.raises(
@@ -449,6 +457,9 @@ DAMAGES = {
         "tensor 'model/3.bias', of which its header says nothing",
     ),
     "modules_to_save a string": (in_header(modules_to_save="3"), "modules_to_save is '3' in its header"),
+    "a field that is not known": (in_header(extra=1), "its header has 'extra', which is not known"),
+    "modules_to_save twice": (in_header(modules_to_save=["3", "3"]), r"modules_to_save is \['3', '3'\] in its header"),
+    "alpha past all floats": (in_layer(alpha=10**400), "alpha: got 1000.*, must be a finite number"),
     "base_model a number": (in_header(base_model=1), "base_model is 1 in its header"),
     "all tensors missing": (in_tensors(lambda t: t.clear()), "tensor 'R/4' is missing"),
     "half a sketch": (in_tensors(lambda t: t.update({"U/4": torch.ones(1, 4, 8)})), "tensor 'V/4' is missing"),
@@ -468,7 +479,10 @@ DAMAGES = {
     ),
     "R not finite": (in_tensors(set_to("R/4", torch.nan)), "tensor 'R/4' has NaN or Inf"),
     "probes not finite": (in_tensors(set_to("probe/4", torch.inf)), "tensor 'probe/4' has NaN or Inf"),
-    "a head not finite": (in_tensors(set_to("model/3.bias", torch.nan)), "tensor 'model/3.bias' has NaN or Inf"),
+    "a head not finite": (
+        in_tensors(set_to("model/3.bias", torch.nan)),
+        r"3\.bias: has values in the file that are NaN or Inf",
+    ),
     "all zeros": (in_tensors(lambda t: [v.zero_() for v in t.values()]), "singular values are not those"),
     "a head of integers": (
         in_tensors(lambda t: t.update({"model/3.bias": t["model/3.bias"].long()})),
@@ -542,6 +556,79 @@ def test_every_flipped_bit_is_seen(trained):
             lx.load_adapter(mlp(), path)
     path.write_bytes(whole)
     assert lx.load_adapter(mlp(), path)
+
+
+def test_a_checksum_that_is_none_is_refused(trained):
+    path, whole = trained[1], trained[1].read_bytes()
+    digest = re.search(rb"[0-9a-f]{64}", whole)[0]
+    for other in (b"\\\\ud800" * 9 + b"a", b"G" * 64):
+        path.write_bytes(whole.replace(digest, other))
+        with pytest.raises(ValueError, match=f"{path}: is damaged: its header has .* for a SHA-256"):
+            lx.load_adapter(mlp(), path)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_no_damaged_one(trained, monkeypatch):
+    """A reader finds the old file or the new one, whole, in whichever moment another one takes its place."""
+    model, path = trained
+    lx.save_adapter(randomise(model), other := path.with_name("other"))
+    own, opened = safetensors.safe_open, []
+
+    def replacing(*args, **options):
+        opened.append(own(*args, **options))
+        if len(opened) == 1:
+            os.replace(other, path)
+        return opened[-1]
+
+    monkeypatch.setattr(safetensors, "safe_open", replacing)
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) == 0 and len(opened) == 2
+
+
+def test_values_that_a_head_cannot_hold_are_refused(tmp_path):
+    """A parameter that is Inf here is damage; a buffer may be of Inf, as masks are."""
+
+    def model(dtype):
+        m = mlp().to(dtype)
+        m[3].register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        return m
+
+    path = tmp_path / "a.safetensors"
+    m = lx.attach(model(torch.float32), 4, target_modules=["0"], modules_to_save=["3"], init="random")
+    m[3].bias.data[1] = 1e5
+    lx.save_adapter(m, path)
+    assert torch.equal(lx.load_adapter(model(torch.float32), path)[3].bias, m[3].bias)
+    with pytest.raises(ValueError, match=r"3\.bias: has values in the file that are NaN or Inf in torch\.float16"):
+        lx.load_adapter(model(torch.float16), path)
+    m[3].bias.data[1] = torch.inf
+    with pytest.raises(ValueError, match=r"tensor '3\.bias' has NaN or Inf values; nothing was written"):
+        lx.save_adapter(m, path)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_in_another_dtype_brings_its_own_roundings(minilm, tmp_path, assign):
+    """A and B of an fp32 model, in one that was attached in bf16: they are not what its weights gave."""
+    base, path = copy.deepcopy(minilm), tmp_path / "a.safetensors"
+    source = randomise(lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS))
+    model = lx.attach(minilm.bfloat16(), 16, target_modules=TARGETS)
+    model.load_state_dict(source.state_dict(), assign=assign)
+    with nullcontext() if assign else pytest.warns(UserWarning, match="made from weights in float32, .* to bfloat16"):
+        lx.save_adapter(model, path)
+    assert worst_error(lx.load_adapter(base, path), deltas(model)) < 1e-3
+
+
+def test_any_move_of_dtype_is_taken(trained):
+    model, path = trained
+    for _ in range(70):
+        model.to(torch.bfloat16).to(torch.float16)
+    model.float()
+    assert model[0].recipe.rounded == ("bfloat16", "float16")
+    with pytest.warns(UserWarning, match="made from weights in float32, which were rounded to bfloat16"):
+        lx.save_adapter(model, path)
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-3
+    model.to(torch.float8_e4m3fn).float()
+    with pytest.warns(UserWarning, match="made from weights in float32, which were rounded to float8_e4m3fn"):
+        lx.save_adapter(model, path)
+    with pytest.raises(AdapterMismatch):
+        lx.load_adapter(mlp(), path)
 
 
 def test_files_of_version_1_load():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -108,3 +109,20 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path, case):
         outcomes["before" if now == before else "done"] += 1
         m, k = (copy.deepcopy(m) if now == before else make()), k + step
     assert state(m) == done and outcomes["before"] > 10
+
+
+def test_dictionaries_that_cannot_copy_themselves():
+    """DeepSpeed's ZeRO-3 puts such a one in the place of every module's parameters."""
+
+    class Parameters(OrderedDict):
+        def __init__(self, owner):
+            super().__init__()
+
+    m = attached()
+    for module in m.modules():
+        held = Parameters(module)
+        held.update(module._parameters)
+        module._parameters = held
+    before = state(m)
+    assert interrupted(lambda: lx.merge(m), at=30) and state(m) == before
+    assert state(lx.unmerge(lx.merge(m))) == before

@@ -38,7 +38,6 @@ from .. import basis
 from ..adapter_file import AdapterMismatch, save_adapter
 from ..files import write_atomically
 from ..linear import LoRAXSLinear
-from ..svd import rademacher
 from ..weights import is_dtensor, weight_of, whole
 
 ADAPTER_NAME = "adapter.safetensors"
@@ -307,7 +306,9 @@ def _save_pretrained(
         tensors = {name: t.detach().cpu().contiguous() for name, t in _changing(model)}
         for name, layer in model.named_modules():
             if isinstance(layer, LoRAXSLinear):
-                tensors[f"{name}.{FINGERPRINT}"] = basis.probes(layer.A, _mixing(layer), layer.B).cpu()
+                tensors[f"{name}.{FINGERPRINT}"] = basis.probes(
+                    layer.A, basis.mixing(layer.rank, layer.A.device), layer.B
+                ).cpu()
         tensors = {("_orig_mod." if compiled else "") + name: t for name, t in tensors.items()}
         write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
         save_adapter(model, folder / ADAPTER_NAME)
@@ -320,11 +321,6 @@ def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     saved = model.state_dict().keys()  # buffers can be left out of it
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in model.named_buffers() if id(b) not in frozen and name in saved)
-
-
-def _mixing(layer: LoRAXSLinear) -> Tensor:
-    """An r x r matrix of +-1 in the place of R, to compare two A and B by: it sees turned signs, as I would not."""
-    return rademacher(layer.rank, layer.rank, 6, layer.A.device).double()
 
 
 @torch.no_grad()
@@ -341,7 +337,7 @@ def _check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: 
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if expected is None:  # a whole model, A and B included
             continue
-        error = basis.residual(expected, layer.A, _mixing(layer), layer.B)
+        error = basis.residual(expected, layer.A, basis.mixing(layer.rank, layer.A.device), layer.B)
         if error > basis.ACCEPT:
             raise AdapterMismatch(
                 f"resume_from_checkpoint: A and B of module {name!r} are not those of the checkpoint (relative error "
