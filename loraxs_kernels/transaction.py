@@ -15,10 +15,11 @@ def transaction(model: nn.Module) -> Iterator[ExitStack]:
     """Put a model back as it was if the block does not come to its end.
 
     Modules, parameters and buffers are put back where they stood, with their requires_grad, and the attributes of every
-    module.  Nothing is copied: tensors that the block writes to are named to `keep` before, and whatever is no part
-    of the model is put back by a callback of the ExitStack that the block is given.
+    module, with what is in those that are dictionaries, lists or sets.  No tensor is copied: those that the block
+    writes to are named to `keep` before, and whatever is no part of the model is put back by a callback of the
+    ExitStack that the block is given.
     """
-    before = [(m, dict(vars(m)), _children(m)) for m in model.modules()]
+    before = [(m, dict(vars(m)), _contents(m)) for m in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as undo:
         undo.callback(_put_back, before, trained)
@@ -31,18 +32,17 @@ def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
     undo.callback(_write, [(t, t.detach().clone()) for t in tensors])
 
 
-def _children(module: nn.Module) -> list[tuple[Any, Any]]:
-    held = (vars(module).get(each) for each in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"))
-    return [(each, each.copy()) for each in held if isinstance(each, (dict, set))]
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(held, held.copy()) for held in vars(module).values() if isinstance(held, (dict, list, set))]
 
 
 def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: list[tuple[Tensor, bool]]) -> None:
-    for module, attributes, children in before:
+    for module, attributes, contents in before:
         vars(module).clear()
         vars(module).update(attributes)
-        for held, content in children:
+        for held, content in contents:
             held.clear()
-            held.update(content)
+            held.extend(content) if isinstance(held, list) else held.update(content)
     for p, requires_grad in trained:
         p.requires_grad_(requires_grad)
 

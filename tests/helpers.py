@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,3 +152,27 @@ def guard(monkeypatch, backend, written: bool = True):
 
     monkeypatch.setattr(backend, "empty", empty)
     return whole
+
+
+def interrupted_at(k: int, call: Callable[[], object]) -> bool:
+    """Call, with Ctrl-C at the k-th line of loraxs_kernels that is executed; False if it ends before that."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if "/loraxs_kernels/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        lines += event == "line"
+        if lines == k:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
