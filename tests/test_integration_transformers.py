@@ -310,7 +310,7 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path, case):
 
 
 def test_an_interrupted_start_leaves_the_model_as_it_was(tmp_path):
-    model = attached()
+    model = attached(target_modules=["q_proj"])
     model.save_pretrained = mine = lambda *_, **__: None
     trainer = trainer_of(model, tmp_path)
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LoraXSCallback))
@@ -318,7 +318,7 @@ def test_an_interrupted_start_leaves_the_model_as_it_was(tmp_path):
     end = functools.partial(callback.on_train_end, trainer.args, trainer.state, trainer.control)
     end()
     before, undone = own(model), 0
-    for k in itertools.count(1, 9):
+    for k in itertools.count(1):
         if not interrupted_at(k, begin):
             break
         undone += own(model) == before

@@ -398,17 +398,16 @@ FAILURES = {
         ValueError,
         r"have shapes \(\), \(4, 4\), \(\), which do not fit",
     ),
-    "rank 0": (
-        changed(lambda t: t.update({key: t[key][:0] for key in list(t) if key.startswith(f"{LAST}.lora_A")})),
+    "R twice": (
+        changed(lambda t: t.update({f"{LAST}_lora_latent_mapping.weight": torch.ones(4, 4)})),
         ValueError,
-        r"have shapes \(0, 48\), \(4, 4\), \(32, 4\), which do not fit",
+        r"has R for module '.*1\.output\.dense' twice",
     ),
     "zeros": (
         changed(lambda t: [t[f"{LAST}.lora_{x}.weight"].zero_() for x in "AB"]),
         AdapterMismatch,
         r"A of module '.*1\.output\.dense' is not B\^T W .*error inf",
     ),
-    "ranks": (configured(rank_pattern=[4]), ValueError, r"adapter_config\.json does not say r and lora_alpha"),
     "alpha": (configured(lora_alpha=float("inf")), ValueError, r"adapter_config\.json does not say .*alpha is inf"),
     "dropout": (configured(lora_dropout="x"), ValueError, r"lora_dropout in adapter_config\.json is 'x', must be in"),
     "heads": (configured(modules_to_save="classifier"), ValueError, r"modules_to_save in adapter_config\.json is 'cla"),
@@ -499,12 +498,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"PK\3\4" + bytes(99), [1], {"x": 1}, {0: torch.ones(1)}, {"x": torch.ones(1).to_sparse()}],
-    ids=["empty", "no zip", "list", "number", "key", "sparse"],
+    [[1], {"x": 1}, {0: torch.ones(1)}, {"x": torch.ones(1).to_sparse()}],
+    ids=["list", "number", "key", "sparse"],
 )
 def test_a_pickle_of_something_else_is_refused(content, tmp_path):
     file = as_bin(saved(trained(), tmp_path)) / "adapter_model.bin"
-    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    torch.save(content, file)
     model = bert()
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"adapter_model\.bin: is (not a whole file of tensors|damaged: )"):

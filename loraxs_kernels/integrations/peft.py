@@ -261,7 +261,10 @@ class LoraXSConfig(PeftConfig):
         self.sha256 = {name: digest for name, digest in self.sha256.items() if name != "fields"}
 
     def _digest(self) -> str:
-        """The SHA-256 of the fields that decide what the adapter computes; a None is as good as no such field."""
+        """The SHA-256 of the fields that decide what the adapter computes.
+
+        None counts as if there were no such field, so that a later version can add some and read the files of this one.
+        """
         names = [each.name for each in fields(__class__) if each.name not in FREE]  # also where a subclass has more
         decide = {name: value for name in names if (value := getattr(self, name)) is not None}
         return hashlib.sha256(json.dumps(decide, sort_keys=True, default=sorted).encode()).hexdigest()
@@ -683,8 +686,9 @@ class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
 
     A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
-    together, as `lx.attach` makes them.  If adding an adapter fails the model is as it was, and so it is if one cannot
-    be merged, unmerged or loaded.  Only an adapter that makes another delta W here is refused after its R is in place.
+    together, as `lx.attach` makes them.  If adding an adapter fails, or is interrupted, the model is as it was, and so it
+    is if one cannot be merged, unmerged, unloaded, deleted or loaded.  Only an adapter that makes another delta W here is
+    refused after its R is in place.
     """
 
     prefix = "loraxs_"
@@ -982,8 +986,10 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {f"{prefix}{name}": t for name, t in tensors}
     for key, t in state_dict.items():
-        if not key.startswith(prefix) or ".loraxs_R.parametrizations." in key or key.endswith("_extra_state"):
+        if not key.startswith(prefix) or key.endswith("_extra_state"):
             continue
+        if ".loraxs_" in key and key.rpartition(".loraxs_")[2].count(".") > 1:
+            continue  # of another adapter, which PEFT 0.18 saves too, or what a parametrization makes R of
         what = f"{file}: tensor {key.removeprefix(PREFIX)!r}"
         if key not in own:
             if key.endswith(".bias") and (".modules_to_save." in key or ".original_module." in key):

@@ -585,7 +585,9 @@ def _trained(
         key = key.removeprefix(PREFIX)
         if part := _part(key):
             name, letter = part
-            found.setdefault(name, {})[letter] = t
+            if letter in found.setdefault(name, {}):
+                raise ValueError(f"{folder}: has {letter} for module {name!r} twice, in two spellings")
+            found[name][letter] = t
         else:
             others[key] = t
     if not any("R" in each for each in found.values()):
