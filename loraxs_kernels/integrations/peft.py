@@ -686,9 +686,9 @@ class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
 
     A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
-    together, as `lx.attach` makes them.  If adding an adapter fails, or is interrupted, the model is as it was, and so it
-    is if one cannot be merged, unmerged, unloaded, deleted or loaded.  Only an adapter that makes another delta W here is
-    refused after its R is in place.
+    together, as `lx.attach` makes them.  If adding an adapter fails, or is interrupted, the model is as it was, and so
+    it is if one cannot be merged, unmerged, unloaded, deleted or loaded.  Only an adapter that makes another delta W
+    here is refused after its R is in place.
     """
 
     prefix = "loraxs_"
