@@ -1269,9 +1269,9 @@ def add(model: nn.Module) -> None:
     model.peft_config["b"] = settings  # as PeftModel does before it calls
     try:
         model.inject_adapter(model.model, "b")
-    except KeyboardInterrupt:
-        model.peft_config.pop("b", None)
-        raise
+    finally:
+        if "b" not in next(m for m in model.modules() if isinstance(m, LoraXSLinearLayer)).r:
+            model.peft_config.pop("b", None)  # where the interruption comes before the first step
 
 
 OPERATIONS = {

@@ -696,31 +696,31 @@ class LoraXSModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        # What PEFT and transformers' add_adapter have said beforehand is no part of what a failure leaves.
+        config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
+        if loaded and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False
         said = {
             field: copy.copy(getattr(config, field)) for field in ("target_modules", "modules_to_save", "svd_recipe")
         }
-        try:
-            with transaction(self):
-                _check_name(adapter_name)
-                if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
-                    raise ValueError(
-                        "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
-                        "lx.detach(model) takes them off"
-                    )
-                self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
-                self._spell_out_all_linear(config, model)
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                fill(self._new, None, None, WORKSPACE, progress=True)
-                del self._new
-                if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
-                    model.register_load_state_dict_pre_hook(_check_before_loading)
-        except BaseException:
-            vars(config).update(said)
-            self.peft_config.pop(adapter_name, None)
-            if not hasattr(model, "peft_config") and hasattr(model, "_hf_peft_config_loaded"):
-                model._hf_peft_config_loaded = False  # transformers' add_adapter says so beforehand
-            raise
+        with transaction(self) as undo:
+            undo.callback(vars(config).update, said)
+            self.peft_config[adapter_name] = config
+            if loaded:
+                model._hf_peft_config_loaded = True
+            _check_name(adapter_name)
+            if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+                raise ValueError(
+                    "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
+                    "lx.detach(model) takes them off"
+                )
+            self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
+            self._spell_out_all_linear(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            fill(self._new, None, None, WORKSPACE, progress=True)
+            del self._new
+            if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
+                model.register_load_state_dict_pre_hook(_check_before_loading)
 
     def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
         """Put the names that "all-linear" means in its place: what it means to PEFT, and as `attach` has it.
