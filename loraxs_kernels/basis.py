@@ -42,11 +42,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
-def _integer(low: int, high: int) -> Callable[[Any], bool]:
+def integer(low: int, high: int) -> Callable[[Any], bool]:
+    """A test for integers within these bounds, which True and False are not."""
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number, which True and False are not."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer past all floats
@@ -54,19 +56,19 @@ def _number(value: Any) -> bool:
 
 
 # What an adapter and its recipe may be, whether a caller or a file says so: a test, and its meaning in words.
-_MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rank": (_integer(1, 2**31 - 1), "an integer of at least 1"),
-    "alpha": (_number, "a finite number"),
-    "dropout": (lambda value: _number(value) and 0 <= value < 1, "in [0, 1)"),
-    "sigma": (lambda value: _number(value) and value >= 0, "a finite number of at least 0"),
+MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (integer(1, 2**31 - 1), "an integer of at least 1"),
+    "alpha": (is_number, "a finite number"),
+    "dropout": (lambda value: is_number(value) and 0 <= value < 1, "in [0, 1)"),
+    "sigma": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random", "sklearn" or "given"'),
-    "seed": (_integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
+    "seed": (integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
     "name": (lambda value: isinstance(value, str), "a string"),
     "dtype": (lambda value: value in (None, *DTYPES), f"one of {', '.join(DTYPES)} or None"),
     "method": (lambda value: value in ("auto", *METHODS), '"auto", "krylov" or "subspace"'),
-    "block": (lambda value: value is None or _integer(1, 65536)(value), "an integer from 1 to 65536, or None"),
+    "block": (lambda value: value is None or integer(1, 65536)(value), "an integer from 1 to 65536, or None"),
     "n_iter": (
-        lambda value: value is None or _integer(0, MOST_ITERATIONS)(value),
+        lambda value: value is None or integer(0, MOST_ITERATIONS)(value),
         f"an integer from 0 to {MOST_ITERATIONS}, or None",
     ),
     "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
@@ -75,12 +77,12 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"at most 8 names, each one of {', '.join(DTYPES)}",
     ),
 }
-_MUST["weight_dtype"] = _MUST["dtype"]
+MUST["weight_dtype"] = MUST["dtype"]
 
 
 def check(argument: str, value: Any, of: str = "") -> None:
     """ValueError where a number of an adapter, or a field of its recipe, is out of range; `of` names the layer."""
-    allowed, must = _MUST[argument]
+    allowed, must = MUST[argument]
     if not allowed(value):
         raise ValueError(f"{argument}: got {value!r}{f' for {of}' if of else ''}, must be {must}")
 

@@ -15,10 +15,11 @@ def transaction(model: nn.Module) -> Iterator[ExitStack]:
     """Put a model back as it was if the block does not come to its end.
 
     Modules, parameters and buffers are put back where they stood, with their requires_grad, and the attributes of every
-    module.  No tensor is copied here: a block that writes into tensors first calls `keep`, which copies them.  What is
-    not part of the model is put back by callbacks that the block adds to the ExitStack it gets.
+    module, with what is in those that are dictionaries, lists or sets.  No tensor is copied here: a block that writes
+    into tensors first calls `keep`, which copies them.  What is not part of the model is put back by callbacks that the
+    block adds to the ExitStack it gets.
     """
-    before = [(m, dict(vars(m)), _children(m)) for m in model.modules()]
+    before = [(m, dict(vars(m)), _contents(m)) for m in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as undo:
         undo.callback(_put_back, before, trained)
@@ -31,20 +32,19 @@ def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
     undo.callback(_write, [(t, t.detach().clone()) for t in tensors])
 
 
-def _children(module: nn.Module) -> list[tuple[Any, Any]]:
-    held = (vars(module).get(each) for each in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"))
-    # Not each.copy(): DeepSpeed's ZeRO-3 has dictionaries of its own here, which cannot copy themselves.
-    kinds = ((each, set if isinstance(each, set) else dict) for each in held if isinstance(each, (dict, set)))
-    return [(each, kind(each)) for each, kind in kinds]
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    # By the kind's constructor: DeepSpeed's ZeRO-3 has dictionaries that cannot copy themselves.
+    held = vars(module).values()
+    return [(each, kind(each)) for each in held for kind in (dict, list, set) if isinstance(each, kind)]
 
 
 def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: list[tuple[Tensor, bool]]) -> None:
-    for module, attributes, children in before:
+    for module, attributes, contents in before:
         vars(module).clear()
         vars(module).update(attributes)
-        for held, content in children:
+        for held, content in contents:
             held.clear()
-            held.update(content)
+            held.extend(content) if isinstance(held, list) else held.update(content)
     for p, requires_grad in trained:
         p.requires_grad_(requires_grad)
 

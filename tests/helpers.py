@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,23 +157,21 @@ def guard(monkeypatch, backend, written: bool = True):
     return whole
 
 
-def interrupted(call: Callable[[], Any], at: int) -> bool:
-    """Whether the call came to the line of loraxs_kernels that is the `at`-th to run, and got a KeyboardInterrupt."""
-    left = at
+def interrupted_at(k: int, call: Callable[[], object]) -> bool:
+    """Call, with Ctrl-C at the k-th line of loraxs_kernels that is executed; False if it ends before that."""
+    lines = 0
 
-    def on_event(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if event == "call" and not frame.f_code.co_filename.startswith(str(PACKAGE)):
+    def trace(frame, event, _):
+        nonlocal lines
+        if "/loraxs_kernels/" not in frame.f_code.co_filename.replace("\\", "/"):
             return None
-        if event == "line":
-            left -= 1
-            if left < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return on_event
+        lines += event == "line"
+        if lines == k:
+            raise KeyboardInterrupt
+        return trace
 
     before = sys.gettrace()
-    sys.settrace(on_event)
+    sys.settrace(trace)
     try:
         call()
     except KeyboardInterrupt:

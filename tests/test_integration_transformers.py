@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import logging
 import warnings
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from helpers import interrupted_at
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraxs_kernels as lx
@@ -284,6 +286,47 @@ def test_another_basis_is_not_resumed(tmp_path):
         with pytest.raises(error, match=message):
             trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
         assert same(trained(model), before)
+
+
+CHANGES = {
+    "NaN": lambda t: t.fill_(torch.nan),
+    "another shape": lambda t: torch.ones(3, 3),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, case):
+    trainer_of(attached(), tmp_path, max_steps=2).train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(path)
+    key = [each for each in tensors if each.endswith(".R")][-1]
+    tensors[key] = CHANGES[case](tensors[key])
+    save_file(tensors, path, {"format": "pt"})
+    model = attached()
+    before = trained(model)
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: '{key}' has shape"):
+        trainer_of(model, tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    assert same(trained(model), before)
+
+
+def test_an_interrupted_start_leaves_the_model_as_it_was(tmp_path):
+    model = attached(target_modules=["q_proj"])
+    model.save_pretrained = mine = lambda *_, **__: None
+    trainer = trainer_of(model, tmp_path)
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LoraXSCallback))
+    begin = functools.partial(callback.on_train_begin, trainer.args, trainer.state, trainer.control, model=model)
+    end = functools.partial(callback.on_train_end, trainer.args, trainer.state, trainer.control)
+    end()
+    before, undone = own(model), 0
+    for k in itertools.count(1):
+        if not interrupted_at(k, begin):
+            break
+        undone += own(model) == before
+        end()
+        assert own(model) == before, k
+    assert own(model) != before and undone > 20
+    end()
+    assert own(model) == before and model.save_pretrained is mine
 
 
 def test_figures_are_logged_everywhere(tmp_path):

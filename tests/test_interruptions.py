@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import interrupted
+from helpers import interrupted_at
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -103,7 +103,7 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path, case):
     assert done != before
     outcomes, k = {"before": 0, "done": 0}, 0
     m = make()
-    while interrupted(lambda m=m: operation(m, file), at=k):
+    while interrupted_at(k, lambda m=m: operation(m, file)):
         now = state(m)
         assert now in (before, done), f"half done at line {k}"
         outcomes["before" if now == before else "done"] += 1
@@ -124,5 +124,5 @@ def test_dictionaries_that_cannot_copy_themselves():
         held.update(module._parameters)
         module._parameters = held
     before = state(m)
-    assert interrupted(lambda: lx.merge(m), at=30) and state(m) == before
+    assert interrupted_at(30, lambda: lx.merge(m)) and state(m) == before
     assert state(lx.unmerge(lx.merge(m))) == before

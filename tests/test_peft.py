@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers import interrupted_at
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
@@ -84,6 +87,21 @@ def snapshot(model: nn.Module):
         [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)],
         [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
     )
+
+
+def edited(folder, **fields):
+    """Edit adapter_config.json; None takes a field out."""
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder, which then has no checksum, as those of earlier versions."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    edited(folder, sha256=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,19 +259,186 @@ def test_an_adapter_that_was_refused_leaves_the_others_usable(saved, tmp_path):
         assert torch.equal(logits(model), logits(other()))
 
 
+def flipped(at):
+    """Flip the lowest bit of a byte of the weights."""
+
+    def damage(folder):
+        (path,) = folder.glob("adapter_model.*")
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def emptied(folder):
+    path = folder / "adapter_model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+
+
+def of_another_save(folder):
+    randomise(get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8)), std=0.4).save_pretrained(
+        folder / "x"
+    )
+    (folder / "x" / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+
+
+DAMAGES = {
+    "a bit": (flipped(-9), r"adapter_model\.\w+: is damaged, or of another save .*its SHA-256 is \w{64}"),
+    "zeros": (emptied, r"adapter_model\.safetensors: is damaged, or of another save"),
+    "another save": (of_another_save, r"adapter_model\.safetensors: is damaged, or of another save"),
+    "both": (lambda f: (f / "adapter_model.bin").touch(), r"has adapter_model\.safetensors and .*\.bin, must have one"),
+    "alpha": (lambda f: edited(f, lora_alpha=9), r"adapter_config\.json: sha256: the fields are not those"),
+    "no alpha": (lambda f: edited(f, lora_alpha=None), r"adapter_config\.json: sha256: the fields are not those"),
+    "wrong type": (lambda f: edited(f, r="16"), r"adapter_config\.json: r: got '16', must be an integer"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_refused_before_anything_is_changed(case, trained, saved):
+    damage, message = DAMAGES[case]
+    damage(saved)
+    model = llama()
+    before, y = snapshot(model), snapshot(trained)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, saved)
+    with pytest.raises(ValueError, match=message):
+        trained.load_adapter(saved, "second")
+    assert snapshot(model) == before and snapshot(trained) == y
+
+
+def test_a_damaged_pickle_is_refused(trained, tmp_path):
+    trained.save_pretrained(tmp_path, safe_serialization=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(trained))
+    flipped(5000)(tmp_path)
+    for sha256 in ({}, None):  # the file without checksum, too
+        with pytest.raises(ValueError, match=r"adapter_model\.bin: is "):
+            PeftModel.from_pretrained(llama(), tmp_path)
+        (tmp_path / "adapter_model.bin").write_bytes(b"PK\3\4" + bytes(100))
+        edited(tmp_path, sha256=sha256)
+
+
+def test_what_users_edit_and_earlier_versions_wrote_still_loads(trained, saved):
+    edited(saved, check_fingerprint=False, base_model_name_or_path="mine", loraxs_dropout=0.1, inference_mode=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
+    settings = LoraXSConfig.from_pretrained(saved)
+    assert settings.sha256 == {} and dataclasses.replace(settings, r=2).r == 2
+    edited(saved, sha256=None)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
+
+
+def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
+    (tmp_path / "models--me--mine" / "refs").mkdir(parents=True)
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
+    hub = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+    trained.save_pretrained(hub)  # as huggingface_hub keeps what it has downloaded
+    trained.save_pretrained(tmp_path / "outer" / "inner")
+    places = [
+        (hub, "me/mine", {"cache_dir": tmp_path}),
+        (tmp_path / "outer" / "inner", tmp_path / "outer", {"subfolder": "inner"}),
+    ]
+    for folder, name, where in places:
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), name, **where)), logits(trained))
+        flipped(-9)(folder)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors: is damaged"):
+            PeftModel.from_pretrained(llama(), name, **where)
+
+
+def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):
+    settings = trained.peft_config["default"]
+    settings.save_pretrained(saved)  # what transformers does before it writes new weights there
+    assert list(json.loads((saved / "adapter_config.json").read_text())["sha256"]) == ["fields"]
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
+    settings.save_pretrained(saved / "alone")
+    assert LoraXSConfig.from_pretrained(saved / "alone") == dataclasses.replace(settings)
+    with pytest.raises(ValueError, match=r"save_directory: .* is a file"):
+        settings.save_pretrained(saved / "adapter_model.safetensors")
+
+
+LAST = "base_model.model.model.layers.1.mlp.down_proj"
+UNFIT = {
+    "no R": (lambda t: t.pop(f"{LAST}.loraxs_R"), r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'"),
+    "no R nor fingerprint": (
+        lambda t: [t.pop(key) for key in list(t) if key.startswith(LAST)],
+        r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'",
+    ),
+    "no fingerprint": (lambda t: t.pop(f"{LAST}.loraxs_fingerprint"), "has no fingerprint of A and B for module"),
+    "NaN": (lambda t: t[f"{LAST}.loraxs_R"].fill_(torch.nan), r"is damaged: tensor '.*loraxs_R' has NaN or Inf"),
+    "integers": (
+        lambda t: t.update({f"{LAST}.loraxs_R": torch.ones(3, 3, dtype=torch.int32)}),
+        "is of torch.int32, must",
+    ),
+    "a number": (lambda t: t.update({f"{LAST}.loraxs_R": torch.ones(())}), r"has shape \(\), must be \(3, 3\)"),
+    "another module": (
+        lambda t: t.update({f"{LAST.replace('1', '2')}.loraxs_R": torch.ones(3, 3)}),
+        "has no fingerprint of A and B for module 'model.layers.2",
+    ),
+    "another tensor": (
+        lambda t: t.update({"base_model.model.model.other": torch.ones(1)}),
+        r"tensor 'model\.other' belongs to no part",
+    ),
+}
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("lost", [["loraxs_R"], ["loraxs_R", "loraxs_fingerprint"]], ids=len)
-def test_a_file_without_some_R_is_not_taken_silently(saved, lost, low_cpu_mem_usage):
-    tensors = load_file(saved / "adapter_model.safetensors")
-    for kind in lost:
-        del tensors[f"base_model.model.model.layers.1.mlp.up_proj.{kind}"]
-    save_file(tensors, saved / "adapter_model.safetensors")
-    if low_cpu_mem_usage or len(lost) == 1:
-        with pytest.raises(ValueError, match=r"adapter 'default': has no R for module 'model.layers.1.mlp.up_proj'"):
-            PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
-    else:
-        with pytest.warns(UserWarning, match=r"missing adapter keys.*up_proj\.loraxs_R"):  # PEFT's own
-            PeftModel.from_pretrained(llama(), saved)
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_is_refused_without_a_checksum(case, saved, low_cpu_mem_usage):
+    change, message = UNFIT[case]
+    rewritten(saved, change)
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: .*{message}"):
+        PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_a_head_of_another_kind_is_refused(tmp_path):
+    model = get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    for t in (torch.ones(40, 32, dtype=torch.int64), torch.ones(40, 31)):
+        rewritten(tmp_path, lambda tensors, t=t: tensors.update({"base_model.model.lm_head.weight": t}))
+        with pytest.raises(ValueError, match=r"tensor 'lm_head\.modules_to_save\.default\.weight' has shape"):
+            PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_file_of_zeros_is_of_another_base(saved):
+    rewritten(saved, lambda tensors: [t.zero_() for t in tensors.values()])
+    with pytest.raises(lx.AdapterMismatch, match="singular values"):
+        PeftModel.from_pretrained(llama(), saved)
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="peft 0.19 or later")
+def test_an_adapter_that_is_there_is_not_overwritten_by_a_part(trained, saved):
+    """Trainer resumes so: PEFT does not read the config then."""
+    rewritten(saved, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(LAST)])
+    randomise(trained)
+    y = logits(trained)
+    with pytest.raises(ValueError, match=r"the adapter's file: adapter 'default': has no R for module"):
+        trained.load_adapter(saved, "default")
+    assert torch.equal(logits(trained), y)
+
+
+def test_a_state_dict_in_memory_may_hold_R_alone(trained):
+    average = {key: 2 * t for key, t in trained.state_dict().items() if "loraxs_R" in key}
+    trained.load_state_dict(average, strict=False)
+    assert all(torch.equal(trained.state_dict()[key], t) for key, t in average.items())
+    average[next(iter(average))][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"R for module 'model.layers.0.self_attn.q_proj' has NaN or Inf"):
+        trained.load_state_dict(average, strict=False)
+
+
+@pytest.mark.usefixtures("transformers_takes_peft")
+def test_transformers_looks_at_the_fields_too(saved, tmp_path):
+    model = llama()
+    model.add_adapter(config(), "mine")
+    for _ in range(2):
+        randomise(model, "mine").save_pretrained(tmp_path)  # over weights that a checksum would be of
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    edited(saved, lora_alpha=9)
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="sha256: the fields are not those that were saved"):
+        model.load_adapter(str(saved))
+    assert snapshot(model) == before
 
 
 def test_saved_factors_fit_a_base_in_bf16_with_a_warning(tmp_path):
@@ -266,7 +451,7 @@ def test_saved_factors_fit_a_base_in_bf16_with_a_warning(tmp_path):
 def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
     list(layers(trained).values())[3].loraxs_R["default"].data[0, 0] = torch.nan
     trained.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"adapter 'default': R of module 'model.layers.0.self_attn.o_proj' has NaN"):
+    with pytest.raises(ValueError, match=r"tensor 'base_model.*0.self_attn.o_proj.loraxs_\w+' has NaN"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
@@ -279,12 +464,13 @@ def test_a_config_used_again_means_what_it_says():
 
 
 def test_a_flipped_singular_vector_is_mended(trained, saved):
-    tensors = load_file(saved / "adapter_model.safetensors")
-    for key in tensors:
-        if key.endswith("loraxs_R"):  # as if trained on a basis with the first pair negated
-            tensors[key][0] *= -1
-            tensors[key][:, 0] *= -1
-    save_file(tensors, saved / "adapter_model.safetensors")
+    def turn(tensors):
+        for key in tensors:
+            if key.endswith("loraxs_R"):  # as if trained on a basis with the first pair negated
+                tensors[key][0] *= -1
+                tensors[key][:, 0] *= -1
+
+    rewritten(saved, turn)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained), atol=1e-5, rtol=0)
 
 
@@ -844,8 +1030,7 @@ def test_given_factors_need_their_file(tmp_path):
     model = get_peft_model(llama(), config(init="given", save_factors=True))
     assert torch.equal(logits(model), logits(llama()))  # zeros until they are loaded
     model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    save_file({key: t for key, t in tensors.items() if key.endswith("R")}, tmp_path / "adapter_model.safetensors")
+    rewritten(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if not key.endswith("R")])
     with pytest.raises(ValueError, match=r"adapter 'default': has no A and B for module 'model.layers.0"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
@@ -871,6 +1056,15 @@ def test_a_failed_injection_leaves_the_model_as_it_was(second):
         (dict(svd_oversample=-1), ValueError, "svd_oversample: got -1"),
         (dict(bias="lora_only"), ValueError, "bias: got 'lora_only'"),
         (dict(dtype="int8"), ValueError, "dtype: got 'int8'"),
+        (dict(lora_alpha=float("nan")), ValueError, "lora_alpha: got nan, must be a finite number or None"),
+        (dict(lora_alpha=10**400), ValueError, "lora_alpha: got 1000"),
+        (dict(rank_pattern=["q_proj"]), ValueError, "rank_pattern: got .*, must be {regular expression"),
+        (dict(rank_pattern={"(": 3}), ValueError, "rank_pattern: got"),
+        (dict(svd_recipe={"4 32x32": {"n_iter": 10**6}}), ValueError, "svd_recipe: got"),
+        (dict(svd_n_iter=10**6), ValueError, "svd_n_iter: got 1000000, must be an integer from 0 to 1000, or None"),
+        (dict(svd_seed=1.5), ValueError, "svd_seed: got 1.5, must be an integer of at most 64 bits"),
+        (dict(loraxs_dropout="x"), ValueError, "loraxs_dropout: got 'x'"),
+        (dict(modules_to_save="lm_head"), ValueError, "modules_to_save: got 'lm_head', must be a list of names"),
         (dict(layers_pattern="layers"), ValueError, "layers_pattern"),
         (dict(layers_to_transform=[0]), ValueError, "layers_to_transform"),
         (dict(r=33), ValueError, "rank: got 33 for module 'model.layers.0.self_attn.q_proj'"),
@@ -1052,3 +1246,73 @@ def test_the_type_is_a_real_member_and_peft_comes_first():
         assert any("has its own LORAXS" in str(w.message) for w in caught)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def tuner(*adapters: str, merged: bool = False) -> nn.Module:
+    """What PeftModel.base_model is, with these adapters."""
+    settings = dict(r=2, target_modules=["0", "2"], modules_to_save=["3"], init_std=0.5, task_type=None)
+    model = get_peft_model(net(), config(**settings), adapter_name=adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, config(**settings, svd_seed=1))
+    if merged:
+        model.merge_adapter()
+    return model.base_model
+
+
+def add(model: nn.Module) -> None:
+    settings = config(r=3, target_modules=["0", "2"], modules_to_save=["3"], init_std=0.5, task_type=None)
+    model.peft_config["b"] = settings  # as PeftModel does before it calls
+    try:
+        model.inject_adapter(model.model, "b")
+    finally:
+        if "b" not in next(m for m in model.modules() if isinstance(m, LoraXSLinearLayer)).r:
+            model.peft_config.pop("b", None)  # where the interruption comes before the first step
+
+
+OPERATIONS = {
+    "inject": (lambda: tuner("a"), add),
+    "merge": (lambda: tuner("a", "b"), lambda model: model.merge_adapter(["a", "b"])),
+    "unmerge": (lambda: tuner("a", merged=True), lambda model: model.unmerge_adapter()),
+    "unload": (lambda: tuner("a"), lambda model: model.merge_and_unload()),
+    "delete": (lambda: tuner("a", "b"), lambda model: model.delete_adapter("a")),
+}
+
+
+def outcome(model: nn.Module):
+    """Everything there is to see of a small model, in values that can be compared."""
+    inner = model.model
+    tensors = [*inner.named_parameters(), *inner.named_buffers()]
+    return (
+        [
+            (name, type(m), sorted(getattr(m, "r", ())), list(getattr(m, "merged_adapters", ())))
+            for name, m in inner.named_modules()
+        ],
+        [(name, t.requires_grad, t.detach().numpy().tobytes()) for name, t in tensors],
+        inner(torch.arange(24.0).view(3, 8)).detach().numpy().tobytes(),
+        (sorted(model.peft_config), list(model.active_adapters), sorted(vars(inner))),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_interruption_leaves_all_or_nothing(operation):
+    make, call = OPERATIONS[operation]
+    done, model = make(), make()
+    call(done)
+    before, after, undone = outcome(model), outcome(done), 0
+    for k in itertools.count(1, 5):
+        identity = [id(t) for t in [*model.modules(), *model.parameters()]]
+        if not interrupted_at(k, lambda model=model: call(model)):
+            break
+        if outcome(model) == after:
+            model = make()
+        else:
+            assert outcome(model) == before, k
+            assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, k
+            undone += 1
+    assert outcome(model) == after != before and undone > 50

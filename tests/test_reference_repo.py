@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -17,12 +18,14 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+from helpers import interrupted_at
 from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear
 from loraxs_kernels.basis import Recipe
+from loraxs_kernels.integrations import reference_repo
 from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
@@ -379,7 +382,50 @@ FAILURES = {
         ValueError,
         r"A, R and B of module '.*' have shapes \(4, 48\), \(3, 3\), \(32, 4\)",
     ),
-    "NaN": (changed(lambda t: t[f"{LAST}.lora_B.weight"].mul_(torch.nan)), ValueError, "NaN or Inf"),
+    "NaN": (changed(lambda t: t[f"{LAST}.lora_B.weight"].mul_(torch.nan)), ValueError, "lora_B.weight' has NaN or Inf"),
+    "NaN in the head": (
+        changed(lambda t: t["base_model.model.classifier.bias"].fill_(torch.nan)),
+        ValueError,
+        r"adapter_model\.safetensors: is damaged: tensor 'base_model\.model\.classifier\.bias' has NaN or Inf",
+    ),
+    "integers": (
+        changed(lambda t: t.update({f"{LAST}.lora_A.weight": torch.ones(4, 48, dtype=torch.int64)})),
+        ValueError,
+        r"A, R and B of module '.*1\.output\.dense' are of torch\.int64",
+    ),
+    "numbers": (
+        changed(lambda t: t.update({f"{LAST}.lora_{x}.weight": torch.ones(()) for x in "AB"})),
+        ValueError,
+        r"have shapes \(\), \(4, 4\), \(\), which do not fit",
+    ),
+    "R twice": (
+        changed(lambda t: t.update({f"{LAST}_lora_latent_mapping.weight": torch.ones(4, 4)})),
+        ValueError,
+        r"has R for module '.*1\.output\.dense' twice",
+    ),
+    "zeros": (
+        changed(lambda t: [t[f"{LAST}.lora_{x}.weight"].zero_() for x in "AB"]),
+        AdapterMismatch,
+        r"A of module '.*1\.output\.dense' is not B\^T W .*error inf",
+    ),
+    "alpha": (configured(lora_alpha=float("inf")), ValueError, r"adapter_config\.json does not say .*alpha is inf"),
+    "dropout": (configured(lora_dropout="x"), ValueError, r"lora_dropout in adapter_config\.json is 'x', must be in"),
+    "heads": (configured(modules_to_save="classifier"), ValueError, r"modules_to_save in adapter_config\.json is 'cla"),
+    "no head": (
+        without("classifier.bias"),
+        ValueError,
+        r"/ft: classifier\.bias: is missing in the file",
+    ),
+    "deep JSON": (
+        lambda f, m: (f / "adapter_config.json").write_text("[" * 10**5),
+        ValueError,
+        r"adapter_config\.json: is damaged, no JSON",
+    ),
+    "deep description": (
+        lambda f, m: (f.parent / "reconstr_config.json").write_text("[1]"),
+        ValueError,
+        r"reconstr_config\.json: is damaged, no JSON object but a list",
+    ),
     "another layer": (
         changed(lambda t: t.update({key.replace("layer.1", "layer.2"): t.pop(key) for key in list(t)})),
         ValueError,
@@ -412,7 +458,11 @@ FAILURES = {
     ),
     "another method": (configured(peft_type="IA3"), ValueError, "PEFT's type 'IA3', the reference's are of 'LORA'"),
     "no rank": (configured(r=None), ValueError, "adapter_config.json does not say r and lora_alpha"),
-    "no JSON": (lambda f, m: (f / "adapter_config.json").write_text("{"), ValueError, "is no JSON"),
+    "no JSON": (
+        lambda f, m: (f / "adapter_config.json").write_text("{"),
+        ValueError,
+        r"adapter_config\.json: is damaged, no JSON",
+    ),
     "cut": (
         lambda f, m: (f / "adapter_model.safetensors").write_bytes(b"123456789"),
         ValueError,
@@ -444,6 +494,86 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a whole file of tensors"):
         load_reference_adapter(bert(), folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"x": 1}, {0: torch.ones(1)}, {"x": torch.ones(1).to_sparse()}],
+    ids=["list", "number", "key", "sparse"],
+)
+def test_a_pickle_of_something_else_is_refused(content, tmp_path):
+    file = as_bin(saved(trained(), tmp_path)) / "adapter_model.bin"
+    torch.save(content, file)
+    model = bert()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: is (not a whole file of tensors|damaged: )"):
+        load_reference_adapter(model, file.parent)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("bad", [dict(n_iter=10**6), dict(random_state=-1), dict(random_state=2**32)], ids=str)
+def test_a_description_out_of_bounds_is_not_followed(bad, tmp_path):
+    folder = saved(trained(), tmp_path, CONFIG | {"svd": CONFIG["svd"] | bad})
+    model = load_reference_adapter(bert(), folder, basis="recompute")
+    assert {layer.recipe.init for _, layer in adapted_layers(model)} == {"svd"}
+
+
+def chain():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    model.dtype = torch.float32
+    return model
+
+
+def reference_chain():
+    return trained(model=chain(), r=2, target_modules=["0", "2"], modules_to_save=["3"], task_type=None)
+
+
+def outcome(model):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return (
+        [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()],
+        [(name, t.requires_grad, t.detach().numpy().tobytes()) for name, t in tensors],
+        model(torch.arange(24.0).view(3, 8)).detach().numpy().tobytes(),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("operation", ["load", "recompute", "replace"])
+def test_an_interruption_leaves_all_or_nothing(operation, tmp_path):
+    folder, make = saved(reference_chain(), tmp_path), reference_chain if operation == "replace" else chain
+    basis = "recompute" if operation == "recompute" else "file"
+
+    def call(model):
+        if operation == "replace":
+            replace_reference_layers(model)
+        else:
+            load_reference_adapter(model, folder, basis=basis, progress=False)
+
+    done, model = make(), make()
+    call(done)
+    before, after, undone = outcome(model), outcome(done), 0
+    for k in itertools.count(1, 7):
+        identity = [id(t) for t in [*model.modules(), *model.parameters()]]
+        if not interrupted_at(k, lambda model=model: call(model)):
+            break
+        if outcome(model) == after:
+            model = make()
+        else:
+            assert outcome(model) == before, k
+            assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, k
+            undone += 1
+    assert outcome(model) == after != before and undone > 50
+
+
+def test_a_warning_raised_as_an_error_changes_nothing(tmp_path):
+    folder, model = saved(trained(), tmp_path), bert(torch.bfloat16)
+    head = model.classifier.weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="its A and B are rounded"):
+            load_reference_adapter(model, folder)
+    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules()) and torch.equal(model.classifier.weight, head)
 
 
 def test_arguments_and_models_that_do_not_fit(tmp_path):
@@ -568,6 +698,32 @@ def test_an_export_that_fails_writes_nothing(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a folder"):
         export_as_lora(model, tmp_path / "file")
+
+
+def test_an_export_that_stops_in_between_is_not_half_of_another(tmp_path, monkeypatch):
+    export_as_lora(adapted(*EXPORTS["ranks and scales"]), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = adapted(*EXPORTS["one rank"])
+    real = reference_repo.write_atomically
+
+    def stopped(at):
+        def write(path, *parts):
+            if path.name == at and b"unfinished" not in parts[0]:
+                raise KeyboardInterrupt
+            real(path, *parts)
+
+        return write
+
+    monkeypatch.setattr(reference_repo, "write_atomically", stopped("adapter_config.json"))
+    with pytest.raises(KeyboardInterrupt):
+        export_as_lora(model, tmp_path)
+    assert "unfinished" in json.loads((tmp_path / "adapter_config.json").read_text())  # new weights, and no old config
+    for name, data in before.items():
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.setattr(reference_repo, "write_atomically", stopped("adapter_model.safetensors"))
+    with pytest.raises(KeyboardInterrupt):
+        export_as_lora(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_checkpoint_becomes_plain_lora(tmp_path):

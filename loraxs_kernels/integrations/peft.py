@@ -9,14 +9,21 @@ checked when it is loaded.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from huggingface_hub import hf_hub_download
 from packaging.version import Version
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -26,11 +33,13 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
-    onload_layer,
 )
 from peft.utils import (
+    CONFIG_NAME,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    WEIGHTS_NAME,
     PeftType,
     register_peft_method,
 )
@@ -38,8 +47,9 @@ from torch import Tensor, nn
 
 from .. import basis
 from ..adapter_file import fitted, mismatch
-from ..basis import Recipe
+from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
+from ..files import read_json, write_atomically
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
 from ..matching import matches
 from ..model import (
@@ -53,10 +63,12 @@ from ..model import (
 from ..ops import autocast_on
 from ..padding import padded_rows
 from ..svd import plan
+from ..transaction import transaction
 from ..weights import (
     FLOATS,
     assign,
     is_conv1d,
+    is_dtensor,
     is_linear,
     is_unread_linear,
     mergeable_weight,
@@ -65,7 +77,7 @@ from ..weights import (
     weight_view,
     whole,
 )
-from .reference_repo import translate
+from .reference_repo import PREFIX, read_tensors, translate
 
 try:
     from peft.utils import quantization_utils
@@ -75,8 +87,72 @@ except ImportError:  # before peft 0.20, which cannot merge into quantised layer
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
 
-INITS = ("svd", "random", "given")
+WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loads where there are both
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(each, str) for each in value)
+
+
+def _pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(_pattern(k) and fits(v) for k, v in value.items()))
+
+
+def _recipe(value: Any) -> bool:
+    fields = ("method", "block", "n_iter", "tier")
+    return isinstance(value, dict) and value.keys() == {*fields} and all(MUST[each][0](value[each]) for each in fields)
+
+
+# What the fields of a configuration may be; PEFT looks at none of them, wherever they come from.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (integer(1, 2**16), "an integer from 1 to 65536"),
+    "target_modules": (lambda v: v is None or _names(v) or _pattern(v), "names, a regular expression or None"),
+    "exclude_modules": (lambda v: v is None or _names(v) or _pattern(v), "names, a regular expression or None"),
+    "lora_alpha": (lambda v: v is None or is_number(v), "a finite number or None"),
+    "rank_pattern": (
+        lambda v: _patterns(v, integer(1, 2**16)),
+        "{regular expression: integer from 1 to 65536}",
+    ),
+    "alpha_pattern": (lambda v: _patterns(v, is_number), "{regular expression: finite number}"),
+    "layers_to_transform": (
+        lambda v: v is None or all(integer(0, 2**31)(i) for i in (v if isinstance(v, (list, tuple, set)) else [v])),
+        "an integer, a list of such or None",
+    ),
+    "layers_pattern": (lambda v: v is None or isinstance(v, str) or _names(v), "a name, a list of names or None"),
+    "modules_to_save": (lambda v: v is None or _names(v), "a list of names or None"),
+    "bias": (lambda v: v in ("none", "all", "loraxs_only"), '"none", "all" or "loraxs_only"'),
+    "loraxs_dropout": MUST["dropout"],
+    "init": (lambda v: v in ("svd", "random", "given"), '"svd", "random" or "given"'),
+    "init_std": MUST["sigma"],
+    "svd_n_iter": MUST["n_iter"],
+    "svd_oversample": (lambda v: v is None or integer(0, 2**16)(v), "an integer from 0 to 65536, or None"),
+    "svd_tier": MUST["tier"],
+    "svd_seed": MUST["seed"],
+    "svd_recipe": (
+        lambda v: isinstance(v, dict) and all(map(_recipe, v.values())),
+        "{rank and shape: the method, block, n_iter and tier of an SVD}",
+    ),
+    "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
+    "save_factors": (lambda v: isinstance(v, bool), "True or False"),
+    "check_fingerprint": (lambda v: isinstance(v, bool), "True or False"),
+    "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, (str, os.PathLike)), "a name or None"),
+    "sha256": (lambda v: isinstance(v, dict), "what was saved"),
+}
+
+# What no checksum covers: users edit these by hand, PEFT changes them, or they are for training alone.
+FREE = {
+    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"),
+    *("peft_version", "loraxs_dropout", "init_std", "check_fingerprint", "sha256"),
+}
 
 
 @dataclass
@@ -102,7 +178,10 @@ class LoraXSConfig(PeftConfig):
             means the same tomorrow.  Not to be set.
         dtype: of A and B, by torch's name; None: the weight's.  Another dtype than the weight's costs a separate pass.
         save_factors: keep A and B in the file (large), which are then taken from there, rounded to the base's dtype.
-        check_fingerprint: refuse a saved adapter where A and B of this model make another delta W of its R.
+        check_fingerprint: refuse a saved adapter where A and B of this model make another delta W of its R, and one
+            without the fingerprints to tell by.
+        sha256: of the weights beside the file, and of the fields that decide what the adapter computes; filled in when
+            it is saved, checked and emptied when it is loaded.  Not to be set.
     """
 
     r: int = field(default=16, metadata={"help": "rank of the adapters: R is r x r"})
@@ -136,10 +215,16 @@ class LoraXSConfig(PeftConfig):
     dtype: str | None = field(default=None, metadata={"help": "of A and B, such as bfloat16; None: the weight's"})
     save_factors: bool = field(default=False, metadata={"help": "keep A and B in the adapter's file"})
     check_fingerprint: bool = field(default=True, metadata={"help": "check A and B when an adapter is loaded"})
+    sha256: dict = field(default_factory=dict, metadata={"help": "of the files and fields; not to be set"})
+
+    _file = None  # that the next state dict comes from: it must have the whole adapter, and nothing else
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORAXS
+        for name, (fits, must) in FIELDS.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name}: got {value!r}, must be {must}")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
@@ -147,20 +232,98 @@ class LoraXSConfig(PeftConfig):
             raise ValueError("layers_pattern: got one without layers_to_transform, which must say which of its layers")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform: got one beside a regular expression, needs target_modules as a list")
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r: got {self.r!r}, must be an integer of at least 1")
-        if self.init not in INITS:
-            raise ValueError(f'init: got {self.init!r}, must be "svd", "random" or "given"')
         if self.init == "given" and not self.save_factors:
             raise ValueError('save_factors: got False beside init="given", must be True: nothing else holds A and B')
-        if self.svd_oversample is not None and self.svd_oversample < 0:
-            raise ValueError(f"svd_oversample: got {self.svd_oversample}, must be at least 0")
-        if self.dtype not in (None, "bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype: got {self.dtype!r}, must be bfloat16, float16, float32 or None")
-        if self.bias not in ("none", "all", "loraxs_only"):
-            raise ValueError(f'bias: got {self.bias!r}, must be "none", "all" or "loraxs_only"')
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f'bias: got {self.bias!r}, must be "none": peft {peft.__version__} would not save biases')
+        said, found = self.sha256.get("fields"), self._digest()
+        if said not in (None, found):
+            raise ValueError(
+                f"sha256: the fields are not those that were saved (SHA-256 {found}, must be {said}): damaged, "
+                "changed by hand, or of a later version; without the entry sha256 they are taken as they are"
+            )
+        self.sha256 = {name: digest for name, digest in self.sha256.items() if name != "fields"}
+
+    def _digest(self) -> str:
+        """The SHA-256 of the fields that decide what the adapter computes.
+
+        None counts as if there were no such field, so that a later version can add some and read the files of this one.
+        """
+        names = [each.name for each in fields(__class__) if each.name not in FREE]  # also where a subclass has more
+        decide = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return hashlib.sha256(json.dumps(decide, sort_keys=True, default=sorted).encode()).hexdigest()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write adapter_config.json, in one step, with the checksums of its fields and of the weights beside it.
+
+        The latter where PeftModel.save_pretrained calls, which has written the weights before and says so by its
+        argument.  With any other caller, such as transformers, the weights of the folder may still be old ones.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory: {folder} is a file, must be a folder or not there")
+        written = self.to_dict()
+        written["sha256"] = {"fields": self._digest()}
+        if "auto_mapping_dict" in kwargs:
+            written["auto_mapping"] = kwargs["auto_mapping_dict"] or written["auto_mapping"]
+            for file in _weights_in(folder):
+                written["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        text = json.dumps(written, indent=2, sort_keys=True, default=sorted)
+        write_atomically(folder / CONFIG_NAME, text.encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As PEFT's; ValueError, naming the file, where it or the weights beside it are not what was saved."""
+        file = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+        if not file.is_file():
+            options, *_ = cls._split_kwargs(kwargs)
+            for name in (*WEIGHTS, CONFIG_NAME):
+                with suppress(Exception):  # most have one of the two; and PEFT says below if there is no config
+                    there = hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **options)
+                    file = Path(there).with_name(CONFIG_NAME)
+        if file.is_file():
+            read_json(file.read_bytes(), str(file))
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        if not isinstance(config, cls):
+            return config
+        weights = _weights_in(file.parent)
+        if len(weights) > 1:
+            names = " and ".join(each.name for each in weights)
+            raise ValueError(f"{file.parent}: has {names}, must have one of them: one has been left from another save")
+        for each in weights:
+            config._check_weights(each)
+            config._file = str(each)
+        config.sha256 = {}
+        return config
+
+    def _check_weights(self, file: Path) -> None:
+        data = file.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if self.sha256 and found != (said := self.sha256.get(file.name)):
+            raise ValueError(
+                f"{file}: is damaged, or of another save than {CONFIG_NAME} beside it: its SHA-256 is {found}, that "
+                f"file says {said}; without the entry sha256 there it is taken as it is"
+            )
+        tensors = read_tensors(file, data)
+        if not any(key.endswith(".loraxs_R") for key in tensors):
+            raise ValueError(f"{file}: has no R (loraxs_R) of any module")
+        for key in tensors:
+            name, _, kind = key.rpartition(".")
+            bare = self.check_fingerprint and self.init != "given" and f"{name}.loraxs_fingerprint" not in tensors
+            if bare and kind == "loraxs_R":
+                raise ValueError(
+                    f"{file}: has no fingerprint of A and B for module {name.removeprefix(PREFIX)!r}, so that nothing "
+                    f"tells whether its R fits this model; check_fingerprint=False in {CONFIG_NAME} takes it as it is"
+                )
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [file for name in WEIGHTS if (file := folder / name).is_file()]
 
 
 class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
@@ -318,7 +481,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             raise
         unmerged.note_changes()
         self._unmerged = unmerged
-        self.merged_adapters.extend(names)
+        self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
         """Back to the base weight, the same tensor as before, and separate adapters."""
@@ -328,7 +491,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.check_unmerge()
         self._unmerged.put_back(self)
         self._unmerged = None
-        self.merged_adapters.clear()
+        self.merged_adapters = []
 
     def check_unmerge(self) -> None:
         """Raise a ValueError if the layer is merged and cannot be unmerged."""
@@ -377,7 +540,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
                 aligned, error = fitted(entry, A, B)
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
-                if error > (basis.ALIGNED if config.save_factors else accepted):
+                limit = basis.ALIGNED if config.save_factors else accepted
+                if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
                     raise mismatch(f"adapter {name!r}", label, entry, error, A, REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
@@ -415,14 +579,16 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 destination[f"{prefix}loraxs_R.{name}"] = R.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str, whole_model: bool = False) -> None:
         """Raise a ValueError, naming the layer, where an adapter in a state dict is not whole or does not fit this one.
 
-        Adapters that the state dict has nothing of are left alone.  The R that a parametrization has made is taken out
-        of the state dict, where what it was made of is there too.
+        Adapters that the state dict has nothing of are left alone, unless it is for a whole model and known to come
+        from their file.  The R that a parametrization has made is taken out of the state dict, where what it was made
+        of is there too.
         """
         for name, r in self.r.items():
-            label = label_of(self.recipe[name].name)
+            label, file = label_of(self.recipe[name].name), self.config[name]._file if whole_model else None
+            which_one = f"{file}: adapter {name!r}" if file else f"adapter {name!r}"
             shapes = {"A": (r, self.in_features), "R": (r, r), "B": (self.out_features, r)}
             shapes["fingerprint"] = (r + basis.PROBES,)
             keys = {which: f"{prefix}loraxs_{which}.{name}" for which in shapes}
@@ -436,19 +602,23 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                         f"adapter {name!r}: got an R for {label}, where a parametrization makes R; remove it before "
                         "loading"
                     )
-            if not there:
+            if not there and not file:
                 continue
             if name in self.merged_adapters:
                 raise ValueError(f"adapter {name!r}: is merged into {label}; unmerge_adapter() before loading it")
             needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
             if missing := sorted(needed - there):
-                raise ValueError(f"adapter {name!r}: has no {' and '.join(missing)} for {label}")
-            for which, key in keys.items():
-                if key in state_dict and tuple(state_dict[key].shape) != shapes[which]:
-                    raise ValueError(
-                        f"adapter {name!r}: {which} for {label} has shape {tuple(state_dict[key].shape)}, must be "
-                        f"{shapes[which]}"
-                    )
+                raise ValueError(f"{which_one}: has no {' and '.join(missing)} for {label}")
+            for which in shapes:
+                if (t := state_dict.get(keys[which])) is None:
+                    continue
+                what = f"{which_one}: {which} for {label}"
+                if tuple(t.shape) != shapes[which]:
+                    raise ValueError(f"{what} has shape {tuple(t.shape)}, must be {shapes[which]}")
+                if t.dtype not in FLOATS:
+                    raise ValueError(f"{what} is of {t.dtype}, must be of bf16, fp16, fp32 or fp64")
+                if not (t.is_meta or is_dtensor(t) or torch.isfinite(t).all()):
+                    raise ValueError(f"{what} has NaN or Inf values")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         translate(state_dict, {prefix[:-1]: self}, whole_model=False)
@@ -500,8 +670,9 @@ class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
 
     A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
-    together, as `lx.attach` makes them.  If adding an adapter fails the model is as it was, and so it is if one cannot
-    be merged, unmerged or loaded.  Only an adapter that makes another delta W here is refused after its R is in place.
+    together, as `lx.attach` makes them.  If adding an adapter fails, or is interrupted, the model is as it was, and so
+    it is if one cannot be merged, unmerged, unloaded, deleted or loaded.  Only an adapter that makes another delta W
+    here is refused after its R is in place.
     """
 
     prefix = "loraxs_"
@@ -509,40 +680,31 @@ class LoraXSModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        modules = [(m, dict(m._modules)) for m in model.modules()]
-        trained = [(p, p.requires_grad) for p in model.parameters()]
-        config = self.peft_config[adapter_name]
+        # What PEFT and transformers' add_adapter have said beforehand is no part of what a failure leaves.
+        config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
+        if loaded and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False
         said = {
             field: copy.copy(getattr(config, field)) for field in ("target_modules", "modules_to_save", "svd_recipe")
         }
-        self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
-        try:
+        with transaction(self) as undo:
+            undo.callback(vars(config).update, said)
+            self.peft_config[adapter_name] = config
+            if loaded:
+                model._hf_peft_config_loaded = True
             _check_name(adapter_name)
             if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
                 raise ValueError(
                     "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
                     "lx.detach(model) takes them off"
                 )
+            self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(self._new, None, None, WORKSPACE, progress=True)
+            del self._new
             if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(_check_before_loading)
-        except BaseException:
-            vars(config).update(said)
-            for module, children in modules:
-                module._modules.clear()
-                module._modules.update(children)
-                if isinstance(module, LoraXSLinearLayer):
-                    module.discard(adapter_name)
-            for p, requires_grad in trained:
-                p.requires_grad_(requires_grad)
-            self.peft_config.pop(adapter_name, None)
-            if not hasattr(model, "peft_config") and hasattr(model, "_hf_peft_config_loaded"):
-                model._hf_peft_config_loaded = False  # transformers' add_adapter says so beforehand
-            raise
-        finally:
-            del self._new
 
     def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
         """Put the names that "all-linear" means in its place: what it means to PEFT, and as `attach` has it.
@@ -574,41 +736,41 @@ class LoraXSModel(BaseTuner):
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
 
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Put every layer back if one of them cannot be merged, unmerged or unloaded, or if that is interrupted."""
+        with transaction(self) as undo:
+            for layer in self._layers():
+                undo.callback(_Unmerged(layer.base_layer).put_back, layer)
+            settings = getattr(getattr(self.model, "config", None), "__dict__", {})
+            undo.callback(settings.update, dict(settings))  # PEFT unties embeddings there
+            yield
+
     def merge_adapter(self, *args: Any, **options: Any) -> None:
         """All layers or none."""
-        before = [(layer, list(layer.merged_adapters)) for layer in self._layers()]
-        try:
+        with self._all_or_none():
             super().merge_adapter(*args, **options)
-        except BaseException:
-            for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer.unmerge()
-                    if names:
-                        layer.merge(adapter_names=names)
-            raise
 
     def unmerge_adapter(self) -> None:
         """All layers or none."""
-        for layer in self._layers():
-            layer.check_unmerge()
-        super().unmerge_adapter()
+        with self._all_or_none():
+            super().unmerge_adapter()
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and any(layer.merged_adapters for layer in self._layers()):
-            self.merge_adapter(adapter_names, safe_merge)
-        elif merge:  # every sum is looked at first, and not kept, which would take a second copy of the weights
-            for layer in self._layers():
-                if names := [name for name in adapter_names or layer.active_adapters if name in layer.r]:
-                    with onload_layer(layer):
-                        layer.check_fingerprints(names)
-                        layer.merged_weight(names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """From all layers or none."""
+        with transaction(self):
+            super().delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
+        """All layers or none: the weights as they were are kept until all are merged, a second copy of those."""
+        with self._all_or_none():
+            return super()._unload_and_optionally_merge(*args, **options)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: LoraXSConfig, **rest: Any) -> dict:
+        """What PEFT calls, from 0.19 on, before it loads what an adapter's file has."""
+        config._file = config._file or "the adapter's file"
+        return super()._remap_adapter_state_dict_for_load(model=model, config=config, **rest)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
@@ -793,8 +955,36 @@ def _check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefi
     }
     if layers:  # it may have been unloaded
         translate(state_dict, layers, whole_model=True)
+        whole = any(".loraxs_" in key for key in state_dict)  # else it is of the base model alone
         for name, layer in layers.items():
-            layer.check_state_dict(state_dict, f"{name}.")
+            layer.check_state_dict(state_dict, f"{name}.", whole)
+        from_files = [each for layer in layers.values() for each in layer.config.values() if whole and each._file]
+        if from_files:
+            _check_all_belongs(model, state_dict, prefix, from_files[0]._file)
+        for config in from_files:
+            config._file = None
+
+
+def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, file: str) -> None:
+    """Raise a ValueError where a tensor of an adapter's file is none of the model's, or of another shape or kind."""
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {f"{prefix}{name}": t for name, t in tensors}
+    for key, t in state_dict.items():
+        if not key.startswith(prefix) or key.endswith("_extra_state"):
+            continue
+        if ".loraxs_" in key and key.rpartition(".loraxs_")[2].count(".") > 1:
+            continue  # of another adapter, which PEFT 0.18 saves too, or what a parametrization makes R of
+        what = f"{file}: tensor {key.removeprefix(PREFIX)!r}"
+        if key not in own:
+            if key.endswith(".bias") and (".modules_to_save." in key or ".original_module." in key):
+                continue  # PEFT saves biases of heads a second time, by names without the adapter's
+            raise ValueError(f"{what} belongs to no part of this model")
+        if hasattr(own[key], "ds_id"):  # of which ZeRO-3 holds a part
+            continue
+        shape, floats = tuple(own[key].shape), own[key].is_floating_point()
+        if tuple(t.shape) != shape or t.is_floating_point() != floats:
+            kind = "a floating point type" if floats else f"{own[key].dtype}"
+            raise ValueError(f"{what} has shape {tuple(t.shape)} and {t.dtype}, must have {shape} and {kind}")
 
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:

@@ -10,10 +10,10 @@ know.  PEFT saves it all the same, and loads such a checkpoint without R: as LoR
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import pickle
 import re
 import warnings
 from collections import Counter
@@ -24,7 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -32,10 +31,11 @@ from torch import Tensor, nn
 from ..adapter_file import AdapterMismatch, fitted, saved_modules, saved_values
 from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probes, residual, singular_values
 from ..factors import WORKSPACE, compute_devices
-from ..files import write_atomically
+from ..files import check_finite, damaged, read_json, write_atomically
 from ..linear import LoRAXSLinear
 from ..matching import matches
 from ..model import adapted_layers, detach, install, pattern_value, unwrapped
+from ..transaction import keep, transaction
 from ..weights import FLOATS, is_conv1d, weight_of, whole
 
 OTHER_WEIGHT = 0.5  # relative error of A = B^T W: about 0.1 on a base that was quantised since, about 1 on another one
@@ -102,7 +102,8 @@ def load_reference_adapter(
         device, workspace, progress: of the SVD, as in `attach`.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.  ValueError: it is none of the reference's, or of another model.
+        FileNotFoundError: there is no checkpoint.  ValueError: it is damaged, none of the reference's, or of another
+        model.  The reference writes no checksum: a bit that has flipped in R, and leaves it finite, is not seen.
         AdapterMismatch: A is not B^T W, so that the base model is another, or the tolerance is exceeded.
         The model is then as it was.
     """
@@ -124,7 +125,11 @@ def load_reference_adapter(
     described = _described(folder)
     _check_base(model, trained, described, folder)
     saved = _modules_to_save(model, config, others, folder)
-    head = saved_values(model, saved, others)
+    try:
+        head = saved_values(model, saved, others)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    dropout = _dropout(config, folder)
     devices = None if device is None else compute_devices(device)
 
     def errors_with(recipe: Recipe | None) -> dict[str, float]:
@@ -133,7 +138,7 @@ def load_reference_adapter(
             name: {
                 "rank": each.R.shape[0],
                 "alpha": each.alpha,
-                "dropout": float(config.get("lora_dropout", 0.0)),
+                "dropout": dropout,
                 "init": replace(recipe, name=name) if recipe else (each.A, each.B),
                 "dtype": dtype,
             }
@@ -147,7 +152,7 @@ def load_reference_adapter(
             errors[name] = residual(probes(each.A, each.R, each.B), layer.A, layer.R, layer.B)
         return errors
 
-    try:
+    with transaction(model) as undo:
         errors = None
         if basis == "recompute" and (recipe := _own_recipe(model, trained, described)):
             errors = errors_with(recipe)
@@ -163,14 +168,11 @@ def load_reference_adapter(
             why = 'A and B of this model\'s weights are not quite those it was trained on; basis="file" keeps them'
         if not errors[worst] <= tolerance:
             raise AdapterMismatch(f"{found}, more than the tolerance of {tolerance:.0e}: {why}")
-    except BaseException:
-        if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
-            detach(model)
-        raise
-    for target, value in head:
-        target.copy_(value)
-    if errors[worst] > ACCEPT and not (basis == "file" and dtype):
-        warnings.warn(f"{found}: {why}", stacklevel=3)  # past torch.no_grad
+        keep(undo, [target for target, _ in head])
+        for target, value in head:
+            target.copy_(value)
+        if errors[worst] > ACCEPT and not (basis == "file" and dtype):
+            warnings.warn(f"{found}: {why}", stacklevel=3)  # past torch.no_grad
     return model
 
 
@@ -197,37 +199,33 @@ def replace_reference_layers(model: P) -> P:
     inner, lora = model.get_base_model(), model.peft_config["default"]
     adapters = {name: _as_adapter(layer, name, lora.lora_dropout) for name, layer in layers.items()}
     trained = [(p, p.requires_grad) for p in inner.parameters()]
-
-    def put(modules: Mapping[str, nn.Module]) -> None:
-        for name, module in modules.items():
+    with transaction(model) as undo:
+        del inner.peft_config
+        for name, layer in layers.items():
             parent, _, child = _get_submodules(inner, name)
-            parent._modules[child] = module
-
-    described = inner.__dict__.pop("peft_config")
-    put({name: layer.base_layer for name, layer in layers.items()})
-    try:
+            parent._modules[child] = layer.base_layer
         config = _as_loraxs(LoraXSConfig, inner, lora, adapters)
         tuner = LoraXSModel(inner, {"default": config}, "default")
-    except BaseException:
-        put(layers)
-        inner.peft_config = described
+        config.modules_to_save = lora.modules_to_save  # only now: their wrappers are there already
+        for name, adapter in adapters.items():
+            layer = inner.get_submodule(name)
+            layer.discard("default")
+            layer.add("default", adapter, config)
+            R = layers[name].default_lora_latent_mapping.weight
+            undo.callback(_set, R, R.data, R.grad)
+            _set(R, adapter.R.data, None if R.grad is None else R.grad.to(adapter.R.dtype))
+            layer.loraxs_R["default"] = R
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
-        raise
-    config.modules_to_save = lora.modules_to_save  # only now: their wrappers are there already
-    for name, adapter in adapters.items():
-        layer = inner.get_submodule(name)
-        layer.discard("default")
-        layer.add("default", adapter, config)
-        R = layers[name].default_lora_latent_mapping.weight
-        R.data = adapter.R.data
-        R.grad = None if R.grad is None else R.grad.to(R.dtype)
-        layer.loraxs_R["default"] = R
-    for p, requires_grad in trained:
-        p.requires_grad_(requires_grad)
-    tuner.training = model.base_model.training
-    model.base_model, model.peft_type = tuner, config.peft_type
+        tuner.training = model.base_model.training
+        model.base_model, model.peft_type = tuner, config.peft_type
     return model
+
+
+def _set(R: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    R.grad = None  # which must be of the dtype of the data
+    R.data = data
+    R.grad = grad
 
 
 @torch.no_grad()
@@ -324,6 +322,8 @@ def export_as_lora(
         model: with LoRAXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
             has sharded R, every rank must call.
         folder: made where it is missing; files in it of these names are replaced, each in one step, the config last.
+            If that is stopped in between, no reader takes the folder: it is never half of one adapter and half of
+            another.
         dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers), which keeps delta W to rounding.  bf16 is half
             the size at a relative error of delta W of about 2e-3.  s B R is made in fp64 either way.
         task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: a PeftModel's own,
@@ -405,9 +405,18 @@ def write_lora(
         "use_dora": False,
         "inference_mode": True,
     }
-    metadata = {"format": "pt"}
-    write_atomically(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata))
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    data, text = safetensors.torch.save(tensors, {"format": "pt"}), json.dumps(config, indent=2).encode()
+    file = folder / "adapter_config.json"
+    before = file.read_bytes() if file.is_file() else text
+    if before != text:  # that of another adapter would be read with the new weights, if this were stopped in between
+        write_atomically(file, b'{"unfinished": "export_as_lora was writing here"}')
+    try:
+        write_atomically(folder / "adapter_model.safetensors", data)
+    except BaseException:
+        if before != text:
+            write_atomically(file, before)
+        raise
+    write_atomically(file, text)
 
 
 def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str, dict[str, Tensor]]]:
@@ -535,26 +544,35 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: is of PEFT's type {config.get('peft_type')!r}, the reference's are of 'LORA'")
+    return config, read_tensors(file, file.read_bytes())
+
+
+def read_tensors(file: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of PEFT's weights, a safetensors file or a .bin, on the CPU; nothing in them is run.
+
+    Raises ValueError, naming the file, where it is not whole, or holds something that is no dense tensor, or not
+    finite.
+    """
     try:
         if file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
-            tensors = safetensors.torch.load_file(file)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: is not a whole file of tensors ({error})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file}: is no state dict")
-    return config, tensors
+            tensors = dict(sorted(safetensors.torch.load(data).items()))  # which come in any order
+    except Exception as error:  # of a dozen kinds, by where the damage is
+        raise ValueError(f"{file}: is not a whole file of tensors ({error or type(error).__name__})") from error
+    if not isinstance(tensors, dict):
+        damaged(file, f"it holds a {type(tensors).__name__}, no state dict")
+    for key, t in tensors.items():
+        if not isinstance(key, str) or type(t) not in (Tensor, nn.Parameter):
+            damaged(file, f"{key!r} is a {type(t).__name__}, no tensor")
+        if t.layout != torch.strided or t.is_quantized or t.device.type != "cpu":
+            damaged(file, f"tensor {key!r} is no dense tensor")
+        check_finite(t, file, f"tensor {key!r}")
+    return tensors
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: is no JSON object")
-    return found
+    return read_json(file.read_bytes(), str(file))
 
 
 def _trained(
@@ -567,7 +585,9 @@ def _trained(
         key = key.removeprefix(PREFIX)
         if part := _part(key):
             name, letter = part
-            found.setdefault(name, {})[letter] = t
+            if letter in found.setdefault(name, {}):
+                raise ValueError(f"{folder}: has {letter} for module {name!r} twice, in two spellings")
+            found[name][letter] = t
         else:
             others[key] = t
     if not any("R" in each for each in found.values()):
@@ -580,12 +600,15 @@ def _trained(
                 "and B, which an SVD of today need not give again. Take the file as the reference saved it, with all"
             )
         A, R, B = (each[letter] for letter in "ARB")
-        r = A.shape[0]
-        if not (A.dim() == B.dim() == 2 and B.shape[1] == r and tuple(R.shape) == (r, r)):
+        r = A.shape[0] if A.dim() == B.dim() == 2 else 0
+        if r < 1 or B.shape[1] != r or tuple(R.shape) != (r, r):
             shapes = ", ".join(str(tuple(t.shape)) for t in (A, R, B))
             raise ValueError(f"{folder}: A, R and B of module {name!r} have shapes {shapes}, which do not fit")
-        if not all(torch.isfinite(t).all() for t in (A, R, B)):
-            raise ValueError(f"{folder}: A, R or B of module {name!r} has NaN or Inf values")
+        if any(t.dtype not in FLOATS for t in (A, R, B)):
+            kinds = ", ".join(str(t.dtype) for t in (A, R, B))
+            raise ValueError(
+                f"{folder}: A, R and B of module {name!r} are of {kinds}, must be bf16, fp16, fp32 or fp64"
+            )
         trained[name] = Trained(A, R, B, _alpha(config, name, r, folder))
     return trained, others
 
@@ -601,9 +624,19 @@ def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
     try:
         r = pattern_value(config.get("rank_pattern"), name, config["r"])
         alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-        return alpha * rank / (math.sqrt(r) if config.get("use_rslora") else r)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError, re.error) as error:
+        alpha = alpha * rank / (math.sqrt(r) if config.get("use_rslora") else r)
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha}")
+        return alpha
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, re.error, RecursionError) as error:
         raise ValueError(f"{folder}: adapter_config.json does not say r and lora_alpha ({error!r})") from error
+
+
+def _dropout(config: dict[str, Any], folder: Path) -> float:
+    p = config.get("lora_dropout", 0.0)
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ValueError(f"{folder}: lora_dropout in adapter_config.json is {p!r}, must be in [0, 1)")
+    return float(p)
 
 
 def _described(folder: Path) -> dict[str, Any] | None:
@@ -625,7 +658,10 @@ def _expressed(each: Trained, A: Tensor, B: Tensor) -> Tensor:
 def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None) -> Recipe | None:
     """How the reference made A and B, where scikit-learn makes them again here; tried on the smallest layer."""
     svd = (described or {}).get("svd") or {"n_iter": 10, "random_state": 42}
-    said = isinstance(svd, dict) and all(type(svd.get(key)) is int for key in ("n_iter", "random_state"))
+    bounds = {"n_iter": 1000, "random_state": 2**32 - 1}  # of scikit-learn's seeds
+    said = isinstance(svd, dict) and all(
+        type(value := svd.get(key)) is int and 0 <= value <= most for key, most in bounds.items()
+    )
     if not said or _random(described) or find_spec("sklearn") is None:
         return None
     recipe = Recipe("sklearn", svd["random_state"], n_iter=svd["n_iter"])
@@ -660,7 +696,7 @@ def _check_base(
             W = weight.read()
             W = W.to(torch.promote_types(W.dtype, torch.float32))
             A, B = each.A.to(W), each.B.to(W)
-            errors[name] = float((B.t() @ W - A).norm() / A.norm())
+            errors[name] = float(((B.t() @ W - A).norm() / A.norm()).nan_to_num(nan=torch.inf))
     worst = max(errors, key=errors.__getitem__, default=None)
     if worst is None or errors[worst] <= OTHER_WEIGHT:
         return
@@ -676,7 +712,10 @@ def _check_base(
 
 def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[str, Tensor], folder: Path) -> list[str]:
     """The modules that the tensors beside A, R and B are of; every one must be of one."""
-    endings = sorted({*(config.get("modules_to_save") or []), *HEADS.get(config.get("task_type"), [])})
+    asked, task = config.get("modules_to_save") or [], config.get("task_type")
+    if not (isinstance(asked, list) and all(isinstance(each, str) for each in asked)):
+        raise ValueError(f"{folder}: modules_to_save in adapter_config.json is {asked!r}, must be a list of names")
+    endings = sorted({*asked, *(HEADS.get(task, []) if isinstance(task, str) else [])})
     names = [
         name
         for name, _ in model.named_modules()

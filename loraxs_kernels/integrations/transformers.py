@@ -38,6 +38,7 @@ from .. import basis
 from ..adapter_file import AdapterMismatch, save_adapter
 from ..files import write_atomically
 from ..linear import LoRAXSLinear
+from ..transaction import transaction
 from ..weights import is_dtensor, weight_of, whole
 
 ADAPTER_NAME = "adapter.safetensors"
@@ -98,17 +99,20 @@ class LoraXSCallback(TrainerCallback):
         _check(model, adapters, attached, args)
         self._sizes = _Sizes(adapters)
         self._unchecked = not getattr(args, "deepspeed", None)  # which keeps gradients elsewhere
-        if _reentrant(model):
-            self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
-        if attached:
-            self._hook(model)
-        if attached and isinstance(model, PreTrainedModel):
-            before = model.__dict__.pop("save_pretrained", None)  # somebody else's, or of a training that was given up
-            if isinstance(before, functools.partial) and before.func is _save_pretrained:
-                before = None
-            self._undo.append(functools.partial(_put_back, model, before))
-            run = Path(args.output_dir).absolute()
-            model.save_pretrained = functools.partial(_save_pretrained, model, before or model.save_pretrained, run)
+        with transaction(model):
+            if _reentrant(model):
+                self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
+            if attached:
+                self._hook(model)
+            if attached and isinstance(model, PreTrainedModel):
+                before = model.__dict__.get("save_pretrained")  # somebody else's, or of a training that was given up
+                if isinstance(before, functools.partial) and before.func is _save_pretrained:
+                    before = None
+                    del model.save_pretrained
+                run = Path(args.output_dir).absolute()
+                save = functools.partial(_save_pretrained, model, model.save_pretrained, run)
+                self._undo.append(functools.partial(_put_back, model, before))
+                model.save_pretrained = save
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -147,13 +151,13 @@ class LoraXSCallback(TrainerCallback):
         self._sizes = None
 
     def _hook(self, model: nn.Module) -> None:
-        before = model.register_load_state_dict_pre_hook(_check_checkpoint)
-        after = model.register_load_state_dict_post_hook(_forgive_the_frozen)
-        self._undo += [before.remove, after.remove]
+        self._undo.append(model.register_load_state_dict_pre_hook(_check_checkpoint).remove)
+        self._undo.append(model.register_load_state_dict_post_hook(_forgive_the_frozen).remove)
 
     def _clean(self) -> None:
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()  # each can be done again, if this is interrupted
+            self._undo.pop()
 
 
 @dataclass
@@ -281,8 +285,9 @@ def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> None:
 
 
 def _put_back(model: PreTrainedModel, save_pretrained: Callable | None) -> None:
-    model.__dict__.pop("save_pretrained", None)
-    if save_pretrained is not None:
+    if save_pretrained is None:
+        model.__dict__.pop("save_pretrained", None)
+    else:
         model.save_pretrained = save_pretrained
 
 
@@ -331,13 +336,21 @@ def _check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: 
     for name, p in named:
         if p.requires_grad and id(p) not in present:
             raise ValueError(f"resume_from_checkpoint: the checkpoint has no values for {name!r}, which trains")
+        t = state_dict.get(prefix + name)
+        if p.requires_grad and t is not None and not (t.shape == p.shape and torch.isfinite(t).all()):
+            raise ValueError(
+                f"resume_from_checkpoint: {name!r} has shape {tuple(t.shape)} in the checkpoint, or NaN or Inf values; "
+                f"must be finite, of shape {tuple(p.shape)}"
+            )
     for name, layer in module.named_modules():
         if not isinstance(layer, LoRAXSLinear):
             continue
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if expected is None:  # a whole model, A and B included
             continue
-        error = basis.residual(expected, layer.A, basis.mixing(layer.rank, layer.A.device), layer.B)
+        fits = expected.shape == (basis.PROBES,)
+        R = basis.mixing(layer.rank, layer.A.device)
+        error = basis.residual(expected, layer.A, R, layer.B) if fits else float("inf")
         if error > basis.ACCEPT:
             raise AdapterMismatch(
                 f"resume_from_checkpoint: A and B of module {name!r} are not those of the checkpoint (relative error "
