@@ -226,7 +226,7 @@ class LoraXSConfig(PeftConfig):
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}: got {value!r}, must be {must}")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
+            if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: got one without layers_to_transform, which must say which of its layers")
