@@ -592,19 +592,29 @@ def exact_matmul() -> Iterator[None]:
     threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
     """
     block = object()
+    # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.
     try:
-        with _exact_lock:
-            if not _exact:
-                _save_settings(_users_settings)
-            _exact.add(block)
-            _multiply_exactly()
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        with _exact_lock:
-            _exact.discard(block)
-            if not _exact:
-                _users_settings.close()
+        try:
+            with _exact_lock: _begin(block)  # fmt: skip  # noqa: E701
+            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
+    finally:  # once more, if Ctrl-C has stopped that
+        with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
+
+
+def _begin(block: object) -> None:
+    if not _exact:
+        _save_settings(_users_settings)
+    _exact.add(block)
+    _multiply_exactly()
+
+
+def _end(block: object) -> None:
+    _exact.discard(block)
+    if not _exact:
+        _users_settings.close()
 
 
 def _save_settings(to: ExitStack) -> None:

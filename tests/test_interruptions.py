@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import loraxs_kernels as lx
+from loraxs_kernels import backends, svd
 from loraxs_kernels.model import adapted_layers
 
 
@@ -126,3 +128,25 @@ def test_dictionaries_that_cannot_copy_themselves():
     before = state(m)
     assert interrupted_at(30, lambda: lx.merge(m)) and state(m) == before
     assert state(lx.unmerge(lx.merge(m))) == before
+
+
+@pytest.mark.parametrize("setting", ["exact_matmul", "backend"])
+def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
+    enter, lock, read = {
+        "exact_matmul": (svd.exact_matmul, svd._exact_lock, torch.get_float32_matmul_precision),
+        "backend": (lambda: backends.backend("torch"), backends._blocks_lock, lambda: backends._forced),
+    }[setting]
+    before, k = read(), 1
+
+    def use():
+        with enter():
+            pass
+
+    def is_free() -> bool:
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(lambda: lock.acquire(blocking=False) and not lock.release()).result()
+
+    while interrupted_at(k, use):
+        assert read() == before and is_free(), f"line {k}"
+        k += 1
+    assert k > 5

@@ -45,21 +45,32 @@ def backend(name: str | None) -> Iterator[None]:
     whichever threads, the one that began last decides; each ends only its own setting, in any order.
     Raises ValueError for an unknown name, BackendUnavailable with the reason when it cannot run here.
     """
-    global _forced
     if name is not None:
         if name not in NAMES:
             raise ValueError(f"backend: got {name!r}, must be one of {', '.join(map(repr, NAMES))} or None")
         if reason := unavailable(name):
             raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
     block = object()
+    # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.
     try:
-        with _blocks_lock:
-            _blocks[block] = _forced = name
-        yield
-    finally:
-        with _blocks_lock:
-            _blocks.pop(block, None)
-            _forced = next(reversed(_blocks.values()), None)
+        try:
+            with _blocks_lock: _force(block, name)  # fmt: skip  # noqa: E701
+            yield
+        finally:
+            with _blocks_lock: _release(block)  # fmt: skip  # noqa: E701
+    finally:  # once more, if Ctrl-C has stopped that
+        with _blocks_lock: _release(block)  # fmt: skip  # noqa: E701
+
+
+def _force(block: object, name: str | None) -> None:
+    global _forced
+    _blocks[block] = _forced = name
+
+
+def _release(block: object) -> None:
+    global _forced
+    _blocks.pop(block, None)
+    _forced = next(reversed(_blocks.values()), None)
 
 
 def unavailable(name: str) -> str | None:
