@@ -1,8 +1,9 @@
 """Whatever happens to a file, it is loaded as it was written, or refused by name and the model is as it was.
 
-Hypothesis damages adapter files and basis files, of the current format and of version 1: bytes are flipped, zeroed,
-cut out, put in, moved; fields of the header and tensors are changed, in files whose checksum is then made right again,
-as no accident would leave them.  The damages are the same each time; LORAXS_FUZZ=20000 makes up that many new ones.
+Hypothesis damages adapter files and basis files, of the current format and of version 1, PEFT folders with a checksum
+and without, and checkpoints of the reference implementation: bytes are flipped, zeroed, cut out, put in, moved; fields
+and tensors are changed, in files whose checksum is then made right again, as no accident would leave them.  The damages
+are the same each time; LORAXS_FUZZ=20000 makes up that many new ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ import loraxs_kernels as lx
 from loraxs_kernels.basis_file import make_basis
 from loraxs_kernels.files import sealed, tensors_of, unsealed
 
-EXAMPLES = int(os.environ.get("LORAXS_FUZZ", 1500))
 OPTIONS = dict(target_modules=["0", "2"], rank_pattern={"2": 3})
 KINDS = {"adapter": "loraxs", "basis": "loraxs_basis"}
 OLD = {kind: Path(__file__).parent / "data" / f"{kind}_v1.safetensors" for kind in KINDS}
@@ -41,6 +42,11 @@ VALUES = st.one_of(
     ),
     st.sampled_from([[], {}, [[]], {"rank": 3}, ["bfloat16"], ["3"]]),
 )
+
+
+BYTES = ["flip", "zero", "cut", "insert", "move"]
+PLACE = st.floats(0, 1, exclude_max=True)
+PLACES = st.fixed_dictionaries({"at": PLACE, "to": PLACE, "size": st.integers(1, 200)})
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +68,8 @@ def files(tmp_path_factory) -> dict[tuple[str, int], bytes]:
 @st.composite
 def damages(draw) -> dict[str, Any]:
     kind = draw(st.sampled_from([("adapter", 2), ("adapter", 2), ("adapter", 1), ("basis", 2)]))
-    how = draw(st.sampled_from(["flip", "zero", "cut", "insert", "move", "field", "field", "tensor"]))
-    place = st.floats(0, 1, exclude_max=True)
-    damage = {"kind": kind, "how": how, "at": draw(place), "to": draw(place), "size": draw(st.integers(1, 200))}
+    how = draw(st.sampled_from([*BYTES, "field", "field", "tensor"]))
+    damage = {"kind": kind, "how": how} | draw(PLACES)
     if how == "field":
         damage["path"] = draw(st.lists(st.integers(0, 12), min_size=1, max_size=3))
         damage["value"] = draw(st.one_of(st.just("removed"), VALUES))
@@ -75,8 +80,7 @@ def damages(draw) -> dict[str, Any]:
     return damage
 
 
-def damaged(whole: bytes, damage: dict[str, Any], path: Path) -> bytes:
-    """The bytes of the file after the damage; the path is written to on the way."""
+def changed_bytes(whole: bytes, damage: dict[str, Any]) -> bytes:
     at, to = (int(damage[key] * len(whole)) for key in ("at", "to"))
     end, how = at + damage["size"], damage["how"]
     if how == "flip":
@@ -87,9 +91,15 @@ def damaged(whole: bytes, damage: dict[str, Any], path: Path) -> bytes:
         return whole[:at] + whole[end:]
     if how == "insert":
         return whole[:at] + whole[to : to + damage["size"]] + whole[at:]
-    if how == "move":
-        rest = whole[:at] + whole[end:]
-        return rest[:to] + whole[at:end] + rest[to:]
+    rest = whole[:at] + whole[end:]
+    return rest[:to] + whole[at:end] + rest[to:]
+
+
+def damaged(whole: bytes, damage: dict[str, Any], path: Path) -> bytes:
+    """The bytes of the file after the damage; the path is written to on the way."""
+    how = damage["how"]
+    if how in BYTES:
+        return changed_bytes(whole, damage)
     path.write_bytes(whole)
     header, f = unsealed(path, KINDS[damage["kind"][0]], "file")
     tensors = tensors_of(f, path)
@@ -131,13 +141,17 @@ def _change(tensors: dict[str, torch.Tensor], key: str, change: str) -> None:
         tensors[f"{key}.x" if change == "renamed" else key] = changed[change]().contiguous()
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize="LORAXS_FUZZ" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+def examples(most: int) -> settings:
+    return settings(
+        max_examples=int(os.environ.get("LORAXS_FUZZ", most)),
+        deadline=None,
+        derandomize="LORAXS_FUZZ" not in os.environ,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@examples(1500)
 @given(damages(), st.booleans())
 def test_a_damaged_file_is_loaded_right_or_refused(files, tmp_path_factory, damage, attached):
     kind, version = damage["kind"]
@@ -171,3 +185,90 @@ def test_a_damaged_file_is_loaded_right_or_refused(files, tmp_path_factory, dama
         assert (
             all(t.isfinite().all() for t in model.state_dict().values()) and model(torch.randn(2, 20)).isfinite().all()
         )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """The files of whole folders by their names: of our PEFT method for `mlp()`, of the reference for `bert()`."""
+    peft = pytest.importorskip("peft")
+    import test_reference_repo as reference
+
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    folder = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    config = LoraXSConfig(r=4, target_modules=["0", "2"], rank_pattern={"2": 3}, modules_to_save=["3"], lora_alpha=8)
+    model = peft.get_peft_model(mlp(), config)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "peft")
+    made = {"peft": folder / "peft", "reference": reference.saved(reference.trained(), folder)}
+    made["reference .bin"] = reference.saved(reference.trained(), folder / "bin")
+    reference.as_bin(made["reference .bin"])
+    found = {kind: {f.name: f.read_bytes() for f in at.iterdir() if "adapter" in f.name} for kind, at in made.items()}
+    old = json.loads(found["peft"]["adapter_config.json"])
+    del old["sha256"]
+    return found | {"peft, no checksum": found["peft"] | {"adapter_config.json": json.dumps(old).encode()}}
+
+
+@st.composite
+def folder_damages(draw) -> dict[str, Any]:
+    how = draw(st.sampled_from([*BYTES, "field", "field"]))
+    kind = draw(st.sampled_from(["peft", "peft", "peft, no checksum", "reference", "reference .bin"]))
+    file = "adapter_config.json" if how == "field" else draw(st.sampled_from(["adapter_config.json", "adapter_model"]))
+    damage = {
+        "kind": kind,
+        "how": how,
+        "file": file,
+        "path": draw(st.lists(st.integers(0, 40), min_size=1, max_size=3)),
+    }
+    return damage | {"value": draw(st.one_of(st.just("removed"), VALUES))} | draw(PLACES)
+
+
+@examples(1000)
+@given(folder_damages())
+def test_a_damaged_folder_is_loaded_right_or_refused(folders, tmp_path_factory, damage):
+    import peft
+    import test_reference_repo as reference
+
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+    from loraxs_kernels.integrations.reference_repo import load_reference_adapter
+
+    whole = folders[damage["kind"]]
+    name = next(each for each in whole if each.startswith(damage["file"]))
+    if damage["how"] == "field":
+        fields = json.loads(whole[name])
+        _set(fields, damage["path"], damage["value"])
+        data = json.dumps(fields).encode()
+    else:
+        data = changed_bytes(whole[name], damage)
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file, content in (whole | {name: data}).items():
+        (folder / file).write_bytes(content)
+    ours = damage["kind"].startswith("peft")
+    model = mlp() if ours else reference.bert()
+    state = copy.deepcopy(model.state_dict())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if ours:
+                config = LoraXSConfig.from_pretrained(folder)
+                model = peft.PeftModel.from_pretrained(model, folder) if isinstance(config, LoraXSConfig) else model
+            else:
+                load_reference_adapter(model, folder, progress=False)
+    except (ValueError, FileNotFoundError, KeyError) as refusal:
+        event(f"{damage['kind']} {damage['how']} refused")
+        if damage["kind"] == "peft, no checksum":  # some by PEFT, in its words, when the adapter is there already
+            return
+        assert str(folder) in str(refusal) and not isinstance(refusal, KeyError), refusal
+        now = model.state_dict()
+        assert now.keys() == state.keys() and all(torch.equal(now[key], t) for key, t in state.items())
+    else:
+        event(f"{damage['kind']} {damage['how']} loaded")
+        assert damage["kind"] != "peft" or data == whole[name] or damage["file"] == "adapter_config.json"
+        assert all(t.isfinite().all() for t in model.state_dict().values())

@@ -283,8 +283,8 @@ class LoraXSConfig(PeftConfig):
                 with suppress(Exception):  # most have one of the two; and PEFT says below if there is no config
                     there = hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **options)
                     file = Path(there).with_name(CONFIG_NAME)
-        if file.is_file():
-            read_json(file.read_bytes(), str(file))
+        if file.is_file() and not isinstance(kind := read_json(file.read_bytes(), str(file)).get("peft_type"), str):
+            raise ValueError(f"{file}: peft_type is {kind!r}, must be a name such as 'LORAXS'")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except (ValueError, TypeError, KeyError) as error:
