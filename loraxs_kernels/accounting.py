@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 METHODS = {"loraxs": "LoRA-XS", "lora": "LoRA", "vera": "VeRA"}
 
+MOST_MODULES = 300_000  # of a model; the largest mixtures of experts have a third of that
 # Of a configuration that names no class: the first of these that knows it.  Encoders come before the decoders that
 # most of them can also be built as.
-MOST_MODULES = 300_000  # of a model; the largest mixtures of experts have a third of that
 HEADS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
 
 

@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +32,10 @@ from . import basis
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
 from .factors import WORKSPACE, compute_devices
 from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
-from .linear import LoRAXSLinear
+from .linear import LoRAXSLinear, label_of
 from .model import adapted_layers, basis_for, install, unwrapped
 from .transaction import keep, transaction
-from .weights import FLOATS, assign, whole
+from .weights import FLOATS, assign, weight_of, whole
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
 HOW = ("init", "seed", "method", "block", "n_iter", "tier")  # of a recipe: what decides A and B of one weight
@@ -70,8 +70,8 @@ def save_adapter(
         save_factors: add A and B themselves (large).  Always so for factors that were given and not computed.
 
     Raises ValueError, before anything is written, where the model has no adapters, or where R or a parameter of the
-    modules_to_save is not finite.  Warns if the model was moved to a dtype of less precision after its A and B were
-    made, even if it was moved back: such a file does not load into the model as it is now.
+    modules_to_save is not finite.  Warns if A and B are not those that the base weights make now: because the weights
+    were rounded since (fp32 moved to bf16, even if moved back), or because A and B came from a state dict.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
@@ -97,11 +97,16 @@ def save_adapter(
         record = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
         if portable:
             record["U"], record["V"] = basis.sketch(layer.A, layer.B)
+        if not all(map(is_finite, record.values())):
+            largest = layer.R.abs().max().item()
+            raise ValueError(
+                f"module {name!r}: R has values up to {largest:.1e}, too large for a file; nothing was written"
+            )
         for key, t in record.items():
             stacks.setdefault(f"{key}/{layer.rank}", []).append(t.cpu())
         if save_factors or layer.recipe.init == "given":
             tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
-        elif not portable and layer.lost_precision():
+        elif not portable and layer.why_no_load():
             moved.append(layer)
         descriptions[name] = _description(layer, name)
     tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
@@ -126,12 +131,10 @@ def save_adapter(
     }
     data = sealed(tensors, "loraxs", header)
     if moved:
-        made, now = moved[0].recipe.weight_dtype, basis.dtype_name(moved[0].lost_precision())
         warnings.warn(
-            f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, were made from weights in {made}, "
-            f"which were rounded to {now} since. The file loads into the model with its weights in {made}, which can "
-            f"then be moved, and not into one with rounded weights; portable=True or save_factors=True makes one that "
-            "does",
+            f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
+            "loads where the weights are those that A and B were made from, and not into this model as it is; "
+            "save_factors=True makes one that does",
             stacklevel=3,  # past no_grad's wrapper
         )
     write_atomically(path, *data)
@@ -220,7 +223,14 @@ def saved_modules(model: nn.Module) -> list[str]:
 
 
 def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one layer; the recipe's name only where it is not the module's."""
+    """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
+    for key in NUMBERS:
+        basis.check(key, getattr(layer, key), f"module {name!r}")
+    if layer.scaling != layer.alpha / layer.rank:
+        raise ValueError(
+            f"module {name!r}: its scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a "
+            "file holds alpha, so set that too"
+        )
     recipe = asdict(layer.recipe.cast(layer.A.dtype))  # A may have been assigned
     recipe = {k: v for k, v in recipe.items() if k != "name" or v != name}
     return {key: getattr(layer, key) for key in NUMBERS} | recipe
@@ -249,7 +259,13 @@ def _attach(
         options[name] = {key: entry[key] for key in NUMBERS} | {"init": recipe}
         if recipe.init == "given":
             options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and basis.DTYPES[recipe.dtype]}
+        elif can_align(entry) and not (recipe.rounded or recipe.dtype):  # R is aligned, so A and B take the weight's
+            options[name]["dtype"] = weight_of(modules[name], label_of(name)).dtype
     opened = None if basis_file is None else basis_for(basis_file, options)
+    for name, entry in entries.items() if opened else ():  # rounded further, as in the file
+        made, there = options[name]["init"], entry["recipe"]
+        if there.rounded[: len(made.rounded)] == made.rounded:
+            options[name]["init"] = replace(made, rounded=there.rounded, dtype=there.dtype)
     install(model, options, modules_to_save, basis=opened, **how)
 
 
@@ -324,13 +340,16 @@ def mismatch(
             f"{dtypes[1]}. Load the adapter into the model in {dtypes[0]}, which can be moved afterwards{again}"
         )
     if there is not None and there.rounded != here.rounded:
-        ways = [" and then ".join(each.rounded) or "nothing" for each in (there, here)]
+        ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
         return AdapterMismatch(
-            f"{more}: its A and B were rounded to {ways[0]}, those of this model to {ways[1]}. Load the adapter into a "
-            "model without adapters and without basis=, so that A and B are rounded as the file says"
+            f"{more}: its A and B were {ways[0]}, those of this model were {ways[1]}. Load the adapter into a model "
+            "without adapters and without basis=, so that A and B are rounded as the file says"
         )
-    how = "edited, or quantised in another way" if None not in dtypes else "edited, quantised or in another dtype"
-    return AdapterMismatch(f"{more}: the weights differ ({how}). Load the weights it was trained on{again}")
+    how = "edited or quantised" if None not in dtypes else "edited, quantised or in another dtype"
+    return AdapterMismatch(
+        f"{more}: the weights differ ({how}), or A and B of one of the two came from a state dict. Load the weights it "
+        f"was trained on{again}"
+    )
 
 
 def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
@@ -437,5 +456,5 @@ def _taken(
 
 
 def _plain(t: Tensor) -> Tensor:
-    """A copy that shares memory with nothing, on the CPU; a collective for a tensor that is sharded over ranks."""
+    """A contiguous copy on the CPU with storage of its own; a collective for a tensor that is sharded over ranks."""
     return whole(t.detach()).to("cpu", copy=True).contiguous()

@@ -62,7 +62,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout": (lambda value: is_number(value) and 0 <= value < 1, "in [0, 1)"),
     "sigma": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random", "sklearn" or "given"'),
-    "seed": (integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
+    "seed": (integer(-(2**127), 2**127), "an integer of at most 128 bits"),
     "name": (lambda value: isinstance(value, str), "a string"),
     "dtype": (lambda value: value in (None, *DTYPES), f"one of {', '.join(DTYPES)} or None"),
     "method": (lambda value: value in ("auto", *METHODS), '"auto", "krylov" or "subspace"'),
@@ -96,8 +96,8 @@ class Recipe:
         trains on) or "given".
     seed: of everything random.  name: of the layer in its model, which tells layers of one seed apart.
     dtype: that A and B are stored in, by torch's name, where it is not the weight's.
-    rounded: the dtypes that A and B were rounded to since they were made, by torch's names.  Each rounding makes
-        another basis, so a load repeats them, in this order.
+    rounded: the dtypes that A and B were converted to after they were computed, in this order, by torch's names; those
+        that can change a value.  A load repeats the conversions.
     weight_dtype: of the weight that A and B were made from; None: not known.
     method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
         what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
@@ -124,14 +124,15 @@ class Recipe:
         """The dtype to store A and B in beside a weight: the weight's own, if it holds them as they were rounded."""
         if self.dtype is not None:
             return DTYPES[self.dtype]
-        last = DTYPES[self.rounded[-1]] if self.rounded else weight
+        made = torch.promote_types(DTYPES[self.weight_dtype], torch.float32) if self.weight_dtype else weight
+        last = DTYPES[self.rounded[-1]] if self.rounded else made
         return weight if torch.finfo(weight).eps <= torch.finfo(last).eps else last
 
     def cast(self, dtype: torch.dtype) -> Recipe:
         """The recipe once A and B have been converted to a dtype, which counts as a rounding if it can change them."""
         made = torch.promote_types(DTYPES[self.weight_dtype or "float32"], torch.float32)
         last = DTYPES[self.rounded[-1]] if self.rounded else made
-        # bf16 and fp16 round each other's numbers, but what went through both stays as it is.
+        # A number that was rounded to both bf16 and fp16 is exact in both, so that a third conversion changes nothing.
         again = dtype_name(dtype) in self.rounded[-2:]
         exact = self.init == "given" or dtype not in FLOATS or again or torch.promote_types(last, dtype) == dtype
         rounded = self.rounded if exact else (*self.rounded, dtype_name(dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -64,7 +65,8 @@ class Basis:
         """A and B of one module, on the weight's device; ValueError where they were made from another weight.
 
         The weight must have the same values as the one they were made from, in whatever dtype: an adapter file is
-        loaded by making A and B again from the weight.  To check a file of version 1, that is done here.
+        loaded by making A and B again from the weight.  A file of version 1 has no probes of the weight, so A and B are
+        computed again to check it.
         """
         A, B = (self.file.get_tensor(f"{there}.{which}").to(W.device) for which in "AB")
         (N, K), (rank, recipe) = W.shape, self.modules[there]
@@ -199,6 +201,9 @@ def make_basis(
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
+    asked = [] if isinstance(target_modules, str) else target_modules
+    if unused := [each for each in asked if not any(matches(job.recipe.name, [each]) for job in jobs)]:
+        warnings.warn(f"target_modules: no module matches {', '.join(unused)}", stacklevel=2)
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
         recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype

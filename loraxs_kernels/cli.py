@@ -194,20 +194,21 @@ def _init(arguments: argparse.Namespace) -> int:
     if not 0 < workspace < 2**63:
         raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    names = make_basis(
-        arguments.model,
-        arguments.rank,
-        arguments.out,
-        target_modules=_targets(arguments),
-        exclude_modules=arguments.exclude_modules,
-        seed=arguments.seed,
-        n_iter=arguments.n_iter,
-        tier=arguments.tier,
-        dtype=arguments.dtype and getattr(torch, arguments.dtype),
-        weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
-        devices=compute_devices(arguments.device or there),
-        workspace=int(workspace),
-    )
+    with _told_in_lines("loraxs init"):
+        names = make_basis(
+            arguments.model,
+            arguments.rank,
+            arguments.out,
+            target_modules=_targets(arguments),
+            exclude_modules=arguments.exclude_modules,
+            seed=arguments.seed,
+            n_iter=arguments.n_iter,
+            tier=arguments.tier,
+            dtype=arguments.dtype and getattr(torch, arguments.dtype),
+            weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
+            devices=compute_devices(arguments.device or there),
+            workspace=int(workspace),
+        )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
 
@@ -236,8 +237,7 @@ def _params(arguments: argparse.Namespace) -> int:
         raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
     with _quiet_transformers():
         model = from_config(_configuration(arguments.model))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _told_in_lines("loraxs params"):
         try:
             counts = {
                 r: count_parameters(
@@ -251,10 +251,18 @@ def _params(arguments: argparse.Namespace) -> int:
             }
         except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"loraxs params: {text}", file=sys.stderr)
     print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
     return 0
+
+
+@contextmanager
+def _told_in_lines(command: str) -> Iterator[None]:
+    """Each warning once, as one line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"{command}: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -41,6 +41,15 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
     disk does not take it.
     """
     target = target_of(path)
+    try:
+        _replace(target, parts)
+    except OSError as error:
+        if error.errno:  # a full disk has no name, and the temporary file has one that says nothing
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as f:
@@ -52,10 +61,8 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
                 os.chmod(f.name, mode)
             os.fsync(f.fileno())
             os.replace(f.name, target)
-        except BaseException as error:
+        except BaseException:
             Path(f.name).unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
-                error.filename = str(path)
             raise
     if os.name == "posix":  # the rename itself, too
         folder = os.open(target.parent, os.O_RDONLY)
@@ -67,11 +74,13 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
 
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     """The file that a path, or the link there, names; ValueError, naming the argument, where no file can be written."""
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         str(target).encode()
-    except UnicodeEncodeError:
+    except ValueError:  # a null byte, or a surrogate
         raise ValueError(f"{argument}: {path} must be a name in UTF-8: safetensors opens no other file") from None
+    if target.is_symlink():
+        raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
     if target.exists() and not target.is_file():
         what = "a folder" if target.is_dir() else "no regular file"
         raise ValueError(f"{argument}: {path} is {what}, must be the name of a file")
@@ -140,13 +149,13 @@ def sealed(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) 
 def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[dict[str, Any], Any]:
     """The header of a file that `sealed` made or that has version 1, and the open file, for `tensors_of`.
 
-    kind: the name of the header.  what, argument: what the file must be and who names it, for errors.  Raises
+    kind: the name of the header.  what: the kind of file in words.  argument: the parameter that named it.  Raises
     FileNotFoundError where there is no such file, and ValueError, naming the file, where it is another kind of file, of
     an unknown version or not as it was written.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}")
-    while True:
+    for _ in range(100):
         with open(path, "rb") as raw:
             try:
                 f = safetensors.safe_open(path, framework="pt")
@@ -155,6 +164,7 @@ def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[
                 raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
             if _is_at(path, raw):  # else another one has taken its place, before or after `f` was opened
                 return _checked_header(path, kind, what, text, raw), f
+    raise OSError(f"{path}: is replaced by other processes faster than it can be read")
 
 
 def _checked_header(path: Path, kind: str, what: str, text: str | None, raw: BinaryIO) -> dict[str, Any]:
@@ -205,7 +215,7 @@ def check_finite(t: Tensor, path: Path, what: str) -> None:
 def is_finite(t: Tensor) -> bool:
     """Whether a tensor of any dtype has neither NaN nor Inf values."""
     if t.is_floating_point() and t.element_size() == 1:
-        t = t.float()  # float8 types know no isfinite
+        t = t.float()  # isfinite does not support float8
     return not (t.is_floating_point() or t.is_complex()) or bool(torch.isfinite(t).all())
 
 

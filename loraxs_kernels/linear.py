@@ -15,7 +15,7 @@ from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import FLOATS, is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, is_conv1d, is_dtensor, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
@@ -43,6 +43,8 @@ class LoRAXSLinear(nn.Module):
     B: Tensor
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
+    _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
+    _foreign = False  # whether A and B came from a state dict, and are not those that were there
 
     def __init__(
         self,
@@ -163,6 +165,7 @@ class LoRAXSLinear(nn.Module):
                 raise ValueError(f"{self.label}: {error}") from error
         if factors is not None:
             self.set_factors(*factors)
+            self._foreign = False
         self.reset_R()
 
     @torch.no_grad()
@@ -285,7 +288,7 @@ class LoRAXSLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         theirs = (f"{prefix}lora_", f"{prefix}default_lora_latent")
@@ -295,26 +298,31 @@ class LoRAXSLinear(nn.Module):
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
-        A = state_dict.get(f"{prefix}A", self.A)
-        elsewhere = A.dtype != self.A.dtype and A.dtype in FLOATS  # it was made, or rounded, differently
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        A = state_dict.get(f"{prefix}A")
+        other = A is not None and A.dtype in FLOATS and A.shape == self.A.shape and not _alike(A, self.A)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.B = padded_rows(self.B)
-        if elsewhere:
-            weight = state_dict.get(f"{prefix}base_layer.weight", A).dtype
-            made = replace(self.recipe, rounded=(), weight_dtype=dtype_name(weight) if weight in FLOATS else None)
-            self.recipe = made.cast(A.dtype).cast(self.A.dtype)
-            kept = weight if local_metadata.get("assign_to_params_buffers") else dense_dtype(self.base_layer)
-            self._coarsest = _coarser(weight, kept)
+        if other and self.recipe.init != "given":
+            self._foreign = True
+            self.recipe = replace(self.recipe, rounded=(), weight_dtype=None).cast(A.dtype).cast(self.A.dtype)
 
-    def lost_precision(self) -> torch.dtype | None:
-        """A dtype of less precision than that of the weight A and B were made from, if the weight was rounded to one.
-
-        Its A and B would be others.
-        """
+    def why_no_load(self) -> str | None:
+        """Why A and B, made again from the weight as it is now, would not be these, as the end of a sentence."""
+        if self._foreign:
+            return "came from a state dict, and were not made from these weights"
         made = self.recipe.weight_dtype
         if self.recipe.init in ("random", "given") or made is None or self._coarsest is None:
             return None
-        return self._coarsest if torch.finfo(self._coarsest).eps > torch.finfo(DTYPES[made]).eps else None
+        rounded = torch.finfo(self._coarsest).eps > max(torch.finfo(DTYPES[made]).eps, torch.finfo(torch.float32).eps)
+        return f"were made from weights in {made}, rounded to {dtype_name(self._coarsest)} since" if rounded else None
+
+
+def _alike(A: Tensor, other: Tensor) -> bool:
+    """Whether two A are the same but for what another device changes; by their dtypes, where values are not there."""
+    if A.is_meta or other.is_meta or is_dtensor(A) or is_dtensor(other):
+        return A.dtype == other.dtype
+    A, other = A.to(other.device, torch.float64), other.double()
+    return bool((A - other).norm() <= 1e-4 * other.norm())
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

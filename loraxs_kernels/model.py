@@ -149,7 +149,7 @@ def attach(
             adapter file beside R.  []: nothing but R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
             pair is checked against its weight.  The recipe is the file's, its seed included: seed, n_iter and tier
-            given here say nothing.
+            given here are ignored.
         device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
             Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
         workspace: bytes the SVD may take on each GPU beside the weights that are there already.

@@ -617,6 +617,18 @@ def _end(block: object) -> None:
         _users_settings.close()
 
 
+def _after_fork() -> None:
+    """In a forked process the blocks of other threads do not go on: the user's settings come back."""
+    global _exact_lock
+    _exact_lock = threading.RLock()  # another thread may have held it
+    _exact.clear()
+    _users_settings.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _save_settings(to: ExitStack) -> None:
     """Has `to` restore, when it is closed, how products are made in this process now."""
     cuda = torch.backends.cuda.matmul

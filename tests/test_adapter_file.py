@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -210,7 +209,7 @@ def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
         assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # The base, A and B as they are attached, where the model is moved before it is saved; the bases that load the file.
 MOVES = {
     "a checkpoint in bf16": ("bf16", None, [], {"bf16": True, "fp32": True, "fp16": True}),
@@ -220,6 +219,7 @@ MOVES = {
     "A in fp32, moved to fp16": ("bf16", "fp32", ["fp16"], {"bf16": True, "fp16": True}),
     "A in fp32": ("bf16", "fp32", [], {"bf16": True}),
     "A in bf16": ("fp32", "bf16", [], {"fp32": True}),
+    "A in fp32, moved to fp64": ("bf16", "fp32", ["fp64"], {"bf16": True}),
     "assigned": ("fp32", None, "A and B in bf16", {"fp32": True}),
 }
 
@@ -243,7 +243,7 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
     if loses:
         made, now = "float32", "bfloat16"
         with pytest.warns(
-            UserWarning, match=f"were made from weights in {made}, which were rounded to {now} since. .*portable=True"
+            UserWarning, match=f"were made from weights in {made}, rounded to {now} since. .*save_factors=True"
         ):
             lx.save_adapter(model, path)
     with warnings.catch_warnings():
@@ -253,10 +253,8 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
             if fits:
                 lx.load_adapter(bases[name], path)
                 assert worst_error(bases[name], deltas(model)) < 1e-3
-                assert {layer.A.dtype for _, layer in adapted_layers(bases[name])} <= {
-                    DTYPES[name],
-                    model.encoder.layer[0].attention.self.query.A.dtype,
-                }
+                kinds = {layer.A.dtype for _, layer in adapted_layers(bases[name])}
+                assert kinds <= {DTYPES[name], DTYPES[dtype or start], next(adapted_layers(model))[1].A.dtype}
                 lx.save_adapter(bases[name], tmp_path / "again.safetensors")
                 lx.load_adapter(copy.deepcopy(lx.detach(bases[name])), tmp_path / "again.safetensors")
             else:
@@ -279,7 +277,7 @@ def test_the_message_says_what_was_found(trained):
     ) as refusal:
         lx.load_adapter(other, path)
     assert "dtype" not in str(refusal.value) and "portable" not in str(refusal.value)
-    with pytest.raises(AdapterMismatch, match="A and B were rounded to nothing, those of this model to bfloat16"):
+    with pytest.raises(AdapterMismatch, match="A and B were not rounded, those of this model were rounded to bfloat16"):
         rounded = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, dtype=torch.bfloat16)
         lx.load_adapter(rounded, path.with_name("plain"))
     for how, what in ((dict(init="random"), "init 'random' and not 'svd', "), (dict(n_iter=0), "n_iter 0 and not 5")):
@@ -355,11 +353,11 @@ OTHER_BASES = {
     "another model": (other_weights, r"module '2' is .* its singular values are not those"),
     "edited weights": (
         scaled_by(1.01),
-        r"module '0' is 1\.\de-02, more than 1e-03: the weights differ \(edited, .* save the adapter again with",
+        r"module '0' is 1\.\de-02, more than 1e-03: the weights differ \(edited .* save the adapter again with",
     ),
     "quantised weights": (
         lambda m: m[0].weight.data.copy_((m[0].weight / 0.03).round() * 0.03),
-        r"module '0' is .*, more than 1e-03: the weights differ \(edited, or quantised",
+        r"module '0' is .*, more than 1e-03: the weights differ \(edited or quantised",
     ),
 }
 
@@ -505,7 +503,7 @@ DAMAGES = {
     "rank a truth": (in_layer(rank=True), "module '0': rank: got True"),
     "dropout of one": (in_layer(dropout=1.0), r"dropout: got 1\.0, must be in \[0, 1\)"),
     "a seed of fractions": (in_layer(seed=0.5), r"seed: got 0\.5, must be an integer"),
-    "a seed without end": (in_layer(seed=10**40), "seed: got 1000.* must be an integer of at most 64 bits"),
+    "a seed without end": (in_layer(seed=10**40), "seed: got 1000.* must be an integer of at most 128 bits"),
     "iterations without end": (in_layer(n_iter=10**6), "n_iter: got 1000000, must be an integer from 0 to 1000"),
     "a block without end": (in_layer(block=10**9), "block: got 1000000000, must be"),
     "a block below the rank": (
@@ -598,6 +596,17 @@ def test_values_that_a_head_cannot_hold_are_refused(tmp_path):
     assert torch.equal(lx.load_adapter(model(torch.float32), path)[3].bias, m[3].bias)
     with pytest.raises(ValueError, match=r"3\.bias: has values in the file that are NaN or Inf in torch\.float16"):
         lx.load_adapter(model(torch.float16), path)
+    m[0].R.data[0] = 3e38
+    with pytest.raises(ValueError, match=r"module '0': R has values up to 3\.0e\+38, too large for a file"):
+        lx.save_adapter(m, path)
+    nn.init.zeros_(m[0].R)
+    m[0].scaling = 7.0
+    with pytest.raises(ValueError, match=r"module '0': its scaling is 7\.0, must be alpha / rank = 1\.0"):
+        lx.save_adapter(m, path)
+    m[0].alpha = float("nan")
+    with pytest.raises(ValueError, match="alpha: got nan for module '0', must be a finite number"):
+        lx.save_adapter(m, path)
+    m[0].alpha = 28.0
     m[3].bias.data[1] = torch.inf
     with pytest.raises(ValueError, match=r"tensor '3\.bias' has NaN or Inf values; nothing was written"):
         lx.save_adapter(m, path)
@@ -610,7 +619,9 @@ def test_a_state_dict_in_another_dtype_brings_its_own_roundings(minilm, tmp_path
     source = randomise(lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS))
     model = lx.attach(minilm.bfloat16(), 16, target_modules=TARGETS)
     model.load_state_dict(source.state_dict(), assign=assign)
-    with nullcontext() if assign else pytest.warns(UserWarning, match="made from weights in float32, .* to bfloat16"):
+    with pytest.warns(
+        UserWarning, match=r"came from a state dict, and were not made from these weights\. .*save_factors"
+    ):
         lx.save_adapter(model, path)
     assert worst_error(lx.load_adapter(base, path), deltas(model)) < 1e-3
 
@@ -621,11 +632,11 @@ def test_any_move_of_dtype_is_taken(trained):
         model.to(torch.bfloat16).to(torch.float16)
     model.float()
     assert model[0].recipe.rounded == ("bfloat16", "float16")
-    with pytest.warns(UserWarning, match="made from weights in float32, which were rounded to bfloat16"):
+    with pytest.warns(UserWarning, match="made from weights in float32, rounded to bfloat16"):
         lx.save_adapter(model, path)
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-3
     model.to(torch.float8_e4m3fn).float()
-    with pytest.warns(UserWarning, match="made from weights in float32, which were rounded to float8_e4m3fn"):
+    with pytest.warns(UserWarning, match="made from weights in float32, rounded to float8_e4m3fn"):
         lx.save_adapter(model, path)
     with pytest.raises(AdapterMismatch):
         lx.load_adapter(mlp(), path)

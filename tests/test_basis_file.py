@@ -124,6 +124,9 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     opened = []
     real = basis_file._opened
     monkeypatch.setattr(basis_file, "_opened", lambda path: opened.append(path.name) or real(path))
+    with pytest.warns(UserWarning, match="target_modules: no module matches sideways"):
+        make_basis(checkpoint, 4, out, target_modules=["up", "sideways"])
+    opened.clear()
     names = make_basis(
         checkpoint,
         4,
@@ -219,6 +222,11 @@ def test_a_basis_in_bf16_serves_the_model_in_any_dtype(minilm, tmp_path, dtype):
             assert (state[name] - t).norm() <= 1e-3 * t.norm(), name
         if basis is not None:
             assert all(torch.equal(state[name], t) for name, t in m.state_dict().items())
+    narrow = lx.attach(
+        copy.deepcopy(base), 16, target_modules=targets, basis=tmp_path / "basis.safetensors", dtype=torch.bfloat16
+    )
+    lx.save_adapter(narrow, tmp_path / "narrow.safetensors")
+    lx.load_adapter(copy.deepcopy(base), tmp_path / "narrow.safetensors", basis=tmp_path / "basis.safetensors")
     with pytest.raises(ValueError, match="basis: got a file for a model that has adapters already"):
         lx.load_adapter(loaded, tmp_path / "adapter.safetensors", basis=tmp_path / "basis.safetensors")
 

@@ -44,6 +44,13 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     for path, what in ((fifo, "no regular file"), (Path("/dev/null"), "no regular file"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"path: {path} is {what}, must be the name of a file"):
             write_atomically(path, b"data")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ValueError, match="loop is a link to itself"):
+        write_atomically(loop, b"data")
+    loop.unlink()
+    with pytest.raises(ValueError, match="must be a name in UTF-8"):
+        write_atomically("a\0b", b"data")
     with pytest.raises(ValueError, match=r"out: .*/a/b is in .*/fifo, which is no folder"):
         target_of(fifo / "a" / "b", "out")
     assert stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,15 @@ def _release(block: object) -> None:
     global _forced
     _blocks.pop(block, None)
     _forced = next(reversed(_blocks.values()), None)
+
+
+def _after_fork() -> None:
+    global _blocks_lock
+    _blocks_lock = threading.RLock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def unavailable(name: str) -> str | None:

@@ -59,7 +59,7 @@ class Table:
 def show(tables: Iterable[Table]) -> None:
     """Print: with rich where it is installed and a person is looking, else as plain text."""
     pretty = None
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         try:
             from rich import console, table
 
