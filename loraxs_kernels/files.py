@@ -189,7 +189,16 @@ def _sha256(f: BinaryIO, said: str) -> str:
     """The digest of a file with zeros in the place of the one that it holds."""
     length = f.read(8)
     start = length + f.read(int.from_bytes(length, "little"))
-    digest = hashlib.sha256(start.replace(said.encode(), UNKNOWN.encode(), 1))
+    return _digest_of_rest(f, hashlib.sha256(start.replace(said.encode(), UNKNOWN.encode(), 1)))
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a whole file."""
+    with open(path, "rb") as f:
+        return _digest_of_rest(f, hashlib.sha256())
+
+
+def _digest_of_rest(f: BinaryIO, digest: Any) -> str:
     while chunk := f.read(2**20):
         digest.update(chunk)
     return digest.hexdigest()

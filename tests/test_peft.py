@@ -13,7 +13,16 @@ import textwrap
 import pytest
 import torch
 from helpers import interrupted_at
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -289,7 +298,6 @@ DAMAGES = {
     "a bit": (flipped(-9), r"adapter_model\.\w+: is damaged, or of another save .*its SHA-256 is \w{64}"),
     "zeros": (emptied, r"adapter_model\.safetensors: is damaged, or of another save"),
     "another save": (of_another_save, r"adapter_model\.safetensors: is damaged, or of another save"),
-    "both": (lambda f: (f / "adapter_model.bin").touch(), r"has adapter_model\.safetensors and .*\.bin, must have one"),
     "alpha": (lambda f: edited(f, lora_alpha=9), r"adapter_config\.json: sha256: the fields are not those"),
     "no alpha": (lambda f: edited(f, lora_alpha=None), r"adapter_config\.json: sha256: the fields are not those"),
     "wrong type": (lambda f: edited(f, r="16"), r"adapter_config\.json: r: got '16', must be an integer"),
@@ -406,15 +414,47 @@ def test_a_file_of_zeros_is_of_another_base(saved):
         PeftModel.from_pretrained(llama(), saved)
 
 
-@pytest.mark.skipif(not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="peft 0.19 or later")
-def test_an_adapter_that_is_there_is_not_overwritten_by_a_part(trained, saved):
-    """Trainer resumes so: PEFT does not read the config then."""
-    rewritten(saved, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(LAST)])
+def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_path):
+    """It may be used for a new model, whose state dicts need not be the adapter's file."""
+    settings = LoraXSConfig.from_pretrained(saved)
+    settings.inference_mode = False
+    model = get_peft_model(llama(), settings)
+    part = {key: 2 * t for key, t in trained.state_dict().items() if "layers.0" in key and "loraxs_R" in key}
+    model.load_state_dict(part | {"extra.w": torch.ones(1)}, strict=False)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(trained))
+    half = {key: t for key, t in get_peft_model_state_dict(trained).items() if "layers.0" in key}
+    set_peft_model_state_dict(model, half)
+    assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
+
+
+def test_weights_of_an_earlier_save_in_the_other_format(trained, tmp_path):
+    """PEFT loads adapter_model.safetensors where there are both: only the one that was saved last is right."""
+    trained.save_pretrained(tmp_path, safe_serialization=False)
     randomise(trained)
-    y = logits(trained)
-    with pytest.raises(ValueError, match=r"the adapter's file: adapter 'default': has no R for module"):
-        trained.load_adapter(saved, "default")
-    assert torch.equal(logits(trained), y)
+    trained.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(trained))
+    trained.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"\.safetensors: is of an earlier save than adapter_model\.bin .*; remove it"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_numbers_of_other_packages_are_fields_like_others(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    settings = config(
+        r=numpy.int64(4), lora_alpha=numpy.float32(8), loraxs_dropout=numpy.float32(0.25), target_modules=["q_proj"]
+    )
+    settings.layers_to_transform = range(2)
+    settings.base_model_name_or_path = tmp_path
+    settings.save_pretrained(tmp_path)
+    again = LoraXSConfig.from_pretrained(tmp_path)
+    assert (again.r, again.lora_alpha, again.loraxs_dropout, again.layers_to_transform) == (4, 8.0, 0.25, [0, 1])
+    model = get_peft_model(llama(), config())
+    model.peft_config["default"].lora_alpha = float("nan")
+    with pytest.raises(ValueError, match="lora_alpha: got nan, must be a finite number or None"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
 
 
 def test_a_state_dict_in_memory_may_hold_R_alone(trained):
@@ -1062,7 +1102,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was(second):
         (dict(rank_pattern={"(": 3}), ValueError, "rank_pattern: got"),
         (dict(svd_recipe={"4 32x32": {"n_iter": 10**6}}), ValueError, "svd_recipe: got"),
         (dict(svd_n_iter=10**6), ValueError, "svd_n_iter: got 1000000, must be an integer from 0 to 1000, or None"),
-        (dict(svd_seed=1.5), ValueError, "svd_seed: got 1.5, must be an integer of at most 64 bits"),
+        (dict(svd_seed=1.5), ValueError, "svd_seed: got 1.5, must be an integer of at most 128 bits"),
         (dict(loraxs_dropout="x"), ValueError, "loraxs_dropout: got 'x'"),
         (dict(modules_to_save="lm_head"), ValueError, "modules_to_save: got 'lm_head', must be a list of names"),
         (dict(layers_pattern="layers"), ValueError, "layers_pattern"),

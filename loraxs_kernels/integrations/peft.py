@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
@@ -49,7 +49,7 @@ from .. import basis
 from ..adapter_file import fitted, mismatch
 from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
-from ..files import read_json, write_atomically
+from ..files import read_json, sha256_of, write_atomically
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
 from ..matching import matches
 from ..model import (
@@ -87,8 +87,22 @@ except ImportError:  # before peft 0.20, which cannot merge into quantised layer
 if Version(peft.__version__).release < (0, 18):
     raise ImportError(f"loraxs_kernels.integrations.peft: got peft {peft.__version__}, must be 0.18 or later")
 
+NO_FILES: Mapping[str, str] = {}
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loads where there are both
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it, but for sets."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        kind = set if isinstance(value, (set, frozenset)) else tuple if isinstance(value, tuple) else list
+        return kind(map(_plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # numpy's numbers and arrays, told without importing it
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
 
 def _names(value: Any) -> bool:
@@ -121,9 +135,12 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _patterns(v, integer(1, 2**16)),
         "{regular expression: integer from 1 to 65536}",
     ),
-    "alpha_pattern": (lambda v: _patterns(v, is_number), "{regular expression: finite number}"),
+    "alpha_pattern": (
+        lambda v: _patterns(v, lambda alpha: alpha is None or is_number(alpha)),
+        "{regular expression: finite number or None}",
+    ),
     "layers_to_transform": (
-        lambda v: v is None or all(integer(0, 2**31)(i) for i in (v if isinstance(v, (list, tuple, set)) else [v])),
+        lambda v: v is None or all(map(integer(-(2**31), 2**31), v if isinstance(v, (list, tuple, set)) else [v])),
         "an integer, a list of such or None",
     ),
     "layers_pattern": (lambda v: v is None or isinstance(v, str) or _names(v), "a name, a list of names or None"),
@@ -141,11 +158,11 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "{rank and shape: the method, block, n_iter and tier of an SVD}",
     ),
     "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
-    "save_factors": (lambda v: isinstance(v, bool), "True or False"),
-    "check_fingerprint": (lambda v: isinstance(v, bool), "True or False"),
-    "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
-    "base_model_name_or_path": (lambda v: v is None or isinstance(v, (str, os.PathLike)), "a name or None"),
-    "sha256": (lambda v: isinstance(v, dict), "what was saved"),
+    "save_factors": (lambda v: v in (True, False), "True or False"),
+    "check_fingerprint": (lambda v: v in (True, False), "True or False"),
+    "inference_mode": (lambda v: v in (True, False, None), "True or False"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a name or None"),
+    "sha256": (lambda v: isinstance(v, dict), "a dictionary, as save_pretrained writes it"),
 }
 
 # What no checksum covers: users edit these by hand, PEFT changes them, or they are for training alone.
@@ -217,14 +234,14 @@ class LoraXSConfig(PeftConfig):
     check_fingerprint: bool = field(default=True, metadata={"help": "check A and B when an adapter is loaded"})
     sha256: dict = field(default_factory=dict, metadata={"help": "of the files and fields; not to be set"})
 
-    _file = None  # that the next state dict comes from: it must have the whole adapter, and nothing else
+    # The file that this was loaded with, the modules that have an R there, and the number of its tensors.  A state dict
+    # of just these is what PEFT loads from there, and must have the whole adapter and nothing else.
+    _loaded = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORAXS
-        for name, (fits, must) in FIELDS.items():
-            if not fits(value := getattr(self, name)):
-                raise ValueError(f"{name}: got {value!r}, must be {must}")
+        self.check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
@@ -244,6 +261,13 @@ class LoraXSConfig(PeftConfig):
             )
         self.sha256 = {name: digest for name, digest in self.sha256.items() if name != "fields"}
 
+    def check(self) -> None:
+        """ValueError, naming the field, where one is not what it must be; numbers of other packages become Python's."""
+        for name, (fits, must) in FIELDS.items():
+            setattr(self, name, value := _plain(getattr(self, name)))
+            if not fits(value):
+                raise ValueError(f"{name}: got {value!r}, must be {must}")
+
     def _digest(self) -> str:
         """The SHA-256 of the fields that decide what the adapter computes.
 
@@ -259,6 +283,7 @@ class LoraXSConfig(PeftConfig):
         The latter where PeftModel.save_pretrained calls, which has written the weights before and says so by its
         argument.  With any other caller, such as transformers, the weights of the folder may still be old ones.
         """
+        self.check()
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_directory: {folder} is a file, must be a folder or not there")
@@ -266,8 +291,9 @@ class LoraXSConfig(PeftConfig):
         written["sha256"] = {"fields": self._digest()}
         if "auto_mapping_dict" in kwargs:
             written["auto_mapping"] = kwargs["auto_mapping_dict"] or written["auto_mapping"]
-            for file in _weights_in(folder):
-                written["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            if files := _weights_in(folder):  # beside one of an earlier save, in the other format
+                newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+                written["sha256"][newest.name] = sha256_of(newest)
         text = json.dumps(written, indent=2, sort_keys=True, default=sorted)
         write_atomically(folder / CONFIG_NAME, text.encode())
 
@@ -291,25 +317,23 @@ class LoraXSConfig(PeftConfig):
             raise ValueError(f"{file}: {error}") from error
         if not isinstance(config, cls):
             return config
-        weights = _weights_in(file.parent)
-        if len(weights) > 1:
-            names = " and ".join(each.name for each in weights)
-            raise ValueError(f"{file.parent}: has {names}, must have one of them: one has been left from another save")
-        for each in weights:
+        for each in _weights_in(file.parent)[:1]:
             config._check_weights(each)
-            config._file = str(each)
         config.sha256 = {}
         return config
 
     def _check_weights(self, file: Path) -> None:
-        data = file.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if self.sha256 and found != (said := self.sha256.get(file.name)):
+        """Look at the weights that PEFT is about to load, and note what they are."""
+        if self.sha256 and (said := self.sha256.get(file.name)) != (found := sha256_of(file)):
+            if said is None:
+                raise ValueError(f"{file}: is of an earlier save than {', '.join(self.sha256)} beside it; remove it")
             raise ValueError(
                 f"{file}: is damaged, or of another save than {CONFIG_NAME} beside it: its SHA-256 is {found}, that "
                 f"file says {said}; without the entry sha256 there it is taken as it is"
             )
-        tensors = read_tensors(file, data)
+        tensors = read_tensors(file)
+        with_R = (key for key in tensors if key.endswith(".loraxs_R"))
+        self._loaded = str(file), {key.removeprefix(PREFIX).removesuffix(".loraxs_R") for key in with_R}, len(tensors)
         if not any(key.endswith(".loraxs_R") for key in tensors):
             raise ValueError(f"{file}: has no R (loraxs_R) of any module")
         for key in tensors:
@@ -566,6 +590,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for config in self.config.values():
+            config.check()  # before PEFT writes the weights: its fields may have been set since
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
@@ -579,15 +605,15 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 destination[f"{prefix}loraxs_R.{name}"] = R.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str, whole_model: bool = False) -> None:
+    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str, files: Mapping[str, str] = NO_FILES) -> None:
         """Raise a ValueError, naming the layer, where an adapter in a state dict is not whole or does not fit this one.
 
-        Adapters that the state dict has nothing of are left alone, unless it is for a whole model and known to come
-        from their file.  The R that a parametrization has made is taken out of the state dict, where what it was made
+        Adapters that the state dict has nothing of are left alone, unless it is known to come from their file (`files`,
+        by their names).  The R that a parametrization has made is taken out of the state dict, where what it was made
         of is there too.
         """
         for name, r in self.r.items():
-            label, file = label_of(self.recipe[name].name), self.config[name]._file if whole_model else None
+            label, file = label_of(self.recipe[name].name), files.get(name)
             which_one = f"{file}: adapter {name!r}" if file else f"adapter {name!r}"
             shapes = {"A": (r, self.in_features), "R": (r, r), "B": (self.out_features, r)}
             shapes["fingerprint"] = (r + basis.PROBES,)
@@ -765,12 +791,6 @@ class LoraXSModel(BaseTuner):
         """All layers or none: the weights as they were are kept until all are merged, a second copy of those."""
         with self._all_or_none():
             return super()._unload_and_optionally_merge(*args, **options)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: LoraXSConfig, **rest: Any) -> dict:
-        """What PEFT calls, from 0.19 on, before it loads what an adapter's file has."""
-        config._file = config._file or "the adapter's file"
-        return super()._remap_adapter_state_dict_for_load(model=model, config=config, **rest)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
@@ -955,14 +975,21 @@ def _check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefi
     }
     if layers:  # it may have been unloaded
         translate(state_dict, layers, whole_model=True)
-        whole = any(".loraxs_" in key for key in state_dict)  # else it is of the base model alone
+        configs = {name: config for layer in layers.values() for name, config in layer.config.items()}
+        files = {name: c._loaded[0] for name, c in configs.items() if _is_what_was_loaded(c, name, state_dict, prefix)}
         for name, layer in layers.items():
-            layer.check_state_dict(state_dict, f"{name}.", whole)
-        from_files = [each for layer in layers.values() for each in layer.config.values() if whole and each._file]
-        if from_files:
-            _check_all_belongs(model, state_dict, prefix, from_files[0]._file)
-        for config in from_files:
-            config._file = None
+            layer.check_state_dict(state_dict, f"{name}.", files)
+        for file in files.values():
+            _check_all_belongs(model, state_dict, prefix, file)
+
+
+def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a state dict has, for this adapter, just the tensors of the file that the config was loaded with."""
+    if config._loaded is None or len(state_dict) != config._loaded[2]:
+        return False
+    ending = f".loraxs_R.{adapter}"
+    with_R = (key for key in state_dict if key.endswith(ending))
+    return config._loaded[1] == {key.removeprefix(prefix).removesuffix(ending) for key in with_R}
 
 
 def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, file: str) -> None:

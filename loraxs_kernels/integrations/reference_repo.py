@@ -10,7 +10,6 @@ know.  PEFT saves it all the same, and loads such a checkpoint without R: as LoR
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -544,10 +543,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: is of PEFT's type {config.get('peft_type')!r}, the reference's are of 'LORA'")
-    return config, read_tensors(file, file.read_bytes())
+    return config, read_tensors(file)
 
 
-def read_tensors(file: Path, data: bytes) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of PEFT's weights, a safetensors file or a .bin, on the CPU; nothing in them is run.
 
     Raises ValueError, naming the file, where it is not whole, or holds something that is no dense tensor, or not
@@ -555,9 +554,9 @@ def read_tensors(file: Path, data: bytes) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".bin":
-            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            tensors = dict(sorted(safetensors.torch.load(data).items()))  # which come in any order
+            tensors = safetensors.torch.load_file(file)
     except Exception as error:  # of a dozen kinds, by where the damage is
         raise ValueError(f"{file}: is not a whole file of tensors ({error or type(error).__name__})") from error
     if not isinstance(tensors, dict):
