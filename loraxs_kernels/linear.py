@@ -288,7 +288,7 @@ class LoRAXSLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"module {prefix[:-1]!r} is merged: unmerge it before loading a state dict")
         theirs = (f"{prefix}lora_", f"{prefix}default_lora_latent")
@@ -298,13 +298,18 @@ class LoRAXSLinear(nn.Module):
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
-        A = state_dict.get(f"{prefix}A")
-        other = A is not None and A.dtype in FLOATS and A.shape == self.A.shape and not _alike(A, self.A)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        A, W = (state_dict.get(f"{prefix}{name}") for name in ("A", "base_layer.weight"))
+        if self.recipe.init != "given" and _is_another(A, self.A):
+            own = getattr(self.base_layer, "weight", None)
+            self._foreign = not _is_another(W, own)  # else the weight that they were made from comes with them
+            made = None if self._foreign else dtype_name(W.dtype)
+            if not self._foreign:
+                assigned = local_metadata.get("assign_to_params_buffers", False)
+                self._coarsest = W.dtype if assigned else _coarser(W.dtype, own.dtype)
+            self.recipe = replace(self.recipe, rounded=(), weight_dtype=made).cast(A.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.B = padded_rows(self.B)
-        if other and self.recipe.init != "given":
-            self._foreign = True
-            self.recipe = replace(self.recipe, rounded=(), weight_dtype=None).cast(A.dtype).cast(self.A.dtype)
+        self.recipe = self.recipe.cast(self.A.dtype)
 
     def why_no_load(self) -> str | None:
         """Why A and B, made again from the weight as it is now, would not be these, as the end of a sentence."""
@@ -317,12 +322,18 @@ class LoRAXSLinear(nn.Module):
         return f"were made from weights in {made}, rounded to {dtype_name(self._coarsest)} since" if rounded else None
 
 
-def _alike(A: Tensor, other: Tensor) -> bool:
-    """Whether two A are the same but for what another device changes; by their dtypes, where values are not there."""
-    if A.is_meta or other.is_meta or is_dtensor(A) or is_dtensor(other):
-        return A.dtype == other.dtype
-    A, other = A.to(other.device, torch.float64), other.double()
-    return bool((A - other).norm() <= 1e-4 * other.norm())
+@torch.no_grad()
+def _is_another(t: Tensor | None, own: Tensor | None) -> bool:
+    """Whether a tensor of a state dict is more than what another device would make of the layer's own.
+
+    Where the values are not there to compare, the dtypes are.
+    """
+    if t is None or own is None or t.dtype not in FLOATS or own.dtype not in FLOATS or t.shape != own.shape:
+        return False
+    if any(each.is_meta or is_dtensor(each) for each in (t, own)):
+        return t.dtype != own.dtype
+    own = own.float()
+    return not (t.to(own) - own).norm() <= 1e-4 * own.norm()
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

@@ -619,11 +619,42 @@ def test_a_state_dict_in_another_dtype_brings_its_own_roundings(minilm, tmp_path
     source = randomise(lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS))
     model = lx.attach(minilm.bfloat16(), 16, target_modules=TARGETS)
     model.load_state_dict(source.state_dict(), assign=assign)
+    if assign:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lx.save_adapter(model, path)
+    else:
+        with pytest.warns(UserWarning, match="were made from weights in float32, rounded to bfloat16 since"):
+            lx.save_adapter(model, path)
+    assert worst_error(lx.load_adapter(base, path), deltas(model)) < 1e-3
+
+
+def test_A_and_B_of_a_state_dict_that_these_weights_do_not_make(minilm, tmp_path):
+    """Made from the weights in fp32, in a model of bf16: nothing but their values tells."""
+    path = tmp_path / "a.safetensors"
+    source = randomise(lx.attach(copy.deepcopy(minilm), 16, target_modules=TARGETS)).bfloat16()
+    base = minilm.bfloat16()
+    model = lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS)
+    model.load_state_dict(source.state_dict())
     with pytest.warns(
         UserWarning, match=r"came from a state dict, and were not made from these weights\. .*save_factors"
     ):
         lx.save_adapter(model, path)
-    assert worst_error(lx.load_adapter(base, path), deltas(model)) < 1e-3
+    with pytest.raises(AdapterMismatch, match="or A and B of one of the two came from a state dict"):
+        lx.load_adapter(base, path)
+    lx.save_adapter(model, path, save_factors=True)
+    with pytest.warns(UserWarning, match="R was aligned"):
+        lx.load_adapter(copy.deepcopy(base), path)
+    whole = lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS)
+    for _, layer in adapted_layers(whole):  # as if it had been made from its configuration alone
+        nn.init.normal_(layer.base_layer.weight)
+        layer.reset_parameters()
+    computed = randomise(lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS))
+    whole.load_state_dict(computed.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(whole, path)
+        lx.load_adapter(base, path)
 
 
 def test_any_move_of_dtype_is_taken(trained):

@@ -469,7 +469,10 @@ def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkey
     path, out = tmp_path / "a.json", tmp_path / "out"
     path.write_text(json.dumps(report.load(SAMPLE) | change))
     assert gpu_suite.main(["--device", "cpu", "--out", str(out), "--after", str(path)]) == 1
-    assert capsys.readouterr().err == f"gpu_suite: after: got {path}, must be a report that this suite wrote\n"
+    why = f"after: got {path}, must be a report that this suite wrote"
+    if "rows" in change:
+        why = f"{path}: rows must be a list of JSON objects"
+    assert capsys.readouterr().err == f"gpu_suite: {why}\n"
     assert not out.exists()
 
 
