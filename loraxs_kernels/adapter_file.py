@@ -70,8 +70,8 @@ def save_adapter(
         save_factors: add A and B themselves (large).  Always so for factors that were given and not computed.
 
     Raises ValueError, before anything is written, where the model has no adapters, or where R or a parameter of the
-    modules_to_save is not finite.  Warns if A and B are not those that the base weights make now: because the weights
-    were rounded since (fp32 moved to bf16, even if moved back), or because A and B came from a state dict.
+    modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
+    even if moved back): the file then loads only where the weights are as they were before.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
@@ -100,7 +100,8 @@ def save_adapter(
         if not all(map(is_finite, record.values())):
             largest = layer.R.abs().max().item()
             raise ValueError(
-                f"module {name!r}: R has values up to {largest:.1e}, too large for a file; nothing was written"
+                f"module {name!r}: A or B is not finite, or R has values too large for a file (up to {largest:.1e}); "
+                "nothing was written"
             )
         for key, t in record.items():
             stacks.setdefault(f"{key}/{layer.rank}", []).append(t.cpu())

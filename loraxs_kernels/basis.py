@@ -124,7 +124,7 @@ class Recipe:
         """The dtype to store A and B in beside a weight: the weight's own, if it holds them as they were rounded."""
         if self.dtype is not None:
             return DTYPES[self.dtype]
-        made = torch.promote_types(DTYPES[self.weight_dtype], torch.float32) if self.weight_dtype else weight
+        made = torch.float32 if self.weight_dtype else weight  # fp32 is enough for what was not rounded
         last = DTYPES[self.rounded[-1]] if self.rounded else made
         return weight if torch.finfo(weight).eps <= torch.finfo(last).eps else last
 

@@ -260,9 +260,11 @@ def _told_in_lines(command: str) -> Iterator[None]:
     """Each warning once, as one line on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"{command}: {text}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(warning.message) for warning in caught):
+                print(f"{command}: {text}", file=sys.stderr)
 
 
 @contextmanager

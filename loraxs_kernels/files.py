@@ -78,7 +78,9 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
         target = Path(os.path.realpath(path))
         str(target).encode()
     except ValueError:  # a null byte, or a surrogate
-        raise ValueError(f"{argument}: {path} must be a name in UTF-8: safetensors opens no other file") from None
+        raise ValueError(
+            f"{argument}: got {str(path)!r}, must be a name in UTF-8 without a null byte, for safetensors"
+        ) from None
     if target.is_symlink():
         raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
     if target.exists() and not target.is_file():

@@ -15,7 +15,7 @@ from .functional import autocast, lora_xs_delta, together, unchecked
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import FLOATS, is_conv1d, is_dtensor, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, is_conv1d, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
@@ -44,7 +44,6 @@ class LoRAXSLinear(nn.Module):
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
-    _foreign = False  # whether A and B came from a state dict, and are not those that were there
 
     def __init__(
         self,
@@ -165,7 +164,6 @@ class LoRAXSLinear(nn.Module):
                 raise ValueError(f"{self.label}: {error}") from error
         if factors is not None:
             self.set_factors(*factors)
-            self._foreign = False
         self.reset_R()
 
     @torch.no_grad()
@@ -298,42 +296,24 @@ class LoRAXSLinear(nn.Module):
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
-        A, W = (state_dict.get(f"{prefix}{name}") for name in ("A", "base_layer.weight"))
-        if self.recipe.init != "given" and _is_another(A, self.A):
-            own = getattr(self.base_layer, "weight", None)
-            self._foreign = not _is_another(W, own)  # else the weight that they were made from comes with them
-            made = None if self._foreign else dtype_name(W.dtype)
-            if not self._foreign:
-                assigned = local_metadata.get("assign_to_params_buffers", False)
-                self._coarsest = W.dtype if assigned else _coarser(W.dtype, own.dtype)
-            self.recipe = replace(self.recipe, rounded=(), weight_dtype=made).cast(A.dtype)
+        A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.B = padded_rows(self.B)
-        self.recipe = self.recipe.cast(self.A.dtype)
+        if A is not None and A.dtype in FLOATS and A.dtype != dtype:  # made for a layer in another dtype
+            made = W.dtype if W is not None and W.dtype in FLOATS else None
+            if made is not None:
+                assigned = local_metadata.get("assign_to_params_buffers", False)
+                self._coarsest = made if assigned else _coarser(made, dense_dtype(self.base_layer))
+            recipe = replace(self.recipe, rounded=(), weight_dtype=made and dtype_name(made))
+            self.recipe = recipe.cast(A.dtype).cast(self.A.dtype)
 
     def why_no_load(self) -> str | None:
         """Why A and B, made again from the weight as it is now, would not be these, as the end of a sentence."""
-        if self._foreign:
-            return "came from a state dict, and were not made from these weights"
         made = self.recipe.weight_dtype
         if self.recipe.init in ("random", "given") or made is None or self._coarsest is None:
             return None
         rounded = torch.finfo(self._coarsest).eps > max(torch.finfo(DTYPES[made]).eps, torch.finfo(torch.float32).eps)
         return f"were made from weights in {made}, rounded to {dtype_name(self._coarsest)} since" if rounded else None
-
-
-@torch.no_grad()
-def _is_another(t: Tensor | None, own: Tensor | None) -> bool:
-    """Whether a tensor of a state dict is more than what another device would make of the layer's own.
-
-    Where the values are not there to compare, the dtypes are.
-    """
-    if t is None or own is None or t.dtype not in FLOATS or own.dtype not in FLOATS or t.shape != own.shape:
-        return False
-    if any(each.is_meta or is_dtensor(each) for each in (t, own)):
-        return t.dtype != own.dtype
-    own = own.float()
-    return not (t.to(own) - own).norm() <= 1e-4 * own.norm()
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

@@ -597,7 +597,7 @@ def test_values_that_a_head_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"3\.bias: has values in the file that are NaN or Inf in torch\.float16"):
         lx.load_adapter(model(torch.float16), path)
     m[0].R.data[0] = 3e38
-    with pytest.raises(ValueError, match=r"module '0': R has values up to 3\.0e\+38, too large for a file"):
+    with pytest.raises(ValueError, match=r"module '0': .* R has values too large for a file \(up to 3\.0e\+38\)"):
         lx.save_adapter(m, path)
     nn.init.zeros_(m[0].R)
     m[0].scaling = 7.0
@@ -629,32 +629,11 @@ def test_a_state_dict_in_another_dtype_brings_its_own_roundings(minilm, tmp_path
     assert worst_error(lx.load_adapter(base, path), deltas(model)) < 1e-3
 
 
-def test_A_and_B_of_a_state_dict_that_these_weights_do_not_make(minilm, tmp_path):
-    """Made from the weights in fp32, in a model of bf16: nothing but their values tells."""
-    path = tmp_path / "a.safetensors"
-    source = randomise(lx.attach(copy.deepcopy(minilm), 16, target_modules=TARGETS)).bfloat16()
-    base = minilm.bfloat16()
-    model = lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS)
-    model.load_state_dict(source.state_dict())
-    with pytest.warns(
-        UserWarning, match=r"came from a state dict, and were not made from these weights\. .*save_factors"
-    ):
-        lx.save_adapter(model, path)
-    with pytest.raises(AdapterMismatch, match="or A and B of one of the two came from a state dict"):
-        lx.load_adapter(base, path)
-    lx.save_adapter(model, path, save_factors=True)
-    with pytest.warns(UserWarning, match="R was aligned"):
-        lx.load_adapter(copy.deepcopy(base), path)
-    whole = lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS)
-    for _, layer in adapted_layers(whole):  # as if it had been made from its configuration alone
-        nn.init.normal_(layer.base_layer.weight)
-        layer.reset_parameters()
-    computed = randomise(lx.attach(copy.deepcopy(base), 16, target_modules=TARGETS))
-    whole.load_state_dict(computed.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lx.save_adapter(whole, path)
-        lx.load_adapter(base, path)
+def test_an_adapter_of_an_fp64_model_takes_the_dtype_of_an_fp32_one(tmp_path):
+    model = randomise(lx.attach(mlp().double(), 4, target_modules=["0"]))
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = lx.load_adapter(mlp(), tmp_path / "a.safetensors")
+    assert {loaded[0].A.dtype, loaded[0].R.dtype} == {torch.float32} and worst_error(loaded, deltas(model)) < 1e-5
 
 
 def test_any_move_of_dtype_is_taken(trained):

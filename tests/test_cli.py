@@ -129,7 +129,7 @@ def test_mistakes_of_the_program_keep_their_traceback(monkeypatch, kind):
         (["--n-iter", "1000000"], "n_iter: got 1000000, must be an integer from 0 to 1000"),
         (["--out", "toy"], "out: toy is a folder"),
         (["--out", ""], "out: . is a folder"),
-        (["--out", "\udcff"], "out: \\udcff must be a name in UTF-8"),
+        (["--out", "\udcff"], "out: got '\\udcff', must be a name in UTF-8"),
         (["--out", "toy/model.safetensors/x"], "out: toy/model.safetensors/x is in "),
     ],
 )

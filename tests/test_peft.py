@@ -429,6 +429,17 @@ def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_p
     assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
 
 
+def test_a_file_is_blamed_for_its_own_damage_alone(trained, saved, tmp_path):
+    model = PeftModel.from_pretrained(llama(), saved)
+    trained.save_pretrained(tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    next(t for key, t in tensors.items() if "loraxs_R" in key)[0, 0] = torch.nan
+    save_file(tensors, tmp_path / "other" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"R for module .* has NaN or Inf values") as refusal:
+        model.load_adapter(tmp_path / "other", "default")
+    assert str(saved / "adapter_model") not in str(refusal.value)
+
+
 def test_weights_of_an_earlier_save_in_the_other_format(trained, tmp_path):
     """PEFT loads adapter_model.safetensors where there are both: only the one that was saved last is right."""
     trained.save_pretrained(tmp_path, safe_serialization=False)

@@ -76,7 +76,7 @@ def _release(block: object) -> None:
 
 def _after_fork() -> None:
     global _blocks_lock
-    _blocks_lock = threading.RLock()  # another thread may have held it
+    _blocks_lock = threading.RLock()  # another thread may have held it; what its block has forced stays forced
 
 
 if hasattr(os, "register_at_fork"):

@@ -160,7 +160,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
     "save_factors": (lambda v: v in (True, False), "True or False"),
     "check_fingerprint": (lambda v: v in (True, False), "True or False"),
-    "inference_mode": (lambda v: v in (True, False, None), "True or False"),
+    "inference_mode": (lambda v: v in (True, False, None), "True, False or None"),
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a name or None"),
     "sha256": (lambda v: isinstance(v, dict), "a dictionary, as save_pretrained writes it"),
 }
@@ -262,7 +262,7 @@ class LoraXSConfig(PeftConfig):
         self.sha256 = {name: digest for name, digest in self.sha256.items() if name != "fields"}
 
     def check(self) -> None:
-        """ValueError, naming the field, where one is not what it must be; numbers of other packages become Python's."""
+        """ValueError, naming the field, where one is not what it must be; numpy's numbers become Python's."""
         for name, (fits, must) in FIELDS.items():
             setattr(self, name, value := _plain(getattr(self, name)))
             if not fits(value):
@@ -309,7 +309,8 @@ class LoraXSConfig(PeftConfig):
                 with suppress(Exception):  # most have one of the two; and PEFT says below if there is no config
                     there = hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **options)
                     file = Path(there).with_name(CONFIG_NAME)
-        if file.is_file() and not isinstance(kind := read_json(file.read_bytes(), str(file)).get("peft_type"), str):
+        said = read_json(file.read_bytes(), str(file)) if file.is_file() else {}
+        if not isinstance(kind := said.get("peft_type", "LORAXS"), str):
             raise ValueError(f"{file}: peft_type is {kind!r}, must be a name such as 'LORAXS'")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -590,8 +591,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        for config in self.config.values():
-            config.check()  # before PEFT writes the weights: its fields may have been set since
+        for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
+            try:
+                config.check()
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from error
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
@@ -979,8 +983,9 @@ def _check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefi
         files = {name: c._loaded[0] for name, c in configs.items() if _is_what_was_loaded(c, name, state_dict, prefix)}
         for name, layer in layers.items():
             layer.check_state_dict(state_dict, f"{name}.", files)
-        for file in files.values():
+        for name, file in files.items():
             _check_all_belongs(model, state_dict, prefix, file)
+            configs[name]._loaded = None  # the next ones come from elsewhere
 
 
 def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str, Tensor], prefix: str) -> bool:
