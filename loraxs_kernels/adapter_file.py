@@ -78,7 +78,7 @@ def save_adapter(
     model, path = unwrapped(model), Path(path)
     stacks: dict[str, list[Tensor]] = {}
     tensors: dict[str, Tensor] = {}
-    descriptions, moved, buffers = {}, [], set()
+    descriptions, moved = {}, []
     for i, (name, layer) in enumerate(adapted_layers(model)):
         if "_fsdp_wrapped_module" in name:
             raise ValueError(
@@ -114,21 +114,15 @@ def save_adapter(
     modules_to_save = saved_modules(model)
     for name in modules_to_save:
         module = model.get_submodule(name)
-        tensors |= {f"model/{name}.{key}": _plain(t) for key, t in module.state_dict().items()}
-        buffers |= {f"model/{name}.{key}" for key, _ in module.named_buffers()}  # a mask may be of -Inf
-    for key, t in tensors.items():
-        if key not in buffers and not is_finite(t):
-            raise ValueError(f"tensor {key.removeprefix('model/')!r} has NaN or Inf values; nothing was written")
-    first = next(iter(descriptions.values()))
-    common = {key: value for key, value in first.items() if key != "name"}
+        masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
+        for key, t in module.state_dict().items():
+            tensors[f"model/{name}.{key}"] = t = _plain(t)
+            if key not in masks and not is_finite(t):
+                raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
     header = {
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or "",
         "modules_to_save": modules_to_save,
-        "layer": common,
-        "modules": {
-            name: {key: value for key, value in d.items() if key not in common or common[key] != value}
-            for name, d in descriptions.items()
-        },
+        **basis.as_header(descriptions, "layer"),
     }
     data = sealed(tensors, "loraxs", header)
     if moved:
@@ -167,7 +161,7 @@ def load_adapter(
     Raises:
         FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
         here, or its modules are not the model's.  AdapterMismatch: A and B of this model are not those it was trained
-        on.  The model is then as it was: until all is done, memory holds the old values of the modules_to_save too.
+        on.  The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
     given, model, path = model, unwrapped(model), Path(path)
     entries, modules_to_save, saved = _read(path)
@@ -403,25 +397,13 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, T
     """
     header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
     tensors = tensors_of(f, path)
-    if unknown := sorted(header.keys() - {"version", "base_model", "modules_to_save", "layer", "modules"}):
-        damaged(path, f"its header has {unknown[0]!r}, which is not known")
-    modules, common = header.get("modules"), header.get("layer")
-    saved, base_model = header.get("modules_to_save"), header.get("base_model")
-    described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (common, *modules.values()))
-    if not (described and modules):
-        damaged(path, "its header has no modules, or does not describe them")
+    saved = header.pop("modules_to_save", None)
     names = isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)
     if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
-    if not isinstance(base_model, str):
-        damaged(path, f"base_model is {base_model!r} in its header, must be a string")
     entries, stacks = {}, {}
-    for i, (name, own) in enumerate(modules.items()):
-        try:
-            numbers, recipe = basis.parsed({"name": name} | common | own, NUMBERS, header["version"])
-        except ValueError as error:
-            damaged(path, f"module {name!r}: {error}", error)
-        entry = entries[name] = {"base_model": base_model, "recipe": recipe, **numbers}
+    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", NUMBERS, path)):
+        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe, **numbers}
         stacks.setdefault(entry["rank"], []).append(entry)
         factors = {"A": (entry["rank"], None), "B": (None, entry["rank"])}
         if recipe.init == "given" or any(f"{key}/{i}" in tensors for key in factors):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .files import damaged
 from .svd import METHODS, MOST_ITERATIONS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
 from .weights import FLOATS, Weight
 
@@ -28,7 +30,6 @@ ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
 PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
-
 SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
 
 Factors = tuple[Tensor, Tensor]
@@ -199,22 +200,48 @@ class Recipe:
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def parsed(said: dict[str, Any], numbers: Sequence[str], version: int) -> tuple[dict[str, Any], Recipe]:
-    """The numbers and the recipe of a module, as a file of a format version says them; ValueError where it cannot.
+def as_header(descriptions: Mapping[str, Mapping[str, Any]], common: str) -> dict[str, Any]:
+    """The descriptions of modules, by their names, as the header of a file has them: under the name `common` those of
+    the first module, and under "modules" what differs from that."""
+    first = {key: value for key, value in next(iter(descriptions.values())).items() if key != "name"}
+    own = {
+        name: {key: value for key, value in each.items() if key not in first or first[key] != value}
+        for name, each in descriptions.items()
+    }
+    return {common: first, "modules": own}
 
-    Every field must be there, none may be unknown, and each must be what `check` allows.
+
+def modules_in(
+    header: dict[str, Any], common: str, numbers: Sequence[str], path: Path
+) -> Iterator[tuple[str, dict[str, Any], Recipe]]:
+    """The name, the numbers and the recipe of each module, of a header that has nothing else; as `as_header` made it.
+
+    Every field must be there, none may be unknown, and each must be what `check` allows: ValueError, naming the file.
     """
+    if unknown := sorted(header.keys() - {"version", "base_model", "modules", common}):
+        damaged(path, f"its header has {unknown[0]!r}, which is not known")
+    if not isinstance(header.get("base_model"), str):
+        damaged(path, f"base_model is {header.get('base_model')!r} in its header, must be a string")
+    modules, first = header.get("modules"), header.get(common)
+    described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (first, *modules.values()))
+    if not (described and modules):
+        damaged(path, "its header has no modules, or does not describe them")
     needed = {*numbers, *(each.name for each in fields(Recipe))}
-    needed -= {"rounded", "weight_dtype"} if version == 1 else set()
-    if wrong := sorted(needed ^ said.keys()):
-        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in needed else 'not known'} in the header")
-    for key in numbers:
-        check(key, said[key])
-    recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
-    recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
-    if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
-        raise ValueError(f"n_iter and seed: got {recipe.n_iter} and {recipe.seed}, which scikit-learn does not take")
-    return {key: said[key] for key in numbers}, recipe
+    needed -= {"rounded", "weight_dtype"} if header["version"] == 1 else set()
+    for name, own in modules.items():
+        said = {"name": name} | first | own
+        try:
+            if wrong := sorted(needed ^ said.keys()):
+                raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in needed else 'not known'} in the header")
+            for key in numbers:
+                check(key, said[key])
+            recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
+            recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
+            if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
+                raise ValueError(f"scikit-learn does not take n_iter {recipe.n_iter} and seed {recipe.seed}")
+        except ValueError as error:
+            damaged(path, f"module {name!r}: {error}", error)
+        yield name, {key: said[key] for key in numbers}, recipe
 
 
 def singular_values(A: Tensor) -> Tensor:

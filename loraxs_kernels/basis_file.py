@@ -98,23 +98,15 @@ def read_basis(path: str | os.PathLike) -> Basis:
     """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is damaged or no basis file."""
     path = Path(path)
     header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
-    if unknown := sorted(header.keys() - {"version", "base_model", "recipe", "modules"}):
-        damaged(path, f"its header has {unknown[0]!r}, which is not known")
-    common, own, base_model = (header.get(key) for key in ("recipe", "modules", "base_model"))
-    described = isinstance(own, dict) and all(isinstance(each, dict) for each in (common, *own.values()))
-    if not (described and own and isinstance(base_model, str)):
-        damaged(path, "its header has no modules, or does not describe them")
-    version = header["version"]
     left, modules = set(f.keys()), {}
-    for name, differs in own.items():
+    for name, numbers, recipe in basis.modules_in(header, "recipe", ["rank"], path):
+        rank = numbers["rank"]
         try:
-            numbers, recipe = basis.parsed({"name": name} | common | differs, ["rank"], version)
-            rank = numbers["rank"]
             if recipe.init != "svd":
                 raise ValueError(f"init is {recipe.init!r}, must be 'svd'")
             A = _check_shape(f, f"{name}.A", (rank, None), FLOATS)
             _check_shape(f, f"{name}.B", (None, rank), (A,))
-            if version > 1:
+            if header["version"] > 1:
                 _check_shape(f, f"{name}.W", (basis.PROBES,), (torch.float64,))
         except ValueError as error:
             damaged(path, f"module {name!r}: {error}", error)
@@ -123,7 +115,7 @@ def read_basis(path: str | os.PathLike) -> Basis:
         left -= {f"{name}.{which}" for which in "ABW"}
     if left:
         damaged(path, f"has a tensor {min(left)!r}, of which its header says nothing")
-    return Basis(path, base_model, modules, f)
+    return Basis(path, header["base_model"], modules, f)
 
 
 def _check_shape(f: Any, key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -212,15 +204,7 @@ def make_basis(
 
     factor(jobs, keep, devices=devices, workspace=workspace, progress=progress)
     entries = {job.recipe.name: _entry(job) for job in jobs}
-    common = next(iter(entries.values()))
-    header = {
-        "base_model": base_model,
-        "recipe": common,
-        "modules": {
-            name: {key: value for key, value in entry.items() if common[key] != value}
-            for name, entry in entries.items()
-        },
-    }
+    header = {"base_model": base_model, **basis.as_header(entries, "recipe")}
     write_atomically(out, *sealed(tensors, "loraxs_basis", header))
     return list(entries)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,3 +180,24 @@ def interrupted_at(k: int, call: Callable[[], object]) -> bool:
     finally:
         sys.settrace(before)
     return False
+
+
+def assert_all_or_nothing(make: Callable, call: Callable, state: Callable, step: int, undone: int) -> None:
+    """Ctrl-C at every `step`-th line of `call(model)` leaves the model as it was, the same objects, or wholly done.
+
+    make: a model.  state: what of it must be as before, or as after.  undone: how often it must at least be as before.
+    """
+    done, model = make(), make()
+    call(done)
+    before, after, left = state(model), state(done), undone
+    for k in itertools.count(1, step):
+        identity = [id(t) for t in [*model.modules(), *model.parameters()]]
+        if not interrupted_at(k, lambda model=model: call(model)):
+            break
+        if state(model) == after:
+            model = make()
+        else:
+            assert state(model) == before, f"half done at line {k}"
+            assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, f"other objects at line {k}"
+            left -= 1
+    assert state(model) == after != before and left <= 0

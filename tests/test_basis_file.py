@@ -299,7 +299,7 @@ DAMAGES = {
     "init given": (lambda h, t: h["recipe"].update(init="given"), "init is 'given', must be 'svd'"),
     "rank": (lambda h, t: h["recipe"].update(rank=None), "rank: got None"),
     "iterations without end": (lambda h, t: h["recipe"].update(n_iter=10**6), "n_iter: got 1000000, must be"),
-    "a name": (lambda h, t: h.update(base_model=None), "does not describe them"),
+    "a name": (lambda h, t: h.update(base_model=None), "base_model is None in its header"),
 }
 
 

@@ -8,14 +8,14 @@ the backend that the process runs on (tests/conftest.py).
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import Any
 
+import fuzzing
 import pytest
 import torch
 from conftest import EMULATED, INTERPRETED
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from loraxs_kernels import reference
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
-EXAMPLES = int(os.environ.get("LORAXS_FUZZ", 300 if INTERPRETED else 800 if EMULATED else 3000))
+EXAMPLES = 300 if INTERPRETED else 800 if EMULATED else 3000
 KERNELS = INTERPRETED or EMULATED
 
 ROWS = [0, 1, 2, 3, 5, 17, 64, 70, 130]
@@ -194,13 +194,7 @@ def copied(t: dict[str, Tensor], to) -> dict[str, Tensor]:
     return {name: to(a.detach().clone()).requires_grad_(a.requires_grad) for name, a in t.items()}
 
 
-@settings(
-    max_examples=EXAMPLES,
-    derandomize="LORAXS_FUZZ" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzing.cases(EXAMPLES)
 @given(cases())
 @pytest.mark.filterwarnings("ignore")
 def test_right_or_refused(case):

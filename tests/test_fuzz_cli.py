@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 
+import fuzzing
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from loraxs_kernels.basis_file import read_basis
 from loraxs_kernels.cli import main
-
-EXAMPLES = int(os.environ.get("LORAXS_FUZZ", 250))
 
 INTEGERS = [-(10**30), -1, 0, 1, 2, 3, 7, 16, 33, 2**31, 10**12, 2**63, 10**30]
 FLOATS = ["inf", "nan", "-1", "0", "1e-300", "0.5", "4", "1e300", "1e400", "x", ""]
@@ -129,13 +127,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@settings(
-    max_examples=EXAMPLES,
-    derandomize="LORAXS_FUZZ" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzing.cases(250)
 @given(folders(), calls())
 @pytest.mark.filterwarnings("ignore")
 def test_done_or_refused_in_one_line(capsys, folder, call):

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import fuzzing
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from test_adapter_file import mlp
 
@@ -141,17 +141,7 @@ def _change(tensors: dict[str, torch.Tensor], key: str, change: str) -> None:
         tensors[f"{key}.x" if change == "renamed" else key] = changed[change]().contiguous()
 
 
-def examples(most: int) -> settings:
-    return settings(
-        max_examples=int(os.environ.get("LORAXS_FUZZ", most)),
-        deadline=None,
-        derandomize="LORAXS_FUZZ" not in os.environ,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-@examples(1500)
+@fuzzing.cases(1500)
 @given(damages(), st.booleans())
 def test_a_damaged_file_is_loaded_right_or_refused(files, tmp_path_factory, damage, attached):
     kind, version = damage["kind"]
@@ -228,7 +218,7 @@ def folder_damages(draw) -> dict[str, Any]:
     return damage | {"value": draw(st.one_of(st.just("removed"), VALUES))} | draw(PLACES)
 
 
-@examples(1000)
+@fuzzing.cases(1000)
 @given(folder_damages())
 def test_a_damaged_folder_is_loaded_right_or_refused(folders, tmp_path_factory, damage):
     import peft

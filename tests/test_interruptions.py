@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from helpers import interrupted_at
+from helpers import assert_all_or_nothing, interrupted_at
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -98,19 +97,7 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path, case):
         if p.requires_grad:
             nn.init.normal_(p)
     lx.save_adapter(other, file)
-    done = make()
-    before = state(done)
-    operation(done, file)
-    done = state(done)
-    assert done != before
-    outcomes, k = {"before": 0, "done": 0}, 0
-    m = make()
-    while interrupted_at(k, lambda m=m: operation(m, file)):
-        now = state(m)
-        assert now in (before, done), f"half done at line {k}"
-        outcomes["before" if now == before else "done"] += 1
-        m, k = (copy.deepcopy(m) if now == before else make()), k + step
-    assert state(m) == done and outcomes["before"] > 10
+    assert_all_or_nothing(make, lambda m: operation(m, file), state, step, undone=10)
 
 
 def test_dictionaries_that_cannot_copy_themselves():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers import interrupted_at
+from helpers import assert_all_or_nothing
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -1353,17 +1352,4 @@ def outcome(model: nn.Module):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_interruption_leaves_all_or_nothing(operation):
     make, call = OPERATIONS[operation]
-    done, model = make(), make()
-    call(done)
-    before, after, undone = outcome(model), outcome(done), 0
-    for k in itertools.count(1, 5):
-        identity = [id(t) for t in [*model.modules(), *model.parameters()]]
-        if not interrupted_at(k, lambda model=model: call(model)):
-            break
-        if outcome(model) == after:
-            model = make()
-        else:
-            assert outcome(model) == before, k
-            assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, k
-            undone += 1
-    assert outcome(model) == after != before and undone > 50
+    assert_all_or_nothing(make, call, outcome, step=5, undone=50)

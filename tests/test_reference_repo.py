@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import itertools
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from helpers import interrupted_at
+from helpers import assert_all_or_nothing
 from torch import nn
 from torch.nn import functional as F
 
@@ -550,20 +549,7 @@ def test_an_interruption_leaves_all_or_nothing(operation, tmp_path):
         else:
             load_reference_adapter(model, folder, basis=basis, progress=False)
 
-    done, model = make(), make()
-    call(done)
-    before, after, undone = outcome(model), outcome(done), 0
-    for k in itertools.count(1, 7):
-        identity = [id(t) for t in [*model.modules(), *model.parameters()]]
-        if not interrupted_at(k, lambda model=model: call(model)):
-            break
-        if outcome(model) == after:
-            model = make()
-        else:
-            assert outcome(model) == before, k
-            assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, k
-            undone += 1
-    assert outcome(model) == after != before and undone > 50
+    assert_all_or_nothing(make, call, outcome, step=7, undone=50)
 
 
 def test_a_warning_raised_as_an_error_changes_nothing(tmp_path):
