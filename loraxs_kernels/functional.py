@@ -87,22 +87,22 @@ def unchecked(
     if bias is not None and bias.requires_grad:
         return unchecked(x, W, A, R, B, s) + bias
     rows = _rows(x)
-    backend = backends.choose(rows, A, B)
+    forced = backends.forced()
     if torch.compiler.is_compiling():
-        y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, backend)[0]
+        y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
         y = y.view(*x.shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
-    primitive = backends.primitive(backend)
     with ops.no_autocast(x):
         if _in_grad_mode() and (x.requires_grad or R.requires_grad):
             if transformed(x, W, A, R, B, bias, out):
                 name = "lora_xs_delta" if W is None else "lora_xs_linear"
                 refuse_transforms(f"{name}: a call whose x or R requires a gradient")
             into = None if out is None else out.detach()
-            y, _ = _LowRankLinear.apply(rows, W, A, R, B, s, bias, into, primitive)
+            y, _ = _LowRankLinear.apply(rows, W, A, R, B, s, bias, into, forced)
             if out is not None:
                 _Sum.apply(out, y)
         else:
+            primitive = backends.select(rows, W, A, B, "forward", forced)
             y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))[0]
             if out is not None and not out.is_inference():
                 torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
@@ -132,7 +132,7 @@ def _rows_of_out(out: Tensor) -> Tensor:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """(y, z) of one backend's primitive on x (T, K), with the gradients of ops.gradients.
+    """(y, z) of the primitive on x (T, K), with the gradients of ops.gradients; `forced` as in backends.select.
 
     z is an output so that gradients of gradients can reach x by it, although x is not kept.  With `out` (..., N) the
     result is added to it and y is a stand-in of its shape without memory, for `_Sum`.
@@ -149,13 +149,15 @@ class _LowRankLinear(torch.autograd.Function):
         s: float,
         bias: Tensor | None,
         out: Tensor | None,
-        primitive: backends.Primitive,
+        forced: backends.Forced,
+        direction: str = "forward",
     ) -> tuple[Tensor, Tensor]:
+        primitive = backends.select(x, W, A, B, direction, forced)
         y, z, _ = primitive(x, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))
         need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
         # Only what the backward will read: W for gX, z for gR.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
-        ctx.s, ctx.primitive = s, primitive
+        ctx.s, ctx.forced, ctx.direction = s, forced, direction
         ctx.set_materialize_grads(False)
         return y if out is None else out.new_empty(()).expand(out.shape), z
 
@@ -163,8 +165,9 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, gY: Tensor | None, gz: Tensor | None) -> tuple[Tensor | None, ...]:
         need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
         rows = None if gY is None else _rows(gY)
-        gX, gR = ops.gradients(_for_backward(ctx.primitive), rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
-        return gX, None, None, gR, None, None, None, None, None
+        turned = "backward" if ctx.direction == "forward" else "forward"
+        gX, gR = ops.gradients(_primitive(turned, ctx.forced), rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
+        return gX, None, None, gR, None, None, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -180,13 +183,16 @@ class _Sum(torch.autograd.Function):
         return gY, gY
 
 
-def _for_backward(primitive: backends.Primitive) -> backends.Primitive:
-    """The primitive; in grad mode (create_graph=True) one that is differentiable and makes no gram."""
+def _primitive(direction: str, forced: backends.Forced) -> backends.Primitive:
+    """The primitive for a backward; in grad mode (create_graph=True) one that is differentiable and makes no gram."""
+
+    def chosen(x: Tensor, W: Tensor | None, A: Tensor, R: Tensor, B: Tensor, s: float, other: Tensor | None) -> tuple:
+        return backends.select(x, W, A, B, direction, forced)(x, W, A, R, B, s, other=other)
 
     def differentiable(*operands: Any, other: None) -> tuple[Tensor, Tensor, None]:
-        return *_LowRankLinear.apply(*operands, None, None, primitive), None
+        return *_LowRankLinear.apply(*operands, None, None, forced, direction), None
 
-    return differentiable if torch.is_grad_enabled() else primitive
+    return differentiable if torch.is_grad_enabled() else chosen
 
 
 def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
@@ -231,7 +237,7 @@ class _LowRankLinears(torch.autograd.Function):
         zs = [None] * len(Rs) if z is None else z.split(ranks, dim=1)
         need_gX, _, *need_gR = ctx.needs_input_grad
         if gz is not None or torch.is_grad_enabled():
-            op = _for_backward(backends.primitive("torch"))
+            op = _primitive("backward", "torch")
             gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
             operands = zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True)
             gXs, gRs = zip(*(ops.gradients(op, *those[:-1], need_gX, those[-1]) for those in operands), strict=True)

@@ -84,12 +84,17 @@ def lowrank_linear(
     s: float,
     bias: Optional[Tensor],  # noqa: UP045
     other: Optional[Tensor],  # noqa: UP045
-    backend: str,
+    direction: str,
+    forced: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, z, gram) of the backend's primitive; gram is empty without `other`, as an operator cannot return None."""
+    """(y, z, gram) of the primitive; gram is empty without `other`, as an operator cannot return None.
+
+    direction, forced: as in backends.select, with "" for None; the backend is chosen at every call.
+    """
     _refuse_forward_mode()
     with no_autocast(x):
-        y, z, gram = backends.primitive(backend)(x, W, A, R, B, s, bias, None, other)
+        primitive = backends.select(x, W, A, B, direction, forced or None)
+        y, z, gram = primitive(x, W, A, R, B, s, bias, None, other)
     return y, z, z.new_empty(0) if gram is None else gram
 
 
@@ -103,7 +108,8 @@ def _(
     s: float,
     bias: Optional[Tensor],  # noqa: UP045
     other: Optional[Tensor],  # noqa: UP045
-    backend: str,
+    direction: str,
+    forced: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
     z = x.new_empty(x.shape[0], A.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
@@ -117,7 +123,7 @@ def _refuse_forward_mode() -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, W, A, R, B, ctx.s, _, _, ctx.backend = inputs
+    _, W, A, R, B, ctx.s, _, _, ctx.direction, ctx.forced = inputs
     ctx.save_for_backward(W, A, R, B, output[1])
     ctx.set_materialize_grads(False)
 
@@ -129,11 +135,12 @@ def _backward(
     _: None,  # of the gram, which only the line with `other` below asks for
 ) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
     def op(*operands: Any, other: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: UP045
-        return lowrank_linear(*operands, None, other, ctx.backend)
+        turned = "backward" if ctx.direction == "forward" else "forward"
+        return lowrank_linear(*operands, None, other, turned, ctx.forced)
 
     needed = ctx.needs_input_grad
     gX, gR = gradients(op, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
-    return gX, None, None, gR, None, None, None, None, None
+    return gX, None, None, gR, None, None, None, None, None, None
 
 
 lowrank_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -532,7 +532,7 @@ def test_operator_is_well_formed():
     from loraxs_kernels import ops
 
     o = operands(5, 4, 6, 3)
-    arguments = (o.x.requires_grad_(), o.W, o.A, o.R.requires_grad_(), o.B, o.s, o.bias, None, "torch")
+    arguments = (o.x.requires_grad_(), o.W, o.A, o.R.requires_grad_(), o.B, o.s, o.bias, None, "forward", "torch")
     torch.library.opcheck(ops.lowrank_linear, arguments)
 
 

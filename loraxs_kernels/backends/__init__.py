@@ -25,6 +25,7 @@ from . import torch as torch_backend
 NAMES = ("torch", "triton", "cuda")
 
 Primitive = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+Forced = str | Primitive | None  # a backend, a primitive that is none of a backend's (the benches have one), or neither
 
 # A plain global and not a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get (torch 2.13).
 _forced: str | None = None
@@ -95,11 +96,29 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def choose(x: Tensor, A: Tensor, B: Tensor) -> str:
+def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, forced: Forced) -> Primitive:
+    """The primitive that computes one call: the forced one, else that of the backend that `choose` names.
+
+    forced: what `forced()` was when the forward ran; its backward asks with the same.
+    """
+    if callable(forced):
+        return forced
+    return primitive(forced or choose(x, A, B, W is not None, direction))
+
+
+def forced() -> str | None:
+    """The backend that an open block of `backend` asks for; None: `choose` decides."""
+    return _forced
+
+
+def choose(x: Tensor, A: Tensor, B: Tensor, has_weight: bool = True, direction: str = "forward") -> str:
     """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the best that can run.
 
     Where none is forced, a pure function of shapes, dtype, layout and device capability, which always returns a backend
     that can run: "torch", until a measurement in bench/results says where another is faster.
+
+    has_weight: whether x W^T is part of the call.  direction: "forward", or "backward" where x is gY, A is B^T and B is
+    A^T, and the product gR is asked for.
     """
     return _forced or "torch"
 
