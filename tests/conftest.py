@@ -20,7 +20,7 @@ import stubdriver
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["LORAXS_CONFIGS"] = os.devnull + "/none"  # not the table of whoever runs the tests
+os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
 EMULATED = os.environ.get("LORAXS_EMULATED") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

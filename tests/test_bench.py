@@ -476,7 +476,7 @@ def test_a_failed_path_shows_in_the_exit_status_and_the_table(tmp_path, monkeypa
 BAD = {
     "an unknown question": (
         ["quality"],
-        "question: got 'quality', must be one of layer, chain, gemm, group, host, svd, model",
+        "question: got 'quality', must be one of layer, chain, gemm, group, host, choice, svd, model",
     ),
     "an unknown model": (["--model", "gpt-9"], "model: got 'gpt-9', must be one of mistral-7b"),
     "a folder, for shapes": (["layer", "--model", "{tmp}"], "model: got "),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from loraxs_kernels.backends import tuned
 from loraxs_kernels.backends.triton import config
 from loraxs_kernels.backends.triton.config import Config, Device, Row, pick_config
 from loraxs_kernels.bench import tune
@@ -18,15 +20,17 @@ H200, SMALL, FUTURE = Device((9, 0), 132), Device((8, 6), 20), Device((13, 0), 3
 
 @pytest.fixture(autouse=True)
 def no_table_of_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("LORAXS_CONFIGS", str(tmp_path / "configs.json"))
-    forget()
-    yield tmp_path / "configs.json"
-    forget()
+    monkeypatch.setenv("LORAXS_TUNED", str(tmp_path / "tuned.json"))
+    tuned.forget()
+    yield tmp_path / "tuned.json"
+    tuned.forget()
 
 
-def forget() -> None:
-    config.user_table.cache_clear()
-    config._pick.cache_clear()
+def write(path: Path, device: Device, *tiles: Row) -> None:
+    """A table of the user's own, made on the device."""
+    plain = [config.plain(row) for row in tiles]
+    tuned.write({"made_on": tuned.machine(device), "tiles": plain, "choices": [], "measured": []}, path)
+    tuned.forget()
 
 
 @pytest.mark.parametrize("device", [H200, SMALL, FUTURE], ids=str)
@@ -81,9 +85,10 @@ OWN = Row("wgmma", "half", "forward", 64, 257, Config(32, 32, 32, 8, 2), 1, "min
 def test_a_table_of_the_users_own_goes_first(no_table_of_the_users):
     """Where it says something: for its layout, its rank, its rows and its family; the committed one has the rest."""
     committed = {key: pick_config(*key) for key in problems()}
-    no_table_of_the_users.write_text(config.text([OWN]))
-    forget()
+    write(no_table_of_the_users, H200, OWN)
     for key, before in committed.items():
+        if key[-1] != H200:
+            continue  # for another GPU it is not a table at all
         now = pick_config(*key)
         if key == (*(8192, 4096, 4096, 64, torch.bfloat16), "forward", H200):
             assert now == OWN.tiles
@@ -102,18 +107,10 @@ def problems() -> list[tuple]:
 
 
 def test_a_row_that_does_not_fit_is_not_picked(no_table_of_the_users):
-    no_table_of_the_users.write_text(config.text([OWN._replace(family="mma", shared=100 * 1024)]))
-    forget()
     key = (8192, 4096, 4096, 64, torch.bfloat16, "forward")
-    assert pick_config(*key, SMALL) != OWN.tiles  # 99 KiB
-    assert pick_config(*key, Device((8, 0), 108)) == OWN.tiles  # 163 KiB
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"family": "mma"}]}', '{"rows": [1]}'])
-def test_a_broken_table_is_named(no_table_of_the_users, text):
-    no_table_of_the_users.write_text(text)
-    with pytest.raises(ValueError, match=r"configs.json: not a table of configurations .*: delete it, or run"):
-        pick_config(8, 8, 8, 4, torch.bfloat16, "forward", H200)
+    for device, fits in ((SMALL, False), (Device((8, 0), 108), True)):  # 99 and 163 KiB
+        write(no_table_of_the_users, device, OWN._replace(family="mma", shared=100 * 1024))
+        assert (pick_config(*key, device) == OWN.tiles) == fits
 
 
 def test_a_table_reads_as_it_was_written(tmp_path):

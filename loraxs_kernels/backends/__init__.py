@@ -20,7 +20,9 @@ from types import ModuleType
 
 from torch import Tensor
 
+from . import choice
 from . import torch as torch_backend
+from .device import facts
 
 NAMES = ("torch", "triton", "cuda")
 
@@ -112,15 +114,18 @@ def forced() -> str | None:
 
 
 def choose(x: Tensor, A: Tensor, B: Tensor, has_weight: bool = True, direction: str = "forward") -> str:
-    """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the best that can run.
+    """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the fastest by what was measured.
 
-    Where none is forced, a pure function of shapes, dtype, layout and device capability, which always returns a backend
-    that can run: "torch", until a measurement in bench/results says where another is faster.
+    Where none is forced, a pure function of sizes, dtype, direction and device, which always returns a backend that can
+    run: on a GPU the one that choice.py has a row for, else "torch".
 
     has_weight: whether x W^T is part of the call.  direction: "forward", or "backward" where x is gY, A is B^T and B is
-    A^T, and the product gR is asked for.
+    A^T, and gR is asked for.
     """
-    return _forced or "torch"
+    if _forced or not x.is_cuda:
+        return _forced or "torch"
+    (T, K), (N, r) = x.shape, B.shape
+    return choice.pick(T, N, K, r, x.dtype, direction, has_weight, facts(x.device))
 
 
 def primitive(name: str) -> Primitive:

@@ -28,7 +28,7 @@ Chain = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 
 def _reference(
-    x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, bias: None, out: None, other: Tensor | None
+    x: Tensor, W: None, A: Tensor, R: Tensor, B: Tensor, s: float, bias: None, out: None, other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The four ops of the reference layer's branch, in the dtype of x."""
     z, R = x @ A.t(), R.to(x.dtype)
@@ -36,35 +36,42 @@ def _reference(
     return z @ R.t() @ B.t() * s, z, gram
 
 
-def _backend(name: str) -> Chain:
-    primitive = backends.primitive(name)
-    return lambda x, *more: primitive(x, None, *more)
-
-
 PATHS: dict[str, Callable[[], Chain]] = {
     "reference": lambda: _reference,
-    **{name: partial(_backend, name) for name in backends.NAMES},
+    **{name: partial(backends.primitive, name) for name in backends.NAMES},
 }
 
 
 class Case:
-    """x -> A -> R -> B on operands of one shape in one direction, in sets that leave the cache.
+    """The primitive on operands of one shape in one direction, in sets that leave the cache; W only with `weight`.
 
-    backward: x is gY, A is B^T, B is A^T, R is R^T, all as views, and `other` is z.  N and K stay those of the layer.
+    backward: x is gY, W is W^T, A is B^T, B is A^T, R is R^T, all as views, and `other` is z; N and K stay those of
+    the layer.
     """
 
     sets: list[tuple]  # what is called, with each in turn; x is the first of a set
     device: torch.device
 
-    def __init__(self, shape: Shape, T: int, r: int, direction: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        T: int,
+        r: int,
+        direction: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: bool = False,
+    ) -> None:
         def operands(seed: int) -> tuple:
             o = Operands.random(T, shape.N, shape.K, r, dtype, device, seed)
-            x = o.x.detach()
+            x, W = o.x.detach(), o.W if weight else None
             if direction == "forward":
-                return x, o.A, o.R, o.B, o.s, None, None, None
-            return o.gY, o.B.t(), o.R.t(), o.A.t(), o.s, None, None, (x @ o.A.t()).float()
+                return x, W, o.A, o.R, o.B, o.s, None, None, None
+            W = None if W is None else W.t()
+            return o.gY, W, o.B.t(), o.R.t(), o.A.t(), o.s, None, None, (x @ o.A.t()).float()
 
-        self.bytes = (T + r) * (shape.N + shape.K) * dtype.itemsize  # that must move
+        numbers = (T + r) * (shape.N + shape.K) + weight * shape.N * shape.K
+        self.bytes = numbers * dtype.itemsize  # that must move
         self.sets = [operands(seed) for seed in range(timer.sets_needed(device, self.bytes))]
         self.device = device
 
@@ -99,11 +106,11 @@ class Case:
     @cached_property
     def _oracle(self) -> dict[str, tuple[Tensor, float]]:
         """{what: (its value in fp64, the error that is allowed)}."""
-        x, A, R, B, s, _, _, other = self.sets[0]
+        x, W, A, R, B, s, _, _, other = self.sets[0]
 
         def expected(dtype: torch.dtype) -> dict[str, Tensor]:
-            A_, R_, B_ = (t.to(dtype) for t in (A, R, B))
-            y, z = reference.lowrank_linear(x[self._rows].to(dtype), None, A_, R_, B_, s)
+            W_, A_, R_, B_ = (None if t is None else t.to(dtype) for t in (W, A, R, B))
+            y, z = reference.lowrank_linear(x[self._rows].to(dtype), W_, A_, R_, B_, s)
             if other is None:
                 return {"y": y, "z": z}
             return {"y": y, "z": z, "gram": s * (x.to(dtype) @ A_.T).T @ other.to(dtype)}

@@ -28,7 +28,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help="layer, host (the default is these two), chain, gemm, group, svd, model, experiments",
+        help="layer, host (the default is these two), chain, gemm, group, choice, svd, model, experiments",
     )
     add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")

@@ -123,7 +123,7 @@ def figures(
     samples: dict[str, torch.Tensor],
     name: str,
     device: torch.device,
-    others: tuple[str, ...] = ("frozen", "reference", "peft-lora"),
+    others: tuple[str, ...] = ("frozen", "reference", "peft-lora", "torch"),
 ) -> Row:
     """Time (on a GPU) and ratios to other paths, by default floor, reference and PEFT's layer, taken round by round."""
     own = samples[name]

@@ -21,12 +21,14 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
 
     layer, host  model, layers, count (of this shape in a block), N, K, T, r, dtype, direction, mode; errors, and
                  what the accuracy rule allows; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept);
-                 over: {frozen, reference, peft-lora: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
+                 over: {frozen, reference, peft-lora, torch: spread of the ratio}; rounds, noisy; layer on a GPU: sets,
                  peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward, backward}
     chain        model, N, K, T, r, dtype, direction, mode, bytes (that must move); seconds and over as above
     gemm         layers, count and the rest as above, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
                  tile (rows, columns of y), picked (the cuda backend would use this path here)
     group        model, N (a list), K, T, r, dtype, direction, mode; seconds and over {frozen, separate} as above
+    choice       layers, count and the rest as above, weight (whether there is a W), over {torch}; directions are of the
+                 primitive: backward makes gX and gR
     model        model, blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); seconds
                  and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')
     svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a

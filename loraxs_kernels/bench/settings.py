@@ -16,7 +16,7 @@ from .roofline import DIRECTIONS
 from .shapes import MODELS, Shape, parse
 from .svd import METHODS
 
-QUESTIONS = ("layer", "chain", "gemm", "group", "host", "svd", "model", "experiments")
+QUESTIONS = ("layer", "chain", "gemm", "group", "host", "choice", "svd", "model", "experiments")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph")
 

@@ -90,6 +90,7 @@ def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Tab
         "gemm": (gemms,),
         "group": (groups,),
         "host": (host,),
+        "choice": (choices,),
         "svd": (svd,),
         "model": (models,),
         "experiments": (experiments, swizzles),
@@ -176,6 +177,24 @@ def chains(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         what = "reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."
         speed = "TB/s: x once and y once, over the time; in brackets, of this GPU's copy." if gpu(report) else ""
         yield Table(f"x, A, R, B without W, {mode}", head, lines, tuple(filter(None, (what, speed, *_noise(lines)))))
+
+
+def choices(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """The primitive by itself on each backend, over the torch backend's time."""
+    rows = [row for row in ok if row["question"] == "choice"]
+    names = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "torch"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points: dict[tuple, dict[str, Row]] = {}
+        for row in (row for row in rows if row["mode"] == mode):
+            at = tuple(row[k] for k in ("dtype", "direction", "weight", "T", "r", "N", "K"))
+            points.setdefault(at, {})[row["path"]] = row
+        lines = [
+            [f"{dtype} {direction}{' with W' * weight}, T {T}, r {r}, {N} x {K}"]
+            + [_over(point.get(name), "torch") for name in names]
+            for (dtype, direction, weight, T, r, N, K), point in points.items()
+        ]
+        note = "The torch backend is 1; below 1 is faster. Quartiles in brackets."
+        yield Table(f"Calls of the primitive, {mode}", ["", *names], lines, (note, *_noise(lines)))
 
 
 def _bandwidth(report: dict[str, Any], row: Row | None) -> str:

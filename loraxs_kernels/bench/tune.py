@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import backends
+from ..backends import tuned
 from ..backends.triton import config, low_rank
 from ..backends.triton import facts as device_facts
 from ..backends.triton.config import Config, Device, Row
@@ -163,9 +165,12 @@ def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float
 
 def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
     """Seconds of one call; infinite where the tiles do not run or are wrong."""
-    x, A, _, B, *_ = case.sets[0]
+    x, _, A, _, B, *_ = case.sets[0]
     cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
-    chain = partial(low_rank, cut)
+
+    def chain(x: Tensor, W: None, *more: Any) -> tuple:
+        return low_rank(cut, x, *more)
+
     try:
         if case.wrong(chain):
             return math.inf
@@ -189,7 +194,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--rank", nargs="+", type=int, default=list(RANKS), metavar="r", help="default: 16 32 64 128")
     add("--seconds", type=float, default=0.02, help="for each size tried; default 0.02")
-    add("--out", type=Path, help=f"default: {config.user_path()}, which is used from then on")
+    add("--out", type=Path, help="default: the file that is used from then on")
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -207,7 +212,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         raise BenchError(f"triton {triton.__version__} cannot compile ahead of time as this needs, 3.3 can")
-    path, device = arguments.out or config.user_path(), torch.device("cuda", torch.cuda.current_device())
+    path, device = arguments.out or tuned.user_path(None), torch.device("cuda", torch.cuda.current_device())
     facts, name = device_facts(device), torch.cuda.get_device_name(device)
     source = f"measured on {name}, {datetime.now(timezone.utc):%Y-%m-%d}"
     table = list(config.read(path)) if path.is_file() else []

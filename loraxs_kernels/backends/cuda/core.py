@@ -73,5 +73,11 @@ def sources() -> str | None:
     return digest.hexdigest()
 
 
+def compiled() -> str | None:
+    """The hash of what the core that is installed was compiled from; None: there is no core."""
+    record = _record()
+    return record["sources"] if record and record["built"] else None
+
+
 def _record() -> dict[str, Any] | None:
     return json.loads(RECORD.read_text()) if RECORD.exists() else None

@@ -2,22 +2,23 @@
 
 configs.json holds tiles by family of matrix instructions, precision, layout, padded rank and number of rows;
 `pick_config` adds how many programs share K and N, from the number of rows and of multiprocessors.  bench/tune.py makes
-the table; `loraxs tune` makes one of the user's own, whose rows go before it.  Nothing here needs Triton or a GPU.
+the table; `loraxs tune` makes one of the user's own (../tuned.py), whose rows go before it.  Nothing here needs Triton
+or a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .. import tuned
 from ..device import Device
 
 TABLE = Path(__file__).with_name("configs.json")
@@ -83,7 +84,7 @@ def pick_config(T: int, N: int, K: int, r: int, dtype: torch.dtype, layout: str,
 
 @lru_cache(maxsize=4096)
 def _pick(T: int, N: int, K: int, rank: int, which: str, layout: str, device: Device) -> Config:
-    row = pick_row(user_table(), T, rank, which, layout, device)
+    row = pick_row(tuned.rows(device, "tiles", parse), T, rank, which, layout, device)
     row = row or pick_row(committed_table(), T, rank, which, layout, device)
     assert row is not None, (T, rank, which, layout, device)  # tests/test_triton_config.py: something always fits
     return split(row.tiles, T, N, K, device.multiprocessors)
@@ -138,33 +139,30 @@ def committed_table() -> tuple[Row, ...]:
     return read(TABLE)
 
 
-@lru_cache(maxsize=1)
-def user_table() -> tuple[Row, ...]:
-    """The user's own rows, none where there is no such file."""
-    path = user_path()
-    return read(path) if path.is_file() else ()
-
-
-def user_path() -> Path:
-    """Where `loraxs tune` keeps its table: $LORAXS_CONFIGS, or below $XDG_CONFIG_HOME (~/.config)."""
-    if named := os.environ.get("LORAXS_CONFIGS"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "loraxs_kernels" / "configs.json"
+def forget() -> None:
+    """The user's table has changed."""
+    _pick.cache_clear()
 
 
 def read(path: Path) -> tuple[Row, ...]:
-    """The rows of a table; ValueError that names the file where it is not one."""
+    """The rows of the committed table; ValueError that names the file where it is not one."""
     try:
-        return tuple(Row(**row | {"tiles": Config(**row["tiles"])}) for row in json.loads(path.read_text())["rows"])
+        return tuple(map(parse, json.loads(path.read_text())["rows"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a table of configurations ({error}): delete it, or run `loraxs tune`") from error
+        raise ValueError(f"{path}: not a table of configurations ({error})") from error
+
+
+def parse(entry: dict[str, Any]) -> Row:
+    """A row as it stands in a file; TypeError or KeyError where it cannot be one."""
+    return Row(**entry | {"tiles": Config(**entry["tiles"])})
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """A row as it stands in a file."""
+    tiles = {name: value for name, value in dataclasses.asdict(row.tiles).items() if not name.startswith("split")}
+    return row._asdict() | {"tiles": tiles}
 
 
 def text(rows: Iterable[Row]) -> str:
-    """A table as JSON, one row a line."""
-
-    def line(row: Row) -> str:
-        tiles = {name: value for name, value in dataclasses.asdict(row.tiles).items() if not name.startswith("split")}
-        return json.dumps(row._asdict() | {"tiles": tiles})
-
-    return '{"rows": [\n  ' + ",\n  ".join(map(line, rows)) + "\n]}\n"
+    """The committed table as JSON, a row a line."""
+    return tuned.dumps({}, {"rows": [plain(row) for row in rows]})

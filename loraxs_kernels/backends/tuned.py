@@ -1,0 +1,169 @@
+"""What `loraxs tune` measured on the user's own GPU: a file for each GPU, used only where it was measured.
+
+    {"format": "loraxs-tuned", "version": 1,
+     "made_on": {...},      what the figures depend on, see `machine`
+     "tiles": [...],        of the Triton kernels, rows of triton/config.py
+     "choices": [...],      of backends, rows of choice.py
+     "measured": [...]}     what was measured, so that a run can go on where the last one stopped (bench/tune.py)
+
+The rows of a file go before those that come with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..files import write_atomically
+from .cuda import core
+from .device import Device, facts
+
+FORMAT, VERSION = "loraxs-tuned", 1
+LISTS = ("tiles", "choices", "measured")
+ROOT = Path(__file__).parent
+
+Row = TypeVar("Row")
+_installed: dict[Device, dict[str, Any]] = {}  # by `install`, in place of what a file has
+_found: dict[Device, dict[str, Any]] = {}  # what the files have
+_rows: dict[tuple[Device, str], tuple] = {}  # parsed
+
+
+def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
+    """The rows of one list of the user's table for such a device, parsed and kept.
+
+    None where there is no table.  One that is damaged, or that was measured under other conditions, is ignored, with
+    one warning in a process that says why.
+    """
+    key = (device, name)
+    if key not in _rows:
+        table = _table(device)
+        try:
+            _rows[key] = tuple(map(parse, table.get(name, ())))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            _rows[key] = ()
+            _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
+    return _rows[key]
+
+
+def install(device: Device, table: dict[str, Any]) -> None:
+    """Use a table in this process from now on, whatever the user's file has."""
+    _installed[device] = table
+    forget()
+
+
+def forget() -> None:
+    """Look at the files anew when a row is next asked for."""
+    from . import choice
+    from .triton import config
+
+    for kept in (_rows, _found):
+        kept.clear()
+    choice.forget()
+    config.forget()
+
+
+def _table(device: Device) -> dict[str, Any]:
+    if device in _installed:
+        return _installed[device]
+    if device not in _found:
+        _found[device] = _read_if_it_fits(device)
+    return _found[device]
+
+
+def _read_if_it_fits(device: Device) -> dict[str, Any]:
+    here = machine(device)
+    path = user_path(here["gpu"])
+    if path is None or not path.is_file():
+        return {}
+    try:
+        table = read(path)
+    except ValueError as error:
+        _ignore(str(error))
+        return {}
+    made_on = table["made_on"]
+    if other := [f"{name}: {made_on.get(name)}, here {now}" for name, now in here.items() if made_on.get(name) != now]:
+        _ignore(f"{path}: was measured under other conditions ({'; '.join(other)})")
+        return {}
+    return table | {"path": path}
+
+
+def _ignore(why: str) -> None:
+    warnings.warn(f"{why}. It is ignored; `loraxs tune` makes a new one, or delete it", stacklevel=2)
+
+
+def machine(device: Device) -> dict[str, Any]:
+    """What the figures of a table depend on; "gpu" is the name of the first GPU that is such a device, or None."""
+    there = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    gpu = next((torch.cuda.get_device_name(each) for each in there if facts(each) == device), None)
+    return {
+        **{"gpu": gpu, "capability": list(device.capability), "multiprocessors": device.multiprocessors},
+        **{name: _version(name) for name in ("torch", "triton")},
+        **{f"{name} kernels": kernels(name) for name in ("triton", "cuda")},
+    }
+
+
+@cache
+def kernels(name: str) -> str:
+    """A hash of everything that decides what a backend launches: its files, and of cuda the core's sources too."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / name).glob("*")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]:
+        if file.suffix in (".py", ".json") and file.name != "aot.py":  # which is for tests
+            digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    if name == "cuda":
+        digest.update(str(core.compiled()).encode())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def user_path(gpu: str | None) -> Path | None:
+    """Where the table for a GPU is: $LORAXS_TUNED, or <its name>.json in loraxs_kernels below $XDG_CONFIG_HOME."""
+    if named := os.environ.get("LORAXS_TUNED"):
+        return Path(named)
+    if gpu is None:
+        return None
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "loraxs_kernels" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A table, its rows unparsed.  Raises ValueError that names the file where it is not one."""
+    try:
+        table = json.loads(path.read_text())
+        if (table["format"], table["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {table['format']!r}, version {table['version']!r}")
+        if not isinstance(table["made_on"], dict) or not all(isinstance(table[name], list) for name in LISTS):
+            raise TypeError(f"made_on must be an object, {', '.join(LISTS)} lists")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: not a table of `loraxs tune` ({type(error).__name__}: {error})") from error
+    return table
+
+
+def write(table: dict[str, Any], path: Path) -> None:
+    """Write a table with a line for each row, in one step."""
+    head = {"format": FORMAT, "version": VERSION, "made_on": table["made_on"]}
+    write_atomically(path, dumps(head, {name: table[name] for name in LISTS}).encode())
+
+
+def dumps(head: dict[str, Any], lists: dict[str, list[dict[str, Any]]]) -> str:
+    """A JSON object with a line for each entry of the lists."""
+    parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
+    for name, entries in lists.items():
+        inside = ",\n  ".join(map(json.dumps, entries))
+        parts.append(f'"{name}": [' + (f"\n  {inside}\n" if entries else "") + "]")
+    return "{" + ",\n ".join(parts) + "}\n"

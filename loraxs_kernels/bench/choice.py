@@ -1,0 +1,120 @@
+"""Which backend is fastest, call by call?  The primitive with and without W, forward and backward, on each backend.
+
+`rows` measures, every backend beside torch's in the same rounds; `decide` makes of such rows those of the table that
+`loraxs_kernels.backends.choose` looks into (backends/choice.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from operator import mul
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import backends
+from ..backends import choice
+from ..backends.device import Device
+from ..backends.triton.config import padded
+from .chain import Case, side_by_side
+from .layer import Row, failure, release
+from .shapes import Shape
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers of a block
+WORST = 1.01  # of torch's time, that it may take for any one of the layers
+EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
+
+
+def points(settings: Settings) -> int:
+    return len(settings.tokens) * len(settings.ranks) * len(settings.shapes) * len(_directions(settings)) * 2
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row for each backend and mode at each point of the grid; all shapes of one kind of call first."""
+    for T in settings.tokens:
+        for r in settings.ranks:
+            for weight in (True, False):
+                for direction in _directions(settings):
+                    for shape in settings.shapes:
+                        yield from measure(settings, shape, T, r, direction, weight)
+                        release()
+
+
+def _directions(settings: Settings) -> tuple[str, ...]:
+    return choice.DIRECTIONS if settings.direction == "both" else (settings.direction,)
+
+
+def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, weight: bool) -> Iterator[Row]:
+    """Every backend on one kind of call, in turn; N and K of a row are those of the layer."""
+    names = [name for name in backends.NAMES if name in settings.paths]
+    where: Row = {
+        **{"question": "choice", "model": settings.model, "layers": shape.names, "count": shape.count},
+        **{"N": shape.N, "K": shape.K, "T": T, "r": r, "dtype": settings.dtype_name},
+        **{"direction": direction, "weight": weight},
+    }
+    try:
+        case = Case(shape, T, r, direction, settings.dtype, settings.device, weight)
+    except torch.OutOfMemoryError:
+        yield from (where | failure(name, "out of memory: the operands alone") for name in names)
+        return
+    yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings)
+
+
+def decide(rows: Iterable[Row], device: Device, kernels: dict[str, str], source: str) -> list[choice.Row]:
+    """The rows of the table that measured rows give: at most one for each kind of call, none where torch's is best.
+
+    A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all layers, none of them takes
+    more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  It must have been measured for
+    every layer that torch's was.  `kernels`: tuned.kernels of each backend, as it ran.
+    """
+    from .settings import DTYPES
+
+    kinds: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["question"] == "choice" and row["status"] == "ok" and choice.bucket(row["T"]) == row["T"]:
+            dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
+            key = (*device, dtype, row["direction"], row["weight"], padded(row["r"]), row["T"])
+            kinds.setdefault(key, []).append(row)
+    found = []
+    for key, measured in kinds.items():
+        gains = {name: gain for name in kernels if (gain := _gain(measured, name)) >= GAIN}
+        if gains and key[2] in choice.DTYPES:
+            name = max(gains, key=gains.__getitem__)
+            sizes = [(row["N"], row["K"]) for row in measured]
+            N, K = zip(*(sizes if key[3] == "forward" else [size[::-1] for size in sizes]), strict=True)
+            spans = ((min(N), max(N)), (min(K), max(K)))
+            found.append(choice.Row(*key, *spans, name, round(gains[name], 3), kernels[name], source))
+    return found
+
+
+def _gain(measured: list[Row], name: str) -> float:
+    """Time of torch's backend over that of another, over all layers in CUDA graphs; 0.0 where it may not be chosen."""
+    graph = "graph" if any(row["mode"] == "graph" for row in measured) else "eager"  # a CPU has no graphs
+    overs, base = _over(measured, name, graph)
+    if not base or overs.keys() != base.keys() or max(overs.values()) > WORST:
+        return 0.0
+    if 1 / _speed(*_over(measured, name, "eager")) > EAGER:
+        return 0.0
+    return _speed(overs, base)
+
+
+def _over(measured: list[Row], name: str, mode: str) -> tuple[dict[tuple, float], dict[tuple, float]]:
+    """Time over torch's for each layer, and torch's own of all layers of its shape (on a CPU: how many those are)."""
+    own, base = {}, {}
+    for row in measured:
+        layer = (row["N"], row["K"], row["r"])
+        if row["mode"] == mode and row["path"] == name:
+            own[layer] = row["over"]["torch"]["median"]
+        if row["mode"] == mode and row["path"] == "torch":
+            base[layer] = row["count"] * row.get("seconds", {}).get("median", 1.0)
+    return own, base
+
+
+def _speed(overs: dict[tuple, float], base: dict[tuple, float]) -> float:
+    """Torch's time for these layers over the other backend's; 1.0 where there are none."""
+    times = [base[layer] for layer in overs]
+    return sum(times) / sum(map(mul, times, overs.values())) if overs else 1.0
