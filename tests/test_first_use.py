@@ -14,13 +14,14 @@ import warnings
 import pytest
 import torch
 from conftest import EMULATED, INTERPRETED
-from helpers import Operands, interrupted_at, operands
+from helpers import Operands, assert_accurate, interrupted_at, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import backends
 from loraxs_kernels.backends import first_use
 from loraxs_kernels.backends import torch as torch_backend
+from loraxs_kernels.backends.cuda.config import TOKENS, Rows
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
 ON_CPU = "triton" if INTERPRETED else "cuda" if EMULATED else None  # whose kernels run without a GPU here
@@ -99,7 +100,7 @@ def rounded_once(x, W, A, R, B, s, bias=None, out=None, other=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("shape", [(1, 64, 32, 4), (70, 200, 96, 8), (130, 20000, 40, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 32, 4), (70, 200, 96, 8), (20, 20000, 40, 12)], ids=str)
 def test_a_right_backend_is_checked_once(plugged_in, shape, layout, dtype):
     o, module = problem(*shape, dtype, layout=layout), plugged_in(rounded_once)
     with warnings.catch_warnings():
@@ -219,7 +220,7 @@ def test_a_wrong_backend_never_gives_a_result_away(plugged_in, fault, dtype):
         for part in (
             "the triton backend failed",
             direction,
-            "(200, 96)",
+            "R (8, 8)",
             f"torch {torch.__version__}",
             "'device': 'cpu'",
         ):
@@ -285,8 +286,9 @@ def test_overflow_is_not_a_fault(plugged_in, recwarn):
     """In fp16 y can be infinite where x is not, as while a GradScaler looks for its scale."""
     o, module = problem(dtype=torch.float16), plugged_in(rounded_once)
     large = problem(dtype=torch.float16)
-    large.x *= 30000
-    assert lora_xs_linear(large.x, o.W, o.A, o.R, o.B, o.s).isinf().any()
+    large.x *= 5000
+    large.W *= 10
+    assert lora_xs_linear(large.x, large.W, o.A, o.R, o.B, o.s).isinf().any()
     assert not first_use.checked("triton", "forward").right and module.calls
     lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
     assert list(first_use.checked("triton", "forward").right.values()) == [True] and not recwarn.list
@@ -349,7 +351,8 @@ def test_a_fork_during_a_check(plugged_in):
         if not children:
             children.append(os.fork())
             if children == [0]:
-                os._exit(step(o)[0].shape != (70, 200))
+                with torch.enable_grad():
+                    os._exit(step(o)[0].shape != (70, 200))
         return torch_backend.lowrank_linear(*operands)
 
     plugged_in(primitive)
@@ -499,7 +502,7 @@ def kernels_pass_and_a_fault_does_not(monkeypatch, name, o, W):
         return torch.autograd.grad(call(x, R), (x, R), o.gY)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".* failed its check")
         first = gradients()
         assert equal(gradients(), first)
     for direction in BOTH:
@@ -510,7 +513,7 @@ def kernels_pass_and_a_fault_does_not(monkeypatch, name, o, W):
     )
     with pytest.warns(UserWarning, match=f"the {name} backend failed its check at first use: its y differs") as caught:
         assert equal(gradients(), by_torch(gradients))
-    assert len(caught) == 2
+    assert sum("failed its check" in str(each.message) for each in caught) == 2
 
 
 @pytest.mark.skipif(ON_CPU is None, reason="runs with TRITON_INTERPRET=1 or LORAXS_EMULATED=1")
@@ -518,6 +521,8 @@ def kernels_pass_and_a_fault_does_not(monkeypatch, name, o, W):
 @pytest.mark.parametrize("shape", [(5, 72, 104, 12), (300, 264, 136, 16)], ids=str)
 def test_kernels_on_a_cpu(monkeypatch, chosen, shape, W):
     chosen(ON_CPU)
+    if ON_CPU == "cuda" and shape[0] > TOKENS:  # so few rows would be left to the torch backend
+        monkeypatch.setattr(backends.load("cuda"), "pick", lambda *_: Rows(1, 1, True))
     kernels_pass_and_a_fault_does_not(monkeypatch, ON_CPU, problem(*shape, torch.bfloat16), W)
 
 
@@ -536,11 +541,14 @@ def test_kernels_on_a_gpu(monkeypatch, chosen, name, T, r, W):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.gpu(f"{n} backend")) for n in ("triton", "cuda")])
-def test_captured_on_a_gpu(chosen, name):
+def test_captured_on_a_gpu(monkeypatch, chosen, name):
     if reason := backends.unavailable(name):
         pytest.skip(f"{name} backend: {reason}")
     chosen(name)
     o = problem(64, 4096, 4096, 16, torch.bfloat16, device="cuda")
+    backend, calls = backends.load(name), []
+    own = backend.lowrank_linear
+    monkeypatch.setattr(backend, "lowrank_linear", lambda *args, **named: calls.append(1) or own(*args, **named))
 
     def captured():
         graph = torch.cuda.CUDAGraph()
@@ -551,6 +559,9 @@ def test_captured_on_a_gpu(chosen, name):
 
     right = by_torch(lora_xs_linear, o.x, o.W, o.A, o.R, o.B, o.s)
     torch.cuda.synchronize()
-    assert torch.equal(captured(), right) and not first_use.checked(name, "forward").right
-    eager = lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
-    assert first_use.checked(name, "forward").right and torch.equal(captured(), eager)
+    assert_accurate(captured(), right, right.double(), torch.bfloat16)
+    assert not calls and not first_use.checked(name, "forward").right
+    lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert len(calls) == 2
+    assert_accurate(captured(), right, right.double(), torch.bfloat16)
+    assert len(calls) == 3

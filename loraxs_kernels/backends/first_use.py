@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..padding import MULTIPLE, readable_columns
 from . import torch as torch_backend
@@ -111,10 +112,9 @@ class Checked:
             return backend.lowrank_linear(*operands)
         wrong = None
         try:
-            with torch.no_grad():
-                y, z, gram = _compared(self.backend, *operands)
-                self.right.setdefault(case, True)
-                return y if out is None else out.copy_(y), z, gram
+            result = _compared(self.backend, *operands)
+            self.right.setdefault(case, True)
+            return result
         except (_Undecided, torch.OutOfMemoryError, MemoryError):
             pass
         except _Wrong as found:
@@ -180,6 +180,8 @@ def _case(
     Of T its octave, by which a program goes on to further tiles, and how much of the last tile is used.
     None: these are tensors without memory (FakeTensor, those of torch.func).
     """
+    if isinstance(x, FakeTensor):
+        return None
     T = len(x)
     try:
         return (
@@ -214,6 +216,7 @@ def _lies(t: Tensor) -> tuple[bool, bool, int, int]:
     return rows == 1, columns == 1, pitch & -pitch & 15, t.data_ptr() & 15
 
 
+@torch.no_grad()
 def _compared(
     backend: ModuleType,
     x: Tensor,
@@ -226,7 +229,7 @@ def _compared(
     out: Tensor | None,
     other: Tensor | None,
 ) -> Result:
-    """The backend's (y, z, gram), for `out` with y in other memory; or _Wrong, or _Undecided.
+    """The backend's (y, z, gram); or _Wrong or _Undecided, with `out` as it was.
 
     Sizes are root mean squares, which are what sums of terms with random signs have: their squares add up.
     """
@@ -244,7 +247,7 @@ def _compared(
         """Mean squares of (..., N) over each group."""
         full = N // width * width
         parts = [squares(t[..., :full].unflatten(-1, (-1, width)))] if full else []
-        return torch.cat([*parts, squares(t[..., full:, None].mT)] if full < N else parts, dim=-1) / width
+        return torch.cat([*parts, squares(t[..., None, full:])] if full < N else parts, dim=-1) / width
 
     # (groups, N): a sum over a group is as large as one element, if its terms have random signs.
     signs = (torch.randint(2, (N,), generator=random, device="cpu") * 2 - 1).to(x.device, x.dtype) * width**-0.5
@@ -279,7 +282,7 @@ def _compared(
         y_few, _, gram_right = torch_backend.lowrank_linear(x, few[0], A, R, few[1], s, few[2], few_out, other)
         _agree("z", z_found, z, torch.outer(x_squares, squares(A) / K).sqrt_(), TF32)
         if other is not None:
-            size = (z.square().t() @ other.square()).sqrt_() * abs(s)
+            size = (z.square().t() @ other.square()).sqrt_() * max(abs(s), small)
             _agree("gram", gram, gram_right, size, TF32)
         _alike("y", y, (T, N), x.dtype)
         y_found = y @ fold.t()
@@ -295,7 +298,8 @@ def _compared(
         return y, z_found, gram
 
     run(test_R, test_s)
-    return run(R, s)
+    y, z_found, gram = run(R, s)
+    return y if out is None else out.copy_(y), z_found, gram
 
 
 def _alike(name: str, found: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
