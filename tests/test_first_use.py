@@ -254,6 +254,15 @@ def test_out_is_never_written_by_a_wrong_backend(plugged_in, itself):
     assert len(module.calls) == 3  # without `out` it is right
 
 
+def test_out_keeps_its_own_gradient(plugged_in):
+    o = problem()
+    plugged_in(rounded_once)
+    leaf = o.gY.clone().requires_grad_()
+    for _ in range(2):
+        out = lora_xs_delta(o.x, o.A, o.R, o.B, o.s, out=leaf * 3)
+        assert torch.equal(*torch.autograd.grad(out.sum(), leaf), torch.full_like(leaf, 3))
+
+
 def test_out_itself_as_x(plugged_in):
     o, module = problem(N=96), plugged_in(rounded_once)
     outs = [o.x.clone() for _ in range(2)]
@@ -265,18 +274,13 @@ def test_out_itself_as_x(plugged_in):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 def test_operands_that_cannot_tell(plugged_in, recwarn, value):
     """The torch backend computes the call; the next one that can tell is checked."""
-    o, module = problem(), plugged_in(rounded_once)
-    strange = problem()
-    strange.x[3:] = value
-    if not value:
-        strange.x[:], strange.gY[:] = 0, 0
+    o, module, strange = problem(), plugged_in(rounded_once), problem()
+    strange.x[3 if value else 0 :] = value  # and so is z, which the gram is made of
     for _ in range(2):
-        assert torch.equal(
-            (y := lora_xs_linear(strange.x, o.W, o.A, o.R, o.B, o.s)).nan_to_num(),
-            by_torch(lora_xs_linear, strange.x, o.W, o.A, o.R, o.B, o.s).nan_to_num(),
-        )
-        assert y.isfinite().all() == (value == 0)
-    assert not first_use.checked("triton", "forward").right and not recwarn.list
+        got, right = step(strange), by_torch(step, strange)
+        assert equal([t.nan_to_num() for t in got], [t.nan_to_num() for t in right])
+        assert all(t.isfinite().all() for t in got) == (value == 0)
+    assert not any(first_use.checked("triton", direction).right for direction in BOTH) and not recwarn.list
     module.calls.clear()
     first = step(o)
     assert equal(step(o), first) and module.calls.count("forward") == 3 and not recwarn.list

@@ -291,7 +291,6 @@ def _compared(
             of_out = None if out is None else out[lost]
             if torch_backend.lowrank_linear(x[lost], W, A, R, B, s, bias, of_out)[0].isfinite().all():
                 raise _Wrong("its y has NaN or infinity where the torch backend's has numbers")
-            raise _Undecided
         u_squares = squares(torch_backend.scaled_mm(z, R.to(z.dtype).t(), s, z)) + r * small**2
         size = torch.addr(grouped(y), u_squares, B_squares).sqrt_().add_(small)
         _agree("y", y_found, y_few, size, max(torch.finfo(x.dtype).eps, TF32))
