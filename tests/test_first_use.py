@@ -192,6 +192,7 @@ WRONG = {  # what is wrong, in which directions the check fails, and what the wa
     "W": (W_left_out, BOTH, "its y differs"),
     "bias": (bias_left_out, FORWARD, "its y differs"),
     "tile": (spoiled(TILE, 0), BOTH, "its y differs"),
+    "huge": (spoiled(TILE, 1e30), BOTH, "its y differs"),
     "rows": (spoiled(TILE, None), BOTH, "its y differs"),
     "one NaN": (spoiled((3, 7), torch.nan), BOTH, "its y has NaN or infinity where the torch backend's has numbers"),
     "one infinity": (spoiled((3, 7), torch.inf), BOTH, "its y has NaN or infinity"),

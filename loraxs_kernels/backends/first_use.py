@@ -5,8 +5,9 @@ the backend twice on the operands of the call.  First with an R and an s for the
 is as large as the rest: R starts at 1e-5, and beside x W^T a missing part that small would not be seen.  Then with the
 R and s of the call; this result is the caller's, so the first call has the same bits as all later ones.  Both times y,
 z and the gram must agree with the torch backend's.  Of y sums of 64 columns with random signs are compared, which the
-torch backend computes as a problem with so few columns: every element takes part, and there is no second y.  Only a
-call with `out` needs a copy of it, so that a wrong result is never in `out` itself.
+torch backend computes as a problem with so few columns: every element takes part, and there is no second y, only sums
+that together take about an eighth of its memory.  A call with `out` needs a copy of it, so that a wrong result is never
+in `out` itself.
 
 If they disagree, or the backend raises an error, the torch backend computes that case in this process, beginning with
 this call, and one warning says why.  A call whose operands cannot tell (NaN, infinity, only zeros), or during whose
@@ -291,6 +292,7 @@ def _compared(
             of_out = None if out is None else out[lost]
             if torch_backend.lowrank_linear(x[lost], W, A, R, B, s, bias, of_out)[0].isfinite().all():
                 raise _Wrong("its y has NaN or infinity where the torch backend's has numbers")
+            raise _Undecided
         u_squares = squares(torch_backend.scaled_mm(z, R.to(z.dtype).t(), s, z)) + r * small**2
         size = torch.addr(grouped(y), u_squares, B_squares).sqrt_().add_(small)
         _agree("y", y_found, y_few, size, max(torch.finfo(x.dtype).eps, TF32))
@@ -311,8 +313,11 @@ def _agree(name: str, found: Tensor | None, right: Tensor, size: Tensor, roundin
     """Raise _Wrong where they differ by more than ALLOWED roundings of `right` and of its terms, which have `size`."""
     _alike(name, found, right.shape, right.dtype)
     whole = size + right.abs()
-    error = ((found - right).abs() / whole.clamp(min=torch.finfo(whole.dtype).tiny)).nan_to_num(nan=math.inf).amax()
-    known, something, error = torch.stack([whole.isfinite().all(), whole.any(), error]).tolist()
+    error = (found - right).abs() / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    error = error.where(
+        whole.isfinite() & ~error.isnan(), math.inf
+    ).amax()  # y can be so wrong that its size is infinite
+    known, something, error = torch.stack([right.isfinite().all(), whole.any(), error]).tolist()
     if not (known and something):
         raise _Undecided
     if error > ALLOWED * rounding:
