@@ -256,7 +256,7 @@ def _compared(
     fold = signs * (group == torch.arange(N, device=x.device) // width)
     few = [t if t is None else fold @ t for t in (W, B, bias)]
 
-    z = torch_backend.shrink(x, A)
+    z = torch_backend.shrink(x, A.t())
     x_squares, B_squares = squares(x), grouped(squares(B).sqrt_()) / r
     test_R = _twin(R).copy_(torch.randn(r, r, generator=random, dtype=torch.float32, device="cpu"))
     u = z @ test_R.to(z.dtype).t()

@@ -233,6 +233,7 @@ PATHS = {
             )
             for name in backends.NAMES
         ),
+        Path("chosen", "LoRAXSLinear as it is, on the backend that is chosen for each call", _each(_backend), False),
         Path("operator", "the same through the torch.library operator, called eagerly", _each(_operator), False),
     )
 }

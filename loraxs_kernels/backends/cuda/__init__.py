@@ -193,7 +193,7 @@ def _rows(
     if plan.shrink or programs:
         z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap, programs, ready)
     else:
-        z = torch_backend.shrink(x, A)
+        z = torch_backend.shrink(x, A.t())
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
     if tail:
