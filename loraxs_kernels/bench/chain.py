@@ -51,6 +51,7 @@ class Case:
 
     sets: list[tuple]  # what is called, with each in turn; x is the first of a set
     device: torch.device
+    rest: Callable[[], None] | None = None  # in CUDA graphs, work that follows each call; its time is taken off
 
     def __init__(
         self,
@@ -78,9 +79,12 @@ class Case:
     def prepare(self, path: Callable, graph: bool = False) -> timer.Pass:
         """A call for each set; its results are held until its next, so that each set writes a y of its own."""
         held: list[Any] = [None] * len(self.sets)
+        rest = self.rest if graph else None
 
         def call(i: int) -> None:
             held[i] = path(*self.sets[i])
+            if rest is not None:
+                rest()
 
         return timer.prepare(lambda: [partial(call, i) for i in range(len(self.sets))], self.device, graph)
 
@@ -144,7 +148,13 @@ def _point(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> 
     yield from side_by_side(case, {name: PATHS[name] for name in names}, where | {"bytes": case.bytes}, settings)
 
 
-def side_by_side(case: Case, paths: dict[str, Callable[[], Callable]], where: Row, settings: Settings) -> Iterator[Row]:
+def side_by_side(
+    case: Case,
+    paths: dict[str, Callable[[], Callable]],
+    where: Row,
+    settings: Settings,
+    min_rounds: int = timer.MIN_ROUNDS,
+) -> Iterator[Row]:
     """Check every path (made by a call) on the case, then time them in turn; what fails is said and left out."""
     right: dict[str, Callable] = {}
     for name, make in paths.items():
@@ -165,7 +175,11 @@ def side_by_side(case: Case, paths: dict[str, Callable[[], Callable]], where: Ro
                 passes[name] = case.prepare(path, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        samples, lost = timed(passes, settings)
-        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if lost)
+        if mode == "graph" and case.rest is not None:
+            passes[""] = case.prepare(lambda *operands: None, graph=True)
+        samples, lost = timed(passes, settings, min_rounds)
+        rest = samples.pop("", 0.0)
+        samples = {name: each - rest for name, each in samples.items()}
+        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if name and lost)
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)

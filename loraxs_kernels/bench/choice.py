@@ -2,11 +2,15 @@
 
 `rows` measures, every backend beside torch's in the same rounds; `decide` makes of such rows those of the table that
 `loraxs_kernels.backends.choose` looks into (backends/choice.py).
+
+Long products follow each other without a pause nowhere but in a bench, where they hold the GPU at its power limit;
+there another backend can be ahead than in a model (bench/results/NOTES.md).  So in CUDA graphs a long call is followed
+by copies that take about as long, since memory takes half the time of a training step; their own time is taken off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import mul
 from typing import TYPE_CHECKING
@@ -17,6 +21,7 @@ from .. import backends
 from ..backends import choice
 from ..backends.device import Device
 from ..backends.triton.config import padded
+from . import timer
 from .chain import Case, side_by_side
 from .layer import Row, failure, release
 from .shapes import Shape
@@ -24,6 +29,8 @@ from .shapes import Shape
 if TYPE_CHECKING:
     from .settings import Settings
 
+ROUNDS = 5  # at least
+COPIED, LONG = 2**28, 300e-6  # bytes, which take 0.2 ms on an H100; seconds from which a call is a long one
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers of a block
 WORST = 1.01  # of torch's time, that it may take for any one of the layers
 EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
@@ -61,7 +68,29 @@ def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, we
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in names)
         return
-    yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings)
+    case.rest = _copies(case)
+    yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings, ROUNDS)
+
+
+def _copies(case: Case) -> Callable[[], None] | None:
+    """Copies in memory, on a GPU, that take about as long as a call of torch's backend; None: that is a short one."""
+    if case.device.type != "cuda":
+        return None
+    source = torch.empty(COPIED, dtype=torch.uint8, device=case.device)
+    target = torch.empty_like(source)
+    calls = {"call": partial(backends.primitive("torch"), *case.sets[0]), "copy": partial(target.copy_, source)}
+    for call in calls.values():
+        call()
+    times = {name: min(timer.once(call) for _ in range(5)) for name, call in calls.items()}
+    if times["call"] < LONG:
+        return None
+    times_copied = max(1, round(times["call"] / times["copy"]))
+
+    def copies() -> None:
+        for _ in range(times_copied):
+            target.copy_(source)
+
+    return copies
 
 
 def decide(rows: Iterable[Row], device: Device, kernels: dict[str, str], source: str) -> list[choice.Row]:

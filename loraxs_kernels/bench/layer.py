@@ -111,10 +111,12 @@ def ready(name: str, layers: list[Layer], sets: list[Operands], settings: Settin
     )
 
 
-def timed(passes: dict[str, timer.Pass], settings: Settings) -> tuple[dict[str, torch.Tensor], str]:
+def timed(
+    passes: dict[str, timer.Pass], settings: Settings, min_rounds: int = timer.MIN_ROUNDS
+) -> tuple[dict[str, torch.Tensor], str]:
     """(samples, ""), or ({}, why) where one of the passes broke: then none has figures."""
     try:
-        return timer.interleave(passes, settings.device, settings.seconds), ""
+        return timer.interleave(passes, settings.device, settings.seconds, min_rounds), ""
     except Exception as error:
         return {}, failure("", error)["reason"]
 
