@@ -98,7 +98,7 @@ def run(
     flat = len(shape) == 2
     rows, forced = x if flat else rows_of(x), backends.forced()
     if torch.compiler.is_compiling():
-        y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
+        y = ops.linear(rows, W, A, R, B, s, bias, forced or "")
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
     if (x.requires_grad or R.requires_grad) and in_grad_mode():

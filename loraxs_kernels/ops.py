@@ -1,15 +1,16 @@
-"""The primitive for autograd: its gradient, the autograd Function of eager calls, and the torch.library operator.
+"""The primitive for autograd: its gradient, the autograd Function of eager calls, and the torch.library operators.
 
-The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the Function
-instead: with the operator's Python boundary a small step takes over half as long again (bench/results/cpu, group
-"host", path "operator").
+The operators are what torch.compile and torch.export see.  Eager calls go through the Function instead: with an
+operator's Python boundary a small step takes over half as long again (bench/results/cpu, group "host", path
+"operator").
 """
 
-# No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class LowRankLinear(torch.autograd.Function):
         return y if out is None else out.new_empty(()).expand(out.shape), z
 
     @staticmethod
-    def backward(ctx: Any, gY: Optional[Tensor], gz: Optional[Tensor]) -> tuple:  # noqa: UP045
+    def backward(ctx: Any, gY: Tensor | None, gz: Tensor | None) -> tuple:
         need_gX, need_gR, _ = ctx.needs_input_grad
         rows = gY if gY is None or gY.dim() == 2 else rows_of(gY)
         return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
@@ -96,19 +97,19 @@ apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
 def gradients(
-    op: Callable[..., tuple[Tensor, Tensor, Optional[Tensor]]],  # noqa: UP045
-    gY: Optional[Tensor],  # noqa: UP045
-    gz: Optional[Tensor],  # noqa: UP045
-    W: Optional[Tensor],  # noqa: UP045
+    op: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    gY: Tensor | None,
+    gz: Tensor | None,
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
-    z: Optional[Tensor],  # noqa: UP045
+    z: Tensor | None,
     s: float,
     need_gX: bool,
     need_gR: bool,
     *how: Any,
-) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
+) -> tuple[Tensor | None, Tensor | None]:
     """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, whose gram gR is.
 
     gY (T, N), z = x A^T (T, r).  Gradients not needed are None.  gz (T, r), that of z, adds gz A to gX; there is one
@@ -137,16 +138,16 @@ def gradients(
 
 def eager(
     gY: Tensor,
-    W: Optional[Tensor],  # noqa: UP045
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
     s: float,
-    other: Optional[Tensor],  # noqa: UP045
-    views: tuple[Optional[Tensor], Tensor, Tensor],  # noqa: UP045
+    other: Tensor | None,
+    views: tuple[Tensor | None, Tensor, Tensor],
     direction: str,
     forced: backends.Forced,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:  # noqa: UP045
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`op` of `gradients` by the backend that is chosen for the backward; views: W, B and A, transposed."""
     if torch.is_grad_enabled():
         return *LowRankLinear.apply(gY, R.t(), (*views, s, None, None, direction, forced)), None
@@ -159,7 +160,7 @@ def eager(
 
 def _chain(
     gY: Tensor,
-    W: Optional[Tensor],  # noqa: UP045
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
@@ -172,23 +173,18 @@ def _chain(
     return gX, v.to(torch.promote_types(v.dtype, torch.float32)), other
 
 
-@torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())
-def lowrank_linear(
+def _kernel(
     x: Tensor,
-    W: Optional[Tensor],  # noqa: UP045
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
     s: float,
-    bias: Optional[Tensor],  # noqa: UP045
-    other: Optional[Tensor],  # noqa: UP045
+    bias: Tensor | None,
+    other: Tensor | None,
     direction: str,
     forced: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, z, gram) of the primitive; gram is empty without `other`, as an operator cannot return None.
-
-    direction, forced: as in backends.select, with "" for None; the backend is chosen at every call.
-    """
     _refuse_forward_mode()
     with no_autocast(x):
         primitive = backends.select(x, W, A, B, direction, forced or None)
@@ -196,16 +192,15 @@ def lowrank_linear(
     return y, z, z.new_empty(0) if gram is None else gram
 
 
-@lowrank_linear.register_fake
-def _(
+def _shapes(
     x: Tensor,
-    W: Optional[Tensor],  # noqa: UP045
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
     s: float,
-    bias: Optional[Tensor],  # noqa: UP045
-    other: Optional[Tensor],  # noqa: UP045
+    bias: Tensor | None,
+    other: Tensor | None,
     direction: str,
     forced: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,10 +224,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 def _backward(
     ctx: Any,
-    gY: Optional[Tensor],  # noqa: UP045
-    gz: Optional[Tensor],  # noqa: UP045
+    gY: Tensor | None,
+    gz: Tensor | None,
     _: None,  # of the gram, which only the line with `other` below asks for
-) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
+) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     gX, gR = gradients(_opaque, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3], *ctx.how)
     return gX, None, None, gR, None, None, None, None, None, None
@@ -240,12 +235,12 @@ def _backward(
 
 def _opaque(
     gY: Tensor,
-    W: Optional[Tensor],  # noqa: UP045
+    W: Tensor | None,
     A: Tensor,
     R: Tensor,
     B: Tensor,
     s: float,
-    other: Optional[Tensor],  # noqa: UP045
+    other: Tensor | None,
     direction: str,
     forced: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,4 +249,47 @@ def _opaque(
     return lowrank_linear(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
 
 
-lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
+def _compiled(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    forced: str,
+) -> Tensor:
+    few = isinstance(x.shape[0], int) and x.shape[0] <= FEW  # a symbolic number of rows is asked nothing
+    if few and (forced == "torch" or (forced == "" and x.is_cpu)) and not in_forward_mode():
+        if in_grad_mode() and (x.requires_grad or R.requires_grad):
+            return LowRankLinear.apply(x, R, (W, A, B, s, bias, None, "forward", "torch"))[0]
+        return torch_backend.lowrank_linear(x, W, A, R, B, s, bias)[0]
+    return lowrank_linear(x, W, A, R, B, s, bias, None, "forward", forced)[0]
+
+
+# Defined by hand: what torch.library.custom_op wraps around each call takes the host a third of its time.
+_library = torch.library.Library("loraxs", "DEF")
+
+# (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`, as an
+# operator cannot return None.  direction, forced: as in backends.select, which is asked at every call; "" for None.
+_library.define(
+    "lowrank_linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, Tensor? other, "
+    "str direction, str forced) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.impl("lowrank_linear", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("loraxs::lowrank_linear", _shapes, lib=_library)
+torch.library.register_autograd("loraxs::lowrank_linear", _backward, setup_context=_setup_context, lib=_library)
+lowrank_linear = torch.ops.loraxs.lowrank_linear.default
+
+# y, as torch.compile meets it: dynamo keeps the call, and what follows it traces through.  At up to FEW rows on the
+# torch backend that gives plain operators, which inductor may fuse and calls without Python.  Otherwise it gives the
+# operator above: for more rows inductor would copy y before it adds to it; where the number of rows is symbolic one
+# graph serves all; and on a GPU, where no backend is forced, the choice is made at run time.
+FEW = 64
+_library.define(
+    "linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, str forced) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.impl("linear", _compiled, "CompositeImplicitAutograd")
+linear = torch.ops.loraxs.linear.default

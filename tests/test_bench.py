@@ -51,6 +51,9 @@ def tiny(**changes) -> settings.Settings:
 # --- the paths
 
 
+NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "two", "two-compile", "two-frozen-compile")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", paths.PATHS)
 def test_every_path_agrees_with_the_oracle(name, dtype):
@@ -63,7 +66,7 @@ def test_every_path_agrees_with_the_oracle(name, dtype):
     assert facts["wrong"] == []
     assert {"y", "gX"} <= set(facts["errors"])
     trains_R = [t.shape for t in layers[0].trained] == [(4, 4)]
-    assert ("gR" in facts["errors"]) == trains_R == (name not in ("frozen", "peft-lora", "peft-tinylora"))
+    assert ("gR" in facts["errors"]) == trains_R == (name not in NOT_ONE_R)
 
 
 @pytest.mark.parametrize("wrong", ["no scale", "no adapter", "R transposed"])
@@ -298,6 +301,8 @@ def test_host_measures_each_path_and_the_operator():
     assert set(rows) == {"frozen", "reference", "torch", "operator"}
     assert all(row["status"] == "ok" and "seconds" not in row for row in rows.values())  # ratios alone on a CPU
     assert rows["reference"]["over"]["reference"] == {"low": 1.0, "median": 1.0, "high": 1.0}
+    rows = {row["path"]: row for row in host.rows(tiny(paths=["two", "two-compile", "two-frozen-compile"]))}
+    assert {name for name, row in rows.items() if row["over"]["two"]["median"] > 0} == set(rows) >= {"two-compile"}
 
 
 @pytest.mark.parametrize("shape", [Shape(96, 64), Shape(64, 96)], ids=str)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import EMULATED, INTERPRETED
+from functorch.compile import make_boxed_func
 from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, oracle_gradients, unfused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -567,10 +569,85 @@ def test_compile_under_autocast_keeps_gR_in_fp32(x_trains):
     torch.testing.assert_close(gR(compiled), gR(lora_xs_linear), rtol=1e-6, atol=1e-6)
 
 
-def test_compile_with_inductor_in_bf16():
-    o = operands(17, 33, 65, 12, torch.bfloat16)
+@pytest.mark.parametrize("T", [17, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile_with_inductor(dtype, T):
+    torch._dynamo.reset()
     compiled = torch.compile(lora_xs_linear, fullgraph=True)
-    check_against_oracle(o, compiled)
+    check_against_oracle(operands(T, 33, 65, 12, dtype), compiled)
+
+
+class Graphs:
+    """A backend of torch.compile that runs what AOTAutograd makes as it is, and keeps it."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        self.forward, self.backward = [], []
+        self.compile = aot_autograd(fw_compiler=self.kept(self.forward), bw_compiler=self.kept(self.backward))
+
+    @staticmethod
+    def kept(graphs):
+        return lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward)
+
+    def opaque(self) -> list[int]:
+        """How many nodes of each graph are the library's own."""
+        return [sum("loraxs" in str(n.target) for n in g.graph.nodes) for g in (*self.forward, *self.backward)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["few", "many", "dynamic", "autocast", "no_grad", "R alone", "x alone", "forced"])
+def test_what_compiled_code_consists_of(how, dtype):
+    """At few rows plain operators, at many or symbolically many the operator; as exact as eager code."""
+    graphs, T = Graphs(), 70 if how == "many" else 17
+    compiled = torch.compile(lora_xs_linear, fullgraph=True, dynamic=how == "dynamic", backend=graphs.compile)
+    o = operands(T, 33, 65, 12, dtype)
+    whole = INTERPRETED or EMULATED or how in ("many", "dynamic")
+    if how in ("few", "many", "dynamic", "forced"):
+        with backends.backend("torch") if how == "forced" else nullcontext():
+            check_against_oracle(o, compiled)
+            whole = whole and how != "forced"
+            check_against_oracle(operands(23 if how == "dynamic" else T, 33, 65, 12, dtype, seed=1), compiled)
+        assert graphs.opaque() == [whole] * 2  # one graph for all, forward and backward
+        return
+    x, R = o.x.requires_grad_(how != "R alone"), o.R.requires_grad_(how != "x alone")
+    wanted = [t for t in (x, R) if t.requires_grad]
+
+    def results(call) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.set_grad_enabled(how != "no_grad"):
+            y = call(x, o.W, o.A, R, o.B, o.s, o.bias)
+        return [y.detach(), *(torch.autograd.grad(y, wanted, o.gY.to(y.dtype)) if how != "no_grad" else ())]
+
+    for got, expected in zip(results(compiled), results(lora_xs_linear), strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-6 if got.dtype == torch.float32 else 2**-8, atol=1e-6)
+    assert set(graphs.opaque()) == {whole}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_few_rows_and_of_any_number(strict):
+    o = operands(6, 5, 7, 3)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s, o.bias)
+
+    T = torch.export.Dim("T", min=2, max=900)
+    for shapes in (None, {"x": {0: T}}):
+        exported = torch.export.export(Layer(), (o.x,), dynamic_shapes=shapes, strict=strict).module()
+        for x in (o.x, o.x[:3]) if shapes else (o.x,):
+            torch.testing.assert_close(exported(x), Layer()(x))
+
+
+@pytest.mark.gpu("torch backend")
+@pytest.mark.parametrize("T", [8, 300])
+@pytest.mark.parametrize("forced", [None, "torch"])
+def test_compile_with_cuda_graphs_of_its_own(T, forced):
+    torch._dynamo.reset()
+    compiled = torch.compile(lora_xs_linear, fullgraph=True, mode="reduce-overhead")
+    with backends.backend(forced):
+        for seed in range(4):  # warm-up, capture, replays with other numbers
+            torch.compiler.cudagraph_mark_step_begin()
+            check_against_oracle(operands(T, 320, 640, 20, torch.bfloat16, device="cuda", seed=seed), compiled)
 
 
 def test_operator_is_well_formed():
@@ -931,10 +1008,14 @@ def test_forward_mode_elsewhere_changes_nothing():
     assert all(map(torch.equal, got, expected))
 
 
-def test_compiled_code_refuses_tangents():
-    """torch would run the operator without them."""
-    o = operands(17, 33, 65, 12)
+@pytest.mark.parametrize("T", [17, 70])
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled_code_refuses_tangents(T, before):
+    """torch would run the operator, and code compiled before there were any, without them."""
+    o = operands(T, 33, 65, 12)
     call = torch.compile(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s), fullgraph=True, backend="aot_eager")
+    if before:
+        call(o.x)
     with forward_ad.dual_level(), pytest.raises(Exception, match=ADVICE):
         call(forward_ad.make_dual(o.x, o.x))
     assert torch.equal(call(o.x), lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s))

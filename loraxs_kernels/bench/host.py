@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 SHAPE, TOKENS = Shape(64, 64), 1
+OVER = ("frozen", "reference", "peft-lora", "two")
 
 
 def points(settings: Settings) -> int:
@@ -28,7 +29,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
     All is timed before anything is counted: programs stay slower once the profiler has run.
     """
-    measured, names = [], (*settings.paths, "operator")
+    measured, names = [], tuple(dict.fromkeys((*settings.paths, "operator")))
     for r in settings.ranks:
         where = {"question": "host", "N": SHAPE.N, "K": SHAPE.K, "T": TOKENS, "r": r, "dtype": settings.dtype_name}
         where |= {"direction": settings.direction, "mode": "eager"}
@@ -43,7 +44,9 @@ def rows(settings: Settings) -> Iterator[Row]:
             except Exception as error:
                 yield where | failure(name, error)
         samples = timer.interleave(passes, settings.device, settings.seconds, issue=True)
-        measured += [where | {"path": name} | facts[name] | figures(samples, name, settings.device) for name in samples]
+        measured += [
+            where | {"path": name} | facts[name] | figures(samples, name, settings.device, OVER) for name in samples
+        ]
     counts = {}
     if settings.device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]):  # the first one may miss events while it starts up

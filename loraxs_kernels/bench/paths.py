@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FunctionType
 from unittest import mock
 
 import torch
@@ -146,6 +147,24 @@ def _operator(o: Operands) -> Layer:
     return Layer(call, (R,), (o.A, R, o.B), o.s)
 
 
+def _two(sets: list[Operands], layer: Callable[[Operands], nn.Module], compiled: bool) -> list[Layer]:
+    """Two layers on one x, each with tensors of its own, and the mean of what they give: the same as one of them."""
+
+    def build(o: Operands) -> Layer:
+        each = [layer(o), layer(replace(o, W=o.W.clone(), A=o.A.clone(), B=padded_rows(o.B.clone())))]
+
+        def call(x: Tensor) -> Tensor:
+            return (each[0](x) + each[1](x)) / 2
+
+        Rs = tuple(p for one in each for p in one.parameters() if p.requires_grad)
+        if compiled:  # in code of its own: torch keeps what it compiles with the code, and tries one after another
+            own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+            call = torch.compile(own, fullgraph=True, dynamic=False)
+        return Layer(call, Rs, (o.A, Rs[0], o.B) if Rs else None, o.s)
+
+    return [build(o) for o in sets]
+
+
 def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
     # Without cudagraphs of its own: graph mode measures those for every path alike.
     @partial(torch.compile, mode=mode, dynamic=False)
@@ -235,8 +254,19 @@ PATHS = {
         ),
         Path("chosen", "LoRAXSLinear as it is, on the backend that is chosen for each call", _each(_backend), False),
         Path("operator", "the same through the torch.library operator, called eagerly", _each(_operator), False),
+        Path("two", "two LoRAXSLinear layers on one x", partial(_two, layer=fused, compiled=False), False),
+        Path("two-compile", "the same two by torch.compile", partial(_two, layer=fused, compiled=True), False),
+        Path(
+            "two-frozen-compile",
+            "two frozen linears by torch.compile: its floor",
+            partial(_two, layer=Operands.linear, compiled=True),
+            False,
+        ),
     )
 }
+
+
+HOST_ONLY = ("operator", "two", "two-compile", "two-frozen-compile")  # paths that only the question host is about
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import BenchError, gemm
-from .paths import PATHS
+from .paths import HOST_ONLY, PATHS
 from .roofline import DIRECTIONS
 from .shapes import MODELS, Shape, parse
 from .svd import METHODS
@@ -186,7 +186,7 @@ def _paths(asked: Sequence[str], known: dict) -> tuple[tuple[str, ...], dict[str
     """Which of `known` to run, the floor always among them, and those left out because they cannot run here."""
     wanted = {name for name in known if name in asked}
     if "all" in asked:
-        wanted |= {name for name in known if name != "operator"}  # that one is for the question host
+        wanted |= {name for name in known if name not in HOST_ONLY}
     elif not wanted:
         wanted |= {name for name in known if known[name].default}
     wanted |= {"frozen"} & set(known)

@@ -311,7 +311,7 @@ def host(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
     rows = [row for row in ok if row["question"] == "host"]
     if not rows:
         return
-    others = [name for name in (_baseline(rows), "peft-lora") if any(name in row["over"] for row in rows)]
+    others = [name for name in (_baseline(rows), "peft-lora", "two") if any(name in row["over"] for row in rows)]
     head = ["", "r", *(f"over {name}" for name in others), *(["us a call", "kernels"] if gpu(report) else [])]
     lines = []
     for row in rows:
