@@ -80,6 +80,7 @@ def plug_in(monkeypatch, path: Path) -> World:
     monkeypatch.setattr(question, "Case", measure_case)
     monkeypatch.setattr(chain, "timed", timed)
     monkeypatch.setattr(tune, "clock", lambda: world.now)
+    monkeypatch.setattr(tune, "release", lambda: None)  # collects garbage, which takes a while
     monkeypatch.setattr(tune, "_gpu", lambda: CPU)
     monkeypatch.setattr(tune, "tiles_can_be_searched", lambda: False)
     monkeypatch.setattr(tuned, "_installed", {})
@@ -227,9 +228,8 @@ def test_what_is_no_table_is_not_overwritten(world, text):
 
 def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(world, tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "below", tmp_path):
-        world.path = path
-        with pytest.raises((OSError, ValueError), match=str(path)):
+    for world.path in (tmp_path / "file" / "below", tmp_path):
+        with pytest.raises((OSError, ValueError, BenchError), match=str(world.path)):
             world.run()
     assert not world.timed
 
@@ -244,7 +244,7 @@ def test_an_interruption_leaves_a_whole_table(world, monkeypatch):
         if world.path.exists():
             table = world.table()
             assert all(row in whole for row in map(choice.parse, table["choices"]))
-            assert tuned._installed[facts(CPU)]["choices"] == table["choices"]
+            assert all(row in whole for row in tuned.rows(facts(CPU), "choices", choice.parse))
     assert stopped > 3 and world.run().rows == whole
 
 
@@ -335,6 +335,8 @@ def test_a_models_layers_are_what_is_measured(world):
     found = tune.of_model(model, None)
     assert found == ({16: (Shape(40, 40),), 32: (Shape(24, 40),)}, BF16, True)
     assert list(found.shapes) == [16, 32]
+    model[2].dropout = model[3].dropout = 0.1
+    assert not tune.of_model(model, None).dense  # most calls are without W
     rows = lx.tune(model, tokens=5, progress=False)
     assert {(row.rank, row.tokens, row.backend) for row in rows} == {(r, 16, "triton") for r in (16, 32)}
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -356,6 +358,9 @@ def test_the_layers_of_peft_are_measured_too():
         (dict(rank=4), ValueError, "dtype: got torch.float32, must be torch.bfloat16 or torch.float16"),
         (dict(rank=4, dtype=BF16, budget=-1.0), BenchError, "budget: got -1 seconds"),
         (dict(rank=4, dtype=BF16, tokens=0), BenchError, "tokens: got 0"),
+        (dict(rank=4, dtype=BF16, tokens=[16, 2.5]), TypeError, "tokens: got .*, must be an integer or several"),
+        (dict(rank=4, dtype=BF16, budget="long"), TypeError, "budget: got 'long', must be a number of seconds"),
+        (dict(rank=[], dtype=BF16), ValueError, "rank: must be given"),
     ],
 )
 def test_lx_tune_refuses_what_cannot_be(world, given, kind, message):

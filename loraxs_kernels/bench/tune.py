@@ -48,6 +48,7 @@ WIDEST = config.WIDEST["half"]  # wider ranks only the GEMM of the CUDA backend 
 NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make Triton's the fastest
 BETTER = 1.01  # times as fast: from there on new tiles are kept
 SEARCH, REST = 45.0, 15.0  # seconds without which no search of tiles begins, and which its last steps take
+LONGEST = 120.0  # seconds of a search, so that others have their turn and waiting processes hear of it
 
 Say = Callable[[str], None]
 Shapes = Mapping[int, Sequence[Shape]]  # by padded rank
@@ -323,7 +324,7 @@ class _Run:
             for name, reason in failed.items():
                 self.say(f"  {name} is left out at {point}, {shape}: {reason}")
             entries.append(entry | ({"failed": failed} if failed else {}))
-            release()
+        release()
         return entries
 
     def tiles(self, points: list[Point]) -> None:
@@ -337,7 +338,7 @@ class _Run:
             if not self.fits(SEARCH + again):
                 self.say("the budget is spent, some tiles of the Triton kernels are left for another run")
                 return
-            kept = self._search(*search, inside, until=self.end - REST - again)
+            kept = self._search(*search, inside, min(clock() + LONGEST, self.end - REST - again))
             self.say(f"  tiles for r {search[0]}, T >= {search[1]}, {search[2]}: {kept}")
 
     def _worth_a_search(self, points: list[Point]) -> dict[tuple[int, int, str], list[Point]]:
@@ -432,22 +433,21 @@ def of_model(model: nn.Module, rank: int | Sequence[int] | None) -> Found:
     dtypes: Counter[torch.dtype] = Counter()
     dense = 0
     for m in model.modules():
+        each: list[tuple[int, torch.dtype, float]] = []
         if isinstance(m, LoRAXSLinear):
-            each = [(m.rank, m.A.dtype)]
+            each = [(m.rank, m.A.dtype, m.dropout)]
         elif hasattr(m, "loraxs_R"):  # the PEFT method's layer, told without importing peft
-            each = [(r, m.loraxs_A[name].dtype) for name, r in m.r.items()]
-        else:
-            continue
-        for r, dtype in each:
+            each = [(r, m.loraxs_A[name].dtype, m.config[name].loraxs_dropout) for name, r in m.r.items()]
+        for r, dtype, dropout in each:
             layers.append((m.out_features, m.in_features, r))
             dtypes[dtype] += 1
-            dense += weight_view(m.base_layer) is not None
+            dense += weight_view(m.base_layer) is not None and not dropout
     if layers and rank is not None:
         raise ValueError(f"rank: got {rank!r} for a model with LoRA-XS adapters, which have theirs; leave it out")
     if not layers:
-        if rank is None:
+        ranks = [rank] if isinstance(rank, int) else list(rank or ())
+        if not ranks:
             raise ValueError("rank: must be given, for the model has no LoRA-XS adapters")
-        ranks = [rank] if isinstance(rank, int) else list(rank)
         for r in ranks:
             check_rank(r, "the model")
         model = models.unwrapped(model)
@@ -489,6 +489,10 @@ def tune_model(
                 "nothing to choose. Name the one that autocast computes in, if it is used"
             )
         rows_of_x = [tokens] if isinstance(tokens, int) else list(tokens or ())
+        if not all(isinstance(T, int) for T in rows_of_x):
+            raise TypeError(f"tokens: got {tokens!r}, must be an integer or several")
+        if not isinstance(budget, (int, float)):
+            raise TypeError(f"budget: got {budget!r}, must be a number of seconds")
         weights = (True, False) if found.dense else (False, True)
         more: dict[str, Any] = dict(weights=weights, again=again, progress=progress, tell=tell)
         return run(found.shapes, rows_of_x, name, budget, path, **more)
