@@ -260,11 +260,16 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .bench import tune
     from .bench.shapes import MODELS
 
-    model = None
+    shapes = None
     if arguments.model not in (None, *MODELS) and not arguments.shape:
         with _quiet_transformers():
             model = from_config(_configuration(arguments.model))
-    return tune.command(arguments, model)
+        with _told_in_lines("loraxs tune"):
+            try:
+                shapes = tune.of_model(model, arguments.rank).shapes
+            except TypeError as error:  # that there are linear layers, but none that can have an adapter
+                raise ValueError(str(error)) from error
+    return tune.command(arguments, shapes)
 
 
 @contextmanager

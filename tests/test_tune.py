@@ -138,6 +138,27 @@ def test_a_wrong_backend_is_not_timed_and_never_chosen(world, monkeypatch, capsy
     assert all("triton" not in entry["eager"] for entry in world.table()["measured"])
 
 
+def test_a_shape_that_does_not_fit_is_left_out_and_tried_again(world, monkeypatch, capsys):
+    def small(shape, *more):
+        if shape.N == 40:
+            raise torch.OutOfMemoryError
+        return own(shape, *more)
+
+    own = question.Case
+    monkeypatch.setattr(question, "Case", small)
+    assert {row.N for row in world.run(progress=True).rows if row.direction == "forward"} == {(24, 24)}
+    assert "40x24 is left out at T 16, r 16, forward with W: out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(question, "Case", own)
+    assert {row.N for row in world.run().rows} == {(24, 40)} and len(set(world.timed)) == len(world.timed) == 8
+
+
+def test_where_torch_itself_fails_the_run_ends(world, monkeypatch):
+    monkeypatch.setattr(torch_backend, "lowrank_linear", None)
+    with pytest.raises(BenchError, match="the torch backend failed at T 16, r 16, forward with W, 24x40: TypeError"):
+        world.run()
+    assert world.table()["measured"] == []
+
+
 def test_the_most_valuable_calls_come_first():
     points = tune._points([16, 64], [8192, 16], (True, False))
     assert points[:4] == [tune.Point(8192, r, True, each) for r in (16, 64) for each in ("forward", "backward")]
@@ -156,8 +177,12 @@ def test_the_budget_ends_a_run_and_the_next_goes_on(world, capsys):
     assert len(world.timed) == len(set(world.timed)) == 8
     world.run()
     assert len(world.timed) == 8
+    before = world.table()
+    world.run(tokens=[32])
+    world.timed.clear()
     world.run(again=True)
-    assert len(world.timed) == 16
+    assert len(world.timed) == 8 and len(world.table()["measured"]) == 16
+    assert [entry for entry in world.table()["measured"] if entry["T"] == 16] == before["measured"]
 
 
 def test_only_what_is_new_is_measured(world):
@@ -180,7 +205,8 @@ def test_a_table_of_other_conditions_is_replaced(world, capsys):
     tuned.forget()
     with pytest.warns(UserWarning, match=r"other conditions \(torch: 1.0, here .*`loraxs tune` makes a new one"):
         assert world.pick(16) == "torch"
-    with warnings.catch_warnings(action="error") if sys.version_info >= (3, 11) else warnings.catch_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
         assert world.pick(8) == "torch"
     world.timed.clear()
     world.run(progress=True)
@@ -403,6 +429,16 @@ def test_new_tiles_are_kept_where_calls_gain_by_them(world, monkeypatch, gain):
     world.timed.clear()
     assert world.run(tokens=[16, 32]).rows == rows
     assert len(searched) == 1 and not world.timed
+
+
+def test_a_search_of_tiles_that_fails_costs_nothing_else(world, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "tiles_can_be_searched", lambda: True)
+    monkeypatch.setattr(tiles, "measured", lambda *_, **more: 1 / 0)
+    assert len(world.run(progress=True).rows) == 4
+    told = "tiles for r 16, T >= 1, forward: none: ZeroDivisionError"
+    assert told in capsys.readouterr().err
+    world.run(progress=True)
+    assert told not in capsys.readouterr().err
 
 
 def test_a_search_of_tiles_that_is_stopped_leaves_the_old_ones(world, monkeypatch):

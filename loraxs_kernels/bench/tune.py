@@ -34,7 +34,7 @@ from ..linear import LoRAXSLinear, check_rank, label_of
 from ..weights import weight_of, weight_view
 from . import BenchError, tables, tiles, timer
 from . import choice as question
-from .layer import Row, release
+from .layer import Row, failure, release
 from .settings import DTYPES, MODES, Settings, at_least_one, check, model_or_shapes
 from .shapes import MODELS, Shape
 
@@ -262,11 +262,13 @@ class _Run:
             why = f"{name} has a row that cannot be, {type(error).__name__}: {error}"
             self.say(f"{self.path} is damaged ({why}) and is replaced")
             return empty
-        return empty if self.again else empty | {name: table[name] for name in tuned.LISTS}
+        return empty | {name: table[name] for name in tuned.LISTS}
 
-    def keep(self, **lists: list[dict[str, Any]]) -> None:
-        """Write the table, with these lists in place of its own, and put it in force."""
-        table = self.table | lists
+    def keep(self, *new: dict[str, Any], **lists: list[dict[str, Any]]) -> None:
+        """Write the table with new entries of "measured" and other lists, in place of its own, and put it in force."""
+        keys = {_key(entry) for entry in new}
+        others = [entry for entry in self.table["measured"] if _key(entry) not in keys]
+        table = self.table | lists | {"measured": [*others, *new]}
         rows = [row for entry in table["measured"] for row in _rows(entry)]
         chosen = question.decide(rows, self.device, self.kernels, self.source, torch_too=True)
         table["choices"] = [row._asdict() for row in chosen]
@@ -280,7 +282,7 @@ class _Run:
 
     def choice(self, point: Point) -> bool:
         """Measure a point as far as an earlier run has not; False where the budget does not last."""
-        there = {(entry["N"], entry["K"]) for entry in self._entries(point)}
+        there = set() if self.again else {(entry["N"], entry["K"]) for entry in self._entries(point)}
         shapes = [shape for shape in self.shapes[point.r] if (shape.N, shape.K) not in there]
         if not shapes:
             self.step("")
@@ -288,8 +290,7 @@ class _Run:
         if not self.fits(statistics.median(self.took) if self.took else 0.0):
             return False
         before = clock()
-        entries = self._measured(point, shapes)
-        self.keep(measured=self.table["measured"] + entries)
+        self.keep(*self._measured(point, shapes))
         self.took.append(clock() - before)
         self.step(f"{point}: {self._told(point)}")
         return True
@@ -307,17 +308,20 @@ class _Run:
         return ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if speed) or "nothing ran"
 
     def _measured(self, point: Point, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-        """An entry for each shape, of which `_rows` makes rows again."""
+        """An entry for each shape that fits the GPU, of which `_rows` makes rows again."""
         entries = []
         for shape in shapes:
             entry: dict[str, Any] = {**point._asdict(), "dtype": self.request.dtype_name}
             entry |= {"N": shape.N, "K": shape.K, "count": shape.count}
             found = list(question.measure(self.request, shape, point.T, point.r, point.direction, point.weight))
             failed = {row["path"]: row["reason"] for row in found if row["status"] == "failed"}
-            if failed.get("torch", "out of memory").partition(":")[0] != "out of memory":
-                raise BenchError(f"the torch backend failed at {point}, {shape}: {failed['torch']}")
+            if "torch" in failed:
+                if not failed["torch"].startswith("out of memory"):
+                    raise BenchError(f"the torch backend failed at {point}, {shape}: {failed['torch']}")
+                self.say(f"  {shape} is left out at {point}: out of memory")
+                continue
             for row in found:
-                if row["status"] == "ok" and "torch" in row["over"]:
+                if row["status"] == "ok":
                     seconds = row.get("seconds", {"median": 1.0})["median"]  # of a CPU there are only ratios
                     figure = seconds if row["path"] == "torch" else row["over"]["torch"]["median"]
                     entry.setdefault(row["mode"], {})[row["path"]] = figure
@@ -333,7 +337,7 @@ class _Run:
         for search, inside in self._worth_a_search(points).items():
             plain = dict(zip(("rank", "tokens", "layout"), search, strict=True))
             again = len(inside) * statistics.median(self.took or [3.0])
-            if plain in searched:
+            if plain in searched and not self.again:
                 continue
             if not self.fits(SEARCH + again):
                 self.say("the budget is spent, some tiles of the Triton kernels are left for another run")
@@ -357,13 +361,14 @@ class _Run:
 
     def _search(self, rank: int, tokens: int, layout: str, inside: list[Point], until: float) -> str:
         """Find tiles, and keep them where the points of their range gain; in words what came of it."""
-        search: dict[str, Any] = {"search": {"rank": rank, "tokens": tokens, "layout": layout}, "kept": False}
+        done: dict[str, Any] = {"search": {"rank": rank, "tokens": tokens, "layout": layout}, "kept": False}
         given = (self.shapes[rank], rank, tokens, layout, self.request.device, self.device, self.source, 0.02)
         try:
             row = tiles.measured(*given, enough=lambda: clock() >= until)
-        except (BenchError, torch.OutOfMemoryError) as error:
-            self.keep(measured=[*self.table["measured"], search])
-            return f"none ({str(error).partition('.')[0]})"
+        except Exception as error:  # what is known of the choices must not be lost by it
+            timer.synchronize()  # raises where the device itself is lost
+            self.keep(done)
+            return f"none: {failure('', error)['reason']}"
         finally:
             release()
         own = tiles.merged([row], map(config.parse, self.table["tiles"]))
@@ -373,10 +378,9 @@ class _Run:
         new = [entry for point in inside for entry in self._measured(point, self.shapes[rank])]
         gain = self._speeds(new)["triton"] / (self._speeds(old)["triton"] or math.inf)
         if gain < BETTER:
-            self.keep(measured=[*self.table["measured"], search])
-            return f"no gain ({gain:.2f})"
-        others = [entry for entry in self.table["measured"] if entry not in old]
-        self.keep(tiles=tried["tiles"], measured=[*others, *new, search | {"kept": True}])
+            self.keep(done)
+            return f"no gain, {gain:.2f}"
+        self.keep(*new, done | {"kept": True}, tiles=tried["tiles"])
         return f"{gain:.2f} times as fast"
 
 
@@ -404,6 +408,12 @@ def _checked(entry: dict[str, Any]) -> None:
         )
     if not good:
         raise ValueError(f"got {entry}")
+
+
+def _key(entry: dict[str, Any]) -> tuple:
+    """What no two entries of "measured" share."""
+    names = ("T", "r", "weight", "direction", "dtype", "N", "K")
+    return tuple(entry["search"].values()) if "search" in entry else tuple(entry[name] for name in names)
 
 
 def _rows(entry: dict[str, Any]) -> Iterator[Row]:
@@ -509,7 +519,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     )
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--rank", nargs="+", type=int, default=list(RANKS), metavar="r", help="most valuable first; default: 16 64 32")
-    add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: all powers of two to 32768")
+    add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: the powers of two to 32768")
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: bf16")
     add("--budget", type=float, default=BUDGET / 60, metavar="MINUTES", help="default: 5")
     add("--seconds", type=float, default=SECONDS, help=f"for each backend, shape and kind of call; default: {SECONDS}")
@@ -517,15 +527,10 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="default: the table that is used from then on")
 
 
-def command(arguments: argparse.Namespace, model: nn.Module | None = None) -> int:
-    """Run `loraxs tune`; model: that of --model, where it is none of shapes.MODELS."""
+def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
+    """Run `loraxs tune`; shapes: by padded rank, those of --model, where it is none of shapes.MODELS."""
     at_least_one(rank=arguments.rank)
-    ranks = list(dict.fromkeys(map(padded, arguments.rank)))
-    if model is not None:
-        shapes = of_model(model, ranks).shapes
-        shapes = {r: shapes[r] for r in ranks}
-    else:
-        shapes = dict.fromkeys(ranks, model_or_shapes(arguments.model, arguments.shape)[1])
+    shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
     given = (arguments.tokens, arguments.dtype, 60 * arguments.budget, arguments.out)
     result = run(shapes, *given, seconds=arguments.seconds, again=arguments.again)
     tables.show([summary(result)])
