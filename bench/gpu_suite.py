@@ -59,6 +59,7 @@ LIBC = ctypes.CDLL(None)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
 WIDE_R = ["4", "8", "12", "20", "25", "32", "128", "256"]
+BUCKETS = ["8192", "512", "2048", "64", "16", "4096", "1024", "32768", "256", "128", "32", "16384"]
 RIVALS = ["reference", "addmm"]
 MODELS = ["reference-fp32", "reference", "peft-lora"]
 WAY = ["--tokens", "512", "8192", "--rank", "64", "--mode", "graph", "--paths", *RIVALS]
@@ -81,6 +82,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "group": (45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
     "host": (60, ["host"]),
     "svd": (80, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "svd-lowrank"]),
+    "choice": (280, ["choice", "--tokens", *BUCKETS, "--rank", "64", "16", "--seconds", "0.03"]),
     "decode": (90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
     "step": (150, ["model", "--rank", "64", "--paths", *MODELS]),
     "tokens": (120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
@@ -111,7 +113,7 @@ PLANS: dict[str, tuple[float, dict[str, float]]] = {
     ),
 }
 OURS = ["torch", "triton", "cuda"]
-SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "model")  # the questions that time those
+SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "choice", "model")  # the questions that time those
 
 
 class Suite:
@@ -127,6 +129,7 @@ class Suite:
             **{"format": report.FORMAT, "version": report.VERSION},
             **environment(device),
             **{"commit": commit or found[0], "dirty": None if commit else found[1]},
+            **{"kernels": {}},
             **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
             **{"build": built(), "tests": {}, "rows": []},
         }
@@ -325,6 +328,7 @@ class Suite:
         found = report.load(part)
         self.data["rows"] = rows + [{"run": name, **row} for row in found["rows"]]
         self.data["ceilings"] = self.data["ceilings"] or found["ceilings"]
+        self.data["kernels"] |= found["kernels"]
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
         self.save()
 

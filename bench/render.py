@@ -1,6 +1,7 @@
-"""Make every document that quotes a figure from the reports in bench/results/.
+"""Make everything that is taken from the reports in bench/results/: documents, and the table of backends.
 
-    python bench/render.py            bench/results/README.md and its plots, STATUS.md, and the figures in README.md
+    python bench/render.py            README.md and its plots and STATUS.md in bench/results, the figures in
+                                      README.md, and loraxs_kernels/backends/choices.json (bench/choices.py)
     python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
 
 In README.md a block of figures lies between two comments, the first of which names its report (below bench/results/)
@@ -28,8 +29,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import build_time  # noqa: E402
+import choices  # noqa: E402
 import status  # noqa: E402
 
+from loraxs_kernels.backends import choice  # noqa: E402
 from loraxs_kernels.bench import BenchError, page, plots, report, tables  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -156,6 +159,7 @@ def documents() -> Iterator[tuple[Path, str]]:
     yield ROOT / "README.md", readme((ROOT / "README.md").read_text(), benches, others)
     yield RESULTS / "README.md", results(benches, others)
     yield RESULTS / "STATUS.md", status.render(benches)
+    yield choice.TABLE, choices.text(benches)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,7 @@
-"""LoRA-XS as functions of tensors: lora_xs_linear, lora_xs_delta, and the autograd Function behind them."""
+"""LoRA-XS as functions of tensors: lora_xs_linear, lora_xs_delta, and the one way from there to a backend."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from . import backends, ops
 from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
 from .backends.torch import cast, scaled_mm, shrink
+from .ops import autocast_on, in_grad_mode, rows_of, rows_of_out
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]  # W, A, R, B, s, bias of one layer
 
@@ -43,9 +43,7 @@ def lora_xs_linear(
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
-    x, weight, A, B, bias = autocast(x, weight, A, B, bias)
-    check(x, A, R, B, scale, weight=weight, bias=bias)
-    return unchecked(x, weight, A, R, B, scale, bias)
+    return run(x, weight, A, R, B, scale, bias)
 
 
 def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -68,12 +66,10 @@ def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out:
             itself or another operand, or cannot be written; it is named, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
-    x, A, B = autocast(x, A, B)
-    check(x, A, R, B, scale, out=out)
-    return unchecked(x, None, A, R, B, scale, out=out)
+    return run(x, None, A, R, B, scale, out=out)
 
 
-def unchecked(
+def run(
     x: Tensor,
     W: Tensor | None,
     A: Tensor,
@@ -82,92 +78,45 @@ def unchecked(
     s: float,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    name: str | None = None,
 ) -> Tensor:
-    """The functions above on operands known to be good: flatten x to rows, pick the backend, join autograd."""
+    """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
+
+    name: of the layer whose frozen operands these are; they fit each other, so that only x is checked.
+    """
+    if autocast_on(x):
+        x, W, A, B, bias = autocast(x, W, A, B, bias)
+        with torch.autocast(x.device.type, enabled=False):  # the fp32 side (z, u, R) stays as it is
+            return run(x, W, A, R, B, s, bias, out, name)
+    if name is None:
+        check(x, A, R, B, s, weight=W, bias=bias, out=out)
+    else:
+        check_x(x, A, name)
     if bias is not None and bias.requires_grad:
-        return unchecked(x, W, A, R, B, s) + bias
-    rows = _rows(x)
-    forced = backends.forced()
+        return run(x, W, A, R, B, s, name=name) + bias
+    shape = x.shape
+    flat = len(shape) == 2
+    rows, forced = x if flat else rows_of(x), backends.forced()
     if torch.compiler.is_compiling():
         y = ops.lowrank_linear(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
-        y = y.view(*x.shape[:-1], B.shape[0])
+        y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
-    with ops.no_autocast(x):
-        if _in_grad_mode() and (x.requires_grad or R.requires_grad):
-            if transformed(x, W, A, R, B, bias, out):
-                name = "lora_xs_delta" if W is None else "lora_xs_linear"
-                refuse_transforms(f"{name}: a call whose x or R requires a gradient")
-            into = None if out is None else out.detach()
-            y, _ = _LowRankLinear.apply(rows, W, A, R, B, s, bias, into, forced)
-            if out is not None:
-                _Sum.apply(out, y)
-        else:
-            primitive = backends.select(rows, W, A, B, "forward", forced)
-            y = primitive(rows, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))[0]
-            if out is not None and not out.is_inference():
-                torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
+    if (x.requires_grad or R.requires_grad) and in_grad_mode():
+        if transformed(x, W, A, R, B, bias, out):
+            what = "lora_xs_delta" if W is None else "lora_xs_linear"
+            refuse_transforms(f"{what}: a call whose x or R requires a gradient")
+        into = None if out is None else out.detach()
+        y = ops.apply(rows, R, (W, A, B, s, bias, into, "forward", forced))[0]
+        if out is not None:
+            _Sum.apply(out, y)
+    else:
+        primitive = backends.select(rows, W, A, B, "forward", forced)
+        y = primitive(rows, W, A, R, B, s, bias, None if out is None else rows_of_out(out))[0]
+        if out is not None and not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
     if out is not None:
         return out
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
-
-
-def _in_grad_mode() -> bool:
-    """Whether autograd records: not in inference mode, where torch.enable_grad() has no effect."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t (..., n) as (T, n); n may be 0."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
-def _rows_of_out(out: Tensor) -> Tensor:
-    try:
-        return out.view(math.prod(out.shape[:-1]), out.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"out: got shape {tuple(out.shape)} with strides {out.stride()}, must be viewable as rows of "
-            f"{out.shape[-1]} to be written in place"
-        ) from None
-
-
-class _LowRankLinear(torch.autograd.Function):
-    """(y, z) of the primitive on x (T, K), with the gradients of ops.gradients; `forced` as in backends.select.
-
-    z is an output so that gradients of gradients can reach x by it, although x is not kept.  With `out` (..., N) the
-    result is added to it and y is a stand-in of its shape without memory, for `_Sum`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor | None,
-        A: Tensor,
-        R: Tensor,
-        B: Tensor,
-        s: float,
-        bias: Tensor | None,
-        out: Tensor | None,
-        forced: backends.Forced,
-        direction: str = "forward",
-    ) -> tuple[Tensor, Tensor]:
-        primitive = backends.select(x, W, A, B, direction, forced)
-        y, z, _ = primitive(x, W, A, R, B, s, bias, None if out is None else _rows_of_out(out))
-        need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
-        # Only what the backward will read: W for gX, z for gR.
-        ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
-        ctx.s, ctx.forced, ctx.direction = s, forced, direction
-        ctx.set_materialize_grads(False)
-        return y if out is None else out.new_empty(()).expand(out.shape), z
-
-    @staticmethod
-    def backward(ctx: Any, gY: Tensor | None, gz: Tensor | None) -> tuple[Tensor | None, ...]:
-        need_gX, _, _, need_gR, *_ = ctx.needs_input_grad
-        rows = None if gY is None else _rows(gY)
-        turned = "backward" if ctx.direction == "forward" else "forward"
-        gX, gR = ops.gradients(_primitive(turned, ctx.forced), rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR)
-        return gX, None, None, gR, None, None, None, None, None, None
+    return y if flat else y.view(*shape[:-1], y.shape[-1])
 
 
 class _Sum(torch.autograd.Function):
@@ -183,18 +132,6 @@ class _Sum(torch.autograd.Function):
         return gY, gY
 
 
-def _primitive(direction: str, forced: backends.Forced) -> backends.Primitive:
-    """The primitive for a backward; in grad mode (create_graph=True) one that is differentiable and makes no gram."""
-
-    def chosen(x: Tensor, W: Tensor | None, A: Tensor, R: Tensor, B: Tensor, s: float, other: Tensor | None) -> tuple:
-        return backends.select(x, W, A, B, direction, forced)(x, W, A, R, B, s, other=other)
-
-    def differentiable(*operands: Any, other: None) -> tuple[Tensor, Tensor, None]:
-        return *_LowRankLinear.apply(*operands, None, None, forced, direction), None
-
-    return differentiable if torch.is_grad_enabled() else chosen
-
-
 def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
     """y_i = x W_i^T + s_i (x A_i^T) R_i^T B_i^T (+ bias_i) for layers that share x, on operands known to be good.
 
@@ -205,9 +142,9 @@ def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
     would with a kernel, and z and u are small.
     """
     if in_forward_mode() or transformed():  # single calls are right there, or refused with a reason
-        return tuple(unchecked(x, W, A, R, B, s, bias) for W, A, R, B, s, bias in operands)
+        return tuple(run(x, W, A, R, B, s, bias, name="") for W, A, R, B, s, bias in operands)
     with ops.no_autocast(x):
-        *ys, _ = _LowRankLinears.apply(_rows(x), operands, *(R for _, _, R, *_ in operands))
+        *ys, _ = _LowRankLinears.apply(rows_of(x), operands, *(R for _, _, R, *_ in operands))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -216,7 +153,7 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, operands: Sequence[Operands], *Rs: Tensor) -> tuple[Tensor, ...]:
-        z = shrink(x, torch.cat([A for _, A, *_ in operands]))
+        z = shrink(x, torch.cat([A for _, A, *_ in operands]).t())
         ys = []
         for (W, _, R, B, s, bias), z_i in zip(operands, z.split([len(R) for R in Rs], dim=1), strict=True):
             u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
@@ -237,17 +174,19 @@ class _LowRankLinears(torch.autograd.Function):
         zs = [None] * len(Rs) if z is None else z.split(ranks, dim=1)
         need_gX, _, *need_gR = ctx.needs_input_grad
         if gz is not None or torch.is_grad_enabled():
-            op = _primitive("backward", "torch")
             gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
-            operands = zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True)
-            gXs, gRs = zip(*(ops.gradients(op, *those[:-1], need_gX, those[-1]) for those in operands), strict=True)
-            gXs = [gX for gX in gXs if gX is not None]
+            gXs, gRs = [], []
+            for gY, gz, W, A, R, B, z, s, need in zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True):
+                how = (None if W is None else W.t(), B.t(), A.t()), "backward", "torch"
+                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, *how)
+                gXs += [] if gX is None else [gX]
+                gRs.append(gR)
             return sum(gXs[1:], gXs[0]) if gXs else None, None, *gRs
         used = [i for i, gY in enumerate(gYs) if gY is not None]
         gX, gRs, us = None, [None] * len(gYs), []
         with ops.no_autocast(Rs[0]):
             for i in used:
-                v, R, s = shrink(gYs[i], Bs[i].t()), Rs[i], ctx.scales[i]
+                v, R, s = shrink(gYs[i], Bs[i]), Rs[i], ctx.scales[i]
                 if need_gR[i]:
                     gRs[i] = cast(scaled_mm(v.t(), zs[i], s, cast(R, v.dtype)), R.dtype)
                 if need_gX:
@@ -261,10 +200,24 @@ class _LowRankLinears(torch.autograd.Function):
 
 def autocast(x: Tensor, *frozen: Tensor | None) -> tuple:
     """x and the frozen operands in the dtype torch.autocast asks for, where it is on for x's device."""
-    if isinstance(x, Tensor) and ops.autocast_on(x) and x.dtype != torch.float64:
+    if autocast_on(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *frozen))
     return (x, *frozen)
+
+
+def check_x(x: Tensor, A: Tensor, name: str) -> None:
+    """Raise a ValueError that names the layer if x does not fit it."""
+    if x.dtype is not A.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} and {x.dtype} for {label_of(name)}, "
+            f"must be (..., {A.shape[1]}) and {A.dtype}"
+        )
+
+
+def label_of(name: str) -> str:
+    """What errors call the layer of that name in its model."""
+    return f"module {name!r}" if name else "linear"
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -309,7 +262,7 @@ def check(
         raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")
     if torch.compiler.is_compiling():  # compiled code adds to out when all has been read
         return
-    grad = _in_grad_mode() and (x.requires_grad or R.requires_grad)
+    grad = in_grad_mode() and (x.requires_grad or R.requires_grad)
     for name in ("A", "R", "B", "weight") if grad else ():
         if name in operands and operands[name].is_inference():
             raise ValueError(f"{name}: got an inference tensor, must be one that autograd can keep: .clone() it")
@@ -325,7 +278,7 @@ def _check_in_place(out: Tensor, grad: bool) -> None:
     """
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be another: .clone() it")
-    if not (grad or (_in_grad_mode() and out.requires_grad)):
+    if not (grad or (in_grad_mode() and out.requires_grad)):
         return
     base = out._base if out._is_view() else out
     if out.requires_grad and base.is_leaf:

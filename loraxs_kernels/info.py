@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends import choice
+from .backends.device import Device, facts
 
 PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft", "scikit-learn")
 NOT_INSTALLED = "not installed"
 
 
 def info() -> dict[str, str]:
-    """Versions, devices, and of the CUDA core and each backend that it is there, or why not.  Prints nothing."""
+    """Versions and devices; of the CUDA core and each backend that it is there, or why not; what is chosen where.
+
+    For each kind of GPU here: the backend of common calls (bf16, 4096 x 4096, with W), and where that comes from.
+    Prints nothing.
+    """
     from .backends.cuda import core
 
     report = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
@@ -29,7 +36,22 @@ def info() -> dict[str, str]:
     for name in backends.NAMES:
         reason = backends.unavailable(name)
         report[f"backend {name}"] = f"not available: {reason}" if reason else "available"
+    gpus = {facts(torch.device("cuda", i)): name for i, name in enumerate(devices)}
+    for device, name in gpus.items():
+        report |= {f"{name}, {call}": chosen for call, chosen in _chosen(device)}
+    if not gpus:
+        report["chosen"] = "torch, everywhere: there is no GPU"
     return report
+
+
+def _chosen(device: Device) -> Iterator[tuple[str, str]]:
+    """(a common call, the backend that computes it and why) on a GPU."""
+    for r in (16, 64):
+        for T in (1, 64, 512, 8192):
+            for direction in choice.DIRECTIONS:
+                row = choice.row_for(T, 4096, 4096, r, torch.bfloat16, direction, True, device)
+                why = f"{row.backend}, {row.gain:.2f} times as fast as torch ({row.source})" if row else "torch"
+                yield f"{direction} T {T} r {r}", why
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
-from .functional import autocast, lora_xs_delta, together, unchecked
+from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import FLOATS, is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
@@ -169,8 +169,8 @@ class LoRAXSLinear(nn.Module):
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Store A and B as they were made, rounded as the recipe says."""
-        for held, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
-            held.copy_(t)
+        for factor, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
+            factor.copy_(t)
 
     @torch.no_grad()
     def reset_R(self) -> None:
@@ -180,11 +180,11 @@ class LoRAXSLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
-        A, B, merged_weight = buffers["A"], buffers["B"], buffers.get("merged_weight")
-        if merged_weight is not None:
-            return F.linear(x, merged_weight, base.bias, *args, **kwargs)  # more is a TypeError, as for nn.Linear
+        if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
+            return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
-        return adapted(base, x, A, self.R, B, self.scaling, p, self.recipe.name, *args, **kwargs)
+        A, R, B = buffers["A"], held(self, "R"), buffers["B"]
+        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, *args, **kwargs)
 
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
@@ -347,8 +347,7 @@ def adapted(
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
-        x, W, A, B, bias = _cast(x, W, A, B, base.bias, name)
-        return unchecked(x, W, A, R, B, s, bias)
+        return run(x, W, A, R, B, s, held(base, "bias"), None, name)
     y = base(x, *args, **kwargs)
     if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -400,17 +399,6 @@ def _is_one_primitive(W: Tensor, A: Tensor, p: float) -> bool:
     return W.dtype == A.dtype and not W.requires_grad and p == 0.0
 
 
-def _cast(x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, name: str) -> tuple:
-    """The operands under autocast, x checked."""
-    x, W, A, B, bias = autocast(x, W, A, B, bias)
-    if x.dtype != W.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)} and {x.dtype} for {label_of(name)}, "
-            f"must be (..., {A.shape[1]}) and {W.dtype}"
-        )
-    return x, W, A, B, bias
-
-
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """(layer(x) for each layer), reading x once: for projections of one input, such as q, k, v or gate and up.
 
@@ -436,7 +424,8 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     operands, h = [], x
     for layer in (layers[i] for i in joined):
-        h, W, A, B, bias = _cast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias, layer.recipe.name)
+        h, W, A, B, bias = autocast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias)
+        check_x(h, A, layer.recipe.name)
         operands.append((W, A, layer.R, B, layer.scaling, bias))
     made = dict(zip(joined, together(h, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
@@ -465,19 +454,15 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
         )
 
 
-def label_of(name: str) -> str:
-    """What errors call the layer of that name in its model."""
-    return f"module {name!r}" if name else "linear"
-
-
 def _hooked(layer: nn.Module) -> bool:
     """Whether calling the layer does more than its class's forward: hooks, or a forward replaced on the instance."""
+    own = layer.__dict__
     return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 

@@ -1,11 +1,12 @@
-"""The gradient of the primitive, and the primitive as a torch.library operator.
+"""The primitive for autograd: its gradient, the autograd Function of eager calls, and the torch.library operator.
 
-The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the autograd
-Function of functional.py instead: with the operator's Python boundary a small step takes over half as long again
-(bench/results/cpu, group "host", path "operator").
+The operator is what torch.compile and torch.export see: one opaque node.  Eager calls go through the Function
+instead: with the operator's Python boundary a small step takes over half as long again (bench/results/cpu, group
+"host", path "operator").
 """
 
 # No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .backends import torch as torch_backend
 from .backends.device import in_forward_mode, refuse_transforms
 from .backends.torch import cast, scaled_mm, shrink
 
@@ -22,6 +24,8 @@ _NOTHING = nullcontext()
 
 def autocast_on(x: Tensor) -> bool:
     """Whether torch.autocast is on for the device of x (there is none for meta tensors)."""
+    if not (torch._C._is_any_autocast_enabled() and isinstance(x, Tensor)):
+        return False
     device_type = x.device.type
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
@@ -29,6 +33,66 @@ def autocast_on(x: Tensor) -> bool:
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Keep torch.autocast, where it is on, from casting the fp32 side (z, u, R) of the primitive."""
     return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else _NOTHING
+
+
+def in_grad_mode() -> bool:
+    """Whether autograd records: not in inference mode, where torch.enable_grad() has no effect."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """t (..., n) as (T, n); n may be 0."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def rows_of_out(out: Tensor) -> Tensor:
+    """out (..., n) as a view (T, n), or a ValueError."""
+    try:
+        return out.view(math.prod(out.shape[:-1]), out.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"out: got shape {tuple(out.shape)} with strides {out.stride()}, must be viewable as rows of "
+            f"{out.shape[-1]} to be written in place"
+        ) from None
+
+
+class LowRankLinear(torch.autograd.Function):
+    """(y, z) of the primitive on x (T, K).
+
+    z is an output so that gradients of gradients can reach x by it, although x is not kept.  With `out` (..., N) the
+    result is added to it and y is a stand-in of its shape without memory.
+
+    rest: (W, A, B, s, bias, out, direction, forced), the last two as in backends.select: in one tuple, since autograd
+    spends time on each argument of its own, and none of these has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor, rest: tuple) -> tuple[Tensor, Tensor]:
+        W, A, B, s, bias, out, direction, forced = rest
+        need_gX, need_gR, _ = ctx.needs_input_grad
+        into = None if out is None else rows_of_out(out)
+        Wt, At, Bt = None if W is None else W.t(), A.t(), B.t()
+        primitive = backends.select(x, W, A, B, direction, forced)
+        if primitive is torch_backend.lowrank_linear:  # which would make the same views again
+            y, z, _ = torch_backend.products(x, Wt, At, R.t(), Bt, s, bias, into)
+        else:
+            y, z, _ = primitive(x, W, A, R, B, s, bias, into)
+        # Only what the backward will read: W for gX, z for gR.
+        ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
+        views = Wt if need_gX else None, Bt, At
+        ctx.s, ctx.how = s, (views, "backward" if direction == "forward" else "forward", forced)
+        ctx.set_materialize_grads(False)
+        return y if out is None else out.new_empty(()).expand(out.shape), z
+
+    @staticmethod
+    def backward(ctx: Any, gY: Optional[Tensor], gz: Optional[Tensor]) -> tuple:  # noqa: UP045
+        need_gX, need_gR, _ = ctx.needs_input_grad
+        rows = gY if gY is None or gY.dim() == 2 else rows_of(gY)
+        return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
+
+
+# `LowRankLinear.apply` without what torch.autograd.Function does around it for torch.func, which is refused before.
+apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
 def gradients(
@@ -43,35 +107,69 @@ def gradients(
     s: float,
     need_gX: bool,
     need_gR: bool,
+    *how: Any,
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
     """gX = gY W + s (gY B) R A and gR = s (gY B)^T z: the primitive on transposed views, whose gram gR is.
 
-    `op` is a backend's `lowrank_linear`; gY (T, N), z = x A^T (T, r).  Gradients not needed are None.  gz (T, r), that
-    of z, adds gz A to gX; there is one only where gradients are differentiated.  In grad mode (create_graph=True) `op`
-    is differentiable in gY and R, its gram is not, and gR = s v^T z is a product of its own, of outputs that are.
+    gY (T, N), z = x A^T (T, r).  Gradients not needed are None.  gz (T, r), that of z, adds gz A to gX; there is one
+    only where gradients are differentiated.  op(gY, W, A, R, B, s, other, *how) runs the primitive on the transposes
+    of W, A, R and B and returns (gX, v, gR), in grad mode (create_graph=True) differentiable in gY and R; its gR is
+    not, so that there gR = s v^T z is a product of its own, of outputs that are.
     """
+    if autocast_on(A):
+        with no_autocast(A):
+            return gradients(op, gY, gz, W, A, R, B, z, s, need_gX, need_gR, *how)
     gX = gR = None
     again = torch.is_grad_enabled()
-    if again and gY is not None and torch._C._functorch.is_legacy_batchedtensor(gY):
-        op = _chain
-    with no_autocast(A):
-        if gY is not None and (need_gX or again):
-            other = z if need_gR and not again else None
-            gX, v, gR = op(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s, other=other)
-            if need_gR and again:
-                gR = s * (v.t() @ z)
-        elif gY is not None and need_gR:
-            gR = scaled_mm(shrink(gY, B.t()).t(), z, s, cast(R, z.dtype))
-        if gz is not None and need_gX:
-            through_z = cast(gz, A.dtype) @ A
-            gX = through_z if gX is None else gX + through_z
+    if gY is not None and (need_gX or again):
+        if again and torch._C._functorch.is_legacy_batchedtensor(gY):
+            op = _chain
+        gX, v, gR = op(gY, W, A, R, B, s, z if need_gR and not again else None, *how)
+        if need_gR and again:
+            gR = s * (v.t() @ z)
+    elif gY is not None and need_gR:
+        gR = scaled_mm(shrink(gY, B).t(), z, s, cast(R, z.dtype))
+    if gz is not None and need_gX:
+        through_z = cast(gz, A.dtype) @ A
+        gX = through_z if gX is None else gX + through_z
     return gX if need_gX else None, cast(gR, R.dtype) if need_gR and gR is not None else None
 
 
-def _chain(x: Tensor, W: Optional[Tensor], A: Tensor, R: Tensor, B: Tensor, s: float, other: None) -> tuple:  # noqa: UP045
-    """The primitive in plain torch, for a batch of gY in grad mode, in which a Function would lose its graph."""
-    y, z = reference.lowrank_linear(x, W, A, R.to(x.dtype), B, s)
-    return y, z.to(torch.promote_types(z.dtype, torch.float32)), other
+def eager(
+    gY: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    other: Optional[Tensor],  # noqa: UP045
+    views: tuple[Optional[Tensor], Tensor, Tensor],  # noqa: UP045
+    direction: str,
+    forced: backends.Forced,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:  # noqa: UP045
+    """`op` of `gradients` by the backend that is chosen for the backward; views: W, B and A, transposed."""
+    if torch.is_grad_enabled():
+        return *LowRankLinear.apply(gY, R.t(), (*views, s, None, None, direction, forced)), None
+    primitive = backends.select(gY, *views, direction, forced)
+    if primitive is torch_backend.lowrank_linear:  # which would transpose the views again
+        return torch_backend.products(gY, W, B, R, A, s, None, None, other)
+    Wt, Bt, At = views
+    return primitive(gY, Wt, Bt, R.t(), At, s, None, None, other)
+
+
+def _chain(
+    gY: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    other: None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, None]:
+    """`op` of `gradients` in plain torch, for a batch of gY in grad mode, in which a Function would lose its graph."""
+    gX, v = reference.lowrank_linear(gY, None if W is None else W.t(), B.t(), R.t().to(gY.dtype), A.t(), s)
+    return gX, v.to(torch.promote_types(v.dtype, torch.float32)), other
 
 
 @torch.library.custom_op("loraxs::lowrank_linear", mutates_args=())
@@ -123,7 +221,8 @@ def _refuse_forward_mode() -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, W, A, R, B, ctx.s, _, _, ctx.direction, ctx.forced = inputs
+    _, W, A, R, B, s, _, _, direction, forced = inputs
+    ctx.s, ctx.how = s, ("backward" if direction == "forward" else "forward", forced)
     ctx.save_for_backward(W, A, R, B, output[1])
     ctx.set_materialize_grads(False)
 
@@ -134,13 +233,25 @@ def _backward(
     gz: Optional[Tensor],  # noqa: UP045
     _: None,  # of the gram, which only the line with `other` below asks for
 ) -> tuple[Optional[Tensor], ...]:  # noqa: UP045
-    def op(*operands: Any, other: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: UP045
-        turned = "backward" if ctx.direction == "forward" else "forward"
-        return lowrank_linear(*operands, None, other, turned, ctx.forced)
-
     needed = ctx.needs_input_grad
-    gX, gR = gradients(op, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3])
+    gX, gR = gradients(_opaque, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3], *ctx.how)
     return gX, None, None, gR, None, None, None, None, None, None
+
+
+def _opaque(
+    gY: Tensor,
+    W: Optional[Tensor],  # noqa: UP045
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    other: Optional[Tensor],  # noqa: UP045
+    direction: str,
+    forced: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`op` of `gradients` as the operator."""
+    Wt = None if W is None else W.t()
+    return lowrank_linear(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
 
 
 lowrank_linear.register_autograd(_backward, setup_context=_setup_context)

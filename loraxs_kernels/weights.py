@@ -54,10 +54,16 @@ def weight_view(layer: nn.Module) -> Tensor | None:
     conv1d = type(layer).forward is not nn.Linear.forward
     if conv1d and not is_conv1d(layer):
         return None
-    weight = layer.weight
+    weight = held(layer, "weight")
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return None
     return weight.t() if conv1d else weight
+
+
+def held(layer: nn.Module, name: str) -> Any:
+    """layer.name, in a tenth of the time where it is a plain parameter (a parametrization or pruning takes it out)."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 def mergeable_weight(layer: nn.Module, label: str) -> Tensor:

@@ -11,6 +11,7 @@ from conftest import EMULATED, INTERPRETED
 from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, oracle_gradients, unfused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,7 @@ def test_z_is_fp32_whatever_the_operands(shape, layout):
     """Not just by its dtype: small products and, past _LARGE, large ones have far more than bf16's 8 bits."""
     o = operands(*shape, torch.bfloat16, layout)
     for x, A in ((o.x, o.A), (o.gY, o.B.t())):
-        z = torch_backend.shrink(x, A)
+        z = torch_backend.shrink(x, A.t())
         assert z.dtype == torch.float32
         assert reference.relative_error(z, x.double() @ A.double().T) < 1e-5
 
@@ -288,6 +289,50 @@ def test_needs_input_grad_is_honoured():
     with Counting() as counting:
         y.backward(o.gY)
     assert (4, 4) not in counting.products
+
+
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that are dispatched, in order, views among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and func is not torch.ops.aten.detach.default:
+            self.names.append(func.__name__.removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_a_layer_dispatches_no_operator_too_many():
+    """Each costs the host a microsecond or more: the time of a small layer."""
+    o = operands(3, 5, 7, 2)
+    call, x, R = layer_of(o), o.x.requires_grad_(), o.R.requires_grad_()
+    with backends.backend("torch"), Operators() as forward:
+        y = call(x, R)
+    assert forward.names == ["t"] * 4 + ["mm", "addmm", "addmm", "addmm_"]
+    with Operators() as backward:
+        torch.autograd.grad(y, (x, R), o.gY)
+    assert backward.names == ["mm", "addmm", "mm", "addmm_", "t", "addmm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_how_many_kernels_the_torch_backend_launches_on_a_gpu(dtype):
+    """Beside the base GEMM 3 in the forward and 4 in the backward; in 16 bits u is cast by one more.  No GPU needed."""
+    half = dtype == torch.bfloat16
+    if half and not torch_backend._MM_OUT_DTYPE:
+        pytest.skip("this torch has no torch.mm(out_dtype=)")
+    with FakeTensorMode():
+        o = operands(3, 5, 7, 2, dtype).to(dtype)
+        x, W, A, B, gY = (torch.empty_like(t, device="cuda:0") for t in (o.x, o.W, o.A, o.B, o.gY))
+        R = torch.empty(2, 2, device="cuda:0")
+        with Operators() as forward:
+            _, z, _ = torch_backend.lowrank_linear(x, W, A, R, B, o.s)
+        with Operators() as backward:
+            torch_backend.products(gY, W, B, R, A, o.s, other=z)
+    kernels = ["mm.dtype", "addmm", "_to_copy", "mm", "addmm_"] if half else ["mm", "addmm", "mm", "addmm_"]
+    assert [name for name in forward.names if name != "t"] == kernels
+    assert [name for name in backward.names if name != "t"] == [*kernels, "addmm"]
 
 
 def test_saved_and_incoming_tensors_are_never_written():

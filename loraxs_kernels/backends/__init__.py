@@ -1,8 +1,10 @@
-"""Which implementation of the primitive runs: one module a backend, each with the same two functions.
+"""Which implementation of the primitive runs: one module a backend, each with the same functions.
 
     unavailable() -> str | None                                  why it cannot run here, or None
     lowrank_linear(x, W, A, R, B, s, bias=None, out=None, other=None) -> (y, z, gram)
                                                                  the primitive, see backends/torch.py
+    plan(x, A, B)                                                which kernels a call takes and how they are cut, as
+                                                                 something hashable; None: the torch backend computes it
 
 A backend is a module of this package, found by its name in NAMES; nothing is registered and nothing is imported
 before it is asked for.
@@ -20,7 +22,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import choice
+from . import choice, first_use
 from . import torch as torch_backend
 from .device import facts
 
@@ -101,11 +103,16 @@ def load(name: str) -> ModuleType:
 def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, forced: Forced) -> Primitive:
     """The primitive that computes one call: the forced one, else that of the backend that `choose` names.
 
+    A backend that nobody asked for by name is checked against the torch backend at its first use (first_use.py); one
+    that is forced runs as it is, unless LORAXS_CHECK=always.
     forced: what `forced()` was when the forward ran; its backward asks with the same.
     """
     if callable(forced):
         return forced
-    return primitive(forced or choose(x, A, B, W is not None, direction))
+    name = forced or choose(x, A, B, W is not None, direction)
+    if name == "torch" or (forced and first_use.setting() != "always"):
+        return primitive(name)
+    return first_use.checked(name, direction)
 
 
 def forced() -> str | None:

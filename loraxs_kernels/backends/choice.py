@@ -1,8 +1,8 @@
 """Which backend is fastest where: measured, kept as data, and looked up by a pure function.
 
-choices.json has what was measured for everybody: bench/choices.py makes it from reports of bench/gpu_suite.py.  What
-the user has measured (tuned.py) goes before it.  Without a row for a call the answer is "torch".  Nothing here needs a
-GPU.
+choices.json has what was measured for everybody; bench/choices.py takes it from the reports of bench/gpu_suite.py.
+What the user has measured (tuned.py) goes before it.  Without a row for a call the answer is "torch".  Nothing here
+needs a GPU.
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ class Row(NamedTuple):
         """What no two rows of a table share."""
         return self[:7]
 
-    def plain(self) -> dict[str, Any]:
-        return self._asdict()
-
 
 def pick(T: int, N: int, K: int, r: int, dtype: torch.dtype, direction: str, weight: bool, device: Device) -> str:
     """The backend for x (T, K), B (N, r) on a GPU: that of the row for such a call, else "torch".
@@ -61,17 +58,21 @@ def pick(T: int, N: int, K: int, r: int, dtype: torch.dtype, direction: str, wei
 
 
 @lru_cache(maxsize=4096)
-def _pick(
-    tokens: int, N: int, K: int, rank: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
-) -> str:
-    row = row_for(tokens, N, K, rank, dtype, direction, weight, device)
+def _pick(*call: Any) -> str:
+    row = _row(*call)
     return row.backend if row else "torch"
 
 
 def row_for(
+    T: int, N: int, K: int, r: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
+) -> Row | None:
+    """The row behind `pick`; None: there is none, and the torch backend is picked."""
+    return _row(bucket(T), N, K, padded(r), dtype, direction, weight, device)
+
+
+def _row(
     tokens: int, N: int, K: int, rank: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
 ) -> Row | None:
-    """The row behind `pick`, for a bucket and a padded rank."""
     key = (*device, str(dtype).removeprefix("torch."), direction, weight, rank, tokens)
     own = tuned.rows(device, "choices", parse)
     for row in (*own, *(committed() if torch.version.hip is None else ())):  # AMD's numbers mean other GPUs

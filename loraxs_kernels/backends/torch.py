@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only, and not on ROCm.
 _MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
@@ -41,27 +40,53 @@ def lowrank_linear(
     z, for `other` (T, r) in that dtype: gR, where this is the backward pass (whose z is v) and other the z of the
     forward; else None.
     """
+    return products(x, None if W is None else W.t(), A.t(), R.t(), B.t(), s, bias, out, other)
+
+
+def products(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`lowrank_linear` with W (K, N), A (K, r), R (r, r) and B (r, N) as they stand to the right of x.
+
+    The backward's operands are these, so that it needs no views of them, which take as long as small products.
+    """
     z = shrink(x, A)
-    u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
-    y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
-    gram = None if other is None else scaled_mm(z.t(), other, s, cast(R, z.dtype))
-    return (y if W is None else y.addmm_(x, W.t())), z, gram
+    R = cast(R, z.dtype)
+    u = cast(scaled_mm(z, R, s, z), x.dtype)
+    if out is not None:
+        y = out.addmm_(u, B)
+    elif bias is not None:
+        y = torch.addmm(bias, u, B)
+    else:
+        y = torch.mm(u, B)
+    if W is not None:
+        y.addmm_(x, W)
+    return y, z, None if other is None else scaled_mm(z.t(), other, s, R)
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
-    """z = x A^T, x (T, K), A (r, K) -> (T, r) in fp32 (fp64 for fp64 operands), accumulated in that dtype.
+    """z = x A, x (T, K), A (K, r) -> (T, r) in fp32 (fp64 for fp64 operands), accumulated in that dtype.
 
     On a CPU with bf16 instructions a large product is made twice in bf16, the second time for what the first one
     rounded off (8 bits of z, then 8 more), which takes less time than one product in fp32.
     """
-    if x.dtype in (torch.float32, torch.float64):
-        return F.linear(x, A)
+    dtype = x.dtype
+    if dtype is torch.float32 or dtype is torch.float64:
+        return torch.mm(x, A)
     if x.is_cuda and _MM_OUT_DTYPE and x.numel():
-        return torch.mm(x, A.t(), out_dtype=torch.float32)
-    if _CPU_BF16 and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() * A.shape[0] > _LARGE:
-        z = F.linear(x, A)
-        return z.float().add_(torch.addmm(z, x, A.t(), beta=-1))
-    return F.linear(x.float(), A.float())
+        return torch.mm(x, A, out_dtype=torch.float32)
+    if _CPU_BF16 and x.is_cpu and dtype is torch.bfloat16 and x.numel() * A.shape[1] > _LARGE:
+        z = torch.mm(x, A)
+        return z.float().add_(torch.addmm(z, x, A, beta=-1))
+    return torch.mm(x.float(), A.float())
 
 
 def scaled_mm(a: Tensor, b: Tensor, s: float, like: Tensor) -> Tensor:

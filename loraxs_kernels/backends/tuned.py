@@ -120,7 +120,7 @@ def kernels(name: str) -> str:
         if file.suffix in (".py", ".json") and file.name != "aot.py":  # which is for tests
             digest.update(f"{file.name}\n".encode() + file.read_bytes())
     if name == "cuda":
-        digest.update(str(core.compiled()).encode())
+        digest.update(str(core.sources() or core.compiled()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -75,25 +75,28 @@ def decide(
     more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  It must have been measured for
     every layer that torch's was.  `kernels`: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
     """
-    from .settings import DTYPES
-
-    kinds: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row["question"] == "choice" and row["status"] == "ok" and choice.bucket(row["T"]) == row["T"]:
-            dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
-            key = (*device, dtype, row["direction"], row["weight"], padded(row["r"]), row["T"])
-            kinds.setdefault(key, []).append(row)
     found = []
-    for key, measured in kinds.items():
+    for key, measured in kinds(rows, device).items():
         gains = {name: gain for name in kernels if (gain := _gain(measured, name)) >= GAIN}
         if torch_too and any(row["path"] == "torch" for row in measured):
             gains = gains or {"torch": 1.0}
-        if gains and key[2] in choice.DTYPES:
+        if gains:
             name = max(gains, key=gains.__getitem__)
             sizes = [(row["N"], row["K"]) for row in measured]
             N, K = zip(*(sizes if key[3] == "forward" else [size[::-1] for size in sizes]), strict=True)
             spans = ((min(N), max(N)), (min(K), max(K)))
             found.append(choice.Row(*key, *spans, name, round(gains[name], 3), kernels[name], source))
+    return found
+
+
+def kinds(rows: Iterable[Row], device: Device) -> dict[tuple, list[Row]]:
+    """The rows that count, by the kind of call that they are of: {choice.Row.key: rows}."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(row["dtype"])
+        if dtype and row["status"] == "ok" and choice.bucket(row["T"]) == row["T"]:
+            key = (*device, dtype, row["direction"], row["weight"], padded(row["r"]), row["T"])
+            found.setdefault(key, []).append(row)
     return found
 
 

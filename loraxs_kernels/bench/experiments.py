@@ -406,7 +406,7 @@ class _Narrow(chain.Case):
 
 def _mm_fp32(x: Tensor, A: Tensor, *_: object) -> Tensor:
     """torch.mm(out_dtype=torch.float32), on a GPU."""
-    return torch_backend.shrink(x, A)
+    return torch_backend.shrink(x, A.t())
 
 
 def _mm_rounded(x: Tensor, A: Tensor, *_: object) -> Tensor:

@@ -113,7 +113,7 @@ def build(settings: Settings) -> nn.Module:
 
 
 @contextmanager
-def _fused(model: nn.Module, r: int, name: str) -> Iterator[nn.Module]:
+def _fused(model: nn.Module, r: int, name: str | None) -> Iterator[nn.Module]:
     attach(model, r, target_modules="all-linear", init="random", sigma=r**-0.5, progress=False)
     try:
         with backends.backend(name):
@@ -160,6 +160,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "reference-fp32": partial(_unfused, dtype=torch.float32),
     "reference": _unfused,
     "peft-lora": _peft_lora,
+    "chosen": partial(_fused, name=None),
 }
 
 

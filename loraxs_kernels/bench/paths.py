@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from .. import backends, ops, reference
 from ..backends.torch import scaled_mm
-from ..functional import _LowRankLinear
 from ..linear import LoRAXSLinear
+from ..ops import LowRankLinear
 from ..padding import padded_rows
 from .timer import Call
 
@@ -125,7 +125,7 @@ def _addmm(o: Operands) -> Layer:
 
     def call(x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return _LowRankLinear.apply(x, o.W, o.A, R, o.B, o.s, None, None, primitive)[0]
+            return LowRankLinear.apply(x, R, (o.W, o.A, o.B, o.s, None, None, "forward", primitive))[0]
         return primitive(x, o.W, o.A, R, o.B, o.s, None)[0]
 
     return Layer(call, (R,), (o.A, R, o.B), o.s)
@@ -233,6 +233,7 @@ PATHS = {
             )
             for name in backends.NAMES
         ),
+        Path("chosen", "LoRAXSLinear as it is, on the backend that is chosen for each call", _each(_backend), False),
         Path("operator", "the same through the torch.library operator, called eagerly", _each(_operator), False),
     )
 }

@@ -3,6 +3,7 @@
     format, version          "loraxs-bench", 2
     date, machine, versions  when and where (info.environment): date in UTC; on a GPU its driver and memory too
     commit, dirty            of the source, where it is a git checkout; else the package's version, and null
+    kernels                  a hash of what decides what each backend launches (backends/tuned.py)
     settings                 what was asked for
     ceilings                 bandwidth (bytes/s), half and single (flop/s) of this GPU, measured in this run, or null
     complete, seconds        whether the run came to its end, and how long it took
@@ -55,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..backends import tuned
 from ..files import write_atomically
 from ..info import environment
 from . import BenchError
@@ -76,6 +78,7 @@ class Report:
             **environment(settings.device),
             "commit": commit or found[0],
             "dirty": None if commit else found[1],
+            "kernels": {name: tuned.kernels(name) for name in ("triton", "cuda")},
             "settings": {
                 "questions": settings.questions,
                 "model": settings.model,

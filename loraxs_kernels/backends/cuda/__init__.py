@@ -50,20 +50,25 @@ def lowrank_linear(
     where a gram is asked for.  Every sum has a fixed order: same inputs, same bits.
     """
     x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
-    plan = None
-    if runs_here(x):
-        (T, K), (N, r) = x.shape, B.shape
-        plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
-    if plan is None:
+    picked = plan(x, A, B)
+    if picked is None:
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
     with on(x.device):
-        if isinstance(plan, Rows):
-            return _rows(plan, x, W, A, R, B, s, bias, out, other)
+        if isinstance(picked, Rows):
+            return _rows(picked, x, W, A, R, B, s, bias, out, other)
         if W is not None:
             out = F.linear(x, W, bias) if out is None else out.addmm_(x, W.t())
             bias = None
-        y, z = _decode(plan, x, A, R, B, s, bias, out, None)
+        y, z = _decode(picked, x, A, R, B, s, bias, out, None)
         return y, z, None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
+
+
+def plan(x: Tensor, A: Tensor, B: Tensor) -> Decode | Rows | None:
+    """Which kernels run, and how they are cut; None: the torch backend computes it."""
+    if not runs_here(x):
+        return None
+    (T, K), (N, r) = x.shape, B.shape
+    return pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
 
 
 def decode(
@@ -123,11 +128,11 @@ def decode(
     if out is not None:
         check_out(out, x=x, A=A, R=R, B=B, bias=bias, index=index)
     x, _, A, R, B, bias, _ = plain(x, None, A, R, B, bias)
-    plan = pick(T, N, K, r, x.dtype, facts(x.device), core.architectures())
-    if plan is None:  # no rows or no columns: whatever R is, there is nothing to add
+    picked = plan(x, A, B)
+    if picked is None:  # no rows or no columns: whatever R is, there is nothing to add
         return torch_backend.lowrank_linear(x, None, A, R.new_zeros(r, r), B, s, bias, out)[:2]
     with on(x.device):
-        return _decode(plan, x, A, R, B, s, bias, out, index)
+        return _decode(picked, x, A, R, B, s, bias, out, index)
 
 
 def runs_here(x: Tensor) -> bool:
@@ -188,7 +193,7 @@ def _rows(
     if plan.shrink or programs:
         z, u, gram = shrink(x, A, R, s, other, plan.shrink, plan.overlap, programs, ready)
     else:
-        z = torch_backend.shrink(x, A)
+        z = torch_backend.shrink(x, A.t())
         u = cast(scaled_mm(z, cast(R, z.dtype).t(), s, z), x.dtype)
         gram = None if other is None else scaled_mm(z.t(), other, s, z.new_empty(R.shape))
     if tail:

@@ -91,15 +91,20 @@ def lowrank_linear(
     same bits.
     """
     x, W, A, R, B, bias, other = plain(x, W, A, R, B, bias, other)
-    (T, K), (N, r) = x.shape, B.shape
-    config = None
-    if (x.is_cuda or (x.is_cpu and interpreted())) and x.dtype in _DTYPES and 0 not in (T, K, N):
-        config = pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
+    config = plan(x, A, B)
     if config is None or (out is not None and out.stride(1) != 1):
         return torch_backend.lowrank_linear(x, W, A, R, B, s, bias, out, other)
     with on(x.device):
         y, z, gram = low_rank(config, x, A, R, B, s, bias, out, other)
         return (y if W is None else y.addmm_(x, W.t())), z, gram
+
+
+def plan(x: Tensor, A: Tensor, B: Tensor) -> Config | None:
+    """How the launch is cut; None: the torch backend computes it."""
+    (T, K), (N, r) = x.shape, B.shape
+    if (x.is_cuda or (x.is_cpu and interpreted())) and x.dtype in _DTYPES and 0 not in (T, K, N):
+        return pick_config(T, N, K, r, x.dtype, layout(A), facts(x.device))
+    return None
 
 
 def low_rank(

@@ -1,0 +1,225 @@
+"""Which backend is chosen where: the rules of the table, and how measurements become its rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import loraxs_kernels as lx
+from loraxs_kernels import backends
+from loraxs_kernels.backends import choice, tuned
+from loraxs_kernels.backends.choice import Row, pick
+from loraxs_kernels.backends.device import Device
+from loraxs_kernels.bench.choice import decide
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import choices
+
+H100 = Device((9, 0), 132)
+MEASURED = Row(
+    *(H100.capability, H100.multiprocessors, "bfloat16", "forward", True, 16, 512, (1024, 14336), (4096, 14336)),
+    *("triton", 1.2, tuned.kernels("triton"), "h100/some.json"),
+)
+CALL = (512, 4096, 4096, 16, torch.bfloat16, "forward", True, H100)
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """Write a table of the user's own."""
+    path = tmp_path / "tuned.json"
+
+    def write(*rows: Row) -> None:
+        plain = [row._asdict() for row in rows]
+        tuned.write({"made_on": tuned.machine(H100), "tiles": [], "choices": plain, "measured": []}, path)
+        tuned.forget()
+
+    monkeypatch.setenv("LORAXS_TUNED", str(path))
+    tuned.forget()
+    yield write
+    tuned.forget()
+
+
+@pytest.fixture
+def table(monkeypatch, own):
+    """Put rows in the place of the committed ones; every backend can run."""
+
+    def put(*rows: Row) -> None:
+        monkeypatch.setattr(choice, "committed", lambda: rows)
+        monkeypatch.setattr(backends, "unavailable", lambda name: None)
+        tuned.forget()
+
+    return put
+
+
+def test_a_row_is_for_its_kind_of_call_alone(table):
+    table(MEASURED)
+    T, N, K, r, dtype, direction, weight, device = CALL
+    assert pick(*CALL) == "triton"
+    alike = [(T - 255, N, K, r), (T, 1024, 14336, 4), (T, 14336, 4096, 9)]
+    assert {pick(*sizes, dtype, direction, weight, device) for sizes in alike} == {"triton"}
+    others = [(T + 1, N, K, r), (256, N, K, r), (T, N, K, 17), (T, 1023, K, r), (T, 14337, K, r), (T, N, 4095, r)]
+    assert {pick(*sizes, dtype, direction, weight, device) for sizes in others} == {"torch"}
+    for changed in ({4: torch.float16}, {4: torch.float32}, {5: "backward"}, {6: False}, {7: Device((9, 0), 114)}):
+        assert pick(*(changed.get(i, value) for i, value in enumerate(CALL))) == "torch"
+
+
+def test_buckets_are_powers_of_two():
+    found = {T: choice.bucket(T) for T in (0, 1, 16, 17, 32, 33, 8191, 8192, 8193, 32769, 10**9)}
+    assert found == {
+        **{0: 16, 1: 16, 16: 16, 17: 32, 32: 32, 33: 64, 8191: 8192, 8192: 8192, 8193: 16384},
+        **{32769: 32768, 10**9: 32768},
+    }
+
+
+def test_kernels_that_changed_or_cannot_run_lose_their_rows(table, monkeypatch):
+    table(MEASURED._replace(kernels="of another version"))
+    assert pick(*CALL) == "torch"
+    table(MEASURED)
+    monkeypatch.setattr(backends, "unavailable", lambda name: "no compiler")
+    tuned.forget()
+    assert pick(*CALL) == "torch"
+
+
+def test_the_users_own_rows_go_first(table, own):
+    table(MEASURED)
+    own(MEASURED._replace(backend="torch", gain=1.0))
+    assert pick(*CALL) == "torch"
+    own(MEASURED._replace(tokens=1024, backend="cuda", kernels=tuned.kernels("cuda")))
+    assert pick(*CALL) == "triton"
+    assert pick(1024, *CALL[1:]) == "cuda"
+
+
+def test_amd_gpus_have_no_committed_rows(table, monkeypatch):
+    table(MEASURED)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert pick(*CALL) == "torch"
+
+
+def test_choose_follows_the_table_on_a_gpu_alone(table, monkeypatch):
+    def operands(device: str) -> list:
+        x, A, B = ((512, 4096), (16, 4096), (4096, 16))
+        return [
+            SimpleNamespace(shape=shape, dtype=torch.bfloat16, is_cuda=device == "cuda", device=device)
+            for shape in (x, A, B)
+        ]
+
+    table(MEASURED)
+    monkeypatch.setattr(backends, "facts", lambda device: H100)
+    assert backends.choose(*operands("cuda")) == "triton"
+    assert backends.choose(*operands("cuda"), has_weight=False) == "torch"
+    assert backends.choose(*operands("cuda"), direction="backward") == "torch"
+    assert backends.choose(*operands("cpu")) == "torch"
+    with lx.backend("torch"):
+        assert backends.choose(*operands("cuda")) == "torch"
+
+
+@pytest.mark.parametrize("damage", [{"N": [9, 8]}, {"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"more": 1}])
+def test_damaged_rows_are_ignored_with_one_warning(table, own, damage, tmp_path):
+    table()
+    own(MEASURED)
+    path = tmp_path / "tuned.json"
+    data = json.loads(path.read_text())
+    data["choices"][0] |= damage
+    path.write_text(json.dumps(data))
+    tuned.forget()
+    with pytest.warns(UserWarning, match=r"tuned.json: choices has a row that cannot be .*`loraxs tune`") as caught:
+        assert pick(*CALL) == "torch"
+        assert pick(513, *CALL[1:]) == "torch"
+    assert len(caught) == 1
+
+
+def test_the_committed_table_has_one_row_for_a_kind_of_call_and_a_gain_worth_it():
+    rows = choice.committed()
+    assert len({row.key for row in rows}) == len(rows)
+    assert all(row.gain >= 1.03 and row.backend != "torch" for row in rows)
+
+
+SHAPES = [(4096, 4096, 2), (14336, 4096, 2), (4096, 14336, 1)]
+GAINS = {"triton": 0.8, "cuda": 0.9}  # time over torch's
+
+
+def measured(
+    overs: dict[str, float] = GAINS, eager: dict[str, float] = GAINS, shapes: list = SHAPES, **more: object
+) -> list[dict]:
+    """Rows of the question choice, of backends that take so much of torch's time for every layer."""
+    rows = []
+    for mode, found in (("graph", overs), ("eager", eager)):
+        for N, K, count in shapes:
+            for path, over in {"torch": 1.0, **found}.items():
+                where = {"question": "choice", "status": "ok", "path": path, "mode": mode, "count": count}
+                where |= {"N": N, "K": K, "T": 512, "r": 12, "dtype": "bf16", "direction": "forward", "weight": True}
+                spread = {"low": over, "median": over, "high": over}
+                rows.append(where | {"over": {"torch": spread}, "seconds": {"median": over * N * K}} | more)
+    return rows
+
+
+HASHES = {"triton": "1", "cuda": "2"}
+
+
+def test_the_fastest_backend_gets_the_row():
+    (row,) = decide(measured(), H100, HASHES, "report")
+    expected = (
+        *H100,
+        "bfloat16",
+        "forward",
+        True,
+        16,
+        512,
+        (4096, 14336),
+        (4096, 14336),
+        "triton",
+        1.25,
+        "1",
+        "report",
+    )
+    assert row == expected
+    (row,) = decide(measured({"triton": 0.9, "cuda": 0.8}), H100, HASHES, "report")
+    assert (row.backend, row.kernels) == ("cuda", "2")
+
+
+def test_a_backward_is_told_by_its_own_sizes():
+    """Whose x is gY: rows of a report have the layer's N and K."""
+    shapes = [(14336, 4096, 2), (1024, 4096, 1)]
+    (row,) = decide(measured(shapes=shapes, direction="backward"), H100, HASHES, "")
+    assert (row.N, row.K) == ((4096, 4096), (1024, 14336))
+
+
+def test_what_is_not_worth_it_or_loses_somewhere_gets_no_row():
+    assert decide(measured({"triton": 0.98, "cuda": 1.2}), H100, HASHES, "") == []
+    assert decide(measured(dtype="fp32"), H100, HASHES, "") == []
+    assert decide(measured(T=500), H100, HASHES, "") == []
+    slow_one_by_one = measured({"triton": 0.8, "cuda": 0.9}, eager={"triton": 1.1, "cuda": 1.0})
+    assert [row.backend for row in decide(slow_one_by_one, H100, HASHES, "")] == ["cuda"]
+    one_layer_loses = measured(shapes=SHAPES[:2]) + measured({"triton": 1.05, "cuda": 1.0}, shapes=SHAPES[2:])
+    assert [row.backend for row in decide(one_layer_loses, H100, HASHES, "")] == ["cuda"]
+    not_everywhere = measured(shapes=SHAPES[:2]) + measured({"cuda": 0.9}, shapes=SHAPES[2:])
+    assert [row.backend for row in decide(not_everywhere, H100, HASHES, "")] == ["cuda"]
+    failed = [row | {"status": "failed"} if row["path"] == "triton" else row for row in measured()]
+    assert [row.backend for row in decide(failed, H100, HASHES, "")] == ["cuda"]
+
+
+def report(day: int, rows: list[dict], **more: object) -> dict:
+    machine = {"capability": "9.0", "multiprocessors": 132}
+    kernels = {name: tuned.kernels(name) for name in ("triton", "cuda")}
+    return {"date": f"2026-11-{day}", "machine": machine, "tests": {}, "kernels": kernels, "rows": rows} | more
+
+
+def test_of_reports_that_disagree_the_newest_counts():
+    old, new = report(26, measured()), report(27, measured({"triton": 1.0, "cuda": 0.9}))
+    assert [row.backend for row in choices.rows({"old": old})] == ["triton"]
+    assert [(row.backend, row.source) for row in choices.rows({"new": new, "old": old})] == [("cuda", "new")]
+    assert choices.rows({"old": old, "new": report(27, measured({"triton": 1.0, "cuda": 1.0}))}) == []
+    elsewhere = report(28, measured(T=1024))
+    assert [(row.tokens, row.source) for row in choices.rows({"a": old, "b": elsewhere})] == [(512, "a"), (1024, "b")]
+
+
+def test_a_report_of_other_kernels_or_not_of_the_suite_gives_no_rows():
+    assert choices.rows({"": report(26, measured(), kernels={"triton": "other", "cuda": "other"})}) == []
+    mine = report(26, measured())
+    del mine["tests"]
+    assert choices.rows({"": mine}) == []
