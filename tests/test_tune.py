@@ -431,6 +431,22 @@ def test_new_tiles_are_kept_where_calls_gain_by_them(world, monkeypatch, gain):
     assert len(searched) == 1 and not world.timed
 
 
+def test_tiles_must_gain_over_all_the_rows_they_are_for(world, monkeypatch):
+    """At 16 rows they lose more than they gain at 32; another model's layers, measured before, say nothing of it."""
+    world.run({16: (Shape(8, 8),)}, tokens=[16, 32])
+
+    def speed(name, case):
+        own = tuned.rows(facts(CPU), "tiles", config.parse) == (TILES,)
+        return {"torch": 1.0, "cuda": 0.5, "triton": (0.5 if len(case.sets[0][0]) == 16 else 3.0) if own else 2.0}[name]
+
+    world.speed = speed
+    monkeypatch.setattr(tune, "tiles_can_be_searched", lambda: True)
+    monkeypatch.setattr(tiles, "measured", lambda *_, **more: TILES)
+    world.run(tokens=[16, 32])
+    assert world.table()["tiles"] == []
+    assert [entry["kept"] for entry in world.table()["measured"] if "search" in entry] == [False, False]
+
+
 def test_a_search_of_tiles_that_fails_costs_nothing_else(world, monkeypatch, capsys):
     monkeypatch.setattr(tune, "tiles_can_be_searched", lambda: True)
     monkeypatch.setattr(tiles, "measured", lambda *_, **more: 1 / 0)

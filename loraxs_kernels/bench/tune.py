@@ -374,9 +374,14 @@ class _Run:
         own = tiles.merged([row], map(config.parse, self.table["tiles"]))
         tried = self.table | {"tiles": [config.plain(each) for each in own]}
         tuned.install(self.device, tried | {"path": self.path})
-        old = [entry for point in inside for entry in self._entries(point)]
-        new = [entry for point in inside for entry in self._measured(point, self.shapes[rank])]
-        gain = self._speeds(new)["triton"] / (self._speeds(old)["triton"] or math.inf)
+        new, gains = [], []
+        for point in inside:
+            now = self._measured(point, self.shapes[rank])
+            keys = set(map(_key, now))
+            before = self._speeds([entry for entry in self._entries(point) if _key(entry) in keys])["triton"]
+            new += now
+            gains += [self._speeds(now)["triton"] / before] if before else []
+        gain = math.prod(gains) ** (1 / max(1, len(gains)))
         if gain < BETTER:
             self.keep(done)
             return f"no gain, {gain:.2f}"
