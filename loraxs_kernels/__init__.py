@@ -8,6 +8,7 @@ from .info import info
 from .linear import LoRAXSLinear, forward_together
 from .model import attach, detach, merge, unmerge
 from .svd import truncated_svd
+from .tuning import tune
 from .weights import register_weight_reader
 
 __version__ = "0.1.0"
@@ -29,5 +30,6 @@ __all__ = [
     "register_weight_reader",
     "save_adapter",
     "truncated_svd",
+    "tune",
     "unmerge",
 ]

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(add("demo", _demo, "fine-tune a real model on real questions, offline"))
     command.add_bench(add("bench", command.bench, "time LoRA-XS layers and their neighbours, side by side"))
     command.add_roofline(add("roofline", command.show_roofline, "what bandwidth and flops alone allow, path by path"))
-    tune.add_tune(add("tune", tune.tune, "find the fastest tiles of the Triton kernels for this GPU"))
+    tune.add_tune(add("tune", _tune, "measure which backend is fastest where on this GPU, and use it from then on"))
     return parser
 
 
@@ -253,6 +253,23 @@ def _params(arguments: argparse.Namespace) -> int:
             raise ValueError(str(error)) from error
     print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from .accounting import from_config
+    from .bench import tune
+    from .bench.shapes import MODELS
+
+    shapes = None
+    if arguments.model not in (None, *MODELS) and not arguments.shape:
+        with _quiet_transformers():
+            model = from_config(_configuration(arguments.model))
+        with _told_in_lines("loraxs tune"):
+            try:
+                shapes = tune.of_model(model, arguments.rank).shapes
+            except TypeError as error:  # that there are linear layers, but none that can have an adapter
+                raise ValueError(str(error)) from error
+    return tune.command(arguments, shapes)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 from loraxs_kernels.backends.triton import config  # noqa: E402
 from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config, Device  # noqa: E402
-from loraxs_kernels.bench.tune import SETTING  # noqa: E402
+from loraxs_kernels.bench.tiles import SETTING  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
 FORWARD_AND_BACKWARD = ("forward", "backward")

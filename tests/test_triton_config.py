@@ -12,8 +12,7 @@ import torch
 from loraxs_kernels.backends import tuned
 from loraxs_kernels.backends.triton import config
 from loraxs_kernels.backends.triton.config import Config, Device, Row, pick_config
-from loraxs_kernels.bench import tune
-from loraxs_kernels.cli import main
+from loraxs_kernels.bench import tiles
 
 H200, SMALL, FUTURE = Device((9, 0), 132), Device((8, 6), 20), Device((13, 0), 300)
 
@@ -26,9 +25,9 @@ def no_table_of_the_users(monkeypatch, tmp_path):
     tuned.forget()
 
 
-def write(path: Path, device: Device, *tiles: Row) -> None:
+def write(path: Path, device: Device, *rows: Row) -> None:
     """A table of the user's own, made on the device."""
-    plain = [config.plain(row) for row in tiles]
+    plain = [config.plain(row) for row in rows]
     tuned.write({"made_on": tuned.machine(device), "tiles": plain, "choices": [], "measured": []}, path)
     tuned.forget()
 
@@ -115,19 +114,19 @@ def test_a_row_that_does_not_fit_is_not_picked(no_table_of_the_users):
 
 def test_a_table_reads_as_it_was_written(tmp_path):
     path = tmp_path / "deep" / "table.json"
-    tune.write(config.committed_table(), path)
+    tiles.write(config.committed_table(), path)
     assert config.read(path) == config.committed_table()
     assert path.read_text() == config.TABLE.read_text()
 
 
 def test_the_committed_table_is_what_was_counted_or_measured():
-    """Rows without a measurement are those of tune.START; test_triton_aot.py checks what they say of shared memory."""
+    """Rows without a measurement are those of tiles.START; test_triton_aot.py checks what they say of shared memory."""
     counted = {row[:6] for row in config.committed_table() if row.source == "counted, not measured"}
     started = {
-        (family, precision, "any", rank, tokens, Config(*tiles))
-        for (family, precision), by_tokens in tune.START.items()
+        (family, precision, "any", rank, tokens, Config(*cut))
+        for (family, precision), by_tokens in tiles.START.items()
         for tokens, by_rank in by_tokens.items()
-        for rank, tiles in by_rank.items()
+        for rank, cut in by_rank.items()
     }
     assert counted == started
     assert all(row.source.startswith("measured on ") for row in config.committed_table() if row[:6] not in counted)
@@ -136,42 +135,20 @@ def test_the_committed_table_is_what_was_counted_or_measured():
 def test_the_search_finds_what_is_fastest_and_leaves_out_what_fails():
     best = Config(128, 64, 32, 8, 2)
 
-    def cost(tiles: Config) -> float:
-        if tiles.block_k == 128:
+    def cost(cut: Config) -> float:
+        if cut.block_k == 128:
             return float("inf")
-        return 1.0 + sum(a != b for a, b in zip(dataclasses.astuple(tiles), dataclasses.astuple(best), strict=True))
+        return 1.0 + sum(a != b for a, b in zip(dataclasses.astuple(cut), dataclasses.astuple(best), strict=True))
 
-    times = tune.search(tune.start("wgmma", 64, 2049), cost)
+    times = tiles.search(tiles.start("wgmma", 64, 2049), cost)
     assert min(times, key=times.__getitem__) == best and times[best] == 1.0
-    assert all(tiles.block_k != 128 for tiles in times)
+    assert all(each.block_k != 128 for each in times)
 
 
 def test_new_rows_take_the_place_of_old_ones():
     other = OWN._replace(tokens=2049)
     again = OWN._replace(tiles=Config(16, 16, 16, 4, 2))
-    assert tune.merged([again], [OWN, other]) == [again, other]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rank", "0"], "rank: got 0, must be at least 1"),
-        (["--rank", "256"], "rank: got 256, must be at most 128"),
-        (["--model", "nobody"], "model: got 'nobody', must be one of"),
-        (["--shape", "4096"], "shape: got '4096', must be NxK"),
-        (["--shape", "8x8", "--model", "tiny"], "model and shape: got"),
-    ],
-)
-def test_tune_refuses_what_cannot_be(capsys, no_table_of_the_users, arguments, message):
-    assert main(["tune", *arguments]) == 1
-    assert message in capsys.readouterr().err
-    assert not no_table_of_the_users.exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_tune_needs_a_gpu(capsys):
-    assert main(["tune"]) == 1
-    assert "loraxs tune: torch finds no GPU here" in capsys.readouterr().err
+    assert tiles.merged([again], [OWN, other]) == [again, other]
 
 
 def test_rows_are_json_that_people_can_read():

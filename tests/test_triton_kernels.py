@@ -23,7 +23,7 @@ if not INTERPRETED:
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import config, launcher
-from loraxs_kernels.bench import tune
+from loraxs_kernels.bench import tiles
 from loraxs_kernels.bench.shapes import Shape
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32}
@@ -176,15 +176,15 @@ def test_tune_leaves_out_tiles_that_fail_or_are_wrong(monkeypatch):
         return (y + 1 if cut.block_n == spoiled else y), z, gram
 
     times = {}
-    monkeypatch.setattr(tune, "low_rank", spoil)
-    monkeypatch.setattr(tune, "shared", lambda row, *_: 1000 + row.tiles.block_k)
-    monkeypatch.setattr(tune, "TYPICAL", {1: 20})
-    monkeypatch.setattr(tune, "OPTIONS", {"block_t": (16, 24), "block_n": (16, spoiled), "block_k": (16, 32)})
-    real = tune.search
-    monkeypatch.setattr(tune, "search", lambda *args: times.update(real(*args)) or times)
+    monkeypatch.setattr(tiles, "low_rank", spoil)
+    monkeypatch.setattr(tiles, "shared", lambda row, *_: 1000 + row.tiles.block_k)
+    monkeypatch.setattr(tiles, "TYPICAL", {1: 20})
+    monkeypatch.setattr(tiles, "OPTIONS", {"block_t": (16, 24), "block_n": (16, spoiled), "block_k": (16, 32)})
+    real = tiles.search
+    monkeypatch.setattr(tiles, "search", lambda *args: times.update(real(*args)) or times)
     facts, device = config.Device((9, 0), 8), torch.device("cpu")
-    row = tune.measured([Shape(40, 48)], 16, 1, "backward", device, facts, "measured here", 1e-3)
+    row = tiles.measured([Shape(40, 48)], 16, 1, "backward", device, facts, "measured here", 1e-3)
     assert row.tiles == min(times, key=times.__getitem__)
-    assert all(tiles.block_t == 16 and tiles.block_n != spoiled for tiles in times)  # 24 is no power of two
+    assert all(each.block_t == 16 and each.block_n != spoiled for each in times)  # 24 is no power of two
     assert len(times) >= 4 and row.shared == 1000 + row.tiles.block_k
     assert row[:5] == ("wgmma", "half", "backward", 16, 1) and row.source == "measured here"

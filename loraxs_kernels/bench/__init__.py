@@ -1,4 +1,4 @@
-"""`loraxs bench` and `loraxs roofline`: what LoRA-XS costs, measured side by side, and what it must cost at least.
+"""`loraxs bench`, `roofline` and `tune`: what LoRA-XS costs, measured side by side, and what it must cost at least.
 
     command.py    the two commands: arguments, checks, the run, what is printed
     shapes.py     the linear layers of real models
@@ -10,7 +10,8 @@
     tax.py        the adapter tax over a block, from a report's rows
     report.py     the JSON of a run: its fields, writing it safely, reading it
     tables.py plots.py page.py         what people read: text and Markdown, figures, one HTML page
-    tune.py       `loraxs tune`: the fastest tiles of the Triton kernels
+    tune.py       `loraxs tune` and `lx.tune`: the fastest backend for each kind of call, on the user's own GPU
+    tiles.py      the fastest tiles of the Triton kernels
 
 Nothing here is imported by `import loraxs_kernels`.
 """

@@ -93,16 +93,22 @@ def _copies(case: Case) -> Callable[[], None] | None:
     return copies
 
 
-def decide(rows: Iterable[Row], device: Device, kernels: dict[str, str], source: str) -> list[choice.Row]:
+def decide(
+    rows: Iterable[Row], device: Device, kernels: dict[str, str], source: str, torch_too: bool = False
+) -> list[choice.Row]:
     """The rows of the table that measured rows give: at most one for each kind of call, none where torch's is best.
+
+    With `torch_too` there is one for it, too, so that it goes before what another table says of such a call.
 
     A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all layers, none of them takes
     more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  It must have been measured for
-    every layer that torch's was.  `kernels`: tuned.kernels of each backend, as it ran.
+    every layer that torch's was.  `kernels`: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
     """
     found = []
     for key, measured in kinds(rows, device).items():
         gains = {name: gain for name in kernels if (gain := _gain(measured, name)) >= GAIN}
+        if torch_too and any(row["path"] == "torch" for row in measured):
+            gains = gains or {"torch": 1.0}
         if gains:
             name = max(gains, key=gains.__getitem__)
             sizes = [(row["N"], row["K"]) for row in measured]
@@ -123,10 +129,19 @@ def kinds(rows: Iterable[Row], device: Device) -> dict[tuple, list[Row]]:
     return found
 
 
+def speed(measured: list[Row], name: str) -> float:
+    """How many times as fast as torch's a backend is over all layers, chosen or not; 0.0 where one was not measured."""
+    overs, base = _over(measured, name, _best_mode(measured))
+    return _speed(overs, base) if base and overs.keys() == base.keys() else 0.0
+
+
+def _best_mode(measured: list[Row]) -> str:
+    return "graph" if any(row["mode"] == "graph" for row in measured) else "eager"  # a CPU has no graphs
+
+
 def _gain(measured: list[Row], name: str) -> float:
     """Time of torch's backend over that of another, over all layers in CUDA graphs; 0.0 where it may not be chosen."""
-    graph = "graph" if any(row["mode"] == "graph" for row in measured) else "eager"  # a CPU has no graphs
-    overs, base = _over(measured, name, graph)
+    overs, base = _over(measured, name, _best_mode(measured))
     if not base or overs.keys() != base.keys() or max(overs.values()) > WORST:
         return 0.0
     if 1 / _speed(*_over(measured, name, "eager")) > EAGER:

@@ -1,232 +1,559 @@
-"""Which tiles the Triton kernels run fastest with: `loraxs tune`, and bench/tune.py, which makes the committed table.
+"""`loraxs tune` and `lx.tune`: which backend is fastest where, measured on the user's own GPU, for a model's shapes.
 
-For each layout, rank and number of rows: begin with tiles that were counted on paper (START), change one of their sizes
-at a time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs,
-on operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
-fastest that spills no register is taken.
+First the choices: every backend on each kind of call, the most valuable kinds first, until the budget is spent.  Then,
+with what is left of it, the tiles of the Triton kernels, where Triton is the fastest or nearly so; they are kept where
+the calls gain by them.  After every step the table (backends/tuned.py) is on the disk and in force in this process, so
+a run can be stopped at any time, and the next one goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
 from .. import backends
-from ..backends import tuned
-from ..backends.triton import config, low_rank
-from ..backends.triton import facts as device_facts
-from ..backends.triton.config import Config, Device, Row
-from ..files import write_atomically
-from . import BenchError, timer
-from .chain import Case
-from .layer import release
-from .settings import at_least_one, model_or_shapes
+from .. import model as models
+from ..backends import choice, tuned
+from ..backends.device import Device, facts
+from ..backends.triton import config
+from ..backends.triton.config import padded
+from ..linear import LoRAXSLinear, check_rank, label_of
+from ..weights import weight_of, weight_view
+from . import BenchError, tables, tiles, timer
+from . import choice as question
+from .layer import Row, failure, release
+from .settings import DTYPES, MODES, Settings, at_least_one, check, model_or_shapes
 from .shapes import MODELS, Shape
 
-RANKS = (16, 32, 64, 128)
-# From how many rows of x on a row of the table is meant, and with how many it is timed.
-TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}
-OPTIONS = {
-    "block_t": (16, 32, 64, 128),
-    "block_k": (32, 64, 128),
-    "block_n": (32, 64, 128),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
-}
-# By family, precision and least number of rows: block_t, block_k, block_n, warps and stages for each padded rank.
-# Few rows: the least a matrix instruction takes, and enough columns of x that a thread copies 16 bytes of them.
-# More: as many as registers hold without spilling, since each block of rows reads A and B anew, while the blocks fill a
-# GPU; and stages that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2
-# cache with 64 rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
-_MANY = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
-START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
-    ("wgmma", "half"): {257: _MANY, 16385: {64: (128, 64, 128, 8, 3)}},
-    ("tcgen05", "half"): {257: _MANY},
-    ("mma", "half"): {
-        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 128, 64, 8, 2)},
-        257: {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 8, 3), 64: (64, 64, 64, 8, 3), 128: (64, 64, 128, 8, 3)},
-        16385: {64: (128, 32, 64, 8, 3)},
-    },
-    ("mma", "tf32"): {
-        1: {16: (16, 32, 32, 4, 3), 32: (16, 32, 32, 4, 3), 64: (16, 32, 32, 4, 3)},
-        257: {16: (64, 32, 32, 4, 3), 32: (64, 32, 32, 8, 3), 64: (32, 32, 32, 8, 3)},
-    },
-}
-# Who may pick a family's rows.
-FOR = {"mma": [(8, 0), (9, 0), (10, 0), (12, 0)], "wgmma": [(9, 0)], "tcgen05": [(10, 0)]}
-SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high")}
+# Buckets of rows, the most valuable first: training's, a step of decoding, then what lies between.
+TOKENS = (8192, 16, 2048, 512, 64, 4096, 1024, 32768, 256, 128, 16384, 32)
+DECODING = 64  # rows up to which hardly anyone calls a backward
+RANKS = (16, 64, 32)
+BUDGET = 300.0  # seconds
+SECONDS = 0.03  # for each backend and mode, shape and kind of call
+WIDEST = config.WIDEST["half"]  # wider ranks only the GEMM of the CUDA backend takes, on Hopper
+NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make Triton's the fastest
+BETTER = 1.01  # times as fast: from there on new tiles are kept
+SEARCH, REST = 45.0, 15.0  # seconds without which no search of tiles begins, and which its last steps take
+LONGEST = 120.0  # seconds of a search, so that others have their turn and waiting processes hear of it
+
+Say = Callable[[str], None]
+Shapes = Mapping[int, Sequence[Shape]]  # by padded rank
+
+clock = time.monotonic
 
 
-class Spills(RuntimeError):
-    """A kernel needs more registers than there are."""
+class Point(NamedTuple):
+    """A kind of call, measured over all shapes."""
+
+    T: int
+    r: int
+    weight: bool
+    direction: str
+
+    def __str__(self) -> str:
+        return f"T {self.T}, r {self.r}, {self.direction} {'with' if self.weight else 'without'} W"
 
 
-def counted() -> tuple[Row, ...]:
-    """START as a table, each row compiled ahead of time for all that may pick it; needs no GPU.  Raises Spills."""
-    rows = [
-        Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
-        for (family, precision), by_tokens in START.items()
-        for tokens, by_rank in by_tokens.items()
-        for rank, tiles in by_rank.items()
-    ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        return tuple(tqdm(pool.map(_compiled, rows), total=len(rows), desc="compiling", unit="row"))
+class Result(NamedTuple):
+    """What a run leaves: the table, in force for GPUs like `device`, and written to `path`."""
+
+    device: Device
+    path: Path
+    table: dict[str, Any]
+
+    @property
+    def rows(self) -> list[choice.Row]:
+        return list(map(choice.parse, self.table["choices"]))
 
 
-def _compiled(row: Row) -> Row:
-    def has_its_own(capability: tuple[int, int]) -> bool:
-        """Whether a GPU has a row of its own family, which it picks instead of this one."""
-        family = config.family(capability)
-        own = START.get((family, row.precision), {}) if family != row.family else {}
-        return any(tokens <= row.tokens and row.rank in by_rank for tokens, by_rank in own.items())
+def run(
+    shapes: Shapes,
+    tokens: Sequence[int] = (),
+    dtype: str = "bf16",
+    budget: float = BUDGET,
+    path: Path | None = None,
+    *,
+    seconds: float = SECONDS,
+    weights: Sequence[bool] = (True, False),
+    again: bool = False,
+    progress: bool = True,
+    tell: Callable[[], None] = lambda: None,
+) -> Result:
+    """Measure on the current GPU until the budget (seconds) is spent, and write the user's table.
 
-    capabilities = [capability for capability in FOR[row.family] if not has_its_own(capability)]
-    return row._replace(shared=shared(row, capabilities, ("forward", "backward")))
-
-
-def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:
-    """The largest shared memory of a row's kernels, compiled for these GPUs; Spills where one needs more registers.
-
-    For the padded rank, the next multiple of 4 below it, and sizes that are multiples of nothing: these cannot be
-    copied to shared memory in the background, and may spill a little, as no model has them.
+    shapes: by rank, the most valuable first; a rank counts as the padded one.  tokens: each counts as its bucket;
+    default: all.  weights: whether calls with W come first, or those without.  path: default: the file that is used
+    from then on.  again: measure anew what the file has.  tell: is called after every step.  Raises BenchError,
+    ValueError or OSError where this cannot be done, before anything is measured.
     """
-    from ..backends.triton.aot import Problem, compile_problem
+    begun = clock()
+    at_least_one(tokens=tokens, rank=list(shapes))
+    if not 0 < budget < math.inf:
+        raise BenchError(f"budget: got {budget:g} seconds, must be above 0")
+    if dtype not in ("bf16", "fp16"):
+        raise BenchError(f"dtype: got {dtype!r}, must be bf16 or fp16: in other dtypes there is nothing to choose")
+    whole = {padded(r): tuple(each) for r, each in shapes.items()}
+    device = _gpu()
+    names = _names(device, max(whole))
+    path = Path(path) if path is not None else tuned.user_path(tuned.machine(facts(device))["gpu"])
+    checked = check(
+        questions=["choice"],
+        shapes=list(dict.fromkeys(str(shape) for each in whole.values() for shape in each)),
+        dtype=dtype,
+        paths=names,
+        device=str(device),
+        seconds=seconds,
+    )
+    request = replace(checked, paths=tuple(names))  # and none to compare them with
+    points = _points(list(whole), [choice.bucket(T) for T in tokens] or TOKENS, weights)
+    with tqdm(total=len(points), desc="loraxs tune", unit="point", disable=None if progress else True) as bar:
 
-    (dtype, matmul), found = SETTING[row.precision], []
-    sizes = [(4096, 4096, row.rank), (4096, 4096, row.rank - 4), (997, 1001, row.rank - 3)]
-    for capability, layout, programs, (N, K, r) in itertools.product(capabilities, layouts, (1, 4), sizes):
-        cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
-        for each in compile_problem(Problem(1024, N, K, r, dtype, layout, matmul), capability, cut):
-            if each.spilled and N == 4096:
-                raise Spills(f"{row}: {each.kernel} spills {each.spilled} bytes on {capability} for rank {r}")
-            found.append(each.shared)
-    return max(found)
+        def say(line: str) -> None:
+            if progress:
+                tqdm.write(line, file=sys.stderr)
 
+        def step(line: str) -> None:
+            bar.set_postfix_str(line)
+            bar.update()
+            if bar.disable and line:
+                say(f"  {line}")
 
-def measured(
-    shapes: Iterable[Shape],
-    rank: int,
-    tokens: int,
-    layout: str,
-    device: torch.device,
-    facts: Device,
-    source: str,
-    seconds: float,
-) -> Row:
-    """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on."""
-    family = config.family(facts.capability)
-    cases = [(shape.count, Case(shape, TYPICAL[tokens], rank, layout, torch.bfloat16, device)) for shape in shapes]
-
-    def cost(tiles: Config) -> float:
-        return sum(count * time(case, tiles, facts, seconds) for count, case in cases)
-
-    times = search(start(family, rank, tokens), cost)
-    for tiles in sorted(times, key=times.__getitem__):
-        row = Row(family, "half", layout, rank, tokens, tiles, 0, source)
-        with suppress(Spills):
-            return row._replace(shared=shared(row, [facts.capability], [layout]))
-    raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
+        say(f"loraxs tune: {len(points)} kinds of calls, {budget / 60:g} minutes at most; writing {path}")
+        return _Run(request, whole, path, begun + budget, again, say, step, tell).all(points)
 
 
-def start(family: str, rank: int, tokens: int) -> Config:
-    """Where the search begins: the counted tiles of the GPU's family, or else those that every GPU can run."""
-    for name in (family, "mma"):
-        by_tokens = START[name, "half"]
-        for rows in sorted(by_tokens, reverse=True):
-            if rows <= tokens and rank in by_tokens[rows]:
-                return Config(*by_tokens[rows][rank])
-    raise KeyError(rank)
+def _gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "torch finds no GPU here, and on a CPU there is nothing to choose: run it on the machine and in the "
+            "environment in which the layers will run"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float]:
-    """{tiles: seconds} of those that ran: one size is changed at a time, the best kept, until no change helps."""
-    times, before = {tiles: cost(tiles)}, None
-    while tiles != before:
-        before = tiles
-        for name, options in OPTIONS.items():
-            others = [dataclasses.replace(tiles, **{name: option}) for option in options]
-            times |= {other: cost(other) for other in others if other not in times}
-            tiles = min(times, key=times.__getitem__)
-    return {each: t for each, t in times.items() if t < math.inf}
+def _names(device: torch.device, rank: int) -> list[str]:
+    """The backends to choose from."""
+    reasons = {name: backends.unavailable(name) for name in backends.NAMES}
+    names = [name for name, reason in reasons.items() if reason is None]
+    if names == ["torch"]:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        raise BenchError(f"there is nothing to choose, only the torch backend can run here ({why})")
+    if rank > WIDEST and not ("cuda" in names and facts(device).capability == (9, 0)):
+        raise BenchError(f"rank: got {rank}, must be at most {WIDEST}: wider ones run on the torch backend here")
+    return names
 
 
-def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
-    """Seconds of one call; infinite where the tiles do not run or are wrong."""
-    x, _, A, _, B, *_ = case.sets[0]
-    cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
-
-    def chain(x: Tensor, W: None, *more: Any) -> tuple:
-        return low_rank(cut, x, *more)
-
-    try:
-        if case.wrong(chain):
-            return math.inf
-        each = case.prepare(chain, graph=case.device.type == "cuda")
-        return timer.interleave({"": each}, case.device, seconds)[""].median().item()
-    except Exception:  # does not compile, or does not fit: others will
-        timer.synchronize()  # raises where the device itself is lost
-        return math.inf
+def _points(ranks: Sequence[int], tokens: Sequence[int], weights: Sequence[bool]) -> list[Point]:
+    """In the order of their value."""
+    points = [
+        Point(T, r, weight, direction)
+        for weight in weights
+        for T in dict.fromkeys(tokens)
+        for r in ranks
+        for direction in choice.DIRECTIONS
+    ]
+    return sorted(points, key=lambda point: point.direction == "backward" and point.T <= DECODING)
 
 
-def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
-    """The new rows, and the old ones that they do not replace, in that order."""
-    new = list(new)
-    keys = {row[:5] for row in new}
-    return [*new, *(row for row in old if row[:5] not in keys)]
+def _together(work: Callable[[Callable[[], None]], Result]) -> Result:
+    """Where there are several processes, rank 0 works and the others wait; its table is everybody's.
+
+    `work` gets a function to call after every step: what it sends keeps the others from running out of patience.
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return work(lambda: None)
+
+    def exchange(message: Any = None) -> Any:
+        box = [message]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    if dist.get_rank() == 0:
+        try:
+            result = work(lambda: exchange(("goes on", None)))
+        except BaseException as error:
+            exchange(("failed", f"{type(error).__name__}: {error}"))
+            raise
+        exchange(("done", result))
+        return result
+    state, what = exchange()
+    while state == "goes on":
+        state, what = exchange()
+    if state == "failed":
+        raise BenchError(f"rank 0 could not tune: {what}")
+    _install(what)
+    return what
+
+
+def _install(result: Result) -> None:
+    tuned.install(result.device, result.table | {"path": result.path})
+
+
+@dataclass
+class _Run:
+    request: Settings
+    shapes: dict[int, tuple[Shape, ...]]
+    path: Path
+    end: float  # on the clock
+    again: bool
+    say: Say
+    step: Say  # that a point is done
+    tell: Callable[[], None]
+    table: dict[str, Any] = field(init=False)
+    took: list[float] = field(default_factory=list)  # seconds, of each point
+
+    def __post_init__(self) -> None:
+        self.device = facts(self.request.device)
+        self.made_on = tuned.machine(self.device)
+        gpu = self.made_on["gpu"] or "this CPU"
+        self.source = f"measured on {gpu}, {datetime.now(timezone.utc):%Y-%m-%d}"
+        self.kernels = {name: tuned.kernels(name) for name in self.request.paths}
+
+    def all(self, points: list[Point]) -> Result:
+        self.table = self._found()
+        self.keep()  # before anything is measured, in case it cannot be written
+        try:
+            with timer.on(self.request.device):
+                left = sum(not self.choice(point) for point in points)
+                if left:
+                    self.say(f"the budget is spent, {left} of {len(points)} points are left for another run")
+                elif "triton" in self.request.paths and tiles_can_be_searched():
+                    self.tiles(points)
+        finally:  # also in place of tiles that were being tried
+            _install(self.result)
+        return self.result
+
+    @property
+    def result(self) -> Result:
+        return Result(self.device, self.path, self.table)
+
+    def _found(self) -> dict[str, Any]:
+        """What an earlier run under the same conditions has left in the file, or an empty table."""
+        empty: dict[str, Any] = {"made_on": self.made_on, **{name: [] for name in tuned.LISTS}}
+        if not self.path.exists():
+            return empty
+        try:
+            table = tuned.read(self.path)
+        except ValueError as error:
+            raise BenchError(f"{error}; it is not overwritten: delete it, or name another file") from error
+        if other := [name for name, now in self.made_on.items() if table["made_on"].get(name) != now]:
+            self.say(f"{self.path} was measured under other conditions ({', '.join(other)}) and is replaced")
+            return empty
+        try:
+            for name, parse in (("tiles", config.parse), ("choices", choice.parse), ("measured", _checked)):
+                for entry in table[name]:
+                    parse(entry)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = f"{name} has a row that cannot be, {type(error).__name__}: {error}"
+            self.say(f"{self.path} is damaged ({why}) and is replaced")
+            return empty
+        return empty | {name: table[name] for name in tuned.LISTS}
+
+    def keep(self, *new: dict[str, Any], **lists: list[dict[str, Any]]) -> None:
+        """Write the table with new entries of "measured" and other lists, in place of its own, and put it in force."""
+        keys = {_key(entry) for entry in new}
+        others = [entry for entry in self.table["measured"] if _key(entry) not in keys]
+        table = self.table | lists | {"measured": [*others, *new]}
+        rows = [row for entry in table["measured"] for row in _rows(entry)]
+        chosen = question.decide(rows, self.device, self.kernels, self.source, torch_too=True)
+        table["choices"] = [row._asdict() for row in chosen]
+        tuned.write(table, self.path)
+        self.table = table
+        _install(self.result)
+        self.tell()
+
+    def fits(self, seconds: float) -> bool:
+        return clock() + seconds <= self.end
+
+    def choice(self, point: Point) -> bool:
+        """Measure a point as far as an earlier run has not; False where the budget does not last."""
+        there = set() if self.again else {(entry["N"], entry["K"]) for entry in self._entries(point)}
+        shapes = [shape for shape in self.shapes[point.r] if (shape.N, shape.K) not in there]
+        if not shapes:
+            self.step("")
+            return True
+        if not self.fits(statistics.median(self.took) if self.took else 0.0):
+            return False
+        before = clock()
+        self.keep(*self._measured(point, shapes))
+        self.took.append(clock() - before)
+        self.step(f"{point}: {self._told(point)}")
+        return True
+
+    def _entries(self, point: Point) -> list[dict[str, Any]]:
+        wanted = {**point._asdict(), "dtype": self.request.dtype_name}
+        return [entry for entry in self.table["measured"] if "N" in entry and wanted.items() <= entry.items()]
+
+    def _speeds(self, entries: list[dict[str, Any]]) -> dict[str, float]:
+        rows = [row for entry in entries for row in _rows(entry)]
+        return {name: question.speed(rows, name) for name in self.request.paths}
+
+    def _told(self, point: Point) -> str:
+        speeds = self._speeds(self._entries(point))
+        return ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if speed) or "nothing ran"
+
+    def _measured(self, point: Point, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+        """An entry for each shape that fits the GPU, of which `_rows` makes rows again."""
+        entries = []
+        for shape in shapes:
+            entry: dict[str, Any] = {**point._asdict(), "dtype": self.request.dtype_name}
+            entry |= {"N": shape.N, "K": shape.K, "count": shape.count}
+            found = list(question.measure(self.request, shape, point.T, point.r, point.direction, point.weight))
+            failed = {row["path"]: row["reason"] for row in found if row["status"] == "failed"}
+            if "torch" in failed:
+                if not failed["torch"].startswith("out of memory"):
+                    raise BenchError(f"the torch backend failed at {point}, {shape}: {failed['torch']}")
+                self.say(f"  {shape} is left out at {point}: out of memory")
+                continue
+            for row in found:
+                if row["status"] == "ok":
+                    seconds = row.get("seconds", {"median": 1.0})["median"]  # of a CPU there are only ratios
+                    figure = seconds if row["path"] == "torch" else row["over"]["torch"]["median"]
+                    entry.setdefault(row["mode"], {})[row["path"]] = figure
+            for name, reason in failed.items():
+                self.say(f"  {name} is left out at {point}, {shape}: {reason}")
+            entries.append(entry | ({"failed": failed} if failed else {}))
+        release()
+        return entries
+
+    def tiles(self, points: list[Point]) -> None:
+        """Search tiles for the ranges of rows where Triton is the fastest or nearly so, most valuable first."""
+        searched = [entry["search"] for entry in self.table["measured"] if "search" in entry]
+        for search, inside in self._worth_a_search(points).items():
+            plain = dict(zip(("rank", "tokens", "layout"), search, strict=True))
+            again = len(inside) * statistics.median(self.took or [3.0])
+            if plain in searched and not self.again:
+                continue
+            if not self.fits(SEARCH + again):
+                self.say("the budget is spent, some tiles of the Triton kernels are left for another run")
+                return
+            kept = self._search(*search, inside, min(clock() + LONGEST, self.end - REST - again))
+            self.say(f"  tiles for r {search[0]}, T >= {search[1]}, {search[2]}: {kept}")
+
+    def _worth_a_search(self, points: list[Point]) -> dict[tuple[int, int, str], list[Point]]:
+        """{(rank, least number of rows, layout): the points that such tiles are for}."""
+        found: dict[tuple[int, int, str], list[Point]] = {}
+        worth = set()
+        for point in points:
+            if point.r > WIDEST:
+                continue
+            least = max(tokens for tokens in tiles.TYPICAL if tokens <= point.T)
+            found.setdefault((point.r, least, point.direction), []).append(point)
+            speeds = self._speeds(self._entries(point))
+            if speeds["triton"] and speeds["triton"] >= NEAR * max(speeds.values()):
+                worth.add((point.r, least, point.direction))
+        return {search: inside for search, inside in found.items() if search in worth}
+
+    def _search(self, rank: int, tokens: int, layout: str, inside: list[Point], until: float) -> str:
+        """Find tiles, and keep them where the points of their range gain; in words what came of it."""
+        done: dict[str, Any] = {"search": {"rank": rank, "tokens": tokens, "layout": layout}, "kept": False}
+        given = (self.shapes[rank], rank, tokens, layout, self.request.device, self.device, self.source, 0.02)
+        try:
+            row = tiles.measured(*given, enough=lambda: clock() >= until)
+        except Exception as error:  # what is known of the choices must not be lost by it
+            timer.synchronize()  # raises where the device itself is lost
+            self.keep(done)
+            return f"none: {failure('', error)['reason']}"
+        finally:
+            release()
+        own = tiles.merged([row], map(config.parse, self.table["tiles"]))
+        tried = self.table | {"tiles": [config.plain(each) for each in own]}
+        tuned.install(self.device, tried | {"path": self.path})
+        new, gains = [], []
+        for point in inside:
+            now = self._measured(point, self.shapes[rank])
+            keys = set(map(_key, now))
+            before = self._speeds([entry for entry in self._entries(point) if _key(entry) in keys])["triton"]
+            new += now
+            gains += [self._speeds(now)["triton"] / before] if before else []
+        gain = math.prod(gains) ** (1 / max(1, len(gains)))
+        if gain < BETTER:
+            self.keep(done)
+            return f"no gain, {gain:.2f}"
+        self.keep(*new, done | {"kept": True}, tiles=tried["tiles"])
+        return f"{gain:.2f} times as fast"
+
+
+def tiles_can_be_searched() -> bool:
+    """Whether this Triton can compile ahead of time as the search needs."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+def _checked(entry: dict[str, Any]) -> None:
+    """Refuse an entry of "measured" that cannot be: ValueError, TypeError, KeyError or AttributeError."""
+    if "search" in entry:
+        good = entry["search"].keys() == {"rank", "tokens", "layout"} and type(entry["kept"]) is bool
+    else:
+        numbers = [entry[name] for name in ("T", "r", "N", "K", "count")]
+        figures = [figure for mode in MODES for figure in entry.get(mode, {}).values()]
+        good = (
+            all(type(n) is int and n > 0 for n in numbers)
+            and (entry["T"], entry["r"]) == (choice.bucket(entry["T"]), padded(entry["r"]))
+            and all(type(n) is float and 0 < n < math.inf for n in figures)
+            and type(entry["weight"]) is bool
+            and entry["direction"] in choice.DIRECTIONS
+            and entry["dtype"] in DTYPES
+        )
+    if not good:
+        raise ValueError(f"got {entry}")
+
+
+def _key(entry: dict[str, Any]) -> tuple:
+    """What no two entries of "measured" share."""
+    names = ("T", "r", "weight", "direction", "dtype", "N", "K")
+    return tuple(entry["search"].values()) if "search" in entry else tuple(entry[name] for name in names)
+
+
+def _rows(entry: dict[str, Any]) -> Iterator[Row]:
+    """The rows of choice.py behind an entry of "measured", as far as `decide` reads them."""
+    for mode in MODES:
+        figures = entry.get(mode, {})
+        for name in figures if "torch" in figures else ():
+            over = 1.0 if name == "torch" else figures[name]
+            yield {
+                **{key: entry[key] for key in ("T", "r", "dtype", "direction", "weight", "N", "K", "count")},
+                **{"question": "choice", "status": "ok", "path": name, "mode": mode},
+                **{"over": {"torch": {"median": over}}, "seconds": {"median": figures["torch"]}},
+            }
+
+
+class Found(NamedTuple):
+    """What of a model decides what is measured."""
+
+    shapes: dict[int, tuple[Shape, ...]]  # by padded rank, that of the most layers first
+    dtype: torch.dtype
+    dense: bool  # whether calls with W are more than those without
+
+
+def of_model(model: nn.Module, rank: int | Sequence[int] | None) -> Found:
+    """The layers of a model that have adapters, by `attach` or by PEFT; of one without, all linear layers."""
+    layers: list[tuple[int, int, int]] = []
+    dtypes: Counter[torch.dtype] = Counter()
+    dense = 0
+    for m in model.modules():
+        each: list[tuple[int, torch.dtype, float]] = []
+        if isinstance(m, LoRAXSLinear):
+            each = [(m.rank, m.A.dtype, m.dropout)]
+        elif hasattr(m, "loraxs_R"):  # the PEFT method's layer, told without importing peft
+            each = [(r, m.loraxs_A[name].dtype, m.config[name].loraxs_dropout) for name, r in m.r.items()]
+        for r, dtype, dropout in each:
+            layers.append((m.out_features, m.in_features, r))
+            dtypes[dtype] += 1
+            dense += weight_view(m.base_layer) is not None and not dropout
+    if layers and rank is not None:
+        raise ValueError(f"rank: got {rank!r} for a model with LoRA-XS adapters, which have theirs; leave it out")
+    if not layers:
+        ranks = [rank] if isinstance(rank, int) else list(rank or ())
+        if not ranks:
+            raise ValueError("rank: must be given, for the model has no LoRA-XS adapters")
+        for r in ranks:
+            check_rank(r, "the model")
+        model = models.unwrapped(model)
+        for name in models.choose(model, "all-linear", None, None)[0]:
+            weight = weight_of(model.get_submodule(name), label_of(name))
+            layers += [(*weight.shape, r) for r in ranks]
+            dtypes[weight.dtype] += 1
+            dense += len(ranks) * (weight_view(model.get_submodule(name)) is not None)
+    by_rank: dict[int, Counter[tuple[int, int]]] = {}
+    for N, K, r in layers:
+        by_rank.setdefault(padded(r), Counter())[N, K] += 1
+    shapes = {}
+    for r, counts in sorted(by_rank.items(), key=lambda each: -each[1].total()):
+        blocks = math.gcd(*counts.values())
+        shapes[r] = tuple(Shape(N, K, count // blocks) for (N, K), count in counts.items())
+    return Found(shapes, dtypes.most_common(1)[0][0], 2 * dense >= len(layers))
+
+
+def tune_model(
+    model: nn.Module,
+    rank: int | Sequence[int] | None,
+    tokens: int | Sequence[int] | None,
+    dtype: torch.dtype | None,
+    budget: float,
+    path: Any,
+    again: bool,
+    progress: bool,
+) -> list[choice.Row]:
+    """See `loraxs_kernels.tune`."""
+
+    def work(tell: Callable[[], None]) -> Result:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}, must be an nn.Module")
+        found = of_model(model, rank)
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or found.dtype)
+        if name is None:
+            raise ValueError(
+                f"dtype: got {dtype or found.dtype}, must be torch.bfloat16 or torch.float16: in other dtypes there is "
+                "nothing to choose. Name the one that autocast computes in, if it is used"
+            )
+        rows_of_x = [tokens] if isinstance(tokens, int) else list(tokens or ())
+        if not all(isinstance(T, int) for T in rows_of_x):
+            raise TypeError(f"tokens: got {tokens!r}, must be an integer or several")
+        if not isinstance(budget, (int, float)):
+            raise TypeError(f"budget: got {budget!r}, must be a number of seconds")
+        weights = (True, False) if found.dense else (False, True)
+        more: dict[str, Any] = dict(weights=weights, again=again, progress=progress, tell=tell)
+        return run(found.shapes, rows_of_x, name, budget, path, **more)
+
+    return _together(work).rows
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help=f"whose shapes: {', '.join(MODELS)}; default: mistral-7b")
+    add(
+        "--model",
+        help=f"whose shapes: {', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging "
+        "Face's hub; default: mistral-7b",
+    )
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
-    add("--rank", nargs="+", type=int, default=list(RANKS), metavar="r", help="default: 16 32 64 128")
-    add("--seconds", type=float, default=0.02, help="for each size tried; default 0.02")
-    add("--out", type=Path, help="default: the file that is used from then on")
+    add("--rank", nargs="+", type=int, default=list(RANKS), metavar="r", help="most valuable first; default: 16 64 32")
+    add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: the powers of two to 32768")
+    add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: bf16")
+    add("--budget", type=float, default=BUDGET / 60, metavar="MINUTES", help="default: 5")
+    add("--seconds", type=float, default=SECONDS, help=f"for each backend, shape and kind of call; default: {SECONDS}")
+    add("--again", action="store_true", help="measure anew what the table has already")
+    add("--out", type=Path, metavar="FILE", help="default: the table that is used from then on")
 
 
-def tune(arguments: argparse.Namespace) -> int:
-    """Run `loraxs tune`: measure, and write after every row, so that a run that is stopped has not been in vain."""
-    _, shapes = model_or_shapes(arguments.model, arguments.shape)
+def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
+    """Run `loraxs tune`; shapes: by padded rank, those of --model, where it is none of shapes.MODELS."""
     at_least_one(rank=arguments.rank)
-    ranks = sorted({config.padded(r) for r in arguments.rank})
-    if ranks[-1] > config.WIDEST["half"]:
-        raise BenchError(
-            f"rank: got {max(arguments.rank)}, must be at most {config.WIDEST['half']}: wider ones have no tiles"
-        )
-    if reason := backends.unavailable("triton") or (None if torch.cuda.is_available() else "there is no GPU"):
-        raise BenchError(reason)
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        raise BenchError(f"triton {triton.__version__} cannot compile ahead of time as this needs, 3.3 can")
-    path, device = arguments.out or tuned.user_path(None), torch.device("cuda", torch.cuda.current_device())
-    facts, name = device_facts(device), torch.cuda.get_device_name(device)
-    source = f"measured on {name}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    table = list(config.read(path)) if path.is_file() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    points = [(rank, tokens, layout) for rank in ranks for tokens in TYPICAL for layout in ("forward", "backward")]
-    for rank, tokens, layout in tqdm(points, unit="row"):
-        row = measured(shapes, rank, tokens, layout, device, facts, source, arguments.seconds)
-        table = merged([row], table)
-        write(table, path)
-        tqdm.write(f"r {rank}, T >= {tokens}, {layout}: {row.tiles}")
-        release()
-    print(path)
+    shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
+    given = (arguments.tokens, arguments.dtype, 60 * arguments.budget, arguments.out)
+    result = run(shapes, *given, seconds=arguments.seconds, again=arguments.again)
+    tables.show([summary(result)])
+    print(f"\n{result.path} has the table; what is measured in it is not measured again (--again: it is)")
+    if result.path != tuned.user_path(result.table["made_on"]["gpu"]):
+        print(f"It is used where it is named: LORAXS_TUNED={result.path}")
     return 0
 
 
-def write(table: Iterable[Row], path: Path) -> None:
-    write_atomically(path, config.text(table).encode())
+def summary(result: Result) -> tables.Table:
+    """Which backend where, and its gain: a line for each kind of call, a column for each bucket of rows."""
+    rows = result.rows
+    tokens = sorted({row.tokens for row in rows})
+    cells: dict[tuple, dict[int, str]] = {}
+    for row in sorted(rows, key=lambda row: (row.dtype, not row.weight, row.direction == "backward", row.rank)):
+        what = f"{row.direction} {'with' if row.weight else 'without'} W, {row.dtype}"
+        cell = "torch" if row.backend == "torch" else f"{row.backend} {row.gain:.2f}"
+        cells.setdefault((what, str(row.rank)), {})[row.tokens] = cell
+    lines = [[*key, *(found.get(T, "") for T in tokens)] for key, found in cells.items()]
+    title = "The fastest backend, and how many times as fast as torch's it is"
+    return tables.Table(title, ["call", "r", *(f"T {T}" for T in tokens)], lines, ())

@@ -1,0 +1,191 @@
+"""Which tiles the Triton kernels run fastest with: the end of `loraxs tune` (tune.py), and bench/tune.py, which makes
+the committed table.
+
+For each layout, rank and number of rows: begin with tiles that were counted on paper (START), change one of their sizes
+at a time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs,
+on operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
+fastest that spills no register is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..backends.triton import config, low_rank
+from ..backends.triton.config import Config, Device, Row
+from ..files import write_atomically
+from . import BenchError, timer
+from .chain import Case
+from .shapes import Shape
+
+# From how many rows of x on a row of the table is meant, and with how many it is timed.
+TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}
+OPTIONS = {
+    "block_t": (16, 32, 64, 128),
+    "block_k": (32, 64, 128),
+    "block_n": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+# By family, precision and least number of rows: block_t, block_k, block_n, warps and stages for each padded rank.
+# Few rows: the least a matrix instruction takes, and enough columns of x that a thread copies 16 bytes of them.
+# More: as many as registers hold without spilling, since each block of rows reads A and B anew, while the blocks fill a
+# GPU; and stages that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2
+# cache with 64 rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
+_MANY = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
+START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
+    ("wgmma", "half"): {257: _MANY, 16385: {64: (128, 64, 128, 8, 3)}},
+    ("tcgen05", "half"): {257: _MANY},
+    ("mma", "half"): {
+        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 128, 64, 8, 2)},
+        257: {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 8, 3), 64: (64, 64, 64, 8, 3), 128: (64, 64, 128, 8, 3)},
+        16385: {64: (128, 32, 64, 8, 3)},
+    },
+    ("mma", "tf32"): {
+        1: {16: (16, 32, 32, 4, 3), 32: (16, 32, 32, 4, 3), 64: (16, 32, 32, 4, 3)},
+        257: {16: (64, 32, 32, 4, 3), 32: (64, 32, 32, 8, 3), 64: (32, 32, 32, 8, 3)},
+    },
+}
+# Who may pick a family's rows.
+FOR = {"mma": [(8, 0), (9, 0), (10, 0), (12, 0)], "wgmma": [(9, 0)], "tcgen05": [(10, 0)]}
+SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high")}
+
+
+class Spills(RuntimeError):
+    """A kernel needs more registers than there are."""
+
+
+def counted() -> tuple[Row, ...]:
+    """START as a table, each row compiled ahead of time for all that may pick it; needs no GPU.  Raises Spills."""
+    rows = [
+        Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
+        for (family, precision), by_tokens in START.items()
+        for tokens, by_rank in by_tokens.items()
+        for rank, tiles in by_rank.items()
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return tuple(tqdm(pool.map(_compiled, rows), total=len(rows), desc="compiling", unit="row"))
+
+
+def _compiled(row: Row) -> Row:
+    def has_its_own(capability: tuple[int, int]) -> bool:
+        """Whether a GPU has a row of its own family, which it picks instead of this one."""
+        family = config.family(capability)
+        own = START.get((family, row.precision), {}) if family != row.family else {}
+        return any(tokens <= row.tokens and row.rank in by_rank for tokens, by_rank in own.items())
+
+    capabilities = [capability for capability in FOR[row.family] if not has_its_own(capability)]
+    return row._replace(shared=shared(row, capabilities, ("forward", "backward")))
+
+
+def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:
+    """The largest shared memory of a row's kernels, compiled for these GPUs; Spills where one needs more registers.
+
+    For the padded rank, the next multiple of 4 below it, and sizes that are multiples of nothing: these cannot be
+    copied to shared memory in the background, and may spill a little, as no model has them.
+    """
+    from ..backends.triton.aot import Problem, compile_problem
+
+    (dtype, matmul), found = SETTING[row.precision], []
+    sizes = [(4096, 4096, row.rank), (4096, 4096, row.rank - 4), (997, 1001, row.rank - 3)]
+    for capability, layout, programs, (N, K, r) in itertools.product(capabilities, layouts, (1, 4), sizes):
+        cut = dataclasses.replace(row.tiles, split_k=programs, split_n=programs)
+        for each in compile_problem(Problem(1024, N, K, r, dtype, layout, matmul), capability, cut):
+            if each.spilled and N == 4096:
+                raise Spills(f"{row}: {each.kernel} spills {each.spilled} bytes on {capability} for rank {r}")
+            found.append(each.shared)
+    return max(found)
+
+
+def measured(
+    shapes: Iterable[Shape],
+    rank: int,
+    tokens: int,
+    layout: str,
+    device: torch.device,
+    facts: Device,
+    source: str,
+    seconds: float,
+    enough: Callable[[], bool] = lambda: False,
+) -> Row:
+    """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on.
+
+    Once `enough` says so, no more tiles are tried, and the best of those that were is taken.
+    """
+    family = config.family(facts.capability)
+    cases = [(shape.count, Case(shape, TYPICAL[tokens], rank, layout, torch.bfloat16, device)) for shape in shapes]
+
+    def cost(tiles: Config) -> float:
+        if enough():
+            return math.inf
+        return sum(count * time(case, tiles, facts, seconds) for count, case in cases)
+
+    times = search(start(family, rank, tokens), cost)
+    for tiles in sorted(times, key=times.__getitem__):
+        row = Row(family, "half", layout, rank, tokens, tiles, 0, source)
+        with suppress(Spills):
+            return row._replace(shared=shared(row, [facts.capability], [layout]))
+    raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
+
+
+def start(family: str, rank: int, tokens: int) -> Config:
+    """Where the search begins: the counted tiles of the GPU's family, or else those that every GPU can run."""
+    for name in (family, "mma"):
+        by_tokens = START[name, "half"]
+        for rows in sorted(by_tokens, reverse=True):
+            if rows <= tokens and rank in by_tokens[rows]:
+                return Config(*by_tokens[rows][rank])
+    raise KeyError(rank)
+
+
+def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float]:
+    """{tiles: seconds} of those that ran: one size is changed at a time, the best kept, until no change helps."""
+    times, before = {tiles: cost(tiles)}, None
+    while tiles != before:
+        before = tiles
+        for name, options in OPTIONS.items():
+            others = [dataclasses.replace(tiles, **{name: option}) for option in options]
+            times |= {other: cost(other) for other in others if other not in times}
+            tiles = min(times, key=times.__getitem__)
+    return {each: t for each, t in times.items() if t < math.inf}
+
+
+def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
+    """Seconds of one call; infinite where the tiles do not run or are wrong."""
+    x, _, A, _, B, *_ = case.sets[0]
+    cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
+
+    def chain(x: Tensor, W: None, *more: Any) -> tuple:
+        return low_rank(cut, x, *more)
+
+    try:
+        if case.wrong(chain):
+            return math.inf
+        each = case.prepare(chain, graph=case.device.type == "cuda")
+        return timer.interleave({"": each}, case.device, seconds)[""].median().item()
+    except Exception:  # does not compile, or does not fit: others will
+        timer.synchronize()  # raises where the device itself is lost
+        return math.inf
+
+
+def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
+    """The new rows, and the old ones that they do not replace, in that order."""
+    new = list(new)
+    keys = {row[:5] for row in new}
+    return [*new, *(row for row in old if row[:5] not in keys)]
+
+
+def write(table: Iterable[Row], path: Path) -> None:
+    write_atomically(path, config.text(table).encode())

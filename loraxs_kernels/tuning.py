@@ -1,0 +1,53 @@
+"""`tune`: measure on this GPU which backend is fastest for a model's layers.  The work is done by bench/tune.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .backends.choice import Row
+
+
+def tune(
+    model: nn.Module,
+    *,
+    rank: int | Sequence[int] | None = None,
+    tokens: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    budget: float = 300.0,
+    path: str | os.PathLike | None = None,
+    again: bool = False,
+    progress: bool = True,
+) -> list[Row]:
+    """Measure on the current GPU which backend is fastest for a model's layers, and use it from then on.
+
+    What is measured are the shapes of the layers, on operands of their own: the model is only read, may be on any
+    device, and needs no memory for it.  The result is the table that `loraxs tune` makes, in force in this process at
+    once and in later ones on this kind of GPU, until the package, torch or Triton changes.  A later call goes on where
+    this one stopped.  Where torch.distributed runs several processes all must call; rank 0 measures and writes, and
+    its table is everybody's.
+
+    Args:
+        model: with adapters (`attach`, or PEFT's), whose layers, ranks and dtype are taken; or without, and then all
+            linear layers that "all-linear" means to `attach`.
+        rank: one or several, the most valuable first; for a model without adapters, which needs it.
+        tokens: how many rows x has, one number or several; each counts as the power of two above it.  Default: all,
+            training's and decoding's first.
+        dtype: torch.bfloat16 or torch.float16, where that is not the layers': under autocast.
+        budget: seconds, imports and compilation included; exceeded by one point at most.
+        path: of the file; default: the one that is used from then on.
+        again: measure anew what the file has.
+        progress: whether to show it on stderr.
+
+    Returns the rows of the table: for which calls which backend, and how many times as fast as torch's it is.  Raises
+    RuntimeError where there is no GPU or nothing to choose from, ValueError or TypeError for wrong arguments, and
+    OSError for a file that cannot be written, before anything is measured.
+    """
+    from .bench.tune import tune_model
+
+    return tune_model(model, rank, tokens, dtype, budget, path, again, progress)
