@@ -30,6 +30,7 @@ COLOURS = {
     "cuda": "#2ca02c",
     "cuda-128x256": "#98df8a",
     "cuda-128x128": "#006d2c",
+    "chosen": "#08519c",
     "operator": "#9ecae1",
     "two": "#6baed6",
     "two-compile": "#2171b5",

@@ -22,8 +22,8 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
 
     layer, host  model, layers, count (of this shape in a block), N, K, T, r, dtype, direction, mode; errors, and
                  what the accuracy rule allows; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept);
-                 over: {frozen, reference, peft-lora, torch, of host also two: spread of the ratio}; rounds, noisy; layer
-                 on a GPU: sets, peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward,
+                 over: {frozen, reference, peft-lora, torch, of host also two: spread of the ratio}; rounds, noisy;
+                 layer on a GPU: sets, peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward,
                  backward}
     chain        model, N, K, T, r, dtype, direction, mode, bytes (that must move); seconds and over as above
     gemm         layers, count and the rest as above, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
