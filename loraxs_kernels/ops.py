@@ -226,7 +226,7 @@ def _backward(
     ctx: Any,
     gY: Tensor | None,
     gz: Tensor | None,
-    _: None,  # of the gram, which only the line with `other` below asks for
+    _: None,  # of the gram, which only `_opaque` asks for
 ) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     gX, gR = gradients(_opaque, gY, gz, *ctx.saved_tensors, ctx.s, needed[0], needed[3], *ctx.how)
@@ -267,7 +267,7 @@ def _compiled(
     return lowrank_linear(x, W, A, R, B, s, bias, None, "forward", forced)[0]
 
 
-# Defined by hand: what torch.library.custom_op wraps around each call takes the host a third of its time.
+# Defined by hand: torch.library.custom_op wraps every call in more Python.
 _library = torch.library.Library("loraxs", "DEF")
 
 # (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`, as an

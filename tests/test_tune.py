@@ -69,7 +69,7 @@ def plug_in(monkeypatch, path: Path) -> World:
         cases[:] = [chain.Case(*args)]
         return cases[0]
 
-    def timed(passes, settings):
+    def timed(passes, settings, *_):
         (case,) = cases
         x, W, A, _, B, *_, other = case.sets[0]
         world.timed.append((len(x), len(B), A.shape[1], W is not None, other is not None))
