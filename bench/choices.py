@@ -24,10 +24,11 @@ def rows(reports: dict[str, dict[str, Any]]) -> list[Row]:
         machine = data["machine"]
         device = Device(tuple(map(int, machine["capability"].split("."))), machine["multiprocessors"])
         measured = [row for row in data["rows"] if row["question"] == "choice"]
-        found |= dict.fromkeys(kinds(measured, device))  # without a winner there is no row, whatever was before
-        found |= {row.key: row for row in decide(measured, device, data["kernels"], path)}
-    there = [row for _, row in sorted(found.items()) if row is not None]
-    return [row for row in there if row.kernels == tuned.kernels(row.backend)]
+        kernels = {name: kernels for name, kernels in data["kernels"].items() if kernels == tuned.kernels(name)}
+        if kernels:
+            found |= dict.fromkeys(kinds(measured, device))  # without a winner there is no row, whatever was before
+            found |= {row.key: row for row in decide(measured, device, kernels, path)}
+    return [row for _, row in sorted(found.items()) if row is not None]
 
 
 def text(reports: dict[str, dict[str, Any]]) -> str:

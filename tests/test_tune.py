@@ -210,7 +210,7 @@ def test_a_table_of_other_conditions_is_replaced(world, capsys):
         assert world.pick(8) == "torch"
     world.timed.clear()
     world.run(progress=True)
-    assert "was measured under other conditions (torch) and is replaced" in capsys.readouterr().err
+    assert "was measured under other conditions (torch: 1.0, here " in capsys.readouterr().err
     assert len(world.timed) == 8 and world.pick(16) == "triton"
 
 

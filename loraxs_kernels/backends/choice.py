@@ -8,6 +8,7 @@ needs a GPU.
 from __future__ import annotations
 
 import json
+import math
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,9 +89,13 @@ def bucket(T: int) -> int:
 
 def _in_force(row: Row) -> bool:
     """Whether the row's backend can run here, by the kernels that were measured."""
-    from . import unavailable
+    from . import triton, unavailable
 
-    return row.backend == "torch" or (row.kernels == tuned.kernels(row.backend) and unavailable(row.backend) is None)
+    if row.backend == "torch":
+        return True
+    if row.backend == "triton" and triton.interpreted():
+        return False
+    return row.kernels == tuned.kernels(row.backend) and unavailable(row.backend) is None
 
 
 @cache
@@ -118,7 +123,7 @@ def parse(entry: dict[str, Any]) -> Row:
         and row.rank == padded(row.rank)
         and row.tokens == bucket(row.tokens)
         and row.backend in ("torch", "triton", "cuda")
-        and row.gain > 0
+        and 0 < row.gain < math.inf
     )
     if not good:
         raise ValueError(f"got {entry}")

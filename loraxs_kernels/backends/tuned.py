@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -36,6 +37,7 @@ Row = TypeVar("Row")
 _installed: dict[Device, dict[str, Any]] = {}  # by `install`, in place of what a file has
 _found: dict[Device, dict[str, Any]] = {}  # what the files have
 _rows: dict[tuple[Device, str], tuple] = {}  # parsed
+_lock = threading.RLock()
 
 
 def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
@@ -46,12 +48,14 @@ def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> t
     """
     key = (device, name)
     if key not in _rows:
-        table = _table(device)
-        try:
-            _rows[key] = tuple(map(parse, table.get(name, ())))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            _rows[key] = ()
-            _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
+        with _lock:
+            if key not in _rows:
+                table = _table(device)
+                _rows[key] = ()  # also if the warning below is raised as an error
+                try:
+                    _rows[key] = tuple(map(parse, table.get(name, ())))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
     return _rows[key]
 
 
@@ -76,25 +80,28 @@ def _table(device: Device) -> dict[str, Any]:
     if device in _installed:
         return _installed[device]
     if device not in _found:
-        _found[device] = _read_if_it_fits(device)
+        _found[device] = {}
+        here = machine(device)
+        path = user_path(here["gpu"])
+        try:
+            table = None if path is None else read(path)
+        except FileNotFoundError:
+            table = None
+        except ValueError as error:
+            table = None
+            _ignore(str(error))
+        if table is not None:
+            if why := differences(table["made_on"], here):
+                _ignore(f"{path}: was measured under other conditions ({why})")
+            else:
+                _found[device] = table | {"path": path}
     return _found[device]
 
 
-def _read_if_it_fits(device: Device) -> dict[str, Any]:
-    here = machine(device)
-    path = user_path(here["gpu"])
-    if path is None or not path.is_file():
-        return {}
-    try:
-        table = read(path)
-    except ValueError as error:
-        _ignore(str(error))
-        return {}
-    made_on = table["made_on"]
-    if other := [f"{name}: {made_on.get(name)}, here {now}" for name, now in here.items() if made_on.get(name) != now]:
-        _ignore(f"{path}: was measured under other conditions ({'; '.join(other)})")
-        return {}
-    return table | {"path": path}
+def differences(made_on: dict[str, Any], here: dict[str, Any]) -> str:
+    """What a table depends on and is not the same here, in words; "": nothing."""
+    others = {name: now for name, now in here.items() if made_on.get(name) != now}
+    return "; ".join(f"{name}: {made_on.get(name)}, here {now}" for name, now in others.items())
 
 
 def _ignore(why: str) -> None:
@@ -103,18 +110,21 @@ def _ignore(why: str) -> None:
 
 def machine(device: Device) -> dict[str, Any]:
     """What the figures of a table depend on; "gpu" is the name of the first GPU that is such a device, or None."""
+    from . import NAMES, unavailable
+
     there = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
     gpu = next((torch.cuda.get_device_name(each) for each in there if facts(each) == device), None)
     return {
         **{"gpu": gpu, "capability": list(device.capability), "multiprocessors": device.multiprocessors},
         **{name: _version(name) for name in ("torch", "triton")},
         **{f"{name} kernels": kernels(name) for name in ("triton", "cuda")},
+        "backends": [name for name in NAMES if unavailable(name) is None],
     }
 
 
 @cache
 def kernels(name: str) -> str:
-    """A hash of everything that decides what a backend launches: its files, and of cuda the core's sources too."""
+    """A hash of a backend's own files, and of cuda the core's sources too."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / name).glob("*")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]:
         if file.suffix in (".py", ".json") and file.name != "aot.py":  # which is for tests
@@ -132,23 +142,31 @@ def _version(package: str) -> str | None:
 
 
 def user_path(gpu: str | None) -> Path | None:
-    """Where the table for a GPU is: $LORAXS_TUNED, or <its name>.json in loraxs_kernels below $XDG_CONFIG_HOME."""
+    """Where the table for a GPU is: $LORAXS_TUNED, or <its name>.json in loraxs_kernels below $XDG_CONFIG_HOME.
+
+    None: there is no GPU, or this user has no home folder.
+    """
     if named := os.environ.get("LORAXS_TUNED"):
         return Path(named)
     if gpu is None:
         return None
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    try:
+        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    except RuntimeError:
+        return None
     return home / "loraxs_kernels" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A table, its rows unparsed.  Raises ValueError that names the file where it is not one."""
+    """A table, its rows unparsed.  Raises FileNotFoundError, or ValueError that names the file where it is not one."""
     try:
         table = json.loads(path.read_text())
         if (table["format"], table["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {table['format']!r}, version {table['version']!r}")
         if not isinstance(table["made_on"], dict) or not all(isinstance(table[name], list) for name in LISTS):
             raise TypeError(f"made_on must be an object, {', '.join(LISTS)} lists")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: not a table of `loraxs tune` ({type(error).__name__}: {error})") from error
     return table

@@ -175,11 +175,15 @@ def side_by_side(
                 passes[name] = case.prepare(path, mode == "graph")
             except Exception as error:
                 yield where | {"mode": mode} | failure(name, error)
-        if mode == "graph" and case.rest is not None:
-            passes[""] = case.prepare(lambda *operands: None, graph=True)
+        beside = "the work beside"
+        if passes and mode == "graph" and case.rest is not None:
+            passes[beside] = case.prepare(lambda *operands: None, graph=True)
         samples, lost = timed(passes, settings, min_rounds)
-        rest = samples.pop("", 0.0)
+        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if name != beside and lost)
+        rest = samples.pop(beside, torch.zeros(1))
         samples = {name: each - rest for name, each in samples.items()}
-        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if name and lost)
+        for name in [name for name, each in samples.items() if not each.quantile(0.25) > 0.1 * rest.median()]:
+            del samples[name]
+            yield where | {"mode": mode} | failure(name, f"its time is lost in that of {beside} it")
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)

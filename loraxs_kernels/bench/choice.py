@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from operator import mul
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 ROUNDS = 5  # at least
-COPIED, LONG = 2**28, 300e-6  # bytes, which take 0.2 ms on an H100; seconds from which a call is a long one
+COPIED, LONG = 2**26, 300e-6  # bytes, which take 45 us on an H100; seconds from which a call is a long one
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers of a block
 WORST = 1.01  # of torch's time, that it may take for any one of the layers
 EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
@@ -65,10 +64,10 @@ def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, we
     }
     try:
         case = Case(shape, T, r, direction, settings.dtype, settings.device, weight)
+        case.rest = _copies(case)
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in names)
         return
-    case.rest = _copies(case)
     yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings, ROUNDS)
 
 
@@ -84,10 +83,10 @@ def _copies(case: Case) -> Callable[[], None] | None:
     times = {name: min(timer.once(call) for _ in range(5)) for name, call in calls.items()}
     if times["call"] < LONG:
         return None
-    times_copied = max(1, round(times["call"] / times["copy"]))
+    many = max(1, round(times["call"] / times["copy"]))
 
     def copies() -> None:
-        for _ in range(times_copied):
+        for _ in range(many):
             target.copy_(source)
 
     return copies
@@ -101,8 +100,10 @@ def decide(
     With `torch_too` there is one for it, too, so that it goes before what another table says of such a call.
 
     A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all layers, none of them takes
-    more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  It must have been measured for
-    every layer that torch's was.  `kernels`: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
+    more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  Ratios count by their upper
+    quartile, so that noise chooses nothing.  It must have been measured for every layer that torch's was.
+
+    kernels: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
     """
     found = []
     for key, measured in kinds(rows, device).items():
@@ -155,7 +156,8 @@ def _over(measured: list[Row], name: str, mode: str) -> tuple[dict[tuple, float]
     for row in measured:
         layer = (row["N"], row["K"], row["r"])
         if row["mode"] == mode and row["path"] == name:
-            own[layer] = row["over"]["torch"]["median"]
+            if over := row["over"].get("torch"):
+                own[layer] = over["high"]
         if row["mode"] == mode and row["path"] == "torch":
             base[layer] = row["count"] * row.get("seconds", {}).get("median", 1.0)
     return own, base
@@ -163,5 +165,5 @@ def _over(measured: list[Row], name: str, mode: str) -> tuple[dict[tuple, float]
 
 def _speed(overs: dict[tuple, float], base: dict[tuple, float]) -> float:
     """Torch's time for these layers over the other backend's; 1.0 where there are none."""
-    times = [base[layer] for layer in overs]
-    return sum(times) / sum(map(mul, times, overs.values())) if overs else 1.0
+    both = overs.keys() & base.keys()
+    return sum(base[layer] for layer in both) / sum(base[layer] * overs[layer] for layer in both) if both else 1.0

@@ -90,7 +90,7 @@ def run(request: Settings, out: Path | None, commit: str | None = None) -> Repor
         print(f"  without {name}: {why}")
     sys.stdout.flush()
     try:
-        with timer.on(request.device):
+        with timer.on(request.device), timer.short_collections():
             if request.device.type == "cuda":
                 _measure_ceilings(report, request)
             for question in request.questions:

@@ -117,6 +117,17 @@ def on(device: torch.device) -> AbstractContextManager:
 
 
 @contextmanager
+def short_collections() -> Iterator[None]:
+    """The garbage collector, which runs before all samples and CUDA graphs, does not look at what is there by now."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep the garbage collector out of the samples."""
     gc.collect()

@@ -228,7 +228,7 @@ class _Run:
         self.table = self._found()
         self.keep()  # before anything is measured, in case it cannot be written
         try:
-            with timer.on(self.request.device):
+            with timer.on(self.request.device), timer.short_collections():
                 left = sum(not self.choice(point) for point in points)
                 if left:
                     self.say(f"the budget is spent, {left} of {len(points)} points are left for another run")
@@ -251,8 +251,13 @@ class _Run:
             table = tuned.read(self.path)
         except ValueError as error:
             raise BenchError(f"{error}; it is not overwritten: delete it, or name another file") from error
-        if other := [name for name, now in self.made_on.items() if table["made_on"].get(name) != now]:
-            self.say(f"{self.path} was measured under other conditions ({', '.join(other)}) and is replaced")
+        gpu = table["made_on"].get("gpu")
+        if gpu != self.made_on["gpu"]:
+            raise BenchError(
+                f"{self.path} is the table of another GPU, {gpu}, and is not overwritten: name another file"
+            )
+        if why := tuned.differences(table["made_on"], self.made_on):
+            self.say(f"{self.path} was measured under other conditions ({why}) and is replaced")
             return empty
         try:
             for name, parse in (("tiles", config.parse), ("choices", choice.parse), ("measured", _checked)):
@@ -282,7 +287,8 @@ class _Run:
 
     def choice(self, point: Point) -> bool:
         """Measure a point as far as an earlier run has not; False where the budget does not last."""
-        there = set() if self.again else {(entry["N"], entry["K"]) for entry in self._entries(point)}
+        entries = () if self.again else self._entries(point)
+        there = {(entry["N"], entry["K"]) for entry in entries if not _lacked_memory(entry)}
         shapes = [shape for shape in self.shapes[point.r] if (shape.N, shape.K) not in there]
         if not shapes:
             self.step("")
@@ -323,7 +329,7 @@ class _Run:
             for row in found:
                 if row["status"] == "ok":
                     seconds = row.get("seconds", {"median": 1.0})["median"]  # of a CPU there are only ratios
-                    figure = seconds if row["path"] == "torch" else row["over"]["torch"]["median"]
+                    figure = seconds if row["path"] == "torch" else row["over"]["torch"]["high"]
                     entry.setdefault(row["mode"], {})[row["path"]] = figure
             for name, reason in failed.items():
                 self.say(f"  {name} is left out at {point}, {shape}: {reason}")
@@ -415,6 +421,11 @@ def _checked(entry: dict[str, Any]) -> None:
         raise ValueError(f"got {entry}")
 
 
+def _lacked_memory(entry: dict[str, Any]) -> bool:
+    """Whether a backend could not be measured for want of memory, which may be there another time."""
+    return any(reason.startswith("out of memory") for reason in entry.get("failed", {}).values())
+
+
 def _key(entry: dict[str, Any]) -> tuple:
     """What no two entries of "measured" share."""
     names = ("T", "r", "weight", "direction", "dtype", "N", "K")
@@ -430,7 +441,7 @@ def _rows(entry: dict[str, Any]) -> Iterator[Row]:
             yield {
                 **{key: entry[key] for key in ("T", "r", "dtype", "direction", "weight", "N", "K", "count")},
                 **{"question": "choice", "status": "ok", "path": name, "mode": mode},
-                **{"over": {"torch": {"median": over}}, "seconds": {"median": figures["torch"]}},
+                **{"over": {"torch": {"high": over}}, "seconds": {"median": figures["torch"]}},
             }
 
 

@@ -80,4 +80,11 @@ def compiled() -> str | None:
 
 
 def _record() -> dict[str, Any] | None:
-    return json.loads(RECORD.read_text()) if RECORD.exists() else None
+    try:
+        record = json.loads(RECORD.read_text())
+        whole = {"architectures", "nvcc", "cutlass", "sources"} if record["built"] else {"why"}
+        return record if whole <= record.keys() else {"built": False, "why": f"{RECORD} is damaged"}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {"built": False, "why": f"{RECORD} is damaged"}

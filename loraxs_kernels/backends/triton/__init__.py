@@ -32,8 +32,10 @@ def unavailable() -> str | None:
     """Why this backend cannot run here; None: it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
-    import triton
-
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return f"the package triton is installed and cannot be imported: {' '.join(str(error).split())}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return f"triton {triton.__version__} is too old, it must be at least {oldest}: pip install -U triton"

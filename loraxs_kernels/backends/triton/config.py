@@ -153,8 +153,19 @@ def read(path: Path) -> tuple[Row, ...]:
 
 
 def parse(entry: dict[str, Any]) -> Row:
-    """A row as it stands in a file; TypeError or KeyError where it cannot be one."""
-    return Row(**entry | {"tiles": Config(**entry["tiles"])})
+    """A row as it stands in a file; ValueError, TypeError or KeyError where it cannot be one."""
+    row = Row(**entry | {"tiles": Config(**entry["tiles"])})
+    numbers = dataclasses.astuple(row.tiles)
+    sizes = (*numbers[:4], row.rank)  # which Triton wants to be powers of two
+    if not (
+        all(type(n) is int and n > 0 for n in (*numbers, row.rank, row.tokens))
+        and all(n & (n - 1) == 0 for n in sizes)
+        and type(row.shared) is int
+        and row.precision in WIDEST
+        and row.layout in ("forward", "backward", "any")
+    ):
+        raise ValueError(f"got {entry}")
+    return row
 
 
 def plain(row: Row) -> dict[str, Any]:
