@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import loraxs_kernels as lx
 from loraxs_kernels import backends
 from loraxs_kernels.backends import choice, tuned
 from loraxs_kernels.backends.choice import Row, pick
+from loraxs_kernels.backends.cuda import core
 from loraxs_kernels.backends.device import Device
 from loraxs_kernels.bench.choice import decide
 
@@ -223,3 +225,75 @@ def test_a_report_of_other_kernels_or_not_of_the_suite_gives_no_rows():
     mine = report(26, measured())
     del mine["tests"]
     assert choices.rows({"": mine}) == []
+
+
+def test_no_home_folder_or_one_that_cannot_be_read_means_no_table(table, monkeypatch, tmp_path):
+    table(MEASURED)
+    monkeypatch.delenv("LORAXS_TUNED")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(tuned, "machine", lambda device: {"gpu": "a GPU"})
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert pick(*CALL) == "triton"
+
+    def unreadable(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    tuned.forget()
+    with pytest.warns(UserWarning, match=r"a-gpu.json: not a table of `loraxs tune` \(PermissionError"):
+        assert pick(*CALL) == "triton"
+
+
+def test_a_warning_raised_as_an_error_does_not_come_again(table, own, tmp_path):
+    table(MEASURED)
+    (tmp_path / "tuned.json").write_text("[]")
+    tuned.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="not a table of"):
+            pick(*CALL)
+        assert pick(*CALL) == "triton"
+
+
+def test_a_broken_triton_is_a_reason_and_no_error(table, monkeypatch, tmp_path):
+    table(MEASURED)
+    monkeypatch.undo()
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert backends.unavailable("triton") == (
+        "the package triton is installed and cannot be imported: libtriton.so: undefined symbol"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"built": true}', '{"built": false}'])
+def test_a_damaged_record_of_the_core_is_a_reason_and_no_error(monkeypatch, tmp_path, text):
+    (tmp_path / "_build.json").write_text(text)
+    monkeypatch.setattr(core, "RECORD", tmp_path / "_build.json")
+    core.missing.cache_clear()
+    assert core.missing() == f"the CUDA core was not built: {tmp_path / '_build.json'} is damaged"
+    assert core.compiled() is None
+    core.missing.cache_clear()
+
+
+def test_what_noise_can_explain_chooses_nothing():
+    noisy = measured()
+    for row in noisy:
+        if row["path"] == "triton":
+            row["over"]["torch"]["high"] = 1.05
+    assert [row.backend for row in decide(noisy, H100, HASHES, "")] == ["cuda"]
+
+
+def test_layers_that_torch_could_not_compute_choose_nothing():
+    failed = [row for row in measured() if row["path"] != "torch" or row["N"] != 14336]
+    for row in failed:
+        if row["N"] == 14336:
+            row["over"] = {}
+    assert [row.backend for row in decide(failed, H100, HASHES, "")] == ["triton"]

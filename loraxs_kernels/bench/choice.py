@@ -112,7 +112,7 @@ def decide(
             gains = gains or {"torch": 1.0}
         if gains:
             name = max(gains, key=gains.__getitem__)
-            sizes = [(row["N"], row["K"]) for row in measured]
+            sizes = [(row["N"], row["K"]) for row in measured if row["path"] == "torch"]
             N, K = zip(*(sizes if key[3] == "forward" else [size[::-1] for size in sizes]), strict=True)
             spans = ((min(N), max(N)), (min(K), max(K)))
             found.append(choice.Row(*key, *spans, name, round(gains[name], 3), kernels[name], source))
@@ -155,9 +155,8 @@ def _over(measured: list[Row], name: str, mode: str) -> tuple[dict[tuple, float]
     own, base = {}, {}
     for row in measured:
         layer = (row["N"], row["K"], row["r"])
-        if row["mode"] == mode and row["path"] == name:
-            if over := row["over"].get("torch"):
-                own[layer] = over["high"]
+        if row["mode"] == mode and row["path"] == name and (over := row["over"].get("torch")):
+            own[layer] = over["high"]
         if row["mode"] == mode and row["path"] == "torch":
             base[layer] = row["count"] * row.get("seconds", {}).get("median", 1.0)
     return own, base
