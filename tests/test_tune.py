@@ -316,8 +316,8 @@ def test_the_command_takes_the_shapes_of_a_configuration(world, tmp_path, capsys
         (["--rank", "0"], "rank: got 0, must be at least 1"),
         (["--rank", "16", "300"], "rank: got 512, must be at most 128"),
         (["--tokens", "-1"], "tokens: got -1, must be at least 1"),
-        (["--budget", "0"], "budget: got 0 seconds, must be above 0"),
-        (["--budget", "nan"], "budget: got nan seconds, must be above 0"),
+        (["--budget", "0"], "budget: got 0 minutes, must be above 0"),
+        (["--budget", "nan"], "budget: got nan minutes, must be above 0"),
         (["--seconds", "0"], "seconds: got 0, must be above 0"),
         (["--model", "nobody"], "model: got 'nobody', must be one of"),
         (["--shape", "4096"], "shape: got '4096', must be NxK"),
@@ -358,11 +358,11 @@ def test_a_models_layers_are_what_is_measured(world):
     assert set(plain.shapes[16]) == {Shape(24, 40), Shape(40, 24), Shape(40, 40, 2)}
     model = lx.attach(body().bfloat16(), 4, target_modules=["0", "2", "3"], rank_pattern={"0": 20}, progress=False)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    found = tune.of_model(model, None)
+    found = tune.of_model(model, ())
     assert found == ({16: (Shape(40, 40),), 32: (Shape(24, 40),)}, BF16, True)
     assert list(found.shapes) == [16, 32]
     model[2].dropout = model[3].dropout = 0.1
-    assert not tune.of_model(model, None).dense  # most calls are without W
+    assert not tune.of_model(model, ()).dense  # most calls are without W
     rows = lx.tune(model, tokens=5, progress=False)
     assert {(row.rank, row.tokens, row.backend) for row in rows} == {(r, 16, "triton") for r in (16, 32)}
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -373,7 +373,7 @@ def test_the_layers_of_peft_are_measured_too():
     from loraxs_kernels.integrations.peft import LoraXSConfig
 
     model = peft.get_peft_model(body().bfloat16(), LoraXSConfig(r=4, target_modules=["0", "1"]))
-    assert tune.of_model(model, None) == ({16: (Shape(24, 40), Shape(40, 24))}, BF16, True)
+    assert tune.of_model(model, ()) == ({16: (Shape(24, 40), Shape(40, 24))}, BF16, True)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,13 @@ def test_the_layers_of_peft_are_measured_too():
         (dict(rank=4), ValueError, "dtype: got torch.float32, must be torch.bfloat16 or torch.float16"),
         (dict(rank=4, dtype=BF16, budget=-1.0), BenchError, "budget: got -1 seconds"),
         (dict(rank=4, dtype=BF16, tokens=0), BenchError, "tokens: got 0"),
-        (dict(rank=4, dtype=BF16, tokens=[16, 2.5]), TypeError, "tokens: got .*, must be an integer or several"),
+        (
+            dict(rank=4, dtype=BF16, tokens=[16, 2.5]),
+            TypeError,
+            "tokens: got .*, must be an integer, several of them, or None",
+        ),
+        (dict(rank=2.5, dtype=BF16), TypeError, "rank: got 2.5, must be an integer, several of them, or None"),
+        (dict(rank=4, dtype=BF16, path=""), TypeError, "path: got '', must be the path of a file, or None"),
         (dict(rank=4, dtype=BF16, budget="long"), TypeError, "budget: got 'long', must be a number of seconds"),
         (dict(rank=[], dtype=BF16), ValueError, "rank: must be given"),
     ],
@@ -392,7 +398,7 @@ def test_the_layers_of_peft_are_measured_too():
 def test_lx_tune_refuses_what_cannot_be(world, given, kind, message):
     with pytest.raises(kind, match=message):
         lx.tune(body(), **given)
-    with pytest.raises(ValueError, match="rank: got 8 for a model with LoRA-XS adapters"):
+    with pytest.raises(ValueError, match=r"rank: got \[8\] for a model with LoRA-XS adapters"):
         lx.tune(lx.attach(body(), 4, target_modules=["0"], progress=False), rank=8)
     with pytest.raises(TypeError, match=r"model: got a dict, must be an nn.Module"):
         lx.tune({})

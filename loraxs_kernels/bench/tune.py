@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
@@ -103,7 +104,7 @@ def run(
     begun = clock()
     at_least_one(tokens=tokens, rank=list(shapes))
     if not 0 < budget < math.inf:
-        raise BenchError(f"budget: got {budget:g} seconds, must be above 0")
+        raise BenchError(f"budget: got {budget:g} seconds, must be above 0 and finite")
     if dtype not in ("bf16", "fp16"):
         raise BenchError(f"dtype: got {dtype!r}, must be bf16 or fp16: in other dtypes there is nothing to choose")
     whole = {padded(r): tuple(each) for r, each in shapes.items()}
@@ -228,7 +229,8 @@ class _Run:
         self.table = self._found()
         self.keep()  # before anything is measured, in case it cannot be written
         try:
-            with timer.on(self.request.device), timer.short_collections():
+            device = self.request.device
+            with timer.on(device), torch.autocast(device.type, enabled=False), timer.short_collections():
                 left = sum(not self.choice(point) for point in points)
                 if left:
                     self.say(f"the budget is spent, {left} of {len(points)} points are left for another run")
@@ -453,7 +455,17 @@ class Found(NamedTuple):
     dense: bool  # whether calls with W are more than those without
 
 
-def of_model(model: nn.Module, rank: int | Sequence[int] | None) -> Found:
+def _integers(name: str, value: Any) -> list[int]:
+    """One or several integers, or none, as a list; or a TypeError."""
+    found = [value] if isinstance(value, int) else value
+    if found is not None and not (
+        isinstance(found, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in found)
+    ):
+        raise TypeError(f"{name}: got {value!r}, must be an integer, several of them, or None")
+    return list(found or ())
+
+
+def of_model(model: nn.Module, ranks: Sequence[int]) -> Found:
     """The layers of a model that have adapters, by `attach` or by PEFT; of one without, all linear layers."""
     layers: list[tuple[int, int, int]] = []
     dtypes: Counter[torch.dtype] = Counter()
@@ -468,10 +480,9 @@ def of_model(model: nn.Module, rank: int | Sequence[int] | None) -> Found:
             layers.append((m.out_features, m.in_features, r))
             dtypes[dtype] += 1
             dense += weight_view(m.base_layer) is not None and not dropout
-    if layers and rank is not None:
-        raise ValueError(f"rank: got {rank!r} for a model with LoRA-XS adapters, which have theirs; leave it out")
+    if layers and ranks:
+        raise ValueError(f"rank: got {ranks} for a model with LoRA-XS adapters, which have theirs; leave it out")
     if not layers:
-        ranks = [rank] if isinstance(rank, int) else list(rank or ())
         if not ranks:
             raise ValueError("rank: must be given, for the model has no LoRA-XS adapters")
         for r in ranks:
@@ -507,18 +518,18 @@ def tune_model(
     def work(tell: Callable[[], None]) -> Result:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, must be an nn.Module")
-        found = of_model(model, rank)
+        found = of_model(model, _integers("rank", rank))
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or found.dtype)
         if name is None:
             raise ValueError(
                 f"dtype: got {dtype or found.dtype}, must be torch.bfloat16 or torch.float16: in other dtypes there is "
                 "nothing to choose. Name the one that autocast computes in, if it is used"
             )
-        rows_of_x = [tokens] if isinstance(tokens, int) else list(tokens or ())
-        if not all(isinstance(T, int) for T in rows_of_x):
-            raise TypeError(f"tokens: got {tokens!r}, must be an integer or several")
-        if not isinstance(budget, (int, float)):
+        rows_of_x = _integers("tokens", tokens)
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
             raise TypeError(f"budget: got {budget!r}, must be a number of seconds")
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
+            raise TypeError(f"path: got {path!r}, must be the path of a file, or None")
         weights = (True, False) if found.dense else (False, True)
         more: dict[str, Any] = dict(weights=weights, again=again, progress=progress, tell=tell)
         return run(found.shapes, rows_of_x, name, budget, path, **more)
@@ -547,6 +558,8 @@ def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
     """Run `loraxs tune`; shapes: by padded rank, those of --model, where it is none of shapes.MODELS."""
     at_least_one(rank=arguments.rank)
     shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
+    if not 0 < arguments.budget < math.inf:
+        raise BenchError(f"budget: got {arguments.budget:g} minutes, must be above 0 and finite")
     given = (arguments.tokens, arguments.dtype, 60 * arguments.budget, arguments.out)
     result = run(shapes, *given, seconds=arguments.seconds, again=arguments.again)
     tables.show([summary(result)])
