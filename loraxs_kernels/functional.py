@@ -110,7 +110,7 @@ def run(
         if out is not None:
             _Sum.apply(out, y)
     else:
-        primitive = backends.select(rows, W, A, B, "forward", forced)
+        primitive = backends.select(rows, *B.shape, W is not None, "forward", forced)
         y = primitive(rows, W, A, R, B, s, bias, None if out is None else rows_of_out(out))[0]
         if out is not None and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
@@ -177,8 +177,7 @@ class _LowRankLinears(torch.autograd.Function):
             gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
             gXs, gRs = [], []
             for gY, gz, W, A, R, B, z, s, need in zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True):
-                how = (None if W is None else W.t(), B.t(), A.t()), "backward", "torch"
-                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, *how)
+                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, "backward", "torch")
                 gXs += [] if gX is None else [gX]
                 gRs.append(gR)
             return sum(gXs[1:], gXs[0]) if gXs else None, None, *gRs

@@ -72,16 +72,12 @@ class LowRankLinear(torch.autograd.Function):
         W, A, B, s, bias, out, direction, forced = rest
         need_gX, need_gR, _ = ctx.needs_input_grad
         into = None if out is None else rows_of_out(out)
-        Wt, At, Bt = None if W is None else W.t(), A.t(), B.t()
-        primitive = backends.select(x, W, A, B, direction, forced)
-        if primitive is torch_backend.lowrank_linear:  # which would make the same views again
-            y, z, _ = torch_backend.products(x, Wt, At, R.t(), Bt, s, bias, into)
-        else:
-            y, z, _ = primitive(x, W, A, R, B, s, bias, into)
-        # Only what the backward will read: W for gX, z for gR.
+        primitive = backends.select(x, *B.shape, W is not None, direction, forced)
+        y, z, _ = primitive(x, W, A, R, B, s, bias, into)
+        # Only what the backward will read: W for gX, z for gR.  All tensors are kept here, where checkpointing and
+        # hooks find them, and none on ctx.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
-        views = Wt if need_gX else None, Bt, At
-        ctx.s, ctx.how = s, (views, "backward" if direction == "forward" else "forward", forced)
+        ctx.s, ctx.how = s, ("backward" if direction == "forward" else "forward", forced)
         ctx.set_materialize_grads(False)
         return y if out is None else out.new_empty(()).expand(out.shape), z
 
@@ -92,7 +88,8 @@ class LowRankLinear(torch.autograd.Function):
         return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
 
 
-# `LowRankLinear.apply` without what torch.autograd.Function does around it for torch.func, which is refused before.
+# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, which
+# `run` and torch itself refuse, and unwraps tensors that outlived a transform, which give the same results without it.
 apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
@@ -144,18 +141,20 @@ def eager(
     B: Tensor,
     s: float,
     other: Tensor | None,
-    views: tuple[Tensor | None, Tensor, Tensor],
     direction: str,
     forced: backends.Forced,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`op` of `gradients` by the backend that is chosen for the backward; views: W, B and A, transposed."""
-    if torch.is_grad_enabled():
-        return *LowRankLinear.apply(gY, R.t(), (*views, s, None, None, direction, forced)), None
-    primitive = backends.select(gY, *views, direction, forced)
-    if primitive is torch_backend.lowrank_linear:  # which would transpose the views again
-        return torch_backend.products(gY, W, B, R, A, s, None, None, other)
-    Wt, Bt, At = views
-    return primitive(gY, Wt, Bt, R.t(), At, s, None, None, other)
+    """`op` of `gradients` by the backend that is chosen for the backward."""
+    again = torch.is_grad_enabled()
+    if not again:
+        r, K = A.shape
+        primitive = backends.select(gY, K, r, W is not None, direction, forced)
+        if primitive is torch_backend.lowrank_linear:  # which would transpose the transposes again
+            return torch_backend.products(gY, W, B, R, A, s, None, None, other)
+    Wt, Bt, Rt, At = None if W is None else W.t(), B.t(), R.t(), A.t()
+    if again:
+        return *LowRankLinear.apply(gY, Rt, (Wt, Bt, At, s, None, None, direction, forced)), None
+    return primitive(gY, Wt, Bt, Rt, At, s, None, None, other)
 
 
 def _chain(
@@ -187,7 +186,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
     with no_autocast(x):
-        primitive = backends.select(x, W, A, B, direction, forced or None)
+        primitive = backends.select(x, *B.shape, W is not None, direction, forced or None)
         y, z, gram = primitive(x, W, A, R, B, s, bias, None, other)
     return y, z, z.new_empty(0) if gram is None else gram
 

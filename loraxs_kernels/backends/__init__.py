@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import choice, first_use
 from . import torch as torch_backend
@@ -100,8 +102,8 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, forced: Forced) -> Primitive:
-    """The primitive that computes one call: the forced one, else that of the backend that `choose` names.
+def select(x: Tensor, N: int, r: int, has_weight: bool, direction: str, forced: Forced) -> Primitive:
+    """The primitive that computes a call of x (T, K) to N features at rank r: the forced one, else the fastest.
 
     A backend that nobody asked for by name is checked against the torch backend at its first use (first_use.py); one
     that is forced runs as it is, unless LORAXS_CHECK=always.
@@ -109,7 +111,7 @@ def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, fo
     """
     if callable(forced):
         return forced
-    name = forced or choose(x, A, B, W is not None, direction)
+    name = forced or _forced or _fastest(x, N, r, has_weight, direction)
     if name == "torch" or (forced and first_use.setting() != "always"):
         return primitive(name)
     return first_use.checked(name, direction)
@@ -129,9 +131,13 @@ def choose(x: Tensor, A: Tensor, B: Tensor, has_weight: bool = True, direction: 
     has_weight: whether x W^T is part of the call.  direction: "forward", or "backward" where x is gY, A is B^T and B is
     A^T, and gR is asked for.
     """
-    if _forced or not x.is_cuda:
-        return _forced or "torch"
-    (T, K), (N, r) = x.shape, B.shape
+    return _forced or _fastest(x, *B.shape, has_weight, direction)
+
+
+def _fastest(x: Tensor, N: int, r: int, has_weight: bool, direction: str) -> str:
+    if not x.is_cuda or type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():
+        return "torch"  # whose operations a FakeTensor, which has no GPU, or a trace, whose sizes are tensors, follows
+    T, K = x.shape
     return choice.pick(T, N, K, r, x.dtype, direction, has_weight, facts(x.device))
 
 
