@@ -7,6 +7,7 @@ operator's Python boundary a small step takes over half as long again (bench/res
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -245,7 +246,7 @@ def _opaque(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`op` of `gradients` as the operator."""
     Wt = None if W is None else W.t()
-    return lowrank_linear(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
+    return operator(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
 
 
 def _compiled(
@@ -257,38 +258,85 @@ def _compiled(
     s: float,
     bias: Tensor | None,
     forced: str,
+    code: str,  # for torch's caches alone
 ) -> Tensor:
     few = isinstance(x.shape[0], int) and x.shape[0] <= FEW  # a symbolic number of rows is asked nothing
-    if few and (forced == "torch" or (forced == "" and x.is_cpu)) and not in_forward_mode():
-        if in_grad_mode() and (x.requires_grad or R.requires_grad):
-            return LowRankLinear.apply(x, R, (W, A, B, s, bias, None, "forward", "torch"))[0]
-        return torch_backend.lowrank_linear(x, W, A, R, B, s, bias)[0]
-    return lowrank_linear(x, W, A, R, B, s, bias, None, "forward", forced)[0]
+    certain = forced == "torch" or (forced == "" and x.is_cpu)
+    if few and certain and not in_forward_mode():
+        with no_autocast(x):  # which may be on where the call runs and was off where it was recorded
+            if in_grad_mode() and (x.requires_grad or R.requires_grad):
+                return LowRankLinear.apply(x, R, (W, A, B, s, bias, None, "forward", "torch"))[0]
+            return torch_backend.lowrank_linear(x, W, A, R, B, s, bias)[0]
+    return operator(x, W, A, R, B, s, bias, None, "forward", forced)[0]
 
 
-# Defined by hand: torch.library.custom_op wraps every call in more Python.
-_library = torch.library.Library("loraxs", "DEF")
+def _exported_before(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    other: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operator(x, W, A, R, B, s, bias, other, "forward", backend)
 
-# (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`, as an
-# operator cannot return None.  direction, forced: as in backends.select, which is asked at every call; "" for None.
-_library.define(
-    "lowrank_linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, Tensor? other, "
-    "str direction, str forced) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.impl("lowrank_linear", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("loraxs::lowrank_linear", _shapes, lib=_library)
-torch.library.register_autograd("loraxs::lowrank_linear", _backward, setup_context=_setup_context, lib=_library)
-lowrank_linear = torch.ops.loraxs.lowrank_linear.default
 
-# y, as torch.compile meets it: dynamo keeps the call, and what follows it traces through.  At up to FEW rows on the
-# torch backend that gives plain operators, which inductor may fuse and calls without Python.  Otherwise it gives the
-# operator above: for more rows inductor would copy y before it adds to it; where the number of rows is symbolic one
-# graph serves all; and on a GPU, where no backend is forced, the choice is made at run time.
+exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and later
+# Up to how many rows compiled code consists of plain operators.
 FEW = 64
-_library.define(
-    "linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, str forced) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.impl("linear", _compiled, "CompositeImplicitAutograd")
-linear = torch.ops.loraxs.linear.default
+# Names what AOTAutograd traces: torch keeps compiled graphs on disk by the calls that dynamo has recorded.
+_TRACED = (globals(), vars(torch_backend), vars(reference))
+CODE = hashlib.sha256(b"".join(m["__loader__"].get_data(m["__file__"]) for m in _TRACED)).hexdigest()[:16]
+
+
+def _latest(name: str) -> Callable[..., Any]:
+    """The function of this module as it was imported last."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        return _operators.latest[name](*args, **named)
+
+    return call
+
+
+def _define() -> torch.library.Library:
+    """Define the operators, by hand: torch.library.custom_op wraps every call in more Python."""
+    library = torch.library.Library("loraxs", "DEF")
+    operands = "Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias"
+    # (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`,
+    # as an operator cannot return None.  direction, forced: as in backends.select, which is asked at every call; ""
+    # for None.
+    library.define(
+        f"primitive({operands}, Tensor? other, str direction, str forced) -> (Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    library.impl("primitive", _latest("_kernel"), "CompositeExplicitAutograd")
+    torch.library.register_fake("loraxs::primitive", _latest("_shapes"), lib=library)
+    torch.library.register_autograd(
+        "loraxs::primitive", _latest("_backward"), setup_context=_latest("_setup_context"), lib=library
+    )
+    # y, as torch.compile meets it: dynamo records the call as it is; AOTAutograd, which comes after dynamo, traces what
+    # `_compiled` does.  At up to FEW rows on the torch backend that gives plain operators, which inductor may fuse and
+    # calls without Python.  Otherwise it gives the operator above: for more rows inductor would copy y before it adds
+    # to it; where the number of rows is symbolic one graph serves all; and on a GPU, where no backend is forced, the
+    # choice is made at run time.  Exported programs, which meet other versions of this library, hold the operator above.
+    library.define(f"linear({operands}, str forced, str code) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    library.impl("linear", _latest("_compiled"), "CompositeImplicitAutograd")
+    # The operator in programs that were exported by earlier versions of this library.
+    library.define(
+        f"lowrank_linear({operands}, Tensor? other, str backend) -> (Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    library.impl("lowrank_linear", _latest("_exported_before"), "CompositeImplicitAutograd")
+    return library
+
+
+# Graphs hold the operators, which therefore outlive this module where it is imported again (importlib.reload).
+_operators = torch.ops.loraxs
+if not hasattr(_operators, "library"):
+    _operators.library = _define()
+_operators.latest = globals()
+operator = _operators.primitive.default
+linear = _operators.linear.default
