@@ -284,7 +284,7 @@ def _exported_before(
     return operator(x, W, A, R, B, s, bias, other, "forward", backend)
 
 
-exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and later
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
 # Up to how many rows compiled code consists of plain operators.
 FEW = 64
 # Names what AOTAutograd traces: torch keeps compiled graphs on disk by the calls that dynamo has recorded.
@@ -321,7 +321,7 @@ def _define() -> torch.library.Library:
     # `_compiled` does.  At up to FEW rows on the torch backend that gives plain operators, which inductor may fuse and
     # calls without Python.  Otherwise it gives the operator above: for more rows inductor would copy y before it adds
     # to it; where the number of rows is symbolic one graph serves all; and on a GPU, where no backend is forced, the
-    # choice is made at run time.  Exported programs, which meet other versions of this library, hold the operator above.
+    # choice is made at run time.  Exported programs hold the operator above, whose schema other versions know, too.
     library.define(f"linear({operands}, str forced, str code) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     library.impl("linear", _latest("_compiled"), "CompositeImplicitAutograd")
     # The operator in programs that were exported by earlier versions of this library.

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import torch
 from torch import Tensor
+from torch.jit import is_tracing
 from torch.nn import Parameter
 
 from . import choice, first_use
@@ -135,7 +135,7 @@ def choose(x: Tensor, A: Tensor, B: Tensor, has_weight: bool = True, direction: 
 
 
 def _fastest(x: Tensor, N: int, r: int, has_weight: bool, direction: str) -> str:
-    if not x.is_cuda or type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():
+    if not x.is_cuda or type(x) not in (Tensor, Parameter) or is_tracing():
         return "torch"  # whose operations a FakeTensor, which has no GPU, or a trace, whose sizes are tensors, follows
     T, K = x.shape
     return choice.pick(T, N, K, r, x.dtype, direction, has_weight, facts(x.device))
