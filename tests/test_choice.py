@@ -102,11 +102,11 @@ def test_amd_gpus_have_no_committed_rows(table, monkeypatch):
 
 @pytest.fixture
 def on_h100(table, monkeypatch):
-    """The measured row, an x, A and B that it is for, and tensors that all say that they are on an H100."""
+    """The measured row, a call that it is for, and tensors that all say that they are on an H100."""
     table(MEASURED)
     monkeypatch.setattr(backends, "facts", lambda device: H100)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    return [torch.empty(*shape, dtype=torch.bfloat16) for shape in ((512, 4096), (16, 4096), (4096, 16))]
+    return torch.empty(512, 4096, dtype=torch.bfloat16), 4096, 16
 
 
 def test_choose_follows_the_table_on_a_gpu_alone(on_h100, monkeypatch):
@@ -123,11 +123,11 @@ def test_choose_follows_the_table_on_a_gpu_alone(on_h100, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
 def test_a_trace_and_a_tensor_of_another_class_take_the_torch_backend(on_h100):
     """The sizes of a trace are tensors, and a FakeTensor may say that it is on a GPU where there is none."""
-    x, A, B = on_h100
+    x, N, r = on_h100
     chosen = []
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        chosen.append(backends.choose(x, A, B))
+        chosen.append(backends.choose(x, N, r))
         return x.detach()
 
     torch.jit.trace(call, x, check_trace=False)
