@@ -32,7 +32,8 @@ def lora_xs_linear(
 
     Returns:
         y (..., N) in x's dtype.  Gradients reach x, R and bias, and can be differentiated again (create_graph=True).
-        Between forward and backward only z = x A^T (T x r, fp32) is kept, never x.
+        Between forward and backward only z = x A^T (T x r, fp32) and the operands (under autocast their copies) are
+        kept, as autograd keeps tensors, so that checkpointing and hooks see them; x is never kept.
 
     Under torch.autocast, x, weight, A, B and bias are cast to the autocast dtype, as F.linear does.
 
@@ -82,7 +83,8 @@ def run(
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
-    name: of the layer whose frozen operands these are; they fit each other, so that only x is checked.
+    name: of the layer whose operands these are, "" where it has none: they are known to fit each other, so that only x
+    is checked.  None: all operands are checked.
     """
     if autocast_on(x):
         x, W, A, B, bias = autocast(x, W, A, B, bias)
@@ -98,7 +100,10 @@ def run(
     flat = len(shape) == 2
     rows, forced = x if flat else rows_of(x), backends.forced()
     if torch.compiler.is_compiling():
-        y = ops.linear(rows, W, A, R, B, s, bias, forced or "")
+        if ops.exporting():
+            y = ops.operator(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
+        else:
+            y = ops.linear(rows, W, A, R, B, s, bias, forced or "", ops.CODE)
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
     if (x.requires_grad or R.requires_grad) and in_grad_mode():
@@ -110,7 +115,7 @@ def run(
         if out is not None:
             _Sum.apply(out, y)
     else:
-        primitive = backends.select(rows, W, A, B, "forward", forced)
+        primitive = backends.select(rows, *B.shape, W is not None, "forward", forced)
         y = primitive(rows, W, A, R, B, s, bias, None if out is None else rows_of_out(out))[0]
         if out is not None and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
@@ -177,8 +182,7 @@ class _LowRankLinears(torch.autograd.Function):
             gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
             gXs, gRs = [], []
             for gY, gz, W, A, R, B, z, s, need in zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True):
-                how = (None if W is None else W.t(), B.t(), A.t()), "backward", "torch"
-                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, *how)
+                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, "backward", "torch")
                 gXs += [] if gX is None else [gX]
                 gRs.append(gR)
             return sum(gXs[1:], gXs[0]) if gXs else None, None, *gRs

@@ -7,6 +7,7 @@ operator's Python boundary a small step takes over half as long again (bench/res
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -72,16 +73,12 @@ class LowRankLinear(torch.autograd.Function):
         W, A, B, s, bias, out, direction, forced = rest
         need_gX, need_gR, _ = ctx.needs_input_grad
         into = None if out is None else rows_of_out(out)
-        Wt, At, Bt = None if W is None else W.t(), A.t(), B.t()
-        primitive = backends.select(x, W, A, B, direction, forced)
-        if primitive is torch_backend.lowrank_linear:  # which would make the same views again
-            y, z, _ = torch_backend.products(x, Wt, At, R.t(), Bt, s, bias, into)
-        else:
-            y, z, _ = primitive(x, W, A, R, B, s, bias, into)
-        # Only what the backward will read: W for gX, z for gR.
+        primitive = backends.select(x, *B.shape, W is not None, direction, forced)
+        y, z, _ = primitive(x, W, A, R, B, s, bias, into)
+        # Only what the backward will read: W for gX, z for gR.  All tensors are kept here, where checkpointing and
+        # hooks find them, and none on ctx.
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
-        views = Wt if need_gX else None, Bt, At
-        ctx.s, ctx.how = s, (views, "backward" if direction == "forward" else "forward", forced)
+        ctx.s, ctx.how = s, ("backward" if direction == "forward" else "forward", forced)
         ctx.set_materialize_grads(False)
         return y if out is None else out.new_empty(()).expand(out.shape), z
 
@@ -92,7 +89,8 @@ class LowRankLinear(torch.autograd.Function):
         return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
 
 
-# `LowRankLinear.apply` without what torch.autograd.Function does around it for torch.func, which is refused before.
+# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, which
+# `run` and torch itself refuse, and unwraps tensors that outlived a transform, which give the same results without it.
 apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
@@ -144,18 +142,20 @@ def eager(
     B: Tensor,
     s: float,
     other: Tensor | None,
-    views: tuple[Tensor | None, Tensor, Tensor],
     direction: str,
     forced: backends.Forced,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`op` of `gradients` by the backend that is chosen for the backward; views: W, B and A, transposed."""
-    if torch.is_grad_enabled():
-        return *LowRankLinear.apply(gY, R.t(), (*views, s, None, None, direction, forced)), None
-    primitive = backends.select(gY, *views, direction, forced)
-    if primitive is torch_backend.lowrank_linear:  # which would transpose the views again
-        return torch_backend.products(gY, W, B, R, A, s, None, None, other)
-    Wt, Bt, At = views
-    return primitive(gY, Wt, Bt, R.t(), At, s, None, None, other)
+    """`op` of `gradients` by the backend that is chosen for the backward."""
+    again = torch.is_grad_enabled()
+    if not again:
+        r, K = A.shape
+        primitive = backends.select(gY, K, r, W is not None, direction, forced)
+        if primitive is torch_backend.lowrank_linear:  # which would transpose the transposes again
+            return torch_backend.products(gY, W, B, R, A, s, None, None, other)
+    Wt, Bt, Rt, At = None if W is None else W.t(), B.t(), R.t(), A.t()
+    if again:
+        return *LowRankLinear.apply(gY, Rt, (Wt, Bt, At, s, None, None, direction, forced)), None
+    return primitive(gY, Wt, Bt, Rt, At, s, None, None, other)
 
 
 def _chain(
@@ -187,7 +187,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
     with no_autocast(x):
-        primitive = backends.select(x, W, A, B, direction, forced or None)
+        primitive = backends.select(x, *B.shape, W is not None, direction, forced or None)
         y, z, gram = primitive(x, W, A, R, B, s, bias, None, other)
     return y, z, z.new_empty(0) if gram is None else gram
 
@@ -246,7 +246,7 @@ def _opaque(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`op` of `gradients` as the operator."""
     Wt = None if W is None else W.t()
-    return lowrank_linear(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
+    return operator(gY, Wt, B.t(), R.t(), A.t(), s, None, other, direction, forced)
 
 
 def _compiled(
@@ -258,38 +258,85 @@ def _compiled(
     s: float,
     bias: Tensor | None,
     forced: str,
+    code: str,  # for torch's caches alone
 ) -> Tensor:
     few = isinstance(x.shape[0], int) and x.shape[0] <= FEW  # a symbolic number of rows is asked nothing
-    if few and (forced == "torch" or (forced == "" and x.is_cpu)) and not in_forward_mode():
-        if in_grad_mode() and (x.requires_grad or R.requires_grad):
-            return LowRankLinear.apply(x, R, (W, A, B, s, bias, None, "forward", "torch"))[0]
-        return torch_backend.lowrank_linear(x, W, A, R, B, s, bias)[0]
-    return lowrank_linear(x, W, A, R, B, s, bias, None, "forward", forced)[0]
+    certain = forced == "torch" or (forced == "" and x.is_cpu)
+    if few and certain and not in_forward_mode():
+        with no_autocast(x):  # which may be on where the call runs and was off where it was recorded
+            if in_grad_mode() and (x.requires_grad or R.requires_grad):
+                return LowRankLinear.apply(x, R, (W, A, B, s, bias, None, "forward", "torch"))[0]
+            return torch_backend.lowrank_linear(x, W, A, R, B, s, bias)[0]
+    return operator(x, W, A, R, B, s, bias, None, "forward", forced)[0]
 
 
-# Defined by hand: torch.library.custom_op wraps every call in more Python.
-_library = torch.library.Library("loraxs", "DEF")
+def _exported_before(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None,
+    other: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operator(x, W, A, R, B, s, bias, other, "forward", backend)
 
-# (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`, as an
-# operator cannot return None.  direction, forced: as in backends.select, which is asked at every call; "" for None.
-_library.define(
-    "lowrank_linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, Tensor? other, "
-    "str direction, str forced) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.impl("lowrank_linear", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("loraxs::lowrank_linear", _shapes, lib=_library)
-torch.library.register_autograd("loraxs::lowrank_linear", _backward, setup_context=_setup_context, lib=_library)
-lowrank_linear = torch.ops.loraxs.lowrank_linear.default
 
-# y, as torch.compile meets it: dynamo keeps the call, and what follows it traces through.  At up to FEW rows on the
-# torch backend that gives plain operators, which inductor may fuse and calls without Python.  Otherwise it gives the
-# operator above: for more rows inductor would copy y before it adds to it; where the number of rows is symbolic one
-# graph serves all; and on a GPU, where no backend is forced, the choice is made at run time.
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
+# Up to how many rows compiled code consists of plain operators.
 FEW = 64
-_library.define(
-    "linear(Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias, str forced) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.impl("linear", _compiled, "CompositeImplicitAutograd")
-linear = torch.ops.loraxs.linear.default
+# Names what AOTAutograd traces: torch keeps compiled graphs on disk by the calls that dynamo has recorded.
+_TRACED = (globals(), vars(torch_backend), vars(reference))
+CODE = hashlib.sha256(b"".join(m["__loader__"].get_data(m["__file__"]) for m in _TRACED)).hexdigest()[:16]
+
+
+def _latest(name: str) -> Callable[..., Any]:
+    """The function of this module as it was imported last."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        return _operators.latest[name](*args, **named)
+
+    return call
+
+
+def _define() -> torch.library.Library:
+    """Define the operators, by hand: torch.library.custom_op wraps every call in more Python."""
+    library = torch.library.Library("loraxs", "DEF")
+    operands = "Tensor x, Tensor? W, Tensor A, Tensor R, Tensor B, float s, Tensor? bias"
+    # (y, z, gram) of the primitive as one node that torch.compile does not look into; gram is empty without `other`,
+    # as an operator cannot return None.  direction, forced: as in backends.select, which is asked at every call; ""
+    # for None.
+    library.define(
+        f"primitive({operands}, Tensor? other, str direction, str forced) -> (Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    library.impl("primitive", _latest("_kernel"), "CompositeExplicitAutograd")
+    torch.library.register_fake("loraxs::primitive", _latest("_shapes"), lib=library)
+    torch.library.register_autograd(
+        "loraxs::primitive", _latest("_backward"), setup_context=_latest("_setup_context"), lib=library
+    )
+    # y, as torch.compile meets it: dynamo records the call as it is; AOTAutograd, which comes after dynamo, traces what
+    # `_compiled` does.  At up to FEW rows on the torch backend that gives plain operators, which inductor may fuse and
+    # calls without Python.  Otherwise it gives the operator above: for more rows inductor would copy y before it adds
+    # to it; where the number of rows is symbolic one graph serves all; and on a GPU, where no backend is forced, the
+    # choice is made at run time.  Exported programs hold the operator above, whose schema other versions know, too.
+    library.define(f"linear({operands}, str forced, str code) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    library.impl("linear", _latest("_compiled"), "CompositeImplicitAutograd")
+    # The operator in programs that were exported by earlier versions of this library.
+    library.define(
+        f"lowrank_linear({operands}, Tensor? other, str backend) -> (Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    library.impl("lowrank_linear", _latest("_exported_before"), "CompositeImplicitAutograd")
+    return library
+
+
+# Graphs hold the operators, which therefore outlive this module where it is imported again (importlib.reload).
+_operators = torch.ops.loraxs
+if not hasattr(_operators, "library"):
+    _operators.library = _define()
+_operators.latest = globals()
+operator = _operators.primitive.default
+linear = _operators.linear.default

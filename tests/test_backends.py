@@ -41,8 +41,7 @@ def test_every_backend_runs_or_says_why_not(name):
 
 
 def chosen_by():
-    o = operands(4, 5, 6, 2)
-    return o.x, o.A, o.B
+    return torch.zeros(4, 6), 5, 2
 
 
 def test_the_block_ends_the_choice_even_after_an_error():
@@ -95,6 +94,26 @@ def test_a_backend_file_is_all_it_takes(plugged_in, compiled):
     assert plugged_in.calls[1][1].shape == (6, 5)  # W^T
     call(o.x, o.W, o.A, o.R, o.B, o.s)
     assert len(plugged_in.calls) == 2
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_backward_computes_with_what_hooks_unpack(plugged_in, name, again):
+    """Here W, A, R, B and z, all doubled: gX = gY (2 W) + s (gY 2 B) 2 R 2 A and gR = s (gY 2 B)^T 2 z."""
+    o = operands(4, 5, 6, 2, torch.float64)
+    x, R, gY = o.x.requires_grad_(), o.R.requires_grad_(), o.gY.requires_grad_()
+    with lx.backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: 2 * t):
+        y = lora_xs_linear(x, o.W, o.A, R, o.B, o.s)
+    got = torch.autograd.grad(y, (x, R), gY, create_graph=again)
+    v = gY @ (2 * o.B)
+    for g, e in zip(
+        got, (gY @ (2 * o.W) + o.s * v @ (2 * R) @ (2 * o.A), o.s * v.t() @ (2 * x @ o.A.t())), strict=True
+    ):
+        torch.testing.assert_close(g, e)
+    if again:  # R and z are doubled apart from their graph
+        (second,) = torch.autograd.grad(got[0].square().sum(), gY)
+        once = 2 * o.W + 8 * o.s * o.B @ o.R.detach() @ o.A
+        torch.testing.assert_close(second, 2 * gY @ once @ once.t())
 
 
 def test_the_triton_backend_says_what_is_missing(monkeypatch):

@@ -6,10 +6,10 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import backends
@@ -102,22 +102,40 @@ def test_amd_gpus_have_no_committed_rows(table, monkeypatch):
     assert pick(*CALL) == "torch"
 
 
-def test_choose_follows_the_table_on_a_gpu_alone(table, monkeypatch):
-    def operands(device: str) -> list:
-        x, A, B = ((512, 4096), (16, 4096), (4096, 16))
-        return [
-            SimpleNamespace(shape=shape, dtype=torch.bfloat16, is_cuda=device == "cuda", device=device)
-            for shape in (x, A, B)
-        ]
-
+@pytest.fixture
+def on_h100(table, monkeypatch):
+    """The measured row, a call that it is for, and tensors that all say that they are on an H100."""
     table(MEASURED)
     monkeypatch.setattr(backends, "facts", lambda device: H100)
-    assert backends.choose(*operands("cuda")) == "triton"
-    assert backends.choose(*operands("cuda"), has_weight=False) == "torch"
-    assert backends.choose(*operands("cuda"), direction="backward") == "torch"
-    assert backends.choose(*operands("cpu")) == "torch"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    return torch.empty(512, 4096, dtype=torch.bfloat16), 4096, 16
+
+
+def test_choose_follows_the_table_on_a_gpu_alone(on_h100, monkeypatch):
+    assert backends.choose(*on_h100) == "triton"
+    assert backends.choose(torch.nn.Parameter(on_h100[0]), *on_h100[1:]) == "triton"
+    assert backends.choose(*on_h100, has_weight=False) == "torch"
+    assert backends.choose(*on_h100, direction="backward") == "torch"
     with lx.backend("torch"):
-        assert backends.choose(*operands("cuda")) == "torch"
+        assert backends.choose(*on_h100) == "torch"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert backends.choose(*on_h100) == "torch"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_a_trace_and_a_tensor_of_another_class_take_the_torch_backend(on_h100):
+    """The sizes of a trace are tensors, and a FakeTensor may say that it is on a GPU where there is none."""
+    x, N, r = on_h100
+    chosen = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        chosen.append(backends.choose(x, N, r))
+        return x.detach()
+
+    torch.jit.trace(call, x, check_trace=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call(mode.from_tensor(x))
+    assert chosen == ["torch", "torch"]
 
 
 @pytest.mark.parametrize("damage", [{"N": [9, 8]}, {"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"more": 1}])

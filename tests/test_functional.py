@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +20,10 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from loraxs_kernels import LoRAXSLinear, backends, forward_together, functional, reference
+from loraxs_kernels import LoRAXSLinear, backends, forward_together, functional, ops, reference
 from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.device import _Runs
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
@@ -264,6 +270,31 @@ def test_only_z_is_kept_for_backward_besides_references():
     assert [(tuple(t.shape), t.dtype) for t in own] == [((50, 4), torch.float32)]
     own = [t for t in saved_tensors(lambda: lora_xs_linear(x, o.W, o.A, R.detach(), o.B, o.s))]
     assert {t.data_ptr() for t in own} <= frozen  # a frozen R needs no z
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu"])
+def test_no_copy_of_a_weight_outlives_the_forward_where_hooks_take_it(how):
+    """autocast makes one of each; the library itself holds on to none."""
+    o, copies = operands(17, 33, 65, 12), []
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.shape in (o.W.shape, o.A.shape, o.B.shape):
+                copies.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    def call(x):
+        return lora_xs_linear(x, o.W, o.A, R, o.B, o.s)
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        if how == "checkpoint":
+            y = checkpoint(call, x, use_reentrant=False)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, torch.zeros):
+                y = call(x)
+    assert y.requires_grad and len(copies) == 3 and all(copy.expired() for copy in copies)
 
 
 class Counting(torch.utils._python_dispatch.TorchDispatchMode):
@@ -635,7 +666,10 @@ def test_export_of_few_rows_and_of_any_number(strict):
     for shapes in (None, {"x": {0: T}}):
         exported = torch.export.export(Layer(), (o.x,), dynamic_shapes=shapes, strict=strict).module()
         for x in (o.x, o.x[:3]) if shapes else (o.x,):
-            torch.testing.assert_close(exported(x), Layer()(x))
+            expected = Layer()(x)
+            torch.testing.assert_close(exported(x), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(exported(x), expected)  # as it was exported
 
 
 @pytest.mark.gpu("torch backend")
@@ -650,12 +684,58 @@ def test_compile_with_cuda_graphs_of_its_own(T, forced):
             check_against_oracle(operands(T, 320, 640, 20, torch.bfloat16, device="cuda", seed=seed), compiled)
 
 
-def test_operator_is_well_formed():
-    from loraxs_kernels import ops
+def test_compiled_code_knows_which_code_it_was_made_of(tmp_path):
+    """torch keeps graphs on disk by the calls that dynamo records, which therefore name what they are traced to."""
+    names = []
+    for added in ("", "# another version"):
+        package = tmp_path / f"v{len(names)}"
+        shutil.copytree(Path(functional.__file__).parent, package / "loraxs_kernels")
+        with open(package / "loraxs_kernels/backends/torch.py", "a") as file:
+            file.write(added)
+        command = [sys.executable, "-c", "from loraxs_kernels import ops; print(ops.CODE)"]
+        names.append(subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout)
+    assert len(set(names)) == 2
+    o, graphs = operands(5, 4, 6, 3), []
+    torch._dynamo.reset()
+    torch.compile(lora_xs_linear, backend=lambda graph, _: graphs.append(graph) or graph)(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert [n.args[-1] for n in graphs[0].graph.nodes if "loraxs" in str(n.target)] == [ops.CODE]
 
+
+def test_the_library_can_be_imported_again():
+    """Graphs from before, which hold the operators, then run the new code."""
+    o = operands(70, 4, 6, 3)
+    expected = lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+    compiled = torch.compile(lora_xs_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(o.x, o.W, o.A, o.R, o.B, o.s), expected)
+    held, before = ops.operator, {name: m for name, m in sys.modules.items() if name.split(".")[0] == "loraxs_kernels"}
+    try:
+        for name in before:
+            del sys.modules[name]
+        again = importlib.import_module("loraxs_kernels.functional").lora_xs_linear
+        for call in (again, torch.compile(again, fullgraph=True, backend="aot_eager"), compiled):
+            torch.testing.assert_close(call(o.x, o.W, o.A, o.R, o.B, o.s), expected)
+        y, _, _ = held(o.x, o.W, o.A, o.R, o.B, o.s, None, None, "forward", "")
+        torch.testing.assert_close(y, expected)
+    finally:
+        sys.modules.update(before)
+        importlib.reload(ops)
+    torch.testing.assert_close(compiled(o.x, o.W, o.A, o.R, o.B, o.s), expected)
+
+
+def test_programs_exported_by_earlier_versions_find_their_operator():
+    o = operands(5, 4, 6, 3)
+    x, R = o.x.requires_grad_(), o.R.requires_grad_()
+    y, _, _ = torch.ops.loraxs.lowrank_linear(x, o.W, o.A, R, o.B, o.s, o.bias, None, "torch")
+    expected = lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias)
+    torch.testing.assert_close(y, expected)
+    for got, right in zip(*(torch.autograd.grad(each.sum(), (x, R)) for each in (y, expected)), strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_operator_is_well_formed():
     o = operands(5, 4, 6, 3)
     arguments = (o.x.requires_grad_(), o.W, o.A, o.R.requires_grad_(), o.B, o.s, o.bias, None, "forward", "torch")
-    torch.library.opcheck(ops.lowrank_linear, arguments)
+    torch.library.opcheck(ops.operator, arguments)
 
 
 def test_meta_tensors_give_shapes():
@@ -997,6 +1077,16 @@ def test_gradients_of_a_batch_of_gY(shape):
     expected = torch.autograd.grad(y, (x, R), o.gY, retain_graph=True)
     for got, one in zip(torch.autograd.grad(y, (x, R), gYs, is_grads_batched=True), expected, strict=True):
         torch.testing.assert_close(got, torch.stack([one, one * 2]))
+
+
+def test_tensors_that_outlived_a_transform_are_what_they_wrap():
+    o, kept = operands(17, 33, 65, 12), []
+    o.R.requires_grad_()
+    torch.func.grad(lambda x: (kept.append(x * 1) or x).sum())(o.x)
+    expected = gradients(o, lora_xs_linear)
+    y = lora_xs_linear(kept[0], o.W, o.A, o.R, o.B, o.s, o.bias)
+    torch.testing.assert_close(y, expected[0])
+    torch.testing.assert_close(torch.autograd.grad(y, o.R, o.gY)[0], expected[2])
 
 
 def test_forward_mode_elsewhere_changes_nothing():

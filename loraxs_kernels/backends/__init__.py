@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from torch import Tensor
+from torch.jit import is_tracing
+from torch.nn import Parameter
 
 from . import choice, first_use
 from . import torch as torch_backend
@@ -100,8 +102,8 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, forced: Forced) -> Primitive:
-    """The primitive that computes one call: the forced one, else that of the backend that `choose` names.
+def select(x: Tensor, N: int, r: int, has_weight: bool, direction: str, forced: Forced) -> Primitive:
+    """The primitive for x (T, K), N features, rank r: the forced one, else that of the backend that `choose` names.
 
     A backend that nobody asked for by name is checked against the torch backend at its first use (first_use.py); one
     that is forced runs as it is, unless LORAXS_CHECK=always.
@@ -109,7 +111,7 @@ def select(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, direction: str, fo
     """
     if callable(forced):
         return forced
-    name = forced or choose(x, A, B, W is not None, direction)
+    name = forced or choose(x, N, r, has_weight, direction)
     if name == "torch" or (forced and first_use.setting() != "always"):
         return primitive(name)
     return first_use.checked(name, direction)
@@ -120,18 +122,20 @@ def forced() -> str | None:
     return _forced
 
 
-def choose(x: Tensor, A: Tensor, B: Tensor, has_weight: bool = True, direction: str = "forward") -> str:
-    """The name of the backend for x (T, K), A (r, K), B (N, r): the forced one, or the fastest by what was measured.
+def choose(x: Tensor, N: int, r: int, has_weight: bool = True, direction: str = "forward") -> str:
+    """The name of the backend for x (T, K), N features, rank r: the forced one, or the fastest by what was measured.
 
     Where none is forced, a pure function of sizes, dtype, direction and device, which always returns a backend that can
     run: on a GPU the one that choice.py has a row for, else "torch".
 
-    has_weight: whether x W^T is part of the call.  direction: "forward", or "backward" where x is gY, A is B^T and B is
-    A^T, and gR is asked for.
+    has_weight: whether x W^T is part of the call.  direction: "forward", or "backward" where x is gY and N counts the
+    features of gX, and gR is asked for.
     """
     if _forced or not x.is_cuda:
         return _forced or "torch"
-    (T, K), (N, r) = x.shape, B.shape
+    if type(x) not in (Tensor, Parameter) or is_tracing():  # a FakeTensor has no GPU, the sizes of a trace are tensors
+        return "torch"
+    T, K = x.shape
     return choice.pick(T, N, K, r, x.dtype, direction, has_weight, facts(x.device))
 
 

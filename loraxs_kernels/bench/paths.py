@@ -142,7 +142,7 @@ def _operator(o: Operands) -> Layer:
     R = nn.Parameter(o.R.clone())
 
     def call(x: Tensor) -> Tensor:
-        return ops.lowrank_linear(x, o.W, o.A, R, o.B, o.s, None, None, "forward", "torch")[0]
+        return ops.operator(x, o.W, o.A, R, o.B, o.s, None, None, "forward", "torch")[0]
 
     return Layer(call, (R,), (o.A, R, o.B), o.s)
 
