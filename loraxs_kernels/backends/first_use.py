@@ -30,7 +30,6 @@ import math
 import os
 import warnings
 from collections.abc import Hashable
-from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -53,7 +52,7 @@ ALLOWED = 8  # roundings by which a sum may differ: both sides make up to three,
 TF32 = 2.0**-10  # a rounding of TF32, in which either side may multiply fp32
 
 # Modes that record what runs (selective checkpointing, make_fx) must not see the comparison.
-_without_modes = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
+_without_modes = getattr(_python_dispatch, "_disable_current_modes", lambda: lambda call: call)
 
 Result = tuple[Tensor, Tensor, Tensor | None]
 
@@ -118,8 +117,7 @@ class Checked:
             return backend.lowrank_linear(*operands)
         result, sure = None, False
         try:
-            with _without_modes():
-                result, sure = _compared(self.backend, *operands)
+            result, sure = _compared(self.backend, *operands)
         except _Wrong as found:
             self._failed(case, self._report(str(found), *operands))
         except Exception:  # _Undecided, no memory, or an error of the comparison itself, which is not the backend's
@@ -133,8 +131,9 @@ class Checked:
         if result is None:
             return torch_backend.lowrank_linear(*operands)
         y, z, gram = result
-        with torch.no_grad():
-            return y if out is None else out.copy_(y), z, gram
+        if out is not None:
+            out.detach().copy_(y)
+        return y if out is None else out, z, gram
 
     def _failed(self, case: tuple, message: str) -> None:
         """Warn, once in a process, and record it: after Ctrl-C neither is done, where warnings are errors both are."""
@@ -228,6 +227,7 @@ def _lies(t: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
+@_without_modes()
 def _compared(
     backend: ModuleType,
     x: Tensor,
@@ -264,7 +264,8 @@ def _compared(
         return torch.cat(few), torch.cat(squares)
 
     def squares(t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t, dim=-1, dtype=wide).square_()
+        rows = t.split(max(1, CHUNK // t.shape[1]))
+        return torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=wide) for some in rows]).square_()
 
     z, x_squares = torch_backend.shrink(x, A.t()), squares(x)
     B_few, B_squares = folded(B.t())
@@ -343,9 +344,7 @@ def _agree(name: str, found: Tensor | None, right: Tensor, size: Tensor, roundin
     _alike(name, found, right.shape, right.dtype)
     whole = size + right.abs()
     error = (found - right).abs() / whole.clamp(min=torch.finfo(whole.dtype).tiny)
-    error = error.where(
-        whole.isfinite() & ~error.isnan(), math.inf
-    ).amax()  # y can be so wrong that its size is infinite
+    error = error.where(whole.isfinite() & ~error.isnan(), math.inf).amax()  # y, and so its size, can be infinite
     known, something, error = torch.stack([right.isfinite().all(), whole.any(), error]).tolist()
     if not (known and something):
         raise _Undecided
