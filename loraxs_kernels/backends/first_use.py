@@ -5,15 +5,15 @@ the backend twice on the operands of the call.  First with an R and an s for the
 is as large as the rest: R starts at 1e-5, and beside x W^T a missing part that small would not be seen.  Then with the
 R and s of the call; this result is the caller's, so the first call has the same bits as all later ones.  Both times y,
 z and the gram must agree with the torch backend's.  Of y sums of 64 or more columns with random signs are compared,
-with those of a problem that has so few columns: there is no second y.  A missing tile or term shows in them; one
-wrong element among many columns can be too small to.  A call with `out` needs a copy of it, so that a wrong result is
-never in `out` itself.
+with those of a problem that has so few columns: there is no second y.  A missing tile or term shows in them; one wrong
+element among many can be too small to.  Beside the call's own memory this takes about a fifth of y, a tenth of W and
+12 MB, and a copy of `out`, so that a wrong result is never in it; two to three times as long as the call where rows are
+many, and a pass over W in fp32 where they are few.
 
 If they disagree, or the backend raises an error, the torch backend computes that case in this process, beginning with
 this call; the first such case of a backend and direction gives a warning that says why.  A call whose operands cannot
 tell (NaN, infinity, only zeros, numbers near the smallest), or during whose check memory runs out, gets the torch
-backend's result, and a later one is checked (see TRIES); so it is after one with 16 zero rows in a unit of 16, whose
-checked result is returned.  Under a TorchDispatchMode (selective checkpointing) the first call of a case decides for
+backend's result, and a later one is checked (see TRIES); so it is after one with 16 rows of zeros, whose result is returned.  Under a TorchDispatchMode (selective checkpointing) the first call of a case decides for
 good: a recomputation must run what the forward ran.  While a CUDA graph is captured nothing can be compared: a case
 not checked before is captured with the torch backend's kernels, so run a step before the capture, as torch asks for
 anyway.
@@ -130,10 +130,9 @@ class Checked:
             return backend.lowrank_linear(*operands)
         if result is None:
             return torch_backend.lowrank_linear(*operands)
-        y, z, gram = result
         if out is not None:
-            out.detach().copy_(y)
-        return y if out is None else out, z, gram
+            out.detach().copy_(result[0])
+        return result if out is None else (out, *result[1:])
 
     def _failed(self, case: tuple, message: str) -> None:
         """Warn, once in a process, and record it: after Ctrl-C neither is done, where warnings are errors both are."""
@@ -213,9 +212,8 @@ def _case(
         shift = bias if bias is None else (bias.data_ptr() & 15, bias.stride())
         into = out if out is None else (out.data_ptr() & 15, out.data_ptr() == address, _lies(out))
         gram = other if other is None else (other.data_ptr() & 15, _lies(other))
-        in_mode = torch._C._len_torch_dispatch_stack() > 0
-        sizes = (N, A.shape, x.dtype, R.dtype, x.device)
-        return plan, sizes, rows, past, zeros, address & 15, ends, strides, base, shift, into, gram, in_mode
+        common = (plan, N, A.shape, x.dtype, R.dtype, x.device, rows, past, zeros, address & 15, ends, strides)
+        return common, base, shift, into, gram, torch._C._len_torch_dispatch_stack() > 0
     except RuntimeError:
         return None
 
