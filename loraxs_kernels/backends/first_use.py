@@ -13,10 +13,10 @@ many, and a pass over W in fp32 where they are few.
 If they disagree, or the backend raises an error, the torch backend computes that case in this process, beginning with
 this call; the first such case of a backend and direction gives a warning that says why.  A call whose operands cannot
 tell (NaN, infinity, only zeros, numbers near the smallest), or during whose check memory runs out, gets the torch
-backend's result, and a later one is checked (see TRIES); so it is after one with 16 rows of zeros, whose result is returned.  Under a TorchDispatchMode (selective checkpointing) the first call of a case decides for
-good: a recomputation must run what the forward ran.  While a CUDA graph is captured nothing can be compared: a case
-not checked before is captured with the torch backend's kernels, so run a step before the capture, as torch asks for
-anyway.
+backend's result, and a later one is checked (see TRIES); so it is after one with 16 rows of zeros, whose result is
+returned.  Under a TorchDispatchMode (selective checkpointing) the first call of a case decides for good: a
+recomputation must run what the forward ran.  While a CUDA graph is captured nothing can be compared: a case not checked
+before is captured with the torch backend's kernels, so run a step before the capture, as torch asks for anyway.
 
 LORAXS_CHECK is read at the first call: "once" is the default, "0" checks nothing, "always" checks every call outside
 capture, also of a backend that is forced.  There are no locks: two threads may check a case at the same time, and
