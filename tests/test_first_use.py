@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import itertools
 import os
@@ -16,6 +17,9 @@ import torch
 from conftest import EMULATED, INTERPRETED
 from helpers import Operands, assert_accurate, interrupted_at, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import loraxs_kernels as lx
 from loraxs_kernels import backends
@@ -287,12 +291,181 @@ def test_operands_that_cannot_tell(plugged_in, recwarn, value):
     assert equal(step(o), first) and module.calls.count("forward") == 3 and not recwarn.list
 
 
+@pytest.mark.parametrize("rows", [0, 15])
+def test_later_tries(plugged_in, rows):
+    """What cannot tell, or not of all rows, is not tried at each call."""
+    o, module = problem(), plugged_in(rounded_once)
+    o.x[rows:], tries = 0, []
+    compared = first_use._compared
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(first_use, "_compared", lambda *operands: tries.append(call) or compared(*operands))
+        for call in range(1, 102):  # noqa: B007
+            lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert tries == [1, 2, 3, 10, 100] and len(module.calls) == (10 if rows else 0)
+    assert first_use.checked("triton", "forward").right == {}
+
+
+def test_rows_of_zeros(plugged_in):
+    """The gradient of a loss on one token says nothing of the other tiles."""
+
+    def first_tile_only(*operands):
+        y, z, gram = torch_backend.lowrank_linear(*operands)
+        if operands[-1] is not None:
+            y[64:] = 0
+        return y, z, gram
+
+    o, module = problem(), plugged_in(first_tile_only)
+    full, o.gY = o.gY, torch.zeros_like(o.gY)
+    o.gY[3] = full[3]
+    assert equal(step(o), by_torch(step, o)) and module.calls.count("backward") == 2
+    o.gY = full
+    with pytest.warns(UserWarning, match="its y differs"):
+        assert equal(step(o), by_torch(step, o))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("primitive", [rounded_once, torch_backend.lowrank_linear])
+def test_terms_that_cancel(plugged_in, recwarn, primitive, dtype):
+    """A bias that takes x W^T away, and rows of W whose sums are zero beside a large mean of x."""
+    o = problem(K=512, dtype=dtype)
+    away = torch.randn(512)
+    x, W, bias = o.x, o.W, o.bias
+    for mean in (30, 300):
+        plugged_in(primitive)
+        o.x, o.bias = (x + mean * away).to(dtype), (-mean * W.float() @ away).to(dtype)
+        step(o)
+        o.W, o.x, o.bias = (W.float() - W.float().mean(1, keepdim=True)).to(dtype), x + mean, bias
+        step(o)
+        o.W = W
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype,scale", [(torch.bfloat16, 1e4), (torch.float16, 1e-3), (torch.float16, 1e-7)], ids=str)
+def test_a_missing_delta_at_any_size(plugged_in, dtype, scale):
+    """It is found, or the case is left undecided."""
+    o = problem(64, 1024, 1024, 16, dtype)
+    o.B, o.x = torch.linalg.qr(o.B.float())[0].to(dtype).contiguous(), o.x * scale
+    plugged_in(delta_left_out)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert list(first_use.checked("triton", "forward").right.values()) == ([] if scale == 1e-7 else [False])
+
+
+def test_errors_of_others(plugged_in, monkeypatch, recwarn):
+    """Only an error inside the backend is held against it."""
+
+    def refused(*_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    o, module = problem(), plugged_in(rounded_once)
+    with monkeypatch.context() as other:
+        other.setattr(torch.Tensor, "tolist", refused)
+        assert equal(step(o), by_torch(step, o))
+    step(o)
+    assert module.calls == ["forward"] * 2 + ["backward"] * 2 and not recwarn.list
+
+
+def in_numpy(x, W, A, R, B, s, bias=None, out=None, other=None):
+    """As a kernel is: none of its work is seen by torch."""
+    n = [None if t is None else t.detach().numpy() for t in (x, W, A, R, B)]
+    z = n[0] @ n[2].T
+    y = n[0] @ n[1].T + s * z @ n[3].T @ n[4].T
+    return torch.from_numpy(y), torch.from_numpy(z), None if other is None else torch.from_numpy(s * z.T) @ other
+
+
+@pytest.mark.parametrize("fault,op", [(None, "mm"), (None, "addmm"), ("undecided", "addmm"), ("wrong", "addmm")])
+def test_selective_checkpointing(plugged_in, op, fault):
+    """Forward and recomputation run the same operators, of which none is the check's."""
+    o = problem(64, 96, 96)
+    o.R *= 1e5
+    again, silu = torch.randn(96, 96) / 10, torch.nn.functional.silu
+
+    def layers(x, R, first=1.0):
+        h = lora_xs_linear(silu(x @ again) * first, o.W, o.A, R, o.B, o.s)
+        return lora_xs_linear(silu(silu(h) @ again), o.W, o.A, R, o.B, o.s)
+
+    def gradients(run=layers):
+        x, R = o.x.detach().requires_grad_(), o.R.detach().requires_grad_()
+        return torch.autograd.grad(run(x, R, 0.0 if fault == "undecided" else 1.0), (x, R), o.gY)
+
+    def checkpointed(*operands):
+        contexts = functools.partial(
+            checkpoint.create_selective_checkpoint_contexts, [getattr(torch.ops.aten, op).default]
+        )
+        return checkpoint.checkpoint(layers, *operands, use_reentrant=False, context_fn=contexts)
+
+    right = by_torch(gradients)
+    plugged_in(delta_left_out if fault == "wrong" else in_numpy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            for a, b in zip(gradients(checkpointed), right, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_a_mode_sees_what_it_sees_later(plugged_in):
+    o, seen = problem(), []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    plugged_in(in_numpy)
+    with Mode():
+        lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+        first = len(seen)
+        lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+    assert seen[:first] == seen[first:] and list(first_use.checked("triton", "forward").right.values()) == [True]
+
+
+def test_memory_of_the_check(plugged_in):
+    """No matrix of signs beside y: a few MB, whatever N is."""
+    o = problem(1, 60000, 32, 8, torch.bfloat16)
+    plugged_in()
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            largest.append(max((t.nbytes for t in tree_leaves(result) if isinstance(t, torch.Tensor)), default=0))
+            return result
+
+    compared = first_use._compared.__wrapped__.__wrapped__  # which modes see
+    with Sizes():
+        compared(backends.load("triton"), o.x, o.W, o.A, o.R, o.B, o.s, None, None, None)
+    assert max(largest) <= 5 << 20
+
+
+def test_one_warning(plugged_in):
+    """Not one a case; Ctrl-C loses neither the warning nor what was found."""
+    o = problem(T=600)
+    plugged_in(delta_left_out)
+    with pytest.warns(UserWarning, match="failed its check") as caught:
+        for T in (600, 300, 100, 7):
+            lora_xs_linear(o.x[:T], o.W, o.A, o.R, o.B, o.s)
+    assert len(caught) == 1
+    known = first_use.checked("triton", "forward").right
+    assert list(known.values()) == [False] * 4
+    for k in itertools.count(1):
+        first_use._checked.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            interrupted = interrupted_at(k, lambda: lora_xs_delta(o.x[:3], o.A, o.R, o.B, o.s))
+            lora_xs_delta(o.x[:3], o.A, o.R, o.B, o.s)
+        assert caught and list(first_use.checked("triton", "forward").right.values()) == [False]
+        if not interrupted:
+            break
+
+
 def test_overflow_is_not_a_fault(plugged_in, recwarn):
     """In fp16 y can be infinite where x is not, as while a GradScaler looks for its scale."""
     o, module = problem(dtype=torch.float16), plugged_in(rounded_once)
     large = problem(dtype=torch.float16)
     large.x *= 5000
     large.W *= 10
+    o.B *= 100
     assert lora_xs_linear(large.x, large.W, o.A, o.R, o.B, o.s).isinf().any()
     assert not first_use.checked("triton", "forward").right and module.calls
     lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
@@ -309,11 +482,13 @@ def test_what_is_another_case(plugged_in):
         return len(module.calls)
 
     assert calls() == 2 and calls(o.x + 1, R=o.R + 1, s=2.0) == 1
-    assert calls(torch.randn(74, 96)) == 1  # of 64 to 127 rows, and an odd number of pairs
+    assert calls(torch.randn(74, 96)) == 1  # of 65 to 79 rows
     turned = [t.t().contiguous().t() for t in (o.x, o.W, o.A, o.R, o.B)]
     unaligned = torch.randn(70 * 96 + 1)[1:].view(70, 96)
     for other in (
-        dict(x=torch.randn(71, 96)), dict(x=torch.randn(134, 96)), dict(x=unaligned),
+        dict(x=torch.randn(80, 96)), dict(x=torch.randn(97, 96)), dict(x=torch.randn(134, 96)), dict(x=unaligned),
+        dict(x=torch.randn(70, 192)[:, :96]), dict(x=torch.randn(1, 96).expand(70, 96)),
+        dict(x=torch.randn(70 * 96).as_strided((70, 96), (16, 1))),
         dict(bias=o.bias), dict(R=o.R.double()),
         *(dict([each]) for each in zip("xWARB", turned, strict=True)),
     ):  # fmt: skip
@@ -325,7 +500,7 @@ def test_what_is_another_case(plugged_in):
 
 
 def test_threads_at_once(plugged_in):
-    """No thread gets an unchecked or a wrong result, and one warning is all."""
+    """No thread gets an unchecked or a wrong result; only threads that fail at the same time warn more than once."""
     o, right, results = problem(), by_torch(step, problem()), []
     gate = threading.Barrier(4)
 
@@ -345,7 +520,7 @@ def test_threads_at_once(plugged_in):
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert len(results) == 12 and all(equal(each, right) for each in results)
-    assert len(caught) == 2  # of the forward and of the backward
+    assert 2 <= len(caught) <= 8  # of the forward and of the backward
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -454,6 +629,11 @@ def test_setting_always(plugged_in, monkeypatch, name):
         module.primitive = delta_left_out
         with pytest.warns(UserWarning, match="its y differs"):
             assert equal(step(o), by_torch(step, o))
+
+
+def test_an_empty_setting_is_the_default(monkeypatch):
+    monkeypatch.setenv("LORAXS_CHECK", "")
+    assert first_use.setting() == "once"
 
 
 def test_a_setting_that_is_none(plugged_in, monkeypatch):
