@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 import subprocess
@@ -294,6 +295,7 @@ def test_no_copy_of_a_weight_outlives_the_forward_where_hooks_take_it(how):
         else:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, torch.zeros):
                 y = call(x)
+    gc.collect()  # the cycles of Triton's interpreter
     assert y.requires_grad and len(copies) == 3 and all(copy.expired() for copy in copies)
 
 
@@ -651,7 +653,8 @@ def test_what_compiled_code_consists_of(how, dtype):
     for got, expected in zip(results(compiled), results(lora_xs_linear), strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=1e-6 if got.dtype == torch.float32 else 2**-8, atol=1e-6)
-    assert set(graphs.opaque()) == {whole}
+    forward, *backward = graphs.opaque()
+    assert forward == whole and set(backward) <= {whole and how != "R alone"}  # gR alone is two products of torch's
 
 
 @pytest.mark.parametrize("strict", [False, True])
