@@ -256,7 +256,7 @@ def _compared(
         parts = []
         for rows in t.split(max(1, CHUNK // N)):
             rows = pad(rows.to(wide), (0, groups * width - N)).unflatten(1, (groups, width))
-            parts.append(((rows * signs).sum(2), rows.square_().mean(2)))
+            parts.append(((rows * signs).sum(2), rows.square().mean(2)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def squares(t: Tensor) -> Tensor:
