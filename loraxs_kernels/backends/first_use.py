@@ -128,11 +128,10 @@ class Checked:
         if case[-1]:  # a mode sees this call: it decides for good, so that checkpointing finds the same operators again
             backend = self.backend if self.right.setdefault(case, False) else torch_backend
             return backend.lowrank_linear(*operands)
-        if result is None:
-            return torch_backend.lowrank_linear(*operands)
-        if out is not None:
-            out.detach().copy_(result[0])
-        return result if out is None else (out, *result[1:])
+        if result is None or out is None:
+            return result or torch_backend.lowrank_linear(*operands)
+        out.detach().copy_(result[0])
+        return out, *result[1:]
 
     def _failed(self, case: tuple, message: str) -> None:
         """Warn, once in a process, and record it: after Ctrl-C neither is done, where warnings are errors both are."""
@@ -257,9 +256,8 @@ def _compared(
         parts = []
         for rows in t.split(max(1, CHUNK // N)):
             rows = pad(rows.to(wide), (0, groups * width - N)).unflatten(1, (groups, width))
-            parts.append(((rows * signs).sum(2), rows.square_().mean(2)))
-        few, squares = zip(*parts, strict=True)
-        return torch.cat(few), torch.cat(squares)
+            parts.append(((rows * signs).sum(2), rows.square().mean(2)))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def squares(t: Tensor) -> Tensor:
         rows = t.split(max(1, CHUNK // t.shape[1]))
