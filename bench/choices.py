@@ -17,7 +17,7 @@ from loraxs_kernels.bench.choice import decide, kinds
 
 def rows(reports: dict[str, dict[str, Any]]) -> list[Row]:
     """What the reports, {path below bench/results: report}, say together, in the order of their keys."""
-    found: dict[tuple, Row | None] = {}
+    found: dict[tuple, list[Row]] = {}
     for path, data in sorted(reports.items(), key=lambda each: each[1]["date"]):
         if "tests" not in data or not data.get("kernels"):  # not the suite's, or from before there was a choice
             continue
@@ -26,9 +26,10 @@ def rows(reports: dict[str, dict[str, Any]]) -> list[Row]:
         measured = [row for row in data["rows"] if row["question"] == "choice"]
         kernels = {name: kernels for name, kernels in data["kernels"].items() if kernels == tuned.kernels(name)}
         if kernels:
-            found |= dict.fromkeys(kinds(measured, device))  # without a winner there is no row, whatever was before
-            found |= {row.key: row for row in decide(measured, device, kernels, path)}
-    return [row for _, row in sorted(found.items()) if row is not None]
+            found |= {key: [] for key in kinds(measured, device)}  # without a winner: none, whatever was before
+            for row in decide(measured, device, kernels, path):
+                found[row.key].append(row)
+    return [row for _, rows in sorted(found.items()) for row in rows]
 
 
 def text(reports: dict[str, dict[str, Any]]) -> str:

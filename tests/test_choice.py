@@ -153,9 +153,9 @@ def test_damaged_rows_are_ignored_with_one_warning(table, own, damage, tmp_path)
     assert len(caught) == 1
 
 
-def test_the_committed_table_has_one_row_for_a_kind_of_call_and_a_gain_worth_it():
+def test_the_committed_table_has_no_row_twice_and_gains_that_are_worth_it():
     rows = choice.committed()
-    assert len({row.key for row in rows}) == len(rows)
+    assert len({row[:9] for row in rows}) == len(rows)
     assert all(row.gain >= 1.03 and row.backend != "torch" for row in rows)
 
 
@@ -216,11 +216,31 @@ def test_what_is_not_worth_it_or_loses_somewhere_gets_no_row():
     slow_one_by_one = measured({"triton": 0.8, "cuda": 0.9}, eager={"triton": 1.1, "cuda": 1.0})
     assert [row.backend for row in decide(slow_one_by_one, H100, HASHES, "")] == ["cuda"]
     one_layer_loses = measured(shapes=SHAPES[:2]) + measured({"triton": 1.05, "cuda": 1.0}, shapes=SHAPES[2:])
-    assert [row.backend for row in decide(one_layer_loses, H100, HASHES, "")] == ["cuda"]
+    assert decide(one_layer_loses, H100, HASHES, "")[-1].backend == "cuda"
     not_everywhere = measured(shapes=SHAPES[:2]) + measured({"cuda": 0.9}, shapes=SHAPES[2:])
-    assert [row.backend for row in decide(not_everywhere, H100, HASHES, "")] == ["cuda"]
+    assert decide(not_everywhere, H100, HASHES, "")[-1].backend == "cuda"
     failed = [row | {"status": "failed"} if row["path"] == "triton" else row for row in measured()]
     assert [row.backend for row in decide(failed, H100, HASHES, "")] == ["cuda"]
+
+
+def test_a_layer_for_which_another_backend_is_better_has_a_row_of_its_own(table):
+    """Before the one for all layers, and for its own size alone."""
+    long = SHAPES[2:]
+    rows = decide(measured(shapes=SHAPES[:2]) + measured({"triton": 1.0, "cuda": 0.8}, shapes=long), H100, HASHES, "")
+    assert [(row.backend, row.N, row.K) for row in rows] == [
+        ("cuda", (4096, 4096), (14336, 14336)),
+        ("triton", (4096, 14336), (4096, 14336)),
+    ]
+    table(*(row._replace(kernels=tuned.kernels(row.backend)) for row in rows))
+    found = {
+        size: pick(512, *size, 16, torch.bfloat16, "forward", True, H100) for size in ((4096, 14336), (4096, 4096))
+    }
+    assert found == {(4096, 14336): "cuda", (4096, 4096): "triton"}
+    alike = measured(shapes=SHAPES[:2]) + measured({"triton": 0.8, "cuda": 0.79}, shapes=long)
+    assert [row.backend for row in decide(alike, H100, HASHES, "")] == ["triton"]
+    nothing_for_all = measured({"triton": 1.2, "cuda": 1.2}, shapes=SHAPES[:2]) + measured(shapes=long)
+    (row,) = decide(nothing_for_all, H100, HASHES, "")
+    assert (row.backend, row.N, row.K) == ("triton", (4096, 4096), (14336, 14336))
 
 
 def report(day: int, rows: list[dict], **more: object) -> dict:

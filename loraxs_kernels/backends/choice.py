@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What no two rows of a table share."""
+        """The kind of call; of rows for one kind the first counts whose sizes fit."""
         return self[:7]
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "points", "rows"]
 
+LOST = "its time is lost in that of"  # how a reason begins that another try may not find
+
 Chain = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -184,6 +186,6 @@ def side_by_side(
         samples = {name: each - rest for name, each in samples.items()}
         for name in [name for name, each in samples.items() if not each.quantile(0.25) > 0.1 * rest.median()]:
             del samples[name]
-            yield where | {"mode": mode} | failure(name, f"its time is lost in that of {beside} it")
+            yield where | {"mode": mode} | failure(name, f"{LOST} {beside} it")
         for name in samples:
             yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 ROUNDS = 5  # at least
-COPIED, LONG = 2**26, 300e-6  # bytes, which take 45 us on an H100; seconds from which a call is a long one
+COPIED = 2**26  # bytes, which take 45 us on an H100
+LONG = 1e11  # flops of x W^T from which a call is a long one: 0.15 ms on an H100
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers of a block
 WORST = 1.01  # of torch's time, that it may take for any one of the layers
 EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
@@ -64,26 +65,22 @@ def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, we
     }
     try:
         case = Case(shape, T, r, direction, settings.dtype, settings.device, weight)
-        case.rest = _copies(case)
+        case.rest = _copies(case, 2.0 * T * shape.N * shape.K * weight)
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in names)
         return
     yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings, ROUNDS)
 
 
-def _copies(case: Case) -> Callable[[], None] | None:
+def _copies(case: Case, work: float) -> Callable[[], None] | None:
     """Copies in memory, on a GPU, that take about as long as a call of torch's backend; None: that is a short one."""
-    if case.device.type != "cuda":
+    if case.device.type != "cuda" or work < LONG:
         return None
     source = torch.empty(COPIED, dtype=torch.uint8, device=case.device)
     target = torch.empty_like(source)
-    calls = {"call": partial(backends.primitive("torch"), *case.sets[0]), "copy": partial(target.copy_, source)}
-    for call in calls.values():
-        call()
-    times = {name: min(timer.once(call) for _ in range(5)) for name, call in calls.items()}
-    if times["call"] < LONG:
-        return None
-    many = max(1, round(times["call"] / times["copy"]))
+    calls = partial(backends.primitive("torch"), *case.sets[0]), partial(target.copy_, source)
+    call, copy = (min(timer.once(each) for _ in range(5)) for each in calls)
+    many = max(1, round(call / copy))
 
     def copies() -> None:
         for _ in range(many):
@@ -95,28 +92,45 @@ def _copies(case: Case) -> Callable[[], None] | None:
 def decide(
     rows: Iterable[Row], device: Device, kernels: dict[str, str], source: str, torch_too: bool = False
 ) -> list[choice.Row]:
-    """The rows of the table that measured rows give: at most one for each kind of call, none where torch's is best.
+    """The rows of the table that measured rows give, none where torch's backend is best.
 
-    With `torch_too` there is one for it, too, so that it goes before what another table says of such a call.
+    For each kind of call at most one for all layers, and before it one for each layer for which another backend is
+    GAIN times as fast as that one.  With `torch_too` there are rows for torch's backend, too, so that they go before
+    what another table says of such calls.
 
-    A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all layers, none of them takes
-    more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  Ratios count by their upper
-    quartile, so that noise chooses nothing.  It must have been measured for every layer that torch's was.
+    A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all the layers, none of them
+    takes more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  Ratios count by their
+    upper quartile, so that noise chooses nothing.  It must have been measured for every layer that torch's was.
 
     kernels: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
     """
     found = []
     for key, measured in kinds(rows, device).items():
-        gains = {name: gain for name in kernels if (gain := _gain(measured, name)) >= GAIN}
-        if torch_too and any(row["path"] == "torch" for row in measured):
-            gains = gains or {"torch": 1.0}
-        if gains:
-            name = max(gains, key=gains.__getitem__)
-            sizes = [(row["N"], row["K"]) for row in measured if row["path"] == "torch"]
-            N, K = zip(*(sizes if key[3] == "forward" else [size[::-1] for size in sizes]), strict=True)
-            spans = ((min(N), max(N)), (min(K), max(K)))
-            found.append(choice.Row(*key, *spans, name, round(gains[name], 3), kernels[name], source))
+        sizes = dict.fromkeys((row["N"], row["K"]) for row in measured if row["path"] == "torch")
+        everywhere, gain = _best(measured, kernels)
+        for size in sizes if len(sizes) > 1 else ():
+            alone = [row for row in measured if (row["N"], row["K"]) == size]
+            name, its = _best(alone, kernels)
+            if its >= GAIN * (1.0 if everywhere == "torch" else speed(alone, everywhere)):
+                found.append(_row(key, [size], name, its, kernels, source))
+        if sizes and (torch_too or everywhere != "torch"):
+            found.append(_row(key, list(sizes), everywhere, gain, kernels, source))
     return found
+
+
+def _best(measured: list[Row], kernels: dict[str, str]) -> tuple[str, float]:
+    """The backend to choose, and its gain."""
+    gains = {name: gain for name in kernels if (gain := _gain(measured, name)) >= GAIN}
+    name = max(gains, key=gains.__getitem__, default="torch")
+    return name, gains.get(name, 1.0)
+
+
+def _row(
+    key: tuple, sizes: list[tuple[int, int]], name: str, gain: float, kernels: dict[str, str], source: str
+) -> choice.Row:
+    """sizes: (N, K) of the layers, which a backward has the other way round."""
+    N, K = zip(*(sizes if key[3] == "forward" else [size[::-1] for size in sizes]), strict=True)
+    return choice.Row(*key, (min(N), max(N)), (min(K), max(K)), name, round(gain, 3), kernels.get(name, ""), source)
 
 
 def kinds(rows: Iterable[Row], device: Device) -> dict[tuple, list[Row]]:

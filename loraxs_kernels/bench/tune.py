@@ -35,6 +35,7 @@ from ..linear import LoRAXSLinear, check_rank, label_of
 from ..weights import weight_of, weight_view
 from . import BenchError, tables, tiles, timer
 from . import choice as question
+from .chain import LOST
 from .layer import Row, failure, release
 from .settings import DTYPES, MODES, Settings, at_least_one, check, model_or_shapes
 from .shapes import MODELS, Shape
@@ -290,7 +291,8 @@ class _Run:
     def choice(self, point: Point) -> bool:
         """Measure a point as far as an earlier run has not; False where the budget does not last."""
         entries = () if self.again else self._entries(point)
-        there = {(entry["N"], entry["K"]) for entry in entries if not _lacked_memory(entry)}
+        done = (entry for entry in entries if not any(map(_passing, entry.get("failed", {}).values())))
+        there = {(entry["N"], entry["K"]) for entry in done}
         shapes = [shape for shape in self.shapes[point.r] if (shape.N, shape.K) not in there]
         if not shapes:
             self.step("")
@@ -324,9 +326,9 @@ class _Run:
             found = list(question.measure(self.request, shape, point.T, point.r, point.direction, point.weight))
             failed = {row["path"]: row["reason"] for row in found if row["status"] == "failed"}
             if "torch" in failed:
-                if not failed["torch"].startswith("out of memory"):
+                if not _passing(failed["torch"]):
                     raise BenchError(f"the torch backend failed at {point}, {shape}: {failed['torch']}")
-                self.say(f"  {shape} is left out at {point}: out of memory")
+                self.say(f"  {shape} is left out at {point}: {failed['torch']}")
                 continue
             for row in found:
                 if row["status"] == "ok":
@@ -423,9 +425,9 @@ def _checked(entry: dict[str, Any]) -> None:
         raise ValueError(f"got {entry}")
 
 
-def _lacked_memory(entry: dict[str, Any]) -> bool:
-    """Whether a backend could not be measured for want of memory, which may be there another time."""
-    return any(reason.startswith("out of memory") for reason in entry.get("failed", {}).values())
+def _passing(reason: str) -> bool:
+    """Whether another time may go better: other programs take memory and time now."""
+    return reason.startswith(("out of memory", LOST))
 
 
 def _key(entry: dict[str, Any]) -> tuple:
