@@ -40,6 +40,15 @@ _rows: dict[tuple[Device, str], tuple] = {}  # parsed
 _lock = threading.RLock()
 
 
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
     """The rows of one list of the user's table for such a device, parsed and kept.
 
