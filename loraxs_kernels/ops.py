@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -289,7 +290,10 @@ exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 
 FEW = 64
 # Names what AOTAutograd traces: torch keeps compiled graphs on disk by the calls that dynamo has recorded.
 _TRACED = (globals(), vars(torch_backend), vars(reference))
-CODE = hashlib.sha256(b"".join(m["__loader__"].get_data(m["__file__"]) for m in _TRACED)).hexdigest()[:16]
+try:
+    CODE = hashlib.sha256(b"".join(m["__loader__"].get_data(m["__file__"]) for m in _TRACED)).hexdigest()[:16]
+except (OSError, AttributeError):  # in a frozen application: no graph is taken from the disk
+    CODE = secrets.token_hex(8)
 
 
 def _latest(name: str) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ class Row(NamedTuple):
     N: tuple[int, int]  # the least and the most that were measured: the row is for nothing else
     K: tuple[int, int]
     backend: str
-    gain: float  # time of the torch backend over that of this one, over all the layers measured
+    gain: float  # time of the torch backend over that of this one, over the layers that the row is for
     kernels: str  # tuned.kernels of this backend, as measured
     source: str
 

@@ -52,26 +52,28 @@ if hasattr(os, "register_at_fork"):
 def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
     """The rows of one list of the user's table for such a device, parsed and kept.
 
-    None where there is no table.  One that is damaged, or that was measured under other conditions, is ignored, with
-    one warning in a process that says why.
+    There are none where there is no table.  A table that is damaged, or that was measured under other conditions, is
+    ignored, with one warning in a process that says why.
     """
     key = (device, name)
-    if key not in _rows:
-        with _lock:
-            if key not in _rows:
-                table = _table(device)
-                _rows[key] = ()  # also if the warning below is raised as an error
-                try:
-                    _rows[key] = tuple(map(parse, table.get(name, ())))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
-    return _rows[key]
+    if (found := _rows.get(key)) is not None:
+        return found
+    with _lock:
+        if key not in _rows:
+            _rows[key] = ()  # also if one of the warnings is raised as an error
+            table = _table(device)
+            try:
+                _rows[key] = tuple(map(parse, table.get(name, ())))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
+        return _rows[key]
 
 
 def install(device: Device, table: dict[str, Any]) -> None:
     """Use a table in this process from now on, whatever the user's file has."""
-    _installed[device] = table
-    forget()
+    with _lock:
+        _installed[device] = table
+        forget()
 
 
 def forget() -> None:
@@ -79,10 +81,11 @@ def forget() -> None:
     from . import choice
     from .triton import config
 
-    for kept in (_rows, _found):
-        kept.clear()
-    choice.forget()
-    config.forget()
+    with _lock:
+        for kept in (_rows, _found):
+            kept.clear()
+        choice.forget()
+        config.forget()
 
 
 def _table(device: Device) -> dict[str, Any]:

@@ -179,7 +179,11 @@ def side_by_side(
                 yield where | {"mode": mode} | failure(name, error)
         beside = "the work beside"
         if passes and mode == "graph" and case.rest is not None:
-            passes[beside] = case.prepare(lambda *operands: None, graph=True)
+            try:
+                passes[beside] = case.prepare(lambda *operands: None, graph=True)
+            except Exception as error:
+                yield from (where | {"mode": mode} | failure(name, error) for name in passes)
+                continue
         samples, lost = timed(passes, settings, min_rounds)
         yield from (where | {"mode": mode} | failure(name, lost) for name in passes if name != beside and lost)
         rest = samples.pop(beside, torch.zeros(1))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
 LONG = 1e11  # flops of x W^T from which a call is a long one: 0.15 ms on an H100
-GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers of a block
+GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers or for one
 WORST = 1.01  # of torch's time, that it may take for any one of the layers
 EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
 
@@ -65,9 +65,13 @@ def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, we
     }
     try:
         case = Case(shape, T, r, direction, settings.dtype, settings.device, weight)
-        case.rest = _copies(case, 2.0 * T * shape.N * shape.K * weight)
     except torch.OutOfMemoryError:
         yield from (where | failure(name, "out of memory: the operands alone") for name in names)
+        return
+    try:
+        case.rest = _copies(case, 2.0 * T * shape.N * shape.K * weight)
+    except Exception as error:
+        yield from (where | failure(name, error) for name in names)
         return
     yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings, ROUNDS)
 
@@ -95,18 +99,21 @@ def decide(
     """The rows of the table that measured rows give, none where torch's backend is best.
 
     For each kind of call at most one for all layers, and before it one for each layer for which another backend is
-    GAIN times as fast as that one.  With `torch_too` there are rows for torch's backend, too, so that they go before
-    what another table says of such calls.
+    GAIN times as fast as the one for all layers.  With `torch_too` there are rows for torch's backend, too, so that
+    they go before what another table says of such calls.
 
     A backend is chosen where CUDA graphs of it are GAIN times as fast as torch's over all the layers, none of them
     takes more than WORST of torch's time, and eager calls, if measured, take at most EAGER.  Ratios count by their
-    upper quartile, so that noise chooses nothing.  It must have been measured for every layer that torch's was.
+    upper quartile, so that noise chooses nothing.  A backend counts only where it was measured for every layer that
+    torch's was measured for.
 
     kernels: tuned.kernels of each backend, as it ran, of torch's too for `torch_too`.
     """
     found = []
     for key, measured in kinds(rows, device).items():
-        sizes = dict.fromkeys((row["N"], row["K"]) for row in measured if row["path"] == "torch")
+        mode = _best_mode(measured)
+        base = [row for row in measured if row["path"] == "torch" and row["mode"] == mode]
+        sizes = dict.fromkeys((row["N"], row["K"]) for row in base)
         everywhere, gain = _best(measured, kernels)
         for size in sizes if len(sizes) > 1 else ():
             alone = [row for row in measured if (row["N"], row["K"]) == size]

@@ -565,21 +565,29 @@ def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
     given = (arguments.tokens, arguments.dtype, 60 * arguments.budget, arguments.out)
     result = run(shapes, *given, seconds=arguments.seconds, again=arguments.again)
     tables.show([summary(result)])
-    print(f"\n{result.path} has the table; what is measured in it is not measured again (--again: it is)")
+    print(
+        f"\n{result.path} has the table; what it has is not measured again (--again: it is), what failed for want of memory is"
+    )
     if result.path != tuned.user_path(result.table["made_on"]["gpu"]):
         print(f"It is used where it is named: LORAXS_TUNED={result.path}")
     return 0
 
 
 def summary(result: Result) -> tables.Table:
-    """Which backend where, and its gain: a line for each kind of call, a column for each bucket of rows."""
+    """Which backend where, and its gain: a column for each bucket of rows, a line for each kind of call.
+
+    A layer for which another backend is better than for the others has a line of its own.
+    """
     rows = result.rows
     tokens = sorted({row.tokens for row in rows})
     cells: dict[tuple, dict[int, str]] = {}
     for row in sorted(rows, key=lambda row: (row.dtype, not row.weight, row.direction == "backward", row.rank)):
         what = f"{row.direction} {'with' if row.weight else 'without'} W, {row.dtype}"
         cell = "torch" if row.backend == "torch" else f"{row.backend} {row.gain:.2f}"
-        cells.setdefault((what, str(row.rank)), {})[row.tokens] = cell
+        one = row.N[0] == row.N[1] and row.K[0] == row.K[1]
+        size = (row.N[0], row.K[0]) if row.direction == "forward" else (row.K[0], row.N[0])
+        layers = "{} x {}".format(*size) if one else "all"
+        cells.setdefault((what, str(row.rank), layers), {})[row.tokens] = cell
     lines = [[*key, *(found.get(T, "") for T in tokens)] for key, found in cells.items()]
     title = "The fastest backend, and how many times as fast as torch's it is"
-    return tables.Table(title, ["call", "r", *(f"T {T}" for T in tokens)], lines, ())
+    return tables.Table(title, ["call", "r", "layers", *(f"T {T}" for T in tokens)], lines, ())
