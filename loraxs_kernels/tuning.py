@@ -29,9 +29,10 @@ def tune(
     What is measured are the shapes of the layers, on operands of their own: the model is only read, may be on any
     device, and needs no memory for it.  The result is the table that `loraxs tune` makes, in force in this process at
     once and in later ones on this kind of GPU, until the package, torch or Triton changes.  A later call goes on where
-    this one stopped.  One for another model adds its layers: for each kind of call the table has one backend for all
-    its layers together, and before it one for each single layer that another backend computes at least 3 % faster.  Where torch.distributed runs several processes all must call; rank 0
-    measures and writes, and its table is everybody's.
+    this one stopped.  A call for another model adds its layers: for each kind of call the table has one backend for
+    all its layers together, and before it one for each single layer that another backend computes at least 3 % faster.
+    Where torch.distributed runs several processes all must call; rank 0 measures and writes, and its table is
+    everybody's.
 
     Args:
         model: with adapters (`attach`, or PEFT's), whose layers, ranks and dtype are taken; or without, and then all

@@ -243,6 +243,12 @@ def test_a_layer_for_which_another_backend_is_better_has_a_row_of_its_own(table)
     assert (row.backend, row.N, row.K) == ("triton", (4096, 4096), (14336, 14336))
 
 
+def test_a_layer_that_was_not_measured_in_graphs_is_not_covered():
+    eager = [row for row in measured(shapes=[(64, 64, 1)]) if row["mode"] == "eager"]
+    (row,) = decide(measured(shapes=SHAPES[:2]) + eager, H100, HASHES, "")
+    assert (row.backend, row.N, row.K) == ("triton", (4096, 14336), (4096, 4096))
+
+
 def report(day: int, rows: list[dict], **more: object) -> dict:
     machine = {"capability": "9.0", "multiprocessors": 132}
     kernels = {name: tuned.kernels(name) for name in ("triton", "cuda")}

@@ -565,9 +565,7 @@ def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
     given = (arguments.tokens, arguments.dtype, 60 * arguments.budget, arguments.out)
     result = run(shapes, *given, seconds=arguments.seconds, again=arguments.again)
     tables.show([summary(result)])
-    print(
-        f"\n{result.path} has the table; what it has is not measured again (--again: it is), what failed for want of memory is"
-    )
+    print(f"\n{result.path} has the table; what it has is not measured again (--again: it is)")
     if result.path != tuned.user_path(result.table["made_on"]["gpu"]):
         print(f"It is used where it is named: LORAXS_TUNED={result.path}")
     return 0
