@@ -85,6 +85,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "choice": (280, ["choice", "--tokens", *BUCKETS, "--rank", "64", "16", "--seconds", "0.03"]),
     "decode": (90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
     "step": (150, ["model", "--rank", "64", "--paths", *MODELS]),
+    "step-chosen": (60, ["model", "--rank", "64", "--blocks", "8", "--paths", "chosen"]),
     "tokens": (120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
     "ranks": (120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
     "forward": (60, ["layer", *WAY, "--direction", "forward"]),
@@ -111,6 +112,7 @@ PLANS: dict[str, tuple[float, dict[str, float]]] = {
         330,
         {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35},
     ),
+    "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
 OURS = ["torch", "triton", "cuda"]
 SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "choice", "model")  # the questions that time those

@@ -271,18 +271,9 @@ def _compiled(
     return operator(x, W, A, R, B, s, bias, None, "forward", forced)[0]
 
 
-def _exported_before(
-    x: Tensor,
-    W: Tensor | None,
-    A: Tensor,
-    R: Tensor,
-    B: Tensor,
-    s: float,
-    bias: Tensor | None,
-    other: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return operator(x, W, A, R, B, s, bias, other, "forward", backend)
+def _exported_before(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, backend = operands
+    return operator(*operands, "forward", backend)
 
 
 exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later

@@ -70,6 +70,15 @@ def test_a_row_is_for_its_kind_of_call_alone(table):
         assert pick(*(changed.get(i, value) for i, value in enumerate(CALL))) == "torch"
 
 
+def test_the_same_calls_get_the_same_answers_in_any_order(table):
+    table(MEASURED, MEASURED._replace(tokens=1024, backend="cuda", kernels=tuned.kernels("cuda")))
+    calls = [(T, *CALL[1:]) for T in (16, 300, 512, 700, 1024, 1025)]
+    first = {call: pick(*call) for call in calls}
+    tuned.forget()
+    assert first == {call: pick(*call) for call in reversed(calls)}
+    assert list(first.values()) == ["torch", "triton", "triton", "cuda", "cuda", "torch"]
+
+
 def test_buckets_are_powers_of_two():
     found = {T: choice.bucket(T) for T in (0, 1, 16, 17, 32, 33, 8191, 8192, 8193, 32769, 10**9)}
     assert found == {

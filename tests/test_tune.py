@@ -83,7 +83,6 @@ def plug_in(monkeypatch, path: Path) -> World:
     monkeypatch.setattr(tune, "release", lambda: None)  # collects garbage, which takes a while
     monkeypatch.setattr(tune, "_gpu", lambda: CPU)
     monkeypatch.setattr(tune, "tiles_can_be_searched", lambda: False)
-    monkeypatch.setattr(tuned, "_installed", {})
     monkeypatch.setenv("LORAXS_TUNED", str(path))
     tuned.forget()
     return world
@@ -120,8 +119,7 @@ def test_what_is_fastest_is_picked_at_once_and_in_later_processes(world, monkeyp
         assert {world.pick(T, *call) for T in (1, 16) for call in (("backward", False), ())} == {"triton"}
         assert world.pick(64) == "torch"  # measured here, whatever the committed table has
         assert world.pick(64, N=50) == "cuda"  # not measured here
-        tuned._installed.clear()  # as in another process
-        tuned.forget()
+        tuned.forget()  # as in another process
 
 
 def test_a_wrong_backend_is_not_timed_and_never_chosen(world, monkeypatch, capsys):
@@ -201,7 +199,6 @@ def test_a_table_of_other_conditions_is_replaced(world, capsys):
     table = world.table()
     table["made_on"]["torch"] = "1.0"
     tuned.write(table, world.path)
-    tuned._installed.clear()
     tuned.forget()
     with pytest.warns(UserWarning, match=r"other conditions \(torch: 1.0, here .*`loraxs tune` makes a new one"):
         assert world.pick(16) == "torch"
@@ -510,7 +507,6 @@ def test_tuning_on_a_gpu(monkeypatch, tmp_path, capsys):
     if {backends.unavailable(name) for name in ("triton", "cuda")}.isdisjoint({None}):
         pytest.skip("there is only the torch backend to choose from")
     monkeypatch.setenv("LORAXS_TUNED", str(tmp_path / "tuned.json"))
-    monkeypatch.setattr(tuned, "_installed", {})
     tuned.forget()
     arguments = ["tune", "--shape", "1024x512", "512x1024", "--rank", "16", "--tokens", "64", "1024", "--budget", "0.2"]
     assert main([*arguments, "--seconds", "0.01"]) == 0
@@ -522,7 +518,6 @@ def test_tuning_on_a_gpu(monkeypatch, tmp_path, capsys):
         for row in rows:
             x = torch.empty(row.tokens, 512, dtype=BF16, device=device)
             assert backends.choose(x, 1024, 16, row.weight, row.direction) == row.backend
-        tuned._installed.clear()
         tuned.forget()
     monkeypatch.undo()
     tuned.forget()

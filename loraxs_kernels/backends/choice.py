@@ -55,12 +55,7 @@ def pick(T: int, N: int, K: int, r: int, dtype: torch.dtype, direction: str, wei
     backend's kernels are others than those that were measured.  The same arguments, files and installation give the
     same answer, always.
     """
-    return _pick(bucket(T), N, K, padded(r), dtype, direction, weight, device)
-
-
-@lru_cache(maxsize=4096)
-def _pick(*call: Any) -> str:
-    row = _row(*call)
+    row = row_for(T, N, K, r, dtype, direction, weight, device)
     return row.backend if row else "torch"
 
 
@@ -68,10 +63,11 @@ def row_for(
     T: int, N: int, K: int, r: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
 ) -> Row | None:
     """The row behind `pick`; None: there is none, and the torch backend is picked."""
-    return _row(bucket(T), N, K, padded(r), dtype, direction, weight, device)
+    return _row_for(bucket(T), N, K, padded(r), dtype, direction, weight, device)
 
 
-def _row(
+@lru_cache(maxsize=4096)
+def _row_for(
     tokens: int, N: int, K: int, rank: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
 ) -> Row | None:
     key = (*device, str(dtype).removeprefix("torch."), direction, weight, rank, tokens)
@@ -106,7 +102,7 @@ def committed() -> tuple[Row, ...]:
 
 def forget() -> None:
     """The user's table has changed."""
-    _pick.cache_clear()
+    _row_for.cache_clear()
 
 
 def parse(entry: dict[str, Any]) -> Row:

@@ -34,8 +34,7 @@ LISTS = ("tiles", "choices", "measured")
 ROOT = Path(__file__).parent
 
 Row = TypeVar("Row")
-_installed: dict[Device, dict[str, Any]] = {}  # by `install`, in place of what a file has
-_found: dict[Device, dict[str, Any]] = {}  # what the files have
+_tables: dict[Device, dict[str, Any]] = {}  # what a file has, or `install` has put in its place
 _rows: dict[tuple[Device, str], tuple] = {}  # parsed
 _lock = threading.RLock()
 
@@ -60,54 +59,63 @@ def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> t
         return found
     with _lock:
         if key not in _rows:
-            _rows[key] = ()  # also if one of the warnings is raised as an error
-            table = _table(device)
             try:
-                _rows[key] = tuple(map(parse, table.get(name, ())))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
+                _rows[key] = _parsed(device, name, parse)
+            except Warning:  # where warnings are errors it comes once, too
+                _rows[key] = ()
+                raise
         return _rows[key]
+
+
+def _parsed(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
+    table = _table(device)
+    try:
+        return tuple(map(parse, table.get(name, ())))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _ignore(f"{table['path']}: {name} has a row that cannot be ({type(error).__name__}: {error})")
+        return ()
+
+
+def _table(device: Device) -> dict[str, Any]:
+    if device not in _tables:
+        _tables[device] = {}
+        here = machine(device)
+        path = user_path(here["gpu"])
+        try:
+            table = {} if path is None else read(path)
+        except FileNotFoundError:
+            table = {}
+        except ValueError as error:
+            table = {}
+            _ignore(str(error))
+        if table and (why := differences(table["made_on"], here)):
+            _ignore(f"{path}: was measured under other conditions ({why})")
+        elif table:
+            _tables[device] = table | {"path": path}
+    return _tables[device]
 
 
 def install(device: Device, table: dict[str, Any]) -> None:
     """Use a table in this process from now on, whatever the user's file has."""
     with _lock:
-        _installed[device] = table
-        forget()
+        _tables[device] = table
+        _changed()
 
 
 def forget() -> None:
-    """Look at the files anew when a row is next asked for."""
+    """Read the files again when a row is next asked for."""
+    with _lock:
+        _tables.clear()
+        _changed()
+
+
+def _changed() -> None:
     from . import choice
     from .triton import config
 
-    with _lock:
-        for kept in (_rows, _found):
-            kept.clear()
-        choice.forget()
-        config.forget()
-
-
-def _table(device: Device) -> dict[str, Any]:
-    if device in _installed:
-        return _installed[device]
-    if device not in _found:
-        _found[device] = {}
-        here = machine(device)
-        path = user_path(here["gpu"])
-        try:
-            table = None if path is None else read(path)
-        except FileNotFoundError:
-            table = None
-        except ValueError as error:
-            table = None
-            _ignore(str(error))
-        if table is not None:
-            if why := differences(table["made_on"], here):
-                _ignore(f"{path}: was measured under other conditions ({why})")
-            else:
-                _found[device] = table | {"path": path}
-    return _found[device]
+    _rows.clear()
+    choice.forget()
+    config.forget()
 
 
 def differences(made_on: dict[str, Any], here: dict[str, Any]) -> str:
