@@ -6,9 +6,9 @@ is as large as the rest: R starts at 1e-5, and beside x W^T a missing part that 
 R and s of the call; this result is the caller's, so the first call has the same bits as all later ones.  Both times y,
 z and the gram must agree with the torch backend's.  Of y sums of 64 or more columns with random signs are compared,
 with those of a problem that has so few columns: there is no second y.  A missing tile or term shows in them; one wrong
-element among many can be too small to.  By count this
-takes, beside the call's own memory, about a fifth of y, a tenth of W and 12 MB, and a copy of `out`, so that a wrong
-result is never in it.  What takes most time is to read W in fp32 (bench/results/cpu/2026-11-27-8db62fc-first-use.json).
+element among many can be too small to.  By count this takes, beside the call's own memory, about a fifth of y, a tenth
+of W and 12 MB, and a copy of `out`, so that a wrong result is never in it.  What takes most time is to read W in fp32
+(bench/results/cpu/2026-11-27-8db62fc-first-use.json).
 
 If they disagree, or the backend raises an error, the torch backend computes that case in this process, beginning with
 this call; the first such case of a backend and direction gives a warning that says why.  A call whose operands cannot
