@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import backends, ops
+from . import backends, indexed, ops
 from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
 from .backends.torch import cast, scaled_mm, shrink
+from .indexed import IndexedLowRankLinear, RowIndex
 from .ops import autocast_on, in_grad_mode, rows_of, rows_of_out
 
+Index = RowIndex | Tensor | Sequence[int] | None
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]  # W, A, R, B, s, bias of one layer
 
 
 def lora_xs_linear(
-    x: Tensor, weight: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    index: Index = None,
 ) -> Tensor:
     """A frozen linear layer with its LoRA-XS adapter: y = x W^T + scale (x A^T) R^T B^T (+ bias).
 
@@ -29,9 +39,13 @@ def lora_xs_linear(
         R: (r, r), the trained matrix, usually fp32 whatever the other dtypes.
         scale: s = alpha / r, a number.
         bias: (N,), added to y; the only frozen operand that may also train.
+        index: R is a stack (n, r, r), and a row x_t gets R[index_t], or no adapter where that is -1.  Integers: one for
+            each sample, the entries of x's first dimension, or one for each row of x; or a RowIndex, which several
+            layers can share.  They are checked on the host; those on a GPU are copied there first.
 
     Returns:
-        y (..., N) in x's dtype.  Gradients reach x, R and bias, and can be differentiated again (create_graph=True).
+        y (..., N) in x's dtype.  Gradients reach x, R and bias, and without `index` can be differentiated again
+        (create_graph=True).
         Between forward and backward only z = x A^T (T x r, fp32) and the operands (under autocast their copies) are
         kept, as autograd keeps tensors, so that checkpointing and hooks see them; x is never kept.
 
@@ -44,17 +58,19 @@ def lora_xs_linear(
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
-    return run(x, weight, A, R, B, scale, bias)
+    return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R))
 
 
-def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def lora_xs_delta(
+    x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out: Tensor | None = None, index: Index = None
+) -> Tensor:
     """The adapter alone: scale (x A^T) R^T B^T, added in place to `out` when one is given.
 
     For a base layer that cannot hand over a dense weight (quantised, wrapped, hooked) and for dropout on the
     adapter's input: base(x) + lora_xs_delta(dropout(x), ...).
 
     Args:
-        x, A, R, B, scale: as in `lora_xs_linear`.
+        x, A, R, B, scale, index: as in `lora_xs_linear`.
         out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.  It
             shares no memory with A, R and B, nor with x, unless it is x itself, and is nothing that autograd would not
             let an in-place operation write, such as a leaf that requires grad.
@@ -67,7 +83,24 @@ def lora_xs_delta(x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out:
             itself or another operand, or cannot be written; it is named, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
-    return run(x, None, A, R, B, scale, out=out)
+    return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R))
+
+
+def _row_index(index: Index, x: Tensor, R: Tensor) -> RowIndex | None:
+    """The index that a caller gave as a RowIndex that fits x and R."""
+    if index is None:
+        return None
+    if not (isinstance(x, Tensor) and isinstance(R, Tensor) and R.dim() == 3):
+        found = tuple(R.shape) if isinstance(R, Tensor) else type(R).__name__
+        raise ValueError(f"R: got {found}, must be a stack (n, r, r) where there is an index")
+    if not isinstance(index, RowIndex):
+        index = RowIndex(index, len(R), x.device)
+        rows = math.prod(x.shape[:-1])
+        if len(index) not in (rows, x.shape[0] if x.dim() > 1 else 1):
+            raise ValueError(
+                f"index: got {len(index)} numbers, must be one for each of {x.shape[0]} samples or {rows} rows"
+            )
+    return index
 
 
 def run(
@@ -80,6 +113,7 @@ def run(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     name: str | None = None,
+    index: RowIndex | None = None,
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
@@ -89,16 +123,20 @@ def run(
     if autocast_on(x):
         x, W, A, B, bias = autocast(x, W, A, B, bias)
         with torch.autocast(x.device.type, enabled=False):  # the fp32 side (z, u, R) stays as it is
-            return run(x, W, A, R, B, s, bias, out, name)
+            return run(x, W, A, R, B, s, bias, out, name, index)
     if name is None:
-        check(x, A, R, B, s, weight=W, bias=bias, out=out)
+        check(x, A, R, B, s, weight=W, bias=bias, out=out, index=index)
     else:
         check_x(x, A, name)
     if bias is not None and bias.requires_grad:
-        return run(x, W, A, R, B, s, name=name) + bias
+        return run(x, W, A, R, B, s, name=name, index=index) + bias
     shape = x.shape
     flat = len(shape) == 2
     rows, forced = x if flat else rows_of(x), backends.forced()
+    if index is not None:
+        index.per_sample(len(rows))
+        if torch.compiler.is_compiling():
+            raise RuntimeError("index: torch.compile cannot trace a call with one; torch.compiler.disable the caller")
     if torch.compiler.is_compiling():
         if ops.exporting():
             y = ops.operator(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
@@ -111,12 +149,19 @@ def run(
             what = "lora_xs_delta" if W is None else "lora_xs_linear"
             refuse_transforms(f"{what}: a call whose x or R requires a gradient")
         into = None if out is None else out.detach()
-        y = ops.apply(rows, R, (W, A, B, s, bias, into, "forward", forced))[0]
+        if index is None:
+            y = ops.apply(rows, R, (W, A, B, s, bias, into, "forward", forced))[0]
+        else:
+            y = IndexedLowRankLinear.apply(rows, R, (W, A, B, s, bias, into, index, forced))
         if out is not None:
             _Sum.apply(out, y)
     else:
-        primitive = backends.select(rows, *B.shape, W is not None, "forward", forced)
-        y = primitive(rows, W, A, R, B, s, bias, None if out is None else rows_of_out(out))[0]
+        into = None if out is None else rows_of_out(out)
+        if index is None:
+            primitive = backends.select(rows, *B.shape, W is not None, "forward", forced)
+            y = primitive(rows, W, A, R, B, s, bias, into)[0]
+        else:
+            y = indexed.lowrank_linear(rows, W, A, R, B, s, bias, into, index, forced)[0]
         if out is not None and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes it behind autograd's back
     if out is not None:
@@ -236,6 +281,7 @@ def check(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    index: RowIndex | None = None,
 ) -> None:
     """Raise a TypeError or ValueError that names the operand, what it was and what it must be."""
     if not isinstance(scale, (int, float)):
@@ -251,14 +297,19 @@ def check(
             raise TypeError(f"{name}: got dtype {t.dtype}, must be {x.dtype} like x")
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, must be {x.device} like x")
-        if t.dim() != 2 and name in ("A", "R", "B", "weight"):
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, must have 2 dimensions")
+        dimensions = 3 if name == "R" and index is not None else 2
+        if t.dim() != dimensions and name in ("A", "R", "B", "weight"):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, must have {dimensions} dimensions")
         if t.requires_grad and name in ("A", "B", "weight") and torch.is_grad_enabled():
             raise ValueError(f"{name}: got requires_grad=True, must be frozen (LoRA-XS trains R alone): .detach() it")
     (r, K), N = A.shape, B.shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., {K}) for A of shape {tuple(A.shape)}")
     expected = {"R": (r, r), "B": (N, r), "weight": (N, K), "bias": (N,), "out": (*x.shape[:-1], N)}
+    if index is not None:
+        expected["R"] = (index.n, r, r)
+        if index.device != x.device:
+            raise ValueError(f"index: was made for device {index.device}, must be {x.device} like x")
     for name, shape in expected.items():
         if name in operands and operands[name].shape != shape:
             raise ValueError(f"{name}: got shape {tuple(operands[name].shape)}, must be {shape}")

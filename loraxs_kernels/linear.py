@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
+from .indexed import RowIndex
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
@@ -184,7 +185,7 @@ class LoRAXSLinear(nn.Module):
             return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
-        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, *args, **kwargs)
+        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, None, *args, **kwargs)
 
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
@@ -335,11 +336,14 @@ def adapted(
     s: float,
     p: float,
     name: str,
+    index: RowIndex | None,
     /,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     """base(x, ...) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
+
+    With an index R is a stack, of which each row of x uses the matrix that the index says, or none.
 
     Raises, naming the layer `name`: ValueError where x does not fit; TypeError where what base returns is not of shape
     (..., N); RuntimeError where x requires a gradient and base passes none to it.
@@ -347,7 +351,7 @@ def adapted(
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
-        return run(x, W, A, R, B, s, held(base, "bias"), None, name)
+        return run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
     y = base(x, *args, **kwargs)
     if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -364,7 +368,7 @@ def adapted(
             "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
             "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
         )
-    return plus_delta(y, x, A, R, B, s, p, in_place=plain)
+    return plus_delta(y, x, A, R, B, s, p, index, in_place=plain)
 
 
 def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
@@ -383,15 +387,24 @@ def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 def plus_delta(
-    y: Tensor, x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, p: float, *, in_place: bool = False
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    p: float,
+    index: RowIndex | None = None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
     h = F.dropout(x, p) if p > 0.0 else x
     if not autocast_on(x):
         h = h.to(A.dtype)
     if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
-        return lora_xs_delta(h, A, R, B, s, out=y)
-    return y + lora_xs_delta(h, A, R, B, s).to(y.dtype)
+        return lora_xs_delta(h, A, R, B, s, out=y, index=index)
+    return y + lora_xs_delta(h, A, R, B, s, index=index).to(y.dtype)
 
 
 def _is_one_primitive(W: Tensor, A: Tensor, p: float) -> bool:

@@ -8,16 +8,29 @@ from torch.nn import functional as F
 
 
 def lowrank_linear(
-    x: Tensor, W: Tensor | None, A: Tensor, R: Tensor, B: Tensor, s: float, bias: Tensor | None = None
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + s (x A^T) R^T B^T (+ bias), and z = x A^T.
 
-    x (T, K), W (N, K) or None for the low-rank part alone, A (r, K), R (r, r), B (N, r), bias (N,).
+    x (T, K), W (N, K) or None for the low-rank part alone, A (r, K), R (r, r), B (N, r), bias (N,).  With an index (T,)
+    of integers R is a stack (n, r, r): row t uses R[index[t]], or none where that is -1.
     Every operand in one dtype: with fp64 operands this is the oracle, with bf16 ones the unfused chain that
     the accuracy rule of the tests compares with.  Source: LoRA-XS, arXiv 2405.17604, equation 5.
     """
     z = x @ A.T
-    y = s * (z @ R.T) @ B.T
+    if index is None:
+        mixed = z @ R.T
+    else:
+        own = torch.where((index < 0)[:, None, None], 0, R[index.clamp(min=0)])
+        mixed = torch.einsum("tij,tj->ti", own, z)
+    y = s * mixed @ B.T
     if W is not None:
         y = F.linear(x, W, bias) + y
     elif bias is not None:

@@ -426,7 +426,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     label = label_of(self.recipe[name].name)
                     raise ValueError(f"x: got {x.dtype} for {label}, must be {dtype} while casting inputs is disabled")
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
-            y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name, *args, **kwargs)
+            y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name, None, *args, **kwargs)
             for name in active[1:]:
                 y = plus_delta(y, x, *self._operands(name))
         return y
