@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ triton = pytest.importorskip("triton")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     pytest.skip("the table was compiled with Triton 3.6; older ones spill here and there", allow_module_level=True)
 
+from loraxs_kernels.backends import triton as triton_backend  # noqa: E402
+from loraxs_kernels.backends import triton_indexed  # noqa: E402
 from loraxs_kernels.backends.triton import config  # noqa: E402
 from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config, Device  # noqa: E402
@@ -29,6 +32,7 @@ class Job(NamedTuple):
     capability: tuple[int, int]
     precision: str
     problem: Problem
+    indexed: bool = False  # whether each row has an R of its own
 
     @property
     def config(self) -> Config:
@@ -38,12 +42,20 @@ class Job(NamedTuple):
             return config.pick_config(p.T, p.N, p.K, p.r, p.dtype, p.layout, Device(self.capability, 132))
 
     def compiled(self) -> list[Compiled]:
-        return compile_problem(self.problem, self.capability, self.config)
+        with mock.patch.object(triton_backend, "low_rank", with_an_index if self.indexed else triton_backend.low_rank):
+            return compile_problem(self.problem, self.capability, self.config)
 
     def __str__(self) -> str:
         p = self.problem
         text = f"sm_{self.capability[0]}{self.capability[1]}-{self.precision}-{p.T}x{p.N}x{p.K}-r{p.r}-{p.layout}"
-        return text + ("" if p.padded else "-as-it-is") + ("-indexed" if p.indexed else "")
+        return text + ("" if p.padded else "-as-it-is") + ("-indexed" if self.indexed else "")
+
+
+def with_an_index(config: Config, x, A, R, B, s, bias, out, other):
+    """In place of low_rank: R is of a table in which the matrices lie apart; there is no gram."""
+    table = R.new_empty(8, 3, *R.shape)[:, 1]
+    table = table if R.stride(1) == 1 else table.mT
+    return triton_indexed.low_rank(config, x, A, table, B, s, x.new_empty(len(x), dtype=torch.int32), bias, out)
 
 
 def jobs() -> list[Job]:
@@ -77,8 +89,8 @@ def indexed_jobs() -> list[Job]:
             dtype, matmul = SETTING[precision]
             for r, layout in product(ranks, FORWARD_AND_BACKWARD):
                 for T in (8, 1000, 100_000) if r == 20 else (8, 100_000):
-                    problem = Problem(T, 4096, 14336, r, dtype, layout, matmul, indexed=True)
-                    found.append(Job(capability, precision, problem))
+                    problem = Problem(T, 4096, 14336, r, dtype, layout, matmul)
+                    found.append(Job(capability, precision, problem, indexed=True))
     return found
 
 

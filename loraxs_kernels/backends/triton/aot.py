@@ -24,7 +24,6 @@ from triton.runtime import driver
 
 from ...padding import padded_rows
 from .. import triton as backend
-from .. import triton_indexed
 from . import launcher
 from .config import Config, Device
 from .launcher import compile_kernel
@@ -45,7 +44,6 @@ class Problem(NamedTuple):
     out: bool = False  # whether the chain is added to an output that is there
     padded: bool = True  # whether B of rank r lies as a layer keeps it
     bias: bool = False
-    indexed: bool = False  # whether each row has an R of its own, of a table in which they lie apart; then no gram
 
 
 class Compiled(NamedTuple):
@@ -63,23 +61,19 @@ class Compiled(NamedTuple):
 
 def compile_problem(problem: Problem, capability: tuple[int, int], config: Config) -> list[Compiled]:
     """Everything launched for a problem."""
-    T, N, K, r, dtype, layout, matmul_precision, adds, padded, biased, indexed = problem
+    T, N, K, r, dtype, layout, matmul_precision, adds, padded, biased = problem
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, A, B, other = meta(T, K), meta(r, K), meta(N, r), None
-    R = meta(8, 3, r, r, dtype=torch.float32)[:, 1] if indexed else meta(r, r, dtype=torch.float32)
+    x, A, R, B, other = meta(T, K), meta(r, K), meta(r, r, dtype=torch.float32), meta(N, r), None
     B = padded_rows(B) if padded else B
     if layout == "backward":
-        A, R, B = meta(K, r), R.mT, meta(r, N).t()
+        A, R, B = meta(K, r), R.t(), meta(r, N).t()
         A, other = (padded_rows(A) if padded else A).t(), meta(T, r, dtype=torch.float32)
     out, bias = meta(T, N) if adds else None, meta(N) if biased else None
     with _compiling(capability) as found, fp32_matmul_precision(matmul_precision):
-        if indexed:
-            triton_indexed.low_rank(config, x, A, R, B, 0.5, meta(T, dtype=torch.int32), bias, out)
-        else:
-            backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
+        backend.low_rank(config, x, A, R, B, 0.5, bias, out, other)
     return [_looked_at(name, compiled) for name, compiled in found]
 
 
