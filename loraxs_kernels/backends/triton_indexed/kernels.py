@@ -18,6 +18,8 @@ matrix to be read and multiplied when the next one waits for it), R in fp32:
                with one in use, 32 r^2 flops of 2 r^2: 67 MFLOP at T = 512 and r = 64, 0.2 us at 400 TFLOP/s.
                Were the mix a part of the expand, as in ../triton, then each of the up to 132 programs that share N
                would read up to 16 matrices one after another: 8 us, and 34 MB at r = 64.  A launch costs 1 to 2 us.
+    between    past 512 rows 16 share a program of mix_kernel: one matrix for each program if the rows are alike, and up
+               to 16 one after another (8 us) if they are all different.
     prefill    8 samples of 1024 rows are 128 tiles of 64 rows with one index each: what chain_kernel does, and two
                maxima of 64 numbers.  A tile where two samples meet reads two matrices: 0.5 us.
     the worst  8192 rows that are all different in one launch: 64 matrices a tile, one after another, 32 us; 134 MB
