@@ -31,6 +31,13 @@ COMPONENTS = {
         ["loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
         "on Hopper; for other GPUs compiled (sm_80), and shrink and decode emulated on a CPU",
     ),
+    "adapter bank": (
+        [
+            *(f"loraxs_kernels/{name}.py" for name in ("indexed", "bank_store", "bank", "bank_training")),
+            "loraxs_kernels/backends/triton_indexed",
+        ],
+        "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",
+    ),
     "truncated_svd": (
         ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],
         "split products, groups, streams from the host, several GPUs",

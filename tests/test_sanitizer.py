@@ -24,7 +24,7 @@ TOOLS = {
     "racecheck": [],
 }
 # A regular expression for the names of our kernels; the GEMM's, an instance of CUTLASS's, names a type of ours.
-OURS = {"triton": "(chain|shrink|expand)_kernel", "cuda": "loraxs"}
+OURS = {"triton": "(chain|chain_indexed|shrink|mix|expand|expand_mixed)_kernel", "cuda": "loraxs"}
 WITHOUT_TMA = "(shrink|finish|decode)_kernel"  # whose barriers racecheck does not follow
 
 # Few rows and many, odd sizes and even, both directions, and no product of the library's: racecheck breaks on its
@@ -34,14 +34,18 @@ import sys; sys.path.insert(0, "tests")
 import torch
 from helpers import Operands, backward, operands
 from loraxs_kernels import backends
+from loraxs_kernels.backends import triton_indexed
 name, tma, device = sys.argv[1], sys.argv[2] == "tma", sys.argv[3]
 backend = backends.load(name)
 for T, N, K, r in ((17, 65, 129, 12), (17, 320, 640, 64), (1100, 320, 640, 64), (9000, 64, 64, 24),
                    (1024, 2304, 256, 64), (1000, 256, 2304, 64)):
     o, z = operands(T, N, K, r, torch.bfloat16), None
+    table, index = o.R.expand(2, r, r).contiguous().to(device), (torch.arange(T) % 3 - 1).int().to(device)
     o = Operands(*(t.to(device) for t in (o.x, o.W, o.A, o.R, o.B, o.bias, o.gY)), o.s)
     for each in (o, backward(o)):
         if name != "cuda":
+            R = table if each is o else table.mT
+            triton_indexed.lowrank_linear_indexed(each.x, None, each.A, R, each.B, each.s, index)
             z = backend.lowrank_linear(each.x, None, each.A, each.R, each.B, each.s, None, None, z)[1]
         elif T <= 64:
             backend.decode(each.x, each.A, each.R, each.B, each.s)
@@ -175,9 +179,10 @@ def test_a_checker_ends_with_what_it_started_and_with_what_started_it(tmp_path, 
 
 def test_every_kernel_is_watched():
     """By its name in the sources: one that the filter misses would pass unseen."""
-    triton = (ROOT / "loraxs_kernels" / "backends" / "triton" / "kernels.py").read_text()
-    kernels = re.findall(r"@triton\.jit.*\ndef ([a-z]\w+)\(", triton)
-    assert kernels and all(re.fullmatch(OURS["triton"], name) for name in kernels)
+    for folder in ("triton", "triton_indexed"):
+        triton = (ROOT / "loraxs_kernels" / "backends" / folder / "kernels.py").read_text()
+        kernels = re.findall(r"@triton\.jit.*\ndef ([a-z]\w+)\(", triton)
+        assert kernels and all(re.fullmatch(OURS["triton"], name) for name in kernels)
     files = [path for path in (ROOT / "csrc").glob("*.cu*") if "__global__" in path.read_text()]
     kernels = {name for path in files for name in re.findall(r"__global__ .*?(\w+_kernel)\(", path.read_text())}
     assert kernels == {"shrink_kernel", "finish_kernel", "decode_kernel", "shrink_tma_kernel"}

@@ -38,12 +38,13 @@ def backend(monkeypatch):
     """The triton backend, imported anew: nothing that it keeps is another test's, or is left to one."""
     name = "loraxs_kernels.backends.triton"
     parent = importlib.import_module("loraxs_kernels.backends")
-    monkeypatch.setattr(parent, "triton", None, raising=False)
-    before = {each: module for each, module in sys.modules.items() if each == name or each.startswith(name + ".")}
+    for each in ("triton", "triton_indexed"):
+        monkeypatch.setattr(parent, each, None, raising=False)
+    before = {each: module for each, module in sys.modules.items() if each.startswith(name)}
     for each in before:
         del sys.modules[each]
     yield importlib.import_module(name)
-    for each in [each for each in sys.modules if each == name or each.startswith(name + ".")]:
+    for each in [each for each in sys.modules if each.startswith(name)]:
         del sys.modules[each]
     sys.modules.update(before)
 
@@ -226,6 +227,40 @@ def test_one_call_after_another(gpu_stub, backend, split):
                 assert len(stub.loaded) > compiled, name
         assert not (again and stub.loaded)
     assert kept(backend).cache_info().hits > 0
+
+
+@pytest.mark.parametrize("split", [(1, 1), (3, 2)], ids=["one launch", "three launches"])
+def test_with_an_index(gpu_stub, backend, split):
+    """Both directions on a table whose matrices lie apart; another number of rows or index compiles nothing anew."""
+    stub, indexed = gpu_stub(), importlib.import_module(f"{backend.__name__}_indexed")
+    config = backend.Config(32, 32, 16, num_warps=4, num_stages=2, split_k=split[0], split_n=split[1])
+    o, R = padded(helpers.operands(1100, 48, 96, 12, torch.bfloat16)), torch.empty(5, 3, 12, 12)[:, 1]
+    for each, R_, R_turned in ((o, R, False), (helpers.backward(o), R.mT, True)):
+        for T in (1100, 700):
+            index = torch.empty(T, dtype=torch.int32)
+            y, z = indexed.low_rank(config, each.x[:T], each.A, R_, each.B, o.s, index, each.bias, None)
+            launches = stub.launches()
+            kernels = {launch.kernel: launch.grid for launch in launches}
+            blocks, programs = -(-T // 32), -(-T // 16)
+            assert kernels == (
+                {"chain_indexed_kernel": (blocks, 1, 1)}
+                if config.one_launch
+                else {
+                    "shrink_kernel": (blocks, 3, 1),
+                    "mix_kernel": (programs, 1, 1),
+                    "expand_mixed_kernel": (blocks, 2, 1),
+                }
+            )
+            given = {
+                name: value for launch in launches for name, value in (launch.constants | launch.arguments).items()
+            }
+            expected = dict(R=R.data_ptr(), index=index.data_ptr(), y=y.data_ptr(), z_out=z.data_ptr(), T=T, s=o.s)
+            expected |= dict(r=12, R_next=432, R_TURNED=R_turned, A_TURNED=R_turned, x_t=each.x.stride(0), width=16)
+            assert {name: given[name] for name in expected} == expected
+            if not config.one_launch:
+                shrink, mix, expand = (launch.arguments for launch in launches)
+                assert shrink["parts"] == mix["parts"] and mix["u_out"] == expand["u"] and mix["shares"] == 3
+        assert stub.loaded == [*kernels] * (1 + R_turned)
 
 
 def test_more_rows_than_32_bits_count(gpu_stub, backend, monkeypatch):
