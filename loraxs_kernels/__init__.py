@@ -4,6 +4,7 @@ from . import functional, integrations
 from .accounting import count_parameters
 from .adapter_file import AdapterMismatch, load_adapter, save_adapter
 from .backends import BackendUnavailable, backend
+from .bank import AdapterBank
 from .info import info
 from .linear import LoRAXSLinear, forward_together
 from .model import attach, detach, merge, unmerge
@@ -14,6 +15,7 @@ from .weights import register_weight_reader
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "AdapterMismatch",
     "BackendUnavailable",
     "LoRAXSLinear",

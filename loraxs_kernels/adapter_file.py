@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -76,20 +76,8 @@ def save_adapter(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
     model, path = unwrapped(model), Path(path)
-    stacks: dict[str, list[Tensor]] = {}
-    tensors: dict[str, Tensor] = {}
-    descriptions, moved = {}, []
-    for i, (name, layer) in enumerate(adapted_layers(model)):
-        if "_fsdp_wrapped_module" in name:
-            raise ValueError(
-                f"model: is wrapped by FullyShardedDataParallel (module {name!r}), whose names no other model has; use "
-                "FSDP2 (fully_shard), or save the model inside the wrapper"
-            )
-        if layer.R.is_meta or layer.A.is_meta:
-            raise ValueError(
-                f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "
-                "reset_parameters(), or take accelerate's offloading off"
-            )
+    descriptions, records, factors, moved = {}, {}, {}, []
+    for name, layer in layers_to_save(model):
         R = whole(layer.R.detach())
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
@@ -103,28 +91,14 @@ def save_adapter(
                 f"module {name!r}: A or B is not finite, or R has values too large for a file (up to {largest:.1e}); "
                 "nothing was written"
             )
-        for key, t in record.items():
-            stacks.setdefault(f"{key}/{layer.rank}", []).append(t.cpu())
+        records[name] = {key: t.cpu() for key, t in record.items()}
         if save_factors or layer.recipe.init == "given":
-            tensors |= {f"A/{i}": _plain(layer.A), f"B/{i}": _plain(layer.B)}
+            factors[name] = plain(layer.A), plain(layer.B)
         elif not portable and layer.why_no_load():
             moved.append(layer)
-        descriptions[name] = _description(layer, name)
-    tensors |= {key: torch.stack(stack) for key, stack in stacks.items()}
-    modules_to_save = saved_modules(model)
-    for name in modules_to_save:
-        module = model.get_submodule(name)
-        masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
-        for key, t in module.state_dict().items():
-            tensors[f"model/{name}.{key}"] = t = _plain(t)
-            if key not in masks and not is_finite(t):
-                raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
-    header = {
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or "",
-        "modules_to_save": modules_to_save,
-        **basis.as_header(descriptions, "layer"),
-    }
-    data = sealed(tensors, "loraxs", header)
+        descriptions[name] = description(layer, name)
+    saved = saved_tensors(model)
+    data = packed("loraxs", {"base_model": base_model(model)}, descriptions, records, factors, *saved)
     if moved:
         warnings.warn(
             f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
@@ -133,6 +107,63 @@ def save_adapter(
             stacklevel=3,  # past no_grad's wrapper
         )
     write_atomically(path, *data)
+
+
+def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
+    """`adapted_layers`; ValueError for one that is not in memory, or whose name no other model has."""
+    for name, layer in adapted_layers(model):
+        if "_fsdp_wrapped_module" in name:
+            raise ValueError(
+                f"model: is wrapped by FullyShardedDataParallel (module {name!r}), whose names no other model has; use "
+                "FSDP2 (fully_shard), or save the model inside the wrapper"
+            )
+        if layer.R.is_meta or layer.A.is_meta:
+            raise ValueError(
+                f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "
+                "reset_parameters(), or take accelerate's offloading off"
+            )
+        yield name, layer
+
+
+def base_model(model: nn.Module) -> str:
+    """The name that a transformers model was loaded by, else nothing."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+
+
+def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules_to_save and their tensors, by their names in the model; ValueError for NaN or Inf."""
+    names, tensors = saved_modules(model), {}
+    for name in names:
+        module = model.get_submodule(name)
+        masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
+        for key, t in module.state_dict().items():
+            tensors[f"{name}.{key}"] = t = plain(t)
+            if key not in masks and not is_finite(t):
+                raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
+    return names, tensors
+
+
+def packed(
+    kind: str,
+    header: dict[str, Any],
+    descriptions: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, Tensor]],
+    factors: Mapping[str, basis.Factors],
+    modules_to_save: Sequence[str],
+    saved: Mapping[str, Tensor],
+) -> tuple[bytes | memoryview, ...]:
+    """The parts of a file of what is known of each module: `records` are stacked by rank, as `unpacked` takes them."""
+    stacks: dict[str, list[Tensor]] = {}
+    for name, record in records.items():
+        for key, t in record.items():
+            stacks.setdefault(f"{key}/{descriptions[name]['rank']}", []).append(t)
+    tensors = {key: torch.stack(stack) for key, stack in stacks.items()}
+    for i, name in enumerate(descriptions):
+        if name in factors:
+            tensors[f"A/{i}"], tensors[f"B/{i}"] = factors[name]
+    tensors |= {f"model/{key}": t for key, t in saved.items()}
+    header = {**header, "modules_to_save": list(modules_to_save), **basis.as_header(descriptions, "layer")}
+    return sealed(tensors, kind, header)
 
 
 @torch.no_grad()
@@ -164,7 +195,7 @@ def load_adapter(
         on.  The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
     given, model, path = model, unwrapped(model), Path(path)
-    entries, modules_to_save, saved = _read(path)
+    entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
@@ -217,7 +248,7 @@ def saved_modules(model: nn.Module) -> list[str]:
     return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
 
 
-def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
+def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
     for key in NUMBERS:
         basis.check(key, getattr(layer, key), f"module {name!r}")
@@ -226,9 +257,14 @@ def _description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
             f"module {name!r}: its scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a "
             "file holds alpha, so set that too"
         )
-    recipe = asdict(layer.recipe.cast(layer.A.dtype))  # A may have been assigned
-    recipe = {k: v for k, v in recipe.items() if k != "name" or v != name}
-    return {key: getattr(layer, key) for key in NUMBERS} | recipe
+    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
+    return described(vars(layer), recipe, name)
+
+
+def described(numbers: Mapping[str, Any], recipe: Recipe, name: str) -> dict[str, Any]:
+    """The numbers and the recipe of one module, by its name, as a header has them."""
+    recipe = {k: v for k, v in asdict(recipe).items() if k != "name" or v != name}
+    return {key: numbers[key] for key in NUMBERS} | recipe
 
 
 def _attach(
@@ -286,7 +322,9 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
     if refused:
         worst = max(refused, key=refused.__getitem__)
         layer = layers[worst]
-        raise mismatch(str(path), worst, entries[worst], refused[worst], layer.A, recipe=layer.recipe)
+        raise mismatch(
+            str(path), worst, entries[worst], refused[worst], basis.singular_values(layer.A), recipe=layer.recipe
+        )
     return settled, max(errors.values())
 
 
@@ -300,27 +338,29 @@ def mismatch(
     name: str,
     entry: dict[str, Any],
     error: float,
-    A: Tensor,
+    S: Tensor,
     keeping: str = "portable=True or save_factors=True",
     recipe: Recipe | None = None,
+    load: str = "Load the adapter",
 ) -> AdapterMismatch:
     """What to raise for a module whose delta W is off by `error`: by how much, why, and what to do.
 
-    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  keeping: what to
-    save an adapter with, so that it can be aligned.  recipe: that A was made by.
+    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  S: the singular
+    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
+    recipe: that A was made by.  load: what the user does with what cannot be used.
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
     names = ("name",) if there is not None and there.init == "random" else ()
     differs = [f for f in (*HOW, *names) if getattr(there, f, None) != getattr(here, f, None)]
-    again = "" if can_align(entry) else f", or save the adapter again with {keeping}"
+    again = "" if can_align(entry) or not keeping else f", or save the adapter again with {keeping}"
     if differs:
         what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
         return AdapterMismatch(
-            f"{found}: A and B of the model were made by another recipe ({what}). Load the adapter into a model "
+            f"{found}: A and B of the model were made by another recipe ({what}). {load} into a model "
             "without adapters and without basis=, so that A and B are made by the recipe in the file"
         )
-    same_base = basis.same_base(entry["S"], A)
+    same_base = basis.same_values(entry["S"], S)
     if not same_base or error > DIFFERENT:
         what = "delta W is not the one" if same_base else "singular values are not those"
         return AdapterMismatch(
@@ -332,12 +372,12 @@ def mismatch(
     if None not in dtypes and dtypes[0] != dtypes[1]:
         return AdapterMismatch(
             f"{more}: its A and B were made from weights in {dtypes[0]}, those of this model from weights in "
-            f"{dtypes[1]}. Load the adapter into the model in {dtypes[0]}, which can be moved afterwards{again}"
+            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be moved afterwards{again}"
         )
     if there is not None and there.rounded != here.rounded:
         ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
         return AdapterMismatch(
-            f"{more}: its A and B were {ways[0]}, those of this model were {ways[1]}. Load the adapter into a model "
+            f"{more}: its A and B were {ways[0]}, those of this model were {ways[1]}. {load} into a model "
             "without adapters and without basis=, so that A and B are rounded as the file says"
         )
     how = "edited or quantised" if None not in dtypes else "edited, quantised or in another dtype"
@@ -352,16 +392,23 @@ def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
 
     entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where R can be aligned.
     """
-    R = entry["R"].to(A.device, torch.promote_types(entry["R"].dtype, torch.float32))
+    return fitted_to(entry, basis.Fingerprint.of(A, B), (A, B))
+
+
+def fitted_to(
+    entry: dict[str, Any], here: basis.Fingerprint, factors: basis.Factors | None = None
+) -> tuple[Tensor, float]:
+    """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
+    R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates = [R]
-    if basis.residual(entry["probe"], A, R, B) > ACCEPT and basis.same_base(entry["S"], A):
+    if here.residual(entry["probe"], R) > ACCEPT and basis.same_values(entry["S"], here.S):
         candidates += basis.single_flips(R)
-        if "A" in entry:
-            candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), A, B))
-        elif "U" in entry:
+        if factors is not None and "A" in entry:
+            candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), *factors))
+        elif factors is not None and "U" in entry:
             for cluster in (0.0, basis.CLUSTER):
-                candidates.append(basis.align_by_sketch(R, entry["S"], (entry["U"], entry["V"]), A, B, cluster))
-    errors = [basis.residual(entry["probe"], A, candidate, B) for candidate in candidates]
+                candidates.append(basis.align_by_sketch(R, entry["S"], (entry["U"], entry["V"]), *factors, cluster))
+    errors = [float(here.residual(entry["probe"], candidate)) for candidate in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best], errors[best]
 
@@ -390,13 +437,31 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
     return pairs
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
-    """Everything about each module by its name, the modules_to_save, and their tensors, of an adapter file.
-
-    Every tensor of the file has a place in these, and is of the dtype and shape that the header says.
-    """
+def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
+    """What `unpacked` finds in an adapter file."""
     header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
     tensors = tensors_of(f, path)
+
+    def stacked(rank: int) -> dict[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]:
+        sizes = {"R": (rank, rank), "S": (rank,), "probe": (PROBES,)}
+        if f"U/{rank}" in tensors or f"V/{rank}" in tensors:
+            sizes |= {"U": (rank, PROBES), "V": (rank, PROBES)}
+        return {key: (size, FLOATS if key == "R" else (torch.float32,)) for key, size in sizes.items()}
+
+    return unpacked(header, tensors, stacked, path)
+
+
+def unpacked(
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    stacked: Callable[[int], Mapping[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]],
+    path: Path,
+) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
+    """Everything about each module by its name, the modules_to_save, and their tensors, of a file that `packed` made.
+
+    stacked: the shape and the dtypes, for one module, of each tensor that is stacked over the modules of a rank.  Every
+    tensor of the file has a place in these, and is of the dtype and shape that the header says.
+    """
     saved = header.pop("modules_to_save", None)
     names = isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)
     if not (names and len(set(saved)) == len(saved)):
@@ -410,14 +475,10 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, T
             for key, size in factors.items():
                 entry[key] = _taken(tensors, f"{key}/{i}", size, FLOATS, path)
     for rank, stack in stacks.items():
-        sizes = {"R": (rank, rank), "S": (rank,), "probe": (PROBES,), "U": (rank, PROBES), "V": (rank, PROBES)}
-        sketched = f"U/{rank}" in tensors or f"V/{rank}" in tensors
-        for key, size in sizes.items():
-            if sketched or key not in ("U", "V"):
-                dtypes = FLOATS if key == "R" else (torch.float32,)
-                rows = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
-                for entry, row in zip(stack, rows, strict=True):
-                    entry[key] = row
+        for key, (size, dtypes) in stacked(rank).items():
+            rows = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
+            for entry, row in zip(stack, rows, strict=True):
+                entry[key] = row
     for key in tensors:
         if not key.startswith(tuple(f"model/{name}." for name in saved)):
             damaged(path, f"has a tensor {key!r}, of which its header says nothing")
@@ -438,6 +499,6 @@ def _taken(
     return t
 
 
-def _plain(t: Tensor) -> Tensor:
+def plain(t: Tensor) -> Tensor:
     """A contiguous copy on the CPU with storage of its own; a collective for a tensor that is sharded over ranks."""
     return whole(t.detach()).to("cpu", copy=True).contiguous()

@@ -254,23 +254,64 @@ def probes(A: Tensor, R: Tensor, B: Tensor) -> Tensor:
 
     E[p^2] = |B R A|_F^2, and the difference of two sets of probes estimates the distance of their deltas likewise.
     """
-    left = B.double().t() @ _probe_vectors(B.shape[0], 1, B.device)
-    right = A.double() @ _probe_vectors(A.shape[1], 2, A.device)
-    return (left * (R.double() @ right)).sum(0).float()
+    return _probes(*_halves(A, B), R)
 
 
 def residual(expected: Tensor, A: Tensor, R: Tensor, B: Tensor) -> float:
     """The estimated relative error of the delta B R A against the one whose probes are `expected`; inf for NaN."""
-    error = (probes(A, R, B).double() - expected.to(A.device).double()).square().mean().sqrt()
-    G_B, G_A = B.double().t() @ B.double(), A.double() @ A.double().t()
-    norm = ((R.double().t() @ G_B @ R.double()) * G_A.t()).sum().clamp(min=0).sqrt()  # |B R A|_F
-    return float((error / norm).nan_to_num(nan=torch.inf)) if norm > 0 or error != 0 else 0.0
+    return float(Fingerprint.of(A, B).residual(expected, R))
 
 
 def same_base(expected: Tensor, A: Tensor) -> bool:
     """Whether the singular values in A are those of the base the adapter was trained on."""
-    expected = expected.to(A.device)
-    return bool((singular_values(A) - expected).norm() <= OTHER_BASE * expected.norm())
+    return bool(same_values(expected, singular_values(A)))
+
+
+def same_values(expected: Tensor, S: Tensor) -> Tensor:
+    """Whether singular values S (..., r) are those of the base that has `expected`: (...), of bool."""
+    expected = expected.to(S.device)
+    return (S - expected).norm(dim=-1) <= OTHER_BASE * expected.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of A and B where they themselves are not: enough for the probes and the residual of any R.
+
+    S (..., r), fp32: the singular values in A.  left, right (..., r, PROBES): B^T and A times the probes' vectors.
+    gram_A, gram_B (..., r, r): A A^T and B^T B.  All but S are fp64.  Leading dimensions: of several modules.
+    """
+
+    S: Tensor
+    left: Tensor
+    right: Tensor
+    gram_A: Tensor
+    gram_B: Tensor
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor) -> Fingerprint:
+        """Of the factors of one module."""
+        A64, B64 = A.double(), B.double()
+        return cls(singular_values(A), *_halves(A64, B64), A64 @ A64.t(), B64.t() @ B64)
+
+    def probes(self, R: Tensor) -> Tensor:
+        """As the function `probes`: (..., PROBES)."""
+        return _probes(self.left, self.right, R)
+
+    def residual(self, expected: Tensor, R: Tensor) -> Tensor:
+        """As the function `residual`: (...), fp64."""
+        error = (self.probes(R).double() - expected.to(R.device).double()).square().mean(-1).sqrt()
+        R = R.double()
+        norm = ((R.mT @ self.gram_B @ R) * self.gram_A.mT).sum((-2, -1)).clamp(min=0).sqrt()  # |B R A|_F
+        return torch.where((norm > 0) | (error != 0), (error / norm).nan_to_num(nan=torch.inf), 0.0)
+
+
+def _halves(A: Tensor, B: Tensor) -> Factors:
+    left = B.double().t() @ _probe_vectors(B.shape[0], 1, B.device)
+    return left, A.double() @ _probe_vectors(A.shape[1], 2, A.device)
+
+
+def _probes(left: Tensor, right: Tensor, R: Tensor) -> Tensor:
+    return (left * (R.double() @ right)).sum(-2).float()
 
 
 def mixing(rank: int, device: torch.device) -> Tensor:

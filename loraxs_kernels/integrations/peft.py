@@ -567,7 +567,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
-                    raise mismatch(f"adapter {name!r}", label, entry, error, A, REMEDY)
+                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
                         f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "

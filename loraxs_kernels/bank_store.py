@@ -1,0 +1,764 @@
+"""The files of an adapter bank: very many R on one basis, by name.
+
+A bank is a folder.  `basis.safetensors` is written once: what is known of A and B (basis.Fingerprint), sealed as
+files.py does.  Header: {"base_model", "dtype", "modules_to_save", "layer", "modules"} under "loraxs_bank".  Tensors:
+
+    S/r, left/r, right/r, gram_A/r, gram_B/r    the fields of basis.Fingerprint, stacked over the modules of rank r
+    A/i, B/i                                    the factors of module i, where they were given and not computed
+    model/NAME                                  every tensor of the modules_to_save, by its name in the model
+
+`data.mdb` and `lock.mdb` are an LMDB environment.  A key is the name of an adapter in UTF-8, a value
+
+    SHA-256 (32 bytes) of the digest of basis.safetensors, the name and what follows
+    version, n (u32 each), n times (module u32, alpha f64) for the modules whose alpha is not the bank's
+    R of all modules in the order of the header, each r x r by rows, in the bank's dtype
+
+all little-endian.  One more key, which cannot be a name, holds the version of this layout and the digest of
+basis.safetensors.  It is written last: a folder without it is no bank.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import math
+import os
+import struct
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import adapter_file, basis
+from .adapter_file import HOW, AdapterMismatch
+from .basis import ACCEPT, PROBES, Fingerprint
+from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
+from .linear import LoRAXSLinear
+from .model import unwrapped
+from .weights import FLOATS, whole
+
+KIND = "loraxs_bank"
+BASIS, DATA = "basis.safetensors", "data.mdb"
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUT = 1  # of the LMDB environment
+TIE = b"\0loraxs_bank"
+LONGEST = 511  # bytes of a key that LMDB takes
+HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
+DIGEST = 32
+FIRST_MAP = 2**20  # bytes of address space, doubled whenever they are full
+READERS = 4096  # transactions at a time, of all processes
+PAGE = 1000  # names read in one transaction
+IN_MEMORY = 2**26  # bytes of records that wait in memory, and not in a temporary file, for their transaction
+
+T = TypeVar("T")
+
+
+class Store:
+    """Adapters by name on one basis, in a folder; what the file says at its top.
+
+    Args:
+        path: of a bank that `create` has made.
+        mode: "r" to read, "a" to add and remove, too.
+
+    Any number of processes and threads may read while one writes; writers wait for each other.  What a call has
+    written is on the disk when it returns, and a call that fails or is killed has written nothing.  A process made by
+    fork opens the bank anew by itself.  Needs the package lmdb.
+
+    Attributes:
+        path, mode, dtype (of R in the file), base_model.
+        modules: (name, rank) of each, in the order of a record.  places: the slice of a record that is a module's R.
+        size: of a record, in numbers.  alphas: of the bank, by module: to these `read` scales R.
+        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, sigma and
+            recipe, given A and B, and R = basis.mixing(rank) with its probe.
+        modules_to_save: their names.  saved: their tensors.
+
+    Raises FileNotFoundError where there is no bank, ValueError where its files are damaged or do not belong together,
+    ImportError without lmdb.
+    """
+
+    def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
+        if mode not in ("r", "a"):
+            raise ValueError(f'mode: got {mode!r}, must be "r" or "a"')
+        self.path, self.mode = Path(path), mode
+        file = self.path / BASIS
+        if not (file.is_file() and (self.path / DATA).is_file()):
+            raise FileNotFoundError(f"path: there is no bank {path}; AdapterBank.create(path, model) makes one")
+        header, f = unsealed(file, KIND, "basis of an adapter bank")
+        self._digest = bytes.fromhex(sha256_of(file))
+        dtype = header.pop("dtype", None)
+        if dtype not in map(basis.dtype_name, DTYPES):
+            damaged(file, f"dtype is {dtype!r} in its header, must be float32 or bfloat16")
+        found = adapter_file.unpacked(header, tensors_of(f, file), _stacked, file)
+        self.entries, self.modules_to_save, self.saved = found
+        self.dtype, self.base_model = basis.DTYPES[dtype], header["base_model"]
+        self.modules = tuple((name, entry["rank"]) for name, entry in self.entries.items())
+        self.alphas = {name: float(entry["alpha"]) for name, entry in self.entries.items()}
+        self.places, self.size = {}, 0
+        for name, rank in self.modules:
+            self.places[name] = slice(self.size, self.size + rank**2)
+            self.size += rank**2
+        self._fingerprints = {}
+        for name, entry in self.entries.items():
+            if not entry["alpha"]:
+                damaged(file, f"module {name!r}: alpha is 0 in its header")
+            known = self._fingerprints[name] = Fingerprint(**{each: entry.pop(each) for each in FINGERPRINT})
+            R = basis.mixing(entry["rank"], torch.device("cpu"))
+            entry |= {"S": known.S, "R": R, "probe": known.probes(R)}
+        self._environment: _Environment | None = _Environment.at(self.path)
+        tie = self._environment.run(lambda txn: _copy(txn.get(TIE)))
+        if tie is None:
+            damaged(self.path, f"{DATA} is no bank's, or its creation was not finished")
+        if tie[:4] != LAYOUT.to_bytes(4, "little"):
+            version = int.from_bytes(tie[:4], "little")
+            raise ValueError(f"{path}: is of version {version}, this loraxs_kernels reads {LAYOUT}; upgrade it")
+        if tie[4:] != self._digest:
+            damaged(self.path, f"{BASIS} and {DATA} are not of the same bank")
+
+    @classmethod
+    @torch.no_grad()
+    def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | None = None) -> T:
+        """Make a bank of no adapters, and open it to add some.
+
+        Args:
+            path: of the folder, which is made where there is none.
+            model: with adapters from `attach`; its A and B are the bank's, its alpha is the one that `read` scales to,
+                and its modules_to_save are those of all adapters.  Its R is not stored; `add` does that.
+            dtype: of R in the bank, fp32 or bf16; None: fp32.
+
+        Raises ValueError where there is a bank already or the model has no adapters, before anything is written.  A
+        call that does not come to its end leaves no bank, and can be made again.
+        """
+        dtype = torch.float32 if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
+        model, path = unwrapped(model), Path(path)
+        descriptions, records, factors = {}, {}, {}
+        for name, layer in adapter_file.layers_to_save(model):
+            descriptions[name] = adapter_file.description(layer, name)
+            if not layer.alpha:
+                raise ValueError(f"module {name!r}: alpha is 0, must not be: the R of other adapters are scaled to it")
+            records[name] = {key: t.cpu() for key, t in vars(Fingerprint.of(layer.A, layer.B)).items()}
+            if not all(map(is_finite, records[name].values())):
+                raise ValueError(f"module {name!r}: A or B is not finite")
+            if layer.recipe.init == "given":
+                factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
+        header = {"base_model": adapter_file.base_model(model), "dtype": basis.dtype_name(dtype)}
+        saved = adapter_file.saved_tensors(model)
+        parts = adapter_file.packed(KIND, header, descriptions, records, factors, *saved)
+        path.mkdir(parents=True, exist_ok=True)
+        environment = _Environment.at(path, create=True)
+
+        def seal(txn: Any) -> None:
+            if txn.get(TIE) is not None:
+                raise ValueError(f"path: {path} is a bank already, must be a new folder")
+            if txn.cursor().first():
+                raise ValueError(f"path: {path / DATA} has records and is no bank's, must be a new folder")
+            write_atomically(path / BASIS, *parts)
+            txn.put(TIE, LAYOUT.to_bytes(4, "little") + bytes.fromhex(sha256_of(path / BASIS)))
+
+        environment.run(seal, write=True)
+        return cls(path, "a")
+
+    def close(self) -> None:
+        """Give up the files; every later call is refused, and a second `close` does nothing."""
+        self._environment = None
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
+        """What a call returns for a transaction; room: bytes that it will write."""
+        self._check_open(write)
+        if self._environment.process != os.getpid():  # this one was made by fork
+            self._environment = _Environment.at(self.path)
+        return self._environment.run(call, write, room)
+
+    def _check_open(self, write: bool) -> None:
+        if self._environment is None:
+            raise ValueError(f"{self.path}: the bank is closed")
+        if write and self.mode != "a":
+            raise ValueError(f'{self.path}: the bank is open for reading, must be opened with mode="a"')
+
+    # Reading
+
+    def __len__(self) -> int:
+        return self._run(lambda txn: txn.stat(self._environment.main)["entries"]) - 1
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            key = _key(name)
+        except (TypeError, ValueError):
+            return False
+        return self._run(lambda txn: txn.get(key) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.names()
+
+    def names(self) -> Iterator[str]:
+        """The names of all adapters, sorted.  Those that are added or removed meanwhile may be among them or not."""
+        return map(self._name, self._keys())
+
+    def _keys(self) -> Iterator[bytes]:
+        after = TIE
+        while True:
+
+            def page(txn: Any, after: bytes = after) -> list[bytes]:
+                cursor, keys = txn.cursor(), []
+                there = cursor.set_range(after + b"\0")  # the least key after it
+                while there and len(keys) < PAGE:
+                    keys.append(bytes(cursor.key()))
+                    there = cursor.next()
+                return keys
+
+            keys = self._run(page)
+            yield from keys
+            if len(keys) < PAGE:
+                return
+            after = keys[-1]
+
+    def _name(self, key: bytes) -> str:
+        try:
+            return key.decode()
+        except UnicodeDecodeError as error:
+            damaged(self.path / DATA, f"has a name that is not in UTF-8, {key!r}", error)
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """R of all modules of an adapter, one after another (`places`), fp32, scaled to the alphas of the bank.
+
+        Args:
+            name: of the adapter.
+            out: a tensor of shape (size,), fp32, to write to and return; on any device.
+
+        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged.
+        """
+        if out is not None and not (
+            isinstance(out, Tensor) and out.shape == (self.size,) and out.dtype == torch.float32
+        ):
+            got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"out: got {got}, must be a tensor of torch.float32 and shape ({self.size},)")
+        R, alphas = self._opened(name, self._value(name))
+        R = R.float()
+        for module, alpha in alphas.items():
+            R[self.places[module]] *= alpha / self.alphas[module]
+        if out is None:
+            return R
+        with torch.no_grad():
+            return out.copy_(R)
+
+    def record(self, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """R of each module of an adapter as it is stored, and the adapter's own alphas; raises as `read` does."""
+        R, alphas = self._opened(name, self._value(name))
+        stored = {module: R[self.places[module]].view(rank, rank) for module, rank in self.modules}
+        return stored, self.alphas | alphas
+
+    def _value(self, name: str) -> bytearray:
+        key = _key(name)
+        value = self._run(lambda txn: _copy(txn.get(key)))
+        if value is None:
+            raise KeyError(f"{self.path}: has no adapter {name!r}")
+        return value
+
+    def _checksum(self, key: bytes, rest: bytearray | memoryview) -> bytes:
+        digest = hashlib.sha256(self._digest + len(key).to_bytes(4, "little") + key)
+        digest.update(rest)
+        return digest.digest()
+
+    def _opened(self, name: str, value: bytearray) -> tuple[Tensor, dict[str, float]]:
+        """R of all modules in one tensor, and the alphas that are not the bank's, from the value of a record."""
+        where = f"{self.path}: adapter {name!r}"
+        if len(value) < DIGEST + HEAD.size or value[:DIGEST] != self._checksum(
+            name.encode("utf-8", "surrogateescape"), memoryview(value)[DIGEST:]
+        ):
+            damaged(where, "its SHA-256 is not that of its record")
+        version, count = HEAD.unpack_from(value, DIGEST)
+        if version != LAYOUT:
+            raise ValueError(f"{where}: is of version {version}, this loraxs_kernels reads {LAYOUT}; upgrade it")
+        start = DIGEST + HEAD.size + count * ALPHA.size
+        if len(value) != start + self.size * self.dtype.itemsize:
+            damaged(where, f"its record has {len(value)} bytes")
+        pairs = ALPHA.iter_unpack(value[DIGEST + HEAD.size : start]) if count else ()
+        alphas = {self.modules[i][0]: alpha for i, alpha in pairs if i < len(self.modules) and math.isfinite(alpha)}
+        if len(alphas) != count:
+            damaged(where, "its alphas are not those of modules")
+        return torch.frombuffer(value, dtype=self.dtype, offset=start), alphas
+
+    def verify(self) -> dict[str, str]:
+        """Read every record; what is wrong with it, for each that is damaged, by its name."""
+        wrong = {}
+        for key in self._keys():
+            name = key.decode("utf-8", "surrogateescape")
+            value = self._run(lambda txn, key=key: _copy(txn.get(key)))
+            if value is None:  # was removed meanwhile
+                continue
+            try:
+                R, _ = self._opened(name, value)
+                if not is_finite(R):
+                    damaged(f"{self.path}: adapter {name!r}", "R has NaN or Inf values")
+                self._name(key)
+            except ValueError as error:
+                wrong[name] = str(error)
+        return wrong
+
+    # Writing
+
+    def add(
+        self, name: str, what: str | os.PathLike | nn.Module | Mapping[str, Tensor], *, replace: bool = False
+    ) -> None:
+        """Store an adapter.
+
+        Args:
+            name: 1 to 511 bytes in UTF-8, without a null byte.
+            what: the path of an adapter file; or a model with adapters; or R of each module, by the modules' names.
+                R of a file or a model is checked: on the bank's A and B it must make the same delta W (to 1e-3).  R
+                in a mapping is taken as it is, as trained on the bank's own A, B and alpha.
+            replace: an adapter of that name; otherwise it is an error if there is one.
+
+        Raises ValueError, or AdapterMismatch for other A and B, naming the file and the module; nothing is stored then.
+        """
+        self.add_many([(name, what)], replace=replace)
+
+    @torch.no_grad()
+    def add_many(
+        self,
+        items: Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike,
+        *,
+        replace: bool = False,
+    ) -> int:
+        """Store many adapters in one transaction: all of them or, where anything is wrong, none.
+
+        Args:
+            items: (name, what) as for `add`, in a mapping or one after another; or a folder, whose *.safetensors are
+                adapter files and are stored by their names without that ending.
+            replace: as for `add`.
+
+        Records wait in a temporary file in the bank's folder where they are many, but LMDB keeps a whole transaction in
+        memory while it is committed: what is larger than that goes in several calls.  Returns the number of adapters.
+        """
+        self._check_open(write=True)
+        places: dict[bytes, tuple[int, int]] = {}
+        with self._named(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
+            for name, what in _pairs(items):
+                key = _key(name)
+                if key in places:
+                    raise ValueError(f"items: has the name {name!r} twice")
+                if not replace and name in self:
+                    raise self._exists(name)
+                value = self._value_of(name, what)
+                places[key] = waiting.tell(), len(value)
+                waiting.write(value)
+
+            def put(txn: Any) -> None:
+                for key in sorted(places):
+                    if not txn.put(key, _part(waiting, *places[key]), overwrite=replace):
+                        raise self._exists(key.decode())
+
+            if places:
+                self._run(put, write=True, room=sum(length for _, length in places.values()))
+        return len(places)
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter; KeyError where there is none of that name."""
+        key = _key(name)
+        if not self._run(lambda txn: txn.delete(key), write=True):
+            raise KeyError(f"{self.path}: has no adapter {name!r}")
+
+    def _exists(self, name: str) -> ValueError:
+        return ValueError(f"name: {self.path} has an adapter {name!r} already; replace=True takes its place")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno and error.filename is None:  # a full disk, met by the temporary file
+                error.filename = str(self.path)
+            raise
+
+    def _value_of(self, name: str, what: Any) -> bytearray:
+        """The record of an adapter, checked."""
+        if isinstance(what, nn.Module):
+            where = f"adapter {name!r}"
+            entries, names, saved = self._entries_of(unwrapped(what), where)
+        elif isinstance(what, Mapping):
+            where = f"adapter {name!r}"
+            return self._packed(name, self._matrices(what, where), {}, where)
+        elif isinstance(what, (str, os.PathLike)):
+            where = str(what)
+            entries, names, saved = adapter_file.read(Path(what))
+        else:
+            raise TypeError(
+                f"what: got a {type(what).__name__} for {name!r}, must be the path of an adapter file, a model with "
+                "adapters or a mapping of R by module"
+            )
+        self._check_names(entries, where)
+        for module, entry in entries.items():
+            if entry["rank"] != self.entries[module]["rank"]:
+                there = self.entries[module]["rank"]
+                raise ValueError(f"{where}: module {module!r} has rank {entry['rank']} there and {there} in the bank")
+        if sorted(names) != sorted(self.modules_to_save):
+            raise ValueError(f"{where}: its modules_to_save are {names}, must be the bank's: {self.modules_to_save}")
+        for key in sorted(saved.keys() | self.saved.keys()):
+            if key not in saved or key not in self.saved or not _same(saved[key], self.saved[key]):
+                raise ValueError(
+                    f"{where}: tensor {key!r} of its modules_to_save is not the bank's; a bank has one for all adapters"
+                )
+        alphas = {module: float(entry["alpha"]) for module, entry in entries.items()}
+        return self._packed(name, self._fitted(entries, where), alphas, where)
+
+    def _entries_of(self, model: nn.Module, where: str) -> tuple[dict[str, dict], list[str], dict[str, Tensor]]:
+        """What an adapter file of a model would have."""
+        entries = {}
+        for name, layer in adapter_file.layers_to_save(model):
+            numbers = adapter_file.description(layer, name)
+            R = whole(layer.R.detach())
+            entry = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
+            entries[name] = {key: t.cpu() for key, t in entry.items()}
+            entries[name] |= {"recipe": layer.recipe, "rank": numbers["rank"], "alpha": numbers["alpha"]}
+            entries[name]["base_model"] = adapter_file.base_model(model)
+            if not is_finite(R):
+                raise ValueError(f"{where}: module {name!r}: R has NaN or Inf values")
+        return entries, *adapter_file.saved_tensors(model)
+
+    def _check_names(self, modules: Mapping[str, Any], where: str) -> None:
+        if differ := sorted(map(str, modules.keys() ^ self.entries.keys())):
+            raise ValueError(f"{where}: is for other modules than the bank; the first difference: {differ[0]!r}")
+
+    def _matrices(self, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        self._check_names(given, where)
+        for module, rank in self.modules:
+            R = given[module]
+            if not isinstance(R, Tensor):
+                raise TypeError(f"{where}: R of module {module!r} is a {type(R).__name__}, must be a tensor")
+            if R.shape != (rank, rank) or R.dtype not in FLOATS:
+                must = f"of shape ({rank}, {rank}) and a floating-point dtype"
+                raise ValueError(
+                    f"{where}: R of module {module!r} is {R.dtype} of shape {tuple(R.shape)}, must be {must}"
+                )
+        return {module: whole(given[module].detach()).cpu() for module, _ in self.modules}
+
+    def _fitted(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
+        """R of each module, or with its signs turned, if that makes the same delta on the bank's A and B."""
+        ranks: dict[int, list[str]] = {}
+        for module, rank in self.modules:
+            ranks.setdefault(rank, []).append(module)
+        settled, refused = {}, {}
+        for modules in ranks.values():
+            known = [vars(self._fingerprints[module]) for module in modules]
+            here = Fingerprint(**{key: torch.stack([each[key] for each in known]) for key in FINGERPRINT})
+            R, S, probe = (
+                torch.stack([entries[module][key].float() for module in modules]) for key in ("R", "S", "probe")
+            )
+            right = (here.residual(probe, R) <= ACCEPT) & basis.same_values(S, here.S)
+            for module, each, fits in zip(modules, R, right.tolist(), strict=True):
+                settled[module] = each
+                if not fits:
+                    settled[module], error = adapter_file.fitted_to(entries[module], self._fingerprints[module])
+                    if error > ACCEPT or not basis.same_values(entries[module]["S"], self._fingerprints[module].S):
+                        refused[module] = error
+        if refused:
+            worst = max(refused, key=refused.__getitem__)
+            raise self._mismatch(where, worst, entries[worst], refused[worst])
+        return settled
+
+    def _mismatch(self, where: str, module: str, entry: dict[str, Any], error: float) -> AdapterMismatch:
+        found = f"{where}: the estimated relative error of delta W in module {module!r} is {error:.1e}"
+        there, here = entry["recipe"], self.entries[module]["recipe"]
+        differs = [f for f in HOW if getattr(there, f) != getattr(here, f)]
+        if differs:
+            what = ", ".join(f"{f} {getattr(there, f)!r} and not {getattr(here, f)!r}" for f in differs)
+            return AdapterMismatch(
+                f"{found}: its A and B were made by another recipe than the bank's ({what}). Train it on a model with "
+                "the bank's, or create a bank from a model with its own"
+            )
+        if error > adapter_file.DIFFERENT or not basis.same_values(entry["S"], self._fingerprints[module].S):
+            return AdapterMismatch(
+                f"{found}: it was trained on another base model (its name there: {entry['base_model']!r}) or other "
+                f"weights than the bank's ({self.base_model!r})"
+            )
+        return AdapterMismatch(
+            f"{found}, more than {ACCEPT:.0e}: its A and B are not quite the bank's, as when the weights were edited, "
+            "quantised or in another dtype. If its file was saved with portable=True or save_factors=True, load it "
+            "into the model that the bank was created from, which aligns R, and add that model"
+        )
+
+    def _packed(self, name: str, matrices: Mapping[str, Tensor], alphas: Mapping[str, float], where: str) -> bytearray:
+        """The value of a record."""
+        own = [
+            (i, alphas[m]) for i, (m, _) in enumerate(self.modules) if alphas.get(m, self.alphas[m]) != self.alphas[m]
+        ]
+        start = DIGEST + HEAD.size + len(own) * ALPHA.size
+        value = bytearray(start + self.size * self.dtype.itemsize)
+        HEAD.pack_into(value, DIGEST, LAYOUT, len(own))
+        for i, pair in enumerate(own):
+            ALPHA.pack_into(value, DIGEST + HEAD.size + i * ALPHA.size, *pair)
+        R = torch.frombuffer(value, dtype=self.dtype, offset=start)
+        torch.cat([matrices[module].flatten().to(self.dtype) for module, _ in self.modules], out=R)
+        scaled = R.float()
+        for i, alpha in own:
+            module = self.modules[i][0]
+            scaled[self.places[module]] *= alpha / self.alphas[module]
+        if not is_finite(scaled):
+            module = next(each for each, place in self.places.items() if not is_finite(scaled[place]))
+            largest = matrices[module].abs().max().item()
+            what = f"has values too large (up to {largest:.1e})" if math.isfinite(largest) else "has NaN or Inf values"
+            raise ValueError(f"{where}: module {module!r}: R {what} for a bank of {self.dtype}")
+        value[:DIGEST] = self._checksum(_key(name), memoryview(value)[DIGEST:])
+        return value
+
+    # Between a bank and adapter files or models
+
+    @torch.no_grad()
+    def export(self, name: str, path: str | os.PathLike) -> None:
+        """Write an adapter as a file for `load_adapter`, as `save_adapter` writes it: R and alpha as they are stored.
+
+        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged.
+        """
+        stored, alphas = self.record(name)
+        descriptions, records, factors = {}, {}, {}
+        for module, R in stored.items():
+            entry, known = self.entries[module], self._fingerprints[module]
+            descriptions[module] = adapter_file.described(entry | {"alpha": alphas[module]}, entry["recipe"], module)
+            records[module] = {"R": R, "S": known.S, "probe": known.probes(R)}
+            if not is_finite(records[module]["probe"]):
+                raise ValueError(f"{self.path}: adapter {name!r}: R of module {module!r} is too large for a file")
+            if "A" in entry:
+                factors[module] = entry["A"], entry["B"]
+        header = {"base_model": self.base_model}
+        saved = self.modules_to_save, self.saved
+        write_atomically(path, *adapter_file.packed("loraxs", header, descriptions, records, factors, *saved))
+
+    @torch.no_grad()
+    def check_basis(self, layers: Mapping[str, LoRAXSLinear]) -> None:
+        """Check that a model's layers, by their names, have the bank's modules and ranks, and its A and B.
+
+        Raises ValueError for other modules or ranks, AdapterMismatch for other A and B, by the rules of adapter files.
+        """
+        self._check_names(layers, "model")
+        refused = {}
+        for name, layer in layers.items():
+            entry = self.entries[name]
+            if layer.rank != entry["rank"]:
+                raise ValueError(
+                    f"{self.path}: module {name!r} has rank {entry['rank']} there and {layer.rank} in the model"
+                )
+            error = basis.residual(entry["probe"], layer.A, entry["R"].to(layer.A.device), layer.B)
+            if error > ACCEPT or not basis.same_base(entry["S"], layer.A):
+                refused[name] = error
+        if refused:
+            worst = max(refused, key=refused.__getitem__)
+            S, recipe = basis.singular_values(layers[worst].A), layers[worst].recipe
+            how = {"keeping": "", "recipe": recipe, "load": "Attach the bank"}
+            raise adapter_file.mismatch(str(self.path), worst, self.entries[worst], refused[worst], S, **how)
+
+
+FINGERPRINT = tuple(each.name for each in fields(Fingerprint))
+
+
+def _stacked(rank: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype]]]:
+    sizes = {"S": (rank,), "left": (rank, PROBES), "right": (rank, PROBES)}
+    sizes |= {"gram_A": (rank, rank), "gram_B": (rank, rank)}
+    return {key: (size, (torch.float32 if key == "S" else torch.float64,)) for key, size in sizes.items()}
+
+
+def _key(name: object) -> bytes:
+    """A name as LMDB has it; TypeError or ValueError for what cannot be one."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got a {type(name).__name__}, must be a string")
+    try:
+        key = name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"name: got {name!r}, must be without surrogates, which UTF-8 cannot have") from None
+    if not 1 <= len(key) <= LONGEST:
+        raise ValueError(f"name: got {name[:60]!r} of {len(key)} bytes in UTF-8, must have 1 to {LONGEST}")
+    if b"\0" in key:
+        raise ValueError(f"name: got {name!r}, must be without a null byte")
+    return key
+
+
+def _pairs(items: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(items, Mapping):
+        return items.items()
+    if not isinstance(items, (str, os.PathLike)):
+        return items
+    folder = Path(items)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"items: there is no folder {items}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"items: the folder {items} has no *.safetensors")
+    return ((file.stem, file) for file in files)
+
+
+def _part(f: BinaryIO, start: int, length: int) -> bytes:
+    f.seek(start)
+    return f.read(length)
+
+
+def _copy(value: memoryview | None) -> bytearray | None:
+    return None if value is None else bytearray(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+@functools.cache
+def _lmdb() -> ModuleType:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError('an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"') from error
+    if hasattr(os, "register_at_fork"):
+        parts = {"before": _before_fork, "after_in_parent": _after_fork, "after_in_child": _after_fork_in_child}
+        os.register_at_fork(**parts)
+    return lmdb
+
+
+class _Gate:
+    """Transactions of this process run together; what must not meet one (a new map, a fork) shuts the gate, waits for
+    those inside, and keeps others out."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._shut = 0, False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def shut(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._shut = True
+            self._changed.wait_for(lambda: not self._inside)
+
+    def open(self) -> None:
+        with self._changed:
+            self._shut = False
+            self._changed.notify_all()
+
+
+class _Environment:
+    """An LMDB environment, of which a process may have one for a file: all banks on that file share it.
+
+    It closes with the last of them.  No memory that LMDB maps is left outside of a transaction, since the map moves
+    when it grows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.process = path, os.getpid()
+        readonly = (path / DATA).exists() and not os.access(path / DATA, os.W_OK)
+        size = 0 if (path / DATA).exists() else FIRST_MAP  # 0: as it is
+        with _told(path):
+            self.lmdb = _lmdb().open(
+                str(path), size, readonly=readonly, create=False, max_readers=READERS, max_spare_txns=0
+            )
+            self.main = self.lmdb.open_db(None)
+            self.lmdb.reader_check()  # forget readers that were killed
+        info, page = self.lmdb.info(), self.lmdb.stat()["psize"]
+        must, size = (info["last_pgno"] + 1) * page, os.path.getsize(path / DATA)
+        if size < must:
+            damaged(path / DATA, f"it has {size} bytes and must have {must}; copy it again")
+
+    @classmethod
+    def at(cls, path: Path, create: bool = False) -> _Environment:
+        """The environment of a folder, opened where it is not."""
+        _lmdb()
+        with _lock:
+            try:
+                there = _environments.get(_identity(path))
+            except FileNotFoundError:
+                if not create:
+                    raise
+                there = None
+            if there is None:
+                there = cls(path)
+                _environments[_identity(path)] = there
+            return there
+
+    def run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
+        """What a call returns for a transaction, which is committed then; room: bytes that it will write.
+
+        Where the map is too small the call is made again in a larger one.
+        """
+        lmdb = _lmdb()
+        while True:
+            try:
+                with _told(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
+                    return call(txn)
+            except lmdb.MapFullError:
+                self._resize(2 * self.lmdb.info()["map_size"] + room)
+            except lmdb.MapResizedError:  # another process has made it larger
+                self._resize(0)
+
+    def _resize(self, size: int) -> None:
+        _gate.shut()
+        try:
+            self.lmdb.set_mapsize(size)
+        finally:
+            _gate.open()
+
+
+_gate = _Gate()
+_lock = threading.Lock()  # for what follows
+_environments: weakref.WeakValueDictionary[tuple[int, int], _Environment] = weakref.WeakValueDictionary()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = os.stat(path / DATA)
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """LMDB's errors as the ValueError of a damaged file or an OSError, which name it."""
+    lmdb = _lmdb()
+    try:
+        yield
+    except (lmdb.MapFullError, lmdb.MapResizedError):
+        raise
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
+        damaged(path / DATA, f"LMDB says {error}", error)
+    except lmdb.DiskError as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    except lmdb.Error as error:
+        raise OSError(f"{path}: LMDB says {error}") from error
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    _gate.shut()
+
+
+def _after_fork() -> None:
+    _gate.open()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """LMDB allows a child nothing but to open the file anew, which `Store._run` does."""
+    global _gate, _lock
+    for each in list(_environments.values()):
+        each.lmdb.close()
+    _environments.clear()
+    _gate, _lock = _Gate(), threading.Lock()
