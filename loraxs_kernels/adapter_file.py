@@ -202,12 +202,12 @@ def load_adapter(
     devices = None if device is None else compute_devices(device)
     with transaction(model) as undo:
         if fresh:
-            with _named(path):
+            with named(path):
                 how = {"devices": devices, "workspace": workspace, "progress": progress}
-                _attach(model, entries, modules_to_save, basis, how)
+                attach_as(model, entries, modules_to_save, basis, how)
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
-        with _named(path):
+        with named(path):
             values = saved_values(model, modules_to_save, saved)
         if worst > ACCEPT:
             warnings.warn(
@@ -234,7 +234,7 @@ def _makes_R(name: str) -> bool:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Errors of putting what is in a file into a model, as ValueErrors that name the file."""
     try:
         yield
@@ -267,7 +267,7 @@ def described(numbers: Mapping[str, Any], recipe: Recipe, name: str) -> dict[str
     return {key: numbers[key] for key in NUMBERS} | recipe
 
 
-def _attach(
+def attach_as(
     model: nn.Module,
     entries: dict[str, dict],
     modules_to_save: list[str],

@@ -1,9 +1,332 @@
-"""AdapterBank: very many adapters on one basis."""
+"""AdapterBank: very many adapters on one base model, mixed in one batch.
+
+A and B depend on the base model alone, so samples that use different adapters share every large product; only the
+r x r matrix between A and B is a sample's own (indexed.py).  The adapters lie in a folder (bank_store.py).  A model has
+a table of a few of them on its device, into which those of a batch are copied when they are not there (bank_layers.py).
+"""
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import adapter_file
+from .bank_layers import BankedLinear, Selection, Slots, turn, with_adapter_ids
 from .bank_store import Store
+from .bank_training import Training
+from .factors import WORKSPACE, compute_devices
+from .linear import LoRAXSLinear
+from .model import adapted_layers, detach, unwrapped
+from .transaction import keep, transaction
+from .weights import assign
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` leaves on a model, as `model.loraxs_bank`."""
+
+    bank: AdapterBank
+    put_on: bool  # whether the layers are the bank's own
+    trained: tuple[str, ...]  # parameters that required a gradient before
 
 
 class AdapterBank(Store):
-    __doc__ = Store.__doc__
+    """Adapters by name on one base model, in a folder; any of them in one batch.
+
+        bank = lx.AdapterBank.create("bank", model)         # a model with adapters from lx.attach
+        bank.add("alice", "alice.safetensors")
+
+        bank = lx.AdapterBank("bank")
+        bank.attach(base_model, slots=64)
+        base_model(input_ids, adapter_ids=["alice", None, "bob"])     # None: the base model
+
+    `Store` says what is in the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
+        super().__init__(path, mode)
+        self.scalings = [self.alphas[name] / rank for name, rank in self.modules]
+        self._lock = threading.RLock()
+        self._slots: Slots | None = None
+        self._training: Training | None = None
+        self._models: weakref.WeakKeyDictionary[nn.Module, list[BankedLinear]] = weakref.WeakKeyDictionary()
+        self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
+        self._open: list[Selection] = []  # in all threads
+        self._in_graphs: weakref.WeakSet[Selection] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict) -> AdapterBank:
+        return self  # for a copy of a model that has the bank
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("AdapterBank: cannot be pickled, nor can a model that has one; bank.detach(model) first")
+
+    @torch.no_grad()
+    def attach(
+        self,
+        model: M,
+        slots: int = 64,
+        *,
+        basis: str | os.PathLike | None = None,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
+        workspace: int = WORKSPACE,
+        progress: bool = True,
+    ) -> M:
+        """Put the bank's layers on a model, in place, and freeze all of it.
+
+        Args:
+            model: the base model, or one that has adapters for the same modules and ranks already.  A and B are made as
+                the bank says and checked against it, once for all adapters.  A base model's modules_to_save get the
+                bank's values.
+            slots: how many adapters a device holds at a time, at least as many as one batch mixes; each takes 4 bytes
+                for an element of R.  A bank has as many on all models it is attached to.
+            basis, device, workspace, progress: as in `load_adapter`.
+
+        Returns:
+            `model`.  Its call takes `adapter_ids`, a list with one name a sample (None: the base model), and so does
+            `generate` of transformers' models, for each prompt.  Without it, and outside of `select`, each layer
+            computes with an R of its own: zero, so the base model, where the layers were put on here.
+
+        Raises:
+            TypeError, ValueError: an argument or a module does not fit, or the model has a bank already.
+            AdapterMismatch: A and B of this model are not the bank's.  The model is then as it was.
+        """
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"slots: got {slots!r}, must be an integer of at least 1")
+        given, model = model, unwrapped(model)
+        if any(isinstance(m, BankedLinear) or "loraxs_bank" in m.__dict__ for m in model.modules()):
+            raise ValueError("model: has a bank already; detach(model) of that bank takes it off")
+        if len(self._models) and self._slots.n != slots:
+            raise ValueError(f"slots: got {slots}, must be {self._slots.n} as on the model that has this bank already")
+        put_on = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        if basis is not None and not put_on:
+            raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
+        devices = None if device is None else compute_devices(device)
+        with transaction(model) as undo:
+            trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+            if put_on:
+                with adapter_file.named(self.path):
+                    how = {"devices": devices, "workspace": workspace, "progress": progress}
+                    adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, how)
+            layers = dict(adapted_layers(model))
+            self.check_basis(layers)
+            if put_on:
+                with adapter_file.named(self.path):
+                    values = adapter_file.saved_values(model, self.modules_to_save, self.saved)
+                keep(undo, [target for target, _ in values])
+                for target, value in values:
+                    assign(target, value)
+                for layer in layers.values():
+                    layer.R.zero_()
+            for module, (name, _) in enumerate(self.modules):
+                turn(layers[name], BankedLinear, undo)
+                layers[name].seat = (self, module)
+            turn(model, with_adapter_ids(type(model)), undo)
+            model.loraxs_bank = Attached(self, put_on, trained)
+            model.requires_grad_(False)
+        if not len(self._models):
+            self._slots = Slots(self, slots)
+        self.know(model)
+        return given
+
+    def detach(self, model: M) -> M:
+        """Take the bank off a model, in place, with the layers that it put there; what trained before does again."""
+        given, model = model, unwrapped(model)
+        attached = model.__dict__.get("loraxs_bank")
+        if attached is None or attached.bank is not self:
+            raise ValueError("model: does not have this bank")
+        if self.is_open():
+            raise RuntimeError("model: adapters of its bank are selected; leave bank.select(...) first")
+        with transaction(model) as undo:
+            for _, layer in adapted_layers(model):
+                turn(layer, LoRAXSLinear, undo)
+                del layer.seat
+            turn(model, type(model).__mro__[1], undo)
+            del model.loraxs_bank
+            if attached.put_on:
+                detach(model)
+            for name, p in model.named_parameters():
+                p.requires_grad_(name in attached.trained)
+        self._models.pop(model, None)
+        return given
+
+    def select(
+        self, names: Sequence[str | None], *, tokens: Sequence[int] | Tensor | None = None, fixed: bool = False
+    ) -> Selection:
+        """The adapters of the samples in a batch, for the calls of the model inside a `with` block.
+
+            with bank.select(["alice", None, "bob"]):
+                model(input_ids)                        # three samples; None: the base model
+
+        Args:
+            names: one for each sample, None for the base model; or, with `tokens`, one for each number in there.
+            tokens: for packed sequences, which name each row of x uses: integers, -1 for the base model.
+            fixed: let the shapes of all that runs depend on the batch alone and not on the names, so that a CUDA graph
+                recorded in the block can be replayed for others, given by `change` of what `with` returns.
+
+        A block counts for the thread, or asyncio task, that opened it; of nested ones the innermost does.
+
+        Raises:
+            KeyError: a name that the bank does not have; nothing has run.
+            ValueError: more different names than slots; tokens that no name has.
+            RuntimeError: the bank is on no model, or the model is merged.
+        """
+        names = self._names(names)
+        if not len(self._models):
+            raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
+        source = self._slots if self._training is None else self._training.source_of(names, self._slots)
+        if source is self._slots:
+            self.digests([name for name in names if name is not None])
+        if tokens is not None:
+            tokens = (tokens.reshape(-1) if isinstance(tokens, Tensor) else torch.as_tensor(tokens)).tolist()
+            wrong = [i for i in tokens if isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < len(names)]
+            if wrong or not tokens:
+                found = repr(wrong[0]) if wrong else "none"
+                raise ValueError(
+                    f"tokens: got {found}, must be -1 (the base model) to {len(names) - 1}, one for each row"
+                )
+            names = (*names, None)  # which -1 means
+        return Selection(self, source, names, tokens, fixed)
+
+    def train(self, names: Sequence[str], *, create: bool = False) -> Training:
+        """Train these adapters at once: Parameters of their R, in place of the slots, until `close`.
+
+            with bank.train(["alice", "bob"]) as training:
+                optimizer = training.optimizer(lr=1e-3)
+                loss = model(**batch, adapter_ids=[...]).loss
+                loss.backward(); optimizer.step(); optimizer.zero_grad()
+                training.commit()
+
+        create: names that the bank does not have begin with an R as `lx.attach` draws it; else they are a KeyError.
+        While it is open, selections of these names, and None, use the Parameters; others are a ValueError.  See
+        `Training`.
+        """
+        if self.mode != "a":
+            raise ValueError(f"names: the bank {self.path} was opened with mode {self.mode!r}, must be 'a' to train")
+        if self._training is not None:
+            raise RuntimeError("train: adapters of this bank train already; close() that first")
+        if isinstance(names, str) or not names or len(set(names)) != len(names) or None in names:
+            raise ValueError(f"names: got {names!r}, must be a list of different names")
+        if len(self._models) != 1:
+            raise RuntimeError(f"train: the bank is on {len(self._models)} models, must be on one")
+        if self.is_open():
+            raise RuntimeError("train: adapters of this bank are selected; leave bank.select(...) first")
+        (layers,) = self._models.values()
+        self._training = Training(self, layers, names, create)
+        return self._training
+
+    def _end(self, training: Training) -> None:
+        if self._training is training:
+            self._training = None
+
+    # What the layers and the model's call ask.
+
+    def _names(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
+        if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not names:
+            raise TypeError(f"adapter_ids: got {names!r}, must be a list with a name or None for each sample")
+        for name in names:
+            if not (name is None or isinstance(name, str)):
+                raise TypeError(f"adapter_ids: got {name!r}, must be a name, or None for the base model")
+        return tuple(names)
+
+    def know(self, model: nn.Module) -> None:
+        """Count a model as one that has this bank: after `attach`, and when a copy of such a model is called."""
+        if model not in self._models:
+            self._models[model] = sorted((layer for _, layer in adapted_layers(model)), key=lambda layer: layer.seat[1])
+
+    def devices(self) -> set[torch.device]:
+        """Of the layers that the bank is on."""
+        devices = {layer.A.device for layers in self._models.values() for layer in layers}
+        if torch.device("meta") in devices:
+            raise RuntimeError("model: has adapted layers on the meta device (offloaded, or without weights)")
+        return devices
+
+    def is_open(self) -> bool:
+        """Whether a selection is open, in any thread."""
+        return bool(self._open)
+
+    def enter(self, selection: Selection) -> Callable[[], None]:
+        """Open a selection in this thread; returns what closes it."""
+        with self._lock:
+            for layers in self._models.values():
+                for layer in layers:
+                    layer.refuse_merged()
+            selection.bring()
+            self._open.append(selection)
+        token = self._selected.set(selection)
+
+        def leave() -> None:
+            self._selected.reset(token)
+            with self._lock:
+                self._open.remove(selection)
+                selection.release()
+
+        return leave
+
+    def current(self) -> Selection | None:
+        """The selection that a layer called now belongs to; None: there is none."""
+        selection = self._selected.get()
+        if torch._C._current_graph_task_id() != -1:
+            return self._of_recomputation()
+        if selection is not None and selection.entered:
+            return selection
+        if self._open:
+            raise RuntimeError(
+                "adapter_ids: adapters of this bank are selected in another thread or task, and none in this one; call "
+                "the model with adapter_ids, None for the base model"
+            )
+        return None
+
+    def remember(self, y: Tensor, selection: Selection) -> None:
+        """That a graph is there in which the selection was used: it may be needed again, by gradient checkpointing."""
+        y.grad_fn.metadata["loraxs_selection"] = selection
+        self._in_graphs.add(selection)
+
+    def _of_recomputation(self) -> Selection:
+        """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
+        found = list(self._in_graphs)
+        if len(found) != 1:
+            raise RuntimeError(
+                f"gradient checkpointing: a backward pass calls a layer again, and {len(found)} selections may be "
+                "meant, must be one: use_reentrant=False, and run each backward pass before the next selection"
+            )
+        if not found[0].can_be_used_again():
+            raise RuntimeError(
+                "gradient checkpointing: adapters of the batch have given their slots to others; run the backward pass "
+                "inside bank.select(...)"
+            )
+        return found[0]
+
+    @contextmanager
+    def calling(self, names: Sequence[str | None] | None, batch: tuple[int, int] | None) -> Iterator[None]:
+        """Around a call of the model, on so many samples and rows of each."""
+        with nullcontext() if names is None else self.select(names):
+            selection = self.current()
+            if selection is None:
+                yield
+                return
+            samples, expanding = selection.samples, selection.expanding
+            if batch is not None and samples and batch[0] != samples and not (expanding and batch[0] % samples == 0):
+                raise ValueError(
+                    f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
+                )
+            with selection.during(batch, expanding):
+                yield
+
+    @contextmanager
+    def generating(self, names: Sequence[str | None] | None) -> Iterator[None]:
+        """Around `generate`, which calls the model on each sample as often as there are beams or sequences."""
+        with nullcontext() if names is None else self.select(names):
+            selection = self.current()
+            with nullcontext() if selection is None else selection.during(None, True):
+                yield

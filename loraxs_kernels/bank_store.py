@@ -257,6 +257,21 @@ class Store:
         with torch.no_grad():
             return out.copy_(R)
 
+    def digests(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The SHA-256 of each adapter's record as it is written there: another one for another record.
+
+        Raises KeyError where there is no adapter of a name.
+        """
+        keys = {name: _key(name) for name in names}
+
+        def digest(txn: Any, name: str) -> bytes:
+            value = txn.get(keys[name])
+            if value is None:
+                raise self._unknown(name)
+            return bytes(value[:DIGEST])
+
+        return self._run(lambda txn: {name: digest(txn, name) for name in keys})
+
     def record(self, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         """R of each module of an adapter as it is stored, and the adapter's own alphas; raises as `read` does."""
         R, alphas = self._opened(name, self._value(name))
@@ -267,8 +282,11 @@ class Store:
         key = _key(name)
         value = self._run(lambda txn: _copy(txn.get(key)))
         if value is None:
-            raise KeyError(f"{self.path}: has no adapter {name!r}")
+            raise self._unknown(name)
         return value
+
+    def _unknown(self, name: str) -> KeyError:
+        return KeyError(f"{self.path}: has no adapter {name!r}")
 
     def _checksum(self, key: bytes, rest: bytearray | memoryview) -> bytes:
         digest = hashlib.sha256(self._digest + len(key).to_bytes(4, "little") + key)
@@ -372,7 +390,7 @@ class Store:
         """Delete an adapter; KeyError where there is none of that name."""
         key = _key(name)
         if not self._run(lambda txn: txn.delete(key), write=True):
-            raise KeyError(f"{self.path}: has no adapter {name!r}")
+            raise self._unknown(name)
 
     def _exists(self, name: str) -> ValueError:
         return ValueError(f"name: {self.path} has an adapter {name!r} already; replace=True takes its place")

