@@ -98,6 +98,10 @@ MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEF
 SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and positions on the way to some layers
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
 
+# For each layer and the names of two adapters: the factors that were compared, their versions then, whether they are
+# the same.
+_COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
+
 
 def _plain(value: Any) -> Any:
     """A field's value as JSON has it, but for sets."""
@@ -460,7 +464,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 "the batch in its first dimension cannot take adapter_names"
             )
         first, *others = self._alike(active)
-        rows, index = samples.laid_out(first, x.device, whole=True)
+        _, index = samples.laid_out(first, x.device, whole=True)
         A, B, R, s = self._stack(first, index)
         y, parts = adapted(self.base_layer, x, A, R, B, s, 0.0, name, index, *args, **kwargs), []
         for group in others:
@@ -497,11 +501,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         compared = _COMPARED.setdefault(self, {})
         versions = [None if t.is_inference() else t._version for t in factors]  # which an inference tensor has not
         before, then, same = compared.get((one, other), ((), None, False))
-        if (
-            None in versions
-            or versions != then
-            or any(t is not kept() for t, kept in zip(factors, before, strict=True))
-        ):
+        unchanged = versions == then and all(t is kept() for t, kept in zip(factors, before, strict=True))
+        if None in versions or not unchanged:
             same = torch.equal(A, A2) and torch.equal(B, B2)
             compared[one, other] = [ref(t) for t in factors], versions, same
         return same
@@ -787,9 +788,10 @@ class _Samples:
     def laid_out(
         self, group: tuple[str, ...], device: torch.device, whole: bool = False
     ) -> tuple[Tensor | None, RowIndex | None]:
-        """The samples that use adapters of a group, None for the whole batch, and which of the group each of them uses.
+        """The samples that use adapters of a group, and which of the group's each of them uses.
 
-        The latter is None where all use the only one.
+        The former are None for the whole batch, where -1 stands for samples without an adapter of the group; the latter
+        is None where the group has one adapter and all these samples use it.
         """
         if (key := (group, device, whole)) not in self._laid_out:
             place = {name: i for i, name in enumerate(group)}
@@ -816,10 +818,6 @@ class _Samples:
     def tell(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Pass the names to one of modules_to_save; those of adapters that have none mean the base model there."""
         return args, kwargs | {"adapter_names": [n if n in module._adapters else BASE for n in self.names]}
-
-
-# By layer and names of two adapters: the factors that were compared, their versions then, whether they were the same.
-_COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
 
 
 class LoraXSModel(BaseTuner):
@@ -941,7 +939,7 @@ class LoraXSModel(BaseTuner):
             for module, hook in [*hooks, (self, samples.check), (self.model, samples.check)]:
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if expand := getattr(self.model, "_expand_inputs_for_generation", None):
-                undo.callback(vars(self.model).pop, "_expand_inputs_for_generation")
+                undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
                 self.model._expand_inputs_for_generation = partial(_expanded, expand, samples)
             yield
 
@@ -961,8 +959,8 @@ class LoraXSModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        # Gradient checkpointing would run layers again when it is forgotten which sample has which adapter.
-        again = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        # Gradient checkpointing would run layers again in the backward, when they have forgotten the names.
+        again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
         if any(module.training for module in [*layers, *again]):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
         kind = getattr(getattr(self.model, "config", None), "model_type", None)
@@ -970,7 +968,9 @@ class LoraXSModel(BaseTuner):
             raise ValueError(f"adapter_names: a model of type {kind} has layers whose first dimension is not the batch")
         for name, module in self.model.named_modules():
             if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
-                raise ValueError(f"adapter_names: {label_of(name)} is part of an expert, whose rows are any samples'")
+                raise ValueError(
+                    f"adapter_names: {label_of(name)} is part of an expert, which gets tokens of any samples"
+                )
         for name, module in self._trained_whole().items():
             if not isinstance(module.original_module, MIXABLE):
                 raise TypeError(
@@ -1210,13 +1210,12 @@ def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Refuse, before anything is changed, a name under which torch's modules cannot hold a tensor."""
-    if name == BASE:
-        raise ValueError(f"adapter_name: got {name!r}, must be another: in adapter_names that is the base model")
-    if not name or "." in name or any(hasattr(each, name) for each in (nn.ParameterDict(), _Fingerprints(set()))):
+    """Refuse, before anything is changed, a name that means the base model or under which torch can hold no tensor."""
+    taken = any(hasattr(each, name) for each in (nn.ParameterDict(), _Fingerprints(set())))
+    if not name or "." in name or name == BASE or taken:
         raise ValueError(
             f"adapter_name: got {name!r}, must be a name without a dot that is no attribute of nn.ParameterDict or of "
-            "PEFT's BufferDict, which hold the adapters by name"
+            f"PEFT's BufferDict, which hold the adapters by name, and not {BASE!r}, the base model in adapter_names"
         )
 
 
