@@ -729,8 +729,9 @@ def test_minilm_with_an_adapter_for_each_sample(minilm):
 @pytest.mark.parametrize("active", ["default", "headless"])
 def test_each_sample_has_the_head_of_its_adapter(active):
     """Whichever adapter is active otherwise; one without a head of its own has the base model's."""
-    model = get_peft_model(bert(), config(target_modules=["query", "value"], task_type="SEQ_CLS")).eval()
-    model.add_adapter("second", config(target_modules=["query"], task_type="SEQ_CLS"))
+    with_head = dict(modules_to_save=["classifier"], task_type=None)  # SEQ_CLS would give all of them one
+    model = get_peft_model(bert(), config(target_modules=["query", "value"], **with_head)).eval()
+    model.add_adapter("second", config(target_modules=["query"], **with_head))
     model.add_adapter("headless", config(target_modules=["query", "value"], task_type=None))
     names = ["second", "__base__", "default", "headless", "second"]
     for name in dict.fromkeys(names):
@@ -785,9 +786,14 @@ def test_an_adapter_of_another_base_is_refused_in_a_mixed_batch(mixed):
         mixed(BATCH, adapter_names=MIXED)
 
 
-def test_disabled_adapters_come_before_names(mixed):
-    with mixed.disable_adapter(), torch.no_grad():
-        assert torch.equal(mixed(IDS, adapter_names=["default", "second"]).logits, logits(llama()))
+def test_disabled_adapters_come_before_names():
+    model = get_peft_model(bert(), config(target_modules=["query"], task_type="SEQ_CLS")).eval()
+    nn.init.normal_(randomise(model).base_model.model.classifier.modules_to_save["default"].weight)
+    with torch.no_grad():
+        with model.disable_adapter():
+            assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
+        model.base_model.disable_adapter_layers()
+        assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -932,11 +932,16 @@ class LoraXSModel(BaseTuner):
         self._check_mixed(adapter_names)
         samples = _Samples(adapter_names)
         with ExitStack() as undo:
-            for layer in self._layers():
+            for layer in (layers := self._layers()):
                 undo.callback(setattr, layer, "_samples", layer._samples)
                 layer._samples = samples
-            hooks = [(module, samples.tell) for module in self._trained_whole().values()]
-            for module, hook in [*hooks, (self, samples.check), (self.model, samples.check)]:
+            hooks = [(self, samples.check), (self.model, samples.check)]
+            for module in self._trained_whole().values():
+                hooks.append((module, samples.tell))
+                # PEFT 0.18 disables those that the active adapter does not have.
+                undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                module._disable_adapters = layers[0]._disable_adapters
+            for module, hook in hooks:
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if expand := getattr(self.model, "_expand_inputs_for_generation", None):
                 undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
