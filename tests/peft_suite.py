@@ -112,6 +112,9 @@ def put_rows() -> None:
         {**kwargs, "init_std": 0.5} if issubclass(cls, LoraXSConfig) else theirs(cls, kwargs)
     )
 
+    def mixed_rows(first: dict, changes: dict) -> list:
+        return [("LoRA-XS", LoraXSConfig(**first), LoraXSConfig(**first | changes))]
+
     custom = import_module("tests.test_custom_models")
     mlp = [  # its layers are 10 to 20 and 20 to 2
         dict(target_modules="lin0"),
@@ -137,6 +140,25 @@ def put_rows() -> None:
         ("LoRA-XS Same", "loraxs", LoraXSConfig, lin0, lin0 | {"svd_seed": 1}),
         ("LoRA-XS Different", "loraxs", LoraXSConfig, lin0, lin1),
     ]
+    seed1, both, head = {"svd_seed": 1}, dict(target_modules=["lin0", "lin1"]), dict(modules_to_save=["lin1"])
+    gru, conv1d_emb = dict(modules_to_save=["gru"]), dict(r=1, target_modules=["conv1d"], init_std=0.5)
+    custom.MIXED_ADAPTER_TEST_CASES[:] = mixed_rows(lin0, seed1)
+    tests = custom.TestMixedAdapterBatches
+    for test, first, changes in [
+        (tests.test_mixed_adapter_batches_different_target_layers, lin0, lin1),
+        (tests.test_mixed_adapter_batches_multiple_modules_to_save, lin0 | head, seed1),
+        (tests.test_mixed_adapter_batches_unsupported_layer_raises, lin0 | gru, seed1),
+        (tests.test_mixed_adapter_batches_partly_overlapping_target_layers, lin0, both | seed1),
+        (tests.test_mixed_adapter_batches_lora_conv1d_emb, conv1d_emb, seed1),
+        (
+            tests.test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save,
+            conv1d_emb | {"modules_to_save": ["lin0"]},
+            seed1,
+        ),
+    ]:
+        test.pytestmark[0].args[1][:] = mixed_rows(first, changes)
+    wrong_name = tests.test_mixed_adapter_batches_lora_wrong_adapter_name_raises
+    wrong_name.pytestmark[0].args[1][:] = [("LoRA-XS", LoraXSConfig(**lin0))]
     tests = custom.TestPeftCustomModel
     for test, value in [
         (tests.test_adapter_name_makes_no_difference, LoraXS(target_modules=["lin0"], init_std=0.5)),

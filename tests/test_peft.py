@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     TorchAoConfig,
     Trainer,
     TrainingArguments,
@@ -56,6 +59,12 @@ def llama(**changes) -> LlamaForCausalLM:
     """The same small model at every call."""
     torch.manual_seed(1)
     return LlamaForCausalLM(LlamaConfig(**(LLAMA | {"num_key_value_heads": 2} | changes))).eval()
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    return BertForSequenceClassification(BertConfig(**sizes)).eval()
 
 
 def config(**changes) -> LoraXSConfig:
@@ -588,9 +597,274 @@ def test_several_adapters_of_other_ranks_and_targets(trained, tmp_path):
     assert all(set(layer.loraxs_A.keys()) <= {"wide"} for layer in layers(trained).values())
 
 
-def test_an_adapter_for_each_sample_is_refused(trained):
-    with pytest.raises(ValueError, match=r"adapter_names: LoRA-XS takes one adapter for a whole batch"):
-        trained(IDS, adapter_names=["default", "__base__"])
+MIXED = ["second", "__base__", "default", "narrow", "second"]
+BATCH = torch.arange(50).view(5, 10) % 17
+
+
+@pytest.fixture
+def mixed(trained):
+    """`trained` with two more adapters: one with the same A and B, one of another rank on fewer layers."""
+    trained.add_adapter("second", config(rank_pattern={"down_proj": 3}, lora_alpha=4))
+    trained.add_adapter("narrow", config(r=2, target_modules=["q_proj", "up_proj"]))
+    for name in ("second", "narrow"):
+        randomise(trained, name)
+    return trained.eval()
+
+
+@torch.no_grad()
+def alone(model: nn.Module, run, names=MIXED) -> list:
+    """What each sample gets where its adapter has the whole batch: run(model, number of the sample)."""
+    results = []
+    for i, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            results.append(run(model, i))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("minimal", [False, True])
+def test_each_sample_has_its_own_adapter(mixed, dtype, minimal):
+    """All kinds of groups: two adapters in one pass, one for itself, none; and one adapter for all."""
+    names = ["narrow"] * 5 if minimal else MIXED
+    mixed.to(dtype)
+    expected = torch.cat(alone(mixed, lambda model, i: model(BATCH[i : i + 1]).logits, names))
+    with torch.no_grad():
+        y = mixed(BATCH, adapter_names=names).logits
+    torch.testing.assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+    assert all(layer._samples is None for layer in layers(mixed).values())
+    mixed.set_adapter("default")
+    assert torch.equal(logits(mixed), logits(copy.deepcopy(mixed)))
+
+
+def test_adapters_with_the_same_factors_share_a_pass(mixed, monkeypatch):
+    layer = mixed.base_model.model.model.layers[0].self_attn.q_proj
+    compared = []
+    monkeypatch.setattr(torch, "equal", lambda a, b, equal=torch.equal: compared.append(a) or equal(a, b))
+    groups = [("default", "second"), ("narrow",)]
+    for _ in range(2):
+        assert layer._alike(["narrow", "default", "second"]) == groups
+        assert len(compared) == 2  # A and B, once
+    layer.loraxs_A["second"][0, 0] += 1
+    assert layer._alike(["default", "second"]) == [("default",), ("second",)]
+    layer.loraxs_A["second"] = layer.loraxs_A["default"].clone()
+    assert layer._alike(["default", "second"]) == groups[:1]
+
+
+def test_gradients_of_a_mixed_batch(mixed):
+    for p in (layer.loraxs_R[name] for layer in layers(mixed).values() for name in layer.loraxs_R):
+        p.requires_grad_()
+    wanted = [p for p in mixed.parameters() if p.requires_grad]
+    total = sum(mixed(BATCH[i : i + 1], adapter_names=[name]).logits.square().sum() for i, name in enumerate(MIXED))
+    expected = torch.autograd.grad(total, wanted)
+    got = torch.autograd.grad(mixed(BATCH, adapter_names=MIXED).logits.square().sum(), wanted)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
+
+
+GENERATE = dict(max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "beams in the model's settings", "sequences"])
+def test_generates_with_an_adapter_for_each_sample(mixed, how):
+    options, many = dict(GENERATE), 1
+    if how == "beams":
+        options |= dict(num_beams=3, num_return_sequences=2)
+        many = 2
+    elif how == "beams in the model's settings":
+        mixed.generation_config.num_beams = 3
+    elif how == "sequences":  # sampling, from one token at a time
+        many = 3
+        options |= dict(do_sample=True, top_k=1, num_return_sequences=many)
+    expected = torch.cat(alone(mixed, lambda model, i: model.generate(input_ids=BATCH[i : i + 1], **options)))
+    y = mixed.generate(input_ids=BATCH, adapter_names=MIXED, **options)
+    assert y.shape == (5 * many, 16) and torch.equal(y, expected)
+    assert len(y[:, 10:].unique(dim=0)) > 2  # the adapters differ
+    assert "_expand_inputs_for_generation" not in vars(mixed.base_model.model)
+    assert not mixed.base_model.model._forward_pre_hooks and not mixed.base_model._forward_pre_hooks
+
+
+def t5():
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=False)).eval()
+    nn.init.normal_(model.lm_head.weight)
+    return model
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_encoder_and_a_decoder(num_beams):
+    model = get_peft_model(t5(), config(task_type="SEQ_2_SEQ_LM")).eval()
+    model.add_adapter("second", config(task_type="SEQ_2_SEQ_LM", rank_pattern={"wi": 6}))
+    names = ["second", "__base__", "default"]
+    for name in names[::2]:
+        randomise(model, name, 1.0)
+    ids = BATCH[:3]
+    expected = torch.cat(
+        alone(model, lambda m, i: m(input_ids=ids[i : i + 1], decoder_input_ids=ids[i : i + 1, :4]).logits, names)
+    )
+    with torch.no_grad():
+        y = model(input_ids=ids, decoder_input_ids=ids[:, :4], adapter_names=names).logits
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    options = GENERATE | dict(num_beams=num_beams)
+    expected = torch.cat(alone(model, lambda m, i: m.generate(input_ids=ids[i : i + 1], **options), names))
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **options), expected)
+    assert len(expected.unique(dim=0)) > 1
+
+
+def test_minilm_with_an_adapter_for_each_sample(minilm):
+    model, expected = get_peft_model(minilm, config(task_type=None)).eval(), []
+    model.add_adapter("second", config(task_type=None))
+    for name in ("default", "second"):
+        randomise(model, name, 0.05)
+    names = ["second", "__base__", "default"]
+    expected = torch.cat(alone(model, lambda m, i: m(BATCH[i : i + 1]).last_hidden_state, names))
+    with torch.no_grad():
+        y = model(BATCH[:3], adapter_names=names).last_hidden_state
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(y, minilm(BATCH[:3]).last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("active", ["default", "headless"])
+def test_each_sample_has_the_head_of_its_adapter(active):
+    """Whichever adapter is active otherwise; one without a head of its own has the base model's."""
+    with_head = dict(modules_to_save=["classifier"], task_type=None)  # SEQ_CLS would give all of them one
+    model = get_peft_model(bert(), config(target_modules=["query", "value"], **with_head)).eval()
+    model.add_adapter("second", config(target_modules=["query"], **with_head))
+    model.add_adapter("headless", config(target_modules=["query", "value"], task_type=None))
+    names = ["second", "__base__", "default", "headless", "second"]
+    for name in dict.fromkeys(names):
+        randomise(model, name)
+    for head in model.base_model.model.classifier.modules_to_save.values():
+        nn.init.normal_(head.weight)
+    expected = torch.cat(alone(model, lambda m, i: m(BATCH[i : i + 1]).logits, names))
+    model.set_adapter(active)
+    with torch.no_grad():
+        torch.testing.assert_close(model(BATCH, adapter_names=names).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not model.base_model.model.classifier._forward_pre_hooks
+
+
+@pytest.mark.parametrize("load_in", ["load_in_8bit", "load_in_4bit"])
+def test_an_adapter_for_each_sample_of_a_quantised_model(load_in, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    options = dict(quantization_config=BitsAndBytesConfig(**{load_in: True}), device_map="cpu")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path, **options), config()).eval()
+    model.add_adapter("second", config())
+    model.add_adapter("narrow", config(r=2))
+    for name in {*MIXED} - {"__base__"}:
+        randomise(model, name)
+    expected = alone(model, lambda m, i: m(BATCH).logits[i])  # of the whole batch, since 8 bits are rounded by it
+    with torch.no_grad():
+        y = model(BATCH, adapter_names=MIXED).logits
+    torch.testing.assert_close(y, torch.stack(expected), atol=0.1, rtol=0)
+
+
+def test_adapters_from_files_share_a_pass(mixed, tmp_path):
+    mixed.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    for name in ("second", "narrow"):
+        loaded.load_adapter(tmp_path / name, name)
+    with torch.no_grad():
+        y = loaded(BATCH, adapter_names=MIXED).logits
+        torch.testing.assert_close(y, mixed(BATCH, adapter_names=MIXED).logits)
+    for layer in layers(loaded).values():
+        assert layer._alike(["default", "second"]) == [("default", "second")]
+
+
+def test_an_adapter_of_another_base_is_refused_in_a_mixed_batch(mixed):
+    layer = mixed.base_model.model.model.layers[1].mlp.up_proj
+    mixed.state_dict()  # which makes the fingerprints
+    layer.unchecked.add("second")
+    mixed(BATCH, adapter_names=MIXED)
+    assert not layer.unchecked
+    layer.unchecked.add("second")
+    layer.loraxs_A["second"].neg_().add_(0.1)
+    mixed(BATCH, adapter_names=["default"] * 5)
+    with pytest.raises(ValueError, match=r"adapter 'second'.*layers\.1\.mlp\.up_proj"):
+        mixed(BATCH, adapter_names=MIXED)
+
+
+def test_disabled_adapters_come_before_names():
+    model = get_peft_model(bert(), config(target_modules=["query"], task_type="SEQ_CLS")).eval()
+    nn.init.normal_(randomise(model).base_model.model.classifier.modules_to_save["default"].weight)
+    with torch.no_grad():
+        with model.disable_adapter():
+            assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
+        model.base_model.disable_adapter_layers()
+        assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_follows_the_names(mixed, backend):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = mixed(BATCH, adapter_names=MIXED).logits
+        compiled = torch.compile(mixed, backend=backend)
+        plain = compiled(BATCH).logits
+        torch.testing.assert_close(compiled(BATCH, adapter_names=MIXED).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(compiled(BATCH).logits, plain)
+
+
+class SequenceFirst(nn.Module):
+    """Reads (samples, positions), as transformers does, and goes on in (positions, samples, features)."""
+
+    main_input_name = "ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.proj = nn.Embedding(17, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return self.proj(self.embed(ids).transpose(0, 1)).transpose(0, 1)
+
+
+def test_batches_that_cannot_be_mixed_are_refused(mixed):
+    ran = []
+    mixed.base_model.model.model.embed_tokens.register_forward_hook(lambda *_: ran.append(1))
+    two = ["default", "second"]
+    for names, error, message in [
+        (["default", "secnod"], ValueError, "non-existing adapter.*: secnod.*takes default, second, narrow and __base"),
+        ("ab", TypeError, "adapter_names: got 'ab', must be a list"),
+        ([], TypeError, r"adapter_names: got \[\], must be a list"),
+        (["default", None], TypeError, "adapter_names: got .*, must be a list"),
+        ([*two, "default"], ValueError, "same as the number of inputs, but got 3 and 2"),
+        (["__base__"], ValueError, "same as the number of inputs, but got 1 and 2"),
+    ]:
+        for call in (mixed, mixed.generate):
+            with pytest.raises(error, match=message):
+                call(input_ids=IDS, adapter_names=names)
+    mixed.train()
+    with pytest.raises(ValueError, match="training mode"):
+        mixed(IDS, adapter_names=two)
+    mixed.eval().base_model.model.model.layers[1].train().gradient_checkpointing = True
+    with pytest.raises(ValueError, match="training mode"):
+        mixed(IDS, adapter_names=two)
+    mixed.eval().merge_adapter(["second"])
+    with pytest.raises(ValueError, match="merged adapters"):
+        mixed(IDS, adapter_names=two)
+    assert not ran and all(layer._samples is None for layer in layers(mixed).values())
+
+
+def test_layers_that_do_not_have_the_samples_first_are_refused():
+    model = get_peft_model(SequenceFirst(), config(task_type=None)).eval()
+    with pytest.raises(ValueError, match=r"got 2 names and x of shape \(10, 2, 8\) in module 'proj'"):
+        model(IDS, adapter_names=["default", "__base__"])
+    sizes = dict(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    model = get_peft_model(XLNetForSequenceClassification(XLNetConfig(**sizes)), config(task_type=None)).eval()
+    with pytest.raises(ValueError, match="adapter_names: a model of type xlnet"):
+        model(IDS[:, :2], adapter_names=["default", "__base__"])
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    model = get_peft_model(model, config(task_type=None)).eval()
+    with pytest.raises(ValueError, match=r"module 'experts\.0' is part of an expert"):
+        model(IDS, adapter_names=["default", "__base__"])
+
+
+def test_heads_that_cannot_take_a_part_of_a_batch_are_refused(mixed):
+    mixed.add_adapter("norm", config(modules_to_save=["model.norm"]))
+    with pytest.raises(TypeError, match=r"Conv3d\. module 'model\.norm', one of modules_to_save, is a Llama"):
+        mixed.eval()(IDS, adapter_names=["default", "norm"])
 
 
 @pytest.mark.parametrize("adapter_too", [False, True])
@@ -823,11 +1097,6 @@ def test_gpt2_conv1d(tmp_path):
 
 
 def test_classifier_head_trains_and_is_saved(tmp_path):
-    def bert():
-        torch.manual_seed(1)
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
-        return BertForSequenceClassification(BertConfig(**sizes)).eval()
-
     model = get_peft_model(bert(), config(target_modules=["query", "value"], task_type="SEQ_CLS"))
     randomise(model)
     nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
@@ -1179,9 +1448,9 @@ def test_what_layers_keep_beside_adapters_takes_no_name_from_them(name, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["training", "forward", "keys", "_buffers", "put.together", "", "_Fingerprints__unchecked"]
+    "name", ["training", "forward", "keys", "_buffers", "put.together", "", "__base__", "_Fingerprints__unchecked"]
 )
-def test_names_that_torch_cannot_hold_are_refused(name):
+def test_names_that_cannot_be_an_adapters_are_refused(name):
     model = llama()
     before = snapshot(model)
     with pytest.raises(ValueError, match=rf"adapter_name: got '{name}', must be a name without a dot"):

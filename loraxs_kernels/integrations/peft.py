@@ -14,12 +14,14 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import peft
 import torch
@@ -40,6 +42,7 @@ from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     WEIGHTS_NAME,
+    AuxiliaryTrainingWrapper,
     PeftType,
     register_peft_method,
 )
@@ -50,6 +53,7 @@ from ..adapter_file import fitted, mismatch
 from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
 from ..files import read_json, sha256_of, write_atomically
+from ..indexed import NONE, RowIndex
 from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
 from ..matching import matches
 from ..model import (
@@ -89,7 +93,14 @@ if Version(peft.__version__).release < (0, 18):
 
 NO_FILES: Mapping[str, str] = {}
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loads where there are both
+BASE = "__base__"  # what PEFT calls the base model in adapter_names
+MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
+SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and positions on the way to some layers
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
+
+# For each layer and the names of two adapters: the factors that were compared, their versions then, whether they are
+# the same.
+_COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
 
 
 def _plain(value: Any) -> Any:
@@ -362,6 +373,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         autocast_adapter_dtype=False; loraxs_A (r, K) and loraxs_B (N, r), frozen, in the base layer's dtype;
         loraxs_fingerprint (r + 8,), fp32: the singular values in A and 8 probes of B R A; r, lora_alpha, scaling,
         recipe, config.  unchecked: the names of adapters that came with an R and were not compared with A and B yet.
+
+    In a call with adapter_names each sample, an entry of x's first dimension, has an adapter of its own or none.  Those
+    adapters whose A and B are the same then share one pass, by the primitive with an index.
     """
 
     adapter_layer_names = ("loraxs_R",)
@@ -382,6 +396,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.config: dict[str, LoraXSConfig] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: _Unmerged | None = None
+        self._samples: _Samples | None = None  # during a call with adapter_names
         self.register_load_state_dict_post_hook(_check_what_was_loaded)
         self.train(base_layer.training)
 
@@ -412,12 +427,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
-        base, R = self._modules["base_layer"], self._modules["loraxs_R"]
+        base, R, samples = self._modules["base_layer"], self._modules["loraxs_R"], self._samples
+        used = self.active_adapters if samples is None else samples.adapters
         if self.unchecked and not self._disable_adapters:
-            self.check_fingerprints(self.active_adapters)
+            self.check_fingerprints(used)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.r]
+        active = [name for name in used if name in self.r]
         if self._disable_adapters or self.merged_adapters or not active:
             return base(x, *args, **kwargs)
         if not self.cast_input_dtype_enabled and not autocast_on(x):
@@ -426,10 +442,70 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     label = label_of(self.recipe[name].name)
                     raise ValueError(f"x: got {x.dtype} for {label}, must be {dtype} while casting inputs is disabled")
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
+            if samples is not None:
+                return self._mixed(x, samples, active, *args, **kwargs)
             y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name, None, *args, **kwargs)
             for name in active[1:]:
                 y = plus_delta(y, x, *self._operands(name))
         return y
+
+    @torch.compiler.disable
+    def _mixed(self, x: Tensor, samples: _Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
+        """base_layer(x) + s B R A x, in which each sample has its own adapter.  No dropout: no layer is in training.
+
+        The adapters with the A and B that most of them share are one pass with base_layer; those with another A and B
+        then add their delta to the rows of their samples.
+        """
+        name = self.recipe[active[0]].name
+        if x.dim() < 2 or len(x) != len(samples.names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(samples.names)} "
+                f"names and x of shape {tuple(x.shape)} in {label_of(name)}. A layer that does not have the samples of "
+                "the batch in its first dimension cannot take adapter_names"
+            )
+        first, *others = self._alike(active)
+        _, index = samples.laid_out(first, x.device, whole=True)
+        A, B, R, s = self._stack(first, index)
+        y, parts = adapted(self.base_layer, x, A, R, B, s, 0.0, name, index, *args, **kwargs), []
+        for group in others:
+            rows, index = samples.laid_out(group, x.device)
+            A, B, R, s = self._stack(group, index)
+            own = y.index_select(0, rows), x.index_select(0, rows)
+            parts.append((rows, plus_delta(*own, A, R, B, s, 0.0, index, in_place=True)))
+        return y.index_copy(0, *map(torch.cat, zip(*parts, strict=True))) if parts else y
+
+    def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> tuple[Tensor, Tensor, Tensor, float]:
+        """A, B, R and s of adapters that share A and B; R is a stack where there is an index."""
+        A, R, B, s, _ = self._operands(group[0])
+        if index is None:
+            return A, B, R, s
+        stack = [(R, s) for _, R, _, s, _ in map(self._operands, group)]
+        if any(each != s for _, each in stack):
+            stack, s = [(R.to(torch.promote_types(R.dtype, torch.float32)) * each, 1.0) for R, each in stack], 1.0
+        return A, B, torch.stack([R for R, _ in stack]), s
+
+    def _alike(self, names: list[str]) -> list[tuple[str, ...]]:
+        """The adapters in groups that have the same A and B, the largest group first."""
+        groups: list[list[str]] = []
+        for name in names:
+            group = next((each for each in groups if self._same_factors(each[0], name)), None)
+            groups.append([name]) if group is None else group.append(name)
+        return sorted(map(tuple, groups), key=len, reverse=True)
+
+    def _same_factors(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same A and the same B, which is remembered until one of these is changed."""
+        factors = [held._buffers[name] for held in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
+        A, A2, B, B2 = factors
+        if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
+            return False
+        compared = _COMPARED.setdefault(self, {})
+        versions = [None if t.is_inference() else t._version for t in factors]  # which an inference tensor has not
+        before, then, same = compared.get((one, other), ((), None, False))
+        unchanged = versions == then and all(t is kept() for t, kept in zip(factors, before, strict=True))
+        if None in versions or not unchanged:
+            same = torch.equal(A, A2) and torch.equal(B, B2)
+            compared[one, other] = [ref(t) for t in factors], versions, same
+        return same
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
@@ -696,6 +772,54 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return ", ".join(parts)
 
 
+class _Samples:
+    """The adapter of each sample of a batch, while a call with adapter_names runs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.adapters = [name for name in dict.fromkeys(names) if name != BASE]
+        self._laid_out: dict[tuple, tuple[Tensor | None, RowIndex | None]] = {}
+
+    def expand(self, times: int) -> None:
+        """As many neighbouring samples in the place of each, as `generate` makes them for beams and sequences."""
+        self.names = [name for name in self.names for _ in range(times)]
+        self._laid_out.clear()
+
+    def laid_out(
+        self, group: tuple[str, ...], device: torch.device, whole: bool = False
+    ) -> tuple[Tensor | None, RowIndex | None]:
+        """The samples that use adapters of a group, and which of the group's each of them uses.
+
+        The former are None for the whole batch, where -1 stands for samples without an adapter of the group; the latter
+        is None where the group has one adapter and all these samples use it.
+        """
+        if (key := (group, device, whole)) not in self._laid_out:
+            place = {name: i for i, name in enumerate(group)}
+            index, rows = [place.get(name, NONE) for name in self.names], None
+            if not whole:
+                rows = torch.tensor([row for row, i in enumerate(index) if i != NONE], device=device)
+                index = [i for i in index if i != NONE]
+            self._laid_out[key] = rows, RowIndex(index, len(group), device) if any(index) else None
+        return self._laid_out[key]
+
+    def check(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A ValueError where a model is called with another number of samples, as far as its arguments tell."""
+        if main := getattr(model, "main_input_name", None):
+            given = [*args[:1], kwargs.get(main), kwargs.get("inputs_embeds")]
+        else:
+            given = [*args, *kwargs.values()]
+        x = next((each for each in given if isinstance(each, Tensor) and each.dim()), None)
+        if x is not None and len(x) != len(self.names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {len(x)} respectively."
+            )
+
+    def tell(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Pass the names to one of modules_to_save; those of adapters that have none mean the base model there."""
+        return args, kwargs | {"adapter_names": [n if n in module._adapters else BASE for n in self.names]}
+
+
 class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
 
@@ -797,11 +921,71 @@ class LoraXSModel(BaseTuner):
             return super()._unload_and_optionally_merge(*args, **options)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
-        """What PEFT calls around a forward with arguments of its own; without this it would drop adapter_names."""
-        if adapter_names is not None:
-            raise ValueError("adapter_names: LoRA-XS takes one adapter for a whole batch; set_adapter(...) says which")
-        yield
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> Iterator[None]:
+        """What PEFT calls around a forward or `generate`: with adapter_names each sample has an adapter of its own.
+
+        Raises TypeError or ValueError, before anything runs, where there can be no such batch.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed(adapter_names)
+        samples = _Samples(adapter_names)
+        with ExitStack() as undo:
+            for layer in (layers := self._layers()):
+                undo.callback(setattr, layer, "_samples", layer._samples)
+                layer._samples = samples
+            hooks = [(self, samples.check), (self.model, samples.check)]
+            for module in self._trained_whole().values():
+                hooks.append((module, samples.tell))
+                # PEFT 0.18 disables those that the active adapter does not have.
+                undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                module._disable_adapters = layers[0]._disable_adapters
+            for module, hook in hooks:
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if expand := getattr(self.model, "_expand_inputs_for_generation", None):
+                undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
+                self.model._expand_inputs_for_generation = partial(_expanded, expand, samples)
+            yield
+
+    def _check_mixed(self, names: Any) -> None:
+        """Raise a TypeError or ValueError where the names are none of this model's, or it cannot mix adapters now."""
+        if not (isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)):
+            raise TypeError(
+                f"adapter_names: got {names!r}, must be a list with one name for each sample, an adapter's or {BASE!r}"
+            )
+        if unknown := sorted({*names} - {BASE, *self.peft_config}):
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. adapter_names takes "
+                f"{', '.join(self.peft_config)} and {BASE}"
+            )
+        layers = self._layers()
+        if any(layer.merged_adapters for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        # Gradient checkpointing would run layers again in the backward, when they have forgotten the names.
+        again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
+        if any(module.training for module in [*layers, *again]):
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        if kind in SEQUENCE_FIRST:
+            raise ValueError(f"adapter_names: a model of type {kind} has layers whose first dimension is not the batch")
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
+                raise ValueError(
+                    f"adapter_names: {label_of(name)} is part of an expert, which gets tokens of any samples"
+                )
+        for name, module in self._trained_whole().items():
+            if not isinstance(module.original_module, MIXABLE):
+                raise TypeError(
+                    "Mixed batching is only supported for the following modules: "
+                    f"{', '.join(kind.__name__ for kind in MIXABLE)}. {label_of(name)}, one of modules_to_save, is a "
+                    f"{type(module.original_module).__name__}"
+                )
+
+    def _trained_whole(self) -> dict[str, AuxiliaryTrainingWrapper]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
 
     def _create_and_replace(
         self,
@@ -853,6 +1037,13 @@ class LoraXSModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, LoraXSLinearLayer):
                 module.reset_parameters()
+
+
+def _expanded(expand: Callable[..., Any], samples: _Samples, *args: Any, **kwargs: Any) -> Any:
+    """What `generate` calls to repeat its inputs for beams and returned sequences; the encoder has run by then."""
+    inputs = expand(*args, **kwargs)
+    samples.expand(args[0] if args else kwargs.get("expand_size", 1))
+    return inputs
 
 
 def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
@@ -1024,11 +1215,12 @@ def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Refuse, before anything is changed, a name under which torch's modules cannot hold a tensor."""
-    if not name or "." in name or any(hasattr(each, name) for each in (nn.ParameterDict(), _Fingerprints(set()))):
+    """Refuse, before anything is changed, a name that means the base model or under which torch can hold no tensor."""
+    taken = any(hasattr(each, name) for each in (nn.ParameterDict(), _Fingerprints(set())))
+    if not name or "." in name or name == BASE or taken:
         raise ValueError(
             f"adapter_name: got {name!r}, must be a name without a dot that is no attribute of nn.ParameterDict or of "
-            "PEFT's BufferDict, which hold the adapters by name"
+            f"PEFT's BufferDict, which hold the adapters by name, and not {BASE!r}, the base model in adapter_names"
         )
 
 
