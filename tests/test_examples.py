@@ -242,3 +242,21 @@ def test_glue_table():
         "classifier_learning_rate": 6e-4,
         "metric_for_best_model": "accuracy",
     }
+
+
+def test_many_users_train_as_each_does_alone(tmp_path, capsys):
+    """32 users for 20 steps in fp32: the losses of two of them are those of training alone, and the bank has all."""
+    from loraxs_kernels import demo
+
+    if not all(importlib.util.find_spec(name) for name in (*demo.PACKAGES["minilm"], "lmdb")):
+        pytest.skip("needs the demo's packages, which `make test` installs")
+    report, bank = tmp_path / "report.json", tmp_path / "bank"
+    arguments = ["--users", "32", "--steps", "20", "--batch", "1", "--alone", "2", "--tested", "1", "--device", "cpu"]
+    script("train_many").main([*arguments, "--bank", str(bank), "--report", str(report)])
+    found = json.loads(report.read_text())
+    assert found["alone"]["users"] == 2 and found["alone"]["largest_loss_difference"] <= 1e-5
+    assert len(found["losses"]) == 32 and all(len(each) == 20 for each in found["losses"].values())
+    with lx.AdapterBank(bank) as opened:
+        assert len(opened) == 32 and not opened.verify()
+        opened.export("user-0031", tmp_path / "adapter.safetensors")
+    assert "32 at once: 20 steps" in capsys.readouterr().out
