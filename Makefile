@@ -31,8 +31,8 @@ DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
-INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py
-EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py
+INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
+EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 # What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
 NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
 NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py)
