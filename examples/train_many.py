@@ -37,9 +37,13 @@ CHUNK = 32  # questions that run together
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(argv)
+    if min(options.users, options.steps, options.batch) < 1 or min(options.sweep or [1.0]) <= 0:
+        raise SystemExit("users, steps and batch must be at least 1, the rates of --sweep above 0")
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     job = minilm.job_for(Settings("minilm", options.bank.parent, "quick", device, time.perf_counter()))
+    if options.users > len(job.train) and not options.sweep:
+        raise SystemExit(f"--users: got {options.users} for {len(job.train)} questions, must be at most as many")
     base = job.fresh().to(device).eval()
     fit_head(base, job.train)
     adapted = lx.attach(
@@ -137,11 +141,12 @@ def together(
         began = time.perf_counter()
         for step in zip(*plans.values(), strict=True):
             optimizer.zero_grad()
-            totals = dict.fromkeys(names, 0.0)
-            for some in chunks(data, [(row, name) for name, part in zip(names, step, strict=True) for row in part]):
+            totals, shares = dict.fromkeys(names, 0.0), dict(zip(names, step, strict=True))
+            for some in chunks(data, [(row, name) for name, part in shares.items() for row in part]):
                 rows, users = map(list, zip(*some, strict=True))
                 logits = model(**data.batch(rows), adapter_ids=users)
-                own = F.cross_entropy(logits, data.labels[rows], reduction="none") / len(step[0])
+                counts = torch.tensor([len(shares[name]) for name in users], device=data.device)
+                own = F.cross_entropy(logits, data.labels[rows], reduction="none") / counts
                 own.sum().backward()  # the sum over users of the mean over the questions of each
                 for name, part in zip(users, own.tolist(), strict=True):
                     totals[name] += part

@@ -41,6 +41,8 @@ NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recip
 HOW = ("init", "seed", "method", "block", "n_iter", "tier")  # of a recipe: what decides A and B of one weight
 DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
+HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -112,6 +114,8 @@ def save_adapter(
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
     """`adapted_layers`; ValueError for one that is not in memory, or whose name no other model has."""
     for name, layer in adapted_layers(model):
+        if layer.seat is not None and layer.seat.put_on:
+            raise ValueError(f"model: {HAS_BANK}; export(name, path) of the bank writes one of its adapters")
         if "_fsdp_wrapped_module" in name:
             raise ValueError(
                 f"model: is wrapped by FullyShardedDataParallel (module {name!r}), whose names no other model has; use "
@@ -195,6 +199,8 @@ def load_adapter(
         on.  The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
     given, model, path = model, unwrapped(model), Path(path)
+    if any(isinstance(m, LoRAXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):
+        raise ValueError(f"model: {HAS_BANK}; add(name, path) of the bank takes the file in")
     entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_file
-from .bank_layers import BankedLinear, Selection, Slots, turn, with_adapter_ids
+from .bank_layers import BATCHED, Seat, Selection, Slots, batch_of, turn, why_not_mixed, with_adapter_ids
 from .bank_store import Store
 from .bank_training import Training
 from .factors import WORKSPACE, compute_devices
@@ -37,8 +37,11 @@ class Attached:
     """What `attach` leaves on a model, as `model.loraxs_bank`."""
 
     bank: AdapterBank
+    whole: bool  # whether this is the model, and not a transformers model inside of it
     put_on: bool  # whether the layers are the bank's own
     trained: tuple[str, ...]  # parameters that required a gradient before
+    unmixed: str | None  # why the samples of a batch cannot have different adapters
+    images: str | None  # the part that gets images, if it is adapted
 
 
 class AdapterBank(Store):
@@ -60,7 +63,7 @@ class AdapterBank(Store):
         self._lock = threading.RLock()
         self._slots: Slots | None = None
         self._training: Training | None = None
-        self._models: weakref.WeakKeyDictionary[nn.Module, list[BankedLinear]] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[nn.Module, list[LoRAXSLinear]] = weakref.WeakKeyDictionary()
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []  # in all threads
         self._in_graphs: weakref.WeakSet[Selection] = weakref.WeakSet()
@@ -104,8 +107,10 @@ class AdapterBank(Store):
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots: got {slots!r}, must be an integer of at least 1")
         given, model = model, unwrapped(model)
-        if any(isinstance(m, BankedLinear) or "loraxs_bank" in m.__dict__ for m in model.modules()):
+        if any("loraxs_bank" in m.__dict__ for m in model.modules()):
             raise ValueError("model: has a bank already; detach(model) of that bank takes it off")
+        if self._training is not None:
+            raise RuntimeError("model: adapters of this bank train on another one; close() the training first")
         if len(self._models) and self._slots.n != slots:
             raise ValueError(f"slots: got {slots}, must be {self._slots.n} as on the model that has this bank already")
         put_on = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
@@ -119,6 +124,10 @@ class AdapterBank(Store):
                     how = {"devices": devices, "workspace": workspace, "progress": progress}
                     adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, how)
             layers = dict(adapted_layers(model))
+            if name := next((name for name, layer in layers.items() if layer.A.is_meta), None):
+                raise ValueError(
+                    f"model: module {name!r} is on the meta device, must be in memory: load the weights first"
+                )
             self.check_basis(layers)
             if put_on:
                 with adapter_file.named(self.path):
@@ -129,10 +138,20 @@ class AdapterBank(Store):
                 for layer in layers.values():
                     layer.R.zero_()
             for module, (name, _) in enumerate(self.modules):
-                turn(layers[name], BankedLinear, undo)
-                layers[name].seat = (self, module)
-            turn(model, with_adapter_ids(type(model)), undo)
-            model.loraxs_bank = Attached(self, put_on, trained)
+                layers[name].seat = Seat(self, module, put_on)
+            seated = {id(layer) for layer in layers.values()}
+            parts = [
+                part
+                for part in model.modules()
+                if part is not model
+                and hasattr(part, "base_model_prefix")  # of transformers, which may be called by itself
+                and any(id(m) in seated for m in part.modules())
+            ]
+            images = [type(p).__name__ for p in parts if getattr(p, "main_input_name", "") == "pixel_values"]
+            told = put_on, trained, why_not_mixed(model), images[0] if images else None
+            for part in [*parts, model]:
+                turn(part, with_adapter_ids(type(part)), undo)
+                part.loraxs_bank = Attached(self, part is model, *told)
             model.requires_grad_(False)
         if not len(self._models):
             self._slots = Slots(self, slots)
@@ -143,16 +162,22 @@ class AdapterBank(Store):
         """Take the bank off a model, in place, with the layers that it put there; what trained before does again."""
         given, model = model, unwrapped(model)
         attached = model.__dict__.get("loraxs_bank")
-        if attached is None or attached.bank is not self:
+        if attached is None or attached.bank is not self or not attached.whole:
             raise ValueError("model: does not have this bank")
         if self.is_open():
             raise RuntimeError("model: adapters of its bank are selected; leave bank.select(...) first")
+        if self._training is not None:
+            raise RuntimeError("model: adapters of its bank train; close() the training first")
         with transaction(model) as undo:
+            for part in model.modules():
+                if "loraxs_bank" in part.__dict__:
+                    before = type(part).__mro__[1]
+                    if type(part) is not with_adapter_ids(before):
+                        raise ValueError(f"model: the class of a {type(part).__name__} was changed after bank.attach")
+                    turn(part, before, undo)
+                    del part.loraxs_bank
             for _, layer in adapted_layers(model):
-                turn(layer, LoRAXSLinear, undo)
                 del layer.seat
-            turn(model, type(model).__mro__[1], undo)
-            del model.loraxs_bank
             if attached.put_on:
                 detach(model)
             for name, p in model.named_parameters():
@@ -174,14 +199,20 @@ class AdapterBank(Store):
             fixed: let the shapes of all that runs depend on the batch alone and not on the names, so that a CUDA graph
                 recorded in the block can be replayed for others, given by `change` of what `with` returns.
 
-        A block counts for the thread, or asyncio task, that opened it; of nested ones the innermost does.
+        A block counts for the thread, or asyncio task, that opened it.  A thread that is started inside does not
+        inherit it, and a generator must not yield inside: there, give each call its `adapter_ids`.  Inside of a block
+        those of a call go before the block's.
 
         Raises:
             KeyError: a name that the bank does not have; nothing has run.
             ValueError: more different names than slots; tokens that no name has.
-            RuntimeError: the bank is on no model, or the model is merged.
+            RuntimeError: the bank is on no model, the model is merged, or another block is open in this thread.
         """
         names = self._names(names)
+        if fixed and self._training is not None:
+            raise ValueError(
+                "fixed: got True while adapters train, must be False: their steps follow no recorded graph"
+            )
         if not len(self._models):
             raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
         source = self._slots if self._training is None else self._training.source_of(names, self._slots)
@@ -215,14 +246,20 @@ class AdapterBank(Store):
             raise ValueError(f"names: the bank {self.path} was opened with mode {self.mode!r}, must be 'a' to train")
         if self._training is not None:
             raise RuntimeError("train: adapters of this bank train already; close() that first")
-        if isinstance(names, str) or not names or len(set(names)) != len(names) or None in names:
+        listed = [] if isinstance(names, (str, bytes)) else list(names)
+        if not listed or not all(isinstance(name, str) for name in listed) or len({*listed}) != len(listed):
             raise ValueError(f"names: got {names!r}, must be a list of different names")
+        for name in listed:
+            self.check_name(name)
         if len(self._models) != 1:
-            raise RuntimeError(f"train: the bank is on {len(self._models)} models, must be on one")
+            raise RuntimeError(
+                f"train: the bank is on {len(self._models)} models (copies that were called count), must be on one; "
+                "detach it from the others"
+            )
         if self.is_open():
             raise RuntimeError("train: adapters of this bank are selected; leave bank.select(...) first")
         (layers,) = self._models.values()
-        self._training = Training(self, layers, names, create)
+        self._training = Training(self, layers, listed, create)
         return self._training
 
     def _end(self, training: Training) -> None:
@@ -242,7 +279,9 @@ class AdapterBank(Store):
     def know(self, model: nn.Module) -> None:
         """Count a model as one that has this bank: after `attach`, and when a copy of such a model is called."""
         if model not in self._models:
-            self._models[model] = sorted((layer for _, layer in adapted_layers(model)), key=lambda layer: layer.seat[1])
+            self._models[model] = sorted(
+                (layer for _, layer in adapted_layers(model)), key=lambda layer: layer.seat.module
+            )
 
     def devices(self) -> set[torch.device]:
         """Of the layers that the bank is on."""
@@ -255,18 +294,22 @@ class AdapterBank(Store):
         """Whether a selection is open, in any thread."""
         return bool(self._open)
 
-    def enter(self, selection: Selection) -> Callable[[], None]:
+    def enter(self, selection: Selection, nested: bool) -> Callable[[], None]:
         """Open a selection in this thread; returns what closes it."""
+        before = self._selected.get()
+        if not nested and before is not None and before.entered:
+            raise RuntimeError("select: a block is open in this thread; leave it, or give the call its adapter_ids")
         with self._lock:
             for layers in self._models.values():
                 for layer in layers:
-                    layer.refuse_merged()
+                    layer.seat.refuse_merged(layer)
             selection.bring()
             self._open.append(selection)
         token = self._selected.set(selection)
 
         def leave() -> None:
-            self._selected.reset(token)
+            with suppress(ValueError):  # in another context, as of an asyncio task that closes a generator
+                self._selected.reset(token)
             with self._lock:
                 self._open.remove(selection)
                 selection.release()
@@ -275,22 +318,35 @@ class AdapterBank(Store):
 
     def current(self) -> Selection | None:
         """The selection that a layer called now belongs to; None: there is none."""
-        selection = self._selected.get()
-        if torch._C._current_graph_task_id() != -1:
+        selection, task = self._selected.get(), torch._C._current_graph_task_id()
+        if task != -1 and (selection is None or selection.task != task):
             return self._of_recomputation()
-        if selection is not None and selection.entered:
+        if selection is not None:
+            if not selection.entered:
+                raise RuntimeError(
+                    "select: the block that this task was started in has ended; give the call its adapter_ids"
+                )
             return selection
         if self._open:
             raise RuntimeError(
-                "adapter_ids: adapters of this bank are selected in another thread or task, and none in this one; call "
-                "the model with adapter_ids, None for the base model"
+                "adapter_ids: adapters of this bank are selected in another thread or task, and none in this one; give "
+                "the call its adapter_ids, a list with None for each sample of the base model"
             )
         return None
 
     def remember(self, y: Tensor, selection: Selection) -> None:
         """That a graph is there in which the selection was used: it may be needed again, by gradient checkpointing."""
-        y.grad_fn.metadata["loraxs_selection"] = selection
+        if torch._C._current_graph_task_id() != -1:
+            return
         self._in_graphs.add(selection)
+        selection.ahead += 1
+
+        def passed(*_: Any) -> None:  # holds the selection as long as the graph is there
+            selection.ahead -= 1
+            if not selection.ahead:
+                self._in_graphs.discard(selection)
+
+        y.grad_fn.register_hook(passed)
 
     def _of_recomputation(self) -> Selection:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
@@ -308,25 +364,75 @@ class AdapterBank(Store):
         return found[0]
 
     @contextmanager
-    def calling(self, names: Sequence[str | None] | None, batch: tuple[int, int] | None) -> Iterator[None]:
-        """Around a call of the model, on so many samples and rows of each."""
-        with nullcontext() if names is None else self.select(names):
+    def calling(
+        self, model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Around a call of the model, or of a transformers model inside of it."""
+        attached = model.loraxs_bank
+        if attached.whole:
+            self.know(model)
+        with self._selecting(names):
             selection = self.current()
             if selection is None:
                 yield
                 return
-            samples, expanding = selection.samples, selection.expanding
-            if batch is not None and samples and batch[0] != samples and not (expanding and batch[0] % samples == 0):
+            batch, samples = batch_of(args, kwargs), selection.samples
+            if selection.mixed:
+                if attached.unmixed is not None:
+                    raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
+                if attached.images and {"pixel_values", "input_ids"} <= kwargs.keys():
+                    raise ValueError(
+                        f"adapter_ids: got different adapters for one batch, and {attached.images} gets images, of "
+                        "which samples may have any number; leave it out of the bank (exclude_modules)"
+                    )
+            expected = (samples, samples and samples * selection.factor)
+            told = batch is not None and samples is not None and (attached.whole or selection.mixed)
+            if told and batch[0] not in expected:
                 raise ValueError(
                     f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
                 )
-            with selection.during(batch, expanding):
+            with selection.during(batch, selection.factor):
                 yield
 
     @contextmanager
-    def generating(self, names: Sequence[str | None] | None) -> Iterator[None]:
-        """Around `generate`, which calls the model on each sample as often as there are beams or sequences."""
-        with nullcontext() if names is None else self.select(names):
+    def generating(
+        self, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any], standard: bool
+    ) -> Iterator[None]:
+        """Around `generate`, which calls the model on each sample as often as there are beams or sequences.
+
+        standard: whether it is the one of transformers that all models share.
+        """
+        with self._selecting(names):
             selection = self.current()
-            with nullcontext() if selection is None else selection.during(None, True):
+            if selection is None:
                 yield
+                return
+            if selection.mixed and not (standard and kwargs.get("custom_generate") is None):
+                raise ValueError(
+                    "adapter_ids: got different adapters for one batch, and this generate is not the one that all "
+                    "models of transformers share, so that it may bring samples into another order"
+                )
+            prompts = kwargs.get("inputs", args[0] if args else None)
+            prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
+            if prompts is not None and selection.samples not in (None, prompts[0]):
+                raise ValueError(
+                    f"adapter_ids: got {selection.samples} names for {prompts[0]} prompts, must be one for each"
+                )
+            with selection.during(None, 1):
+                yield
+
+    def expanding(self, factor: int) -> None:
+        """That `generate` repeats each sample so many times from here on, the copies side by side."""
+        if (selection := self.current()) is not None:
+            selection.factor = factor
+
+    @contextmanager
+    def _selecting(self, names: Sequence[str | None] | None) -> Iterator[None]:
+        if names is None:
+            yield
+            return
+        selection = self.select(names).open(nested=True)
+        try:
+            yield
+        finally:
+            selection.close()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .indexed import NONE, RowIndex
+from .indexed import NONE, RowIndex, plain_tensors
 from .linear import LoRAXSLinear, adapted
 
 if TYPE_CHECKING:
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+# Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
+SEQUENCE_FIRST = ("xlnet", "longformer", "led")
+TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
 class Source(Protocol):
     """Where the R of selected adapters are: the slots of a bank, or those that it trains."""
 
     n: int
-    reached: set[int] | None  # to which backward passes add the places of what they made gradients of
 
     def bring(self, names: Sequence[str]) -> dict[str, int]:
         """The places of these adapters, which they keep until `release`; KeyError for an unknown name."""
 
     def release(self, names: Sequence[str]) -> None: ...
 
-    def holds(self, places: Mapping[str, int]) -> bool:
-        """Whether these adapters are still in these places."""
+    def state(self, names: Iterable[str]) -> Any:
+        """What is equal to what it was as long as these adapters are where they were, and as they were."""
 
     def table(self, module: int, device: torch.device) -> Tensor:
         """R of a module for all places, (n, r, r) fp32, in place: what is brought later is written into it."""
@@ -45,8 +47,6 @@ class Slots:
 
     The adapter that has not been used for longest gives its slot to one that is not there, unless it is in use.
     """
-
-    reached = None
 
     def __init__(self, bank: AdapterBank, n: int) -> None:
         self.n, self.bank = n, bank
@@ -104,8 +104,8 @@ class Slots:
                 stream = torch.cuda.current_stream(device)
                 self._events[device, stream.cuda_stream] = stream.record_event()
 
-    def holds(self, places: Mapping[str, int]) -> bool:
-        return all(self._there.get(name, (None,))[0] == place for name, place in places.items())
+    def state(self, names: Iterable[str]) -> Any:
+        return {name: self._there.get(name) for name in names}
 
     def table(self, module: int, device: torch.device) -> Tensor:
         return self._views[device][module]
@@ -118,12 +118,12 @@ class Slots:
             raise RuntimeError("model: was moved to another device while adapters of its bank were selected")
         self._there.clear()
         self._free, self._events = list(range(self.n)), {}
-        ranks = [rank for _, rank in self.bank.modules]
-        size = sum(rank * rank for rank in ranks)
-        self._tables = {device: torch.zeros(self.n, size, device=device) for device in devices}
-        self._views = {device: split(table, ranks) for device, table in self._tables.items()}
-        on_gpu = any(device.type == "cuda" for device in devices)
-        self._staged = torch.empty(size, pin_memory=on_gpu, device="cpu")
+        ranks, size = [rank for _, rank in self.bank.modules], self.bank.size
+        with plain_tensors():
+            self._tables = {device: torch.zeros(self.n, size, dtype=torch.float32, device=device) for device in devices}
+            self._views = {device: split(table, ranks) for device, table in self._tables.items()}
+            on_gpu = any(device.type == "cuda" for device in devices)
+            self._staged = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu, device="cpu")
 
     def _copy(self, name: str, slot: int) -> None:
         self.bank.read(name, self._staged)
@@ -131,7 +131,8 @@ class Slots:
             for (used_on, _), event in self._events.items():  # other streams may still read what is there
                 if used_on == device:
                     torch.cuda.current_stream(device).wait_event(event)
-            table[slot].copy_(self._staged)  # has been read when this returns
+            with torch.no_grad():
+                table[slot].copy_(self._staged)  # has been read when this returns
 
 
 def split(table: Tensor, ranks: Sequence[int]) -> list[Tensor]:
@@ -143,7 +144,7 @@ def split(table: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 class Selection(AbstractContextManager):
     """Which adapter each sample of a batch uses, for the calls inside the block; made by `AdapterBank.select`.
 
-    In threads each has its own.  Backward passes may run after the block has ended.
+    Each thread makes its own.  Backward passes may run after the block has ended.
     """
 
     def __init__(
@@ -152,26 +153,45 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
+        self._state: Any = None  # of the source, when they were brought
         self._indices: dict[torch.device, RowIndex] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._leave: Callable[[], None] | None = None
+        self.task = -1  # the backward pass in which it was opened
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
-        self.expanding = False  # whether `generate` runs, which repeats samples
+        self.ahead = 0  # of its graphs: how many layers no backward pass has been through
+        self.factor = 1  # by how much `generate` repeats each sample
 
     def __enter__(self) -> Selection:
-        self._undo.append(self.bank.enter(self))
-        return self
+        return self.open(nested=False)
 
     def __exit__(self, *_: Any) -> None:
-        self._undo.pop()()
+        self.close()
+
+    def open(self, nested: bool) -> Selection:
+        """nested: whether another selection may be open in this thread."""
+        if self._leave is not None:
+            raise RuntimeError("select: this selection is open already; make one for each block and thread")
+        self.task = torch._C._current_graph_task_id()
+        self._leave = self.bank.enter(self, nested)
+        return self
+
+    def close(self) -> None:
+        leave, self._leave = self._leave, None
+        leave()
 
     @property
     def entered(self) -> bool:
-        return bool(self._undo)
+        return self._leave is not None
 
     @property
     def samples(self) -> int | None:
         """How many there are; None: the rows are given one by one."""
         return len(self.names) if self._tokens is None else None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether different samples use different adapters, or some use none."""
+        return len(set(self.names if self._tokens is None else (self.names[i] for i in self._tokens))) > 1
 
     def change(self, names: Sequence[str | None]) -> None:
         """Other adapters for the same samples, in the same tensors, so that a recorded CUDA graph follows.
@@ -184,23 +204,34 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank._lock:
-            places = self.source.bring(_named(names))
-            self.source.release(_named(self.names))
-            self.names, self._places = names, places
+            before = self.names
+            self.release()
+            try:
+                self.names = names
+                self._bring()
+            except BaseException:
+                self.names = before
+                self._bring()
+                raise
             for index in self._indices.values():
                 index.change(self._numbers())
 
     def bring(self) -> None:
-        places = self.source.bring(_named(self.names))
-        if places != self._places:
-            self._places, self._indices = places, {}
+        before = self._places
+        self._bring()
+        if before != self._places:
+            self._indices = {}
+
+    def _bring(self) -> None:
+        self._places = self.source.bring(_named(self.names))
+        self._state = self.source.state(_named(self.names))
 
     def release(self) -> None:
         self.source.release(_named(self.names))
 
     def can_be_used_again(self) -> bool:
-        """Whether the adapters are still where they were in the block, which may have ended."""
-        return self.source.holds(self._places)
+        """Whether the adapters are still where and what they were in the block, which may have ended."""
+        return self.source.state(_named(self.names)) == self._state
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
@@ -209,9 +240,12 @@ class Selection(AbstractContextManager):
     def index(self, x: Tensor, device: torch.device, label: str) -> RowIndex:
         """The index of the rows of x (..., K); ValueError, naming the layer, where they cannot be told apart."""
         if device not in self._indices:
-            made = self._indices[device] = RowIndex(self._numbers(), self.source.n, device, fixed=self.fixed)
-            made.reached = self.source.reached
+            numbers = self._numbers()
+            numbers = numbers if self.mixed or self.fixed else numbers[:1]
+            self._indices[device] = RowIndex(numbers, self.source.n, device, fixed=self.fixed)
         index, rows = self._indices[device], math.prod(x.shape[:-1])
+        if len(index) == 1:  # all samples use the same
+            return index
         samples, (batch, length) = len(index), self.batch or (len(index), 1)
         if self._tokens is not None:
             fits = rows == samples
@@ -220,78 +254,74 @@ class Selection(AbstractContextManager):
         else:
             fits = rows in (samples, batch, batch * length)
         if not fits:
-            what, must = (
-                ("tokens", "a row for each")
-                if self._tokens
-                else ("samples", "one in each entry of its first dimension")
-            )
+            what = "a row for each token" if self._tokens else "one sample in each entry of its first dimension"
             raise ValueError(
-                f"{label}: got x of shape {tuple(x.shape)}, whose rows cannot be told to be those of {samples} {what}; "
-                f"must have {must}"
+                f"{label}: got x of shape {tuple(x.shape)}, must have {what} of {samples} for different adapters. "
+                "Layers that get windows, images or routed rows can use one adapter for the whole batch, or be left "
+                "out of the bank (exclude_modules)"
             )
         return index
 
-    def during(self, batch: tuple[int, int] | None, expanding: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def during(self, batch: tuple[int, int] | None, factor: int) -> Iterator[None]:
         """While the model runs on so many samples, and so many rows of each, or generates."""
-        return _During(self, batch, expanding)
-
-
-class _During(AbstractContextManager):
-    def __init__(self, selection: Selection, batch: tuple[int, int] | None, expanding: bool) -> None:
-        self.selection, self.now = selection, (batch, expanding)
-
-    def __enter__(self) -> None:
-        s = self.selection
-        self.before = s.batch, s.expanding
-        s.batch, s.expanding = self.now
-
-    def __exit__(self, *_: Any) -> None:
-        self.selection.batch, self.selection.expanding = self.before
+        before = self.batch, self.factor
+        self.batch, self.factor = batch, factor
+        try:
+            yield
+        finally:
+            self.batch, self.factor = before
 
 
 def _named(names: Iterable[str | None]) -> list[str]:
     return [name for name in names if name is not None]
 
 
-class BankedLinear(LoRAXSLinear):
-    """A LoRAXSLinear on which a bank sits: within a selection each sample uses the R of its own adapter.
+class Seat:
+    """What a bank puts on a LoRAXSLinear: within a selection each sample uses the R of its own adapter.
 
-    Outside of one it computes with its own R.
+    put_on: whether the layer is the bank's own, so that R of the layer itself is not anybody's.
     """
 
-    seat: tuple[AdapterBank, int]  # the bank, and which of its modules this is
+    def __init__(self, bank: AdapterBank, module: int, put_on: bool) -> None:
+        self.bank, self.module, self.put_on = bank, module, put_on
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __deepcopy__(self, memo: dict) -> Seat:
+        return self
+
+    def selection(self) -> Selection | None:
+        """The one that a layer called now belongs to."""
         if torch.compiler.is_compiling():
-            return _uncompiled(self, x, *args, **kwargs)
-        bank, module = self.seat
-        selection = bank.current()
-        if selection is None:
-            return super().forward(x, *args, **kwargs)
-        self.refuse_merged()
-        A, B = self._buffers["A"], self._buffers["B"]
-        index = selection.index(x, A.device, self.label)
-        R, p = selection.source.table(module, A.device), self.dropout if self.training else 0.0
-        s, base, name = bank.scalings[module], self._modules["base_layer"], self.recipe.name
+            return _selection_of(self)
+        return self.bank.current()
+
+    def output(self, layer: LoRAXSLinear, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y of the layer for the samples of a selection."""
+        if torch.compiler.is_compiling():
+            return _output_of(self, layer, selection, x, *args, **kwargs)
+        self.refuse_merged(layer)
+        A, B = layer._buffers["A"], layer._buffers["B"]
+        index = selection.index(x, A.device, layer.label)
+        R, p = selection.source.table(self.module, A.device), layer.dropout if layer.training else 0.0
+        s, base, name = self.bank.scalings[self.module], layer._modules["base_layer"], layer.recipe.name
         y = adapted(base, x, A, R, B, s, p, name, index, *args, **kwargs)
         if y.requires_grad:
-            bank.remember(y, selection)
+            self.bank.remember(y, selection)
         return y
 
-    def merge(self) -> None:
-        if self.seat[0].is_open():
+    def check_merge(self, layer: LoRAXSLinear) -> None:
+        if self.bank.is_open():
             raise RuntimeError(
-                f"{self.label}: adapters of its bank are selected; leave bank.select(...) before merging"
+                f"{layer.label}: adapters of its bank are selected; leave bank.select(...) before merging"
             )
-        super().merge()
 
-    def refuse_merged(self) -> None:
-        if self.merged:
-            raise RuntimeError(f"{self.label}: is merged; lx.unmerge(model) before adapters are selected")
+    def refuse_merged(self, layer: LoRAXSLinear) -> None:
+        if layer.merged:
+            raise RuntimeError(f"{layer.label}: is merged; lx.unmerge(model) before adapters are selected")
 
 
-# What is selected changes from call to call: compiled code is interrupted for these layers.
-_uncompiled = torch._disable_dynamo(BankedLinear.forward)
+# What is selected changes from call to call: compiled code is interrupted for it.
+_selection_of, _output_of = torch._disable_dynamo(Seat.selection), torch._disable_dynamo(Seat.output)
 
 
 @cache
@@ -302,30 +332,39 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     and copies of this one keep it.
     """
 
-    def call(self: Any, *args: Any, adapter_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        bank = self.loraxs_bank.bank
-        bank.know(self)
-        with bank.calling(adapter_ids, batch_of(args, kwargs)):
-            return kind.__call__(self, *args, **kwargs)
+    def inside(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        attached, names = self.loraxs_bank, kwargs.pop("adapter_ids", None)
+        with attached.bank.calling(self, names, args, kwargs):
+            return run(self, *args, **kwargs)
 
-    uncompiled = torch._disable_dynamo(call, recursive=False)  # what it calls is compiled
+    uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (uncompiled if torch.compiler.is_compiling() else call)(self, *args, **kwargs)
+        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
 
-    def generate(self: Any, *args: Any, adapter_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        with self.loraxs_bank.bank.generating(adapter_ids):
-            return kind.generate(self, *args, **kwargs)
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_ids" not in kwargs:  # which `__call__` has taken out
+            return kind.forward(self, *args, **kwargs)
+        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.forward, self, args, kwargs)
 
-    body = {
-        "__call__": __call__,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
+    body = {"__call__": __call__, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    body["__qualname__"] = kind.__qualname__
     if callable(getattr(kind, "generate", None)):
-        body["generate"] = generate
-    return type(kind.__name__, (kind,), body)
+
+        @wraps(kind.generate)
+        def generate(self: Any, *args: Any, adapter_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+            standard = kind.generate.__module__ == "transformers.generation.utils"
+            with self.loraxs_bank.bank.generating(adapter_ids, args, kwargs, standard):
+                return kind.generate(self, *args, **kwargs)
+
+        def expand(self: Any, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+            self.loraxs_bank.bank.expanding(expand_size)
+            return super(made, self)._expand_inputs_for_generation(expand_size, *args, **kwargs)
+
+        body |= {"generate": generate, "_expand_inputs_for_generation": expand}
+    made = type(kind.__name__, (kind,), body)
+    return made
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -342,3 +381,20 @@ def turn(module: nn.Module, kind: type[nn.Module], undo: Any) -> None:
     """Let a module be of another class, until `undo` is run."""
     undo.callback(setattr, module, "__class__", type(module))
     module.__class__ = kind
+
+
+def why_not_mixed(model: nn.Module) -> str | None:
+    """Why the samples of a batch cannot have different adapters on this model, as far as that can be told; else None.
+
+    It is for layers that get rows of several samples in an order that their shape does not show.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in SEQUENCE_FIRST:
+        return f"a model of type {kind} has layers whose first dimension is not the batch"
+    for name, module in model.named_modules():
+        seated = any(isinstance(m, LoRAXSLinear) and m.seat is not None for m in module.modules())
+        if seated and name.rpartition(".")[2] == "experts":
+            return f"module {name!r} gives each expert tokens of any samples"
+        if seated and isinstance(module, TORCH_LAYERS) and not getattr(module, "batch_first", True):
+            return f"module {name!r} has batch_first=False, so that its first dimension is not the batch"
+    return None

@@ -257,6 +257,10 @@ class Store:
         with torch.no_grad():
             return out.copy_(R)
 
+    def check_name(self, name: str) -> None:
+        """Raise TypeError or ValueError for what cannot be the name of an adapter."""
+        _key(name)
+
     def digests(self, names: Iterable[str]) -> dict[str, bytes]:
         """The SHA-256 of each adapter's record as it is written there: another one for another record.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .bank_layers import Source, split
 from .basis import is_number
+from .indexed import plain_tensors
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -22,14 +23,13 @@ class Training(AbstractContextManager):
 
     Attributes:
         names: of the adapters, in the order of the first dimension of everything here.
-        parameters: for each module of the bank, in order, a Parameter (n, r, r) fp32 with R of every adapter; a list to
-            hand to any optimizer, but one that treats all elements alike changes adapters that no sample used, by
+        parameters: for each module of the bank, in order, a Parameter (n, r, r) fp32 with R of every adapter.  They can
+            be handed to any optimizer, but one that treats all elements alike changes adapters that no sample used, by
             weight decay and by moments that go on.  `optimizer` makes one that does not.
-        reached: the places of the adapters that backward passes have made gradients of since `optimizer` made a step or
-            cleared the gradients.
 
     A sample's gradient reaches the R of its own adapter alone.  For each adapter to train as it would alone, the loss
-    must be a sum over adapters of what each would have alone: the mean over its own samples, where that was a mean.
+    must be a sum over adapters of what each would have alone: the mean over its own samples, where that was a mean.  A
+    GradScaler looks at all together: where one has gradients that are not finite, none makes that step.
     """
 
     def __init__(self, bank: AdapterBank, layers: Sequence[LoRAXSLinear], names: Sequence[str], create: bool) -> None:
@@ -39,8 +39,8 @@ class Training(AbstractContextManager):
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"model: has adapted layers on several devices ({found}), must have all on one to train")
         self.device = devices.pop()
-        ranks = [rank for _, rank in bank.modules]
-        self._records = torch.empty(self.n, sum(rank * rank for rank in ranks), device=self.device)
+        with plain_tensors():
+            self._records = torch.empty(self.n, bank.size, dtype=torch.float32, device=self.device)
         for name, record in zip(self.names, self._records, strict=True):
             if name in bank:
                 if bank.record(name)[1] != bank.alphas:
@@ -54,8 +54,9 @@ class Training(AbstractContextManager):
                 record.copy_(torch.cat(parts))
             else:
                 raise KeyError(f"names: the bank {bank.path} has no adapter {name!r}; create=True begins a new one")
-        self.parameters = [nn.Parameter(R) for R in split(self._records, ranks)]  # views: one record is contiguous
-        self.reached: set[int] = set()
+        with plain_tensors():
+            views = split(self._records, [rank for _, rank in bank.modules])  # a record is contiguous
+        self.parameters = [nn.Parameter(R) for R in views]
         self._places = {name: place for place, name in enumerate(self.names)}
 
     def optimizer(
@@ -71,16 +72,24 @@ class Training(AbstractContextManager):
         return AdapterAdamW(self, lr, betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm)
 
     def commit(self, names: Sequence[str] | None = None) -> None:
-        """Write these adapters, or all, to the bank as they are now, in one transaction.
+        """Write these adapters, or all, to the bank as they are now, in one transaction, rounded to the bank's dtype.
 
         Raises ValueError, naming adapter and module, where R has NaN or Inf values; nothing is written then.
         """
+        self.check_open()
+        if isinstance(names, str):
+            raise TypeError(f"names: got {names!r}, must be a list of names")
         modules = [name for name, _ in self.bank.modules]
         of = {
             name: {module: R.detach()[self._place(name)] for module, R in zip(modules, self.parameters, strict=True)}
             for name in (self.names if names is None else names)
         }
         self.bank.add_many(of, replace=True)
+
+    def check_open(self) -> None:
+        """Raise a RuntimeError after `close`."""
+        if self.bank._training is not self:
+            raise RuntimeError("this training is closed, and its adapters are those of the bank again")
 
     def close(self) -> None:
         """End: selections use what the bank has again.  What was not committed is given up."""
@@ -107,13 +116,14 @@ class Training(AbstractContextManager):
         return slots
 
     def bring(self, names: Sequence[str]) -> dict[str, int]:
-        return {name: self._places[name] for name in names}
+        self.check_open()
+        return {name: self._place(name) for name in names}
 
     def release(self, names: Sequence[str]) -> None:
         pass
 
-    def holds(self, places: Mapping[str, int]) -> bool:
-        return True
+    def state(self, names: Iterable[str]) -> Any:
+        return None  # they stay where they are
 
     def table(self, module: int, device: torch.device) -> Tensor:
         if device != self.device:
@@ -124,8 +134,8 @@ class Training(AbstractContextManager):
 class AdapterAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, as torch.optim.AdamW) whose state and step count are each adapter's own.
 
-    A step changes the adapters that backward passes have reached since the last one, and only those: the others keep
-    their values, moments and counts, where AdamW would decay and go on moving them.
+    A step changes the adapters that have a gradient, and only those.  The others, whose gradient is zero everywhere,
+    keep their values, moments and counts, where AdamW would decay and go on moving them.
 
     Args:
         lr: for all, or for each name.  A scheduler of torch changes the largest, param_groups[0]["lr"]; the others
@@ -145,32 +155,36 @@ class AdapterAdamW(torch.optim.Optimizer):
         max_norm: float | None,
     ) -> None:
         if isinstance(lr, Mapping):
-            if wrong := sorted(lr.keys() ^ set(training.names)):
-                raise ValueError(f"lr: {wrong[0]!r} is in only one of lr and the adapters trained, must be in both")
+            if wrong := sorted(map(repr, lr.keys() ^ set(training.names))):
+                raise ValueError(f"lr: {wrong[0]} is in only one of lr and the adapters trained, must be in both")
             rates = [lr[name] for name in training.names]
         else:
             rates = [lr] * training.n
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+            raise ValueError(f"betas: got {betas!r}, must be two numbers")
         numbers = {"lr": rates, "betas": betas, "eps": [eps], "weight_decay": [weight_decay]}
         numbers["max_norm"] = [] if max_norm is None else [max_norm]
         for argument, values in numbers.items():
             for value in values:
                 if not is_number(value) or value < 0 or (argument == "betas" and value >= 1):
                     raise ValueError(f"{argument}: got {value!r}, must be a number of at least 0, below 1 for betas")
-        largest = max(rates)
-        self._ratios = torch.tensor([rate / largest if largest else 1.0 for rate in rates], dtype=torch.float64)
-        self._training = training
-        defaults = {
-            "lr": float(largest),
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_norm": max_norm,
-        }
-        super().__init__(training.parameters, defaults)
+        largest, self._training = max(rates), training
+        ratios = [rate / largest if largest else 1.0 for rate in rates]
+        defaults = {"lr": float(largest), "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        own = {"max_norm": max_norm, "names": list(training.names), "ratios": ratios}
+        super().__init__(training.parameters, defaults | own)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._training.reached.clear()
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError("param_group: this optimizer is for the adapters alone; use another one beside it")
+        super().add_param_group(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another run's state, with its rates; ValueError for other adapters, or another order of them."""
+        theirs, ours = state_dict["param_groups"][0].get("names"), list(self._training.names)
+        if theirs != ours:
+            raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -178,33 +192,34 @@ class AdapterAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        training, group = self._training, self.param_groups[0]
-        rows = sorted(training.reached)
-        training.reached.clear()
-        if not rows:
+        training, group, p = self._training, self.param_groups[0], self._training._records
+        training.check_open()
+        if all(R.grad is None for R in training.parameters):
             return loss
-        p, state = training._records, self.state[training.parameters[0]]
+        if training.parameters[0].data_ptr() != p.data_ptr():
+            raise RuntimeError("parameters: their memory was replaced (by .data or .to), must be written in place")
+        state = self.state[training.parameters[0]]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] = torch.zeros(training.n, dtype=torch.float64, device="cpu")
-        at = torch.tensor(rows, device=p.device)
-        gradients = [(R.new_zeros(R.shape) if R.grad is None else R.grad) for R in training.parameters]
-        g = torch.cat([each.index_select(0, at).flatten(1) for each in gradients], dim=1)
+            state["step"] = torch.zeros(training.n, dtype=torch.float64, device=p.device)
+        gradients = [torch.zeros_like(R) if R.grad is None else R.grad for R in training.parameters]
+        g = torch.cat([each.flatten(1) for each in gradients], dim=1)
+        there = (g != 0).any(dim=1)
         if group["max_norm"] is not None:
             g *= (group["max_norm"] / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-        state["step"][rows] += 1
-        count, lr = state["step"][rows], group["lr"] * self._ratios[rows]
+        count = state["step"] + there
+        lr = group["lr"] * torch.tensor(group["ratios"], dtype=torch.float64, device=p.device)
         beta1, beta2 = group["betas"]
 
         def column(values: Tensor) -> Tensor:
-            return values.to(p.device, p.dtype)[:, None]
+            return values.to(p.dtype)[:, None]
 
-        values, m, v = (t.index_select(0, at) for t in (p, state["exp_avg"], state["exp_avg_sq"]))
-        values *= column(1 - lr * group["weight_decay"])
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m = state["exp_avg"].lerp(g, 1 - beta1)
+        v = (state["exp_avg_sq"] * beta2).addcmul_(g, g, value=1 - beta2)
         spread = v.sqrt().div_(column((1 - beta2**count).sqrt())).add_(group["eps"])
-        values -= column(lr / (1 - beta1**count)) * (m / spread)
-        for t, new in ((p, values), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
-            t.index_copy_(0, at, new)
+        moved = p * column(1 - lr * group["weight_decay"]) - column(lr / (1 - beta1**count)) * (m / spread)
+        made = ((state["exp_avg"], m), (state["exp_avg_sq"], v), (p, moved))
+        made = [(t, torch.where(there[:, None], new, t)) for t, new in made]  # what can fail has been done
+        for t, new in (*made, (state["step"], count)):
+            t.copy_(new)
         return loss

@@ -14,7 +14,8 @@ Nothing here compiles or measures: without `lx.backend(...)` the products are th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -30,6 +31,13 @@ from .ops import no_autocast, rows_of, rows_of_out
 
 NONE = -1  # the index of rows that use no R: the base model
 FEW = 8  # rows that share an R, on average, from which it pays to bring them together
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Make tensors that serve every later call, also where this one runs in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,12 @@ class RowIndex:
         fixed: let the shapes of what runs depend on the numbers of rows and samples alone, so that a CUDA graph can
             be recorded once and replayed after `change`.
 
-    Attributes: reached, a set to which each backward pass adds the R that it has made a gradient of, or None.
     Raises ValueError, naming the position, for a number that no R has.
     """
 
     def __init__(self, index: Sequence[int] | Tensor, n: int, device: torch.device, *, fixed: bool = False) -> None:
         self.index, self.n, self.device, self.fixed = _checked(index, n), n, device, fixed
-        self.reached: set[int] | None = None
+        self._compact: tuple[RowIndex, list[int]] | None = None
         self._blocks: dict[int, Blocks] = {}
         self._rows: dict[int, Tensor] = {}
 
@@ -84,15 +91,25 @@ class RowIndex:
     def rows(self, T: int) -> Tensor:
         """The index of each of T rows, (T,) int32 on the device: what kernels read."""
         if T not in self._rows:
-            per_sample = torch.tensor(self.index, dtype=torch.int32)
-            self._rows[T] = per_sample.repeat_interleave(self.per_sample(T)).to(self.device)
+            with plain_tensors():
+                per_sample = torch.tensor(self.index, dtype=torch.int32)
+                self._rows[T] = per_sample.repeat_interleave(self.per_sample(T)).to(self.device)
         return self._rows[T]
 
     def blocks(self, T: int) -> Blocks:
         """T rows in blocks."""
         if T not in self._blocks:
-            self._blocks[T] = self._fixed(T) if self.fixed else self._grouped(T)
+            with plain_tensors():
+                self._blocks[T] = self._fixed(T) if self.fixed else self._grouped(T)
         return self._blocks[T]
+
+    def compact(self) -> tuple[RowIndex, list[int]]:
+        """The same index into the R that occur alone, and which those are."""
+        if self._compact is None:
+            used = sorted({*self.index} - {NONE})
+            place = {i: at for at, i in enumerate(used)} | {NONE: NONE}
+            self._compact = RowIndex([place[i] for i in self.index], max(len(used), 1), self.device), used
+        return self._compact
 
     def per_sample(self, T: int) -> int:
         """How many of T rows each sample has."""
@@ -107,7 +124,7 @@ class RowIndex:
         new = _checked(index, self.n)
         if len(new) != len(self.index):
             raise ValueError(f"index: got {len(new)} samples, must be {len(self.index)} as before")
-        self.index = new
+        self.index, self._compact = new, None
         for T, rows in self._rows.items():
             rows.copy_(torch.tensor(new, dtype=torch.int32).repeat_interleave(T // len(new)))
         for T, blocks in self._blocks.items():
@@ -158,7 +175,10 @@ def _checked(index: Sequence[int] | Tensor, n: int) -> list[int]:
         if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype is torch.bool:
             raise TypeError(f"index: got {index.dtype}, must be integers")
         index = index.reshape(-1).tolist()
-    index = list(index)
+    try:
+        index = [i if isinstance(i, bool) or not hasattr(i, "__index__") else i.__index__() for i in index]
+    except TypeError:
+        raise TypeError(f"index: got a {type(index).__name__}, must be integers, one for each sample or row") from None
     for position, i in enumerate(index):
         if isinstance(i, bool) or not isinstance(i, int):
             raise TypeError(f"index: got {i!r} at position {position}, must be an integer")
@@ -244,6 +264,9 @@ class IndexedLowRankLinear(torch.autograd.Function):
         need_gX, need_gR, _ = ctx.needs_input_grad
         into = None if out is None else rows_of_out(out)
         y, z = lowrank_linear(x, W, A, R, B, s, bias, into, index, forced)
+        if not need_gR:  # a copy of the R that occur: others take their places in a bank before the backward
+            index, used = index.compact()
+            R = R[used or [0]]
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
         ctx.s, ctx.index, ctx.forced = s, index, forced
         return y if out is None else out.new_empty(()).expand(out.shape)
@@ -265,6 +288,4 @@ class IndexedLowRankLinear(torch.autograd.Function):
                 if len(gY):
                     blocks = ctx.index.blocks(len(gY))
                     gR.index_copy_(0, blocks.members, cast(gram(v, z, blocks, ctx.s), R.dtype))
-                    if ctx.index.reached is not None:
-                        ctx.index.reached.update(blocks.used)
         return gX, gR, None

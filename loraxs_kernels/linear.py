@@ -45,6 +45,8 @@ class LoRAXSLinear(nn.Module):
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
+    # Where an adapter bank has put one, it computes what the samples of a batch have selected (bank_layers.py).
+    seat: Any = None
 
     def __init__(
         self,
@@ -179,6 +181,8 @@ class LoRAXSLinear(nn.Module):
         self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.seat is not None and (selection := self.seat.selection()) is not None:
+            return self.seat.output(self, selection, x, *args, **kwargs)
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
@@ -190,7 +194,7 @@ class LoRAXSLinear(nn.Module):
     def _joins(self) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
         W = weight_view(self.base_layer)
-        if W is None or self.merged or _hooked(self.base_layer) or _hooked(self):
+        if W is None or self.merged or self.seat is not None or _hooked(self.base_layer) or _hooked(self):
             return False
         p = self.dropout if self.training else 0.0
         return not (self.bias is not None and self.bias.requires_grad) and _is_one_primitive(W, self.A, p)
@@ -237,6 +241,8 @@ class LoRAXSLinear(nn.Module):
         TypeError where W is not a dense tensor; the layer is then as it was.
         """
         if not self.merged:
+            if self.seat is not None:
+                self.seat.check_merge(self)
             merged = self.merged_dense_weight()
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous

@@ -323,8 +323,10 @@ def detach(model: M, *, merge: bool = False) -> M:
     a base layer has no dense weight to merge into.  The model is then as it was.
     """
     adapted = list(adapted_layers(model))
-    if any("loraxs_bank" in module.__dict__ for module in model.modules()):
-        raise ValueError("model: has a bank of adapters; detach(model) of the bank takes it off")
+    if name := next((name for name, layer in adapted if layer.seat is not None), None):
+        raise ValueError(
+            f"model: module {name!r} belongs to a bank of adapters; detach(model) of the bank takes it off"
+        )
     if not merge and any(layer.merged for _, layer in adapted):
         raise ValueError(
             "merge: the adapters are merged; detach(model, merge=True) keeps the merged weights, "

@@ -118,16 +118,6 @@ def test_gradients_come_compact_and_always_with_the_same_bits():
     assert all(torch.equal(total, gram(v, z, blocks, 0.5)) for _ in range(3))
 
 
-def test_what_backward_passes_reached_is_noted():
-    o, R = operands(4, 8, 8, 2), stacked(2)
-    index = index_of([3, 1, -1, 3], R)
-    index.reached = set()
-    y = lora_xs_linear(o.x.requires_grad_(), o.W, o.A, R.requires_grad_(), o.B, o.s, index=index)
-    assert index.reached == set()
-    y.sum().backward()
-    assert index.reached == {1, 3}
-
-
 def test_a_fixed_index_changes_in_place():
     o, R = operands(8, 16, 12, 4), stacked(4)
     fixed = RowIndex([0, -1, 3, 3], len(R), R.device, fixed=True)

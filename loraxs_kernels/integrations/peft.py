@@ -808,11 +808,11 @@ class _Samples:
             given = [*args[:1], kwargs.get(main), kwargs.get("inputs_embeds")]
         else:
             given = [*args, *kwargs.values()]
-        x = next((each for each in given if isinstance(each, Tensor) and each.dim()), None)
-        if x is not None and len(x) != len(self.names):
+        lengths = [len(each) for each in given if isinstance(each, Tensor) and each.dim()]
+        if lengths and len(self.names) not in (lengths[:1] if main else lengths):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.names)} and {len(x)} respectively."
+                f"{len(self.names)} and {lengths[0]} respectively."
             )
 
     def tell(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
