@@ -62,6 +62,8 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
         raise ImportError("reading a model needs the package transformers: pip install transformers") from error
     entries, _, _ = adapter_file.read(adapter)
     dtypes = {entry["recipe"].weight_dtype for entry in entries.values()} - {None}
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, config.architectures[0])
@@ -72,6 +74,9 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
             f"model: {folder} cannot be loaded as a transformers model ({reason}); in Python: load it, then "
             "lx.load_adapter(model, ADAPTER) and lx.AdapterBank.create(BANK, model)"
         ) from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _add(arguments: argparse.Namespace) -> None:

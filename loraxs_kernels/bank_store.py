@@ -505,7 +505,7 @@ class Store:
             ALPHA.pack_into(value, DIGEST + HEAD.size + i * ALPHA.size, *pair)
         R = torch.frombuffer(value, dtype=self.dtype, offset=start)
         torch.cat([matrices[module].flatten().to(self.dtype) for module, _ in self.modules], out=R)
-        scaled = R.float()
+        scaled = R.to(torch.float32, copy=True)
         for i, alpha in own:
             module = self.modules[i][0]
             scaled[self.places[module]] *= alpha / self.alphas[module]

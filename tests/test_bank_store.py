@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -366,13 +365,11 @@ def test_files_that_do_not_belong_together(tmp_path):
         lx.AdapterBank(tmp_path / "one")
 
 
-def test_without_lmdb(tmp_path, monkeypatch):
+def test_without_lmdb(tmp_path):
     lx.AdapterBank.create(tmp_path / "bank", trained()).close()
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    bank_store._lmdb.cache_clear()
-    monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    with pytest.raises(ImportError, match=r'pip install "loraxs_kernels\[bank\]"'):
-        lx.AdapterBank(tmp_path / "bank")
+    code = "sys.modules['lmdb'] = None\ntry:\n    lx.AdapterBank(path)\nexcept ImportError as error:\n    print(error)"
+    said = ended(child(code, tmp_path / "bank"))
+    assert said == 'an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"\n'
 
 
 def test_a_damaged_record_is_refused_by_name(bank):
@@ -493,7 +490,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 for many in (False, True):
     try:
         for n in range(100):
-            bank.add_many((f"b{n}.{i}", R(i)) for i in range(1000 if many else 1))
+            bank.add_many((f"b{many}{n}.{i}", R(i)) for i in range(1000 if many else 1))
     except OSError as error:
         assert path in str(error), error
     else:
@@ -518,7 +515,7 @@ while last < 40:
     last = n
     for name in bank:
         R = bank.read(name)
-        assert (R == R[0]).all() and int(R[0]) == int(name)
+        assert (R == R[0]).all() and int(R[0]) == int(name.split('.')[0])
 print(last)
 """
 
@@ -527,24 +524,22 @@ def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch
     monkeypatch.setattr(bank_store, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"
     with lx.AdapterBank.create(path, trained()) as bank:
-        readers = [child(READER, path) for _ in range(3)]
-        assert [reader.stdout.readline() for reader in readers] == ["ready\n"] * 3
+        readers = [child(READER, path) for _ in range(2)]
+        assert [reader.stdout.readline() for reader in readers] == ["ready\n"] * 2
         first = bank._environment.lmdb.info()["map_size"]
         for i in range(40):
-            bank.add(str(i), {"0": torch.full((4, 4), float(i)), "2": torch.full((3, 3), float(i))})
-            bank.add_many(
-                ((f"{i}", {"0": torch.full((4, 4), float(i)), "2": torch.full((3, 3), float(i))}),), replace=True
-            )
+            bank.add(str(i), {name: torch.full((r, r), float(i)) for name, r in bank.modules})
             if i == 20:
-                bank.add_many(
-                    (f"{1000 + k}", {n: torch.full((r, r), 1000.0 + k) for n, r in bank.modules}) for k in range(2000)
-                )
+                R = {name: torch.full((r, r), 1000.0) for name, r in bank.modules}
+                bank.add_many((f"1000.{k}", R) for k in range(2000))
         assert bank._environment.lmdb.info()["map_size"] > 4 * first
-        assert [int(ended(reader)) >= 40 for reader in readers] == [True] * 3
+        assert [int(ended(reader)) >= 40 for reader in readers] == [True] * 2
 
 
-def test_threads_read_and_write(bank, monkeypatch):
+def test_threads_read_and_write(tmp_path, monkeypatch):
     """Readers of this process while the map moves: no memory of it is held outside of a transaction."""
+    monkeypatch.setattr(bank_store, "FIRST_MAP", 2**16)
+    bank, R = lx.AdapterBank.create(tmp_path / "bank", trained()), R_of(0)
     bank.add_many((f"n{i}", R_of(i)) for i in range(50))
     first, wrong = bank._environment.lmdb.info()["map_size"], []
     expected = [flat(R_of(i)) for i in range(50)]
@@ -557,15 +552,18 @@ def test_threads_read_and_write(bank, monkeypatch):
                     if not torch.equal(own.read(f"n{i}"), expected[i]):
                         wrong.append(i)
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
+    threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for k in range(8):
-        bank.add_many((f"m{k}.{i}", R_of(i)) for i in range(2000))
-    stop.set()
+    try:
+        for k in range(8):
+            bank.add_many((f"m{k}.{i}", R) for i in range(300))
+    finally:
+        stop.set()
     for thread in threads:
         thread.join()
-    assert not wrong and bank._environment.lmdb.info()["map_size"] > first
+    assert not wrong and bank._environment.lmdb.info()["map_size"] > 4 * first
+    bank.close()
 
 
 @posix
@@ -611,8 +609,9 @@ def test_a_damaged_basis_is_refused(tmp_path_factory, damage):
             bank.add("a", R_of(1))
         shutil.copy(folder / "basis.safetensors", folder / "whole")
     path, whole = folder / "basis.safetensors", (folder / "whole").read_bytes()
+    path.write_bytes(whole)
+    _retie(folder)
     if damage["how"] in ("field", "tensor"):
-        path.write_bytes(whole)
         header, f = unsealed(path, "loraxs_bank", "file")
         tensors = tensors_of(f, path)
         if damage["how"] == "field":
