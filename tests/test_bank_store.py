@@ -147,7 +147,7 @@ def test_names(bank):
     assert list(bank) == sorted(names)
     assert all(torch.equal(bank.read(name), flat(R_of(i))) for i, name in enumerate(names))
     for name in ("", "x" * 512, "a\0b", "\ud800"):
-        with pytest.raises(ValueError, match="^name: "):
+        with pytest.raises(ValueError, match=r"^name: "):
             bank.add(name, R_of(0))
         assert name not in bank
     with pytest.raises(TypeError, match="name: got a int"):
@@ -312,7 +312,7 @@ def test_opening(tmp_path):
         lx.AdapterBank(path)
     with pytest.raises(ValueError, match=r"^model: has no LoRA-XS adapters"):
         lx.AdapterBank.create(path, mlp())
-    with pytest.raises(ValueError, match="dtype: got torch.float16"):
+    with pytest.raises(ValueError, match=r"dtype: got torch.float16"):
         lx.AdapterBank.create(path, trained(), dtype=torch.float16)
     with pytest.raises(ValueError, match="module '0': alpha is 0"):
         lx.AdapterBank.create(path, trained(alpha=0.0))
@@ -320,7 +320,7 @@ def test_opening(tmp_path):
     bank = lx.AdapterBank.create(path, trained())
     with pytest.raises(ValueError, match="is a bank already"):
         lx.AdapterBank.create(path, trained())
-    with pytest.raises(ValueError, match="mode: got \"w\"|mode: got 'w'"):
+    with pytest.raises(ValueError, match=r"mode: got \"w\"|mode: got 'w'"):
         lx.AdapterBank(path, "w")
     reader = lx.AdapterBank(str(path) + "/../bank")
     bank.add("a", R_of(1))
@@ -471,7 +471,7 @@ def test_a_killed_create_can_be_made_again(tmp_path, monkeypatch):
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         assert (path / "basis.safetensors").exists() == (k == 1)
-        with pytest.raises((FileNotFoundError, ValueError), match="there is no bank|creation was not finished"):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"there is no bank|creation was not finished"):
             lx.AdapterBank(path)
         with lx.AdapterBank.create(path, trained()) as bank:
             bank.add("a", R_of(1))
