@@ -1,11 +1,11 @@
-"""How fast an adapter bank writes and reads records of 112 KiB (224 modules of r = 16 in bf16), and how large it is.
+"""How fast an adapter bank writes and reads records of 112 KiB (224 modules, r = 16, bf16), and how large it is.
 
     python bench/bank_store.py --out bench/results/cpu
 
-DIR/<date>-<commit>-bank-store.json has a row for each question, microseconds a record (medians, but for writes the mean):
-records added one transaction each and all in one, from R by module; `read` from page cache and with the page cache
-emptied for the file, each name once in random order; and the bytes of data.mdb over those of the records.  No record is
-read before it is timed, but for "warm".
+DIR/<date>-<commit>-bank-store.json holds, in microseconds a record: adding R by module, one transaction each and all in
+one (mean); `read` of every name once, in random order, after the file was taken out of the page cache ("cold": the
+system reads ahead, so that many of these are there already; see percentile_99) and again ("warm"), medians; `verify`
+(mean).  And the bytes of data.mdb beside those of R alone.
 """
 
 from __future__ import annotations
