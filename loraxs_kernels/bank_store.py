@@ -526,8 +526,8 @@ class Store:
         for i, pair in enumerate(own):
             ALPHA.pack_into(value, DIGEST + HEAD.size + i * ALPHA.size, *pair)
         R = torch.frombuffer(value, dtype=self.dtype, offset=start)
-        torch.cat([matrices[module].flatten().to(self.dtype) for module, _ in self.modules], out=R)
-        scaled = R.float()
+        R.copy_(torch.cat([matrices[module].flatten() for module, _ in self.modules]))
+        scaled = R.to(torch.float32, copy=True)
         for i, alpha in own:
             module = self.modules[i][0]
             scaled[self.places[module]] *= alpha / self.alphas[module]

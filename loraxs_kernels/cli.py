@@ -30,7 +30,7 @@ MOST_LAYERS = 10**5  # or labels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `init`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the exit status.
+    """Run `loraxs info`, `init`, `bank`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the exit status.
 
     0: all went well.  1: an error, told in one line on stderr.  130: stopped by Ctrl-C.  141: the reader of the output
     has gone, as in `loraxs params ... | head -1`; nothing is printed, and shells report the same number, 128 + SIGPIPE,
@@ -112,6 +112,7 @@ def _failed(command: str, message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it."""
+    from . import bank_cli
     from .bench import command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "what is installed, which backends can run here, and why not")
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
+    bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
     _add_demo(add("demo", _demo, "fine-tune a real model on real questions, offline"))
     command.add_bench(add("bench", command.bench, "time LoRA-XS layers and their neighbours, side by side"))
@@ -211,6 +213,13 @@ def _init(arguments: argparse.Namespace) -> int:
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _bank(arguments: argparse.Namespace) -> int:
+    from . import bank_cli
+
+    with _told_in_lines("loraxs bank"), _quiet_transformers():
+        return bank_cli.command(arguments)
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:

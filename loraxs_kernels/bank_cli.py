@@ -1,0 +1,118 @@
+"""The `loraxs bank` commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import adapter_file
+from .bank import AdapterBank
+
+
+def add_bank(parser: argparse.ArgumentParser) -> None:
+    """Add the commands, with the function that runs each as `act`."""
+    commands = parser.add_subparsers(dest="action", required=True)
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.add_argument("bank", type=Path, help="folder of the bank")
+        added.set_defaults(act=globals()[f"_{name}"])
+        return added
+
+    create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter file")
+    create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
+    create.add_argument("--adapter", type=Path, required=True, help="a file of lx.save_adapter for that model")
+    create.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of R in the bank")
+    adding = add("add", "store adapter files by their names without .safetensors, all of them or none")
+    adding.add_argument("files", type=Path, nargs="+", help="adapter files, or folders of them")
+    adding.add_argument("--replace", action="store_true", help="adapters of the same names")
+    add("list", "print the names of the adapters")
+    add("verify", "read every adapter; exit 1 if one is damaged")
+    export = add("export", "write an adapter to a file for lx.load_adapter")
+    export.add_argument("name")
+    export.add_argument("-o", "--out", type=Path, required=True, help="the file to write, *.safetensors")
+    add("remove", "delete an adapter").add_argument("name")
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run `loraxs bank`; unknown names and missing packages are errors in one line like any other."""
+    try:
+        arguments.act(arguments)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from error
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def _create(arguments: argparse.Namespace) -> None:
+    model = _model(arguments.model, arguments.adapter)
+    adapter_file.load_adapter(model, arguments.adapter, progress=False)
+    with AdapterBank.create(arguments.bank, model, dtype=getattr(torch, arguments.dtype)) as bank:
+        print(f"{arguments.bank}: a bank for {len(bank.modules)} modules, {bank.size:,} numbers an adapter")
+
+
+def _model(folder: Path, adapter: Path) -> torch.nn.Module:
+    """The model in a folder, of the class that its config.json names, in the dtype that the adapter was trained in."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("reading a model needs the package transformers: pip install transformers") from error
+    entries, _, _ = adapter_file.read(adapter)
+    dtypes = {entry["recipe"].weight_dtype for entry in entries.values()} - {None}
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind = getattr(transformers, config.architectures[0])
+        return kind.from_pretrained(folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", local_files_only=True)
+    except Exception as error:  # of many kinds, as for `loraxs params`
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model: {folder} cannot be loaded as a transformers model ({reason}); in Python: load it, then "
+            "lx.load_adapter(model, ADAPTER) and lx.AdapterBank.create(BANK, model)"
+        ) from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _add(arguments: argparse.Namespace) -> None:
+    files = [each for path in arguments.files for each in _files(path)]
+    with AdapterBank(arguments.bank, "a") as bank:
+        count = bank.add_many(((file.stem, file) for file in files), replace=arguments.replace)
+    print(f"{arguments.bank}: {count} adapters added")
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if not (files := sorted(path.glob("*.safetensors"))):
+        raise ValueError(f"files: the folder {path} has no *.safetensors")
+    return files
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    with AdapterBank(arguments.bank) as bank:
+        for name in bank:
+            print(name)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    with AdapterBank(arguments.bank) as bank:
+        if wrong := bank.verify():
+            more = f"; {len(wrong)} are damaged in all: {', '.join(map(repr, wrong))}" if len(wrong) > 1 else ""
+            raise ValueError(f"{next(iter(wrong.values()))}{more}")
+        print(f"{arguments.bank}: {len(bank)} adapters, all whole")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    with AdapterBank(arguments.bank) as bank:
+        bank.export(arguments.name, arguments.out)
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    with AdapterBank(arguments.bank, "a") as bank:
+        bank.remove(arguments.name)
