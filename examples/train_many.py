@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.demo import Settings, minilm
-from loraxs_kernels.demo.training import Encoded, predict
+from loraxs_kernels.demo.training import Encoded
 from loraxs_kernels.files import write_atomically
 from loraxs_kernels.info import environment
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.users > len(job.train) and not options.sweep:
         raise SystemExit(f"--users: got {options.users} for {len(job.train)} questions, must be at most as many")
     base = job.fresh().to(device).eval()
-    fit_head(base, job.train)
+    minilm.fit_head(base, job.train)
     adapted = lx.attach(
         copy.deepcopy(base),
         options.rank,
@@ -109,17 +108,6 @@ def parser() -> argparse.ArgumentParser:
     add("--bank", type=Path, default=Path("many-out/bank"), help="folder of the bank, which must not exist yet")
     add("--report", type=Path, help="a JSON file for the figures")
     return made
-
-
-def fit_head(model: nn.Module, questions: Encoded) -> None:
-    """Logistic regression on the features of the frozen encoder, as the head that all adapters share."""
-    head, model.head = model.head, nn.Identity()
-    features = predict(model, questions).cpu().numpy()
-    found = LogisticRegression(max_iter=500).fit(features, questions.labels.cpu())
-    model.head = head
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(found.coef_))
-        head.bias.copy_(torch.from_numpy(found.intercept_))
 
 
 def batches(user: int, questions: int, options: argparse.Namespace) -> list[list[int]]:

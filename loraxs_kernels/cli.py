@@ -147,6 +147,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
     length.add_argument("--full", action="store_true", help="three seeds")
+    parser.add_argument("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter"
     )
@@ -154,7 +155,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    demo.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device)
+    demo.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device, arguments.many)
     return 0
 
 

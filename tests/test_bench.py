@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loraxs_kernels import LoRAXSLinear, reference
+from loraxs_kernels import LoRAXSLinear, indexed, reference
 from loraxs_kernels.bench import (
     BenchError,
+    bank,
     chain,
     command,
     gemm,
@@ -211,6 +212,49 @@ def test_a_wrong_chain_is_not_timed(monkeypatch, what):
     assert {row["path"]: row.get("reason") for row in rows} == {
         "torch": f"not timed, it is wrong: {what}",
         "reference": None,
+    }
+
+
+@pytest.fixture
+def small_bank(monkeypatch):
+    """A request of the question bank: 5 rows, and banks of 1 and 200 records."""
+    pytest.importorskip("lmdb")
+    monkeypatch.setattr(bank, "MODULES", 3)
+    monkeypatch.setattr(bank, "ADAPTERS", 5)
+    return tiny(questions=["bank"], tokens=[5], records=[200, 1], seconds=0.001)
+
+
+def test_bank_rows_are_checked_and_timed(small_bank):
+    rows = list(bank.rows(small_bank))
+    assert {row["status"] for row in rows} == {"ok"}
+    mixed = [(row["direction"], row["path"]) for row in rows if "records" not in row]
+    ours = [name for name in bank.PATHS if name != "peft"]
+    peft = [("forward", "peft")] if settings.importlib.util.find_spec("peft") else []
+    assert mixed == [("forward", name) for name in ours] + peft + [("both", name) for name in ours]
+    assert all(row["over"]["one"]["median"] > 0 for row in rows if "records" not in row)
+    banks = {(row["path"], row["records"]): row for row in rows if "records" in row}
+    batches = [(path, n) for n in (128, 200) for path in ("warm", "cold")]  # two batches of different samples
+    assert list(banks) == [*batches, ("read", 1), ("read", 200), ("adapter", 5)]
+    assert banks["cold", 200]["over"].keys() == {"fewest", "warm"} and banks["read", 200]["over"].keys() == {"fewest"}
+    assert (banks["read", 1]["bytes"], banks["adapter", 5]["bytes"]) == (4 * 4**2, 3 * 2 * 4**2)
+    assert banks["adapter", 5]["seconds"]["median"] > 0
+    grid = ("N", "K", "T", "r", "records")
+    assert len({tuple(row.get(key) for key in grid) for row in rows}) == bank.points(small_bank)
+
+
+def test_the_rows_of_a_mix(small_bank):
+    assert bank.mix("alike", 5) == [0] * 5 and sorted(bank.mix("different", 5)) == [0, 1, 2, 3, 4]
+    assert sorted(bank.mix("skewed", 5)) == [0, 0, 0, 1, 2] and bank.mix("skewed", 1) == [0]
+
+
+def test_wrong_rows_of_a_bank_are_not_timed(small_bank, monkeypatch):
+    mix = indexed.mix
+    monkeypatch.setattr(indexed, "mix", lambda z, R, blocks, s: mix(z, R.roll(1, 0), blocks, s))
+    found = {row["path"]: row.get("reason") for row in bank.rows(small_bank) if row["path"] != "peft"}
+    wrong = "not timed, it is wrong: y"
+    assert found == {
+        **{"one": None, "loop": None, "read": None, "adapter": None, "warm": wrong, "cold": wrong},
+        **dict.fromkeys(("alike", "different", "skewed"), wrong + ", gX"),
     }
 
 
@@ -495,6 +539,7 @@ BAD = {
     "two sources of shapes": (["--shape", "4x4", "--model", "tiny"], "model and shape: got tiny and ['4x4']"),
     "no tokens": (["--tokens", "0"], "tokens: got 0, must be at least 1"),
     "a negative rank": (["--rank", "4", "-1"], "rank: got -1, must be at least 1"),
+    "a bank of nothing": (["bank", "--records", "0"], "records: got 0, must be at least 1"),
     "no time": (["--seconds", "0"], "seconds: got 0, must be above 0"),
     "a device that is not there": (["--device", "cuda:99"], "device: 'cuda:99' cannot be used here"),
     "too long a sequence": (

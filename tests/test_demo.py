@@ -13,6 +13,7 @@ import pytest
 import standin
 import torch
 
+import loraxs_kernels as lx
 from loraxs_kernels import demo
 from loraxs_kernels.cli import main
 from loraxs_kernels.demo import DemoError, trec
@@ -60,13 +61,58 @@ def test_quick_demo(tmp_path, device, monkeypatch):
         assert f"{figure:.1%}" in run.stdout
 
 
+@needs_data
+def test_quick_demo_of_many(tmp_path):
+    """Each adapter of a mixed batch answers as it does exported and loaded alone, and the bank holds what is said."""
+    pytest.importorskip("lmdb")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "loraxs_kernels", "demo", "--many", "--quick", "--device", "cpu"]
+    command += ["--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((out / "report.json").read_text())
+    checks, disk, memory = report["checks"], report["disk"], report["memory"]
+    assert len(checks["adapters"]) == 8 and checks["questions"] == 100
+    for each in checks["adapters"].values():
+        assert each["different_predictions"] == 0 and each["largest_logit_difference"] < 1e-4
+        assert each["accuracy_mixed"] == each["accuracy_alone"] > 0.6
+    assert len({each["accuracy_mixed"] for each in checks["adapters"].values()}) > 1  # they are different adapters
+    assert sum(last - first for first, last in report["losses"].values()) < 0
+    with lx.AdapterBank(out / "bank") as bank:
+        assert len(bank) == disk["adapters"] == 100 and disk["record"] == 24 * 16 * 16 * 4
+        first, mixed = bank.read("trained-00"), bank.read("mixture-0000")
+        assert not torch.equal(first, mixed) and len([name for name in bank if name.startswith("trained")]) == 8
+    assert disk["bank"] == (out / "bank" / "data.mdb").stat().st_size < 1.5 * 100 * disk["record"]
+    assert list(memory) == ["before the bank", "8 adapters", "100 adapters"]
+    if None not in memory.values():
+        assert memory["100 adapters"] - memory["8 adapters"] < 2**26  # a model takes more than that
+    assert "8 trained, 92 mixtures of them" in run.stdout
+    for kind in report["throughput"].values():
+        assert f"{kind['questions_per_second']:,.0f}" in run.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and f"out: {out / 'bank'} is there already" in again.stderr
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "smollm2"], "model: got 'smollm2' for many adapters, must be minilm"),
+        (["--full"], "full: cannot be given with many"),
+    ],
+)
+def test_many_is_refused_for_what_it_is_not(tmp_path, options, message, capsys):
+    assert main(["demo", "--many", *options, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_stand_ins_are_a_model_and_questions_of_its_words(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from loraxs_kernels.demo import minilm
 
     standin.demo_packages(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    job = minilm._job(demo.Settings("minilm", tmp_path, "quick", torch.device("cpu"), time.perf_counter()))
+    job = minilm.job_for(demo.Settings("minilm", tmp_path, "quick", torch.device("cpu"), time.perf_counter()))
     assert 1 not in {token for question in job.test.tokens for token in question}  # the unknown word
     model = job.fresh()
     assert model(**job.train.batch([0, 1])).shape == (2, 6)

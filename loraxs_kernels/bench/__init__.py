@@ -3,7 +3,7 @@
     command.py    the two commands: arguments, checks, the run, what is printed
     shapes.py     the linear layers of real models
     paths.py      the ways to compute one layer, and the check that each is right
-    layer.py chain.py gemm.py group.py host.py choice.py model.py svd.py   the questions: functions that yield rows
+    layer.py chain.py gemm.py group.py host.py choice.py model.py svd.py bank.py   the questions: what yields rows
     experiments.py                     what decides the design of the kernels, beside what was predicted of it
     timer.py      timing several calls in turn; the machine's ceilings
     roofline.py   floors from counted bytes and flops

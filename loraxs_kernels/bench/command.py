@@ -28,7 +28,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help="layer, host (the default is these two), chain, gemm, group, choice, svd, model, experiments",
+        help="layer, host (the default is these two), chain, gemm, group, choice, svd, model, bank, experiments",
     )
     add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
@@ -43,6 +43,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add("--blocks", type=int, help="of the model, where not all: questions model and svd")
     add("--sequence", type=int, help="tokens in a sequence: question model")
     add("--batch", type=int, help="sequences in a step: question model")
+    add("--records", nargs="+", type=int, default=[], metavar="n", help="of the banks: question bank")
     add("--out", type=Path, help="a new .json file, or a folder: <folder>/<device>/<date>-<commit>.json")
     add("--html", type=Path, metavar="FILE", help="also write one self-contained page with plots (needs matplotlib)")
     add("--commit", help="what to note as the source, where it is not a git checkout")
@@ -67,6 +68,7 @@ def bench(arguments: argparse.Namespace) -> int:
         blocks=arguments.blocks,
         sequence=arguments.sequence,
         batch=arguments.batch,
+        records=arguments.records,
     )
     report = run(request, arguments.out, arguments.commit)
     if arguments.html is not None:
@@ -132,7 +134,9 @@ def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
     seen: set[tuple] = set()
     with tqdm(total=points, desc=question, unit="point", disable=None, leave=False) as bar:
         for row in rows:
-            where = tuple(f"{key} {row[key]}" for key in ("N", "K", "T", "r", "checkpointing", "again") if key in row)
+            where = tuple(
+                f"{key} {row[key]}" for key in ("N", "K", "T", "r", "records", "checkpointing", "again") if key in row
+            )
             if question == "model":
                 where = (row["path"], *where)
             if question == "experiments":

@@ -76,6 +76,8 @@ def provenance(report: dict[str, Any]) -> list[str]:
         )
     if "svd" in questions:
         lines.append("SVD: random weights, a decaying head over a Gaussian bulk; the truth is an fp64 eigensolver's.")
+    if "bank" in questions:
+        lines.append("Banks: random R; every path is checked against an fp64 oracle first, and all take turns.")
     if "model" in questions:
         lines.append("Steps: gR of the first step is compared with the reference layers' over the whole model.")
     return lines

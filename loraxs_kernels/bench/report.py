@@ -37,6 +37,10 @@ quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes
                  singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
                  bytes (of every read of W, ours alone), peak_bytes (on a GPU, beyond weights and results); for a whole
                  model matrices in place of N and K, and the errors of the last
+    bank         model, N, K, T, r, dtype, direction, mode; seconds and over {one} as above.  Of banks with `records`:
+                 paths warm and cold, over {fewest, warm}: the bank with the fewest records, and warm with as many;
+                 read (r alone, one record; over {fewest}) and adapter (modules): bytes of a record, and seconds on a
+                 CPU, too
     experiments  experiment, the sizes it has (N, K, T, r, direction), dtype, mode; seconds and over {path: spread} as
                  above; where there is a prediction unit ("s", "x": a ratio, "B/s", "B"), measured (a spread),
                  predicted {low, high, why} and ratio (of measured to the middle of predicted, a spread); swizzle: tile,
@@ -95,6 +99,7 @@ class Report:
                 "blocks": settings.blocks,
                 "sequence": settings.sequence,
                 "batch": settings.batch,
+                "records": settings.records,
             },
             "ceilings": None,
             "complete": False,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from . import BenchError, gemm
+from . import BenchError, bank, gemm
 from .paths import HOST_ONLY, PATHS
 from .roofline import DIRECTIONS
 from .shapes import MODELS, Shape, parse
 from .svd import METHODS
 
-QUESTIONS = ("layer", "chain", "gemm", "group", "host", "choice", "svd", "model", "experiments")
+QUESTIONS = ("layer", "chain", "gemm", "group", "host", "choice", "svd", "model", "bank", "experiments")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph")
 
@@ -42,6 +42,7 @@ class Settings:
     blocks: int | None  # of the model, where not all
     sequence: int  # of the question model: tokens of a sequence, and sequences of a step
     batch: int
+    records: tuple[int, ...]  # of the question bank: how many the banks have
 
 
 def check(
@@ -59,6 +60,7 @@ def check(
     blocks: int | None = None,
     sequence: int | None = None,
     batch: int | None = None,
+    records: Sequence[int] = (),
 ) -> Settings:
     """Fill in what was not asked for, by what the device can do in about a minute; refuse what cannot be.
 
@@ -85,10 +87,13 @@ def check(
         raise BenchError("question: 'experiments' needs a GPU, and there is none in use here")
     if "experiments" in questions and dtype == "fp32":
         raise BenchError("dtype: got 'fp32', the question experiments takes bf16 or fp16")
-    at_least_one(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch])
+    at_least_one(tokens=tokens, rank=ranks, blocks=[blocks], sequence=[sequence], batch=[batch], records=records)
     if seconds is not None and not 0 < seconds < 3600:
         raise BenchError(f"seconds: got {seconds:g}, must be above 0 and below 3600")
     given = tuple(map(parse, shapes))
+    bank_alone = set(questions) == {"bank"} and not model
+    if not given and bank_alone:
+        given = bank.SHAPES
     if not given:
         given = MODELS[model].shapes if model in MODELS else (Shape(1024, 1024), Shape(1024, 4096))
     longest = _longest_sequence(model) if "model" in questions else None
@@ -104,7 +109,7 @@ def check(
         questions=questions,
         model=model,
         shapes=given,
-        tokens=tuple(tokens) or ((512, 8192) if gpu else (64, 512)),
+        tokens=tuple(tokens) or (bank.TOKENS if bank_alone else (512, 8192) if gpu else (64, 512)),
         ranks=tuple(ranks) or ((16, 64) if gpu else (16,)),
         dtype=DTYPES[dtype],
         dtype_name=dtype,
@@ -118,6 +123,7 @@ def check(
         blocks=blocks,
         sequence=sequence or min(2048 if gpu else 64, longest or 2048),
         batch=batch or (4 if gpu else 2),
+        records=tuple(sorted(set(records))) or bank.RECORDS,
     )
 
 

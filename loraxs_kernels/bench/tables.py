@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import tax
+from . import bank, tax
 from .layer import Row
 from .paths import PATHS
 from .roofline import DIRECTIONS, STEP
@@ -93,6 +93,7 @@ def of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Tab
         "choice": (choices,),
         "svd": (svd,),
         "model": (models,),
+        "bank": (batches, banks),
         "experiments": (experiments, swizzles),
     }
     tables = [table for question in questions for make in makers[question] for table in make(report, ok)]
@@ -404,6 +405,48 @@ def models(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
                 *_noise(lines),
             ),
         )
+
+
+def batches(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """Many adapters in one batch, over one adapter."""
+    rows = [row for row in ok if row["question"] == "bank" and "records" not in row]
+    names = [name for name in bank.PATHS if name != "one" and any(row["path"] == name for row in rows)]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points: dict[tuple, dict[str, Row]] = {}
+        for row in (row for row in rows if row["mode"] == mode):
+            at = tuple(row[k] for k in ("dtype", "direction", "T", "N", "K", "r"))
+            points.setdefault(at, {})[row["path"]] = row
+        lines = [
+            [f"{dtype} {DIRECTIONS[direction]}, T {T}, {N} x {K}, r {r}", *(_over(point.get(n), "one") for n in names)]
+            for (dtype, direction, T, N, K, r), point in sorted(points.items(), key=lambda item: item[0][1:])
+        ]
+        notes = [f"{name}: {bank.PATHS[name][2]}." for name in ("one", *names)]
+        notes += ["one is 1; below 1 is faster. Quartiles in brackets.", *_noise(lines)]
+        yield Table(f"One layer, T rows of different adapters, {mode}", ["", *names], lines, tuple(notes))
+
+
+def banks(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
+    """What depends on how many records a bank has."""
+    rows = [row for row in ok if row["question"] == "bank" and "records" in row]
+    lines = []
+    for row in rows:
+        size = f" of {row['bytes'] / 1024:g} KiB" if "bytes" in row else ""
+        which = row["dtype"] if row["path"] in ("warm", "cold") else ""
+        milliseconds = NO_FIGURE
+        if "seconds" in row:
+            low, median, high = (1e3 * row["seconds"][quartile] for quartile in ("low", "median", "high"))
+            milliseconds = f"{median:.3f} ({low:.3f} to {high:.3f})"
+        what = " ".join(filter(None, (row["path"], which))) + f", {row['records']:,} records{size}"
+        lines.append([what, milliseconds, *(_over(row, other) for other in ("fewest", "warm"))])
+    if lines:
+        notes = (
+            f"warm, cold: select {bank.SAMPLES} names and run one layer, all of them in the slots or none. read: one "
+            f"record, checked. adapter: select one of {bank.MODULES} modules that is in no slot. All from the page "
+            "cache.",
+            "Quartiles in brackets.",
+            *_noise(lines),
+        )
+        yield Table("A bank, by its records", ["", "ms", "over the fewest records", "over warm"], lines, notes)
 
 
 def experiments(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:

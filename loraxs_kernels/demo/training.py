@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def first(self, count: int) -> Encoded:
+        """The first of them."""
+        part = copy.copy(self)
+        part.tokens, part.labels = self.tokens[:count], self.labels[:count]
+        return part
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
         """The named arguments of the model."""
