@@ -341,6 +341,11 @@ def test_opening(tmp_path):
         assert list(copy) == ["a", "b"]
 
 
+def test_weights_that_were_rounded_since_are_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"bank: A and B of 2 modules, the first .*'0'.* not to this model as it is"):
+        lx.AdapterBank.create(tmp_path / "bank", trained().bfloat16().float()).close()
+
+
 def test_files_that_do_not_belong_together(tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         with lx.AdapterBank.create(tmp_path / name, trained(model=other_weights(seed))) as bank:
@@ -444,11 +449,12 @@ for _ in range(100):
             os.write(writer, b"%d\\n" % i)
         os._exit(0)
     os.close(writer)
-    time.sleep(0.005 + random.random() * 0.02)
+    first = os.read(reader, 1)
+    time.sleep(random.random() * 0.02)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with open(reader) as f:
-        told += f.read().split()
+        told += (first.decode() + f.read()).split()
     with lx.AdapterBank(path) as bank:
         assert bank.verify() == {}
         for i in told[-100:]:
@@ -456,7 +462,7 @@ for _ in range(100):
         assert set(bank) >= {f"n{i}" for i in told}
 print(len(told))
 """
-    assert int(ended(child(code, path, env=os.environ | {"OMP_NUM_THREADS": "1"}))) > 100
+    assert int(ended(child(code, path, env=os.environ | {"OMP_NUM_THREADS": "1"}))) >= 100
 
 
 @posix
