@@ -171,8 +171,8 @@ class Store:
 
         if moved:
             warnings.warn(
-                f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The bank "
-                "attaches where the weights are those that A and B were made from, and not to this model as it is",
+                f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The "
+                "bank attaches where the weights are those that A and B were made from, and not to this model as it is",
                 stacklevel=3,  # past no_grad's wrapper
             )
         environment.run(seal, write=True)
