@@ -27,6 +27,7 @@ import os
 import struct
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -135,13 +136,14 @@ class Store:
             dtype: of R in the bank, fp32 or bf16; None: fp32.
 
         Raises ValueError where there is a bank already or the model has no adapters, before anything is written.  A
-        call that does not come to its end leaves no bank, and can be made again.
+        call that does not come to its end leaves no bank, and can be made again.  Warns, as `save_adapter` does, if the
+        base weights were rounded since A and B were made.
         """
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
         model, path = unwrapped(model), Path(path)
-        descriptions, records, factors = {}, {}, {}
+        descriptions, records, factors, moved = {}, {}, {}, []
         for name, layer in adapter_file.layers_to_save(model):
             descriptions[name] = adapter_file.description(layer, name)
             if not layer.alpha:
@@ -151,6 +153,8 @@ class Store:
                 raise ValueError(f"module {name!r}: A or B is not finite")
             if layer.recipe.init == "given":
                 factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
+            elif layer.why_no_load():
+                moved.append(layer)
         header = {"base_model": adapter_file.base_model(model), "dtype": basis.dtype_name(dtype)}
         saved = adapter_file.saved_tensors(model)
         parts = adapter_file.packed(KIND, header, descriptions, records, factors, *saved)
@@ -165,6 +169,12 @@ class Store:
             write_atomically(path / BASIS, *parts)
             txn.put(TIE, LAYOUT.to_bytes(4, "little") + bytes.fromhex(sha256_of(path / BASIS)))
 
+        if moved:
+            warnings.warn(
+                f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The "
+                "bank attaches where the weights are those that A and B were made from, and not to this model as it is",
+                stacklevel=3,  # past no_grad's wrapper
+            )
         environment.run(seal, write=True)
         return cls(path, "a")
 
