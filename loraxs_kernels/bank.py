@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_file
-from .bank_layers import BATCHED, Seat, Selection, Slots, batch_of, turn, why_not_mixed, with_adapter_ids
+from .bank_layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
 from .bank_store import Store
 from .bank_training import Training
 from .factors import WORKSPACE, compute_devices
@@ -30,6 +30,8 @@ from .transaction import keep, transaction
 from .weights import assign
 
 M = TypeVar("M", bound=nn.Module)
+# Arguments of a model's forward of which a sample may have any number.
+MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class Attached:
     put_on: bool  # whether the layers are the bank's own
     trained: tuple[str, ...]  # parameters that required a gradient before
     unmixed: str | None  # why the samples of a batch cannot have different adapters
-    images: str | None  # the part that gets images, if it is adapted
+    beside: str | None  # a module of the bank that is no part of the text decoder, where there is one
+
+
+class Unselected:
+    """What graphs of calls without a selection hold, in the place of one."""
+
+    ahead = 0
 
 
 class AdapterBank(Store):
@@ -66,7 +74,7 @@ class AdapterBank(Store):
         self._models: weakref.WeakKeyDictionary[nn.Module, list[LoRAXSLinear]] = weakref.WeakKeyDictionary()
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []  # in all threads
-        self._in_graphs: weakref.WeakSet[Selection] = weakref.WeakSet()
+        self._in_graphs: weakref.WeakSet[Selection | Unselected] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self  # for a copy of a model that has the bank
@@ -147,8 +155,12 @@ class AdapterBank(Store):
                 and hasattr(part, "base_model_prefix")  # of transformers, which may be called by itself
                 and any(id(m) in seated for m in part.modules())
             ]
-            images = [type(p).__name__ for p in parts if getattr(p, "main_input_name", "") == "pixel_values"]
-            told = put_on, trained, why_not_mixed(model), images[0] if images else None
+            decoder = None
+            with suppress(AttributeError, NotImplementedError, ValueError):  # of models that have none
+                decoder = model.get_decoder()
+            inside = set() if decoder is None else {id(m) for m in decoder.modules()}
+            beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
+            told = put_on, trained, why_not_mixed(model), beside
             for part in [*parts, model]:
                 turn(part, with_adapter_ids(type(part)), undo)
                 part.loraxs_bank = Attached(self, part is model, *told)
@@ -168,6 +180,8 @@ class AdapterBank(Store):
             raise RuntimeError("model: adapters of its bank are selected; leave bank.select(...) first")
         if self._training is not None:
             raise RuntimeError("model: adapters of its bank train; close() the training first")
+        if any(layer.merged for _, layer in adapted_layers(model)):
+            raise ValueError("model: is merged; lx.unmerge(model) before bank.detach")
         with transaction(model) as undo:
             for part in model.modules():
                 if "loraxs_bank" in part.__dict__:
@@ -215,7 +229,7 @@ class AdapterBank(Store):
             )
         if not len(self._models):
             raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
-        source = self._slots if self._training is None else self._training.source_of(names, self._slots)
+        source = self.source_of(names)
         if source is self._slots:
             self.digests([name for name in names if name is not None])
         if tokens is not None:
@@ -276,6 +290,10 @@ class AdapterBank(Store):
                 raise TypeError(f"adapter_ids: got {name!r}, must be a name, or None for the base model")
         return tuple(names)
 
+    def source_of(self, names: Sequence[str | None]) -> Source:
+        """Where a selection of these names finds its R now."""
+        return self._slots if self._training is None else self._training.source_of(names, self._slots)
+
     def know(self, model: nn.Module) -> None:
         """Count a model as one that has this bank: after `attach`, and when a copy of such a model is called."""
         if model not in self._models:
@@ -334,28 +352,40 @@ class AdapterBank(Store):
             )
         return None
 
-    def remember(self, y: Tensor, selection: Selection) -> None:
-        """That a graph is there in which the selection was used: it may be needed again, by gradient checkpointing."""
+    def remember(self, y: Tensor, selection: Selection | None) -> None:
+        """That a graph is there in which the selection, or none, was used: gradient checkpointing may need it again."""
         if torch._C._current_graph_task_id() != -1:
             return
-        self._in_graphs.add(selection)
-        selection.ahead += 1
+        with self._lock:
+            used = selection or next((u for u in self._in_graphs if isinstance(u, Unselected)), None) or Unselected()
+            used.ahead += 1
+            self._in_graphs.add(used)
 
-        def passed(*_: Any) -> None:  # holds the selection as long as the graph is there
-            selection.ahead -= 1
-            if not selection.ahead:
-                self._in_graphs.discard(selection)
+        def passed(*_: Any) -> None:  # holds `used` as long as the graph is there
+            if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)():  # for another backward pass
+                return
+            used.ahead -= 1
+            if not used.ahead:
+                self._in_graphs.discard(used)
 
         y.grad_fn.register_hook(passed)
 
-    def _of_recomputation(self) -> Selection:
+    def _of_recomputation(self) -> Selection | None:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            raise RuntimeError(
+                "gradient checkpointing: a backward pass calls a layer again, as with use_reentrant=True, which cannot "
+                "tell the adapters of its forward; must be use_reentrant=False"
+            )
         found = list(self._in_graphs)
         if len(found) != 1:
             raise RuntimeError(
-                f"gradient checkpointing: a backward pass calls a layer again, and {len(found)} selections may be "
-                "meant, must be one: use_reentrant=False, and run each backward pass before the next selection"
+                "gradient checkpointing: a backward pass calls a layer again, and "
+                f"the graphs of {len(found)} selections are there, must be of one: run backward for each call before "
+                "the next, and keep no loss or output of an earlier one"
             )
+        if isinstance(found[0], Unselected):
+            return None
         if not found[0].can_be_used_again():
             raise RuntimeError(
                 "gradient checkpointing: adapters of the batch have given their slots to others; run the backward pass "
@@ -380,10 +410,12 @@ class AdapterBank(Store):
             if selection.mixed:
                 if attached.unmixed is not None:
                     raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-                if attached.images and {"pixel_values", "input_ids"} <= kwargs.keys():
+                has = {name for name, given in kwargs.items() if given is not None}
+                if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
                     raise ValueError(
-                        f"adapter_ids: got different adapters for one batch, and {attached.images} gets images, of "
-                        "which samples may have any number; leave it out of the bank (exclude_modules)"
+                        "adapter_ids: got different adapters for one batch with images or sounds, of which samples may "
+                        f"have any number, and module {attached.beside!r} is no part of the text decoder; leave it out "
+                        "of the bank (exclude_modules)"
                     )
             expected = (samples, samples and samples * selection.factor)
             told = batch is not None and samples is not None and (attached.whole or selection.mixed)

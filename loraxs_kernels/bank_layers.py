@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .indexed import NONE, RowIndex, plain_tensors
 from .linear import LoRAXSLinear, adapted
+from .weights import held
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 # Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
-SEQUENCE_FIRST = ("xlnet", "longformer", "led")
+SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt", "mask2former", "oneformer")
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -172,12 +174,15 @@ class Selection(AbstractContextManager):
         if self._leave is not None:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
         self.task = torch._C._current_graph_task_id()
+        if (source := self.bank.source_of(self.names)) is not self.source:  # a training began or ended since
+            self.source, self._places, self._indices = source, {}, {}
         self._leave = self.bank.enter(self, nested)
         return self
 
     def close(self) -> None:
         leave, self._leave = self._leave, None
-        leave()
+        if leave is not None:
+            leave()
 
     @property
     def entered(self) -> bool:
@@ -213,8 +218,9 @@ class Selection(AbstractContextManager):
                 self.names = before
                 self._bring()
                 raise
-            for index in self._indices.values():
-                index.change(self._numbers())
+            finally:
+                for index in self._indices.values():
+                    index.change(self._numbers())
 
     def bring(self) -> None:
         before = self._places
@@ -289,22 +295,23 @@ class Seat:
     def __deepcopy__(self, memo: dict) -> Seat:
         return self
 
-    def selection(self) -> Selection | None:
-        """The one that a layer called now belongs to."""
+    def output(self, layer: LoRAXSLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y of the layer, for the samples of the selection that this call belongs to, or by the layer's own R."""
         if torch.compiler.is_compiling():
-            return _selection_of(self)
-        return self.bank.current()
-
-    def output(self, layer: LoRAXSLinear, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y of the layer for the samples of a selection."""
-        if torch.compiler.is_compiling():
-            return _output_of(self, layer, selection, x, *args, **kwargs)
-        self.refuse_merged(layer)
-        A, B = layer._buffers["A"], layer._buffers["B"]
-        index = selection.index(x, A.device, layer.label)
-        R, p = selection.source.table(self.module, A.device), layer.dropout if layer.training else 0.0
-        s, base, name = self.bank.scalings[self.module], layer._modules["base_layer"], layer.recipe.name
-        y = adapted(base, x, A, R, B, s, p, name, index, *args, **kwargs)
+            return _uncompiled(self, layer, x, *args, **kwargs)
+        selection = self.bank.current()
+        base, A, B = layer._modules["base_layer"], layer._buffers["A"], layer._buffers["B"]
+        s, index = layer.scaling, None
+        if selection is not None:
+            self.refuse_merged(layer)
+            index, s = selection.index(x, A.device, layer.label), self.bank.scalings[self.module]
+            R = selection.source.table(self.module, A.device)
+        elif layer.merged:
+            return F.linear(x, layer.merged_weight, base.bias, *args, **kwargs)
+        else:
+            R = held(layer, "R")
+        p = layer.dropout if layer.training else 0.0
+        y = adapted(base, x, A, R, B, s, p, layer.recipe.name, index, *args, **kwargs)
         if y.requires_grad:
             self.bank.remember(y, selection)
         return y
@@ -321,7 +328,7 @@ class Seat:
 
 
 # What is selected changes from call to call: compiled code is interrupted for it.
-_selection_of, _output_of = torch._disable_dynamo(Seat.selection), torch._disable_dynamo(Seat.output)
+_uncompiled = torch._disable_dynamo(Seat.output)
 
 
 @cache

@@ -196,7 +196,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         training.check_open()
         if all(R.grad is None for R in training.parameters):
             return loss
-        if training.parameters[0].data_ptr() != p.data_ptr():
+        starts = (p.data_ptr() + 4 * place.start for place in training.bank.places.values())
+        if any(R.data_ptr() != at for R, at in zip(training.parameters, starts, strict=True)):
             raise RuntimeError("parameters: their memory was replaced (by .data or .to), must be written in place")
         state = self.state[training.parameters[0]]
         if not state:

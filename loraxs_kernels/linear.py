@@ -181,8 +181,8 @@ class LoRAXSLinear(nn.Module):
         self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.seat is not None and (selection := self.seat.selection()) is not None:
-            return self.seat.output(self, selection, x, *args, **kwargs)
+        if self.seat is not None:
+            return self.seat.output(self, x, *args, **kwargs)
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear

@@ -496,6 +496,44 @@ def test_a_fixed_selection_of_all_slots_can_change_all(base, tuned, bank):
         assert_close(model(IDS[:2]).logits, alone(tuned, ["carol", "dave"]))
 
 
+def test_a_change_that_fails_changes_nothing(base, tuned, bank, monkeypatch):
+    model = bank.attach(copy.deepcopy(base), slots=2, progress=False)
+    read = bank.read
+
+    def damaged(name, out):
+        if name == "dave":
+            raise ValueError("is damaged")
+        return read(name, out)
+
+    monkeypatch.setattr(bank, "read", damaged)
+    with torch.no_grad(), bank.select(["alice", "bob"], fixed=True) as selection:
+        model(IDS[:2])
+        with pytest.raises(ValueError, match="is damaged"):
+            selection.change(["carol", "dave"])
+        assert_close(model(IDS[:2]).logits, alone(tuned, ["alice", "bob"]))
+
+
+def test_checkpointing_goes_with_every_graph_that_can_be_told(model, tuned, bank):
+    """A call without a selection; a graph that is kept for a second backward; and two graphs, which are refused."""
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def call(names=None):
+        return model(inputs_embeds=embeds, adapter_ids=names).logits.square().sum()
+
+    (plain,) = torch.autograd.grad(call(), embeds)
+    own = embeds.detach().clone().requires_grad_()
+    torch.testing.assert_close(plain, *torch.autograd.grad(tuned[None](inputs_embeds=own).logits.square().sum(), own))
+    y = call(["alice", None, "bob", "carol"])
+    (first,) = torch.autograd.grad(y, embeds, retain_graph=True)
+    assert torch.equal(first, *torch.autograd.grad(y, embeds, retain_graph=True))
+    other = call(["dave"] * 4)
+    with pytest.raises(RuntimeError, match="the graphs of 2 selections are there"):
+        torch.autograd.grad(y, embeds)
+    del other
+
+
 # Training.
 
 
@@ -570,11 +608,11 @@ def test_what_backward_cannot_know_is_refused(model, bank):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         first = model(IDS, labels=IDS, adapter_ids=names).loss
         second = model(IDS, labels=IDS, adapter_ids=names[::-1]).loss
-        with pytest.raises(RuntimeError, match="2 selections may be meant"):
+        with pytest.raises(RuntimeError, match="the graphs of 2 selections are there"):
             (first + second).backward()
         del first, second
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        with pytest.raises(RuntimeError, match="0 selections may be meant"):
+        with pytest.raises(RuntimeError, match="must be use_reentrant=False"):
             model(IDS, labels=IDS, adapter_ids=names).loss.backward()
 
 
@@ -639,12 +677,27 @@ def test_the_optimizer_s_state_is_that_of_its_adapters(model, bank):
             training.optimizer(1e-2).add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
+def test_a_selection_follows_a_training_that_began_since(model, bank):
+    selection = bank.select(["alice"] * 4)
+    with bank.train(["alice"]) as training, torch.no_grad():
+        before = model(IDS, adapter_ids=["alice"] * 4).logits
+        training.parameters[0].mul_(2)
+        with selection:
+            assert not torch.allclose(model(IDS).logits, before)
+        training.parameters[1].data = training.parameters[1].data.clone()
+        training.parameters[1].grad = torch.ones_like(training.parameters[1])
+        with pytest.raises(RuntimeError, match="parameters: their memory was replaced"):
+            training.optimizer(1e-3).step()
+
+
 def test_a_closed_training_changes_nothing(model, bank):
     with bank.train(["alice"]) as training:
         selection = bank.select(["alice"])
         with pytest.raises(RuntimeError, match="adapters of its bank train"):
             bank.detach(model)
-    for call in (training.commit, training.optimizer(1e-3).step, selection.__enter__):
+    with selection:  # of the bank's own R again
+        pass
+    for call in (training.commit, training.optimizer(1e-3).step):
         with pytest.raises(RuntimeError, match="this training is closed"):
             call()
 
