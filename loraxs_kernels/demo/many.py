@@ -1,11 +1,12 @@
 """`loraxs demo --many`: very many adapters of MiniLM in one bank, mixed in batches, each as good as loaded alone.
 
-All share the encoder and a head that is fitted once.  TRAINED adapters train at once, each on questions of its own; the
-rest of the bank are mixtures of those, since what is shown is how they are stored, mixed and served.
+All share the encoder and a head that is fitted once.  A few adapters train at once, each on questions of its own; the
+rest of the bank are mixtures of those, since what is shown is how adapters are stored, mixed and served.
 
-report.json: what ran, where and when; losses at the first and last steps by adapter; `checks` of single adapters in
-mixed batches against the same ones exported and loaded alone; `throughput`, questions a second with quartiles, and
-over one adapter; `memory`, resident bytes by stage; `disk`, bytes.
+report.json: what ran, where and when; how many adapters were trained; the losses of their first and last steps;
+`checks` of single adapters in mixed batches against the same ones exported and loaded alone; `throughput`, in questions
+a second (the median, and each round's), and the time over that of one adapter; `memory`, resident bytes by stage;
+`disk`, bytes.
 """
 
 from __future__ import annotations
