@@ -33,7 +33,10 @@ COMPONENTS = {
     ),
     "adapter bank": (
         [
-            *(f"loraxs_kernels/{name}.py" for name in ("indexed", "bank_store", "bank", "bank_layers", "bank_training")),
+            *(
+                f"loraxs_kernels/{name}.py"
+                for name in ("indexed", "bank_store", "bank", "bank_layers", "bank_training")
+            ),
             "loraxs_kernels/backends/triton_indexed",
         ],
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",

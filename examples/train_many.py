@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(argv)
     if min(options.users, options.steps, options.batch) < 1 or min(options.sweep or [1.0]) <= 0:
         raise SystemExit("users, steps and batch must be at least 1, the rates of --sweep above 0")
+    if options.bank.exists():
+        raise SystemExit(f"--bank: {options.bank} is there already, and no bank is overwritten; name another folder")
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     job = minilm.job_for(Settings("minilm", options.bank.parent, "quick", device, time.perf_counter()))

@@ -22,15 +22,17 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import itertools
 import math
 import os
 import struct
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -47,8 +49,13 @@ from .linear import LoRAXSLinear
 from .model import unwrapped
 from .weights import FLOATS, whole
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 KIND = "loraxs_bank"
-BASIS, DATA = "basis.safetensors", "data.mdb"
+BASIS, DATA, LOCK = "basis.safetensors", "data.mdb", "lock.mdb"
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUT = 1  # of the LMDB environment
 TIE = b"\0loraxs_bank"
@@ -57,6 +64,7 @@ HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
 DIGEST = 32
 FIRST_MAP = 2**20  # bytes of address space, doubled whenever they are full
 READERS = 4096  # transactions at a time, of all processes
+ATTEMPTS = 1000  # milliseconds to wait for another thread that closes an environment
 PAGE = 1000  # names read in one transaction
 IN_MEMORY = 2**26  # bytes of records that wait in memory, and not in a temporary file, for their transaction
 
@@ -89,7 +97,7 @@ class Store:
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
         if mode not in ("r", "a"):
             raise ValueError(f'mode: got {mode!r}, must be "r" or "a"')
-        self.path, self.mode = Path(path), mode
+        self.path, self.mode = Path(path).absolute(), mode
         file = self.path / BASIS
         if not (file.is_file() and (self.path / DATA).is_file()):
             raise FileNotFoundError(f"path: there is no bank {path}; AdapterBank.create(path, model) makes one")
@@ -144,6 +152,9 @@ class Store:
             raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
         model, path = unwrapped(model), Path(path)
         descriptions, records, factors, moved = {}, {}, {}, []
+        _lmdb()  # before a folder is made
+        if (path / BASIS).exists():
+            _refuse_foreign(path / BASIS)
         for name, layer in adapter_file.layers_to_save(model):
             descriptions[name] = adapter_file.description(layer, name)
             if not layer.alpha:
@@ -191,7 +202,10 @@ class Store:
     def _run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
         """What a call returns for a transaction; room: bytes that it will write."""
         self._check_open(write)
-        if self._environment.process != os.getpid():  # this one was made by fork
+        forked = self._environment.process != os.getpid()
+        if (write or forked) and _identity(self.path) != self._environment.identity:
+            raise ValueError(f"{self.path}: {DATA} was replaced since the bank was opened; open it again")
+        if forked:
             self._environment = _Environment.at(self.path)
         return self._environment.run(call, write, room)
 
@@ -213,12 +227,16 @@ class Store:
             return False
         return self._run(lambda txn: txn.get(key) is not None)
 
-    def __iter__(self) -> Iterator[str]:
-        return self.names()
+    def __bool__(self) -> bool:
+        return True  # empty or not
 
-    def names(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         """The names of all adapters, sorted.  Those that are added or removed meanwhile may be among them or not."""
         return map(self._name, self._keys())
+
+    def names(self) -> list[str]:
+        """The names of all adapters, sorted."""
+        return list(self)
 
     def _keys(self) -> Iterator[bytes]:
         after = TIE
@@ -555,8 +573,12 @@ class Store:
     def export(self, name: str, path: str | os.PathLike) -> None:
         """Write an adapter as a file for `load_adapter`, as `save_adapter` writes it: R and alpha as they are stored.
 
-        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged.
+        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged, or the path is
+        one of the bank's own files.
         """
+        own = {os.path.realpath(self.path / file) for file in (BASIS, DATA, LOCK)}
+        if os.path.realpath(path) in own:
+            raise ValueError(f"path: {path} is a file of the bank itself, must be another")
         stored, alphas = self.record(name)
         descriptions, records, factors = {}, {}, {}
         for module, R in stored.items():
@@ -598,6 +620,14 @@ class Store:
 FINGERPRINT = tuple(each.name for each in fields(Fingerprint))
 
 
+def _refuse_foreign(file: Path) -> None:
+    """ValueError for a file in the place of a basis that no `create`, killed or not, has left there."""
+    try:
+        unsealed(file, KIND, "basis of an adapter bank")
+    except ValueError as error:
+        raise ValueError(f"path: {file} is there and is no bank's; must be a new folder") from error
+
+
 def _stacked(rank: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype]]]:
     sizes = {"S": (rank,), "left": (rank, PROBES), "right": (rank, PROBES)}
     sizes |= {"gram_A": (rank, rank), "gram_B": (rank, rank)}
@@ -623,7 +653,7 @@ def _pairs(items: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(items, Mapping):
         return items.items()
     if not isinstance(items, (str, os.PathLike)):
-        return items
+        return _checked_pairs(items)
     folder = Path(items)
     if not folder.is_dir():
         raise FileNotFoundError(f"items: there is no folder {items}")
@@ -631,6 +661,16 @@ def _pairs(items: Any) -> Iterable[tuple[str, Any]]:
     if not files:
         raise ValueError(f"items: the folder {items} has no *.safetensors")
     return ((file.stem, file) for file in files)
+
+
+def _checked_pairs(items: Any) -> Iterator[tuple[str, Any]]:
+    must = "a mapping, pairs of a name and an adapter, or a folder"
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items: got a {type(items).__name__}, must be {must}")
+    for pair in items:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"items: got {pair!r} among them, must be {must}")
+        yield tuple(pair)
 
 
 def _part(f: BinaryIO, start: int, length: int) -> bytes:
@@ -682,7 +722,12 @@ class _Gate:
         with self._changed:
             self._changed.wait_for(lambda: not self._shut)
             self._shut = True
-            self._changed.wait_for(lambda: not self._inside)
+            try:
+                self._changed.wait_for(lambda: not self._inside)
+            except BaseException:  # Ctrl-C
+                self._shut = False
+                self._changed.notify_all()
+                raise
 
     def open(self) -> None:
         with self._changed:
@@ -695,27 +740,39 @@ class _Environment:
 
     It closes with the last of them.  No memory that LMDB maps is left outside of a transaction, since the map moves
     when it grows.
+
+    LMDB tells by a lock on the first byte of its lock file that others have the environment open.  That lock is the
+    process's, so that the system drops it when the process opens and closes that file again, as a copy of the folder
+    does; the next process would then begin a new lock file under the feet of this one.  A second lock, which belongs to
+    an open file of its own, stays.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.process = path, os.getpid()
+        self.path, self.process, self.lock = path, os.getpid(), None
         readonly = (path / DATA).exists() and not os.access(path / DATA, os.W_OK)
         size = 0 if (path / DATA).exists() else FIRST_MAP  # 0: as it is
-        with _told(path):
+        with _told(path, but="already open"):
             self.lmdb = _lmdb().open(
                 str(path), size, readonly=readonly, create=False, max_readers=READERS, max_spare_txns=0
             )
             self.main = self.lmdb.open_db(None)
             self.lmdb.reader_check()  # forget readers that were killed
+        self.identity = _identity(path)
+        with suppress(OSError, AttributeError):  # where the system has such locks, and the file can be read
+            self.lock = os.open(path / LOCK, os.O_RDONLY)
+            fcntl.fcntl(self.lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 1, 0))
         info, page = self.lmdb.info(), self.lmdb.stat()["psize"]
         must, size = (info["last_pgno"] + 1) * page, os.path.getsize(path / DATA)
         if size < must:
             damaged(path / DATA, f"it has {size} bytes and must have {must}; copy it again")
 
+    def __del__(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
     @classmethod
     def at(cls, path: Path, create: bool = False) -> _Environment:
         """The environment of a folder, opened where it is not."""
-        _lmdb()
         with _lock:
             try:
                 there = _environments.get(_identity(path))
@@ -723,10 +780,18 @@ class _Environment:
                 if not create:
                     raise
                 there = None
-            if there is None:
-                there = cls(path)
-                _environments[_identity(path)] = there
-            return there
+            for attempt in itertools.count():
+                try:
+                    if there is None:
+                        there = cls(path)
+                        _environments[there.identity] = there
+                    return there
+                except _lmdb().Error as error:  # that it is open: another thread is about to close it
+                    if attempt == ATTEMPTS or "already open" not in str(error):
+                        raise OSError(
+                            f"{path}: LMDB says {error}; if {DATA} was replaced, close the bank that was opened before"
+                        ) from error
+                    time.sleep(0.001)
 
     def run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
         """What a call returns for a transaction, which is committed then; room: bytes that it will write.
@@ -762,8 +827,8 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """LMDB's errors as the ValueError of a damaged file or an OSError, which name it."""
+def _told(path: Path, but: str | None = None) -> Iterator[None]:
+    """LMDB's errors, but for those with a word, as the ValueError of a damaged file or an OSError, which name it."""
     lmdb = _lmdb()
     try:
         yield
@@ -774,6 +839,10 @@ def _told(path: Path) -> Iterator[None]:
     except lmdb.DiskError as error:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     except lmdb.Error as error:
+        if but is not None and but in str(error):
+            raise
+        if isinstance(error, lmdb.ReadonlyError) or "Permission denied" in str(error):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / LOCK)) from error
         raise OSError(f"{path}: LMDB says {error}") from error
 
 
@@ -792,5 +861,8 @@ def _after_fork_in_child() -> None:
     global _gate, _lock
     for each in list(_environments.values()):
         each.lmdb.close()
+        if each.lock is not None:
+            os.close(each.lock)
+            each.lock = None
     _environments.clear()
     _gate, _lock = _Gate(), threading.Lock()

@@ -160,7 +160,7 @@ def test_names(bank):
 def test_names_are_read_in_pages(bank, monkeypatch):
     monkeypatch.setattr(bank_store, "PAGE", 7)
     bank.add_many((f"{i:03}", R_of(i)) for i in range(50))
-    names = bank.names()
+    names = iter(bank)
     assert next(names) == "000"
     bank.remove("049")
     bank.add("0000", R_of(0))
@@ -696,3 +696,47 @@ def test_commands(tmp_path, capsys):
     (tmp_path / "bank" / "data.mdb").write_bytes(data.replace(value, value[:-1] + bytes([value[-1] ^ 1])))
     status, out, err = run("verify", bank)
     assert status == 1 and "'user2'" in err and err.count("\n") == 1
+
+
+def test_what_is_not_the_bank_s_is_not_written_over(tmp_path, bank):
+    bank.add("a", R_of(1))
+    for file in ("basis.safetensors", "data.mdb", "lock.mdb"):
+        with pytest.raises(ValueError, match=r"path: .* is a file of the bank itself"):
+            bank.export("a", bank.path / file)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "basis.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is there and is no bank's"):
+        lx.AdapterBank.create(tmp_path / "other", trained())
+    assert (tmp_path / "other" / "basis.safetensors").read_bytes() == b"mine"
+
+
+@posix
+def test_copying_an_open_bank_takes_nobodys_locks(tmp_path):
+    """The copy opens and closes lock.mdb in this process; then another process writes beside it."""
+    with lx.AdapterBank.create(tmp_path / "bank", trained()) as bank:
+        bank.add("before", R_of(0))
+        shutil.copytree(bank.path, tmp_path / "copy")
+        code = """
+for i in range(50):
+    with lx.AdapterBank(path, "a") as bank:
+        bank.add(f"b{i}", R(i))
+"""
+        process = child(code, bank.path)
+        mine = 0
+        while process.poll() is None or mine < 50:
+            bank.add(f"a{mine}", R_of(mine))
+            mine += 1
+        ended(process)
+        assert len(bank) == 1 + 50 + mine and bank.verify() == {} and bank
+
+
+def test_a_bank_that_was_replaced_takes_nothing(tmp_path):
+    with lx.AdapterBank.create(tmp_path / "bank", trained()) as bank:
+        shutil.rmtree(tmp_path / "bank")
+        with pytest.raises((ValueError, FileNotFoundError), match="bank"):
+            bank.add("a", R_of(1))
+        with lx.AdapterBank.create(tmp_path / "bank", trained()) as new:
+            with pytest.raises(ValueError, match=r"data\.mdb was replaced since the bank was opened"):
+                bank.add("a", R_of(1))
+            new.add("b", R_of(1))
+            assert new.names() == ["b"]
