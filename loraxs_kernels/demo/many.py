@@ -5,7 +5,7 @@ rest of the bank are mixtures of those, since what is shown is how adapters are 
 
 report.json: what ran, where and when; how many adapters were trained; the losses of their first and last steps;
 `checks` of single adapters in mixed batches against the same ones exported and loaded alone; `throughput`, in questions
-a second (the median, and each round's), and the time over that of one adapter; `memory`, resident bytes by stage;
+a second (of the fastest round, and each), and the time over that of one adapter; `memory`, resident bytes by stage;
 `disk`, bytes.
 """
 
@@ -53,7 +53,7 @@ class Size:
     rounds: int  # in which speeds are measured
 
 
-SIZES = {"default": Size(16, 1_000, 40, 64, 4_081, 5), "quick": Size(8, 100, 12, 32, 1_000, 3)}
+SIZES = {"default": Size(16, 1_000, 40, 64, 2_000, 5), "quick": Size(8, 100, 12, 32, 1_000, 3)}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -76,12 +76,13 @@ def run(settings: Settings) -> dict[str, Any]:
         draw = random.Random(0)
         answer(model, job.test, [(i, draw.choice(names)) for i in range(TESTED)], size.slots)
         memory[f"{len(bank):,} adapters"] = resident()
-        names += mix(bank, names, size.adapters)
-        chosen = draw.sample(names, size.slots)
+        mixtures = mix(bank, names, size.adapters)
+        half = CHECKED // 2  # of those that are checked were trained
+        chosen = draw.sample(names, half) + draw.sample(mixtures, size.slots - half)
         checks = check(bank, model, job, chosen, settings)
         memory[f"{len(bank):,} adapters"] = resident()
         load(single, bank.read(names[0]))
-        throughput = measure({"one": single, "different": model, "cold": model}, job.test, names, chosen, size)
+        throughput = measure({"one": single, "different": model, "cold": model}, job.test, mixtures, chosen, size)
         disk = {"bank": (folder / DATA).stat().st_size, "record": 4 * bank.size, "adapters": len(bank)}
     said = f"{size.trained} trained, {size.adapters - size.trained} mixtures of them"
     result = {
@@ -180,11 +181,14 @@ def check(bank: lx.AdapterBank, model: nn.Module, job: Job, chosen: list[str], s
 
 @torch.no_grad()
 def measure(
-    models: dict[str, nn.Module], data: Encoded, names: list[str], chosen: list[str], size: Size
+    models: dict[str, nn.Module], data: Encoded, mixtures: list[str], chosen: list[str], size: Size
 ) -> dict[str, Any]:
-    """Questions a second in each way, in turns, and over the first way within a round."""
+    """Questions a second in each way, in turns, and the time over that of the first way within a round.
+
+    The fastest round counts: what else the machine does only makes it slower.
+    """
     say("timing batches of one adapter, of all different ones, and of ones that are new each time")
-    slots, others = size.slots, [name for name in names if name not in chosen]
+    slots, others = size.slots, [name for name in mixtures if name not in chosen]
     new = cycle([others[i : i + slots] for i in range(0, len(others) - slots + 1, slots)])
     rows = [part for part in by_length(data, range(TESTED), slots) if len(part) == slots]
     ids: dict[str, Callable[[], dict[str, Any]]] = {
@@ -208,7 +212,7 @@ def measure(
         for kind, each in speeds.items()
     }
     return {
-        kind: {"questions_per_second": statistics.median(each), "each": each, "time_over_one": over[kind]}
+        kind: {"questions_per_second": max(each), "each": each, "time_over_one": over[kind]}
         for kind, each in speeds.items()
     }
 
@@ -242,7 +246,7 @@ def _accuracies(result: dict[str, Any]) -> str:
 
 
 def _speeds(result: dict[str, Any]) -> str:
-    cells = [(f"batches of {result['adapters']['slots']} questions", "questions/s", "time over one adapter")]
+    cells = [(f"batches of {result['adapters']['slots']} questions", "questions/s at best", "time over one adapter")]
     for kind, each in result["throughput"].items():
         cells.append((KINDS[kind], f"{each['questions_per_second']:,.0f}", f"{each['time_over_one']:.2f}"))
     return report.table(cells)
