@@ -100,7 +100,9 @@ class Store:
         self.path, self.mode = Path(path).absolute(), mode
         file = self.path / BASIS
         if not (file.is_file() and (self.path / DATA).is_file()):
-            raise FileNotFoundError(f"path: there is no bank {path}; AdapterBank.create(path, model) makes one")
+            raise FileNotFoundError(
+                f"path: there is no bank {path}; AdapterBank.create(path, model), or loraxs bank create, makes one"
+            )
         header, f = unsealed(file, KIND, "basis of an adapter bank")
         self._digest = bytes.fromhex(sha256_of(file))
         dtype = header.pop("dtype", None)
@@ -425,7 +427,9 @@ class Store:
             raise self._unknown(name)
 
     def _exists(self, name: str) -> ValueError:
-        return ValueError(f"name: {self.path} has an adapter {name!r} already; replace=True takes its place")
+        return ValueError(
+            f"name: {self.path} has an adapter {name!r} already; replace=True (--replace) takes its place"
+        )
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -389,6 +389,8 @@ def unmerge(model: M) -> M:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
     """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
+    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
+        raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
     if not found:
         raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
     yield from found
