@@ -35,7 +35,7 @@ COMPONENTS = {
         [
             *(
                 f"loraxs_kernels/{name}.py"
-                for name in ("indexed", "bank_store", "bank", "bank_layers", "bank_training")
+                for name in ("indexed", "bank_environment", "bank_store", "bank", "bank_layers", "bank_training")
             ),
             "loraxs_kernels/backends/triton_indexed",
         ],

@@ -364,9 +364,10 @@ class AdapterBank(Store):
         def passed(*_: Any) -> None:  # holds `used` as long as the graph is there
             if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)():  # for another backward pass
                 return
-            used.ahead -= 1
-            if not used.ahead:
-                self._in_graphs.discard(used)
+            with self._lock:
+                used.ahead -= 1
+                if not used.ahead:
+                    self._in_graphs.discard(used)
 
         y.grad_fn.register_hook(passed)
 

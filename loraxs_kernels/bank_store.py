@@ -19,23 +19,17 @@ basis.safetensors.  It is written last: a folder without it is no bank.
 
 from __future__ import annotations
 
-import errno
-import functools
 import hashlib
-import itertools
 import math
 import os
 import struct
 import tempfile
-import threading
-import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
 import torch
@@ -43,28 +37,21 @@ from torch import Tensor, nn
 
 from . import adapter_file, basis
 from .adapter_file import HOW, AdapterMismatch
+from .bank_environment import DATA, LOCK, Environment, identity_of, load_lmdb
 from .basis import ACCEPT, PROBES, Fingerprint
 from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
 from .model import unwrapped
 from .weights import FLOATS, whole
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 KIND = "loraxs_bank"
-BASIS, DATA, LOCK = "basis.safetensors", "data.mdb", "lock.mdb"
+BASIS = "basis.safetensors"
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUT = 1  # of the LMDB environment
 TIE = b"\0loraxs_bank"
 LONGEST = 511  # bytes of a key that LMDB takes
 HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
 DIGEST = 32
-FIRST_MAP = 2**20  # bytes of address space, doubled whenever they are full
-READERS = 4096  # transactions at a time, of all processes
-ATTEMPTS = 1000  # milliseconds to wait for another thread that closes an environment
 PAGE = 1000  # names read in one transaction
 IN_MEMORY = 2**26  # bytes of records that wait in memory, and not in a temporary file, for their transaction
 
@@ -124,7 +111,7 @@ class Store:
             known = self._fingerprints[name] = Fingerprint(**{each: entry.pop(each) for each in FINGERPRINT})
             R = basis.mixing(entry["rank"], torch.device("cpu"))
             entry |= {"S": known.S, "R": R, "probe": known.probes(R)}
-        self._environment: _Environment | None = _Environment.at(self.path)
+        self._environment: Environment | None = Environment.at(self.path)
         tie = self._environment.run(lambda txn: _copy(txn.get(TIE)))
         if tie is None:
             damaged(self.path, f"{DATA} is no bank's, or its creation was not finished")
@@ -154,7 +141,7 @@ class Store:
             raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
         model, path = unwrapped(model), Path(path)
         descriptions, records, factors, moved = {}, {}, {}, []
-        _lmdb()  # before a folder is made
+        load_lmdb()  # before a folder is made
         if (path / BASIS).exists():
             _refuse_foreign(path / BASIS)
         for name, layer in adapter_file.layers_to_save(model):
@@ -172,7 +159,7 @@ class Store:
         saved = adapter_file.saved_tensors(model)
         parts = adapter_file.packed(KIND, header, descriptions, records, factors, *saved)
         path.mkdir(parents=True, exist_ok=True)
-        environment = _Environment.at(path, create=True)
+        environment = Environment.at(path, create=True)
 
         def seal(txn: Any) -> None:
             if txn.get(TIE) is not None:
@@ -205,10 +192,10 @@ class Store:
         """What a call returns for a transaction; room: bytes that it will write."""
         self._check_open(write)
         forked = self._environment.process != os.getpid()
-        if (write or forked) and _identity(self.path) != self._environment.identity:
+        if (write or forked) and identity_of(self.path) != self._environment.identity:
             raise ValueError(f"{self.path}: {DATA} was replaced since the bank was opened; open it again")
         if forked:
-            self._environment = _Environment.at(self.path)
+            self._environment = Environment.at(self.path)
         return self._environment.run(call, write, room)
 
     def _check_open(self, write: bool) -> None:
@@ -688,185 +675,3 @@ def _copy(value: memoryview | None) -> bytearray | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-@functools.cache
-def _lmdb() -> ModuleType:
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ImportError('an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"') from error
-    if hasattr(os, "register_at_fork"):
-        parts = {"before": _before_fork, "after_in_parent": _after_fork, "after_in_child": _after_fork_in_child}
-        os.register_at_fork(**parts)
-    return lmdb
-
-
-class _Gate:
-    """Transactions of this process run together; what must not meet one (a new map, a fork) shuts the gate, waits for
-    those inside, and keeps others out."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside, self._shut = 0, False
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._shut)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    def shut(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._shut)
-            self._shut = True
-            try:
-                self._changed.wait_for(lambda: not self._inside)
-            except BaseException:  # Ctrl-C
-                self._shut = False
-                self._changed.notify_all()
-                raise
-
-    def open(self) -> None:
-        with self._changed:
-            self._shut = False
-            self._changed.notify_all()
-
-
-class _Environment:
-    """An LMDB environment, of which a process may have one for a file: all banks on that file share it.
-
-    It closes with the last of them.  No memory that LMDB maps is left outside of a transaction, since the map moves
-    when it grows.
-
-    LMDB tells by a lock on the first byte of its lock file that others have the environment open.  That lock is the
-    process's, so that the system drops it when the process opens and closes that file again, as a copy of the folder
-    does; the next process would then begin a new lock file under the feet of this one.  A second lock, which belongs to
-    an open file of its own, stays.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.process, self.lock = path, os.getpid(), None
-        readonly = (path / DATA).exists() and not os.access(path / DATA, os.W_OK)
-        size = 0 if (path / DATA).exists() else FIRST_MAP  # 0: as it is
-        with _told(path, but="already open"):
-            self.lmdb = _lmdb().open(
-                str(path), size, readonly=readonly, create=False, max_readers=READERS, max_spare_txns=0
-            )
-            self.main = self.lmdb.open_db(None)
-            self.lmdb.reader_check()  # forget readers that were killed
-        self.identity = _identity(path)
-        with suppress(OSError, AttributeError):  # where the system has such locks, and the file can be read
-            self.lock = os.open(path / LOCK, os.O_RDONLY)
-            fcntl.fcntl(self.lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 1, 0))
-        info, page = self.lmdb.info(), self.lmdb.stat()["psize"]
-        must, size = (info["last_pgno"] + 1) * page, os.path.getsize(path / DATA)
-        if size < must:
-            damaged(path / DATA, f"it has {size} bytes and must have {must}; copy it again")
-
-    def __del__(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-
-    @classmethod
-    def at(cls, path: Path, create: bool = False) -> _Environment:
-        """The environment of a folder, opened where it is not."""
-        with _lock:
-            try:
-                there = _environments.get(_identity(path))
-            except FileNotFoundError:
-                if not create:
-                    raise
-                there = None
-            for attempt in itertools.count():
-                try:
-                    if there is None:
-                        there = cls(path)
-                        _environments[there.identity] = there
-                    return there
-                except _lmdb().Error as error:  # that it is open: another thread is about to close it
-                    if attempt == ATTEMPTS or "already open" not in str(error):
-                        raise OSError(
-                            f"{path}: LMDB says {error}; if {DATA} was replaced, close the bank that was opened before"
-                        ) from error
-                    time.sleep(0.001)
-
-    def run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
-        """What a call returns for a transaction, which is committed then; room: bytes that it will write.
-
-        Where the map is too small the call is made again in a larger one.
-        """
-        lmdb = _lmdb()
-        while True:
-            try:
-                with _told(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
-                    return call(txn)
-            except lmdb.MapFullError:
-                self._resize(2 * self.lmdb.info()["map_size"] + room)
-            except lmdb.MapResizedError:  # another process has made it larger
-                self._resize(0)
-
-    def _resize(self, size: int) -> None:
-        _gate.shut()
-        try:
-            self.lmdb.set_mapsize(size)
-        finally:
-            _gate.open()
-
-
-_gate = _Gate()
-_lock = threading.Lock()  # for what follows
-_environments: weakref.WeakValueDictionary[tuple[int, int], _Environment] = weakref.WeakValueDictionary()
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    stat = os.stat(path / DATA)
-    return stat.st_dev, stat.st_ino
-
-
-@contextmanager
-def _told(path: Path, but: str | None = None) -> Iterator[None]:
-    """LMDB's errors, but for those with a word, as the ValueError of a damaged file or an OSError, which name it."""
-    lmdb = _lmdb()
-    try:
-        yield
-    except (lmdb.MapFullError, lmdb.MapResizedError):
-        raise
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
-        damaged(path / DATA, f"LMDB says {error}", error)
-    except lmdb.DiskError as error:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-    except lmdb.Error as error:
-        if but is not None and but in str(error):
-            raise
-        if isinstance(error, lmdb.ReadonlyError) or "Permission denied" in str(error):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / LOCK)) from error
-        raise OSError(f"{path}: LMDB says {error}") from error
-
-
-def _before_fork() -> None:
-    _lock.acquire()
-    _gate.shut()
-
-
-def _after_fork() -> None:
-    _gate.open()
-    _lock.release()
-
-
-def _after_fork_in_child() -> None:
-    """LMDB allows a child nothing but to open the file anew, which `Store._run` does."""
-    global _gate, _lock
-    for each in list(_environments.values()):
-        each.lmdb.close()
-        if each.lock is not None:
-            os.close(each.lock)
-            each.lock = None
-    _environments.clear()
-    _gate, _lock = _Gate(), threading.Lock()

@@ -43,17 +43,18 @@ class Training(AbstractContextManager):
             self._records = torch.empty(self.n, bank.size, dtype=torch.float32, device=self.device)
         for name, record in zip(self.names, self._records, strict=True):
             if name in bank:
-                if bank.record(name)[1] != bank.alphas:
+                stored, alphas = bank.record(name)
+                if alphas != bank.alphas:
                     raise ValueError(
                         f"names: adapter {name!r} has an alpha other than the bank's, by which its gradients would be "
                         "scaled otherwise than alone; must have the bank's to train"
                     )
-                bank.read(name, record)
+                matrices = stored.values()
             elif create:
-                parts = [layer.recipe.initial_R(layer.rank, layer.sigma).flatten() for layer in layers]
-                record.copy_(torch.cat(parts))
+                matrices = [layer.recipe.initial_R(layer.rank, layer.sigma) for layer in layers]
             else:
                 raise KeyError(f"names: the bank {bank.path} has no adapter {name!r}; create=True begins a new one")
+            record.copy_(torch.cat([R.flatten() for R in matrices]))
         with plain_tensors():
             views = split(self._records, [rank for _, rank in bank.modules])  # a record is contiguous
         self.parameters = [nn.Parameter(R) for R in views]

@@ -49,9 +49,8 @@ class Blocks:
     order: Tensor | None  # (blocks * size,) int64: the row that stands there, T: a row of zeros; None: as they come
     back: Tensor | None  # (T,) int64: where each row stands
     idle: Tensor | None  # (blocks, 1, 1) bool: the blocks without an R; None: there are none
-    used: tuple[int, ...]  # the R that occur, ascending; all where the shapes are fixed
-    places: Tensor  # (blocks,) int64: the place of each block's R in `used`, len(used) where it has none
-    members: Tensor  # `used` as int64
+    members: Tensor  # int64: the R that occur, ascending; all where the shapes are fixed
+    places: Tensor  # (blocks,) int64: the place of each block's R in `members`, len(members) where it has none
 
     def split(self, t: Tensor) -> Tensor:
         """t (T, r) as (blocks, size, r)."""
@@ -81,7 +80,7 @@ class RowIndex:
 
     def __init__(self, index: Sequence[int] | Tensor, n: int, device: torch.device, *, fixed: bool = False) -> None:
         self.index, self.n, self.device, self.fixed = _checked(index, n), n, device, fixed
-        self._compact: tuple[RowIndex, list[int]] | None = None
+        self._compact: tuple[RowIndex, Tensor] | None = None
         self._blocks: dict[int, Blocks] = {}
         self._rows: dict[int, Tensor] = {}
 
@@ -103,17 +102,19 @@ class RowIndex:
                 self._blocks[T] = self._fixed(T) if self.fixed else self._grouped(T)
         return self._blocks[T]
 
-    def compact(self) -> tuple[RowIndex, list[int]]:
-        """The same index into the R that occur alone, and which those are."""
+    def compact(self) -> tuple[RowIndex, Tensor]:
+        """The same index into the R that occur alone, and which those are, int64; the first R where none does."""
         if self._compact is None:
-            used = sorted({*self.index} - {NONE})
+            used = sorted({*self.index} - {NONE}) or [0]
             place = {i: at for at, i in enumerate(used)} | {NONE: NONE}
-            self._compact = RowIndex([place[i] for i in self.index], max(len(used), 1), self.device), used
+            with plain_tensors():
+                members = torch.tensor(used, device=self.device)
+            self._compact = RowIndex([place[i] for i in self.index], len(used), self.device), members
         return self._compact
 
     def per_sample(self, T: int) -> int:
         """How many of T rows each sample has."""
-        if not self.index or T % len(self.index):
+        if T % len(self.index):
             raise ValueError(f"x: got {T} rows for an index of {len(self.index)} samples, must be a multiple")
         return T // len(self.index)
 
@@ -162,11 +163,11 @@ class RowIndex:
         def here(values: list[int] | None, dtype: torch.dtype = torch.int64) -> Tensor | None:
             return None if values is None else torch.tensor(values, dtype=dtype, device=self.device)
 
-        used = tuple(range(self.n) if self.fixed else sorted({*owners} - {NONE}))
+        used = [*range(self.n)] if self.fixed else sorted({*owners} - {NONE})
         place = {i: at for at, i in enumerate(used)} | {NONE: len(used)}
         idle = here([i == NONE for i in owners], torch.bool)[:, None, None] if NONE in owners or self.fixed else None
         owner, places = here([max(i, 0) for i in owners]), here([place[i] for i in owners])
-        return Blocks(size, owner, here(order), here(back), idle, used, places, here([*used]))
+        return Blocks(size, owner, here(order), here(back), idle, here(used), places)
 
 
 def _checked(index: Sequence[int] | Tensor, n: int) -> list[int]:
@@ -203,12 +204,12 @@ def mix(z: Tensor, R: Tensor, blocks: Blocks, s: float) -> Tensor:
 
 
 def gram(v: Tensor, z: Tensor, blocks: Blocks, s: float) -> Tensor:
-    """gR of the R that occur, (len(blocks.used), r, r): s times the sum of v_t z_t^T over the rows of each.
+    """gR of the R that occur, (len(blocks.members), r, r): s times the sum of v_t z_t^T over the rows of each.
 
     v, z (T, r) in fp32 or fp64.  The sums have a fixed order, and none reads the rows of another R.
     """
     left, right = blocks.split(v), blocks.split(z)
-    r, count = z.shape[1], len(blocks.used)
+    r, count = z.shape[1], len(blocks.members)
     parts = torch.baddbmm(left.new_empty(len(left), r, r), left.transpose(1, 2), right, beta=0, alpha=s)
     total = parts.new_zeros(count + 1, r, r)
     if parts.is_cuda:  # where index_add_ adds in any order
@@ -265,8 +266,8 @@ class IndexedLowRankLinear(torch.autograd.Function):
         into = None if out is None else rows_of_out(out)
         y, z = lowrank_linear(x, W, A, R, B, s, bias, into, index, forced)
         if not need_gR:  # a copy of the R that occur: others take their places in a bank before the backward
-            index, used = index.compact()
-            R = R[used or [0]]
+            index, members = index.compact()
+            R = R.index_select(0, members)
         ctx.save_for_backward(W if need_gX else None, A, R, B, z if need_gR else None)
         ctx.s, ctx.index, ctx.forced = s, index, forced
         return y if out is None else out.new_empty(()).expand(out.shape)

@@ -21,7 +21,7 @@ from test_fuzz_files import _change, _set, changed_bytes, damages
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels import AdapterMismatch, bank_store
+from loraxs_kernels import AdapterMismatch, bank_environment, bank_store
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed
 from loraxs_kernels.model import adapted_layers
@@ -527,7 +527,7 @@ print(last)
 
 
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(bank_store, "FIRST_MAP", 2**16)
+    monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"
     with lx.AdapterBank.create(path, trained()) as bank:
         readers = [child(READER, path) for _ in range(2)]
@@ -544,7 +544,7 @@ def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch
 
 def test_threads_read_and_write(tmp_path, monkeypatch):
     """Readers of this process while the map moves: no memory of it is held outside of a transaction."""
-    monkeypatch.setattr(bank_store, "FIRST_MAP", 2**16)
+    monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     bank, R = lx.AdapterBank.create(tmp_path / "bank", trained()), R_of(0)
     bank.add_many((f"n{i}", R_of(i)) for i in range(50))
     first, wrong = bank._environment.lmdb.info()["map_size"], []

@@ -1,0 +1,213 @@
+"""LMDB for adapter banks: one environment for each file in a process, which grows, forks and is copied without harm."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from .files import damaged
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+DATA, LOCK = "data.mdb", "lock.mdb"
+FIRST_MAP = 2**20  # bytes of address space, doubled whenever they are full
+READERS = 4096  # transactions at a time, of all processes
+ATTEMPTS = 1000  # milliseconds to wait for another thread that closes an environment
+
+T = TypeVar("T")
+
+
+@functools.cache
+def load_lmdb() -> ModuleType:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError('an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"') from error
+    if hasattr(os, "register_at_fork"):
+        parts = {"before": _before_fork, "after_in_parent": _after_fork, "after_in_child": _after_fork_in_child}
+        os.register_at_fork(**parts)
+    return lmdb
+
+
+class _Gate:
+    """Transactions of this process run together; what must not meet one (a new map, a fork) shuts the gate, waits for
+    those inside, and keeps others out."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._shut = 0, False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def shut(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._shut = True
+            try:
+                self._changed.wait_for(lambda: not self._inside)
+            except BaseException:  # Ctrl-C
+                self._shut = False
+                self._changed.notify_all()
+                raise
+
+    def open(self) -> None:
+        with self._changed:
+            self._shut = False
+            self._changed.notify_all()
+
+
+class Environment:
+    """An LMDB environment, of which a process may have one for a file: all banks on that file share it.
+
+    It closes with the last of them.  No memory that LMDB maps is left outside of a transaction, since the map moves
+    when it grows.
+
+    LMDB tells by a lock on the first byte of its lock file that others have the environment open.  That lock is the
+    process's, so that the system drops it when the process opens and closes that file again, as a copy of the folder
+    does; the next process would then begin a new lock file under the feet of this one.  A second lock, which belongs to
+    an open file of its own, stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.process, self.lock = path, os.getpid(), None
+        readonly = (path / DATA).exists() and not os.access(path / DATA, os.W_OK)
+        size = 0 if (path / DATA).exists() else FIRST_MAP  # 0: as it is
+        with _told(path, but="already open"):
+            self.lmdb = load_lmdb().open(
+                str(path), size, readonly=readonly, create=False, max_readers=READERS, max_spare_txns=0
+            )
+            self.main = self.lmdb.open_db(None)
+            self.lmdb.reader_check()  # forget readers that were killed
+        self.identity = identity_of(path)
+        with suppress(OSError, AttributeError):  # where the system has such locks, and the file can be read
+            self.lock = os.open(path / LOCK, os.O_RDONLY)
+            fcntl.fcntl(self.lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 1, 0))
+        info, page = self.lmdb.info(), self.lmdb.stat()["psize"]
+        must, size = (info["last_pgno"] + 1) * page, os.path.getsize(path / DATA)
+        if size < must:
+            damaged(path / DATA, f"it has {size} bytes and must have {must}; copy it again")
+
+    def __del__(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    @classmethod
+    def at(cls, path: Path, create: bool = False) -> Environment:
+        """The environment of a folder, opened where it is not."""
+        with _lock:
+            try:
+                there = _environments.get(identity_of(path))
+            except FileNotFoundError:
+                if not create:
+                    raise
+                there = None
+            for attempt in itertools.count():
+                try:
+                    if there is None:
+                        there = cls(path)
+                        _environments[there.identity] = there
+                    return there
+                except load_lmdb().Error as error:  # that it is open: another thread is about to close it
+                    if attempt == ATTEMPTS or "already open" not in str(error):
+                        raise OSError(
+                            f"{path}: LMDB says {error}; if {DATA} was replaced, close the bank that was opened before"
+                        ) from error
+                    time.sleep(0.001)
+
+    def run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
+        """What a call returns for a transaction, which is committed then; room: bytes that it will write.
+
+        Where the map is too small the call is made again in a larger one.
+        """
+        lmdb = load_lmdb()
+        while True:
+            try:
+                with _told(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
+                    return call(txn)
+            except lmdb.MapFullError:
+                self._resize(2 * self.lmdb.info()["map_size"] + room)
+            except lmdb.MapResizedError:  # another process has made it larger
+                self._resize(0)
+
+    def _resize(self, size: int) -> None:
+        _gate.shut()
+        try:
+            self.lmdb.set_mapsize(size)
+        finally:
+            _gate.open()
+
+
+_gate = _Gate()
+_lock = threading.Lock()  # for what follows
+_environments: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()
+
+
+def identity_of(path: Path) -> tuple[int, int]:
+    stat = os.stat(path / DATA)
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def _told(path: Path, but: str | None = None) -> Iterator[None]:
+    """LMDB's errors, but for those with a word, as the ValueError of a damaged file or an OSError, which name it."""
+    lmdb = load_lmdb()
+    try:
+        yield
+    except (lmdb.MapFullError, lmdb.MapResizedError):
+        raise
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
+        damaged(path / DATA, f"LMDB says {error}", error)
+    except lmdb.DiskError as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    except lmdb.Error as error:
+        if but is not None and but in str(error):
+            raise
+        if isinstance(error, lmdb.ReadonlyError) or "Permission denied" in str(error):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / LOCK)) from error
+        raise OSError(f"{path}: LMDB says {error}") from error
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    _gate.shut()
+
+
+def _after_fork() -> None:
+    _gate.open()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """LMDB allows a child nothing but to open the file anew, which Store._run of bank_store.py does."""
+    global _gate, _lock
+    for each in list(_environments.values()):
+        each.lmdb.close()
+        if each.lock is not None:
+            os.close(each.lock)
+            each.lock = None
+    _environments.clear()
+    _gate, _lock = _Gate(), threading.Lock()
