@@ -251,21 +251,26 @@ class Store:
         except UnicodeDecodeError as error:
             damaged(self.path / DATA, f"has a name that is not in UTF-8, {key!r}", error)
 
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+    def read(self, name: str, out: Tensor | None = None, *, digest: bytes | None = None) -> Tensor:
         """R of all modules of an adapter, one after another (`places`), fp32, scaled to the alphas of the bank.
 
         Args:
             name: of the adapter.
             out: a tensor of shape (size,), fp32, to write to and return; on any device.
+            digest: the SHA-256 that its record must have, as `digests` said before; None: whichever is there.
 
-        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged.
+        Raises KeyError where there is no adapter of that name, or another record than asked for, ValueError where its
+        record is damaged.
         """
         if out is not None and not (
             isinstance(out, Tensor) and out.shape == (self.size,) and out.dtype == torch.float32
         ):
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"out: got {got}, must be a tensor of torch.float32 and shape ({self.size},)")
-        R, alphas = self._opened(name, self._value(name))
+        value = self._value(name)
+        if digest not in (None, bytes(value[:DIGEST])):
+            raise KeyError(f"{self.path}: adapter {name!r} was replaced since its SHA-256 was {digest.hex()}")
+        R, alphas = self._opened(name, value)
         R = R.float()
         for module, alpha in alphas.items():
             R[self.places[module]] *= alpha / self.alphas[module]

@@ -43,7 +43,6 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter", "replaced"),
     ("vllm.v1.metrics.stats", "LoRARequestStates._request_update", "replaced"),
     ("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "used"),
-    ("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "used"),
     ("vllm.envs", "VLLM_SKIP_MODEL_NAME_VALIDATION", "used"),
     ("vllm.envs", "VLLM_USE_RUST_FRONTEND", "used"),
 )
@@ -84,6 +83,58 @@ class Version:
 def name_of(label: str) -> str:
     """The adapter that a lora_name (`Version.label`) means."""
     return label.rpartition("#")[0]
+
+
+def register() -> None:
+    """Serve the bank that LORAXS_BANK names, if it names one: what vLLM calls in each of its processes.
+
+    Raises RuntimeError where this vLLM is not one of TESTED, or does not have what is replaced in it.
+    """
+    if not os.environ.get(BANK):
+        return
+    check_vllm()
+    from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+    from . import vllm_server, vllm_worker
+
+    mixin.LRUCacheWorkerLoRAManager = vllm_worker.BankWorkerManager
+    mixin.LoRAModelRunnerMixin.reset_lora_state = vllm_worker.refuse_new_weights
+    vllm_server.install()
+
+
+def check_vllm() -> None:
+    """Raise RuntimeError where this vLLM is not one of TESTED, or lacks one of NAMES."""
+    import vllm
+
+    if vllm.__version__.partition("+")[0] not in TESTED:
+        raise RuntimeError(
+            f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: what "
+            "loraxs_kernels replaces in vLLM was tried there alone"
+        )
+    for module, name, _ in NAMES:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is None:
+            raise RuntimeError(f"vllm: {module} has no {name}, which loraxs_kernels needs to serve the bank in {BANK}")
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for settings of vLLM under which the adapters of a bank are not served."""
+    lora, parallel = config.lora_config, config.parallel_config
+    refused = {
+        "--fully-sharded-loras": lora.fully_sharded_loras,
+        "--lora-target-modules": lora.target_modules,
+        "--default-mm-loras": lora.default_mm_loras,
+        "--enable-sleep-mode": config.model_config.enable_sleep_mode,
+        "--enable-dbo": parallel.use_ubatching,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "VLLM_LORA_ENABLE_DUAL_STREAM": os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("0", ""),
+    }
+    for option, asked in refused.items():
+        if asked:
+            raise ValueError(f"{option}: cannot be used while the bank in {BANK} is served; leave it out")
 
 
 def token() -> bytes | None:

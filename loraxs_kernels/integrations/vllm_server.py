@@ -115,7 +115,8 @@ class Versions:
 
     async def _add(self, version: Version) -> BankRequest:
         try:
-            await asyncio.to_thread(self.store.read, version.name)  # damaged: known here; from the disk: not in a step
+            # A damaged record is known here, and the workers find it in memory and do not wait for the disk.
+            await asyncio.to_thread(self.store.read, version.name, digest=version.digest)
             request = _request(version)
             try:
                 await self.engine.add_lora(request)
@@ -193,7 +194,7 @@ class BankModels(OpenAIServingModels):
     ) -> None:
         if lora_modules:
             raise ValueError("--lora-modules, --default-mm-loras: are set, must not be: all adapters are the bank's")
-        check_config(engine_client.vllm_config)
+        check_server(engine_client.vllm_config)
         super().__init__(engine_client, base_model_paths)
         self.lora_requests = Resolved()
         self.store = Store(os.environ[BANK], "a" if token() else "r")
@@ -239,20 +240,13 @@ class BankModels(OpenAIServingModels):
         return _forbidden()
 
 
-def check_config(config: VllmConfig) -> None:
-    """Raise ValueError, naming the option, for what the adapters of a bank are not served with."""
-    lora, parallel = config.lora_config, config.parallel_config
-    if lora is None:
-        raise ValueError("--enable-lora: is not set, must be to serve a bank")
-    why = "one server must know which adapters the engine holds"
+def check_server(config: VllmConfig) -> None:
+    """Raise ValueError, naming the option, for servers that a bank is not served by; the workers check the rest."""
+    why = "must be 1: one server process knows which adapters the engine holds"
     refused = {
-        "--api-server-count": (parallel._api_process_count > 1, f"must be 1: {why}"),
-        "--data-parallel-size": (parallel.data_parallel_size > 1, f"must be 1: {why}"),
-        "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "must be 1 with a bank"),
-        "--fully-sharded-loras": (lora.fully_sharded_loras, "must not be set: A and B are held once, R is r x r"),
-        "--lora-target-modules": (bool(lora.target_modules), "must not be set: the modules are the bank's"),
-        "--enable-sleep-mode": (config.model_config.enable_sleep_mode, "must not be set with a bank"),
-        "VLLM_LORA_ENABLE_DUAL_STREAM": (envs.VLLM_LORA_ENABLE_DUAL_STREAM, "must not be set with a bank"),
+        "--enable-lora": (config.lora_config is None, "must be set to serve a bank"),
+        "--api-server-count": (config.parallel_config._api_process_count > 1, why),
+        "--data-parallel-size": (config.parallel_config.data_parallel_size > 1, why),
         "VLLM_SKIP_MODEL_NAME_VALIDATION": (
             envs.VLLM_SKIP_MODEL_NAME_VALIDATION,
             "must not be set: vLLM would answer from the base model for every name",

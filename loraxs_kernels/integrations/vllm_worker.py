@@ -1,0 +1,438 @@
+"""LoRA-XS in vLLM's workers: layers that hold A and B once, and a table of the R that a step uses.
+
+vLLM gives each step an id for every row (0: the base model) and asks its LoRA manager to have the adapters of these ids
+in slots.  Here a slot is a row of one table, with R of all modules one after another, so that bringing an adapter in is
+one copy (112 KiB for a 7B model at r = 16 in bf16).  The layers are vLLM's own LoRA layers, with its rules for merged
+projections and tensor parallelism; only what they add to the output is ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.lora import utils
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+
+from .. import adapter_file, indexed
+from ..backends import triton_indexed
+from ..backends.torch import cast, shrink
+from ..bank_store import Store
+from ..basis import Factors
+from ..indexed import NONE, RowIndex
+from ..model import adapted_layers
+from .vllm import BANK, BASIS, Version, check_config
+
+logger = init_logger("vllm.loraxs")
+
+AT_ONCE = 2**30  # bytes of weights that are put together for their A and B
+PROBED = 2**24  # numbers of an identity matrix by which a layer is asked for its weight
+
+
+@dataclass
+class Record:
+    """An adapter as vLLM's manager keeps it: R of all modules, fp32, on the host."""
+
+    id: int
+    R: Tensor
+
+
+class Rows:
+    """Which slot each row of a step uses; stands where vLLM has its punica wrapper."""
+
+    def __init__(self, most: int, device: torch.device, slots: int) -> None:
+        self.slots = torch.full((most,), NONE, dtype=torch.int32, device=device)  # at one address, for CUDA graphs
+        self.n, self.values, self._indices = slots, [], {}
+
+    def update_metadata(self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any) -> None:
+        """What vLLM's manager calls before a step whose mapping or slots are not those of the last."""
+        slot_of = {id: slot for slot, id in enumerate(lora_index_to_id) if id is not None} | {0: NONE}
+        self.values, self._indices = [slot_of[id] for id in mapping.index_mapping], {}
+        if self.slots.device.type != "cpu":
+            host = torch.full(self.slots.shape, NONE, dtype=torch.int32, pin_memory=True)
+            host[: len(self.values)] = torch.tensor(self.values, dtype=torch.int32)
+            self.slots.copy_(host, non_blocking=True)
+
+    def index(self, T: int) -> RowIndex | None:
+        """The index of T rows, of which those past the step's are padding; None where no row uses an adapter."""
+        if T not in self._indices:
+            if len(self.values) > T:
+                raise RuntimeError(f"a layer got {T} rows in a step of {len(self.values)}, must be all of them")
+            if set(self.values) <= {NONE}:
+                self._indices[T] = None
+            else:
+                self._indices[T] = RowIndex(self.values + [NONE] * (T - len(self.values)), self.n, self.slots.device)
+        return self._indices[T]
+
+
+@dataclass
+class Part:
+    """What one module of the bank adds to its slice of a layer's output."""
+
+    A: Tensor
+    B: Tensor
+    R: Tensor  # (slots, r, r), of the table
+    s: float
+    columns: slice
+    in_triton: bool = False
+
+    def add(self, y: Tensor, x: Tensor, rows: Rows) -> None:
+        y = y[:, self.columns]
+        if not x.is_cuda:
+            if (index := rows.index(len(x))) is not None:
+                indexed.lowrank_linear(x, None, self.A, self.R, self.B, self.s, None, y, index)
+        elif self.in_triton:
+            slots = rows.slots[: len(x)]
+            triton_indexed.lowrank_linear_indexed(x, None, self.A, self.R, self.B, self.s, slots, None, y)
+        else:
+            self.add_in_torch(y, x, rows.slots[: len(x)])
+
+    def add_in_torch(self, y: Tensor, x: Tensor, slots: Tensor) -> None:
+        """By products whose shapes do not depend on the slots, so that a CUDA graph can be recorded."""
+        own = cast(self.R.index_select(0, slots.clamp_min(0)), torch.float32)
+        u = torch.bmm(own, shrink(x, self.A.t())[:, :, None])[:, :, 0].mul_(self.s)
+        y.addmm_(cast(u.masked_fill_((slots < 0)[:, None], 0), x.dtype), self.B.t())
+
+
+class LoraXSLayer:
+    """Goes before one of vLLM's LoRA layers: A and B held once in the place of a copy of each for every slot."""
+
+    parts: Sequence[Part] = ()
+    rows: Rows
+    key: str
+
+    def set_mapping(self, punica_wrapper: Rows) -> None:
+        self.rows = punica_wrapper
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        y = output.view(-1, output.shape[-1])
+        if torch.compiler.is_compiling():
+            torch.ops.loraxs.vllm_add(y, x.reshape(-1, x.shape[-1]), self.key)
+        else:
+            self.add(y, x.reshape(-1, x.shape[-1]))
+        return output
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        for part in self.parts:
+            part.add(y, x, self.rows)
+
+
+_layers: weakref.WeakValueDictionary[str, LoraXSLayer] = weakref.WeakValueDictionary()
+_managers = itertools.count()
+
+
+def _add(y: Tensor, x: Tensor, key: str) -> None:
+    _layers[key].add(y, x)
+
+
+_library = torch.library.Library("loraxs", "FRAGMENT")
+_library.define("vllm_add(Tensor(a!) y, Tensor x, str key) -> ()")
+_library.impl("vllm_add", _add, "CompositeExplicitAutograd")
+torch.library.register_fake("loraxs::vllm_add", lambda y, x, key: None, lib=_library)
+
+
+@cache
+def layer_class(kind: type[BaseLinearLayerWithLoRA]) -> type[BaseLinearLayerWithLoRA]:
+    """One of vLLM's LoRA layers with A and B held once."""
+    return type(f"LoraXS{kind.__name__}", (LoraXSLayer, kind), {})
+
+
+class BankModelManager(LRUCacheLoRAModelManager):
+    """vLLM's model manager for the adapters of a bank: wraps the bank's modules, and keeps the table of slots."""
+
+    def __init__(self, **how: Any) -> None:
+        self.store, self._number = Store(os.environ[BANK]), next(_managers)
+        super().__init__(**how)
+
+    @property
+    def capacity(self) -> float:
+        return float("inf")  # BankWorkerManager says what goes
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
+        self.supports_mm = hasattr(self.model, "get_mm_mapping")
+        self.supports_tower_connector_lora = False
+        prefix = DEFAULT_LANGUAGE_WRAPPER_KEY
+        if self.supports_mm:
+            self.mm_mapping = self.model.get_mm_mapping()
+            (prefix,) = self.mm_mapping.language_model
+        self.punica_wrapper_mapping = {prefix: Rows(self.max_num_batched_tokens, self.device, self.lora_slots)}
+
+    def _create_lora_modules(self) -> None:
+        start, store = time.perf_counter(), self.store
+        if store.modules_to_save:
+            raise ValueError(
+                f"{store.path}: has modules_to_save ({', '.join(store.modules_to_save)}), which vLLM's model does not "
+                "take over; serve a bank without, on a base model that has their values"
+            )
+        self.table = torch.zeros(self.lora_slots, store.size, dtype=torch.float32, device=self.device)
+        layers = {name: self._wrapped(name, parts) for name, parts in self._places().items()}
+        factors = Served(layers, store).factors(os.environ.get(BASIS) or None)
+        for name, (layer, modules) in layers.items():
+            layer.set_mapping(self._get_punica_wrapper(name))
+            layer.parts = self._parts(layer, modules, factors)
+            layer.key = f"{self._number}:{name}"
+            _layers[layer.key] = layer
+            utils.replace_submodule(self.model, name, layer)
+            self.register_module(name, layer)
+        took = time.perf_counter() - start
+        logger.info("%s: A and B of %d modules in %.1f s", store.path, len(store.modules), took)
+
+    def _places(self) -> dict[str, list[str | None]]:
+        """By vLLM's layer, the bank's module for each of its slices, None for one that the bank leaves alone."""
+        there = {name for name, module in self.model.named_modules() if isinstance(module, LinearBase)}
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        rename = (lambda name: name) if mapper is None else mapper.get_rename_mapper()._map_name
+        packed = {
+            child: (parent, at, len(children))
+            for parent, children in self.packed_modules_mapping.items()
+            for at, child in enumerate(children)
+        }
+        places: dict[str, list[str | None]] = {}
+        missing = []
+        for module, _ in self.store.modules:
+            name = rename(module)
+            above, _, last = name.rpartition(".")
+            parent, at, count = packed.get(last, (last, 0, 1))
+            merged = f"{above}.{parent}" if above else parent
+            if name in there:
+                places[name] = [module]
+            elif merged in there:
+                places.setdefault(merged, [None] * count)[at] = module
+            else:
+                missing.append(module)
+        if missing:
+            raise ValueError(
+                f"{self.store.path}: module {missing[0]!r} is no linear layer of vLLM's {type(self.model).__name__}"
+                + (f", nor are {len(missing) - 1} more" if missing[1:] else "")
+                + "; a bank to serve must leave out (exclude_modules) what is no linear layer there: experts, output "
+                "embeddings"
+            )
+        return places
+
+    def _wrapped(self, name: str, modules: list[str | None]) -> tuple[LoraXSLayer, list[str | None]]:
+        """vLLM's LoRA layer for one of its layers, with A and B held once."""
+        layer, packed = self.model.get_submodule(name), self.packed_modules_mapping.get(name.rpartition(".")[2], [])
+        how = dict(source_layer=layer, lora_config=self.lora_config, packed_modules_list=packed)
+        kind = next((k for k in utils._all_lora_classes if k.can_replace_layer(**how, model_config=None)), None)
+        if kind is None or not issubclass(kind, BaseLinearLayerWithLoRA) or self._get_punica_wrapper(name) is None:
+            raise ValueError(
+                f"module {name!r}: vLLM has no LoRA for its {type(layer).__name__}; leave it out of the bank"
+            )
+        wrapped = layer_class(kind)(layer)
+        if wrapped.n_slices == 1:
+            wrapped.output_slices = (wrapped.output_size,)
+        if len(wrapped.output_slices) != len(modules):
+            raise ValueError(
+                f"module {name!r}: vLLM cuts its {type(layer).__name__} into {len(wrapped.output_slices)} slices, and "
+                f"the checkpoint into {len(modules)}; leave it out of the bank"
+            )
+        return wrapped, modules
+
+    def _parts(self, layer: Any, modules: Sequence[str | None], factors: Mapping[str, Factors]) -> list[Part]:
+        """A and B of the modules in a layer, as much of them as this rank needs."""
+        pairs = [(None, None) if module is None else factors[module] for module in modules]
+        A, B = [a for a, _ in pairs], [b for _, b in pairs]
+        if layer.tp_size > 1 and layer.n_slices > 1:
+            A, B = layer.slice_lora_a(A), layer.slice_lora_b(B)
+        elif layer.tp_size > 1:
+            A, B = [layer.slice_lora_a(A[0])], [layer.slice_lora_b(B[0])]
+        stops = list(itertools.accumulate(layer.output_slices))
+        parts = []
+        for module, a, b, width, stop in zip(modules, A, B, layer.output_slices, stops, strict=True):
+            if module is not None:
+                r, place = len(a), self.store.places[module]
+                R = self.table[:, place].unflatten(1, (r, r))
+                part = Part(a.contiguous(), b.contiguous(), R, self.store.alphas[module] / r, slice(stop - width, stop))
+                parts.append(part)
+        return parts
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Record:
+        return Record(lora_id, torch.zeros(self.store.size))
+
+    def _add_adapter(self, lora: Record) -> None:
+        self._registered_adapters[lora.id] = lora
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        slot = self.lora_index_to_id.index(None)
+        self.table[slot].copy_(self._registered_adapters[lora_id].R, non_blocking=True)
+        self._active_adapters[lora_id] = None
+        self.lora_index_to_id[slot] = lora_id
+        return True
+
+
+class BankWorkerManager(LRUCacheWorkerLoRAManager):
+    """vLLM's worker manager for the adapters of a bank.
+
+    An adapter that `add_lora` brought stays until `remove_lora`: vllm_server.py knows when no request needs it.  One
+    that a step brings, as where LLM.generate is given a LoRARequest, goes when `max_cpu_loras` others have come since.
+    """
+
+    _manager_cls = BankModelManager
+
+    def __init__(self, vllm_config: VllmConfig, *how: Any) -> None:
+        check_config(vllm_config)
+        super().__init__(vllm_config, *how)
+        self._brought: OrderedDict[int, None] = OrderedDict()  # by steps, the latest used last
+
+    def _load_adapter(self, lora_request: LoRARequest) -> Record:
+        version = Version.of(lora_request.lora_path)
+        if lora_request.lora_int_id != version.id:
+            raise ValueError(f"lora_int_id: got {lora_request.lora_int_id}, must be {version.id} for {version.name!r}")
+        R = self._adapter_manager.store.read(version.name, digest=version.digest)
+        return Record(version.id, R.pin_memory() if self.device.type == "cuda" else R)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """What `add_lora` calls."""
+        new = self._bring(lora_request)
+        self._brought.pop(lora_request.lora_int_id, None)
+        return new
+
+    def _bring(self, lora_request: LoRARequest) -> bool:
+        there = self._adapter_manager._registered_adapters
+        if lora_request.lora_int_id in there:
+            return False
+        return self._adapter_manager.add_adapter(self._load_adapter(lora_request))
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self._brought.pop(adapter_id, None)
+        return super().remove_adapter(adapter_id)
+
+    def remove_all_adapters(self) -> None:
+        self._brought.clear()
+        super().remove_all_adapters()
+
+    def _apply_adapters(self, adapter_requests: set[LoRARequest]) -> None:
+        """Before a step: have its adapters in slots."""
+        manager, wanted = self._adapter_manager, {each.lora_int_id: each for each in adapter_requests if each}
+        if len(wanted) > manager.lora_slots:
+            raise RuntimeError(f"a step has {len(wanted)} adapters, must be at most --max-loras = {manager.lora_slots}")
+        for id, request in wanted.items():
+            if self._bring(request):
+                self._brought[id] = None
+            elif id in self._brought:
+                self._brought.move_to_end(id)
+        for id in sorted(wanted, key=lambda id: id not in manager._active_adapters):  # those that are there first
+            manager.activate_adapter(id)
+        for id in list(self._brought)[: max(0, len(self._brought) - self.lora_config.max_cpu_loras)]:
+            self.remove_adapter(id)
+
+
+def refuse_new_weights(runner: Any) -> None:
+    """In the place of what vLLM calls after it has replaced the base weights of a running model."""
+    if runner.lora_config:
+        raise RuntimeError("the base weights were replaced, and A and B are those of the old ones: restart the server")
+
+
+class Served:
+    """The weights that vLLM serves, by the bank's names, and A and B of them."""
+
+    def __init__(self, layers: Mapping[str, tuple[Any, Sequence[str | None]]], store: Store) -> None:
+        self.layers, self.store = layers, store
+
+    def factors(self, basis: str | None) -> dict[str, Factors]:
+        """A (r, K) and B (N, r) of each module in the dtype that is served, made and checked as `attach` does."""
+        found: dict[str, Any] = {}
+        for weights in self._chunks():
+            proxy, chunk = nn.Module(), {name: self.store.entries[name] for name in weights}
+            for name, W in weights.items():
+                _put(proxy, name, W)
+            with adapter_file.named(self.store.path):
+                adapter_file.attach_as(proxy, chunk, [], basis, {"progress": False})
+            for name, layer in adapted_layers(proxy):
+                A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))
+                found[name] = SimpleNamespace(A=A, B=B, rank=layer.rank, recipe=layer.recipe, dtype=weights[name].dtype)
+        self.store.check_basis(found)
+        return {name: (each.A.to(each.dtype), each.B.to(each.dtype)) for name, each in found.items()}
+
+    def _chunks(self) -> Iterator[dict[str, Tensor]]:
+        """W (N, K) of the bank's modules, some at a time."""
+        weights: dict[str, Tensor] = {}
+        for layer, modules in self.layers.values():
+            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices))
+            for slice_, module in enumerate(modules):
+                if module is not None:
+                    weights[module] = _whole(layer, local, slice_)
+            if sum(W.nbytes for W in weights.values()) > AT_ONCE:
+                yield weights
+                weights = {}
+        if weights:
+            yield weights
+
+
+def _put(root: nn.Module, name: str, W: Tensor) -> None:
+    """Have a linear layer of weight W at a place in a model."""
+    *above, last = name.split(".")
+    for part in above:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    root.add_module(last, linear)
+
+
+def _weight(layer: Any, K: int, N: int) -> Tensor:
+    """The weight (N, K) of one of vLLM's layers on this rank, in the dtype that it computes in.
+
+    Where the layer does not hold it like that (packed for a CPU's products, quantised), it is what the layer makes of
+    an identity matrix: each element is a product with 1, and sums with 0, so exact.
+    """
+    weight, dtype = getattr(layer, "weight", None), layer.params_dtype
+    if isinstance(weight, Tensor) and weight.shape == (N, K) and weight.dtype == dtype:
+        return weight.detach()
+    device = layer.weight.device if isinstance(weight, Tensor) else torch.get_default_device()
+    W, step = torch.empty(N, K, dtype=dtype, device=device), max(1, PROBED // K)
+    for start in range(0, K, step):
+        rows = torch.arange(start, min(start + step, K), device=device)
+        ones = torch.zeros(len(rows), K, dtype=dtype, device=device)
+        ones[torch.arange(len(rows), device=device), rows] = 1
+        W[:, rows] = layer.quant_method.apply(layer, ones, None).t()
+    return W
+
+
+def _whole(layer: Any, local: Tensor, slice_: int) -> Tensor:
+    """W of one slice of a layer, from all ranks: by vLLM's own rules for which rows or columns each of them has."""
+    stops = [0, *itertools.accumulate(layer.output_slices)]
+    part = local[stops[slice_] : stops[slice_ + 1]]
+    if layer.tp_size == 1:
+        return part
+    of_columns = layer.input_size != layer.base_layer.input_size
+    size = layer.base_layer.input_size if of_columns else layer.base_layer.output_size
+    ids = torch.arange(size)
+    if of_columns:
+        ids = layer.slice_lora_a(ids[None])[0]
+    elif layer.n_slices > 1:
+        only = [None] * layer.n_slices
+        only[slice_] = ids[:, None]
+        ids = layer.slice_lora_b(only)[slice_][:, 0]
+    else:
+        ids = layer.slice_lora_b(ids[:, None])[:, 0]
+    group, part = get_tp_group(), part.t() if of_columns else part
+    everywhere = [torch.empty_like(ids) for _ in range(layer.tp_size)]
+    torch.distributed.all_gather(everywhere, ids, group=group.cpu_group)
+    ids = torch.cat(everywhere).to(part.device)
+    W = part.new_empty(int(ids.max()) + 1, part.shape[1])
+    W[ids] = group.all_gather(part.contiguous(), dim=0)
+    return W.t() if of_columns else W
