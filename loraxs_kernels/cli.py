@@ -30,7 +30,7 @@ MOST_LAYERS = 10**5  # or labels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `init`, `bank`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the exit status.
+    """Run `loraxs info`, `init`, `bank`, `serve`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the status.
 
     0: all went well.  1: an error, told in one line on stderr.  130: stopped by Ctrl-C.  141: the reader of the output
     has gone, as in `loraxs params ... | head -1`; nothing is printed, and shells report the same number, 128 + SIGPIPE,
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with redirect_stdout(output):
             try:
-                arguments = _parser().parse_args(argv)
+                arguments = _arguments(sys.argv[1:] if argv is None else list(argv))
                 command = f"loraxs {arguments.command}"
                 return arguments.run(arguments)
             finally:
@@ -110,9 +110,22 @@ def _failed(command: str, message: str, status: int) -> int:
     return status
 
 
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """What was typed; as `others` what `loraxs serve` does not know, which is for vLLM, in its order."""
+    parser = _parser()
+    end = argv.index("--") if argv[:1] == ["serve"] and "--" in argv else len(argv)
+    arguments, others = parser.parse_known_args(argv[:end])
+    arguments.others = others + argv[end:]
+    if others and arguments.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others and argv.index(others[0]) < argv.index(arguments.model):
+        parser.error(f"serve: MODEL must come before vLLM's options, got {others[0]} first")
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it."""
-    from . import bank_cli
+    from . import bank_cli, serve_cli
     from .bench import command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
@@ -126,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "what is installed, which backends can run here, and why not")
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
     bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
+    serve_cli.add_serve(add("serve", _serve, "serve a model with all adapters of a bank, by vLLM"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
     _add_demo(add("demo", _demo, "fine-tune a real model on real questions, offline"))
     command.add_bench(add("bench", command.bench, "time LoRA-XS layers and their neighbours, side by side"))
@@ -221,6 +235,12 @@ def _bank(arguments: argparse.Namespace) -> int:
 
     with _told_in_lines("loraxs bank"), _quiet_transformers():
         return bank_cli.command(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from . import serve_cli
+
+    return serve_cli.command(arguments)
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:

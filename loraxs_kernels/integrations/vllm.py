@@ -11,11 +11,18 @@ token to its last, whatever is written to the bank meanwhile.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from ..bank_store import Store
 
 BANK = "LORAXS_BANK"  # the folder of the bank that is served
 BASIS = "LORAXS_BASIS"  # a basis file of the base model, so that A and B are not computed at the start
@@ -27,6 +34,17 @@ TESTED = ("0.32.0",)  # versions of vLLM
 NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager", "replaced"),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.is_base_model", "used"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.load_lora_adapter", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.resolve_lora", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", "replaced"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter", "replaced"),
+    ("vllm.v1.metrics.stats", "LoRARequestStates._request_update", "replaced"),
+    ("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "used"),
+    ("vllm.envs", "VLLM_SKIP_MODEL_NAME_VALIDATION", "used"),
+    ("vllm.envs", "VLLM_USE_RUST_FRONTEND", "used"),
 )
 
 
@@ -77,10 +95,11 @@ def register() -> None:
     check_vllm()
     from vllm.v1.worker import lora_model_runner_mixin as mixin
 
-    from . import vllm_worker
+    from . import vllm_server, vllm_worker
 
     mixin.LRUCacheWorkerLoRAManager = vllm_worker.BankWorkerManager
     mixin.LoRAModelRunnerMixin.reset_lora_state = vllm_worker.refuse_new_weights
+    vllm_server.install()
 
 
 def check_vllm() -> None:
@@ -116,3 +135,35 @@ def check_config(config: Any) -> None:
     for option, asked in refused.items():
         if asked:
             raise ValueError(f"{option}: cannot be used while the bank in {BANK} is served; leave it out")
+
+
+def token() -> bytes | None:
+    """What a client must say to write adapters; None where nobody can.  ValueError for what is too easily guessed."""
+    given = os.fsencode(os.environ.get(TOKEN, ""))
+    if not given:
+        return None
+    if not re.fullmatch(rb"[!-~]{16,}", given):
+        raise ValueError(f"{TOKEN}: must be 16 or more characters of ASCII without spaces, or unset")
+    return given
+
+
+def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
+    """An adapter as its record is now, for `LLM.generate(..., lora_request=adapter("alice"))`.
+
+    Args:
+        name: of the adapter.
+        bank: its folder, the one that the engine was started with; None: that of LORAXS_BANK.
+
+    Raises KeyError where there is no adapter of that name.
+    """
+    from vllm.lora.request import LoRARequest
+
+    version = Version(name, _store(os.path.abspath(bank or os.environ[BANK])).digests([name])[name])
+    return LoRARequest(lora_name=version.label, lora_int_id=version.id, lora_path=version.path)
+
+
+@functools.lru_cache(maxsize=1)
+def _store(path: str) -> Store:
+    from ..bank_store import Store
+
+    return Store(path)
