@@ -1,6 +1,6 @@
 """vLLM's LLM on a bank, in a process of its own: python offline.py < request > answers, both JSON.
 
-A request has the model's folder, options of LLM, max_tokens and jobs: pairs of an adapter's name (null: the base model)
+A request has the model's folder, options of LLM and jobs: pairs of an adapter's name (null: the base model)
 and a prompt's token ids, which all go into one call of `generate`.  An answer has the tokens and their log-probabilities.
 """
 
@@ -20,7 +20,7 @@ def main() -> None:
     from loraxs_kernels.integrations.vllm import adapter
 
     llm = LLM(request["model"], enable_lora=True, **request["options"])
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], logprobs=0, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True)
     names, prompts = zip(*request["jobs"], strict=True)
     requests = [name and adapter(name) for name in names]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, lora_request=requests)

