@@ -42,6 +42,7 @@ from .vllm import BANK, BASIS, Version, check_config
 logger = init_logger("vllm.loraxs")
 
 AT_ONCE = 2**30  # bytes of weights that are put together for their A and B
+OUTDATED = "the base weights were replaced, and A and B are those of the old ones: restart the server"
 PROBED = 2**24  # numbers of an identity matrix by which a layer is asked for its weight
 
 
@@ -299,6 +300,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
     """
 
     _manager_cls = BankModelManager
+    outdated = False
 
     def __init__(self, vllm_config: VllmConfig, *how: Any) -> None:
         check_config(vllm_config)
@@ -320,6 +322,8 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         return new
 
     def _bring(self, lora_request: LoRARequest) -> bool:
+        if self.outdated:
+            raise RuntimeError(OUTDATED)
         there = self._adapter_manager._registered_adapters
         if lora_request.lora_int_id in there:
             return False
@@ -352,7 +356,8 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 def refuse_new_weights(runner: Any) -> None:
     """In the place of what vLLM calls after it has replaced the base weights of a running model."""
     if runner.lora_config:
-        raise RuntimeError("the base weights were replaced, and A and B are those of the old ones: restart the server")
+        runner.lora_manager.outdated = True
+        raise RuntimeError(OUTDATED)
 
 
 class Served:

@@ -160,6 +160,17 @@ def test_a_version_is_what_it_was_when_it_was_asked_for(manager):
         manager.add_adapter(old)
 
 
+def test_no_adapter_is_used_on_new_base_weights(manager):
+    held = request(manager, NAMES[0])
+    manager.add_adapter(held)
+    with pytest.raises(RuntimeError, match="restart the server"):
+        worker.refuse_new_weights(SimpleNamespace(lora_config=True, lora_manager=manager))
+    for use in (manager.add_adapter, lambda each: manager._apply_adapters({each})):
+        with pytest.raises(RuntimeError, match="restart the server"):
+            use(held)
+    manager._apply_adapters(set())  # the base model is what it is
+
+
 @pytest.mark.parametrize("path", ["/some/folder", "loraxs:12:user-0", "loraxs:" + "0" * 64 + ":", "org/name"])
 def test_other_paths_than_the_banks_are_refused(manager, path):
     with pytest.raises(ValueError, match="only those are served"):
