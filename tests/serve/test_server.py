@@ -252,7 +252,7 @@ def test_what_the_engine_refuses_is_held_nowhere(bank):
         engine.error = RuntimeError("no room")
         with pytest.raises(VLLMServerError, match="adapter 'a' cannot be served: no room"):
             await models.resolve_lora("a")
-        assert engine.calls == [("add", "a"), ("remove", None)] and not models.versions._held
+        assert engine.calls == [("add", "a"), ("remove", None)] * 2 and not models.versions._held
         engine.error = None
         assert isinstance(await models.resolve_lora("a"), LoRARequest)
         engine.error = EngineDeadError()
