@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from .bank_store import Store
 from .basis_file import read_basis
@@ -33,7 +34,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def command(arguments: argparse.Namespace) -> int:
+def command(arguments: argparse.Namespace) -> NoReturn:
     """Check what can be checked before a model is loaded, then become vLLM's server."""
     if find_spec("vllm") is None:
         raise ValueError(f"serving needs the packages vllm and lmdb: pip install vllm=={TESTED[-1]} lmdb")

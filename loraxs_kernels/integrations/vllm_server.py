@@ -87,6 +87,7 @@ class Versions:
         Raises KeyError where there is no adapter of that name, ValueError where its record is damaged, and what the
         engine raises; the engine holds nothing then.
         """
+        failed = None
         while True:
             version = Version(name, self.store.digests([name])[name])
             try:
@@ -94,8 +95,9 @@ class Versions:
             except EngineDeadError:
                 raise
             except Exception:
-                if self.store.digests([name])[name] == version.digest:
-                    raise  # else it was replaced before it was read
+                if version == failed:
+                    raise
+                failed = version  # it may have been replaced or removed before it was read
 
     def _at_hand(self, version: Version) -> BankRequest | None:
         if version not in self._held:

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,7 @@ from .vllm import BANK, BASIS, Version, check_config
 logger = init_logger("vllm.loraxs")
 
 AT_ONCE = 2**30  # bytes of weights that are put together for their A and B
+OUTDATED = "the base weights were replaced, and A and B are those of the old ones: restart the server"
 PROBED = 2**24  # numbers of an identity matrix by which a layer is asked for its weight
 
 
@@ -80,11 +81,14 @@ class Rows:
             self._blocks[T] = RowIndex(values, self.n, self.slots.device).blocks(T) if used else None
         blocks = self._blocks[T]
         if blocks is not None and self.slots.is_cuda and torch.cuda.is_current_stream_capturing():
-            slots = self.slots[:T]  # each row for itself: shapes that do not depend on the slots
-            return replace(
-                blocks, size=1, owner=slots.clamp_min(0), order=None, back=None, idle=(slots < 0)[:, None, None]
-            )
+            return self.alone(T)
         return blocks
+
+    def alone(self, T: int) -> Blocks:
+        """T rows in a block each: a CUDA graph that is recorded with these reads the slots of later steps."""
+        slots = self.slots[:T]
+        owner, idle = slots.clamp_min(0), (slots == NONE)[:, None, None]
+        return Blocks(1, owner, order=None, back=None, idle=idle, members=owner, places=owner)
 
 
 @dataclass
@@ -202,14 +206,16 @@ class BankModelManager(LRUCacheLoRAModelManager):
         places: dict[str, list[str | None]] = {}
         missing = []
         for module, _ in self.store.modules:
-            name = rename(module)
-            above, _, last = name.rpartition(".")
-            parent, at, count = packed.get(last, (last, 0, 1))
-            merged = f"{above}.{parent}" if above else parent
-            if name in there:
-                places[name] = [module]
-            elif merged in there:
-                places.setdefault(merged, [None] * count)[at] = module
+            parent, at, count = packed.get(module.rpartition(".")[2], (None, 0, 1))
+            for name in (rename(module), f"model.{module}"):  # the latter of a model without its head
+                above, dot, _ = name.rpartition(".")
+                if name in there:
+                    places[name] = [module]
+                elif (merged := f"{above}{dot}{parent}") in there:
+                    places.setdefault(merged, [None] * count)[at] = module
+                else:
+                    continue
+                break
             else:
                 missing.append(module)
         if missing:
@@ -294,6 +300,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
     """
 
     _manager_cls = BankModelManager
+    outdated = False
 
     def __init__(self, vllm_config: VllmConfig, *how: Any) -> None:
         check_config(vllm_config)
@@ -315,6 +322,8 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         return new
 
     def _bring(self, lora_request: LoRARequest) -> bool:
+        if self.outdated:
+            raise RuntimeError(OUTDATED)
         there = self._adapter_manager._registered_adapters
         if lora_request.lora_int_id in there:
             return False
@@ -347,7 +356,8 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 def refuse_new_weights(runner: Any) -> None:
     """In the place of what vLLM calls after it has replaced the base weights of a running model."""
     if runner.lora_config:
-        raise RuntimeError("the base weights were replaced, and A and B are those of the old ones: restart the server")
+        runner.lora_manager.outdated = True
+        raise RuntimeError(OUTDATED)
 
 
 class Served:
@@ -375,7 +385,7 @@ class Served:
         """W (N, K) of the bank's modules, some at a time."""
         weights: dict[str, Tensor] = {}
         for layer, modules in self.layers.values():
-            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices))
+            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices), layer.device)
             for slice_, module in enumerate(modules):
                 if module is not None:
                     weights[module] = _whole(layer, local, slice_)
@@ -398,7 +408,7 @@ def _put(root: nn.Module, name: str, W: Tensor) -> None:
     root.add_module(last, linear)
 
 
-def _weight(layer: Any, K: int, N: int) -> Tensor:
+def _weight(layer: Any, K: int, N: int, device: torch.device) -> Tensor:
     """The weight (N, K) of one of vLLM's layers on this rank, in the dtype that it computes in.
 
     Where the layer does not hold it like that (packed for a CPU's products, quantised), it is what the layer makes of
@@ -407,7 +417,6 @@ def _weight(layer: Any, K: int, N: int) -> Tensor:
     weight, dtype = getattr(layer, "weight", None), layer.params_dtype
     if isinstance(weight, Tensor) and weight.shape == (N, K) and weight.dtype == dtype:
         return weight.detach()
-    device = layer.weight.device if isinstance(weight, Tensor) else torch.get_default_device()
     W, step = torch.empty(N, K, dtype=dtype, device=device), max(1, PROBED // K)
     for start in range(0, K, step):
         rows = torch.arange(start, min(start + step, K), device=device)
