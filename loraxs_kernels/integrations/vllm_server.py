@@ -58,7 +58,6 @@ def install() -> None:
     """Let every OpenAIServingModels that is made in this process be a BankModels."""
     if envs.VLLM_USE_RUST_FRONTEND:
         raise RuntimeError("VLLM_USE_RUST_FRONTEND is set: that server does not know the bank; unset it")
-    os.environ[RUNTIME] = "1"
     OpenAIServingModels.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(BankModels))
     # These counts become labels of a metric, which keeps every set of adapters that ever ran together for good.
     LoRARequestStates._request_update = lambda self, req_id, lora_name, waiting, running: None
@@ -211,6 +210,7 @@ class BankModels(OpenAIServingModels):
                     f"{self.store.path}: has an adapter {model.name!r}, which is the name of the base model here; "
                     "give the base model another by --served-model-name"
                 )
+        os.environ[RUNTIME] = "1"  # from here on: the routes are made before, and none to load adapters by path
         self.versions = Versions(self.store, engine_client, engine_client.vllm_config.lora_config.max_cpu_loras)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
