@@ -58,7 +58,6 @@ def install() -> None:
     """Let every OpenAIServingModels that is made in this process be a BankModels."""
     if envs.VLLM_USE_RUST_FRONTEND:
         raise RuntimeError("VLLM_USE_RUST_FRONTEND is set: that server does not know the bank; unset it")
-    os.environ[RUNTIME] = "1"
     OpenAIServingModels.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(BankModels))
     # These counts become labels of a metric, which keeps every set of adapters that ever ran together for good.
     LoRARequestStates._request_update = lambda self, req_id, lora_name, waiting, running: None
@@ -77,7 +76,8 @@ class Versions:
 
     def __init__(self, store: Store, engine: EngineClient, most: int) -> None:
         self.store, self.engine, self.most = store, engine, most
-        self._held: OrderedDict[Version, weakref.ref[BankRequest]] = OrderedDict()
+        self._held: OrderedDict[Version, tuple[int, weakref.ref[BankRequest]]] = OrderedDict()
+        self._ids, self._free = itertools.count(1), []  # vLLM keeps them in 32 bits, so they are used again
         self._adding: dict[Version, asyncio.Task[BankRequest]] = {}
         self._evicting: asyncio.Task[None] | None = None
 
@@ -103,10 +103,11 @@ class Versions:
         if version not in self._held:
             return None
         self._held.move_to_end(version)
-        request = self._held[version]()
+        id, reference = self._held[version]
+        request = reference()
         if request is None:
-            request = _request(version)
-            self._held[version] = weakref.ref(request)
+            request = _request(version, id)
+            self._held[version] = id, weakref.ref(request)
         return request
 
     async def _added(self, version: Version) -> BankRequest:
@@ -119,13 +120,14 @@ class Versions:
         try:
             # A damaged record is known here, and the workers find it in memory and do not wait for the disk.
             await asyncio.to_thread(self.store.read, version.name, digest=version.digest)
-            request = _request(version)
+            id = self._free.pop() if self._free else next(self._ids)
+            request = _request(version, id)
             try:
                 await self.engine.add_lora(request)
             except Exception:
-                await self._remove(version)  # some of the workers may hold it
+                await self._remove(version, id)  # some of the workers may hold it
                 raise
-            self._held[version] = weakref.ref(request)
+            self._held[version] = id, weakref.ref(request)
             if len(self._held) > self.most and self._evicting is None:
                 self._evicting = asyncio.create_task(self._evict())
             return request
@@ -136,27 +138,29 @@ class Versions:
         """Remove those that have been idle longest, until there are no more than `most`."""
         try:
             while len(self._held) > self.most:
-                version = next((each for each, request in self._held.items() if request() is None), None)
+                version = next((each for each, (_, request) in self._held.items() if request() is None), None)
                 if version is None:
                     return
                 await asyncio.sleep(0)  # vLLM may send the abort of a request that a stop string ended one turn later
-                if self._held[version]() is None:
+                id, request = self._held[version]
+                if request() is None:
                     del self._held[version]
-                    await self._remove(version)
+                    await self._remove(version, id)
         finally:
             self._evicting = None
 
-    async def _remove(self, version: Version) -> None:
+    async def _remove(self, version: Version, id: int) -> None:
         try:
-            await self.engine.remove_lora(version.id)
+            await self.engine.remove_lora(id)
+            self._free.append(id)
         except EngineDeadError:
             pass
         except Exception:
             logger.exception("Adapter %r could not be removed from the engine", version.label)
 
 
-def _request(version: Version) -> BankRequest:
-    return BankRequest(lora_name=version.label, lora_int_id=version.id, lora_path=version.path)
+def _request(version: Version, id: int) -> BankRequest:
+    return BankRequest(lora_name=version.label, lora_int_id=id, lora_path=version.path)
 
 
 class Resolved(Mapping[str, LoRARequest]):
@@ -206,6 +210,7 @@ class BankModels(OpenAIServingModels):
                     f"{self.store.path}: has an adapter {model.name!r}, which is the name of the base model here; "
                     "give the base model another by --served-model-name"
                 )
+        os.environ[RUNTIME] = "1"  # from here on: the routes are made before, and none to load adapters by path
         self.versions = Versions(self.store, engine_client, engine_client.vllm_config.lora_config.max_cpu_loras)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:

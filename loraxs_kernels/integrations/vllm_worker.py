@@ -52,6 +52,7 @@ class Record:
 
     id: int
     R: Tensor
+    path: str = ""
 
 
 class Rows:
@@ -308,12 +309,10 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         self._brought: OrderedDict[int, None] = OrderedDict()  # by steps, the latest used last
 
     def _load_adapter(self, lora_request: LoRARequest) -> Record:
-        version = Version.of(lora_request.lora_path)
-        if lora_request.lora_int_id != version.id:
-            raise ValueError(f"lora_int_id: got {lora_request.lora_int_id}, must be {version.id} for {version.name!r}")
-        manager = self._adapter_manager
+        version, manager = Version.of(lora_request.lora_path), self._adapter_manager
         R = manager.store.read(version.name, digest=version.digest).mul_(manager.scale)
-        return Record(version.id, R.pin_memory() if self.device.type == "cuda" else R)
+        R = R.pin_memory() if self.device.type == "cuda" else R
+        return Record(lora_request.lora_int_id, R, lora_request.lora_path)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """What `add_lora` calls."""
@@ -325,7 +324,11 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         if self.outdated:
             raise RuntimeError(OUTDATED)
         there = self._adapter_manager._registered_adapters
-        if lora_request.lora_int_id in there:
+        if (record := there.get(lora_request.lora_int_id)) is not None:
+            if record.path != lora_request.lora_path:
+                raise ValueError(
+                    f"lora_int_id: got {record.id} for {lora_request.lora_path}, has {record.path} already"
+                )
             return False
         return self._adapter_manager.add_adapter(self._load_adapter(lora_request))
 

@@ -112,8 +112,7 @@ def worker_cache(capacity, deactivate):
 
 
 def request(manager, name):
-    version = ours.Version(name, manager._adapter_manager.store.digests([name])[name])
-    return LoRARequest(version.label, version.id, version.path)
+    return ours.adapter(name, manager._adapter_manager.store.path)
 
 
 def in_slots(manager):
@@ -181,7 +180,6 @@ def test_versions_survive_their_way_through_a_request():
     for name in ("alice", "a:b#c", "grün", "x" * 400):
         version = ours.Version(name, bytes(range(32)))
         assert ours.Version.of(version.path) == version and ours.name_of(version.label) == name
-        assert 2**62 <= version.id < 2**63
 
 
 @pytest.fixture
@@ -240,3 +238,13 @@ def test_settings_under_which_a_bank_is_not_served(option, value, said):
     ours.check_config(config())
     with pytest.raises(ValueError, match=said):
         ours.check_config(config(**{option: value}))
+
+
+def test_an_id_means_one_adapter(manager):
+    first, second = (request(manager, name) for name in NAMES[:2])
+    assert (
+        first.lora_int_id < second.lora_int_id < 2**31 and request(manager, NAMES[0]).lora_int_id == first.lora_int_id
+    )
+    manager.add_adapter(first)
+    with pytest.raises(ValueError, match=r"has loraxs:[0-9a-f]+:user-0 already"):
+        manager.add_adapter(LoRARequest(second.lora_name, first.lora_int_id, second.lora_path))
