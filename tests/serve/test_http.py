@@ -10,12 +10,14 @@ import psutil
 import pytest
 import requests
 import torch
-from conftest import PROMPTS, TOKEN, USERS
-from serving import BASE, PATIENCE, Layers, answer_of, joined, random_R
-from transformers import AutoModelForCausalLM
 
-import loraxs_kernels as lx
-from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
+pytest.importorskip("vllm")
+
+from serving import BASE, PATIENCE, PROMPTS, TOKEN, Layers, answer_of, joined, random_R  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import loraxs_kernels as lx  # noqa: E402
+from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically  # noqa: E402
 
 LONG = " ".join(f"{i} times {i} is {i * i}." for i in range(2, 26))
 
@@ -219,7 +221,7 @@ def test_a_bank_that_another_takes_the_place_of_is_served_on_and_not_written_to(
 
 
 def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, bank, start, smollm2):
-    """The new one in bf16, and with torch.compile."""
+    """The new one in bf16, and without --enforce-eager, which on a CPU changes nothing where LoRA is on."""
     ours.check(server.ask("user70", PROMPTS[0]))
     started = server.processes()
     (worker,) = (each for each in started if "Worker" in each.name())
@@ -242,5 +244,4 @@ def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, ban
     with lx.AdapterBank(bank) as opened:
         layers = Layers(opened.attach(model, 16, progress=False))
         layers.calibrate(again.ask_all((None, prompt) for prompt in PROMPTS))
-        print("bf16", layers.worst, layers.most)
         layers.check(again.ask_all((f"user{i}" if i % 3 else None, PROMPTS[i % 8]) for i in range(70, 82)))
