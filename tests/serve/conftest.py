@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest
+import torch
+from serving import MODULES, PROMPTS, SECRET, Layers, Server, random_R
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from serving import MODULES, PROMPTS, TOKEN, Layers, Server, random_R  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-import loraxs_kernels as lx  # noqa: E402
-from loraxs_kernels.demo import package_folder  # noqa: E402
-from loraxs_kernels.demo.smollm2 import GGUF  # noqa: E402
+import loraxs_kernels as lx
+from loraxs_kernels.demo import package_folder
+from loraxs_kernels.demo.smollm2 import GGUF
 
 USERS = 300
 STARTED: list[Server] = []  # of this session
@@ -93,9 +90,9 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(start, smollm2, bank):
     """A server with few slots, small steps and cached prefixes, that takes new weights."""
-    options = "--dtype float32 --enforce-eager --max-model-len 1024 --max-num-batched-tokens 64 --max-num-seqs 16 --max-loras 4"
-    options += " --max-cpu-loras 8 --enable-prefix-caching --block-size 32"
-    return start(smollm2, bank, *options.split(), LORAXS_TOKEN=TOKEN)
+    options = "--dtype float32 --enforce-eager --max-model-len 1024 --max-num-batched-tokens 64 --max-num-seqs 16"
+    options += " --max-loras 4 --max-cpu-loras 8 --enable-prefix-caching --block-size 32"
+    return start(smollm2, bank, *options.split(), LORAXS_TOKEN=SECRET)
 
 
 @pytest.fixture(scope="session")

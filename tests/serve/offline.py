@@ -1,7 +1,7 @@
 """vLLM's LLM on a bank, in a process of its own: python offline.py < request > answers, both JSON.
 
-A request has the model's folder, options of LLM and jobs: pairs of an adapter's name (null: the base model)
-and a prompt's token ids, which all go into one call of `generate`.  An answer has the tokens and their log-probabilities.
+A request has the model's folder, options of LLM and jobs: pairs of an adapter's name (null: the base model) and a
+prompt's token ids, which all go into one call of `generate`.  An answer has the tokens and their log-probabilities.
 """
 
 from __future__ import annotations

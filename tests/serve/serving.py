@@ -33,7 +33,7 @@ PROMPTS = [
     "Water boils at",
     "Dear Sir or Madam,",
 ]
-TOKEN = "a-token-that-is-no-secret"
+SECRET = "a-token-that-is-no-secret"
 BASE = "base-model"  # its name over HTTP
 START = 300  # seconds that vLLM may take to start, on busy cores
 FACTOR = 4  # see Layers

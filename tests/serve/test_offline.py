@@ -1,4 +1,4 @@
-"""vLLM's LLM on a bank, without a server: tensor parallelism, biases, banks of some modules, and what ends the start."""
+"""vLLM's LLM on a bank: tensor parallelism, biases, a bank of some modules, and what ends the start."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-import transformers  # noqa: E402
-from serving import MODULES, Ended, Layers, offline, random_R  # noqa: E402
+import transformers
+from serving import MODULES, Ended, Layers, offline, random_R
 
-import loraxs_kernels as lx  # noqa: E402
+import loraxs_kernels as lx
 
 SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
 SIZES |= dict(num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.15)
@@ -60,7 +60,7 @@ def test_biases_and_a_bank_of_some_modules(tmp_path):
 
 def test_a_bank_that_is_not_the_models_ends_the_start(tmp_path):
     """Of the same modules on other weights; and of a module that is no linear layer in vLLM."""
-    model, bank = made(tmp_path / "right", "Llama", 4, MODULES)
+    model, _ = made(tmp_path / "right", "Llama", 4, MODULES)
     _, other = made(tmp_path / "other", "Llama", 4, MODULES, seed=1)
     _, more = made(tmp_path / "more", "Llama", 4, [*MODULES, "lm_head"])
 
