@@ -90,13 +90,17 @@ class Versions:
         while True:
             version = Version(name, self.store.digests([name])[name])
             try:
-                return self._at_hand(version) or await self._added(version)
+                request = self._at_hand(version) or await self._added(version)
             except EngineDeadError:
                 raise
             except Exception:
                 if version == failed:
                     raise
                 failed = version  # it may have been replaced or removed before it was read
+            else:
+                if len(self._held) > self.most and self._evicting is None:
+                    self._evicting = asyncio.create_task(self._evict())
+                return request
 
     def _at_hand(self, version: Version) -> BankRequest | None:
         if version not in self._held:
@@ -125,8 +129,6 @@ class Versions:
                 await self._remove(version)  # some of the workers may hold it
                 raise
             self._held[version] = weakref.ref(request)
-            if len(self._held) > self.most and self._evicting is None:
-                self._evicting = asyncio.create_task(self._evict())
             return request
         finally:
             del self._adding[version]
