@@ -12,8 +12,8 @@ token to its last, whatever is written to the bank meanwhile.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -64,11 +64,6 @@ class Version:
     def label(self) -> str:
         """What a LoRARequest has as lora_name: vLLM takes requests of one lora_name for the same."""
         return f"{self.name}#{self.digest[:8].hex()}"
-
-    @property
-    def id(self) -> int:
-        """What a LoRARequest has as lora_int_id: the same in every process, above those of vLLM's own counters."""
-        return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:8], "big") >> 2 | 1 << 62
 
     @classmethod
     def of(cls, path: str) -> Version:
@@ -159,7 +154,15 @@ def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
     from vllm.lora.request import LoRARequest
 
     version = Version(name, _store(os.path.abspath(bank or os.environ[BANK])).digests([name])[name])
-    return LoRARequest(lora_name=version.label, lora_int_id=version.id, lora_path=version.path)
+    return LoRARequest(lora_name=version.label, lora_int_id=_id(version), lora_path=version.path)
+
+
+_ids = itertools.count(1)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _id(version: Version) -> int:
+    return next(_ids)
 
 
 @functools.lru_cache(maxsize=1)

@@ -68,7 +68,7 @@ class BankRequest(LoRARequest, weakref=True):
 
 
 class Versions:
-    """The versions of adapters that the engine holds: those in use, and up to `most` in all others that were used last.
+    """The versions of adapters that the engine holds: the `most` used last, or all that are in use where they are more.
 
     Everything here runs in the event loop.  Calls of the engine go through one socket and are done in order; those of
     one version never overlap.
@@ -76,7 +76,8 @@ class Versions:
 
     def __init__(self, store: Store, engine: EngineClient, most: int) -> None:
         self.store, self.engine, self.most = store, engine, most
-        self._held: OrderedDict[Version, weakref.ref[BankRequest]] = OrderedDict()
+        self._held: OrderedDict[Version, tuple[int, weakref.ref[BankRequest]]] = OrderedDict()
+        self._ids, self._free = itertools.count(1), []  # vLLM keeps them in 32 bits, so they are used again
         self._adding: dict[Version, asyncio.Task[BankRequest]] = {}
         self._evicting: asyncio.Task[None] | None = None
 
@@ -106,10 +107,11 @@ class Versions:
         if version not in self._held:
             return None
         self._held.move_to_end(version)
-        request = self._held[version]()
+        id, reference = self._held[version]
+        request = reference()
         if request is None:
-            request = _request(version)
-            self._held[version] = weakref.ref(request)
+            request = _request(version, id)
+            self._held[version] = id, weakref.ref(request)
         return request
 
     async def _added(self, version: Version) -> BankRequest:
@@ -122,13 +124,14 @@ class Versions:
         try:
             # A damaged record is known here, and the workers find it in memory and do not wait for the disk.
             await asyncio.to_thread(self.store.read, version.name, digest=version.digest)
-            request = _request(version)
+            id = self._free.pop() if self._free else next(self._ids)
+            request = _request(version, id)
             try:
                 await self.engine.add_lora(request)
             except Exception:
-                await self._remove(version)  # some of the workers may hold it
+                await self._remove(version, id)  # some of the workers may hold it
                 raise
-            self._held[version] = weakref.ref(request)
+            self._held[version] = id, weakref.ref(request)
             return request
         finally:
             del self._adding[version]
@@ -137,27 +140,29 @@ class Versions:
         """Remove those that have been idle longest, until there are no more than `most`."""
         try:
             while len(self._held) > self.most:
-                version = next((each for each, request in self._held.items() if request() is None), None)
+                version = next((each for each, (_, request) in self._held.items() if request() is None), None)
                 if version is None:
                     return
                 await asyncio.sleep(0)  # vLLM may send the abort of a request that a stop string ended one turn later
-                if self._held[version]() is None:
+                id, request = self._held[version]
+                if request() is None:
                     del self._held[version]
-                    await self._remove(version)
+                    await self._remove(version, id)
         finally:
             self._evicting = None
 
-    async def _remove(self, version: Version) -> None:
+    async def _remove(self, version: Version, id: int) -> None:
         try:
-            await self.engine.remove_lora(version.id)
+            await self.engine.remove_lora(id)
+            self._free.append(id)
         except EngineDeadError:
             pass
         except Exception:
             logger.exception("Adapter %r could not be removed from the engine", version.label)
 
 
-def _request(version: Version) -> BankRequest:
-    return BankRequest(lora_name=version.label, lora_int_id=version.id, lora_path=version.path)
+def _request(version: Version, id: int) -> BankRequest:
+    return BankRequest(lora_name=version.label, lora_int_id=id, lora_path=version.path)
 
 
 class Resolved(Mapping[str, LoRARequest]):

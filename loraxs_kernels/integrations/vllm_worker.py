@@ -31,18 +31,18 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 
-from .. import adapter_file, indexed
-from ..backends import triton_indexed
+from .. import adapter_file
 from ..backends.torch import cast, shrink
 from ..bank_store import Store
 from ..basis import Factors
-from ..indexed import NONE, RowIndex
+from ..indexed import NONE, Blocks, RowIndex
 from ..model import adapted_layers
 from .vllm import BANK, BASIS, Version, check_config
 
 logger = init_logger("vllm.loraxs")
 
 AT_ONCE = 2**30  # bytes of weights that are put together for their A and B
+OUTDATED = "the base weights were replaced, and A and B are those of the old ones: restart the server"
 PROBED = 2**24  # numbers of an identity matrix by which a layer is asked for its weight
 
 
@@ -52,6 +52,7 @@ class Record:
 
     id: int
     R: Tensor
+    path: str = ""
 
 
 class Rows:
@@ -59,56 +60,54 @@ class Rows:
 
     def __init__(self, most: int, device: torch.device, slots: int) -> None:
         self.slots = torch.full((most,), NONE, dtype=torch.int32, device=device)  # at one address, for CUDA graphs
-        self.n, self.values, self._indices = slots, [], {}
+        self.n, self.values = slots, []
+        self._blocks: dict[int, Blocks | None] = {}
 
     def update_metadata(self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any) -> None:
         """What vLLM's manager calls before a step whose mapping or slots are not those of the last."""
         slot_of = {id: slot for slot, id in enumerate(lora_index_to_id) if id is not None} | {0: NONE}
-        self.values, self._indices = [slot_of[id] for id in mapping.index_mapping], {}
+        self.values, self._blocks = [slot_of[id] for id in mapping.index_mapping], {}
         if self.slots.device.type != "cpu":
             host = torch.full(self.slots.shape, NONE, dtype=torch.int32, pin_memory=True)
             host[: len(self.values)] = torch.tensor(self.values, dtype=torch.int32)
             self.slots.copy_(host, non_blocking=True)
 
-    def index(self, T: int) -> RowIndex | None:
-        """The index of T rows, of which those past the step's are padding; None where no row uses an adapter."""
-        if T not in self._indices:
+    def blocks(self, T: int) -> Blocks | None:
+        """T rows in blocks of one slot; rows past the step's are padding.  None: no row uses an adapter."""
+        if T not in self._blocks:
             if len(self.values) > T:
                 raise RuntimeError(f"a layer got {T} rows in a step of {len(self.values)}, must be all of them")
-            if set(self.values) <= {NONE}:
-                self._indices[T] = None
-            else:
-                self._indices[T] = RowIndex(self.values + [NONE] * (T - len(self.values)), self.n, self.slots.device)
-        return self._indices[T]
+            values = self.values + [NONE] * (T - len(self.values))
+            used = {*values} != {NONE}
+            self._blocks[T] = RowIndex(values, self.n, self.slots.device).blocks(T) if used else None
+        blocks = self._blocks[T]
+        if blocks is not None and self.slots.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.alone(T)
+        return blocks
+
+    def alone(self, T: int) -> Blocks:
+        """T rows in a block each: a CUDA graph that is recorded with these reads the slots of later steps."""
+        slots = self.slots[:T]
+        owner, idle = slots.clamp_min(0), (slots == NONE)[:, None, None]
+        return Blocks(1, owner, order=None, back=None, idle=idle, members=owner, places=owner)
 
 
 @dataclass
 class Part:
-    """What one module of the bank adds to its slice of a layer's output."""
+    """What m modules of one rank that share x add to a layer's output, y += (R_i A_i x)_i in blocks of columns of B."""
 
-    A: Tensor
-    B: Tensor
-    R: Tensor  # (slots, r, r), of the table
-    s: float
-    columns: slice
-    in_triton: bool = False
+    A: Tensor  # (m r, K): of all m, one after another
+    B: Tensor  # (N, m r): of all m, each in the rows of its own slice and zero elsewhere
+    R: Tensor  # (slots, m, r, r), of the table, times s
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> None:
-        y = y[:, self.columns]
-        if not x.is_cuda:
-            if (index := rows.index(len(x))) is not None:
-                indexed.lowrank_linear(x, None, self.A, self.R, self.B, self.s, None, y, index)
-        elif self.in_triton:
-            slots = rows.slots[: len(x)]
-            triton_indexed.lowrank_linear_indexed(x, None, self.A, self.R, self.B, self.s, slots, None, y)
-        else:
-            self.add_in_torch(y, x, rows.slots[: len(x)])
-
-    def add_in_torch(self, y: Tensor, x: Tensor, slots: Tensor) -> None:
-        """By products whose shapes do not depend on the slots, so that a CUDA graph can be recorded."""
-        own = cast(self.R.index_select(0, slots.clamp_min(0)), torch.float32)
-        u = torch.bmm(own, shrink(x, self.A.t())[:, :, None])[:, :, 0].mul_(self.s)
-        y.addmm_(cast(u.masked_fill_((slots < 0)[:, None], 0), x.dtype), self.B.t())
+        if (blocks := rows.blocks(len(x))) is None:
+            return
+        parts = blocks.split(shrink(x, self.A.t())).unflatten(2, self.R.shape[1:3]).transpose(1, 2)
+        u = (parts @ self.R.index_select(0, blocks.owner).mT).transpose(1, 2).flatten(2)
+        if blocks.idle is not None:
+            u.masked_fill_(blocks.idle, 0)
+        y.addmm_(cast(blocks.join(u), x.dtype), self.B.t())
 
 
 class LoraXSLayer:
@@ -182,6 +181,7 @@ class BankModelManager(LRUCacheLoRAModelManager):
                 "take over; serve a bank without, on a base model that has their values"
             )
         self.table = torch.zeros(self.lora_slots, store.size, dtype=torch.float32, device=self.device)
+        self.scale = torch.cat([torch.full((r * r,), store.alphas[module] / r) for module, r in store.modules])
         layers = {name: self._wrapped(name, parts) for name, parts in self._places().items()}
         factors = Served(layers, store).factors(os.environ.get(BASIS) or None)
         for name, (layer, modules) in layers.items():
@@ -207,14 +207,16 @@ class BankModelManager(LRUCacheLoRAModelManager):
         places: dict[str, list[str | None]] = {}
         missing = []
         for module, _ in self.store.modules:
-            name = rename(module)
-            above, _, last = name.rpartition(".")
-            parent, at, count = packed.get(last, (last, 0, 1))
-            merged = f"{above}.{parent}" if above else parent
-            if name in there:
-                places[name] = [module]
-            elif merged in there:
-                places.setdefault(merged, [None] * count)[at] = module
+            parent, at, count = packed.get(module.rpartition(".")[2], (None, 0, 1))
+            for name in (rename(module), f"model.{module}"):  # the latter of a model without its head
+                above, dot, _ = name.rpartition(".")
+                if name in there:
+                    places[name] = [module]
+                elif (merged := f"{above}{dot}{parent}") in there:
+                    places.setdefault(merged, [None] * count)[at] = module
+                else:
+                    continue
+                break
             else:
                 missing.append(module)
         if missing:
@@ -246,7 +248,7 @@ class BankModelManager(LRUCacheLoRAModelManager):
         return wrapped, modules
 
     def _parts(self, layer: Any, modules: Sequence[str | None], factors: Mapping[str, Factors]) -> list[Part]:
-        """A and B of the modules in a layer, as much of them as this rank needs."""
+        """A and B of the modules in a layer, as much of them as this rank needs, and the R that go between."""
         pairs = [(None, None) if module is None else factors[module] for module in modules]
         A, B = [a for a, _ in pairs], [b for _, b in pairs]
         if layer.tp_size > 1 and layer.n_slices > 1:
@@ -254,14 +256,23 @@ class BankModelManager(LRUCacheLoRAModelManager):
         elif layer.tp_size > 1:
             A, B = [layer.slice_lora_a(A[0])], [layer.slice_lora_b(B[0])]
         stops = list(itertools.accumulate(layer.output_slices))
-        parts = []
+        groups: list[list[tuple[str, Tensor, Tensor]]] = []  # of modules whose R lie side by side in the table
         for module, a, b, width, stop in zip(modules, A, B, layer.output_slices, stops, strict=True):
             if module is not None:
-                r, place = len(a), self.store.places[module]
-                R = self.table[:, place].unflatten(1, (r, r))
-                part = Part(a.contiguous(), b.contiguous(), R, self.store.alphas[module] / r, slice(stop - width, stop))
-                parts.append(part)
-        return parts
+                wide = b.new_zeros(stops[-1], len(a))
+                wide[stop - width : stop] = b
+                last = groups[-1][-1] if groups else None
+                beside = last and self.store.places[last[0]].stop == self.store.places[module].start
+                if not (beside and len(last[1]) == len(a)):
+                    groups.append([])
+                groups[-1].append((module, a, wide))
+        return [self._part(group) for group in groups]
+
+    def _part(self, group: Sequence[tuple[str, Tensor, Tensor]]) -> Part:
+        modules, A, B = zip(*group, strict=True)
+        places, r = [self.store.places[module] for module in modules], len(A[0])
+        R = self.table[:, places[0].start : places[-1].stop].unflatten(1, (len(group), r, r))
+        return Part(torch.cat(A), torch.cat(B, 1), R)
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Record:
         return Record(lora_id, torch.zeros(self.store.size))
@@ -290,6 +301,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
     """
 
     _manager_cls = BankModelManager
+    outdated = False
 
     def __init__(self, vllm_config: VllmConfig, *how: Any) -> None:
         check_config(vllm_config)
@@ -297,11 +309,10 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         self._brought: OrderedDict[int, None] = OrderedDict()  # by steps, the latest used last
 
     def _load_adapter(self, lora_request: LoRARequest) -> Record:
-        version = Version.of(lora_request.lora_path)
-        if lora_request.lora_int_id != version.id:
-            raise ValueError(f"lora_int_id: got {lora_request.lora_int_id}, must be {version.id} for {version.name!r}")
-        R = self._adapter_manager.store.read(version.name, digest=version.digest)
-        return Record(version.id, R.pin_memory() if self.device.type == "cuda" else R)
+        version, manager = Version.of(lora_request.lora_path), self._adapter_manager
+        R = manager.store.read(version.name, digest=version.digest).mul_(manager.scale)
+        R = R.pin_memory() if self.device.type == "cuda" else R
+        return Record(lora_request.lora_int_id, R, lora_request.lora_path)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """What `add_lora` calls."""
@@ -310,8 +321,14 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
         return new
 
     def _bring(self, lora_request: LoRARequest) -> bool:
+        if self.outdated:
+            raise RuntimeError(OUTDATED)
         there = self._adapter_manager._registered_adapters
-        if lora_request.lora_int_id in there:
+        if (record := there.get(lora_request.lora_int_id)) is not None:
+            if record.path != lora_request.lora_path:
+                raise ValueError(
+                    f"lora_int_id: got {record.id} for {lora_request.lora_path}, has {record.path} already"
+                )
             return False
         return self._adapter_manager.add_adapter(self._load_adapter(lora_request))
 
@@ -342,7 +359,8 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 def refuse_new_weights(runner: Any) -> None:
     """In the place of what vLLM calls after it has replaced the base weights of a running model."""
     if runner.lora_config:
-        raise RuntimeError("the base weights were replaced, and A and B are those of the old ones: restart the server")
+        runner.lora_manager.outdated = True
+        raise RuntimeError(OUTDATED)
 
 
 class Served:
@@ -370,7 +388,7 @@ class Served:
         """W (N, K) of the bank's modules, some at a time."""
         weights: dict[str, Tensor] = {}
         for layer, modules in self.layers.values():
-            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices))
+            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices), layer.device)
             for slice_, module in enumerate(modules):
                 if module is not None:
                     weights[module] = _whole(layer, local, slice_)
@@ -393,7 +411,7 @@ def _put(root: nn.Module, name: str, W: Tensor) -> None:
     root.add_module(last, linear)
 
 
-def _weight(layer: Any, K: int, N: int) -> Tensor:
+def _weight(layer: Any, K: int, N: int, device: torch.device) -> Tensor:
     """The weight (N, K) of one of vLLM's layers on this rank, in the dtype that it computes in.
 
     Where the layer does not hold it like that (packed for a CPU's products, quantised), it is what the layer makes of
@@ -402,7 +420,6 @@ def _weight(layer: Any, K: int, N: int) -> Tensor:
     weight, dtype = getattr(layer, "weight", None), layer.params_dtype
     if isinstance(weight, Tensor) and weight.shape == (N, K) and weight.dtype == dtype:
         return weight.detach()
-    device = layer.weight.device if isinstance(weight, Tensor) else torch.get_default_device()
     W, step = torch.empty(N, K, dtype=dtype, device=device), max(1, PROBED // K)
     for start in range(0, K, step):
         rows = torch.arange(start, min(start + step, K), device=device)

@@ -285,8 +285,8 @@ def test_a_record_that_is_replaced_while_it_is_added_is_asked_for_anew(bank):
 
 def test_requests_are_sent_to_the_engine_as_vllms_own(bank):
     version = Version("a", bytes(32))
-    ours = BankRequest(lora_name=version.label, lora_int_id=version.id, lora_path=version.path)
-    theirs = LoRARequest(version.label, version.id, version.path)
+    ours = BankRequest(lora_name=version.label, lora_int_id=7, lora_path=version.path)
+    theirs = LoRARequest(version.label, 7, version.path)
 
     def sent(lora):
         whole = EngineCoreRequest("id", [1], None, None, None, 0.0, lora, None, None)
