@@ -68,7 +68,7 @@ class BankRequest(LoRARequest, weakref=True):
 
 
 class Versions:
-    """The versions of adapters that the engine holds: those in use, and up to `most` in all others that were used last.
+    """The versions of adapters that the engine holds: the `most` used last, or all that are in use where they are more.
 
     Everything here runs in the event loop.  Calls of the engine go through one socket and are done in order; those of
     one version never overlap.
@@ -91,13 +91,17 @@ class Versions:
         while True:
             version = Version(name, self.store.digests([name])[name])
             try:
-                return self._at_hand(version) or await self._added(version)
+                request = self._at_hand(version) or await self._added(version)
             except EngineDeadError:
                 raise
             except Exception:
                 if version == failed:
                     raise
                 failed = version  # it may have been replaced or removed before it was read
+            else:
+                if len(self._held) > self.most and self._evicting is None:
+                    self._evicting = asyncio.create_task(self._evict())
+                return request
 
     def _at_hand(self, version: Version) -> BankRequest | None:
         if version not in self._held:
@@ -128,8 +132,6 @@ class Versions:
                 await self._remove(version, id)  # some of the workers may hold it
                 raise
             self._held[version] = id, weakref.ref(request)
-            if len(self._held) > self.most and self._evicting is None:
-                self._evicting = asyncio.create_task(self._evict())
             return request
         finally:
             del self._adding[version]

@@ -20,6 +20,7 @@ pytest.importorskip("lmdb")
 import httpx
 import msgspec
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
@@ -186,10 +187,9 @@ def test_what_is_in_flight_stays_and_what_was_idle_longest_goes(bank):
         await settled()
         assert all_in_flight[0] is in_flight and len(engine.held) == 4
         del all_in_flight, in_flight
-        await versions.request("c")
-        await versions.request("e")
+        await versions.request("a")
         await settled()
-        assert sorted(Version.of(path).name for path in engine.held.values()) == ["c", "e"]
+        assert sorted(Version.of(path).name for path in engine.held.values()) == ["a", "c"]
 
     engine = Engine()
     versions = served(engine).versions
@@ -441,6 +441,23 @@ def test_a_body_has_a_limit_which_no_header_moves(bank, tmp_path):
     sent = 0
     assert site("POST", "a", chunks(), **{"Content-Length": str(10**12)}).status_code == 413 and sent == 0
     assert len(file_of(tmp_path, 1, portable=True)) < most
+
+
+def test_a_client_that_goes_in_the_middle_changes_nothing(bank, tmp_path):
+    site, body, before = Site(), file_of(tmp_path, 1), bank.digests("a")
+    messages = [{"type": "http.request", "body": body, "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        assert message.get("status") != 200
+
+    headers = [(vllm_server.HEADER.lower().encode(), SECRET.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/loraxs/adapters/a", "headers": headers, "query_string": b""}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(site.app(scope, receive, send))
+    assert not messages and bank.digests("a") == before
 
 
 def test_what_is_no_adapter_of_this_bank_is_refused_without_the_servers_paths(bank, tmp_path):
