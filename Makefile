@@ -56,7 +56,7 @@ test: $(VENV)/.test lint
 
 test-serve: $(SERVE)/.wheel
 	@if [ -s $(SERVE)/skipped ]; then echo "test-serve: SKIPPED: $$(cat $(SERVE)/skipped)"; else \
-		$(MAKE) --no-print-directory $(SERVE)/.test && $(SERVE)/bin/python -m pytest -q -rs tests/serve $(ARGS); fi
+		$(MAKE) --no-print-directory $(SERVE)/.test && OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -rs tests/serve $(ARGS); fi
 
 newest: $(VENV)/.test
 	$(BIN)/python -m venv --clear $(VENV)-newest
