@@ -2,7 +2,7 @@
 
     .venv-serve/bin/python bench/serve.py --out bench/results/cpu        in what `make test-serve` makes
 
-SmolLM2-135M in bf16 on a CPU, R of rank 4 for all its projections, random.  The same prompts and lengths for four kinds
+SmolLM2-135M in bf16 on one thread of a CPU, R of rank 4 for all its projections, random.  The same prompts and lengths for four kinds
 of names: the base model, one adapter for all requests, and for each request a name out of all, drawn uniformly or by
 Zipf's law.  CLIENTS requests are in flight at a time, prefixes are not cached, and rounds of the four alternate, since
 a shared machine is now faster and now slower; the first round is not counted.
@@ -150,7 +150,12 @@ def main() -> None:
             server.stop()
     head |= {"vllm": vllm.__version__, "model": "SmolLM2-135M-Instruct, bf16", "options": f"loraxs serve {options}"}
     head |= {"adapters": len(names), "rank": RANK, "bank_bytes": size, "zipf_exponent": EXPONENT, "clients": CLIENTS}
-    head |= {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "requests_a_round": arguments.requests}
+    head |= {
+        "worker_threads": 1,
+        "prompt_tokens": PROMPT,
+        "answer_tokens": ANSWER,
+        "requests_a_round": arguments.requests,
+    }
     path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-serve.json")
     report.save(head | {"rows": rows, "pss_mib": {"at the start": at_start, "at the end": at_end}}, path)
     print(path)
