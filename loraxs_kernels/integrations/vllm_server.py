@@ -50,12 +50,6 @@ PATH = "/v1/loraxs/adapters/{name:path}"
 HEADER = "LoRAXS-Token"
 RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # makes vLLM ask `resolve_lora` for names that it does not know
 
-# Returned and not raised: vLLM logs a traceback of what is raised, and this is for anybody to ask for.
-UNAUTHORIZED = JSONResponse(
-    {"error": {"message": f"The header {HEADER} must have the server's {TOKEN}.", "type": "Unauthorized", "code": 401}},
-    HTTPStatus.UNAUTHORIZED,
-)
-
 T = TypeVar("T")
 logger = init_logger("vllm.loraxs")  # below vLLM's own logger, which has the handler
 
@@ -289,6 +283,12 @@ def _forbidden() -> ErrorResponse:
     return create_error_response(message, "ForbiddenError", HTTPStatus.FORBIDDEN)
 
 
+def _unauthorized() -> JSONResponse:
+    """Returned and not raised: vLLM logs a traceback of what is raised, and this is for anybody to ask for."""
+    error = {"message": f"The header {HEADER} must have the server's {TOKEN}.", "type": "Unauthorized", "code": 401}
+    return JSONResponse({"error": error}, HTTPStatus.UNAUTHORIZED)
+
+
 class Endpoint:
     """New weights while the server runs: the plugin of vLLM that adds POST and DELETE on PATH, if there is a token."""
 
@@ -309,7 +309,7 @@ class Endpoint:
     async def post(self, name: str, request: Request) -> JSONResponse:
         """Store an adapter file, the body, under a name: all requests that come later see it whole."""
         if not self._knows_token(request):
-            return UNAUTHORIZED
+            return _unauthorized()
         store = self._checked(name, request)
         body = await _body(request, most_bytes(store))
 
@@ -335,7 +335,7 @@ class Endpoint:
     async def delete(self, name: str, request: Request) -> JSONResponse:
         """Delete an adapter: requests that come later do not find it, those in flight go on with it."""
         if not self._knows_token(request):
-            return UNAUTHORIZED
+            return _unauthorized()
         store = self._checked(name, request)
         await self._written(name, store, lambda: store.remove(name))
         logger.info("Adapter %r was deleted", name)
