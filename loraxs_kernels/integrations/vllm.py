@@ -122,6 +122,10 @@ def check_config(config: Any) -> None:
         "--lora-target-modules": lora.target_modules,
         "--default-mm-loras": lora.default_mm_loras,
         "--enable-sleep-mode": config.model_config.enable_sleep_mode,
+        "an encoder-decoder model": config.model_config.is_encoder_decoder,  # its layers get other rows than the text's
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,  # so do some layers with it
+        "--kv-transfer-config": config.kv_transfer_config is not None,  # not all connectors tell adapters apart
+        "--weight-transfer-config": config.weight_transfer_config is not None,
         "--enable-dbo": parallel.use_ubatching,
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
@@ -129,7 +133,7 @@ def check_config(config: Any) -> None:
     }
     for option, asked in refused.items():
         if asked:
-            raise ValueError(f"{option}: cannot be used while the bank in {BANK} is served; leave it out")
+            raise ValueError(f"{option}: cannot be used to serve the bank that {BANK} names")
 
 
 def token() -> bytes | None:
@@ -160,7 +164,7 @@ def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
 _ids = itertools.count(1)
 
 
-@functools.lru_cache(maxsize=2**16)
+@functools.cache  # two ids for one version would be an error in a step
 def _id(version: Version) -> int:
     return next(_ids)
 

@@ -283,6 +283,12 @@ def _forbidden() -> ErrorResponse:
     return create_error_response(message, "ForbiddenError", HTTPStatus.FORBIDDEN)
 
 
+def _unauthorized() -> JSONResponse:
+    """Returned and not raised: vLLM logs a traceback of what is raised, and this is for anybody to ask for."""
+    error = {"message": f"The header {HEADER} must have the server's {TOKEN}.", "type": "Unauthorized", "code": 401}
+    return JSONResponse({"error": error}, HTTPStatus.UNAUTHORIZED)
+
+
 class Endpoint:
     """New weights while the server runs: the plugin of vLLM that adds POST and DELETE on PATH, if there is a token."""
 
@@ -302,6 +308,8 @@ class Endpoint:
 
     async def post(self, name: str, request: Request) -> JSONResponse:
         """Store an adapter file, the body, under a name: all requests that come later see it whole."""
+        if not self._knows_token(request):
+            return _unauthorized()
         store = self._checked(name, request)
         body = await _body(request, most_bytes(store))
 
@@ -326,16 +334,18 @@ class Endpoint:
 
     async def delete(self, name: str, request: Request) -> JSONResponse:
         """Delete an adapter: requests that come later do not find it, those in flight go on with it."""
+        if not self._knows_token(request):
+            return _unauthorized()
         store = self._checked(name, request)
         await self._written(name, store, lambda: store.remove(name))
         logger.info("Adapter %r was deleted", name)
         return JSONResponse({"name": name})
 
+    def _knows_token(self, request: Request) -> bool:
+        return hmac.compare_digest(request.headers.get(HEADER, "").encode("latin-1"), self._token)
+
     def _checked(self, name: str, request: Request) -> Store:
-        """The bank, for a request that says the token and a name that an adapter can have."""
-        said = request.headers.get(HEADER, "").encode("latin-1")
-        if not hmac.compare_digest(said, self._token):
-            raise HTTPException(HTTPStatus.UNAUTHORIZED, f"The header {HEADER} must have the server's {TOKEN}.")
+        """The bank, for a name that an adapter can have."""
         models: BankModels = request.app.state.openai_serving_models
         try:
             models.store.check_name(name)

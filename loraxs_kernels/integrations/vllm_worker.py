@@ -30,6 +30,7 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAMo
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models import supports_multimodal
 
 from .. import adapter_file
 from ..backends.torch import cast, shrink
@@ -52,7 +53,7 @@ class Record:
 
     id: int
     R: Tensor
-    path: str = ""
+    path: str | None = None  # its lora_path; None: of vLLM's warm-up
 
 
 class Rows:
@@ -116,6 +117,7 @@ class LoraXSLayer:
     parts: Sequence[Part] = ()
     rows: Rows
     key: str
+    called = False
 
     def set_mapping(self, punica_wrapper: Rows) -> None:
         self.rows = punica_wrapper
@@ -129,6 +131,7 @@ class LoraXSLayer:
         return output
 
     def add(self, y: Tensor, x: Tensor) -> None:
+        self.__dict__["called"] = True
         for part in self.parts:
             part.add(y, x, self.rows)
 
@@ -166,6 +169,10 @@ class BankModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         self.supports_mm = hasattr(self.model, "get_mm_mapping")
+        if supports_multimodal(self.model) and not self.supports_mm:
+            raise ValueError(
+                f"{type(self.model).__name__}: vLLM does not say which of its layers are the language model's"
+            )
         self.supports_tower_connector_lora = False
         prefix = DEFAULT_LANGUAGE_WRAPPER_KEY
         if self.supports_mm:
@@ -196,27 +203,29 @@ class BankModelManager(LRUCacheLoRAModelManager):
 
     def _places(self) -> dict[str, list[str | None]]:
         """By vLLM's layer, the bank's module for each of its slices, None for one that the bank leaves alone."""
-        there = {name for name, module in self.model.named_modules() if isinstance(module, LinearBase)}
+        there: dict[str, LinearBase] = {}
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if isinstance(module, LinearBase):
+                there[name] = module
+                names.setdefault(id(module), []).append(name)
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         rename = (lambda name: name) if mapper is None else mapper.get_rename_mapper()._map_name
-        packed = {
-            child: (parent, at, len(children))
-            for parent, children in self.packed_modules_mapping.items()
-            for at, child in enumerate(children)
-        }
+        packed: dict[str, list[tuple[str, int, int]]] = {}
+        for parent, children in self.packed_modules_mapping.items():
+            for at, child in enumerate(children):
+                packed.setdefault(child, []).append((parent, at, len(children)))
         places: dict[str, list[str | None]] = {}
         missing = []
         for module, _ in self.store.modules:
-            parent, at, count = packed.get(module.rpartition(".")[2], (None, 0, 1))
             for name in (rename(module), f"model.{module}"):  # the latter of a model without its head
-                above, dot, _ = name.rpartition(".")
-                if name in there:
-                    places[name] = [module]
-                elif (merged := f"{above}{dot}{parent}") in there:
-                    places.setdefault(merged, [None] * count)[at] = module
-                else:
-                    continue
-                break
+                above, dot, last = name.rpartition(".")
+                found = [(f"{above}{dot}{parent}", at, count) for parent, at, count in packed.get(last, ())]
+                found = [(name, 0, 1), *found] if name in there else [each for each in found if each[0] in there]
+                if found:
+                    place, at, count = found[0]
+                    places.setdefault(place, [None] * count)[at] = module
+                    break
             else:
                 missing.append(module)
         if missing:
@@ -226,6 +235,12 @@ class BankModelManager(LRUCacheLoRAModelManager):
                 + "; a bank to serve must leave out (exclude_modules) what is no linear layer there: experts, output "
                 "embeddings"
             )
+        for name in places:
+            if len(same := names[id(there[name])]) > 1:
+                raise ValueError(
+                    f"module {name!r}: vLLM's {type(self.model).__name__} has it in several places "
+                    f"({', '.join(same)}); leave it out of the bank"
+                )
         return places
 
     def _wrapped(self, name: str, modules: list[str | None]) -> tuple[LoraXSLayer, list[str | None]]:
@@ -274,6 +289,15 @@ class BankModelManager(LRUCacheLoRAModelManager):
         R = self.table[:, places[0].start : places[-1].stop].unflatten(1, (len(group), r, r))
         return Part(torch.cat(A), torch.cat(B, 1), R)
 
+    def check_called(self) -> None:
+        """Raise RuntimeError for a layer that vLLM's own first run has not called: it would add nothing."""
+        for name, layer in self.modules.items():
+            if not layer.called:
+                raise RuntimeError(
+                    f"module {name!r}: vLLM's {type(self.model).__name__} does not call it, so that adapters would do "
+                    "nothing there; leave it out of the bank"
+                )
+
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Record:
         return Record(lora_id, torch.zeros(self.store.size))
 
@@ -301,7 +325,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
     """
 
     _manager_cls = BankModelManager
-    outdated = False
+    outdated, checked = False, False
 
     def __init__(self, vllm_config: VllmConfig, *how: Any) -> None:
         check_config(vllm_config)
@@ -325,11 +349,14 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
             raise RuntimeError(OUTDATED)
         there = self._adapter_manager._registered_adapters
         if (record := there.get(lora_request.lora_int_id)) is not None:
-            if record.path != lora_request.lora_path:
+            if record.path not in (None, lora_request.lora_path):
                 raise ValueError(
                     f"lora_int_id: got {record.id} for {lora_request.lora_path}, has {record.path} already"
                 )
             return False
+        if not self.checked:
+            self._adapter_manager.check_called()
+            self.checked = True
         return self._adapter_manager.add_adapter(self._load_adapter(lora_request))
 
     def remove_adapter(self, adapter_id: int) -> bool:

@@ -102,6 +102,7 @@ def manager(tmp_path):
     workers = object.__new__(worker.BankWorkerManager)
     workers._adapter_manager, workers.lora_config, workers.device = models, models.lora_config, torch.device("cpu")
     workers._brought = worker.OrderedDict()
+    models.modules, workers._cached_dummy_lora, workers.embedding_modules = {}, None, {}
     return workers
 
 
@@ -215,11 +216,14 @@ def test_a_name_that_vllm_has_moved_is_refused(monkeypatch, served, at):
 
 def config(**changes):
     lora = SimpleNamespace(fully_sharded_loras=False, target_modules=None, default_mm_loras=None)
-    model = SimpleNamespace(enable_sleep_mode=False)
+    model = SimpleNamespace(enable_sleep_mode=False, is_encoder_decoder=False)
+    cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+    rest = {"kv_transfer_config": None, "weight_transfer_config": None, "cache_config": cache}
     parallel = SimpleNamespace(use_ubatching=False, pipeline_parallel_size=1, enable_expert_parallel=False)
+    whole = SimpleNamespace(lora_config=lora, model_config=model, parallel_config=parallel, **rest)
     for name, value in changes.items():
-        next(part for part in (lora, model, parallel) if hasattr(part, name)).__dict__[name] = value
-    return SimpleNamespace(lora_config=lora, model_config=model, parallel_config=parallel)
+        next(part for part in (lora, model, parallel, cache, whole) if hasattr(part, name)).__dict__[name] = value
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,10 @@ def config(**changes):
         ("use_ubatching", True, "--enable-dbo"),
         ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("enable_expert_parallel", True, "--enable-expert-parallel"),
+        ("is_encoder_decoder", True, "encoder-decoder"),
+        ("kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        ("kv_transfer_config", object(), "--kv-transfer-config"),
+        ("weight_transfer_config", object(), "--weight-transfer-config"),
     ],
 )
 def test_settings_under_which_a_bank_is_not_served(option, value, said):
@@ -248,3 +256,21 @@ def test_an_id_means_one_adapter(manager):
     manager.add_adapter(first)
     with pytest.raises(ValueError, match=r"has loraxs:[0-9a-f]+:user-0 already"):
         manager.add_adapter(LoRARequest(second.lora_name, first.lora_int_id, second.lora_path))
+
+
+def test_vllms_warm_up_has_adapters_of_its_own(manager):
+    warm_up = {LoRARequest(f"warmup_{id}", id, "/not/a/real/path") for id in (1, 2)}
+    for each in warm_up:
+        manager.add_dummy_lora(each, 8)
+    manager._apply_adapters(warm_up)
+    assert manager.list_adapters() == {1, 2} and in_slots(manager) == {0}
+
+
+def test_a_layer_that_vllm_does_not_call_is_refused(manager):
+    layer = worker.LoraXSLayer()
+    manager._adapter_manager.modules = {"mlp.gate": layer}
+    manager._adapter_manager.model = object()
+    with pytest.raises(RuntimeError, match=r"'mlp\.gate': vLLM's object does not call it"):
+        manager.add_adapter(request(manager, NAMES[0]))
+    layer.add(None, None)
+    assert manager.add_adapter(request(manager, NAMES[0]))
