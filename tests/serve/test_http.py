@@ -43,7 +43,8 @@ def cached(server) -> float:
     return float(line.split()[-1])
 
 
-def test_cached_prefixes_are_those_of_the_adapter(server, ours):
+def test_cached_prefixes_are_those_of_the_adapter(server, ours, writer):
+    """And of its version: that of one that was replaced is not used."""
     names, before = ["user13", "user14", None], cached(server)
     first = [server.ask(name, f"Sums: {LONG}")[0] for name in names]
     assert cached(server) == before
@@ -52,6 +53,9 @@ def test_cached_prefixes_are_those_of_the_adapter(server, ours):
     ours.check(first)
     for one, two in zip(first, again, strict=True):
         assert one.tokens == two.tokens and one.logprobs == pytest.approx(two.logprobs, abs=2 * ours.most)
+    for seed in (1005, 1006):
+        writer.add("replaced", random_R(writer.modules, seed), replace=True)
+        ours.check(server.ask("replaced", f"Sums: {LONG}"))
 
 
 def test_a_stream_is_what_is_answered_at_once(server, ours):
