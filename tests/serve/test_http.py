@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from serving import BASE, PATIENCE, PROMPTS, SECRET, Layers, answer_of, joined, random_R
+from serving import BASE, PATIENCE, PROMPTS, SECRET, Layers, answer_of, joined, random_R, run
 from transformers import AutoModelForCausalLM
 
 import loraxs_kernels as lx
@@ -226,8 +227,8 @@ def test_a_bank_that_another_takes_the_place_of_is_served_on_and_not_written_to(
         aside.rename(bank)
 
 
-def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, bank, start, smollm2):
-    """The new one in bf16, and without --enforce-eager, which on a CPU changes nothing where LoRA is on."""
+def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, bank, start, smollm2, tmp_path):
+    """The new one in bf16, with a basis file, and without --enforce-eager, which on a CPU changes nothing with LoRA."""
     ours.check(server.ask("user70", PROMPTS[0]))
     started = server.processes()
     (worker,) = (each for each in started if "Worker" in each.name())
@@ -243,7 +244,12 @@ def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, ban
     with pytest.raises(requests.ConnectionError):
         server.ask("user70", PROMPTS[0])
 
-    options = "--dtype bfloat16 --max-model-len 256 --max-loras 4 --max-num-seqs 8"
+    run(
+        [sys.executable, "-m", "loraxs_kernels", "init", str(smollm2), "-r4", "-o", str(tmp_path / "basis.safetensors")]
+    )
+    options = (
+        f"--basis {tmp_path}/basis.safetensors --dtype bfloat16 --max-model-len 256 --max-loras 4 --max-num-seqs 8"
+    )
     again = start(smollm2, bank, *options.split())
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     with lx.AdapterBank(bank) as opened:
