@@ -244,13 +244,10 @@ def test_a_killed_worker_ends_the_server_and_a_new_one_answers(server, ours, ban
     with pytest.raises(requests.ConnectionError):
         server.ask("user70", PROMPTS[0])
 
-    run(
-        [sys.executable, "-m", "loraxs_kernels", "init", str(smollm2), "-r4", "-o", str(tmp_path / "basis.safetensors")]
-    )
-    options = (
-        f"--basis {tmp_path}/basis.safetensors --dtype bfloat16 --max-model-len 256 --max-loras 4 --max-num-seqs 8"
-    )
-    again = start(smollm2, bank, *options.split())
+    basis = tmp_path / "basis.safetensors"  # in fp32, as the bank's own A and B
+    run([sys.executable, "-m", "loraxs_kernels", "init", str(smollm2), "-r4", "--dtype=float32", f"-o{basis}"])
+    options = "--dtype bfloat16 --max-model-len 256 --max-loras 4 --max-num-seqs 8"
+    again = start(smollm2, bank, f"--basis={basis}", *options.split())
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     with lx.AdapterBank(bank) as opened:
         layers = Layers(opened.attach(model, 16, progress=False))
