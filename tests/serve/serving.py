@@ -45,13 +45,13 @@ FACTOR = 4  # see Layers
 PATIENCE = 120  # seconds that an answer may take
 
 
-def environment(bank: Path | None = None, **more: str) -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Of a process with vLLM in it: nothing from the network, one thread a worker, on whichever core is free."""
     own = {BANK, BASIS, TOKEN, "VLLM_PLUGINS"}
     found = {name: value for name, value in os.environ.items() if name not in own}
     found |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     found |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return found | ({} if bank is None else {BANK: str(bank)}) | more
+    return found | more
 
 
 def smollm2() -> Path:
@@ -162,8 +162,8 @@ class Server:
 
     def wait(self) -> Server:
         """Until it answers; RuntimeError where it ends before."""
-        end = time.monotonic() + START
-        while time.monotonic() < end and self.process.poll() is None:
+        deadline = time.monotonic() + START
+        while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(requests.ConnectionError):
                 if requests.get(f"{self.url}/health", timeout=PATIENCE).ok:
                     return self
@@ -230,17 +230,11 @@ class Ended(RuntimeError):
     """A process ended with an error; the message is what it printed."""
 
 
-def offline(
-    model: Path,
-    bank: Path,
-    jobs: Sequence[tuple[str | None, list[int]]],
-    env: Mapping[str, str] | None = None,
-    **options: Any,
-) -> list[Answer]:
+def offline(model: Path, bank: Path, jobs: Sequence[tuple[str | None, list[int]]], **options: Any) -> list[Answer]:
     """What vLLM's LLM says in a process of its own: see offline.py.  Raises Ended."""
     request = {"model": str(model), "options": options, "jobs": list(jobs)}
     script = [sys.executable, str(Path(__file__).with_name("offline.py"))]
-    out = run(script, json.dumps(request), **{BANK: str(bank)} | dict(env or {}))
+    out = run(script, json.dumps(request), **{BANK: str(bank)})
     return [Answer(*job, **answer) for job, answer in zip(jobs, json.loads(out), strict=True)]
 
 
