@@ -2,10 +2,10 @@
 
     .venv-serve/bin/python bench/serve.py --out bench/results/cpu        in what `make test-serve` makes
 
-SmolLM2-135M in bf16 on one thread of a CPU, R of rank 4 for all its projections, random.  The same prompts and lengths for four kinds
-of names: the base model, one adapter for all requests, and for each request a name out of all, drawn uniformly or by
-Zipf's law.  CLIENTS requests are in flight at a time, prefixes are not cached, and rounds of the four alternate, since
-a shared machine is now faster and now slower; the first round is not counted.
+SmolLM2-135M in bf16 on one thread of a CPU, R of rank 4 for all its projections, random.  The same prompts and lengths
+for four kinds of names: the base model, one adapter for all requests, and for each request a name out of all, drawn
+uniformly or by Zipf's law.  CLIENTS requests are in flight at a time, prefixes are not cached, and rounds of the four
+alternate, since a shared machine is now faster and now slower; the first round is not counted.
 
 DIR/<date>-<commit>-serve.json: for each kind `requests` (a second, {low, median, high} over rounds), `over_base` (a
 round's rate over the base model's in it, spread likewise), milliseconds of a request (p50, p95, over all rounds), and
