@@ -2,8 +2,9 @@
 
 `BankModels` stands in the place of vLLM's OpenAIServingModels, which knows the models by the names that clients say.
 Each request asks the bank for the record that its name has then (10 us), so that all writers are seen at once, from
-whichever process.  The engine holds a version from `add_lora` to `remove_lora`; an exception in a step of the engine
-ends it, so no request gets there whose version is not held, and none is removed that a request in flight uses.
+whichever process.  (vLLM's LoRAResolverRegistry would be asked once for a name, and not again when it has another
+record.)  The engine holds a version from `add_lora` to `remove_lora`; an exception in a step of the engine ends it, so
+no request gets there whose version is not held, and none is removed that a request in flight uses.
 
 What is in flight is known by the LoRARequest: a version has one object, which the coroutine of the request holds, then
 the generator of its outputs and vLLM's RequestState, until the engine has finished it or was sent its abort.
