@@ -61,30 +61,31 @@ class Rows:
 
     def __init__(self, most: int, device: torch.device, slots: int) -> None:
         self.slots = torch.full((most,), NONE, dtype=torch.int32, device=device)  # at one address, for CUDA graphs
-        self.n, self.values = slots, []
-        self._blocks: dict[int, Blocks | None] = {}
+        self.n, self.values, self.used = slots, [], False
+        self._blocks: dict[int, Blocks] = {}
 
     def update_metadata(self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any) -> None:
         """What vLLM's manager calls before a step whose mapping or slots are not those of the last."""
         slot_of = {id: slot for slot, id in enumerate(lora_index_to_id) if id is not None} | {0: NONE}
         self.values, self._blocks = [slot_of[id] for id in mapping.index_mapping], {}
-        if self.slots.device.type != "cpu":
+        self.used = any(slot != NONE for slot in self.values)
+        if self.slots.is_cuda:
             host = torch.full(self.slots.shape, NONE, dtype=torch.int32, pin_memory=True)
             host[: len(self.values)] = torch.tensor(self.values, dtype=torch.int32)
             self.slots.copy_(host, non_blocking=True)
 
     def blocks(self, T: int) -> Blocks | None:
         """T rows in blocks of one slot; rows past the step's are padding.  None: no row uses an adapter."""
-        if T not in self._blocks:
-            if len(self.values) > T:
-                raise RuntimeError(f"a layer got {T} rows in a step of {len(self.values)}, must be all of them")
-            values = self.values + [NONE] * (T - len(self.values))
-            used = {*values} != {NONE}
-            self._blocks[T] = RowIndex(values, self.n, self.slots.device).blocks(T) if used else None
-        blocks = self._blocks[T]
-        if blocks is not None and self.slots.is_cuda and torch.cuda.is_current_stream_capturing():
+        if len(self.values) > T:
+            raise RuntimeError(f"a layer got {T} rows in a step of {len(self.values)}, must be all of them")
+        if not self.used:
+            return None
+        if self.slots.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.alone(T)
-        return blocks
+        if T not in self._blocks:
+            values = self.values + [NONE] * (T - len(self.values))
+            self._blocks[T] = RowIndex(values, self.n, self.slots.device).blocks(T)
+        return self._blocks[T]
 
     def alone(self, T: int) -> Blocks:
         """T rows in a block each: a CUDA graph that is recorded with these reads the slots of later steps."""
