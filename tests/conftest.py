@@ -18,11 +18,10 @@ import pytest
 import standin
 import stubdriver
 import torch
+from helpers import EMULATED, INTERPRETED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
-EMULATED = os.environ.get("LORAXS_EMULATED") == "1"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):

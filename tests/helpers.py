@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 from loraxs_kernels import reference
 
 PACKAGE = Path(reference.__file__).parent
+EMULATED = os.environ.get("LORAXS_EMULATED") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # (T, N, K, r): empty, single, prime, rank above the features, the paper's ranks, a little of everything.
 SHAPES = [

@@ -15,8 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import EMULATED
-from helpers import Operands, assert_accurate, assert_primitive, backward, gradients, guard, operands, unfused
+from helpers import EMULATED, Operands, assert_accurate, assert_primitive, backward, gradients, guard, operands, unfused
 from torch import Tensor, nn
 
 from loraxs_kernels import LoRAXSLinear

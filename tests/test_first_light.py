@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import EMULATED, INTERPRETED
+from helpers import EMULATED, INTERPRETED
 
 from loraxs_kernels.backends import cuda, triton
 from loraxs_kernels.backends import torch as plain

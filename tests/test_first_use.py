@@ -14,8 +14,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import EMULATED, INTERPRETED
-from helpers import Operands, assert_accurate, interrupted_at, operands
+from helpers import EMULATED, INTERPRETED, Operands, assert_accurate, interrupted_at, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode

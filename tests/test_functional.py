@@ -13,9 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMULATED, INTERPRETED
 from functorch.compile import make_boxed_func
-from helpers import DTYPES, LAYOUTS, SHAPES, Operands, assert_accurate, gradients, operands, oracle_gradients, unfused
+from helpers import (
+    DTYPES,
+    EMULATED,
+    INTERPRETED,
+    LAYOUTS,
+    SHAPES,
+    Operands,
+    assert_accurate,
+    gradients,
+    operands,
+    oracle_gradients,
+    unfused,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd

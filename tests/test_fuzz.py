@@ -14,7 +14,7 @@ from typing import Any
 import fuzzing
 import pytest
 import torch
-from conftest import EMULATED, INTERPRETED
+from helpers import EMULATED, INTERPRETED
 from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor

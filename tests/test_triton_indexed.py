@@ -9,8 +9,7 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED
-from helpers import assert_accurate, backward, guard, operands
+from helpers import INTERPRETED, assert_accurate, backward, guard, operands
 
 from loraxs_kernels import backends, reference
 from loraxs_kernels.backends import triton, triton_indexed

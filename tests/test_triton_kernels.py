@@ -12,8 +12,7 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED
-from helpers import assert_primitive, backward, guard, operands
+from helpers import INTERPRETED, assert_primitive, backward, guard, operands
 from torch import nn
 
 from loraxs_kernels import LoRAXSLinear, backends
