@@ -290,14 +290,17 @@ class BankModelManager(LRUCacheLoRAModelManager):
         R = self.table[:, places[0].start : places[-1].stop].unflatten(1, (len(group), r, r))
         return Part(torch.cat(A), torch.cat(B, 1), R)
 
-    def check_called(self) -> None:
-        """Raise RuntimeError for a layer that vLLM's own first run has not called: it would add nothing."""
+    def check_called(self) -> bool:
+        """Whether the model has run; RuntimeError for a layer that it has not called then, which would add nothing."""
+        if not any(layer.called for layer in self.modules.values()):
+            return False
         for name, layer in self.modules.items():
             if not layer.called:
                 raise RuntimeError(
                     f"module {name!r}: vLLM's {type(self.model).__name__} does not call it, so that adapters would do "
                     "nothing there; leave it out of the bank"
                 )
+        return True
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Record:
         return Record(lora_id, torch.zeros(self.store.size))
@@ -341,6 +344,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """What `add_lora` calls."""
+        self.checked = self.checked or self._adapter_manager.check_called()
         new = self._bring(lora_request)
         self._brought.pop(lora_request.lora_int_id, None)
         return new
@@ -355,9 +359,6 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
                     f"lora_int_id: got {record.id} for {lora_request.lora_path}, has {record.path} already"
                 )
             return False
-        if not self.checked:
-            self._adapter_manager.check_called()
-            self.checked = True
         return self._adapter_manager.add_adapter(self._load_adapter(lora_request))
 
     def remove_adapter(self, adapter_id: int) -> bool:
@@ -370,6 +371,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _apply_adapters(self, adapter_requests: set[LoRARequest]) -> None:
         """Before a step: have its adapters in slots."""
+        self.checked = self.checked or self._adapter_manager.check_called()
         manager, wanted = self._adapter_manager, {each.lora_int_id: each for each in adapter_requests if each}
         if len(wanted) > manager.lora_slots:
             raise RuntimeError(f"a step has {len(wanted)} adapters, must be at most --max-loras = {manager.lora_slots}")

@@ -267,10 +267,13 @@ def test_vllms_warm_up_has_adapters_of_its_own(manager):
 
 
 def test_a_layer_that_vllm_does_not_call_is_refused(manager):
-    layer = worker.LoraXSLayer()
-    manager._adapter_manager.modules = {"mlp.gate": layer}
-    manager._adapter_manager.model = object()
-    with pytest.raises(RuntimeError, match=r"'mlp\.gate': vLLM's object does not call it"):
-        manager.add_adapter(request(manager, NAMES[0]))
-    layer.add(None, None)
-    assert manager.add_adapter(request(manager, NAMES[0]))
+    layers = {name: worker.LoraXSLayer() for name in ("mlp.up_proj", "mlp.gate")}
+    manager._adapter_manager.modules, manager._adapter_manager.model = layers, object()
+    first = request(manager, NAMES[0])
+    assert manager.add_adapter(first)  # nothing has run yet
+    layers["mlp.up_proj"].add(None, None)
+    for use in (manager.add_adapter, lambda each: manager._apply_adapters({each})):
+        with pytest.raises(RuntimeError, match=r"'mlp\.gate': vLLM's object does not call it"):
+            use(first)
+    layers["mlp.gate"].add(None, None)
+    assert manager.add_adapter(request(manager, NAMES[1]))
