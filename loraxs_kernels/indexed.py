@@ -193,11 +193,17 @@ def _checked(index: Sequence[int] | Tensor, n: int) -> list[int]:
 def mix(z: Tensor, R: Tensor, blocks: Blocks, s: float) -> Tensor:
     """u_t = s R[index_t] z_t of rows in blocks: z (T, r) in fp32 or fp64, R (n, r, r) -> u (T, r) in z's dtype.
 
-    Rows without an R get exact zeros, whatever is in z.
+    R (n, m, r, r) is that of m layers, whose z and u lie side by side: (T, m r).  Rows without an R get exact zeros,
+    whatever is in z.
     """
     parts = blocks.split(z)
     own = cast(R.index_select(0, blocks.owner), z.dtype)
+    if together := R.ndim == 4:
+        parts = parts.unflatten(2, R.shape[1:3]).transpose(1, 2).flatten(0, 1)
+        own = own.flatten(0, 1)
     u = torch.baddbmm(parts, parts, own.transpose(1, 2), beta=0, alpha=s)
+    if together:
+        u = u.unflatten(0, (-1, R.shape[1])).transpose(1, 2).flatten(2)
     if blocks.idle is not None:
         u.masked_fill_(blocks.idle, 0)
     return blocks.join(u)

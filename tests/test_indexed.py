@@ -7,7 +7,7 @@ import torch
 from helpers import LAYOUTS, assert_accurate, operands
 from torch import Tensor
 
-from loraxs_kernels import reference
+from loraxs_kernels import indexed, reference
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 from loraxs_kernels.indexed import FEW, RowIndex, gram
 
@@ -62,6 +62,17 @@ def test_gradients_in_fp64(mix):
     index = index_of(MIXES[mix], R)
     arguments = (o.x.requires_grad_(), R.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, R: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, index=index), arguments)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("each", [1, 3])
+def test_layers_side_by_side_are_mixed_as_each_alone(mix, each):
+    z, R = torch.randn(len(MIXES[mix]) * each, 3, 4), torch.randn(6, 3, 4, 4)
+    blocks = RowIndex(MIXES[mix], len(R), z.device).blocks(len(z))
+    alone = [indexed.mix(z[:, layer].contiguous(), R[:, layer], blocks, 0.5) for layer in range(3)]
+    together = indexed.mix(z.flatten(1), R, blocks, 0.5)
+    torch.testing.assert_close(together, torch.cat(alone, 1))
+    assert together.any() == (mix != "none with")
 
 
 def index_of(index: list[int], R: Tensor) -> RowIndex:

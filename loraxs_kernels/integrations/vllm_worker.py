@@ -2,7 +2,7 @@
 
 vLLM gives each step an id for every row (0: the base model) and asks its LoRA manager to have the adapters of these ids
 in slots.  Here a slot is a row of one table, with R of all modules one after another, so that bringing an adapter in is
-one copy (112 KiB for a 7B model at r = 16 in bf16).  The layers are vLLM's own LoRA layers, with its rules for merged
+one copy (224 KiB for a 7B model at r = 16).  The layers are vLLM's own LoRA layers, with its rules for merged
 projections and tensor parallelism; only what they add to the output is ours.
 """
 
@@ -36,7 +36,7 @@ from .. import adapter_file
 from ..backends.torch import cast, shrink
 from ..bank_store import Store
 from ..basis import Factors
-from ..indexed import NONE, Blocks, RowIndex
+from ..indexed import NONE, Blocks, RowIndex, mix
 from ..model import adapted_layers
 from .vllm import BANK, BASIS, Version, check_config
 
@@ -105,11 +105,8 @@ class Part:
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> None:
         if (blocks := rows.blocks(len(x))) is None:
             return
-        parts = blocks.split(shrink(x, self.A.t())).unflatten(2, self.R.shape[1:3]).transpose(1, 2)
-        u = (parts @ self.R.index_select(0, blocks.owner).mT).transpose(1, 2).flatten(2)
-        if blocks.idle is not None:
-            u.masked_fill_(blocks.idle, 0)
-        y.addmm_(cast(blocks.join(u), x.dtype), self.B.t())
+        u = mix(shrink(x, self.A.t()), self.R, blocks, 1.0)
+        y.addmm_(cast(u, x.dtype), self.B.t())
 
 
 class LoraXSLayer:
@@ -190,8 +187,8 @@ class BankModelManager(LRUCacheLoRAModelManager):
             )
         self.table = torch.zeros(self.lora_slots, store.size, dtype=torch.float32, device=self.device)
         self.scale = torch.cat([torch.full((r * r,), store.alphas[module] / r) for module, r in store.modules])
-        layers = {name: self._wrapped(name, parts) for name, parts in self._places().items()}
-        factors = Served(layers, store).factors(os.environ.get(BASIS) or None)
+        layers = {name: (self._wrapped(name, modules), modules) for name, modules in self._places().items()}
+        factors = served_factors(layers, store, os.environ.get(BASIS) or None)
         for name, (layer, modules) in layers.items():
             layer.set_mapping(self._get_punica_wrapper(name))
             layer.parts = self._parts(layer, modules, factors)
@@ -244,7 +241,7 @@ class BankModelManager(LRUCacheLoRAModelManager):
                 )
         return places
 
-    def _wrapped(self, name: str, modules: list[str | None]) -> tuple[LoraXSLayer, list[str | None]]:
+    def _wrapped(self, name: str, modules: list[str | None]) -> Any:
         """vLLM's LoRA layer for one of its layers, with A and B held once."""
         layer, packed = self.model.get_submodule(name), self.packed_modules_mapping.get(name.rpartition(".")[2], [])
         how = dict(source_layer=layer, lora_config=self.lora_config, packed_modules_list=packed)
@@ -261,7 +258,7 @@ class BankModelManager(LRUCacheLoRAModelManager):
                 f"module {name!r}: vLLM cuts its {type(layer).__name__} into {len(wrapped.output_slices)} slices, and "
                 f"the checkpoint into {len(modules)}; leave it out of the bank"
             )
-        return wrapped, modules
+        return wrapped
 
     def _parts(self, layer: Any, modules: Sequence[str | None], factors: Mapping[str, Factors]) -> list[Part]:
         """A and B of the modules in a layer, as much of them as this rank needs, and the R that go between."""
@@ -344,7 +341,6 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """What `add_lora` calls."""
-        self.checked = self.checked or self._adapter_manager.check_called()
         new = self._bring(lora_request)
         self._brought.pop(lora_request.lora_int_id, None)
         return new
@@ -352,6 +348,7 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
     def _bring(self, lora_request: LoRARequest) -> bool:
         if self.outdated:
             raise RuntimeError(OUTDATED)
+        self.checked = self.checked or self._adapter_manager.check_called()
         there = self._adapter_manager._registered_adapters
         if (record := there.get(lora_request.lora_int_id)) is not None:
             if record.path not in (None, lora_request.lora_path):
@@ -371,7 +368,6 @@ class BankWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _apply_adapters(self, adapter_requests: set[LoRARequest]) -> None:
         """Before a step: have its adapters in slots."""
-        self.checked = self.checked or self._adapter_manager.check_called()
         manager, wanted = self._adapter_manager, {each.lora_int_id: each for each in adapter_requests if each}
         if len(wanted) > manager.lora_slots:
             raise RuntimeError(f"a step has {len(wanted)} adapters, must be at most --max-loras = {manager.lora_slots}")
@@ -393,40 +389,38 @@ def refuse_new_weights(runner: Any) -> None:
         raise RuntimeError(OUTDATED)
 
 
-class Served:
-    """The weights that vLLM serves, by the bank's names, and A and B of them."""
+Layers = Mapping[str, tuple[Any, Sequence[str | None]]]  # by vLLM's name: one of its LoRA layers, the modules in it
 
-    def __init__(self, layers: Mapping[str, tuple[Any, Sequence[str | None]]], store: Store) -> None:
-        self.layers, self.store = layers, store
 
-    def factors(self, basis: str | None) -> dict[str, Factors]:
-        """A (r, K) and B (N, r) of each module in the dtype that is served, made and checked as `attach` does."""
-        found: dict[str, Any] = {}
-        for weights in self._chunks():
-            proxy, chunk = nn.Module(), {name: self.store.entries[name] for name in weights}
-            for name, W in weights.items():
-                _put(proxy, name, W)
-            with adapter_file.named(self.store.path):
-                adapter_file.attach_as(proxy, chunk, [], basis, {"progress": False})
-            for name, layer in adapted_layers(proxy):
-                A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))
-                found[name] = SimpleNamespace(A=A, B=B, rank=layer.rank, recipe=layer.recipe, dtype=weights[name].dtype)
-        self.store.check_basis(found)
-        return {name: (each.A.to(each.dtype), each.B.to(each.dtype)) for name, each in found.items()}
+def served_factors(layers: Layers, store: Store, basis: str | None) -> dict[str, Factors]:
+    """A (r, K) and B (N, r) of the bank's modules in the dtype that is served, made and checked as `attach` does."""
+    found: dict[str, Any] = {}
+    for weights in _weights(layers):
+        proxy, chunk = nn.Module(), {name: store.entries[name] for name in weights}
+        for name, W in weights.items():
+            _put(proxy, name, W)
+        with adapter_file.named(store.path):
+            adapter_file.attach_as(proxy, chunk, [], basis, {"progress": False})
+        for name, layer in adapted_layers(proxy):
+            A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))
+            found[name] = SimpleNamespace(A=A, B=B, rank=layer.rank, recipe=layer.recipe, dtype=weights[name].dtype)
+    store.check_basis(found)
+    return {name: (each.A.to(each.dtype), each.B.to(each.dtype)) for name, each in found.items()}
 
-    def _chunks(self) -> Iterator[dict[str, Tensor]]:
-        """W (N, K) of the bank's modules, some at a time."""
-        weights: dict[str, Tensor] = {}
-        for layer, modules in self.layers.values():
-            local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices), layer.device)
-            for slice_, module in enumerate(modules):
-                if module is not None:
-                    weights[module] = _whole(layer, local, slice_)
-            if sum(W.nbytes for W in weights.values()) > AT_ONCE:
-                yield weights
-                weights = {}
-        if weights:
+
+def _weights(layers: Layers) -> Iterator[dict[str, Tensor]]:
+    """W (N, K) of the bank's modules, some at a time."""
+    weights: dict[str, Tensor] = {}
+    for layer, modules in layers.values():
+        local = _weight(layer.base_layer, layer.input_size, sum(layer.output_slices), layer.device)
+        for slice_, module in enumerate(modules):
+            if module is not None:
+                weights[module] = _whole(layer, local, slice_)
+        if sum(W.nbytes for W in weights.values()) > AT_ONCE:
             yield weights
+            weights = {}
+    if weights:
+        yield weights
 
 
 def _put(root: nn.Module, name: str, W: Tensor) -> None:
