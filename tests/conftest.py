@@ -20,6 +20,8 @@ import stubdriver
 import torch
 from helpers import EMULATED, INTERPRETED
 
+from loraxs_kernels import svd
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
 
@@ -71,6 +73,24 @@ def fp32_precision():
     yield settings
     for name, each in settings.items():
         each.fp32_precision = before[name]
+
+
+@pytest.fixture
+def split_products(monkeypatch):
+    """The products of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=).
+
+    It gives the number of columns of each product.
+    """
+    seen = []
+
+    def mm(W: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        assert W.dtype == X.dtype != torch.float32
+        seen.append(X.shape[1])
+        return W.float() @ X.float()
+
+    monkeypatch.setattr(svd, "can_sum_in_fp32", lambda device: True)
+    monkeypatch.setattr(svd, "_mm_in_fp32", mm)
+    return seen
 
 
 @pytest.fixture(scope="session")

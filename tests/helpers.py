@@ -1,18 +1,19 @@
-"""Operands of every awkward kind, and the accuracy rule as an assertion."""
+"""Operands of every awkward kind, and the accuracy rules of the layer and of the SVD as assertions."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loraxs_kernels import reference
+from loraxs_kernels import reference, truncated_svd
 
 PACKAGE = Path(reference.__file__).parent
 EMULATED = os.environ.get("LORAXS_EMULATED") == "1"
@@ -137,6 +138,86 @@ def assert_primitive(
     assert y.dtype == dtype and z.dtype == torch.float32
     assert gram is None or gram.dtype == torch.float32
     assert reference.relative_error(z, expected(torch.float64)[1]) < 1e-5
+
+
+def svd_errors(W: Tensor, values: Tensor, S: Tensor, left: Tensor, right: Tensor, eps: float) -> tuple[float, float]:
+    """The sigma error of S and the excess of the low-rank matrix `left @ right`, both beyond rounding.
+
+    `values` are the singular values s of W; everything is fp64, and `eps` is that of the dtype of the results.
+
+    sigma error: the largest |S_i - s_i| / s_i.  Of the difference only what exceeds `svd_rounding` counts.  Values
+    below 8 eps s_1 count as 8 eps s_1, because `truncated_svd` returns those as zeros.
+
+    excess: by how much |W - left right| exceeds the least error of a matrix of this rank, relative to that least error,
+    which is the norm of the values past the rank.  (All norms are Frobenius norms.)  To the least error is added what
+    rounding costs:  rounding U, S or Vh moves the low-rank matrix within its own columns or rows, which are orthogonal
+    to the rest of W, so that the squares add up: `svd_rounding` for each of the r directions, and the values that are
+    returned as zeros.  The least error itself is known to the rounding of the oracle times |W|.
+    """
+    r, zero = len(S), 8 * eps * values[0]
+    rounding, oracle = svd_rounding(W, values, eps)
+    truth = values[:r].clamp(min=zero)
+    sigma = (((S.clamp(min=zero) - truth).abs() - rounding).clamp(min=0) / truth).max()
+    lost = torch.stack([values[r:].norm(), r**0.5 * rounding, values[:r][values[:r] < zero + rounding].norm()]).norm()
+    error = torch.linalg.norm(W - left @ right)
+    return sigma.item(), (error / (lost + oracle * values.norm()) - 1).clamp(min=0).item()
+
+
+def svd_rounding(W: Tensor, values: Tensor, eps: float) -> tuple[Tensor, float]:
+    """How far rounding may move a singular value, and how far the oracle may be off, relative to s_1.
+
+    An entry of W^T Q is rounded to about eps times the norms of the two vectors that it multiplies.  For a column of
+    the product this is eps |W|, and a singular value moves by no more than the product does.  The oracle in fp64 is
+    made by max(m, n) reflections, whose random errors of eps s_1 grow as the square root of their number.
+    """
+    oracle = max(W.shape) ** 0.5 * torch.finfo(torch.float64).eps
+    return eps * values.norm() + oracle * values[0], oracle
+
+
+def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], methods: Iterable[str] = ("auto",)) -> None:
+    """`truncated_svd` by each method has at most the errors (`svd_errors`) of scikit-learn's TruncatedSVD(n_iter=10).
+
+    And what holds without a peer: orthonormal vectors, descending values, none above the truth by more than rounding,
+    so that the values of exact zeros are below it.  The truth is the full SVD in fp64 of W as rounded to its dtype.
+    Scikit-learn, which has no bf16, gets fp32; it also gets W scaled by a power of two, so that only `truncated_svd`
+    meets the ends of the range of a dtype.
+    """
+    from sklearn.decomposition import TruncatedSVD
+
+    exponent = int(torch.frexp(W.abs().max().double()).exponent)
+
+    def scaled(t: Tensor) -> Tensor:
+        return torch.from_numpy(np.ldexp(t.double().numpy(), -exponent))
+
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    eps, near = torch.finfo(dtype).eps, {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    exact = scaled(W)
+    values = torch.linalg.svdvals(exact)
+    rounding, _ = svd_rounding(exact, values, eps)
+    faults = []
+    for rank in ranks:
+        peer = TruncatedSVD(rank, n_iter=10, random_state=42)
+        with np.errstate(invalid="ignore"):  # it divides by the variance, which is 0 for one row
+            left = torch.from_numpy(peer.fit_transform(exact.to(dtype).numpy())).double()
+        S, right = (torch.from_numpy(each).double() for each in (peer.singular_values_, peer.components_))
+        theirs = svd_errors(exact, values, S, left, right, eps)
+        for method in methods:
+            factors = truncated_svd(W, rank, method=method)
+            assert all(t.dtype == dtype for t in factors)
+            U, S, Vh = factors[0].double(), scaled(factors[1]), factors[2].double()
+            ours = svd_errors(exact, values, S, U * S, Vh, eps)
+            skew = max((each.mT @ each - torch.eye(rank).double()).abs().max().item() for each in (U, Vh.mT))
+            above = ((S - values[:rank]).max() / rounding).item()
+            for what, got, most in (
+                ("sigma error", ours[0], theirs[0]),
+                ("excess", ours[1], theirs[1]),
+                ("not orthonormal by", skew, near),
+                ("above the truth, in roundings, by", above, 1),
+                ("ascending by", S.diff().amax().item() if rank > 1 else 0, 0),
+            ):
+                if not got <= most:
+                    faults.append(f"rank {rank}, {method}: {what} {got:.2g}, must be at most {most:.2g}")
+    assert not faults, "\n".join(faults)
 
 
 def guard(monkeypatch, backend, written: bool = True):

@@ -1,0 +1,96 @@
+"""truncated_svd on hard spectra in every dtype, against the full SVD in fp64 and beside scikit-learn's TruncatedSVD."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from helpers import assert_svd_no_worse_than_scikit_learn
+from torch import Tensor
+
+from loraxs_kernels import truncated_svd
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+METHODS = ["krylov", "subspace"]
+RANKS = (32, 100)
+
+
+@functools.cache
+def orthonormal(m: int, k: int, seed: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
+    """An (m, n) matrix with these singular values and random vectors."""
+    k = min(m, n)
+    return (orthonormal(m, k, 1) * spectrum[:k]) @ orthonormal(n, k, 2).T
+
+
+def signs(m: int, n: int) -> Tensor:
+    return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(m)).sign()
+
+
+i = torch.arange(1, 1001, dtype=torch.float64)
+POWER = i**-0.6
+# The matrix in fp64, before it is rounded to a dtype, as a function of torch.finfo of the dtype, and the ranks.
+SPECTRA = {
+    "a spike over a power law": (lambda _: with_spectrum(900, 1000, torch.where(i == 1, 1e3, POWER)), (100,)),
+    "i^-2": (lambda _: with_spectrum(900, 1000, i**-2), (100,)),
+    "10^(-i/4)": (lambda _: with_spectrum(600, 700, 10 ** (-i / 4)), RANKS),
+    "graded to 1e-12": (lambda _: with_spectrum(600, 700, 10 ** (-12 * i / 600)), RANKS),
+    "graded to 1e-12 within the rank": (lambda _: with_spectrum(600, 700, 10 ** (-12 * i / 90)), RANKS),
+    "power law, tall": (lambda _: with_spectrum(700, 600, POWER), RANKS),
+    "flat": (lambda _: with_spectrum(600, 700, torch.ones_like(i)), RANKS),
+    "gaps of 1e-4": (lambda _: with_spectrum(600, 700, 1 - 1e-4 * i), RANKS),
+    "clusters": (lambda _: with_spectrum(600, 700, 2 ** -(i // 12) * (1 - 1e-6 * (i % 12))), RANKS),
+    "repeated, tall": (lambda _: with_spectrum(700, 600, 2 ** -(i // 16)), RANKS),
+    "spikes over a floor": (lambda _: with_spectrum(600, 700, torch.where(i <= 20, 1e4 / i, i**-0.1)), RANKS),
+    "a cliff at 100": (lambda _: with_spectrum(600, 700, torch.where(i <= 100, 1 / i, 1e-6 * POWER)), RANKS),
+    "a cliff past 180": (lambda _: with_spectrum(600, 700, torch.where(i <= 180, 1, 1e-6 * POWER)), RANKS),
+    "a cliff at 20": (lambda _: with_spectrum(600, 700, torch.where(i <= 20, 1, 1e-6 * POWER)), RANKS),
+    "three levels": (
+        lambda _: with_spectrum(600, 700, torch.where(i <= 10, 1, torch.where(i <= 60, 1e-4, 1e-7))),
+        RANKS,
+    ),
+    "random": (lambda _: torch.randn(600, 700, dtype=torch.float64), RANKS),
+    "large columns": (lambda _: with_spectrum(600, 700, POWER) * torch.where(i[:700] % 150 == 0, 100, 1), RANKS),
+    "rank 20 exactly": (lambda _: signs(700, 20) @ signs(20, 800), RANKS),
+    "40 x 60 in zeros": (
+        lambda _: torch.nn.functional.pad(with_spectrum(40, 60, POWER), (300, 340, 400, 160)),
+        RANKS,
+    ),
+    "very tall": (lambda _: with_spectrum(3000, 256, POWER), RANKS),
+    "very wide": (lambda _: with_spectrum(256, 3000, POWER), RANKS),
+    "one row": (lambda _: POWER[None, :500], (1,)),
+    "denormal": (lambda dtype: with_spectrum(600, 700, POWER) * dtype.tiny * 16, RANKS),
+    "huge": (lambda dtype: with_spectrum(600, 700, POWER) * dtype.max**0.8, RANKS),  # 1e31 in fp32 and bf16
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_hard_spectra(kind, dtype):
+    pytest.importorskip("sklearn.decomposition")
+    make, ranks = SPECTRA[kind]
+    assert_svd_no_worse_than_scikit_learn(make(torch.finfo(dtype)).to(dtype), ranks, METHODS)
+
+
+@pytest.mark.parametrize("name", ["attention.self.query", "intermediate.dense"])
+def test_default_method_on_real_weights(minilm, name):
+    pytest.importorskip("sklearn.decomposition")
+    W = minilm.encoder.layer[2].get_submodule(name).weight.detach()  # 384 x 384 and 1536 x 384
+    assert_svd_no_worse_than_scikit_learn(W, (32, 64, 100, 256))
+
+
+@pytest.mark.parametrize("rank, method, near", [(64, "krylov", 1e-5), (64, "subspace", 1e-5), (256, "subspace", 2e-5)])
+def test_delta_of_a_gpu(split_products, rank, method, near):
+    """U R diag(S) Vh for a random R, by products of bf16 terms and by fp32 products of the same weight."""
+    W = with_spectrum(600, 700, POWER).bfloat16()
+    R = torch.randn(rank, rank, dtype=torch.float64)
+    deltas = []
+    for weight in (W, W.float()):
+        U, S, Vh = (t.double() for t in truncated_svd(weight, rank, method=method))
+        deltas.append(U @ R @ (S[:, None] * Vh))
+    assert split_products  # the terms of bf16 were taken
+    assert torch.linalg.norm(deltas[0] - deltas[1]) < near * torch.linalg.norm(deltas[1])
