@@ -149,18 +149,22 @@ def svd_errors(W: Tensor, values: Tensor, S: Tensor, left: Tensor, right: Tensor
     below 8 eps s_1 count as 8 eps s_1, because `truncated_svd` returns those as zeros.
 
     excess: by how much |W - left right| exceeds the least error of a matrix of this rank, relative to that least error,
-    which is the norm of the values past the rank.  (All norms are Frobenius norms.)  To the least error is added what
-    rounding costs:  rounding U, S or Vh moves the low-rank matrix within its own columns or rows, which are orthogonal
-    to the rest of W, so that the squares add up: `svd_rounding` for each of the r directions, and the values that are
-    returned as zeros.  The least error itself is known to the rounding of the oracle times |W|.
+    which is the norm of the values past the rank.  (All norms are Frobenius norms.)  To the square of the least error
+    is added what rounding costs.  Rounding U, S or Vh moves the low-rank matrix within its own columns or rows, which
+    are orthogonal to the rest of W, so that squares add up: `svd_rounding` for each of the r directions.  Directions
+    whose values are within 2 roundings of the first value past the rank may be exchanged for others as near to them.
+    Values below 8 eps s_1 may be left out.  The least error itself is known to the rounding of the oracle times |W|.
     """
     r, zero = len(S), 8 * eps * values[0]
     rounding, oracle = svd_rounding(W, values, eps)
-    truth = values[:r].clamp(min=zero)
+    kept, rest = values[:r], values[r:]
+    truth = kept.clamp(min=zero)
     sigma = (((S.clamp(min=zero) - truth).abs() - rounding).clamp(min=0) / truth).max()
-    lost = torch.stack([values[r:].norm(), r**0.5 * rounding, values[:r][values[:r] < zero + rounding].norm()]).norm()
-    error = torch.linalg.norm(W - left @ right)
-    return sigma.item(), (error / (lost + oracle * values.norm()) - 1).clamp(min=0).item()
+    lost = rest.square().sum() + r * rounding**2 + kept[kept < zero + rounding].square().sum()
+    tied = kept[kept < rest[:1].sum() + 2 * rounding]
+    lost += (tied.square() - (tied - 2 * rounding).clamp(min=0).square()).sum()
+    least = lost.sqrt() + oracle * values.norm()
+    return sigma.item(), (torch.linalg.norm(W - left @ right) / least - 1).clamp(min=0).item()
 
 
 def svd_rounding(W: Tensor, values: Tensor, eps: float) -> tuple[Tensor, float]:
