@@ -156,26 +156,31 @@ def svd_errors(W: Tensor, values: Tensor, S: Tensor, left: Tensor, right: Tensor
     Values below 8 eps s_1 may be left out.  The least error itself is known to the rounding of the oracle times |W|.
     """
     r, zero = len(S), 8 * eps * values[0]
-    rounding, oracle = svd_rounding(W, values, eps)
     kept, rest = values[:r], values[r:]
+    rounding = svd_rounding(W, values, eps)[:r]
     truth = kept.clamp(min=zero)
     sigma = (((S.clamp(min=zero) - truth).abs() - rounding).clamp(min=0) / truth).max()
-    lost = rest.square().sum() + r * rounding**2 + kept[kept < zero + rounding].square().sum()
-    tied = kept[kept < rest[:1].sum() + 2 * rounding]
-    lost += (tied.square() - (tied - 2 * rounding).clamp(min=0).square()).sum()
-    least = lost.sqrt() + oracle * values.norm()
+    lost = rest.square().sum() + rounding.square().sum() + kept[kept < zero + rounding].square().sum()
+    lower = (kept - 2 * rounding).clamp(min=0)
+    lost += (kept.square() - lower.square())[lower < rest[:1].sum()].sum()
+    least = lost.sqrt() + svd_oracle(W) * values.norm()
     return sigma.item(), (torch.linalg.norm(W - left @ right) / least - 1).clamp(min=0).item()
 
 
-def svd_rounding(W: Tensor, values: Tensor, eps: float) -> tuple[Tensor, float]:
-    """How far rounding may move a singular value, and how far the oracle may be off, relative to s_1.
+def svd_rounding(W: Tensor, values: Tensor, eps: float) -> Tensor:
+    """How far rounding may move each singular value.
 
     An entry of W^T Q is rounded to about eps times the norms of the two vectors that it multiplies.  For a column of
-    the product this is eps |W|, and a singular value moves by no more than the product does.  The oracle in fp64 is
-    made by max(m, n) reflections, whose random errors of eps s_1 grow as the square root of their number.
+    the product this is eps |W|, and a singular value moves by no more than the product does.  The columns of Q are
+    orthonormal to the random errors of at most max(m, n) reflections, eps each, which grow as the square root of their
+    number; they change a singular value in proportion.  The oracle has such errors relative to s_1.
     """
-    oracle = max(W.shape) ** 0.5 * torch.finfo(torch.float64).eps
-    return eps * values.norm() + oracle * values[0], oracle
+    return eps * (values.norm() + max(W.shape) ** 0.5 * values) + svd_oracle(W) * values[0]
+
+
+def svd_oracle(W: Tensor) -> float:
+    """The rounding of the oracle, relative to s_1: max(m, n) reflections in fp64."""
+    return max(W.shape) ** 0.5 * torch.finfo(torch.float64).eps
 
 
 def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], methods: Iterable[str] = ("auto",)) -> None:
@@ -197,7 +202,7 @@ def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], metho
     eps, near = torch.finfo(dtype).eps, {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     exact = scaled(W)
     values = torch.linalg.svdvals(exact)
-    rounding, _ = svd_rounding(exact, values, eps)
+    rounding = svd_rounding(exact, values, eps)
     faults = []
     for rank in ranks:
         peer = TruncatedSVD(rank, n_iter=10, random_state=42)
@@ -211,7 +216,7 @@ def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], metho
             U, S, Vh = factors[0].double(), scaled(factors[1]), factors[2].double()
             ours = svd_errors(exact, values, S, U * S, Vh, eps)
             skew = max((each.mT @ each - torch.eye(rank).double()).abs().max().item() for each in (U, Vh.mT))
-            above = ((S - values[:rank]).max() / rounding).item()
+            above = ((S - values[:rank]) / rounding[:rank]).max().item()
             for what, got, most in (
                 ("sigma error", ours[0], theirs[0]),
                 ("excess", ours[1], theirs[1]),

@@ -53,6 +53,10 @@ SPECTRA = {
         lambda _: with_spectrum(600, 700, torch.where(i <= 10, 1, torch.where(i <= 60, 1e-4, 1e-7))),
         RANKS,
     ),
+    "a step past the block": (
+        lambda _: with_spectrum(600, 700, torch.where(i <= 10, 1, torch.where(i <= 180, 0.5, 0.1))),
+        RANKS,
+    ),
     "random": (lambda _: torch.randn(600, 700, dtype=torch.float64), RANKS),
     "large columns": (lambda _: with_spectrum(600, 700, POWER) * torch.where(i[:700] % 150 == 0, 100, 1), RANKS),
     "rank 20 exactly": (lambda _: signs(700, 20) @ signs(20, 800), RANKS),
