@@ -180,13 +180,10 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
     m, n = sorted(shape[-2:])
     itemsize, D, b = max(4, dtype.itemsize), basis_size(m, how), how.block
-    kept = (m + n) * D * itemsize * (1 if how.method == "krylov" else 2)
-    if dtype.itemsize < 4:  # X and its two terms, the product with them and their sum; Q and its three likewise
-        step = (20 * n + 32 * m) * b
-    else:
-        step = (3 * n + 6 * m) * b * itemsize
+    # Of X the terms, the product with them and their sum; of Q likewise.
+    step = (16 * n + 32 * m) * b if dtype.itemsize < 4 else (4 * n + 6 * m) * b * itemsize
     end = 3 * D * D * 8 + (2 * n * D * 8 if dtype == torch.float64 else GRAM_BYTES)
-    return kept + max(step, end)
+    return (m + n) * D * itemsize + max(step, end)
 
 
 @dataclass(frozen=True)
@@ -259,7 +256,7 @@ class _Started:
             else:
                 iterate = arithmetic.krylov if how.method == "krylov" else arithmetic.subspace
                 self.Q, self.Z = iterate(products, how.block, how.n_iter, group.seed)
-            self.solved = _solved(self.Z, group.rank, pool)
+            self.solved = _solved(self.Z, group.rank, self.peak, pool)
         self.count = len(self.Z)
         self.nbytes = self.Z.nbytes + (0 if self.Q is None else self.Q.nbytes)
 
@@ -285,8 +282,10 @@ class _Started:
             return (Ut * signs).mT, S, Vt * signs
 
 
-def _solved(Z: Tensor, rank: int, pool: Executor | None) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Starts on S (g, r), descending, and P (g, D, r) of Rayleigh-Ritz, in fp64 on the host.
+def _solved(
+    Z: Tensor, rank: int, peak: Callable[[], Tensor], pool: Executor | None
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Starts on S (g, r), descending, and P (g, D, r) of Rayleigh-Ritz, in fp64 on the host; zeros where W is not finite.
 
     LAPACK solves one matrix to a thread while the GPU goes on to the next group: on the GPU torch.linalg.eigh goes
     through a batch of D > 32 one by one (pytorch issues 174674, 175585 and 183806; for the 224 weights of a 7B model
@@ -296,9 +295,9 @@ def _solved(Z: Tensor, rank: int, pool: Executor | None) -> Callable[[], tuple[T
 
     def solve(i: int) -> tuple[Tensor, Tensor]:
         C = there()[i]
-        if torch.isfinite(C).all():
-            return arithmetic.leading(C, rank, dtype)
-        return C.new_full((rank,), torch.nan), C.new_zeros(len(C), rank)  # as W was, and `triplets` says so
+        if not peak()[i] < torch.inf:
+            return C.new_zeros(rank), C.new_zeros(len(C), rank)
+        return arithmetic.leading(C, rank, dtype)
 
     solved = (map if pool is None else pool.map)(solve, range(len(Z)))
     return lambda: tuple(map(torch.stack, zip(*solved, strict=True)))

@@ -36,9 +36,14 @@ X_TERMS, Q_TERMS = 2, 3
 GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
 
 
-# The start.  The groups of one shape share it; on a GPU the hash is some forty launches.
+# The groups of one shape share these; on a GPU a hash is some forty launches.
 start = lru_cache(maxsize=4)(rademacher)
 _sign_vector = lru_cache(maxsize=16)(rademacher)
+
+
+@lru_cache(maxsize=4)
+def _eye(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=device)
 
 
 class Products:
@@ -108,11 +113,12 @@ def _power_of_two(t: Tensor) -> Tensor:
 
 def _split(X: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     """X (g, rows, k) as a sum of terms of a narrower dtype, one below the other (g, terms rows, k)."""
-    parts = [X.to(dtype)]
-    while len(parts) < terms:
-        X = X - parts[-1]
-        parts.append(X.to(dtype))
-    return torch.cat(parts, dim=1)
+    parts = X.new_empty(X.shape[0], terms, *X.shape[1:], dtype=dtype)
+    for i, part in enumerate(parts.unbind(1)):
+        part.copy_(X)
+        if i + 1 < terms:
+            X = X - part
+    return parts.flatten(1, 2)
 
 
 def can_sum_in_fp32(device: torch.device) -> bool:
@@ -155,8 +161,7 @@ def by_gram(Y: Tensor) -> bool:
 def _whitened(Y: Tensor) -> Tensor:
     """Orthonormal rows with the span of Y (g, b, m), from its Gram: to rounding, if they are nearly so already."""
     L = _cholesky(gram(Y))
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).to(Y.dtype) @ Y
+    return torch.linalg.solve_triangular(L, _eye(L.shape[-1], L.device).expand_as(L), upper=False).to(Y.dtype) @ Y
 
 
 def _reflected(Y: Tensor) -> Tensor:
@@ -185,8 +190,10 @@ def krylov(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tens
     Z = X.new_empty(*Q.shape[:2], products.n)
     for k in range(0, Q.shape[1], block):
         Y = products.times_Wt(X, X_TERMS if k else 1)  # +-1 is one term
-        now = Q[:, k : k + block] = orthonormal(Y, Q[:, :k])
-        X = Z[:, k : k + block] = products.times_W(now)
+        rows = slice(k, k + block)
+        Q[:, rows] = orthonormal(Y, Q[:, :k])
+        Z[:, rows] = products.times_W(Q[:, rows])
+        X = Z[:, rows]
     return Q, Z
 
 
