@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .files import damaged
-from .svd import METHODS, MOST_ITERATIONS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
+from .rademacher import rademacher
+from .svd import METHODS, MOST_ITERATIONS, NotFinite, Plan, plan, truncated_svd
 from .weights import FLOATS, Weight
 
 INITS = ("svd", "random")  # by name; only load_reference_adapter makes "sklearn", a pair (A, B) is "given"
@@ -72,7 +73,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or integer(0, MOST_ITERATIONS)(value),
         f"an integer from 0 to {MOST_ITERATIONS}, or None",
     ),
-    "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
+    "tier": (lambda value: value in ("standard", "precise"), '"standard" or "precise"'),
     "rounded": (
         lambda value: isinstance(value, tuple) and len(value) <= 8 and all(each in tuple(DTYPES) for each in value),
         f"at most 8 names, each one of {', '.join(DTYPES)}",
@@ -148,7 +149,7 @@ class Recipe:
 
     def plan(self, rank: int, shape: Sequence[int]) -> Plan:
         """What truncated_svd does by this recipe with weights of this shape."""
-        return plan(rank, shape, method=self.method, block=self.block, n_iter=self.n_iter, tier=self.tier)
+        return plan(rank, shape, method=self.method, block=self.block, n_iter=self.n_iter)
 
     def pinned(self, rank: int, shape: Sequence[int]) -> Recipe:
         """The recipe with nothing left open for weights of this shape."""

@@ -16,20 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .basis import Recipe
+from .exact_matmul import exact_matmul
 from .svd import (
     KEEP_BYTES,
     Group,
     NotFinite,
     Plan,
-    can_sum_in_fp32,
     check_device,
     decompose,
-    exact_matmul,
     group_size,
     host_pool,
     to_host,
     working_bytes,
 )
+from .svd_math import can_sum_in_fp32
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import loraxs_kernels as lx
-from loraxs_kernels import backends, svd
+from loraxs_kernels import backends, exact_matmul
 from loraxs_kernels.model import adapted_layers
 
 
@@ -120,7 +120,7 @@ def test_dictionaries_that_cannot_copy_themselves():
 @pytest.mark.parametrize("setting", ["exact_matmul", "backend"])
 def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
     enter, lock, read = {
-        "exact_matmul": (svd.exact_matmul, svd._exact_lock, torch.get_float32_matmul_precision),
+        "exact_matmul": (exact_matmul.exact_matmul, exact_matmul._exact_lock, torch.get_float32_matmul_precision),
         "backend": (lambda: backends.backend("torch"), backends._blocks_lock, lambda: backends._forced),
     }[setting]
     before, k = read(), 1

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraxs_kernels import svd, truncated_svd
-from loraxs_kernels.svd import Plan, plan, rademacher
+from loraxs_kernels import exact_matmul, svd, svd_math, truncated_svd
+from loraxs_kernels.rademacher import rademacher
+from loraxs_kernels.svd import Plan, plan
 
 
 def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
@@ -90,65 +91,65 @@ def test_vectors_where_the_spectrum_tells_them_apart():
 
 
 def test_defaults_by_rank_and_shape():
-    assert plan(16, (4096, 4096)) == Plan("krylov", 24, 5, "standard")
-    assert plan(20, (4096, 4096)).block == 32  # rows of bf16 stay on 16 bytes
-    assert plan(64, (14336, 4096)) == Plan("krylov", 72, 5, "standard")
-    assert plan(256, (4096, 14336)) == Plan("subspace", 384, 6, "standard")
-    assert plan(256, (500, 14336)).method == "krylov"  # all of the smaller side
-    assert plan(256, (4096, 4096), method="krylov", block=300, n_iter=1, tier="precise") == Plan(
-        "krylov", 300, 1, "precise"
-    )
+    assert plan(16, (4096, 4096)) == Plan("krylov", 24, 5)
+    assert plan(64, (14336, 4096)) == Plan("krylov", 72, 4)
+    assert plan(256, (4096, 14336)) == Plan("subspace", 336, 5)
+    assert plan(64, (1024, 4096)) == Plan("subspace", 96, 5)  # krylov's Q would be more than a third of the space
+    assert plan(16, (384, 384)) == Plan("subspace", 40, 6)
+    for rank, shape in ((256, (500, 14336)), (64, (128, 900)), (64, (190, 190))):  # all of the smaller side
+        assert svd.basis_size(min(shape), plan(rank, shape)) == min(shape)
+    assert plan(256, (4096, 4096), method="krylov", block=300, n_iter=1) == Plan("krylov", 300, 1)
 
 
 @pytest.fixture
-def split_products(monkeypatch):
-    """The products of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=)."""
+def as_on_a_gpu(monkeypatch):
+    """The arithmetic of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=)."""
     seen = []
 
-    def mm(W: Tensor, X: Tensor) -> Tensor:
+    def mm(X: Tensor, W: Tensor, out: Tensor) -> None:
         assert W.dtype == X.dtype != torch.float32
-        seen.append(X.shape[1])
-        return W.float() @ X.float()
+        seen.append(X.shape[0])
+        torch.mm(X.float(), W.float(), out=out)
 
-    monkeypatch.setattr(svd, "can_sum_in_fp32", lambda device: True)
-    monkeypatch.setattr(svd, "_mm_in_fp32", mm)
+    monkeypatch.setattr(svd_math, "can_sum_in_fp32", lambda device: True)
+    monkeypatch.setattr(svd_math, "mm_in_fp32", mm)
+    monkeypatch.setattr(svd_math, "by_gram", lambda Y: Y.dtype != torch.float64)
     return seen
 
 
-@pytest.mark.parametrize("method", ["krylov", "subspace"])
+@pytest.mark.parametrize("method, rank", [("krylov", 16), ("krylov", 64), ("subspace", 64), ("subspace", 200)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_in_terms(split_products, dtype, method):
-    W = with_spectrum(300, 400, power(300)).to(dtype)
-    truth, R = torch.linalg.svdvals(W.double())[:16], torch.randn(16, 16, dtype=torch.float64)
-    U, S, Vh = (t.double() for t in truncated_svd(W.float(), 16, method=method, n_iter=8))
+def test_half_precision_in_terms(as_on_a_gpu, dtype, method, rank):
+    W = with_spectrum(400, 600, power(400)).to(dtype)
+    truth, R = torch.linalg.svdvals(W.double())[:rank], torch.randn(rank, rank, dtype=torch.float64)
+    U, S, Vh = (t.double() for t in truncated_svd(W.float(), rank, method=method))
     exactly = U @ R @ (S[:, None] * Vh)
-    block = plan(16, W.shape, method=method).block
-    for tier, terms, near in (("standard", 2, 1e-4), ("precise", 3, 1e-5)):
-        U, S, Vh = (t.double() for t in truncated_svd(W, 16, method=method, n_iter=8, tier=tier))
-        assert set(split_products) == {terms * block}  # W is read once for all terms
-        split_products.clear()
-        assert ((S - truth) / truth).abs().max() < 1e-6
-        low_rank = (U * S) @ Vh
-        # A device that multiplies otherwise finds the same delta W, so that it accepts the same adapter files.
-        delta = U @ R @ (S[:, None] * Vh)
-        assert (delta - exactly).norm() < near * exactly.norm()
-        # B A = U U^T W is what the terms are for: the product with W, not only the subspace, is exact.
-        assert (U @ (U.T @ W.double()) - low_rank).norm() < 4e-5 * low_rank.norm()
+    as_on_a_gpu.clear()
+    U, S, Vh = (t.double() for t in truncated_svd(W, rank, method=method))
+    block = plan(rank, W.shape, method=method).block
+    assert set(as_on_a_gpu) == {block, 2 * block, 3 * block}  # W is read once for all terms; the start is one term
+    assert ((S - truth) / truth).abs().max() < 1e-3
+    # A device that multiplies otherwise finds the same delta W, so that it accepts the same adapter files.
+    delta = U @ R @ (S[:, None] * Vh)
+    assert (delta - exactly).norm() < 1e-5 * exactly.norm()
+    # B A = U U^T W is what the terms are for: the product with W, not only the subspace, is exact.
+    low_rank = (U * S) @ Vh
+    assert (U @ (U.T @ W.double()) - low_rank).norm() < 1e-6 * low_rank.norm()
 
 
 @pytest.mark.parametrize("scale", [6e-8, 1e-4, 60000.0])
-def test_terms_of_fp16_at_the_ends_of_its_range(split_products, scale):
+def test_terms_of_fp16_at_the_ends_of_its_range(as_on_a_gpu, scale):
     W = (with_spectrum(200, 300, power(200)).sign() * torch.rand(200, 300).add(0.5).clamp(max=1) * scale).half()
     check(W, 8, 1e-2)
     U, S, Vh = (t.double() for t in truncated_svd(W, 8))
-    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 4e-5 * S.norm()
+    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 1e-6 * S.norm()
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e36])
-def test_terms_of_bf16_at_the_ends_of_its_range(split_products, scale):
+def test_terms_of_bf16_at_the_ends_of_its_range(as_on_a_gpu, scale):
     W = torch.randn(200, 300).clamp(-1, 1).mul(scale).bfloat16()
     U, S, Vh = (t.double() for t in truncated_svd(W, 8))
-    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 4e-5 * S.norm()
+    assert (U @ (U.T @ W.double()) - (U * S) @ Vh).norm() < 1e-6 * S.norm()
 
 
 def test_zero_matrix_gets_orthonormal_vectors():
@@ -244,7 +245,7 @@ def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, n
     if newer:
         settings = request.getfixturevalue("fp32_precision")
     else:  # torch before 2.9
-        monkeypatch.setattr(svd, "_fp32_settings", list)
+        monkeypatch.setattr(exact_matmul, "_fp32_settings", list)
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: now[0])
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: now.__setitem__(0, value))
     now = ["high"]
@@ -255,7 +256,7 @@ def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, n
     if newer:
         settings["cuda"].fp32_precision, settings["cpu"].fp32_precision = "tf32", "bf16"
     users = list(precision())
-    first, second = svd.exact_matmul(), svd.exact_matmul()
+    first, second = exact_matmul.exact_matmul(), exact_matmul.exact_matmul()
     first.__enter__()
     exact = list(precision())
     second.__enter__()
@@ -304,7 +305,7 @@ def test_weights_of_minilm_beat_scikit_learn(minilm):
     for W in (minilm.encoder.layer[2].attention.self.query.weight, minilm.encoder.layer[3].intermediate.dense.weight):
         beats_scikit_learn(W.detach(), (4, 16, 25))
         beats_scikit_learn(W.detach(), (64,), method="subspace")
-        check(W.detach(), 25, 1e-4)
+        check(W.detach(), 25, 5e-4)
 
 
 def test_weights_of_smollm2_beat_scikit_learn():
@@ -320,8 +321,8 @@ def test_weights_of_smollm2_beat_scikit_learn():
 
 BAD = {
     "no tensor": ([[1.0]], 1, {}, TypeError, "W: got list"),
-    "integer": (torch.ones(3, 3, dtype=torch.int64), 1, {}, TypeError, "W: got dtype torch.int64"),
-    "complex": (torch.ones(3, 3, dtype=torch.complex64), 1, {}, TypeError, "W: got dtype torch.complex64"),
+    "integer": (torch.ones(3, 3, dtype=torch.int64), 1, {}, TypeError, "W: got torch.strided of dtype torch.int64"),
+    "complex": (torch.ones(3, 3, dtype=torch.complex64), 1, {}, TypeError, "W: got torch.strided of dtype torch.complex64"),
     "vector": (torch.ones(3), 1, {}, ValueError, r"W: got shape \(3,\), must have at least 2 dimensions"),
     "rank too large": (torch.ones(3, 5), 4, {}, ValueError, r"rank: got 4, must be from 1 to min\(m, n\) = 3"),
     "rank zero": (torch.ones(3, 5), 0, {}, ValueError, "rank: got 0"),
@@ -331,7 +332,12 @@ BAD = {
     "n_iter": (torch.ones(3, 5), 1, {"n_iter": -1}, ValueError, "n_iter: got -1"),
     "block": (torch.ones(3, 5), 2, {"block": 1}, ValueError, "block: got 1, must be at least the rank, 2"),
     "method": (torch.ones(3, 5), 1, {"method": "qr"}, ValueError, "method: got 'qr', must be"),
-    "tier": (torch.ones(3, 5), 1, {"tier": "fast"}, ValueError, "tier: got 'fast', must be"),
+    "sparse": (torch.ones(3, 3).to_sparse(), 1, {}, TypeError, "W: got torch.sparse_coo of dtype torch.float32"),
+    "rank of a float": (torch.ones(3, 5), 2.0, {}, TypeError, "rank: got 2.0, must be an integer"),
+    "rank of a bool": (torch.ones(3, 5), True, {}, TypeError, "rank: got True, must be an integer"),
+    "n_iter of a float": (torch.ones(3, 5), 1, {"n_iter": 2.0}, TypeError, "n_iter: got 2.0, must be an integer"),
+    "block of a string": (torch.ones(3, 5), 1, {"block": "2"}, TypeError, "block: got '2', must be an integer"),
+    "seed of a float": (torch.ones(3, 5), 1, {"seed": 0.5}, TypeError, "seed: got 0.5, must be an integer"),
 }
 
 

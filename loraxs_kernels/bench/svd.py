@@ -16,7 +16,7 @@ from .. import basis
 from .. import svd as algorithm
 from ..basis import Factors
 from ..model import attach, detach
-from ..svd import basis_columns, plan, truncated_svd
+from ..svd import basis_size, plan, truncated_svd
 from . import timer
 from .layer import Row, failure, release
 from .shapes import MODELS, Shape
@@ -196,7 +196,7 @@ def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, en
 def bytes_read(W: Tensor, r: int) -> int:
     """Every read of W by truncated_svd: for its peak, and twice a step or, where Q is all of its smaller side, once."""
     how, m = plan(r, W.shape), min(W.shape)
-    return W.nbytes * (2 if basis_columns(m, how) == m else 1 + 2 * (how.n_iter + 1))
+    return W.nbytes * (2 if basis_size(m, how) == m else 1 + 2 * (how.n_iter + 1))
 
 
 def _peak(call: Callable[[], Any], settings: Settings) -> tuple[Any, Row]:

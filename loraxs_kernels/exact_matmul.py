@@ -1,0 +1,90 @@
+"""Products as written, whatever the user has set: no autocast, no TF32, no sums in half precision."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+# The open blocks of `exact_matmul`, and what puts the user's settings back once there are none.
+_exact: set[object] = set()
+_users_settings = ExitStack()
+_exact_lock = threading.RLock()
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Products as written: neither autocast nor the user's TF32, bf16 or fp16 settings reach in.
+
+    The settings of products belong to the whole process.  Of the blocks that are open at one time, in whichever
+    threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
+    """
+    block = object()
+    # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.
+    try:
+        try:
+            with _exact_lock: _begin(block)  # fmt: skip  # noqa: E701
+            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
+    finally:  # once more, if Ctrl-C has stopped that
+        with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
+
+
+def _begin(block: object) -> None:
+    if not _exact:
+        _save_settings(_users_settings)
+    _exact.add(block)
+    _multiply_exactly()
+
+
+def _end(block: object) -> None:
+    _exact.discard(block)
+    if not _exact:
+        _users_settings.close()
+
+
+def _after_fork() -> None:
+    """In a forked process the blocks of other threads do not go on: the user's settings come back."""
+    global _exact_lock
+    _exact_lock = threading.RLock()  # another thread may have held it
+    _exact.clear()
+    _users_settings.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _save_settings(to: ExitStack) -> None:
+    """Has `to` restore, when it is closed, how products are made in this process now."""
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            to.callback(setattr, each, "fp32_precision", each.fp32_precision)
+    else:
+        to.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        to.callback(setattr, cuda, "allow_fp16_accumulation", True)
+
+
+def _multiply_exactly() -> None:
+    cuda = torch.backends.cuda.matmul
+    if settings := _fp32_settings():
+        for each in settings:
+            each.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    if getattr(cuda, "allow_fp16_accumulation", False):
+        cuda.allow_fp16_accumulation = False
+
+
+def _fp32_settings() -> list[Any]:
+    """What has torch 2.9's settings of fp32 products; once these have been used, torch's older functions raise."""
+    each = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [where for where in each if hasattr(where, "fp32_precision")]
