@@ -20,7 +20,7 @@ import stubdriver
 import torch
 from helpers import EMULATED, INTERPRETED
 
-from loraxs_kernels import svd
+from loraxs_kernels import svd_math
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
@@ -79,17 +79,17 @@ def fp32_precision():
 def split_products(monkeypatch):
     """The products of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=).
 
-    It gives the number of columns of each product.
+    It gives the number of rows of the other factor in each product.
     """
     seen = []
 
-    def mm(W: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-        assert W.dtype == X.dtype != torch.float32
-        seen.append(X.shape[1])
-        return W.float() @ X.float()
+    def mm(X: torch.Tensor, W: torch.Tensor, out: torch.Tensor) -> None:
+        assert X.dtype == W.dtype != torch.float32
+        seen.append(X.shape[0])
+        torch.mm(X.float(), W.float(), out=out)
 
-    monkeypatch.setattr(svd, "can_sum_in_fp32", lambda device: True)
-    monkeypatch.setattr(svd, "_mm_in_fp32", mm)
+    monkeypatch.setattr(svd_math, "can_sum_in_fp32", lambda device: True)
+    monkeypatch.setattr(svd_math, "mm_in_fp32", mm)
     return seen
 
 
