@@ -406,15 +406,15 @@ def fitted_to(
 ) -> tuple[Tensor, float]:
     """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
     R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
-    candidates = [R]
-    if here.residual(entry["probe"], R) > ACCEPT and basis.same_values(entry["S"], here.S):
-        candidates += basis.single_flips(R)
+    candidates, errors = [R], [float(here.residual(entry["probe"], R))]
+    if errors[0] > ACCEPT and basis.same_values(entry["S"], here.S):
+        candidates.append(basis.flipped(R, int(here.flipped_residuals(entry["probe"], R).argmin())))
         if factors is not None and "A" in entry:
             candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), *factors))
         elif factors is not None and "U" in entry:
             for cluster in (0.0, basis.CLUSTER):
                 candidates.append(basis.align_by_sketch(R, entry["S"], (entry["U"], entry["V"]), *factors, cluster))
-    errors = [float(here.residual(entry["probe"], candidate)) for candidate in candidates]
+        errors += [float(here.residual(entry["probe"], candidate)) for candidate in candidates[1:]]
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best], errors[best]
 

@@ -21,9 +21,11 @@ import standin
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
+from loraxs_kernels.adapter_file import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
 
@@ -339,6 +341,40 @@ def test_a_flipped_sign_is_mended_by_the_probes_alone(trained):
         warnings.simplefilter("error")
         lx.load_adapter(model, path)
     assert worst_error(model, expected) < 1e-6
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_the_residuals_of_all_flips_are_known_at_once(orthogonal):
+    """What each flip alone would leave, for factors of an SVD and for given ones; the best of them is taken."""
+    A, B, R = torch.randn(6, 300), torch.randn(200, 6), torch.randn(6, 6)
+    if orthogonal:
+        A, B = torch.linspace(3, 1, 6)[:, None] * torch.linalg.qr(A.T).Q.T, torch.linalg.qr(B).Q
+    here = basis.Fingerprint.of(A, B)
+    entry = {"R": R, "S": here.S, "probe": here.probes(basis.flipped(R, 4) + 0.3 * torch.randn(6, 6))}
+    each = [here.residual(entry["probe"], basis.flipped(R, k)) for k in range(6)]
+    torch.testing.assert_close(here.flipped_residuals(entry["probe"], R), torch.stack(each), rtol=1e-6, atol=0)
+    found, error = fitted(entry, A, B)
+    assert torch.equal(found, basis.flipped(R, 4)) and error == each[4] == min(each)
+
+
+def test_the_products_of_a_layer_that_does_not_fit_do_not_grow_in_number():
+    """As many for each rank: none of them is made once for each sign."""
+
+    class Products(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.made += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for rank in (3, 12):
+        here = basis.Fingerprint.of(torch.randn(rank, 40), torch.randn(50, rank))
+        with Products() as products:
+            _, error = fitted_to({"R": torch.randn(rank, rank), "S": here.S, "probe": torch.randn(8)}, here)
+        assert error > basis.ACCEPT
+        counts.append(products.made)
+    assert 0 < counts[0] == counts[1]
 
 
 def scaled_by(factor):
