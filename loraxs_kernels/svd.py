@@ -32,7 +32,7 @@ METHODS = ("krylov", "subspace")
 # Half-precision terms of X in W X and of Q in W^T Q.  With one term in W X delta W would be 2e-4 to 2e-3 from that of
 # a device that multiplies exactly, more than an adapter file accepts; with two it is below 1e-4, and up to r = 64 the
 # second one costs nothing beside reading W.
-TIERS = {"standard": 2, "precise": 3}
+TERMS = 2
 KRYLOV_COLUMNS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
 GROUP_BYTES = 256 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
@@ -51,13 +51,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Plan:
     """What `truncated_svd` does, nothing left to choose: with the seed, the weight and the device it fixes U, S, Vh.
 
-    method: "krylov" or "subspace".  block: b, columns of X.  n_iter: q.  tier: "standard" or "precise".
+    method: "krylov" or "subspace".  block: b, columns of X.  n_iter: q.
     """
 
     method: str
     block: int
     n_iter: int
-    tier: str
 
 
 def plan(
@@ -67,7 +66,6 @@ def plan(
     method: str = "auto",
     block: int | None = None,
     n_iter: int | None = None,
-    tier: str = "standard",
 ) -> Plan:
     """The defaults filled in for weights of this shape, as `truncated_svd` describes them.
 
@@ -75,18 +73,16 @@ def plan(
     """
     if method not in ("auto", *METHODS):
         raise ValueError(f'method: got {method!r}, must be "auto", "krylov" or "subspace"')
-    if tier not in TIERS:
-        raise ValueError(f'tier: got {tier!r}, must be "standard" or "precise"')
     if block is not None and block < rank:
         raise ValueError(f"block: got {block}, must be at least the rank, {rank}")
     if n_iter is not None and not 0 <= n_iter <= MOST_ITERATIONS:
         raise ValueError(f"n_iter: got {n_iter}, must be from 0 to {MOST_ITERATIONS}")
     # For the Krylov space a narrow block and one more step cost what a wide block costs and come nearer to the truth.
     # Multiples of 8 keep rows of bf16 aligned.
-    krylov = Plan("krylov", block or -(-rank // 8) * 8 + 8, 5 if n_iter is None else n_iter, tier)
+    krylov = Plan("krylov", block or -(-rank // 8) * 8 + 8, 5 if n_iter is None else n_iter)
     if method == "krylov" or (method == "auto" and basis_columns(min(shape), krylov) <= KRYLOV_COLUMNS):
         return krylov
-    return Plan("subspace", block or -(-3 * rank // 16) * 8, 6 if n_iter is None else n_iter, tier)
+    return Plan("subspace", block or -(-3 * rank // 16) * 8, 6 if n_iter is None else n_iter)
 
 
 @torch.no_grad()
@@ -97,7 +93,6 @@ def truncated_svd(
     method: str = "auto",
     block: int | None = None,
     n_iter: int | None = None,
-    tier: str = "standard",
     seed: int = 0,
 ) -> Triplets:
     """The `rank` largest singular triplets of W: W ~ U diag(S) Vh.
@@ -105,7 +100,7 @@ def truncated_svd(
     Block Krylov iteration (Musco and Musco, arXiv 1504.05477) or, for large ranks, subspace iteration with a
     Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007), from a start of +-1 that is a hash of
     (seed, row, column).  The same arguments give the same bits on one device, alone or in a batch; U S Vh of two
-    devices agree to 1e-5, with tier "precise" to 2e-6, or as far as the spectrum tells the vectors apart.  Neither
+    devices agree to 1e-5, or as far as the spectrum tells the vectors apart.  Neither
     autocast nor the user's TF32 settings reach in.  Singular values that are zero to working precision get orthonormal
     vectors all the same.
 
@@ -117,8 +112,6 @@ def truncated_svd(
         method: "krylov", "subspace", or "auto": krylov where Q then has at most 512 columns, up to rank 72 by default.
         block: b >= r, columns of the start; None: r + 8 for krylov, 3 r / 2 for subspace, on multiples of 8.
         n_iter: q; each is two more reads of W.  None: 5 for krylov, 6 for subspace.
-        tier: "standard", which splits the factors of a bf16 W into two terms, exact to 2^-17, or "precise": three
-            terms, 2^-24.  The two are the same for fp32 and fp64 weights, and on a CPU.
         seed: of the start.
 
     Returns:
@@ -139,7 +132,7 @@ def truncated_svd(
     *batch, m, n = W.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank: got {rank}, must be from 1 to min(m, n) = {min(m, n)} for W of shape {(m, n)}")
-    how = plan(rank, (m, n), method=method, block=block, n_iter=n_iter, tier=tier)
+    how = plan(rank, (m, n), method=method, block=block, n_iter=n_iter)
     dtype = torch.promote_types(W.dtype, torch.float32)
     U = W.new_empty(*batch, m, rank, dtype=dtype)
     S = W.new_empty(*batch, rank, dtype=dtype)
@@ -190,7 +183,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     m, n = sorted(shape[-2:])
     itemsize, D = max(4, dtype.itemsize), basis_columns(m, how)
     kept = (m + n) * D * itemsize * (1 if how.method == "krylov" else 2)
-    step = (4 + TIERS[how.tier] / 2) * n * how.block * itemsize + 4 * m * how.block * 8
+    step = (4 + TERMS / 2) * n * how.block * itemsize + 4 * m * how.block * 8
     eigenproblem = min(n, GRAM_ROWS) * D * 8 + 3 * D * D * 8
     return int(kept + max(step, eigenproblem))
 
@@ -283,7 +276,7 @@ class _Started:
         self.seed, self.count, how, first = group.seed, len(group.weights), group.how, group.weights[0]
         with exact_matmul():
             places = group_size(first.shape, first.dtype, first.device, how)
-            products = _Products(group.weights, places, TIERS[how.tier])
+            products = _Products(group.weights, places, TERMS)
             self.flip, self.facts = products.flip, products.facts
             if basis_columns(products.m, how) == products.m:  # all of the smaller side: Q is the identity
                 self.Q, self.Z = None, products.transposed()
