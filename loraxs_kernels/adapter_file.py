@@ -1,8 +1,8 @@
 """Adapter files: R alone, in one safetensors file, with what it takes to know its A and B again.
 
-Layout, format version 2, which is version 1 with a checksum (files.py) and two fields of the recipe more, `rounded` and
-`weight_dtype`.  Header: one JSON object under "loraxs".  Tensors, stacked over the modules of one rank r in the order
-of the header's list:
+Layout, format version 3.  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without a checksum
+(files.py) and without `rounded` and `weight_dtype` in the recipe.  Header: one JSON object under "loraxs".  Tensors,
+stacked over the modules of one rank r in the order of the header's list:
 
     R/r        (n, r, r)  as trained, fp32 or the dtype asked for
     S/r        (n, r)     fp32 norms of the rows of A: for the SVD init the singular values
@@ -38,7 +38,7 @@ from .transaction import keep, transaction
 from .weights import FLOATS, assign, weight_of, whole
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
-HOW = ("init", "seed", "method", "block", "n_iter", "tier")  # of a recipe: what decides A and B of one weight
+HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .files import damaged
-from .svd import METHODS, MOST_ITERATIONS, TIERS, NotFinite, Plan, plan, rademacher, truncated_svd
+from .svd import METHODS, MOST_ITERATIONS, NotFinite, Plan, plan, rademacher, truncated_svd
 from .weights import FLOATS, Weight
 
 INITS = ("svd", "random")  # by name; only load_reference_adapter makes "sklearn", a pair (A, B) is "given"
@@ -72,7 +72,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or integer(0, MOST_ITERATIONS)(value),
         f"an integer from 0 to {MOST_ITERATIONS}, or None",
     ),
-    "tier": (lambda value: value in tuple(TIERS), '"standard" or "precise"'),
+    "tier": (lambda value: value in ("standard", "precise"), '"standard" or "precise"'),  # of files up to version 2
     "rounded": (
         lambda value: isinstance(value, tuple) and len(value) <= 8 and all(each in tuple(DTYPES) for each in value),
         f"at most 8 names, each one of {', '.join(DTYPES)}",
@@ -100,7 +100,7 @@ class Recipe:
     rounded: the dtypes that A and B were converted to after they were computed, in this order, by torch's names; those
         that can change a value.  A load repeats the conversions.
     weight_dtype: of the weight that A and B were made from; None: not known.
-    method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
+    method, block, n_iter: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
         what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
     """
 
@@ -111,7 +111,6 @@ class Recipe:
     method: str = "auto"
     block: int | None = None
     n_iter: int | None = None
-    tier: str = "standard"
     rounded: tuple[str, ...] = ()
     weight_dtype: str | None = None
 
@@ -148,7 +147,7 @@ class Recipe:
 
     def plan(self, rank: int, shape: Sequence[int]) -> Plan:
         """What truncated_svd does by this recipe with weights of this shape."""
-        return plan(rank, shape, method=self.method, block=self.block, n_iter=self.n_iter, tier=self.tier)
+        return plan(rank, shape, method=self.method, block=self.block, n_iter=self.n_iter)
 
     def pinned(self, rank: int, shape: Sequence[int]) -> Recipe:
         """The recipe with nothing left open for weights of this shape."""
@@ -226,16 +225,18 @@ def modules_in(
     described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (first, *modules.values()))
     if not (described and modules):
         damaged(path, "its header has no modules, or does not describe them")
-    needed = {*numbers, *(each.name for each in fields(Recipe))}
+    # Up to version 2 a recipe had a tier: by either one A and B are the same, far within what a load accepts.
+    checked = [*numbers] if header["version"] > 2 else [*numbers, "tier"]
+    needed = {*checked, *(each.name for each in fields(Recipe))}
     needed -= {"rounded", "weight_dtype"} if header["version"] == 1 else set()
     for name, own in modules.items():
         said = {"name": name} | first | own
         try:
             if wrong := sorted(needed ^ said.keys()):
                 raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in needed else 'not known'} in the header")
-            for key in numbers:
+            for key in checked:
                 check(key, said[key])
-            recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
+            recipe = Recipe(**{key: value for key, value in said.items() if key not in checked})
             recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
             if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
                 raise ValueError(f"scikit-learn does not take n_iter {recipe.n_iter} and seed {recipe.seed}")

@@ -1,6 +1,6 @@
 """Whatever happens to a file, it is loaded as it was written, or refused by name and the model is as it was.
 
-Hypothesis damages adapter files and basis files, of the current format and of version 1, PEFT folders with a checksum
+Hypothesis damages basis files, adapter files of the current format and of earlier ones, PEFT folders with a checksum
 and without, and checkpoints of the reference implementation: bytes are flipped, zeroed, cut out, put in, moved; fields
 and tensors are changed, in files whose checksum is then made right again, as no accident would leave them.  The damages
 are the same each time; LORAXS_FUZZ=20000 makes up that many new ones.
@@ -25,11 +25,11 @@ from test_adapter_file import mlp
 
 import loraxs_kernels as lx
 from loraxs_kernels.basis_file import make_basis
-from loraxs_kernels.files import sealed, tensors_of, unsealed
+from loraxs_kernels.files import FORMAT_VERSION, sealed, tensors_of, unsealed
 
 OPTIONS = dict(target_modules=["0", "2"], rank_pattern={"2": 3})
 KINDS = {"adapter": "loraxs", "basis": "loraxs_basis"}
-OLD = {kind: Path(__file__).parent / "data" / f"{kind}_v1.safetensors" for kind in KINDS}
+OLD = {version: Path(__file__).parent / "data" / f"adapter_v{version}.safetensors" for version in (1, 2)}
 
 VALUES = st.one_of(
     st.none(),
@@ -61,13 +61,14 @@ def files(tmp_path_factory) -> dict[tuple[str, int], bytes]:
     lx.save_adapter(model, folder / "adapter.safetensors", portable=True)
     safetensors.torch.save_file(mlp().state_dict(), folder / "model.safetensors")
     make_basis(folder / "model.safetensors", 4, folder / "basis.safetensors", target_modules=["0", "2"])
-    new = {(kind, 2): (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
-    return new | {(kind, 1): path.read_bytes() for kind, path in OLD.items() if kind == "adapter"}
+    new = {(kind, FORMAT_VERSION): (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
+    return new | {("adapter", version): path.read_bytes() for version, path in OLD.items()}
 
 
 @st.composite
 def damages(draw) -> dict[str, Any]:
-    kind = draw(st.sampled_from([("adapter", 2), ("adapter", 2), ("adapter", 1), ("basis", 2)]))
+    adapters = [("adapter", version) for version in (FORMAT_VERSION, FORMAT_VERSION, *OLD)]
+    kind = draw(st.sampled_from([*adapters, ("basis", FORMAT_VERSION)]))
     how = draw(st.sampled_from([*BYTES, "field", "field", "tensor"]))
     damage = {"kind": kind, "how": how} | draw(PLACES)
     if how == "field":
