@@ -194,7 +194,7 @@ def test_the_recipe_in_a_file_leaves_nothing_open(trained):
         "init": "svd",
         "seed": 0,
         "method": "krylov",
-        "block": 16,
+        "block": 12,
         "n_iter": 5,
         "dtype": None,
     }
