@@ -64,15 +64,8 @@ RIVALS = ["reference", "addmm"]
 MODELS = ["reference-fp32", "reference", "peft-lora"]
 WAY = ["--tokens", "512", "8192", "--rank", "64", "--mode", "graph", "--paths", *RIVALS]
 ONE = ["--shape", "4096x4096"]  # compiling takes far longer than timing
-SVDS = [
-    "loraxs-svd",
-    "loraxs-precise",
-    "loraxs-krylov",
-    "loraxs-subspace",
-    "svd-lowrank-4",
-    "svd-lowrank-r",
-    "svd-full",
-]
+LOWRANKS = ["svd-lowrank", "svd-lowrank-2", "svd-lowrank-4"]
+SVDS = ["loraxs-svd", "loraxs-krylov", "loraxs-subspace", "svd-lowrank-4", "svd-lowrank-r", "svd-full"]
 # {step: (seconds it may take where others wait, arguments of `loraxs bench`, paths last)}; the headline first.
 BENCHES: dict[str, tuple[float, list[str]]] = {
     "tax": (140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
@@ -81,7 +74,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "gemm": (90, ["gemm", "--tokens", "512", "8192", "--rank", "16", "64", "--mode", "graph", "--paths", "addmm"]),
     "group": (45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
     "host": (60, ["host"]),
-    "svd": (80, ["svd", "--rank", "64", "--paths", "loraxs-svd", "loraxs-eigh-gpu", "svd-lowrank"]),
+    "svd": (80, ["svd", "--rank", "64", "--paths", "loraxs-svd", *LOWRANKS]),
     "choice": (280, ["choice", "--tokens", *BUCKETS, "--rank", "64", "16", "--seconds", "0.03"]),
     "decode": (90, ["layer", "--tokens", "1", "16", "64", "--rank", "16", "--direction", "forward"]),
     "step": (150, ["model", "--rank", "64", "--paths", *MODELS]),
@@ -92,7 +85,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "backward": (60, ["layer", *WAY, "--direction", "backward"]),
     "gemm-fp16": (45, ["gemm", "--dtype", "fp16", "--tokens", "8192", "--rank", "64", "--paths", "addmm"]),
     "svd-sklearn": (120, ["svd", "--rank", "64", "--paths", "loraxs-svd", "sklearn"]),
-    "svd-ranks": (200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", "svd-lowrank"]),
+    "svd-ranks": (200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", *LOWRANKS]),
     "svd-paths": (120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
     "step-compile": (300, ["model", "--rank", "64", "--paths", *MODELS, "compile"]),
     "compile": (90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),

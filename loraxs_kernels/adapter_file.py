@@ -1,8 +1,8 @@
 """Adapter files: R alone, in one safetensors file, with what it takes to know its A and B again.
 
-Layout, format version 2, which is version 1 with a checksum (files.py) and two fields of the recipe more, `rounded` and
-`weight_dtype`.  Header: one JSON object under "loraxs".  Tensors, stacked over the modules of one rank r in the order
-of the header's list:
+Layout, format version 3.  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without a checksum
+(files.py) and without `rounded` and `weight_dtype` in the recipe.  Header: one JSON object under "loraxs".  Tensors,
+stacked over the modules of one rank r in the order of the header's list:
 
     R/r        (n, r, r)  as trained, fp32 or the dtype asked for
     S/r        (n, r)     fp32 norms of the rows of A: for the SVD init the singular values
@@ -38,7 +38,7 @@ from .transaction import keep, transaction
 from .weights import FLOATS, assign, weight_of, whole
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
-HOW = ("init", "seed", "method", "block", "n_iter", "tier")  # of a recipe: what decides A and B of one weight
+HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
@@ -406,15 +406,15 @@ def fitted_to(
 ) -> tuple[Tensor, float]:
     """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
     R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
-    candidates = [R]
-    if here.residual(entry["probe"], R) > ACCEPT and basis.same_values(entry["S"], here.S):
-        candidates += basis.single_flips(R)
+    candidates, errors = [R], [float(here.residual(entry["probe"], R))]
+    if errors[0] > ACCEPT and basis.same_values(entry["S"], here.S):
+        candidates.append(basis.flipped(R, int(here.flipped_residuals(entry["probe"], R).argmin())))
         if factors is not None and "A" in entry:
             candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), *factors))
         elif factors is not None and "U" in entry:
             for cluster in (0.0, basis.CLUSTER):
                 candidates.append(basis.align_by_sketch(R, entry["S"], (entry["U"], entry["V"]), *factors, cluster))
-    errors = [float(here.residual(entry["probe"], candidate)) for candidate in candidates]
+        errors += [float(here.residual(entry["probe"], candidate)) for candidate in candidates[1:]]
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best], errors[best]
 

@@ -73,7 +73,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or integer(0, MOST_ITERATIONS)(value),
         f"an integer from 0 to {MOST_ITERATIONS}, or None",
     ),
-    "tier": (lambda value: value in ("standard", "precise"), '"standard" or "precise"'),
+    "tier": (lambda value: value in ("standard", "precise"), '"standard" or "precise"'),  # of files up to version 2
     "rounded": (
         lambda value: isinstance(value, tuple) and len(value) <= 8 and all(each in tuple(DTYPES) for each in value),
         f"at most 8 names, each one of {', '.join(DTYPES)}",
@@ -101,7 +101,7 @@ class Recipe:
     rounded: the dtypes that A and B were converted to after they were computed, in this order, by torch's names; those
         that can change a value.  A load repeats the conversions.
     weight_dtype: of the weight that A and B were made from; None: not known.
-    method, block, n_iter, tier: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
+    method, block, n_iter: of truncated_svd; n_iter of scikit-learn too; unused by the other inits.  `pinned` puts
         what "auto" and None mean today in their place, so that a recipe in a file means the same tomorrow.
     """
 
@@ -112,7 +112,6 @@ class Recipe:
     method: str = "auto"
     block: int | None = None
     n_iter: int | None = None
-    tier: str = "standard"
     rounded: tuple[str, ...] = ()
     weight_dtype: str | None = None
 
@@ -227,16 +226,18 @@ def modules_in(
     described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (first, *modules.values()))
     if not (described and modules):
         damaged(path, "its header has no modules, or does not describe them")
-    needed = {*numbers, *(each.name for each in fields(Recipe))}
+    # Up to version 2 a recipe had a tier: by either one A and B are the same, far within what a load accepts.
+    checked = [*numbers] if header["version"] > 2 else [*numbers, "tier"]
+    needed = {*checked, *(each.name for each in fields(Recipe))}
     needed -= {"rounded", "weight_dtype"} if header["version"] == 1 else set()
     for name, own in modules.items():
         said = {"name": name} | first | own
         try:
             if wrong := sorted(needed ^ said.keys()):
                 raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in needed else 'not known'} in the header")
-            for key in numbers:
+            for key in checked:
                 check(key, said[key])
-            recipe = Recipe(**{key: value for key, value in said.items() if key not in numbers})
+            recipe = Recipe(**{key: value for key, value in said.items() if key not in checked})
             recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
             if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
                 raise ValueError(f"scikit-learn does not take n_iter {recipe.n_iter} and seed {recipe.seed}")
@@ -300,10 +301,37 @@ class Fingerprint:
 
     def residual(self, expected: Tensor, R: Tensor) -> Tensor:
         """As the function `residual`: (...), fp64."""
-        error = (self.probes(R).double() - expected.to(R.device).double()).square().mean(-1).sqrt()
-        R = R.double()
-        norm = ((R.mT @ self.gram_B @ R) * self.gram_A.mT).sum((-2, -1)).clamp(min=0).sqrt()  # |B R A|_F
-        return torch.where((norm > 0) | (error != 0), (error / norm).nan_to_num(nan=torch.inf), 0.0)
+        square = (self._inner(R.double()) * self.gram_A).sum((-2, -1))
+        return _relative(self.probes(R), expected, square)
+
+    def flipped_residuals(self, expected: Tensor, R: Tensor) -> Tensor:
+        """The residual of `flipped(R, k)` for each k: (..., r), fp64, in a number of products that r does not change.
+
+        That matrix is D R D with D = I - 2 e_k e_k^T.  Multiplied out, its probes and its |B D R D A|_F^2 are those of
+        R plus terms in row and column k.  Of the Grams only what is off the diagonal changes sign in D G D.
+        """
+        R, left, right = R.double(), self.left, self.right
+        R_kk = R.diagonal(dim1=-2, dim2=-1)
+        by_row, by_column = left * (R @ right), (R.mT @ left) * right
+        probes = by_row.sum(-2, keepdim=True) - 2 * (by_row + by_column) + 4 * R_kk[..., None] * left * right
+
+        off_A, off_B = (G - torch.diag_embed(G.diagonal(dim1=-2, dim2=-1)) for G in (self.gram_A, self.gram_B))
+        R_A, B_R, inner = R @ off_A, off_B @ R, self._inner(R)
+        one = off_A * inner + off_B * (R @ self.gram_A @ R.mT)
+        both = R_A.diagonal(dim1=-2, dim2=-1) * B_R.diagonal(dim1=-2, dim2=-1) + R_kk * (B_R * off_A).sum(-1)
+        square = (inner * self.gram_A).sum((-2, -1))[..., None] - 4 * one.sum(-2) + 8 * both
+        return _relative(probes, expected[..., None, :], square)
+
+    def _inner(self, R: Tensor) -> Tensor:
+        """(B R)^T B R, whose inner product with A A^T is |B R A|_F^2."""
+        return R.mT @ self.gram_B @ R
+
+
+def _relative(probes: Tensor, expected: Tensor, square: Tensor) -> Tensor:
+    """The relative error of deltas of these squares of norms, whose probes were to be `expected`."""
+    error = (probes.double() - expected.to(probes.device).double()).square().mean(-1).sqrt()
+    norm = square.clamp(min=0).sqrt()
+    return torch.where((norm > 0) | (error != 0), (error / norm).nan_to_num(nan=torch.inf), 0.0)
 
 
 def _halves(A: Tensor, B: Tensor) -> Factors:
@@ -341,10 +369,11 @@ def sketch(A: Tensor, B: Tensor) -> Factors:
     return U_sketch.float(), (V_t @ _probe_vectors(A.shape[1], 4, A.device)).float()
 
 
-def single_flips(R: Tensor) -> list[Tensor]:
-    """R for a basis with one pair of singular vectors negated, for each pair: row and column k negated."""
-    signs = 1 - 2 * torch.eye(len(R), dtype=R.dtype, device=R.device)
-    return [R * torch.outer(s, s) for s in signs]
+def flipped(R: Tensor, k: int) -> Tensor:
+    """R for a basis with the pair k of singular vectors negated: row and column k negated."""
+    signs = torch.ones(len(R), dtype=R.dtype, device=R.device)
+    signs[k] = -1
+    return R * torch.outer(signs, signs)
 
 
 def align_by_sketch(R: Tensor, S: Tensor, old: Factors, A: Tensor, B: Tensor, cluster: float) -> Tensor:

@@ -1,9 +1,10 @@
 """Basis files: A and B of a base model, computed once from its checkpoint, without its class (`loraxs init`).
 
-Layout, format version 2: a safetensors file (files.py says how it is checked) with, for each module, the tensors NAME.A
+Layout, format version 3: a safetensors file (files.py says how it is checked) with, for each module, the tensors NAME.A
 (r, K), NAME.B (N, r) and NAME.W (8,), fp64 probes of the weight that A and B were made from.  The header, under
 "loraxs_basis", has the base model's name, the recipe that all modules share ("recipe") and for each module what is its
-own ("modules").  Version 1 had no NAME.W and no checksum, and of the recipe neither `rounded` nor `weight_dtype`.
+own ("modules").  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without NAME.W, without a
+checksum and without `rounded` and `weight_dtype` in the recipe.
 """
 
 from __future__ import annotations
@@ -138,7 +139,6 @@ def make_basis(
     exclude_modules: str | Sequence[str] | None = None,
     seed: int = 0,
     n_iter: int | None = None,
-    tier: str = "standard",
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     devices: Sequence[torch.device] | None = None,
@@ -153,7 +153,7 @@ def make_basis(
         out: the file to write, in one step.
         target_modules, exclude_modules: as in `attach`, on the names of the tensors without ".weight"; "all-linear" is
             every matrix but embeddings and output embeddings, told by the last part of their names.
-        seed, n_iter, tier: of `truncated_svd`.
+        seed, n_iter: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
         devices: to compute on, sharing the modules; None: the CPU.
@@ -186,9 +186,7 @@ def make_basis(
                 "leave the module out with exclude_modules"
             )
         chosen = None if dtype in (None, weight.dtype) else basis.dtype_name(dtype)
-        recipe = Recipe(
-            "svd", seed, name, chosen, n_iter=n_iter, tier=tier, weight_dtype=basis.dtype_name(weight.dtype)
-        )
+        recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=basis.dtype_name(weight.dtype))
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if not jobs:

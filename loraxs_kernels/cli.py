@@ -180,7 +180,6 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     _add_modules(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    parser.add_argument("--tier", choices=("standard", "precise"), default="standard", help="of the SVD")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
     parser.add_argument(
         "--weight-dtype",
@@ -220,7 +219,6 @@ def _init(arguments: argparse.Namespace) -> int:
             exclude_modules=arguments.exclude_modules,
             seed=arguments.seed,
             n_iter=arguments.n_iter,
-            tier=arguments.tier,
             dtype=arguments.dtype and getattr(torch, arguments.dtype),
             weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
             devices=compute_devices(arguments.device or there),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from queue import SimpleQueue
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from .svd import (
     to_host,
     working_bytes,
 )
-from .svd_math import can_sum_in_fp32
+from .svd_math import Pieces, can_sum_in_fp32
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
@@ -58,16 +59,16 @@ def factor(
 ) -> None:
     """Make A = S V^T (r, K) and B = U (N, r) of every layer, in fp32 (fp64 for fp64 weights).
 
-    Layers of one shape go through the small steps together; a layer has the same bits whichever others there are.
+    Layers of one shape go through the small steps together; that and the workspace change rounding alone.
 
     Args:
         jobs: the layers.
         deliver: called as deliver(i, A, B) once for each job, in any order, one call at a time, with A and B on the
             weight's device.
         devices: to compute on.  A weight that is on one of them is factored there, others are shared out and moved,
-            host to GPU through two pinned buffers while the GPU works.  None: every weight on its own device.
-        workspace: bytes on each GPU beside the weights that are there already and what is delivered.  A and B do not
-            depend on it.
+            host to GPU through two pinned buffers while the GPU works, in pieces and anew for each product where it is
+            larger than a quarter of the workspace.  None: every weight on its own device.
+        workspace: bytes on each GPU beside the weights that are there already and what is delivered.
         progress: show a bar when it takes more than a second.
 
     Raises ValueError, naming the layer, where a weight is not finite, is sharded while there are several devices, or
@@ -199,9 +200,9 @@ def _groups(
         job = jobs[i]
         how = job.recipe.plan(job.rank, job.weight.shape)
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
-    upload = _Upload(device) if device.type == "cuda" else None
+    weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
     for (_, _, rank, how, seed), members in alike.items():
-        batch: list[tuple[int, Tensor]] = []
+        batch: list[tuple[int, Tensor | Pieces]] = []
 
         def whole(batch: list = batch, rank: int = rank, how: Plan = how, seed: int = seed) -> Group:
             started.append([i for i, _ in batch])
@@ -210,9 +211,7 @@ def _groups(
             return group
 
         for i in members:
-            W = jobs[i].weight.read()
-            if W.device != device:
-                W = upload(W) if upload is not None else W.to(device)
+            W = next(weights)
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
                 yield whole()
             batch.append((i, W))
@@ -232,47 +231,101 @@ def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torc
     weight = job.weight
     dtype = dtype or weight.dtype
     how = job.recipe.plan(job.rank, weight.shape)
-    places = group_size(weight.shape, dtype, device, how)
+    most = group_size(weight.shape, dtype, device, how)
     if device.type == "cpu":
-        return places
+        return most
     elements = weight.shape[0] * weight.shape[1]
     nbytes = elements * dtype.itemsize if weight.copies or weight.device != device else 0
-    making = places * working_bytes(weight.shape, dtype, how)
-    if dtype.itemsize < 4 and not can_sum_in_fp32(device):
-        making += 4 * elements
-    if workspace < 4 * max(making, nbytes):
+    if _in_pieces(weight, device, workspace, dtype):
+        most, nbytes = 1, 0
+    upcast = 4 * elements if dtype.itemsize < 4 and not can_sum_in_fp32(device) else 0
+    making = working_bytes(weight.shape, dtype, how)
+    if workspace < 4 * max(making + upcast, nbytes):
         raise ValueError(
-            f"workspace: got {workspace} bytes, must be at least {4 * max(making, nbytes)} for {job.label} of shape "
-            f"{weight.shape[0]} x {weight.shape[1]} and rank {job.rank}"
+            f"workspace: got {workspace} bytes, must be at least {4 * max(making + upcast, nbytes)} for {job.label} of "
+            f"shape {weight.shape[0]} x {weight.shape[1]} and rank {job.rank}"
         )
-    return min(places, workspace // 4 // nbytes) if nbytes else places
+    most = min(most, (workspace // 4 - upcast) // making)
+    return min(most, workspace // 4 // nbytes) if nbytes else most
 
 
-class _Upload:
-    """Copies weights from the host to a GPU on a stream of its own, through two pinned buffers in turn."""
+def _in_pieces(weight: Weight, device: torch.device, workspace: int, dtype: torch.dtype) -> bool:
+    """Whether a weight on the host is too large for its part of the workspace, and goes to the device in pieces."""
+    nbytes = weight.shape[0] * weight.shape[1] * dtype.itemsize
+    return weight.device.type == "cpu" and device.type == "cuda" and nbytes > workspace // 4
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.buffers: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    def __call__(self, W: Tensor) -> Tensor:
-        """W on the GPU; the current stream waits for it, the host does not."""
-        if W.is_cuda:
-            return W.to(self.device, non_blocking=True)
-        if not W.is_contiguous() and W.mT.is_contiguous():
-            return self(W.mT).mT
-        buffer, copied = self.buffers.popleft() if len(self.buffers) == 2 else (None, None)
-        if copied is not None:
-            copied.synchronize()
-        if buffer is None or buffer.numel() < W.nbytes:
+class _InPieces:
+    """A weight on the host that goes to a device some rows at a time, anew for each product (svd_math.Pieces)."""
+
+    def __init__(self, W: Tensor, device: torch.device, nbytes: int) -> None:
+        self.W, self.shape, self.dtype, self.device = W, W.shape, W.dtype, device
+        rows = max(1, nbytes // (W.shape[1] * W.itemsize))
+        self.slices = [slice(i, i + rows) for i in range(0, len(W), rows)]
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        return zip(self.slices, _arriving((self.W[at] for at in self.slices), self.device), strict=True)
+
+
+def _brought(
+    jobs: Sequence[Job], order: Sequence[int], device: torch.device, workspace: int
+) -> Iterator[Tensor | Pieces]:
+    """The weights of jobs in this order, read when their turn comes, on the device or to be brought there in pieces."""
+
+    def read(i: int) -> Tensor | Pieces:
+        W = jobs[i].weight.read()
+        # Three of them at once: one in use, one on its way, one that is let go.
+        return _InPieces(W, device, workspace // 16) if _in_pieces(jobs[i].weight, device, workspace, W.dtype) else W
+
+    return _arriving(map(read, order), device)
+
+
+W = TypeVar("W", Tensor, Pieces)
+
+
+def _arriving(weights: Iterable[W], device: torch.device) -> Iterator[W]:
+    """Each on the device, in order, unless it goes there in pieces.
+
+    To a GPU: a thread copies what is on the host into one of two pinned buffers, while the caller uses the one before,
+    and a stream of its own copies it on.  The current stream waits for it, the host does not.
+    """
+    if device.type == "cpu":
+        yield from map(lambda W: W.to(device) if isinstance(W, Tensor) else W, weights)  # holds none of them
+        return
+    stream, buffers = torch.cuda.Stream(device), SimpleQueue()
+    for _ in range(2):
+        buffers.put((torch.empty(0, dtype=torch.uint8, device="cpu"), None))
+
+    def stage(W: Tensor) -> tuple[Tensor, Tensor]:
+        buffer, sent = buffers.get()
+        if sent is not None:
+            sent.synchronize()
+        if buffer.numel() < W.nbytes:
             buffer = torch.empty(W.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        staged = buffer[: W.nbytes].view(W.dtype).view(W.shape)
-        staged.copy_(W)
-        with torch.cuda.stream(self.stream):
-            there = staged.to(self.device, non_blocking=True)
-            copied = self.stream.record_event()
-        self.buffers.append((buffer, copied))
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(copied)
+        return buffer, buffer[: W.nbytes].view(W.dtype).view(W.shape).copy_(W)
+
+    def send(staged: Future, turned: bool) -> Tensor:
+        buffer, here = staged.result()
+        with torch.cuda.stream(stream):
+            there = here.to(device, non_blocking=True)
+            buffers.put((buffer, stream.record_event()))
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
         there.record_stream(current)
-        return there
+        return there.mT if turned else there
+
+    with ThreadPoolExecutor(1) as stager:
+        coming = None
+        for W in weights:
+            on_host = isinstance(W, Tensor) and W.device.type == "cpu"
+            if on_host:
+                turned = not W.is_contiguous() and W.mT.is_contiguous()
+                W = stager.submit(stage, W.mT if turned else W), turned
+            if coming is not None:
+                yield send(*coming)
+            coming = W if on_host else None
+            if not on_host:
+                yield W.to(device, non_blocking=True) if isinstance(W, Tensor) else W
+            del W
+        if coming is not None:
+            yield send(*coming)

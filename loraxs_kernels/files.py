@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT_VERSION = 2  # version 1 had no checksum
+FORMAT_VERSION = 3  # version 1 had no checksum, and up to version 2 a recipe had a tier
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
@@ -149,7 +149,7 @@ def sealed(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) 
 
 
 def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[dict[str, Any], Any]:
-    """The header of a file that `sealed` made or that has version 1, and the open file, for `tensors_of`.
+    """The header of a file that `sealed` made or that has an earlier version, and the open file, for `tensors_of`.
 
     kind: the name of the header.  what: the kind of file in words.  argument: the parameter that named it.  Raises
     FileNotFoundError where there is no such file, and ValueError, naming the file, where it is another kind of file, of

@@ -82,7 +82,6 @@ class LoRAXSLinear(nn.Module):
         sigma: float = 1e-5,
         seed: int = 0,
         n_iter: int | None = None,
-        tier: str = "standard",
         dtype: torch.dtype | None = None,
         name: str = "",
         fill: bool = True,
@@ -96,10 +95,10 @@ class LoRAXSLinear(nn.Module):
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
-                seed, n_iter and tier, and a dtype where none is given here.
+                seed and n_iter, and a dtype where none is given here.
             sigma: R ~ N(0, sigma^2).
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
-            n_iter, tier: of `truncated_svd`.
+            n_iter: of `truncated_svd`.
             dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
                 the weight's costs a separate pass.
             name: the layer's name in its model, also used in errors.
@@ -122,8 +121,8 @@ class LoRAXSLinear(nn.Module):
         given = None if isinstance(init, (str, Recipe)) else tuple(init)
         recipe = init
         if not isinstance(init, Recipe):
-            how = {"n_iter": n_iter, "tier": tier} if init == "svd" else {}
-            recipe = Recipe("given" if given else init, seed, name, **how)
+            n_iter = n_iter if init == "svd" else None
+            recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter)
         try:
             W = weight_of(linear, label)
         except TypeError:

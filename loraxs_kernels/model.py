@@ -120,7 +120,6 @@ def attach(
     sigma: float = 1e-5,
     seed: int = 0,
     n_iter: int | None = None,
-    tier: str = "standard",
     dtype: torch.dtype | None = None,
     modules_to_save: Sequence[str] | None = None,
     basis: str | os.PathLike | None = None,
@@ -142,14 +141,14 @@ def attach(
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: s = alpha / r; None: s = 1 everywhere.
-        dropout, sigma, n_iter, tier, dtype: as in LoRAXSLinear.from_linear.
+        dropout, sigma, n_iter, dtype: as in LoRAXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
             adapter file beside R.  []: nothing but R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
-            pair is checked against its weight.  The recipe is the file's, its seed included: seed, n_iter and tier
-            given here are ignored.
+            pair is checked against its weight.  The recipe is the file's, its seed included: seed and n_iter given
+            here are ignored.
         device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
             Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
         workspace: bytes the SVD may take on each GPU beside the weights that are there already.
@@ -181,8 +180,7 @@ def attach(
             if name not in init:
                 raise ValueError(f"init: has no pair (A, B) for module {name!r}")
             options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "tier": tier}
-        options[name]["dtype"] = dtype
+        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "dtype": dtype}
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
-from .svd_math import GRAM_BYTES, Products
+from .svd_math import GRAM_BYTES, Pieces, Products
 
 METHODS = ("krylov", "subspace")
 KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
@@ -68,7 +68,7 @@ def plan(
         return krylov if method == "krylov" else filtered
     D = basis_size(m, krylov)
     # Past a third of the smaller side Q costs more than the products, unless all of that side is small.
-    return krylov if D <= KRYLOV_ROWS and (3 * D <= m or m <= max(128, 2 * filtered.block)) else filtered
+    return krylov if D <= KRYLOV_ROWS and (m >= 3 * D or m <= max(128, 2 * filtered.block)) else filtered
 
 
 def _check_integer(name: str, value: Any) -> int:
@@ -190,7 +190,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
 class Group:
     """Up to `group_size` weights of one shape, dtype and device, and what is to be made of them."""
 
-    weights: Sequence[Tensor]
+    weights: Sequence[Tensor | Pieces]
     rank: int
     how: Plan
     seed: int
@@ -285,7 +285,7 @@ class _Started:
 def _solved(
     Z: Tensor, rank: int, peak: Callable[[], Tensor], pool: Executor | None
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Starts on S (g, r), descending, and P (g, D, r) of Rayleigh-Ritz, in fp64 on the host; zeros where W is not finite.
+    """Starts on S (g, r), descending, and P (g, D, r) of Rayleigh-Ritz, in fp64 on the host; 0 where W is not finite.
 
     LAPACK solves one matrix to a thread while the GPU goes on to the next group: on the GPU torch.linalg.eigh goes
     through a batch of D > 32 one by one (pytorch issues 174674, 175585 and 183806; for the 224 weights of a 7B model

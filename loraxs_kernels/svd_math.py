@@ -22,8 +22,9 @@ and Saad, SIAM J. Matrix Anal. Appl. 29, 2007 (Chebyshev filters).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,17 +56,16 @@ class Products:
     peak: max |W| of each (g,), fp64; NaN or inf where W is not finite.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor | Pieces]) -> None:
         first = weights[0]
         self.flip = first.shape[0] > first.shape[1]
         self.m, self.n = sorted(first.shape)
         self.dtype, self.device = torch.promote_types(first.dtype, torch.float32), first.device
         self.split = first.dtype != self.dtype and can_sum_in_fp32(self.device)
-        ends = torch.stack([end for W in weights for end in torch.aminmax(W)])  # NaN and Inf both show
-        self.peak = ends.double().abs().view(-1, 2).amax(1)
-        if first.is_cpu and not self.split:
-            weights = [W.to(self.dtype) for W in weights]
-        self.weights = [W.mT if self.flip else W for W in weights]
+        self.peak = torch.stack([_peak(W) for W in weights]).double()
+        if self.device.type == "cpu" and not self.split:
+            weights = [W.to(self.dtype) if isinstance(W, Tensor) else W for W in weights]
+        self.weights = weights
         scale = scales(self.peak, self.dtype)[:, None, None]
         if first.dtype == torch.float16:  # of little range: factors as large as they can be, |Q| <= 1, |Q W| <= sqrt(m)
             before = 2.0**15, 2.0 ** (15 - math.ceil(math.log2(self.m) / 2))
@@ -77,27 +77,63 @@ class Products:
 
     def times_W(self, Q: Tensor) -> Tensor:
         """Q W (g, rows, n) for Q (g, rows, m) with rows of length at most 1."""
-        return self._each(Q * self.before_W, self.weights, self.n, Q_TERMS).mul_(self.after_W)
+        return self._each(Q * self.before_W, self.flip, self.n, Q_TERMS).mul_(self.after_W)
 
     def times_Wt(self, X: Tensor, terms: int = X_TERMS) -> Tensor:
         """X W^T (g, rows, m) for X (g, rows, n), or one X (rows, n) for all, of at most sqrt(m) in magnitude."""
-        return self._each(X * self.before_Wt, [W.mT for W in self.weights], self.m, terms).mul_(self.after_Wt)
+        return self._each(X * self.before_Wt, not self.flip, self.m, terms).mul_(self.after_Wt)
 
     def whole(self) -> Tensor:
         """W (g, m, n) itself, scaled, in the dtype of the products."""
-        return torch.stack([W.to(self.dtype) for W in self.weights]) * self.scale
+        whole = [W if isinstance(W, Tensor) else torch.cat([part for _, part in W.parts()]) for W in self.weights]
+        return torch.stack([(W.mT if self.flip else W).to(self.dtype) for W in whole]) * self.scale
 
-    def _each(self, X: Tensor, weights: Sequence[Tensor], columns: int, terms: int) -> Tensor:
-        rows, X = X.shape[-2], X.expand(len(weights), -1, -1)
+    def _each(self, X: Tensor, transposed: bool, columns: int, terms: int) -> Tensor:
+        """X times each weight as it was given, or times its transpose."""
+        rows, X = X.shape[-2], X.expand(len(self.weights), -1, -1)
         if self.split:
-            X = _split(X, weights[0].dtype, terms)
+            X = _split(X, self.weights[0].dtype, terms)
         out = torch.empty(*X.shape[:2], columns, dtype=self.dtype, device=self.device)
-        for X_i, W, out_i in zip(X.unbind(), weights, out.unbind(), strict=True):
-            if self.split:
-                mm_in_fp32(X_i, W, out_i)
-            else:
-                torch.mm(X_i, W.to(self.dtype), out=out_i)
+        for X_i, W, out_i in zip(X.unbind(), self.weights, out.unbind(), strict=True):
+            if isinstance(W, Tensor):
+                self._multiply(X_i, W.mT if transposed else W, out_i)
+                continue
+            out_i.zero_()
+            for at, part in W.parts():
+                if transposed:
+                    out_i[:, at] = self._multiply(X_i, part.mT)
+                else:
+                    out_i += self._multiply(X_i[:, at], part)
         return out.unflatten(1, (-1, rows)).sum(1) if self.split else out
+
+    def _multiply(self, X: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(len(X), W.shape[1], dtype=self.dtype, device=self.device)
+        if self.split:
+            mm_in_fp32(X, W, out)
+        else:
+            torch.mm(X, W.to(self.dtype), out=out)
+        return out
+
+
+class Pieces(Protocol):
+    """A weight that does not fit beside the rest: some of its rows at a time, brought anew for each product."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows and W[rows] on the device, in order."""
+        ...
+
+
+def _peak(W: Tensor | Pieces) -> Tensor:
+    """max |W|, on the device; NaN or inf where there is one."""
+    ends = [
+        end for part in ([W] if isinstance(W, Tensor) else (part for _, part in W.parts())) for end in part.aminmax()
+    ]
+    return torch.stack(ends).abs().amax()
 
 
 def scales(peak: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,7 +266,7 @@ def leading(C: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def vectors(Q: Tensor | None, Z: Tensor, inverse: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """U^T (g, r, m) and V^T (g, r, n), orthonormal to rounding, for Q (None: the identity); rows where 1 / S is 0 are 0.
+    """U^T (g, r, m) and V^T (g, r, n), orthonormal to rounding, for Q (None: the identity); where 1 / S is 0, 0.
 
     Rounding in Z is relative to the largest singular value, so that rows of V of the smallest are not yet orthonormal.
     """

@@ -21,9 +21,11 @@ import standin
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
+from loraxs_kernels.adapter_file import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
 
@@ -188,25 +190,24 @@ def test_the_recipe_in_a_file_leaves_nothing_open(trained):
     """So that it means the same when the defaults of truncated_svd are others."""
     with safetensors.safe_open(trained[1], framework="pt") as f:
         layer = json.loads(f.metadata()["loraxs"])["layer"]
-    assert {key: layer[key] for key in ("init", "seed", "method", "block", "n_iter", "tier", "dtype")} == {
+    assert {key: layer[key] for key in ("init", "seed", "method", "block", "n_iter", "dtype")} == {
         "init": "svd",
         "seed": 0,
         "method": "krylov",
-        "block": 16,
+        "block": 12,
         "n_iter": 5,
-        "tier": "standard",
         "dtype": None,
     }
 
 
 def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
     """Rounded to bf16 they are another basis than in fp32, by more than a file accepts."""
-    model = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"], dtype=torch.bfloat16, tier="precise", n_iter=1))
+    model = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"], dtype=torch.bfloat16, n_iter=1))
     lx.save_adapter(model, tmp_path / "a.safetensors")
     loaded = lx.load_adapter(mlp(), tmp_path / "a.safetensors")
     for (_, layer), (_, saved) in zip(adapted_layers(loaded), adapted_layers(model), strict=True):
         assert layer.A.dtype == torch.bfloat16 and torch.equal(layer.A, saved.A) and layer.recipe == saved.recipe
-        assert (layer.recipe.tier, layer.recipe.n_iter) == ("precise", 1)
+        assert layer.recipe.n_iter == 1
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -341,6 +342,40 @@ def test_a_flipped_sign_is_mended_by_the_probes_alone(trained):
     assert worst_error(model, expected) < 1e-6
 
 
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_the_residuals_of_all_flips_are_known_at_once(orthogonal):
+    """What each flip alone would leave, for factors of an SVD and for given ones; the best of them is taken."""
+    A, B, R = torch.randn(6, 300), torch.randn(200, 6), torch.randn(6, 6)
+    if orthogonal:
+        A, B = torch.linspace(3, 1, 6)[:, None] * torch.linalg.qr(A.T).Q.T, torch.linalg.qr(B).Q
+    here = basis.Fingerprint.of(A, B)
+    entry = {"R": R, "S": here.S, "probe": here.probes(basis.flipped(R, 4) + 0.3 * torch.randn(6, 6))}
+    each = [here.residual(entry["probe"], basis.flipped(R, k)) for k in range(6)]
+    torch.testing.assert_close(here.flipped_residuals(entry["probe"], R), torch.stack(each), rtol=1e-6, atol=0)
+    found, error = fitted(entry, A, B)
+    assert torch.equal(found, basis.flipped(R, 4)) and error == each[4] == min(each)
+
+
+def test_the_products_of_a_layer_that_does_not_fit_do_not_grow_in_number():
+    """As many for each rank: none of them is made once for each sign."""
+
+    class Products(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.made += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for rank in (3, 12):
+        here = basis.Fingerprint.of(torch.randn(rank, 40), torch.randn(50, rank))
+        with Products() as products:
+            _, error = fitted_to({"R": torch.randn(rank, rank), "S": here.S, "probe": torch.randn(8)}, here)
+        assert error > basis.ACCEPT
+        counts.append(products.made)
+    assert 0 < counts[0] == counts[1]
+
+
 def scaled_by(factor):
     return lambda model: model[0].weight.data.mul_(factor)
 
@@ -394,7 +429,7 @@ def test_modules_that_do_not_match_are_named(trained):
         lx.load_adapter(merged, path)
 
 
-V1 = Path(__file__).parent / "data" / "adapter_v1.safetensors"
+V1, V2 = (Path(__file__).parent / "data" / f"adapter_v{version}.safetensors" for version in (1, 2))
 
 
 def edited(path: Path, change) -> None:
@@ -432,7 +467,7 @@ NO_ADAPTERS = {
     "empty": (lambda p: p.write_bytes(b""), "is not a whole safetensors file"),
     "a pickle": (lambda p: torch.save({"R": torch.ones(2)}, p), "is not a whole safetensors file"),
     "foreign": (lambda p: safetensors.torch.save_file({"x": torch.ones(1)}, p), "no LoRA-XS adapter"),
-    "a newer version": (in_header(version=3), "is of format version 3, this loraxs_kernels reads 1 to 2; upgrade it"),
+    "a newer version": (in_header(version=4), "is of format version 4, this loraxs_kernels reads 1 to 3; upgrade it"),
     "a version that is no number": (in_header(version="2"), "is of format version '2'"),
     "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "no JSON object but a list"),
     "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged, no JSON"),
@@ -511,6 +546,13 @@ DAMAGES = {
         "module '0': block: got 2, must be at least the rank, 4",
     ),
     "an unknown method": (in_layer(method="lanczos"), "method: got 'lanczos'"),
+    "an unknown tier": (in_layer(tier="fast"), "tier: got 'fast', must be|tier is not known in the header"),
+    "a field of another version": (
+        lambda p: edited(
+            p, lambda h, t: h["layer"].pop("tier") if h["version"] < 3 else h["layer"].update(tier="standard")
+        ),
+        "tier is (missing|not known) in the header",
+    ),
     "an unknown dtype": (in_layer(dtype="int8"), "dtype: got 'int8', must be one of bfloat16"),
     "a module of another model": (
         lambda p: edited(p, lambda h, t: h["modules"].update({"7": h["modules"].pop("2")})),
@@ -524,7 +566,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", [*NO_ADAPTERS, *DAMAGES])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("attached", [False, True])
 def test_damaged_files_are_refused_by_name_and_nothing_changes(trained, case, version, attached):
     damage, message = (NO_ADAPTERS | DAMAGES)[case]
@@ -652,9 +694,14 @@ def test_any_move_of_dtype_is_taken(trained):
         lx.load_adapter(mlp(), path)
 
 
-def test_files_of_version_1_load():
-    model = lx.load_adapter(mlp(), V1)
-    with safetensors.safe_open(V1, framework="pt") as f:
+@pytest.mark.parametrize("file", [V1, V2], ids=["1, tier standard", "2, tier precise"])
+def test_files_of_earlier_versions_load(file, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lx.load_adapter(mlp(), file)
+        lx.save_adapter(model, tmp_path / "again.safetensors")
+    assert worst_error(lx.load_adapter(mlp(), tmp_path / "again.safetensors"), deltas(model)) == 0
+    with safetensors.safe_open(file, framework="pt") as f:
         tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     assert torch.equal(model[0].R, tensors["R/4"][0]) and torch.equal(model[2].R, tensors["R/3"][0])
     assert torch.equal(model[3].weight, tensors["model/3.weight"]) and model[2].scaling == 8 / 3

@@ -650,6 +650,29 @@ def _retie(folder: Path) -> None:
         txn.put(bank_store.TIE, bank_store.LAYOUT.to_bytes(4, "little") + digest)
 
 
+def test_a_bank_of_an_earlier_version_serves(tmp_path):
+    """One whose basis says a tier in its header, as format version 2 did."""
+    lx.AdapterBank.create(tmp_path / "bank", trained()).close()
+    file = tmp_path / "bank" / "basis.safetensors"
+    header, f = unsealed(file, "loraxs_bank", "file")
+    tensors = tensors_of(f, file)
+
+    def say(tier: str) -> None:
+        earlier = header | {"version": 2, "layer": header["layer"] | {"tier": tier}}
+        file.write_bytes(b"".join(sealed(tensors, "loraxs_bank", earlier)))
+        _retie(tmp_path / "bank")
+
+    say("precise")
+    with lx.AdapterBank(tmp_path / "bank", "a") as bank:
+        bank.add("a", trained(2))
+        bank.check_basis(dict(adapted_layers(trained())))
+        bank.export("a", tmp_path / "a.safetensors")
+    assert torch.equal(in_model(lx.load_adapter(mlp(), tmp_path / "a.safetensors")), in_model(trained(2)))
+    say("fast")
+    with pytest.raises(ValueError, match=r"basis\.safetensors: is damaged: .* tier: got 'fast', must be"):
+        lx.AdapterBank(tmp_path / "bank")
+
+
 def test_commands(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

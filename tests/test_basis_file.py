@@ -134,7 +134,6 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
         target_modules=["up", "down"],
         exclude_modules=["1.up"],
         dtype=torch.bfloat16,
-        tier="precise",
     )
     assert len(names) == 5 and "layers.1.up" not in names and "stray.safetensors" not in opened
     with safe_open(out, framework="pt") as f:
@@ -142,7 +141,7 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     m = lx.attach(model(), 4, target_modules=["down"], basis=out)
     assert m.layers[0]["down"].A.dtype == torch.bfloat16  # as the file says, in a model of fp32
     rank, recipe = read_basis(out).modules["layers.0.up"]
-    assert (rank, recipe.tier, recipe.method, recipe.block, recipe.n_iter) == (4, "precise", "krylov", 16, 5)
+    assert (rank, recipe.method, recipe.block, recipe.n_iter) == (4, "krylov", 12, 5)
 
 
 RANK = r"rank: got 30 for module 'layers\.\d\.\w+' of shape \(\d+, \d+\), must be from 1 to 24"
@@ -194,7 +193,7 @@ def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
         make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
 
 
-V1 = Path(__file__).parent / "data" / "basis_v1.safetensors"
+V1, V2 = (Path(__file__).parent / "data" / f"basis_v{version}.safetensors" for version in (1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -263,6 +262,20 @@ def test_a_basis_of_version_1_serves(tmp_path):
         lx.attach(model(), 2, target_modules=["0.up", "1.down"], basis=path)
 
 
+def test_a_basis_of_version_2_serves_and_its_tier_is_dropped(checkpoint, tmp_path):
+    read = lx.attach(model(), 2, target_modules=["0.up", "1.down"], basis=V2)
+    computed = lx.attach(model(), 2, target_modules=["0.up", "1.down"], dtype=torch.bfloat16)
+    for name, t in factors(computed).items():
+        torch.testing.assert_close(factors(read)[name], t, atol=1e-2, rtol=0)  # a rounding to bf16
+    out = tmp_path / "basis.safetensors"
+    make_basis(checkpoint, 2, out, target_modules=["0.up", "1.down"], dtype=torch.bfloat16)
+    assert read_basis(out).modules == read_basis(V2).modules
+    shutil.copy(V2, out)
+    edited(out, lambda h, t: h["recipe"].update(tier="fast"))
+    with pytest.raises(ValueError, match=r"basis\.safetensors: is damaged: module .*: tier: got 'fast', must be"):
+        read_basis(out)
+
+
 def edited(path: Path, change) -> None:
     """Rewrite a basis file with a changed header or changed tensors, and the checksum that belongs to them."""
     header, f = unsealed(path, "loraxs_basis", "basis")
@@ -304,7 +317,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_damaged_basis_files_are_refused_by_name(checkpoint, tmp_path, case, version):
     change, message = DAMAGES[case]
     path = tmp_path / "basis.safetensors"

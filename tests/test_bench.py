@@ -42,6 +42,7 @@ from loraxs_kernels.bench.shapes import MODELS, Shape
 from loraxs_kernels.cli import main
 
 SAMPLE = Path(__file__).parent / "data" / "bench-report.json"
+LOWRANKS = ["svd-lowrank", "svd-lowrank-2", "svd-lowrank-4"]
 TINY = ["--shape", "48x64", "--tokens", "1", "33", "--rank", "4", "--seconds", "0.01"]
 
 
@@ -362,15 +363,34 @@ def test_svd_errors_tell_good_from_bad(shape):
     assert second_best["sigma_error"] > 0.1 and second_best["excess"] > 0.1
 
 
-def test_svd_rows():
+def test_svd_rows(monkeypatch):
     rows = list(svd.rows(tiny(questions=["svd"], ranks=[4, 1000])))
     ok = {row["path"]: row for row in rows if row["r"] == 4}
-    assert {"loraxs-svd", "svd-lowrank"} <= set(ok) and all(row["sigma_error"] < 1e-2 for row in ok.values())
+    assert {"loraxs-svd", *LOWRANKS} <= set(ok) and all(row["sigma_error"] < 1e-2 for row in ok.values())
     assert {row["reason"] for row in rows if row["r"] == 1000} == {"rank 1000 is above min(N, K) = 48"}
-    whole = list(svd.whole(tiny(questions=["svd"], model="tiny", shapes=[]), 4))
-    assert [row["path"] for row in whole] == ["loraxs-svd", "svd-lowrank"]
+    request = tiny(questions=["svd"], model="tiny", shapes=[])
+    whole = list(svd.whole(request, 4))
+    assert [row["path"] for row in whole] == ["loraxs-svd", *LOWRANKS]
     assert all((row["status"], row["matrices"]) == ("ok", 2 * 7) and row["sigma_error"] < 1e-2 for row in whole)
-    assert whole[0]["over"]["loraxs-svd"]["median"] == pytest.approx(1) and whole[1]["over"]["loraxs-svd"]["median"] > 0
+    assert whole[0]["over"]["loraxs-svd"]["median"] == pytest.approx(1)
+    assert all(row["over"]["loraxs-svd"]["median"] > 0 for row in whole)
+    monkeypatch.setitem(svd.WHOLE, "loraxs-svd", lambda linears, r: 1 / 0)  # the others are measured all the same
+    whole = {row["path"]: row for row in svd.whole(request, 4)}
+    assert whole.pop("loraxs-svd")["reason"] == "ZeroDivisionError: division by zero"
+    assert [(name, row["over"]) for name, row in whole.items()] == [(name, {}) for name in LOWRANKS]
+
+
+def test_svd_table_and_plot_have_every_path_and_those_of_earlier_versions():
+    data = report.load(SAMPLE)
+    row = next(row for row in data["rows"] if row["path"] == "svd-lowrank")
+    more = ["svd-lowrank-2", "svd-lowrank-4", "loraxs-eigh-gpu"]
+    data["rows"] += [row | {"path": name} for name in more]
+    table = next(tables.svd(data, data["rows"]))
+    assert {f"{name}: excess" for name in ("sklearn", "svd-lowrank", *more)} <= set(table.head)
+    assert "svd-lowrank-2: torch.svd_lowrank, niter = 2 (its default), q = r + 10." in table.notes
+    assert "loraxs-eigh-gpu: truncated_svd, its eigenproblem on the GPU." in table.notes
+    axes = next(plots.svd(data, data["rows"])).figure.axes[0]
+    assert set(more) <= set(axes.get_legend_handles_labels()[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -718,6 +738,12 @@ def test_a_person_gets_the_tables_with_rich(monkeypatch, capsys):
         assert table.head[1] in printed and table.rows[0][1] in printed
 
 
+@pytest.mark.parametrize("threads, named", [(1, ", 1 thread"), (3, ", 3 threads"), (4, "")])
+def test_a_cpu_is_named_with_the_threads_that_were_used(threads, named):
+    machine = {"device": "cpu", "cpu": "AMD EPYC", "cores": 4, "threads": threads}
+    assert page.machine({"machine": machine}) == "AMD EPYC, 4 cores" + named
+
+
 def test_the_page_is_self_contained_and_has_every_plot():
     data = report.load(SAMPLE)
     text = page.page(data)
@@ -754,7 +780,7 @@ def test_a_browser_shows_the_plots(tmp_path):
 
 
 def test_every_path_has_a_colour():
-    assert {*paths.PATHS, *gemm.PATHS, *svd.METHODS, *roofline.PATHS} <= set(plots.COLOURS)
+    assert {*paths.PATHS, *gemm.PATHS, *svd.WHAT, *roofline.PATHS} <= set(plots.COLOURS)
 
 
 # --- floors

@@ -115,7 +115,7 @@ def test_the_same_bits(work, elsewhere, tmp_path):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("options", [dict(init="random"), dict(dtype=torch.bfloat16), dict(tier="precise")], ids=str)
+@pytest.mark.parametrize("options", [dict(init="random"), dict(dtype=torch.bfloat16)], ids=str)
 def test_attach_with_options(options, elsewhere, tmp_path):
     expected, base = attached(tmp_path, model(), **options), model()
     with elsewhere():

@@ -106,7 +106,7 @@ def calls(draw) -> list[str]:
     command = draw(st.sampled_from(["init", "init", "params", "params", "roofline", "other"]))
     if command == "init":
         options = targets | {"--seed": NUMBERS, "--n-iter": NUMBERS, "--workspace": FLOATS, "--device": devices}
-        options |= {"--tier": ["precise", "x"], "--dtype": ["bfloat16", "float32", "x"]}
+        options |= {"--dtype": ["bfloat16", "float32", "x"]}
         out = draw(st.sampled_from(OUTS))
         return ["init", draw(st.sampled_from(MODELS)), "-r", rank, "-o", out, *some(options, 3)]
     if command == "params":

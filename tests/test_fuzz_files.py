@@ -1,6 +1,6 @@
 """Whatever happens to a file, it is loaded as it was written, or refused by name and the model is as it was.
 
-Hypothesis damages adapter files and basis files, of the current format and of version 1, PEFT folders with a checksum
+Hypothesis damages basis files, adapter files of the current format and of earlier ones, PEFT folders with a checksum
 and without, and checkpoints of the reference implementation: bytes are flipped, zeroed, cut out, put in, moved; fields
 and tensors are changed, in files whose checksum is then made right again, as no accident would leave them.  The damages
 are the same each time; LORAXS_FUZZ=20000 makes up that many new ones.
@@ -25,11 +25,11 @@ from test_adapter_file import mlp
 
 import loraxs_kernels as lx
 from loraxs_kernels.basis_file import make_basis
-from loraxs_kernels.files import sealed, tensors_of, unsealed
+from loraxs_kernels.files import FORMAT_VERSION, sealed, tensors_of, unsealed
 
 OPTIONS = dict(target_modules=["0", "2"], rank_pattern={"2": 3})
 KINDS = {"adapter": "loraxs", "basis": "loraxs_basis"}
-OLD = {kind: Path(__file__).parent / "data" / f"{kind}_v1.safetensors" for kind in KINDS}
+OLD = {version: Path(__file__).parent / "data" / f"adapter_v{version}.safetensors" for version in (1, 2)}
 
 VALUES = st.one_of(
     st.none(),
@@ -61,13 +61,14 @@ def files(tmp_path_factory) -> dict[tuple[str, int], bytes]:
     lx.save_adapter(model, folder / "adapter.safetensors", portable=True)
     safetensors.torch.save_file(mlp().state_dict(), folder / "model.safetensors")
     make_basis(folder / "model.safetensors", 4, folder / "basis.safetensors", target_modules=["0", "2"])
-    new = {(kind, 2): (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
-    return new | {(kind, 1): path.read_bytes() for kind, path in OLD.items() if kind == "adapter"}
+    new = {(kind, FORMAT_VERSION): (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
+    return new | {("adapter", version): path.read_bytes() for version, path in OLD.items()}
 
 
 @st.composite
 def damages(draw) -> dict[str, Any]:
-    kind = draw(st.sampled_from([("adapter", 2), ("adapter", 2), ("adapter", 1), ("basis", 2)]))
+    adapters = [("adapter", version) for version in (FORMAT_VERSION, FORMAT_VERSION, *OLD)]
+    kind = draw(st.sampled_from([*adapters, ("basis", FORMAT_VERSION)]))
     how = draw(st.sampled_from([*BYTES, "field", "field", "tensor"]))
     damage = {"kind": kind, "how": how} | draw(PLACES)
     if how == "field":
@@ -196,6 +197,7 @@ def folders(tmp_path_factory) -> dict[str, dict[str, bytes]]:
         warnings.simplefilter("ignore")
         model.save_pretrained(folder / "peft")
     made = {"peft": folder / "peft", "reference": reference.saved(reference.trained(), folder)}
+    made["peft, earlier"] = Path(__file__).parent / "data" / "peft_tier"
     made["reference .bin"] = reference.saved(reference.trained(), folder / "bin")
     reference.as_bin(made["reference .bin"])
     found = {kind: {f.name: f.read_bytes() for f in at.iterdir() if "adapter" in f.name} for kind, at in made.items()}
@@ -207,7 +209,7 @@ def folders(tmp_path_factory) -> dict[str, dict[str, bytes]]:
 @st.composite
 def folder_damages(draw) -> dict[str, Any]:
     how = draw(st.sampled_from([*BYTES, "field", "field"]))
-    kind = draw(st.sampled_from(["peft", "peft", "peft, no checksum", "reference", "reference .bin"]))
+    kind = draw(st.sampled_from(["peft", "peft, earlier", "peft, no checksum", "reference", "reference .bin"]))
     file = "adapter_config.json" if how == "field" else draw(st.sampled_from(["adapter_config.json", "adapter_model"]))
     damage = {
         "kind": kind,
@@ -262,5 +264,6 @@ def test_a_damaged_folder_is_loaded_right_or_refused(folders, tmp_path_factory, 
         assert now.keys() == state.keys() and all(torch.equal(now[key], t) for key, t in state.items())
     else:
         event(f"{damage['kind']} {damage['how']} loaded")
-        assert damage["kind"] != "peft" or data == whole[name] or damage["file"] == "adapter_config.json"
+        has_checksum = damage["kind"] in ("peft", "peft, earlier")
+        assert not has_checksum or data == whole[name] or damage["file"] == "adapter_config.json"
         assert all(t.isfinite().all() for t in model.state_dict().values())

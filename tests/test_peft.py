@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from helpers import assert_all_or_nothing
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PeftType,
     get_peft_model,
@@ -25,6 +29,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
+from test_adapter_file import mlp
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import (
@@ -152,7 +157,7 @@ def test_the_file_holds_R_and_a_fingerprint_alone(saved):
     assert sum(t.numel() for key, t in tensors.items() if key.endswith("R")) == 12 * 16 + 2 * 9
     written = json.loads((saved / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORAXS"
-    assert written["svd_recipe"]["3 32x48"] == {"method": "krylov", "block": 16, "n_iter": 5, "tier": "standard"}
+    assert written["svd_recipe"]["3 32x48"] == {"method": "krylov", "block": 12, "n_iter": 5}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -343,6 +348,35 @@ def test_what_users_edit_and_earlier_versions_wrote_still_loads(trained, saved):
     assert settings.sha256 == {} and dataclasses.replace(settings, r=2).r == 2
     edited(saved, sha256=None)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
+
+
+TIER = Path(__file__).parent / "data" / "peft_tier"  # saved by a version whose SVD had one
+
+
+def test_a_folder_of_an_earlier_version_loads_and_its_tier_is_dropped(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(mlp(), TIER)
+        settings = PeftConfig.from_pretrained(TIER)  # which asks for the class alone, as transformers does
+    assert settings.svd_recipe == model.peft_config["default"].svd_recipe
+    R = load_file(TIER / "adapter_model.safetensors")["base_model.model.0.loraxs_R"]
+    assert torch.equal(model.base_model.model[0].loraxs_R["default"], R)
+    model.save_pretrained(tmp_path / "new")
+    assert "tier" not in (tmp_path / "new" / "adapter_config.json").read_text()
+    x = torch.randn(3, 20)
+    assert torch.equal(PeftModel.from_pretrained(mlp(), tmp_path / "new")(x), model(x))
+
+
+@pytest.mark.parametrize("recipe", [{}, {"svd_recipe": [{"tier": "standard"}]}], ids=["", "no dictionary"])
+@pytest.mark.parametrize("tier", ["standard", "fast", []])
+def test_another_tier_than_was_saved_is_refused(tmp_path, tier, recipe):
+    shutil.copytree(TIER, tmp_path / "adapter")
+    edited(tmp_path / "adapter", svd_tier=tier, **recipe)
+    message = "svd_recipe: got" if tier == "standard" else "tier: got .* for svd_tier, must be"
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        LoraXSConfig.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'svd_tier'"):
+        config(svd_tier=tier)
 
 
 def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):

@@ -55,8 +55,12 @@ def page(report: dict[str, Any]) -> str:
 
 
 def machine(report: dict[str, Any]) -> str:
+    """The GPU, or the processor with its cores and, where they were not all used, torch's threads."""
     where = report["machine"]
-    return where["device"] if tables.gpu(report) else f"{where['cpu']}, {where['cores']} cores"
+    if tables.gpu(report):
+        return where["device"]
+    cores, threads = where["cores"], where["threads"]
+    return f"{where['cpu']}, {cores} cores" + (f", {threads} thread{'s' * (threads > 1)}" if threads != cores else "")
 
 
 def provenance(report: dict[str, Any]) -> list[str]:

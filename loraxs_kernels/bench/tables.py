@@ -14,7 +14,7 @@ from .paths import PATHS
 from .roofline import DIRECTIONS, STEP
 from .settings import QUESTIONS
 from .shapes import Shape
-from .svd import METHODS
+from .svd import WHAT
 from .timer import NOISY
 
 NO_FIGURE = "-"
@@ -337,7 +337,7 @@ def svd(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
             points.setdefault(f"{where}, {row['dtype']}, r {row['r']}", {})[row["path"]] = row
         if not points:
             continue
-        names = [name for name in METHODS if any(name in point for point in points.values())]
+        names = [name for name in WHAT if any(name in point for point in points.values())]
         rivals = [name for name in names if name != OURS]
         head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if gpu(report) else []), "error", "excess"]
         head += [f"{name}: {what}" for name in rivals for what in ("time", "error", "excess")]
@@ -357,7 +357,7 @@ def svd(report: dict[str, Any], ok: list[Row]) -> Iterator[Table]:
         ]
         if gpu(report):
             notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
-        notes += [f"{name}: {METHODS[name].what}." for name in rivals]
+        notes += [f"{name}: {WHAT[name]}." for name in rivals]
         title = f"Factors of every linear of {row['model']}" if whole else "Truncated SVD of one weight"
         yield Table(title, head, lines, (*notes, *_noise(lines)))
 

@@ -17,10 +17,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
 import peft
@@ -132,7 +132,7 @@ def _patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
 
 
 def _recipe(value: Any) -> bool:
-    fields = ("method", "block", "n_iter", "tier")
+    fields = ("method", "block", "n_iter")
     return isinstance(value, dict) and value.keys() == {*fields} and all(MUST[each][0](value[each]) for each in fields)
 
 
@@ -162,11 +162,10 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_std": MUST["sigma"],
     "svd_n_iter": MUST["n_iter"],
     "svd_oversample": (lambda v: v is None or integer(0, 2**16)(v), "an integer from 0 to 65536, or None"),
-    "svd_tier": MUST["tier"],
     "svd_seed": MUST["seed"],
     "svd_recipe": (
         lambda v: isinstance(v, dict) and all(map(_recipe, v.values())),
-        "{rank and shape: the method, block, n_iter and tier of an SVD}",
+        "{rank and shape: the method, block and n_iter of an SVD}",
     ),
     "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
     "save_factors": (lambda v: v in (True, False), "True or False"),
@@ -183,6 +182,32 @@ FREE = {
 }
 
 
+def _reads_tiers(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
+    """The class, with an svd_tier taken from files of earlier versions, which have it in each entry of svd_recipe too.
+
+    It is dropped: A and B by either tier are the same, far within what a load accepts.  A file is told from a caller,
+    for whom svd_tier is an unknown argument, by its peft_type.
+    """
+    init = config.__init__
+
+    @wraps(init)
+    def __init__(self: LoraXSConfig, *args: Any, **said: Any) -> None:
+        if "svd_tier" in said and "peft_type" in said:
+            tier, recipe = said.pop("svd_tier"), said.get("svd_recipe", {})
+            basis.check("tier", tier, "svd_tier")
+            self._earlier = {"svd_tier": tier, "svd_recipe": recipe}
+            with suppress(AttributeError):  # what is no dictionary is refused as it is
+                said["svd_recipe"] = {
+                    at: {key: value for key, value in how.items() if (key, value) != ("tier", tier)}
+                    for at, how in recipe.items()
+                }
+        init(self, *args, **said)
+
+    config.__init__ = __init__
+    return config
+
+
+@_reads_tiers
 @dataclass
 class LoraXSConfig(PeftConfig):
     """What PEFT is to know of a LoRA-XS adapter: y = W x + s B R A x, s = lora_alpha / r, only R (r x r) trains.
@@ -200,8 +225,8 @@ class LoraXSConfig(PeftConfig):
         init: where A and B come from: "svd" (A = S_r V_r^T, B = U_r of W), "random" (the paper's ablation), or "given",
             for adapters whose A and B are in the file.
         init_std: R ~ N(0, init_std^2).
-        svd_n_iter, svd_oversample, svd_tier, svd_seed: of lx.truncated_svd, whose block is r + svd_oversample; None:
-            chosen by rank and shape.  svd_seed also draws R and random factors.
+        svd_n_iter, svd_oversample, svd_seed: of lx.truncated_svd, whose block is r + svd_oversample; None: chosen by
+            rank and shape.  svd_seed also draws R and random factors.
         svd_recipe: what was chosen, by rank and shape of a weight; filled in when the adapter is made, so that the file
             means the same tomorrow.  Not to be set.
         dtype: of A and B, by torch's name; None: the weight's.  Another dtype than the weight's costs a separate pass.
@@ -237,7 +262,6 @@ class LoraXSConfig(PeftConfig):
     init_std: float = field(default=1e-5, metadata={"help": "R ~ N(0, init_std^2) at the start"})
     svd_n_iter: int | None = field(default=None, metadata={"help": "iterations of the SVD; None: by shape"})
     svd_oversample: int | None = field(default=None, metadata={"help": "its block is r + this; None: by shape"})
-    svd_tier: str = field(default="standard", metadata={"help": 'of the SVD: "standard" or "precise"'})
     svd_seed: int = field(default=0, metadata={"help": "of the SVD's start, of R and of random factors"})
     svd_recipe: dict = field(default_factory=dict, metadata={"help": "what the SVD did; not to be set"})
     dtype: str | None = field(default=None, metadata={"help": "of A and B, such as bfloat16; None: the weight's"})
@@ -248,6 +272,7 @@ class LoraXSConfig(PeftConfig):
     # The file that this was loaded with, the modules that have an R there, and the number of its tensors.  A state dict
     # of just these is what PEFT loads from there, and must have the whole adapter and nothing else.
     _loaded = None
+    _earlier: ClassVar[dict[str, Any]] = {}  # fields of a file of an earlier version that decided its checksum
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +289,7 @@ class LoraXSConfig(PeftConfig):
             raise ValueError('save_factors: got False beside init="given", must be True: nothing else holds A and B')
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f'bias: got {self.bias!r}, must be "none": peft {peft.__version__} would not save biases')
-        said, found = self.sha256.get("fields"), self._digest()
+        said, found = self.sha256.get("fields"), self._digest(**self._earlier)
         if said not in (None, found):
             raise ValueError(
                 f"sha256: the fields are not those that were saved (SHA-256 {found}, must be {said}): damaged, "
@@ -279,13 +304,13 @@ class LoraXSConfig(PeftConfig):
             if not fits(value):
                 raise ValueError(f"{name}: got {value!r}, must be {must}")
 
-    def _digest(self) -> str:
-        """The SHA-256 of the fields that decide what the adapter computes.
+    def _digest(self, **earlier: Any) -> str:
+        """The SHA-256 of the fields that decide what the adapter computes, of those of an earlier version if need be.
 
         None counts as if there were no such field, so that a later version can add some and read the files of this one.
         """
         names = [each.name for each in fields(__class__) if each.name not in FREE]  # also where a subclass has more
-        decide = {name: value for name in names if (value := getattr(self, name)) is not None}
+        decide = {name: value for name in names if (value := getattr(self, name)) is not None} | earlier
         return hashlib.sha256(json.dumps(decide, sort_keys=True, default=sorted).encode()).hexdigest()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -1068,7 +1093,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     if config.init == "svd":
         at = f"{r} {weight.shape[0]}x{weight.shape[1]}"
         block = None if config.svd_oversample is None else r + config.svd_oversample
-        asked = {"block": block, "n_iter": config.svd_n_iter, "tier": config.svd_tier}
+        asked = {"block": block, "n_iter": config.svd_n_iter}
         known = config.svd_recipe.get(at)
         if known is None or any(value not in (None, known[key]) for key, value in asked.items()):
             config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
