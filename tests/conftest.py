@@ -76,8 +76,8 @@ def fp32_precision():
 
 
 @pytest.fixture
-def split_products(monkeypatch):
-    """The products of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=).
+def as_on_a_gpu(monkeypatch):
+    """The arithmetic of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=).
 
     It gives the number of rows of the other factor in each product.
     """
@@ -90,6 +90,7 @@ def split_products(monkeypatch):
 
     monkeypatch.setattr(svd_math, "can_sum_in_fp32", lambda device: True)
     monkeypatch.setattr(svd_math, "mm_in_fp32", mm)
+    monkeypatch.setattr(svd_math, "by_gram", lambda Y: Y.dtype != torch.float64)
     return seen
 
 
