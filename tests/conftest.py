@@ -20,6 +20,8 @@ import stubdriver
 import torch
 from helpers import EMULATED, INTERPRETED
 
+from loraxs_kernels import svd_math
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
 
@@ -71,6 +73,24 @@ def fp32_precision():
     yield settings
     for name, each in settings.items():
         each.fp32_precision = before[name]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """truncated_svd's arithmetic of a GPU, on a CPU: half-precision weights are read as they are, rows are made
+    orthonormal from Grams.  It gives the rows of the other factor in each product, and stands in for what only CUDA
+    has, torch.mm(..., out_dtype=)."""
+    seen = []
+
+    def mm(X: torch.Tensor, W: torch.Tensor, out: torch.Tensor) -> None:
+        assert X.dtype == W.dtype != torch.float32
+        seen.append(X.shape[0])
+        torch.mm(X.float(), W.float(), out=out)
+
+    monkeypatch.setattr(svd_math, "can_sum_in_fp32", lambda device: True)
+    monkeypatch.setattr(svd_math, "mm_in_fp32", mm)
+    monkeypatch.setattr(svd_math, "by_gram", lambda Y: Y.dtype != torch.float64)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -97,8 +97,11 @@ def four_places(monkeypatch):
         monkeypatch.setattr(module, "group_size", lambda *_: 4)
 
 
+@pytest.mark.parametrize("gram", [False, True], ids=["reflections", "gram"])
 @pytest.mark.parametrize("method", ["krylov", "subspace"])
-def test_a_group_gives_each_weight_the_same_bits_whichever_others_it_holds(four_places, method):
+def test_the_others_in_a_group_change_rounding_alone(request, method, gram):
+    if gram:
+        request.getfixturevalue("as_on_a_gpu")
     weights = list(torch.randn(7, 60, 200))
     weights[2] = weights[2][:, :1] @ torch.ones(1, 200)  # of rank 1
     weights[4] = weights[4] * 1e-20
@@ -110,8 +113,11 @@ def test_a_group_gives_each_weight_the_same_bits_whichever_others_it_holds(four_
     for grouping, order in zip(groups, orders, strict=True):
         made = svd.decompose(Group(each, 4, how, 0) for each in grouping)
         found = [triplet for group in made for triplet in zip(*group, strict=True)]
-        for triplet, i in zip(found, order, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(triplet, alone[i], strict=True)), i
+        for (U, S, Vh), i in zip(found, order, strict=True):
+            expected = alone[i]
+            torch.testing.assert_close(S, expected[1], rtol=1e-6, atol=0)
+            low_rank = (expected[0] * expected[1]) @ expected[2]
+            assert ((U * S) @ Vh - low_rank).norm() <= 1e-6 * low_rank.norm(), i
 
 
 def test_groups_agree_with_single_weights(four_places):
@@ -275,8 +281,9 @@ def test_a_gpu_streams_weights_from_the_host_within_its_workspace():
     host = {}
     factor(jobs, lambda i, A, B: host.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=workspace)
     assert torch.cuda.max_memory_allocated() - before <= workspace + 16 * 5120 * 16 * 4 * 2
+    tight = {}  # a weight has 8 MiB: it goes in pieces, one at a time
+    factor(jobs, lambda i, A, B: tight.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=30 * 2**20)
     for i in (0, 7, 19):
-        assert torch.equal(host[i][1], truncated_svd(linears[i].weight.detach().cuda(), 16)[0].cpu())
-    other = {}
-    factor(jobs, lambda i, A, B: other.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=2 * workspace)
-    assert all(torch.equal(a, b) for i in host for a, b in zip(host[i], other[i], strict=True))
+        U, S, Vh = (t.cpu() for t in truncated_svd(linears[i].weight.detach().cuda(), 16))
+        for A, B in (host[i], tight[i]):
+            assert (B @ A - (U * S) @ Vh).norm() <= 1e-5 * S.norm()
