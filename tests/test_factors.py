@@ -161,7 +161,27 @@ def test_the_workspace_is_bounded_before_anything_is_read():
         factor([Job("module 'up'", weight, 64, recipe)], pytest.fail, devices=[gpu], workspace=1000, progress=False)
     # The largest weight of Llama 3 70B fits the default workspace, which leaves a card of 24 GB most of its memory.
     job = Job("module 'up'", weight, 64, recipe)
-    assert 1 <= factors._weights_at_once(job, gpu, factors.WORKSPACE) <= 16
+    assert factors._weights_at_once(job, gpu, factors.WORKSPACE) == 2
+    assert not factors._in_pieces(weight, gpu, factors.WORKSPACE, torch.bfloat16)
+    # Those of Llama 3 405B go in pieces, unless they are on the GPU already.
+    for device, pieces in ((CPU, True), (gpu, False)):
+        large = replace(weight, shape=(53248, 16384), device=device, copies=False)
+        assert factors._weights_at_once(replace(job, weight=large), gpu, factors.WORKSPACE) >= 1
+        assert factors._in_pieces(large, gpu, factors.WORKSPACE, torch.bfloat16) == pieces
+
+
+def test_a_small_workspace_gets_the_large_weights_in_pieces(monkeypatch):
+    def too_large(weight, device, workspace, dtype):  # as for a GPU
+        return weight.shape[0] * weight.shape[1] * dtype.itemsize > workspace // 4
+
+    pieces, parts = [], factors._InPieces.parts
+    monkeypatch.setattr(factors, "_in_pieces", too_large)
+    monkeypatch.setattr(factors._InPieces, "parts", lambda self: pieces.append(len(self.slices)) or parts(self))
+    jobs = make_jobs()
+    expected = [truncated_svd(job.weight.read(), 4) for job in jobs]
+    for (A, B), (U, S, Vh) in zip(made(jobs, workspace=4 * 48_500), expected, strict=True):
+        torch.testing.assert_close(B @ A, (U * S) @ Vh, rtol=0, atol=1e-5)
+    assert set(pieces) == {5}  # those of 128 x 96, for the largest magnitude and for each product
 
 
 def test_a_read_in_another_dtype_than_announced_goes_apart():
