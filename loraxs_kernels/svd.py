@@ -26,6 +26,7 @@ KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eig
 GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
 KEEP_BYTES = 384 * 2**20  # and what those may hold
+ONE_THREAD = 2**18  # elements of a weight up to which a CPU's second thread saves nothing, and may wait for a busy core
 MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -243,12 +244,25 @@ def host_pool() -> Iterator[Executor]:
         torch.set_num_threads(threads)  # of this thread it never changed, of threads to come it has
 
 
+@contextmanager
+def _threads(most: int | None) -> Iterator[None]:
+    """At most so many threads of torch's for what this thread computes; None: as many as the user has set."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(before, most or before))
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Started:
     """A group on its way: all work up to the eigenproblem is under way once this is made."""
 
     def __init__(self, group: Group, pool: Executor | None) -> None:
         how, self.seed = group.how, group.seed
-        with exact_matmul():
+        m, n = group.weights[0].shape
+        self.threads = 1 if m * n <= ONE_THREAD else None
+        with exact_matmul(), _threads(self.threads):
             products = Products(group.weights)
             self.flip, self.peak = products.flip, to_host(products.peak)
             if basis_size(products.m, how) == products.m:  # all of the smaller side: Q is the identity
@@ -262,7 +276,7 @@ class _Started:
 
     def triplets(self) -> Triplets:
         dtype = self.Z.dtype
-        with exact_matmul():
+        with exact_matmul(), _threads(self.threads):
             peak = self.peak()
             for i, each in enumerate(peak.tolist()):
                 if not each < float("inf"):

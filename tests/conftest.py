@@ -77,10 +77,9 @@ def fp32_precision():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The arithmetic of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=).
-
-    It gives the number of rows of the other factor in each product.
-    """
+    """truncated_svd's arithmetic of a GPU, on a CPU: half-precision weights are read as they are, rows are made
+    orthonormal from Grams.  It gives the rows of the other factor in each product, and stands in for what only CUDA
+    has, torch.mm(..., out_dtype=)."""
     seen = []
 
     def mm(X: torch.Tensor, W: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraxs_kernels import exact_matmul, svd, svd_math, truncated_svd
+from loraxs_kernels import exact_matmul, svd, truncated_svd
 from loraxs_kernels.rademacher import rademacher
 from loraxs_kernels.svd import Plan, plan
 
@@ -99,22 +99,6 @@ def test_defaults_by_rank_and_shape():
     for rank, shape in ((256, (500, 14336)), (64, (128, 900)), (64, (190, 190))):  # all of the smaller side
         assert svd.basis_size(min(shape), plan(rank, shape)) == min(shape)
     assert plan(256, (4096, 4096), method="krylov", block=300, n_iter=1) == Plan("krylov", 300, 1)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The arithmetic of a GPU, which reads half precision as it is, by a stand-in for torch.mm(..., out_dtype=)."""
-    seen = []
-
-    def mm(X: Tensor, W: Tensor, out: Tensor) -> None:
-        assert W.dtype == X.dtype != torch.float32
-        seen.append(X.shape[0])
-        torch.mm(X.float(), W.float(), out=out)
-
-    monkeypatch.setattr(svd_math, "can_sum_in_fp32", lambda device: True)
-    monkeypatch.setattr(svd_math, "mm_in_fp32", mm)
-    monkeypatch.setattr(svd_math, "by_gram", lambda Y: Y.dtype != torch.float64)
-    return seen
 
 
 @pytest.mark.parametrize("method, rank", [("krylov", 16), ("krylov", 64), ("subspace", 64), ("subspace", 200)])
@@ -364,7 +348,7 @@ def test_a_gpu_finds_the_same_factors(shape, dtype, method):
     assert all(t.is_cuda for t in there)
     torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-5, atol=0)
     low_rank = [(U.double().cpu() * S.double().cpu()) @ Vh.double().cpu() for U, S, Vh in (here, there)]
-    assert (low_rank[0] - low_rank[1]).norm() <= 1e-4 * low_rank[0].norm()
+    assert (low_rank[0] - low_rank[1]).norm() <= 1e-5 * low_rank[0].norm()
     eye = torch.eye(16, dtype=torch.float64)
     for each in (there[0].mT, there[2]):
         each = each.double().cpu()
@@ -373,7 +357,7 @@ def test_a_gpu_finds_the_same_factors(shape, dtype, method):
 
 @pytest.mark.gpu("truncated_svd")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gpu_gives_the_same_bits_in_any_company_and_with_any_settings(dtype):
+def test_a_gpu_gives_the_same_bits_again_and_other_company_and_settings_change_rounding_alone(dtype):
     W = torch.randn(37, 256, 400, device="cuda", dtype=dtype)
     W[3] = 0
     W[5, :, 2:] = 0
@@ -382,8 +366,8 @@ def test_a_gpu_gives_the_same_bits_in_any_company_and_with_any_settings(dtype):
     try:
         with torch.autocast("cuda", torch.bfloat16):
             for i in (0, 3, 5, 16, 36):
-                alone = truncated_svd(W[i], 8)
-                assert all(torch.equal(a[i], b) for a, b in zip(together, alone, strict=True)), i
+                (U, S, Vh), alone = (t[i] for t in together), truncated_svd(W[i], 8)
+                assert ((U * S) @ Vh - (alone[0] * alone[1]) @ alone[2]).norm() <= 1e-5 * S.norm(), i
     finally:
         torch.set_float32_matmul_precision("highest")
     stream = torch.cuda.Stream()
@@ -414,6 +398,5 @@ def test_a_gpu_never_upcasts_the_weight_and_stays_within_its_estimate(shape, ran
     U, S, Vh = truncated_svd(W, rank)
     torch.cuda.synchronize()
     results = U.nbytes + S.nbytes + Vh.nbytes
-    places = svd.group_size(shape, W.dtype, W.device, how)
     used = torch.cuda.max_memory_allocated() - before - results
-    assert used <= places * svd.working_bytes(shape, W.dtype, how)
+    assert used <= svd.working_bytes(shape, W.dtype, how)
