@@ -315,16 +315,16 @@ def _arriving(weights: Iterable[W], device: torch.device) -> Iterator[W]:
         return there.mT if turned else there
 
     with ThreadPoolExecutor(1) as stager:
-        coming = None
+        coming = None  # staged or being so
         for W in weights:
-            on_host = isinstance(W, Tensor) and W.device.type == "cpu"
-            if on_host:
+            next_one = None
+            if isinstance(W, Tensor) and W.device.type == "cpu":
                 turned = not W.is_contiguous() and W.mT.is_contiguous()
-                W = stager.submit(stage, W.mT if turned else W), turned
+                next_one = stager.submit(stage, W.mT if turned else W), turned
             if coming is not None:
                 yield send(*coming)
-            coming = W if on_host else None
-            if not on_host:
+            coming = next_one
+            if coming is None:
                 yield W.to(device, non_blocking=True) if isinstance(W, Tensor) else W
             del W
         if coming is not None:

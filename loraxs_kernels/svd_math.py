@@ -22,9 +22,9 @@ and Saad, SIAM J. Matrix Anal. Appl. 29, 2007 (Chebyshev filters).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,13 +38,20 @@ GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
 
 
 # The groups of one shape share these; on a GPU a hash is some forty launches.
-start = lru_cache(maxsize=4)(rademacher)
-_sign_vector = lru_cache(maxsize=16)(rademacher)
+def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
+    @lru_cache(maxsize=most)
+    def made(*arguments: Any) -> Tensor:
+        t = make(*arguments)
+        if t.is_cuda:  # other streams use it too
+            torch.cuda.current_stream(t.device).synchronize()
+        return t
+
+    return made
 
 
-@lru_cache(maxsize=4)
-def _eye(size: int, device: torch.device) -> Tensor:
-    return torch.eye(size, dtype=torch.float64, device=device)
+start = _shared(rademacher, 4)
+_sign_vector = _shared(rademacher, 16)
+_eye = _shared(lambda size, device: torch.eye(size, dtype=torch.float64, device=device), 4)
 
 
 class Products:
@@ -62,7 +69,7 @@ class Products:
         self.m, self.n = sorted(first.shape)
         self.dtype, self.device = torch.promote_types(first.dtype, torch.float32), first.device
         self.split = first.dtype != self.dtype and can_sum_in_fp32(self.device)
-        self.peak = torch.stack([_peak(W) for W in weights]).double()
+        self.peak = torch.stack([end for W in weights for end in _ends(W)]).double().abs().view(-1, 2).amax(1)
         if self.device.type == "cpu" and not self.split:
             weights = [W.to(self.dtype) if isinstance(W, Tensor) else W for W in weights]
         self.weights = weights
@@ -104,7 +111,7 @@ class Products:
                     out_i[:, at] = self._multiply(X_i, part.mT)
                 else:
                     out_i += self._multiply(X_i[:, at], part)
-        return out.unflatten(1, (-1, rows)).sum(1) if self.split else out
+        return out if out.shape[1] == rows else out.unflatten(1, (-1, rows)).sum(1)
 
     def _multiply(self, X: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -128,12 +135,11 @@ class Pieces(Protocol):
         ...
 
 
-def _peak(W: Tensor | Pieces) -> Tensor:
-    """max |W|, on the device; NaN or inf where there is one."""
-    ends = [
-        end for part in ([W] if isinstance(W, Tensor) else (part for _, part in W.parts())) for end in part.aminmax()
-    ]
-    return torch.stack(ends).abs().amax()
+def _ends(W: Tensor | Pieces) -> tuple[Tensor, Tensor]:
+    """The least and the largest element, on the device; NaN where there is one."""
+    if not isinstance(W, Tensor):
+        W = torch.stack([end for _, part in W.parts() for end in torch.aminmax(part)])
+    return torch.aminmax(W)
 
 
 def scales(peak: Tensor, dtype: torch.dtype) -> Tensor:
