@@ -226,7 +226,8 @@ def modules_in(
     described = isinstance(modules, dict) and all(isinstance(each, dict) for each in (first, *modules.values()))
     if not (described and modules):
         damaged(path, "its header has no modules, or does not describe them")
-    # Up to version 2 a recipe had a tier: by either one A and B are the same, far within what a load accepts.
+    # Up to version 2 a recipe had a tier: by either one A and B are the same, far within what a load accepts.  What
+    # "subspace" was then is "chebyshev".
     checked = [*numbers] if header["version"] > 2 else [*numbers, "tier"]
     needed = {*checked, *(each.name for each in fields(Recipe))}
     needed -= {"rounded", "weight_dtype"} if header["version"] == 1 else set()
@@ -238,6 +239,8 @@ def modules_in(
             for key in checked:
                 check(key, said[key])
             recipe = Recipe(**{key: value for key, value in said.items() if key not in checked})
+            if header["version"] < 3 and recipe.method == "subspace":
+                recipe = replace(recipe, method="chebyshev")
             recipe.plan(said["rank"], (said["rank"], said["rank"]))  # raises where they do not fit
             if recipe.init == "sklearn" and not (recipe.n_iter is not None and 0 <= recipe.seed < 2**32):
                 raise ValueError(f"scikit-learn does not take n_iter {recipe.n_iter} and seed {recipe.seed}")

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
 from .svd_math import GRAM_BYTES, Pieces, Products
 
-METHODS = ("krylov", "subspace")
+# The last one is for recipes of earlier versions alone.
+METHODS = {"krylov": arithmetic.krylov, "subspace": arithmetic.subspace, "chebyshev": arithmetic.chebyshev}
 KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
 GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
@@ -66,10 +67,10 @@ def plan(
         "subspace", block or rank + 16 + max(8, rank // 4), (6 if rank < 64 else 5) if n_iter is None else n_iter
     )
     if method != "auto":
-        return krylov if method == "krylov" else filtered
+        return krylov if method == "krylov" else replace(filtered, method=method)
     D = basis_size(m, krylov)
     # Past a third of the smaller side Q costs more than the products, unless all of that side is small.
-    return krylov if D <= KRYLOV_ROWS and (m >= 3 * D or m <= max(128, 2 * filtered.block)) else filtered
+    return krylov if KRYLOV_ROWS >= D <= m / 3 or m <= max(128, 2 * filtered.block) else filtered
 
 
 def _check_integer(name: str, value: Any) -> int:
@@ -108,7 +109,7 @@ def truncated_svd(
             at a time is.
         rank: r, 1 <= r <= min(m, n).
         method: "krylov", "subspace", or "auto": krylov where its (q + 1) b vectors are at most 512 and a third of
-            min(m, n), or min(m, n) is at most 128 or twice the block of subspace; else subspace.
+            min(m, n), or where min(m, n) is at most 128 or twice the block of subspace; else subspace.
         block: b >= r, vectors of the start; None: r + 8 for krylov, r + 16 + max(8, r / 4) for subspace.
         n_iter: q; each is two more reads of W.  None: for krylov 5 below rank 32 and 4 from there on, for subspace 6
             below rank 64 and 5 from there on.
@@ -268,8 +269,7 @@ class _Started:
             if basis_size(products.m, how) == products.m:  # all of the smaller side: Q is the identity
                 self.Q, self.Z = None, products.whole()
             else:
-                iterate = arithmetic.krylov if how.method == "krylov" else arithmetic.subspace
-                self.Q, self.Z = iterate(products, how.block, how.n_iter, group.seed)
+                self.Q, self.Z = METHODS[how.method](products, how.block, how.n_iter, group.seed)
             self.solved = _solved(self.Z, group.rank, self.peak, pool)
         self.count = len(self.Z)
         self.nbytes = self.Z.nbytes + (0 if self.Q is None else self.Q.nbytes)

@@ -4,7 +4,7 @@ g weights W (m, n) with m <= n (a taller one is read transposed) go through it t
 blocks of Q and Z are contiguous.  With M = W W^T and a start X (b, n) of +-1 from a hash:
 
     krylov     Q = orth[X W^T;  X W^T M;  ...;  X W^T M^q]                   D = (q + 1) b rows
-    subspace   Q = orth[X W^T (M - x_1 I) ... (M - x_q I)]                   D = b rows
+    subspace   Q = orth[X W^T (M - x_1 I) ... (M - x_(q-1) I) M]             D = b rows
     both       Z = Q W,   Z Z^T = P diag(S^2) P^T,   U^T = P^T Q,   V^T = P^T Z / S              (Rayleigh-Ritz)
 
 Either way W is read 2 (q + 1) times, which bounds the time: a bf16 weight of 4096 x 14336 is 117 MB, 27 us at 4.3 TB/s,
@@ -49,7 +49,7 @@ def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
     return made
 
 
-start = _shared(rademacher, 4)
+start = _shared(rademacher, 8)
 _sign_vector = _shared(rademacher, 16)
 _eye = _shared(lambda size, device: torch.eye(size, dtype=torch.float64, device=device), 4)
 
@@ -212,8 +212,14 @@ def _reflected(Y: Tensor) -> Tensor:
     return Q.mT * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Y.dtype)[..., None]
 
 
-def orthonormal(Y: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Orthonormal rows that span Y (g, b, m) minus the span of Q; dependent directions become noise or zero."""
+def orthonormal(Y: Tensor, noise: Tensor, Q: Tensor | None = None) -> Tensor:
+    """Orthonormal rows that span Y (g, b, m) minus the span of Q; dependent directions become those of the noise.
+
+    noise: +-1 (b, m), of which as much is added as rounding is.  A product with a W of whole numbers or of zero rows may
+    have no rounding outside the span of Q; what is left of Y would then lie in it however often it is projected.
+    """
+    eps, least = torch.finfo(Y.dtype).eps, torch.finfo(Y.dtype).tiny ** 0.5
+    Y = torch.addcmul(Y, noise, (Y.norm(dim=-1, keepdim=True) * (eps / Y.shape[-1] ** 0.5)).clamp(min=least))
     scaled = _whitened if by_gram(Y) else _reflected
     if Q is None or not Q.shape[1]:
         return scaled(scaled(Y)) if by_gram(Y) else scaled(Y)
@@ -227,34 +233,50 @@ def orthonormal(Y: Tensor, Q: Tensor | None = None) -> Tensor:
 
 def krylov(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor]:
     """Q (g, (q + 1) b, m), orthonormal, and Z = Q W."""
-    X = start(products.n, block, seed, products.device).mT.to(products.dtype)
-    Q = X.new_empty(len(products.weights), block * (n_iter + 1), products.m)
+    X, noise = _random(products, block, block * (n_iter + 1), seed)
+    Q = X.new_empty(len(products.weights), len(noise), products.m)
     Z = X.new_empty(*Q.shape[:2], products.n)
-    for k in range(0, Q.shape[1], block):
+    for k in range(0, len(noise), block):
         Y = products.times_Wt(X, X_TERMS if k else 1)  # +-1 is one term
         rows = slice(k, k + block)
-        Q[:, rows] = orthonormal(Y, Q[:, :k])
+        Q[:, rows] = orthonormal(Y, noise[rows], Q[:, :k])
         Z[:, rows] = products.times_W(Q[:, rows])
         X = Z[:, rows]
     return Q, Z
 
 
-def subspace(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Q (g, b, m), orthonormal, and Z = Q W: a power step, then the Chebyshev polynomial of degree q of M = W W^T.
+def subspace(products: Products, block: int, n_iter: int, seed: int, last: int = 1) -> tuple[Tensor, Tensor]:
+    """Q (g, b, m), orthonormal, and Z = Q W: a power step, the Chebyshev polynomial of degree q - 1 of M = W W^T, another.
 
     The polynomial is flat on [0, c], where c is about the square of the b-th singular value, and grows past it.  It is
-    applied by its roots, c cos^2((2 j - 1) pi / 4 q), the largest first: where the singular values fall so steeply that
-    c is nothing beside the largest, its factors are power steps.
+    applied by its roots, c cos^2((2 j - 1) pi / (4 q - 4)), the largest first: where the singular values fall so steeply
+    that c is nothing beside the largest, its factors are power steps.  The last step is one, since beside many values
+    near c the polynomial alone would leave what is far below as large as they are.
+
+    last: how many power steps are the last ones, which the degree makes room for.
     """
-    X = start(products.n, block, seed, products.device).mT.to(products.dtype)
-    Q = orthonormal(products.times_Wt(X, 1))
+    X, noise = _random(products, block, block, seed)
+    Q = orthonormal(products.times_Wt(X, 1), noise)
     Z = products.times_W(Q)
     c = _cholesky(gram(Z)).diagonal(dim1=-2, dim2=-1).amin(-1).square()  # the least pivot
+    degree = n_iter - last
     for j in range(1, n_iter + 1):
-        root = (c * math.cos((2 * j - 1) * math.pi / (4 * n_iter)) ** 2).to(Z.dtype)[:, None, None]
-        Q = orthonormal(products.times_Wt(Z) - root * Q)
+        part = math.cos((2 * j - 1) * math.pi / (4 * degree)) ** 2 if j <= degree else 0.0
+        Q = orthonormal(products.times_Wt(Z) - (c * part).to(Z.dtype)[:, None, None] * Q, noise)
         Z = products.times_W(Q)
     return Q, Z
+
+
+def chebyshev(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As `subspace`, without the last power step: what that was up to version 2 of adapter files."""
+    return subspace(products, block, n_iter, seed, last=0)
+
+
+def _random(products: Products, block: int, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """+-1: the start X (b, n) and the noise (rows, m)."""
+    X = start(products.n, block, seed, products.device)
+    noise = start(products.m, rows, seed + 4, products.device)
+    return X.mT.to(products.dtype), noise.mT.to(products.dtype)
 
 
 def small_matrix(Z: Tensor) -> Tensor:
@@ -286,9 +308,9 @@ def completed(Ut: Tensor, live: Sequence[int], seed: int) -> Tensor:
     """Ut (g, r, m) with the rows past the first `live` of each, which are zero, replaced by orthonormal ones."""
     for rows, k in zip(Ut, live, strict=True):
         if k < len(rows):
-            fill = rademacher(rows.shape[1], len(rows) - k, seed, rows.device).mT.to(rows.dtype)
-            # Householder QR gives orthonormal vectors even where `fill` is singular.
-            rows[k:] = torch.linalg.qr(torch.cat([rows[:k], fill]).mT).Q.mT[k:]
+            fill = rademacher(rows.shape[1], len(rows) - k, seed, rows.device).mT.double()
+            # Householder QR gives orthonormal vectors even where `fill` is singular; in fp64, to the rounding of fp32.
+            rows[k:] = torch.linalg.qr(torch.cat([rows[:k].double(), fill]).mT).Q.mT[k:]
     return Ut
 
 

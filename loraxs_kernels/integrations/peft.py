@@ -185,8 +185,8 @@ FREE = {
 def _reads_tiers(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
     """The class, with an svd_tier taken from files of earlier versions, which have it in each entry of svd_recipe too.
 
-    It is dropped: A and B by either tier are the same, far within what a load accepts.  A file is told from a caller,
-    for whom svd_tier is an unknown argument, by its peft_type.
+    It is dropped: A and B by either tier are the same, far within what a load accepts.  What was "subspace" then is
+    "chebyshev".  A file is told from a caller, for whom svd_tier is an unknown argument, by its peft_type.
     """
     init = config.__init__
 
@@ -198,7 +198,11 @@ def _reads_tiers(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
             self._earlier = {"svd_tier": tier, "svd_recipe": recipe}
             with suppress(AttributeError):  # what is no dictionary is refused as it is
                 said["svd_recipe"] = {
-                    at: {key: value for key, value in how.items() if (key, value) != ("tier", tier)}
+                    at: {
+                        key: "chebyshev" if value == "subspace" else value
+                        for key, value in how.items()
+                        if (key, value) != ("tier", tier)
+                    }
                     for at, how in recipe.items()
                 }
         init(self, *args, **said)
