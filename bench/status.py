@@ -42,7 +42,7 @@ COMPONENTS = {
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",
     ),
     "truncated_svd": (
-        ["loraxs_kernels/svd.py", "loraxs_kernels/factors.py"],
+        [f"loraxs_kernels/{name}.py" for name in ("svd", "svd_math", "exact_matmul", "rademacher", "factors")],
         "split products, groups, streams from the host, several GPUs",
     ),
     "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),

@@ -215,8 +215,8 @@ def _reflected(Y: Tensor) -> Tensor:
 def orthonormal(Y: Tensor, noise: Tensor, Q: Tensor | None = None) -> Tensor:
     """Orthonormal rows that span Y (g, b, m) minus the span of Q; dependent directions become those of the noise.
 
-    noise: +-1 (b, m), of which as much is added as rounding is.  A product with a W of whole numbers or of zero rows may
-    have no rounding outside the span of Q; what is left of Y would then lie in it however often it is projected.
+    noise: +-1 (b, m), of which as much is added as rounding is.  A product with a W of whole numbers or of zero rows
+    may have no rounding outside the span of Q; what is left of Y would then lie in it however often it is projected.
     """
     eps, least = torch.finfo(Y.dtype).eps, torch.finfo(Y.dtype).tiny ** 0.5
     Y = torch.addcmul(Y, noise, (Y.norm(dim=-1, keepdim=True) * (eps / Y.shape[-1] ** 0.5)).clamp(min=least))
@@ -246,12 +246,12 @@ def krylov(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tens
 
 
 def subspace(products: Products, block: int, n_iter: int, seed: int, last: int = 1) -> tuple[Tensor, Tensor]:
-    """Q (g, b, m), orthonormal, and Z = Q W: a power step, the Chebyshev polynomial of degree q - 1 of M = W W^T, another.
+    """Q (g, b, m), orthonormal, and Z = Q W: a power step, a Chebyshev polynomial of M = W W^T, another power step.
 
-    The polynomial is flat on [0, c], where c is about the square of the b-th singular value, and grows past it.  It is
-    applied by its roots, c cos^2((2 j - 1) pi / (4 q - 4)), the largest first: where the singular values fall so steeply
-    that c is nothing beside the largest, its factors are power steps.  The last step is one, since beside many values
-    near c the polynomial alone would leave what is far below as large as they are.
+    The polynomial, of degree q - 1, is flat on [0, c], where c is about the square of the b-th singular value, and
+    grows past it.  It is applied by its roots, c cos^2((2 j - 1) pi / (4 q - 4)), the largest first: where the singular
+    values fall so steeply that c is nothing beside the largest, its factors are power steps.  The last step is one,
+    since beside many values near c the polynomial alone would leave what is far below as large as they are.
 
     last: how many power steps are the last ones, which the degree makes room for.
     """
