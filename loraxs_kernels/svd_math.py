@@ -49,7 +49,8 @@ def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
     return made
 
 
-start = _shared(rademacher, 8)
+# +-1 by rows: (columns, rows) of a hash.
+start = _shared(lambda rows, columns, seed, device: rademacher(rows, columns, seed, device).mT.contiguous(), 8)
 _sign_vector = _shared(rademacher, 16)
 _eye = _shared(lambda size, device: torch.eye(size, dtype=torch.float64, device=device), 4)
 
@@ -276,7 +277,7 @@ def _random(products: Products, block: int, rows: int, seed: int) -> tuple[Tenso
     """+-1: the start X (b, n) and the noise (rows, m)."""
     X = start(products.n, block, seed, products.device)
     noise = start(products.m, rows, seed + 4, products.device)
-    return X.mT.to(products.dtype), noise.mT.to(products.dtype)
+    return X.to(products.dtype), noise.to(products.dtype)
 
 
 def small_matrix(Z: Tensor) -> Tensor:
