@@ -6,6 +6,7 @@ GPU the small eigenproblems of one group are solved by the host while the produc
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,10 +56,13 @@ def plan(
     """
     if method not in ("auto", *METHODS):
         raise ValueError(f'method: got {method!r}, must be "auto", "krylov" or "subspace"')
-    _check_integer("rank", rank)
-    if block is not None and _check_integer("block", block) < rank:
+    rank, block, n_iter = (
+        value if value is None else _integer(name, value)
+        for name, value in (("rank", rank), ("block", block), ("n_iter", n_iter))
+    )
+    if block is not None and block < rank:
         raise ValueError(f"block: got {block}, must be at least the rank, {rank}")
-    if n_iter is not None and not 0 <= _check_integer("n_iter", n_iter) <= MOST_ITERATIONS:
+    if n_iter is not None and not 0 <= n_iter <= MOST_ITERATIONS:
         raise ValueError(f"n_iter: got {n_iter}, must be from 0 to {MOST_ITERATIONS}")
     m = min(shape)
     # For the Krylov space a narrow block and one more step cost what a wide block costs and come nearer to the truth.
@@ -73,10 +77,13 @@ def plan(
     return krylov if KRYLOV_ROWS >= D <= m / 3 or m <= max(128, 2 * filtered.block) else filtered
 
 
-def _check_integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, must be an integer")
-    return value
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {value!r}, must be an integer")
 
 
 def basis_size(m: int, how: Plan) -> int:
@@ -132,9 +139,9 @@ def truncated_svd(
         raise TypeError(f"W: got {what}, must be a dense bfloat16, float16, float32 or float64 tensor")
     if W.dim() < 2:
         raise ValueError(f"W: got shape {tuple(W.shape)}, must have at least 2 dimensions")
-    _check_integer("seed", seed)
+    rank, seed = _integer("rank", rank), _integer("seed", seed)
     *batch, m, n = W.shape
-    if not 1 <= _check_integer("rank", rank) <= min(m, n):
+    if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank: got {rank}, must be from 1 to min(m, n) = {min(m, n)} for W of shape {(m, n)}")
     how = plan(rank, (m, n), method=method, block=block, n_iter=n_iter)
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -246,11 +253,11 @@ def host_pool() -> Iterator[Executor]:
 
 
 @contextmanager
-def _threads(most: int | None) -> Iterator[None]:
-    """At most so many threads of torch's for what this thread computes; None: as many as the user has set."""
+def _one_thread() -> Iterator[None]:
+    """One thread of torch's for what this thread computes."""
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(min(before, most or before))
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
@@ -262,8 +269,8 @@ class _Started:
     def __init__(self, group: Group, pool: Executor | None) -> None:
         how, self.seed = group.how, group.seed
         m, n = group.weights[0].shape
-        self.threads = 1 if m * n <= ONE_THREAD else None
-        with exact_matmul(), _threads(self.threads):
+        self.threads = _one_thread if m * n <= ONE_THREAD else nullcontext
+        with exact_matmul(), self.threads():
             products = Products(group.weights)
             self.flip, self.peak = products.flip, to_host(products.peak)
             if basis_size(products.m, how) == products.m:  # all of the smaller side: Q is the identity
@@ -276,7 +283,7 @@ class _Started:
 
     def triplets(self) -> Triplets:
         dtype = self.Z.dtype
-        with exact_matmul(), _threads(self.threads):
+        with exact_matmul(), self.threads():
             peak = self.peak()
             for i, each in enumerate(peak.tolist()):
                 if not each < float("inf"):

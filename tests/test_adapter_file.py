@@ -516,7 +516,10 @@ DAMAGES = {
         in_tensors(set_to("model/3.bias", torch.nan)),
         r"3\.bias: has values in the file that are NaN or Inf",
     ),
-    "all zeros": (in_tensors(lambda t: [v.zero_() for v in t.values()]), "singular values are not those|made by another recipe"),
+    "all zeros": (
+        in_tensors(lambda t: [v.zero_() for v in t.values()]),
+        "singular values are not those|made by another recipe",
+    ),
     "a head of integers": (
         in_tensors(lambda t: t.update({"model/3.bias": t["model/3.bias"].long()})),
         r"3\.bias: is of torch\.int64 in the file, must be of torch\.float32",
