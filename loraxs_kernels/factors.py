@@ -92,12 +92,12 @@ def factor(
             "process, so that all ranks gather in one order"
         )
     stop, lock = threading.Event(), threading.Lock()
-    on_gpu = any(device.type == "cuda" for device in queues)
+    of_host = next((device for device in queues if device.type == "cuda"), torch.device("cpu"))
     # What the caller's streams have under way comes first, and what is delivered is theirs.
     streams = {device: torch.cuda.current_stream(device) for device in queues if device.type == "cuda"}
     with (
         _bar(len(jobs)) if progress else nullcontext() as bar,
-        host_pool() if on_gpu else nullcontext() as pool,
+        host_pool(of_host, len(jobs)) as pool,
     ):
 
         def work(device: torch.device) -> None:

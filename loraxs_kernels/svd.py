@@ -10,7 +10,7 @@ import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +28,9 @@ KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eig
 GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
 KEEP_BYTES = 384 * 2**20  # and what those may hold
-ONE_THREAD = 2**18  # elements of a weight up to which a CPU's second thread saves nothing, and may wait for a busy core
+# Elements of a weight on a CPU up to which a second thread saves little, and costs much where it waits for a busy core:
+# alone, and among others, where each of several threads can take a weight of its own.
+ALONE, AMONG_OTHERS = 2**18, 2**23
 MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -157,7 +159,7 @@ def truncated_svd(
     outputs = zip(
         U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
     )
-    with host_pool() if W.is_cuda else nullcontext() as pool:
+    with host_pool(W.device, len(matrices)) as pool:
         for made, out in zip(decompose(groups, pool), outputs, strict=True):
             for target, value in zip(out, made, strict=True):
                 target.copy_(value)
@@ -209,42 +211,56 @@ class Group:
 def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int = KEEP_BYTES) -> Iterator[Triplets]:
     """(U, S, Vh) of the weights of each group, in order, stacked: (g, m, r), (g, r), (g, r, n).
 
-    On a GPU the small eigenproblems of some groups are solved by the host while the next ones' products run.
+    On a GPU the small eigenproblems of some groups are solved by the host while the next ones' products run; on a CPU
+    threads of the pool take a weight each, up to AMONG_OTHERS.
 
     Args:
-        groups: read when their turn comes; their weights are let go when their products are under way.
-        pool: of the host, for groups on a GPU (`host_pool`).
+        groups: on one device, read when their turn comes; their weights are let go when their products are under way.
+        pool: as `host_pool` makes it.
         keep: bytes that groups whose products are done may hold while they wait for the host.
 
     Raises NotFinite, for the first group that was not yielded.
     """
-    waiting: deque[_Started] = deque()
+    waiting: deque[_Started | _Submitted] = deque()
     for group in groups:
+        m, n = group.weights[0].shape
+        if group.weights[0].device.type == "cpu":
+            shared = pool is not None and m * n <= AMONG_OTHERS
+            while waiting and not shared:  # it takes all threads
+                yield waiting.popleft().triplets()
+            waiting.append(_Submitted(pool.submit(_made, group)) if shared else _Started(group, None))
+            del group
+            while len(waiting) >= (torch.get_num_threads() if shared else 1):
+                yield waiting.popleft().triplets()
+            continue
         begun = _Started(group, pool)
-        on_cpu = group.weights[0].device.type == "cpu"
         del group
-        # As many as the host has threads for; on a CPU there is nothing to overlap.
+        # As many as the host has threads for.
         while waiting and (
             sum(each.count for each in waiting) >= GROUP or sum(each.nbytes for each in (*waiting, begun)) > keep
         ):
             yield waiting.popleft().triplets()
         waiting.append(begun)
         del begun
-        if on_cpu:
-            yield waiting.popleft().triplets()
     while waiting:
         yield waiting.popleft().triplets()
 
 
 @contextmanager
-def host_pool() -> Iterator[Executor]:
-    """Threads for the host's eigenproblems: one for each core this process may use, LAPACK with one thread in each.
+def host_pool(device: torch.device, weights: int) -> Iterator[Executor | None]:
+    """Threads of the host with one thread of torch's each, for weights on this device; None where there is one to be.
 
-    That takes half the time of all threads on one matrix after another (D = 432, even on 2 cores).
+    For a GPU's eigenproblems one for each core this process may use.  That takes half the time of all threads on one
+    matrix after another (D = 432, even on 2 cores).  For weights on a CPU as many as the user has set.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, one process to a GPU
     threads = torch.get_num_threads()
+    workers = min(threads, weights)
+    if device.type == "cuda":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, one process to a GPU
+    elif workers <= 1:
+        yield None
+        return
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
@@ -263,13 +279,25 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@torch.no_grad()
+def _made(group: Group) -> Triplets:
+    return _Started(group, None).triplets()
+
+
+class _Submitted:
+    """A group that a thread of the pool makes, on a CPU."""
+
+    def __init__(self, made: Future[Triplets]) -> None:
+        self.triplets = made.result
+
+
 class _Started:
     """A group on its way: all work up to the eigenproblem is under way once this is made."""
 
     def __init__(self, group: Group, pool: Executor | None) -> None:
         how, self.seed = group.how, group.seed
         m, n = group.weights[0].shape
-        self.threads = _one_thread if m * n <= ONE_THREAD else nullcontext
+        self.threads = _one_thread if m * n <= ALONE else nullcontext
         with exact_matmul(), self.threads():
             products = Products(group.weights)
             self.flip, self.peak = products.flip, to_host(products.peak)
