@@ -34,6 +34,7 @@ from .svd_math import Pieces, can_sum_in_fp32
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
+PIECES = 16  # of the workspace: one of a weight is in use, one on its way, one let go
 
 Deliver = Callable[[int, Tensor, Tensor], None]
 
@@ -215,7 +216,7 @@ def _groups(
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
                 yield whole()
             batch.append((i, W))
-            if len(batch) == _weights_at_once(jobs[i], device, workspace, W.dtype):
+            if len(batch) >= _weights_at_once(jobs[i], device, workspace, W.dtype):
                 del W
                 yield whole()
         if batch:
@@ -237,7 +238,7 @@ def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torc
     elements = weight.shape[0] * weight.shape[1]
     nbytes = elements * dtype.itemsize if weight.copies or weight.device != device else 0
     if _in_pieces(weight, device, workspace, dtype):
-        most, nbytes = 1, 0
+        most, nbytes, elements = 1, 0, workspace // PIECES // dtype.itemsize
     upcast = 4 * elements if dtype.itemsize < 4 and not can_sum_in_fp32(device) else 0
     making = working_bytes(weight.shape, dtype, how)
     if workspace < 4 * max(making + upcast, nbytes):
@@ -258,13 +259,13 @@ def _in_pieces(weight: Weight, device: torch.device, workspace: int, dtype: torc
 class _InPieces:
     """A weight on the host that goes to a device some rows at a time, anew for each product (svd_math.Pieces)."""
 
-    def __init__(self, W: Tensor, device: torch.device, nbytes: int) -> None:
-        self.W, self.shape, self.dtype, self.device = W, W.shape, W.dtype, device
+    def __init__(self, W: Tensor, upload: _Upload, nbytes: int) -> None:
+        self.W, self.shape, self.dtype, self.device, self.upload = W, W.shape, W.dtype, upload.device, upload
         rows = max(1, nbytes // (W.shape[1] * W.itemsize))
         self.slices = [slice(i, i + rows) for i in range(0, len(W), rows)]
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        return zip(self.slices, _arriving((self.W[at] for at in self.slices), self.device), strict=True)
+        return zip(self.slices, self.upload.each(self.W[at] for at in self.slices), strict=True)
 
 
 def _brought(
@@ -274,58 +275,78 @@ def _brought(
 
     def read(i: int) -> Tensor | Pieces:
         W = jobs[i].weight.read()
-        # Three of them at once: one in use, one on its way, one that is let go.
-        return _InPieces(W, device, workspace // 16) if _in_pieces(jobs[i].weight, device, workspace, W.dtype) else W
+        large = _in_pieces(jobs[i].weight, device, workspace, W.dtype)
+        return _InPieces(W, upload, workspace // PIECES) if large else W
 
-    return _arriving(map(read, order), device)
+    with _Upload(device) as upload:
+        yield from upload.each(map(read, order))
 
 
 W = TypeVar("W", Tensor, Pieces)
 
 
-def _arriving(weights: Iterable[W], device: torch.device) -> Iterator[W]:
-    """Each on the device, in order, unless it goes there in pieces.
+class _Upload:
+    """Brings tensors to a device.
 
     To a GPU: a thread copies what is on the host into one of two pinned buffers, while the caller uses the one before,
     and a stream of its own copies it on.  The current stream waits for it, the host does not.
     """
-    if device.type == "cpu":
-        yield from map(lambda W: W.to(device) if isinstance(W, Tensor) else W, weights)  # holds none of them
-        return
-    stream, buffers = torch.cuda.Stream(device), SimpleQueue()
-    for _ in range(2):
-        buffers.put((torch.empty(0, dtype=torch.uint8, device="cpu"), None))
 
-    def stage(W: Tensor) -> tuple[Tensor, Tensor]:
-        buffer, sent = buffers.get()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> _Upload:
+        if self.device.type == "cuda":
+            self.stream, self.stager, self.buffers = (
+                torch.cuda.Stream(self.device),
+                ThreadPoolExecutor(1),
+                SimpleQueue(),
+            )
+            for _ in range(2):
+                self.buffers.put((torch.empty(0, dtype=torch.uint8, device="cpu"), None))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.stager.shutdown()
+
+    def each(self, weights: Iterable[W]) -> Iterator[W]:
+        """Each on the device, in order, unless it goes there in pieces; the next one is read and staged by then.
+
+        Before one in pieces is given out all others are, so that both buffers are its own.
+        """
+        if self.device.type == "cpu":
+            yield from map(lambda W: W.to(self.device) if isinstance(W, Tensor) else W, weights)  # holds none of them
+            return
+        coming = None  # staged or being so
+        for W in weights:
+            next_one = None
+            if isinstance(W, Tensor) and W.device.type == "cpu":
+                turned = not W.is_contiguous() and W.mT.is_contiguous()
+                next_one = self.stager.submit(self._stage, W.mT if turned else W), turned
+            if coming is not None:
+                yield self._send(*coming)
+            coming = next_one
+            if coming is None:
+                yield W.to(self.device, non_blocking=True) if isinstance(W, Tensor) else W
+            del W
+        if coming is not None:
+            yield self._send(*coming)
+
+    def _stage(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        buffer, sent = self.buffers.get()
         if sent is not None:
             sent.synchronize()
         if buffer.numel() < W.nbytes:
             buffer = torch.empty(W.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         return buffer, buffer[: W.nbytes].view(W.dtype).view(W.shape).copy_(W)
 
-    def send(staged: Future, turned: bool) -> Tensor:
+    def _send(self, staged: Future, turned: bool) -> Tensor:
         buffer, here = staged.result()
-        with torch.cuda.stream(stream):
-            there = here.to(device, non_blocking=True)
-            buffers.put((buffer, stream.record_event()))
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
+        with torch.cuda.stream(self.stream):
+            there = here.to(self.device, non_blocking=True)
+            self.buffers.put((buffer, self.stream.record_event()))
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
         there.record_stream(current)
         return there.mT if turned else there
-
-    with ThreadPoolExecutor(1) as stager:
-        coming = None  # staged or being so
-        for W in weights:
-            next_one = None
-            if isinstance(W, Tensor) and W.device.type == "cpu":
-                turned = not W.is_contiguous() and W.mT.is_contiguous()
-                next_one = stager.submit(stage, W.mT if turned else W), turned
-            if coming is not None:
-                yield send(*coming)
-            coming = next_one
-            if coming is None:
-                yield W.to(device, non_blocking=True) if isinstance(W, Tensor) else W
-            del W
-        if coming is not None:
-            yield send(*coming)

@@ -7,13 +7,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+ELEMENTS = 2**20  # hashed at a time, in 64 bits each
+
 
 def rademacher(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
     """A (rows, columns) int8 matrix of +-1, each a hash of (seed, row, column): the same on every device."""
-    row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
-    hashed = _mix(_mix(row + _mix(seed)) + column)
-    return (1 - 2 * (hashed & 1)).to(torch.int8)
+    out = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    step = max(1, ELEMENTS // max(1, columns))
+    for i in range(0, rows, step):
+        row = torch.arange(i, min(i + step, rows), device=device)[:, None]
+        out[i : i + step] = 1 - 2 * (_mix(_mix(row + _mix(seed)) + column) & 1)
+    return out
 
 
 M = TypeVar("M", int, Tensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -109,8 +110,9 @@ def truncated_svd(
     iteration with a Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007), from a start of +-1 that
     is a hash of (seed, row, column).  Neither autocast nor the user's TF32 settings reach in.  The same call gives the
     same bits again with the same device, libraries and number of threads.  Another device, another number of threads or
-    other weights beside this one change the rounding alone: U S Vh by 1e-5, or as far as the spectrum tells the
-    vectors apart.  Singular values that are zero to working precision get orthonormal vectors all the same.
+    other weights beside this one change the rounding alone: U S Vh by 1e-5, B R A by less than 1e-4, or as far as the
+    spectrum tells the vectors apart.  Singular values that are zero to working precision get orthonormal vectors all
+    the same.
 
     Args:
         W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  On a GPU half precision is never upcast: the other factor
@@ -126,10 +128,10 @@ def truncated_svd(
 
     Returns:
         U (..., m, r) and Vh (..., r, n) with orthonormal columns and rows (to 1e-6; 1e-12 in fp64), S (..., r)
-        descending; fp32, or fp64 for fp64 W.  S is exact to 8 eps of the largest where the iteration has converged, and
-        what is below that is 0.  Each column of U has a positive inner product with a hashed +-1 vector, so signs are
-        the same everywhere but for the rare vector nearly orthogonal to it; vectors of equal singular values are any
-        basis of their span.
+        descending; fp32, or fp64 for fp64 W.  S is exact to some tens of eps of the largest where the iteration has
+        converged, and what is below 8 eps of it is 0.  Each column of U has a positive inner product with a hashed +-1
+        vector, so signs are the same everywhere but for the rare vector nearly orthogonal to it; vectors of equal
+        singular values are any basis of their span.
 
     Raises:
         TypeError: W is not a dense tensor of one of these dtypes; rank, block, n_iter or seed is not an integer.
@@ -194,7 +196,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     # Of X the terms, the product with them and their sum; of Q likewise.
     step = (16 * n + 32 * m) * b if dtype.itemsize < 4 else (4 * n + 6 * m) * b * itemsize
     end = 3 * D * D * 8 + (2 * n * D * 8 if dtype == torch.float64 else GRAM_BYTES)
-    return (m + n) * D * itemsize + max(step, end)
+    return (m + n) * D * itemsize + n * b + m * D + max(step, end)  # the start and the noise have a byte each
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,8 @@ def host_pool(device: torch.device, weights: int) -> Iterator[Executor | None]:
     elif workers <= 1:
         yield None
         return
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # of this thread it never changed, of threads to come it has
+    with ThreadPoolExecutor(workers, initializer=_take_one_thread, initargs=(threads,)) as pool:
+        yield pool
 
 
 @contextmanager
@@ -273,10 +272,26 @@ def _one_thread() -> Iterator[None]:
     """One thread of torch's for what this thread computes."""
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        _take_one_thread(before)
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_setting = threading.Lock()
+
+
+def _take_one_thread(others: int) -> None:
+    """One thread of torch's for what this thread computes; threads that start later have `others`.
+
+    torch.set_num_threads is for the thread that calls it and for all that start later: so another one sets it back.
+    """
+    torch.get_num_threads()  # the first call in a thread takes over what is for those that start later
+    setting_back = threading.Thread(target=torch.set_num_threads, args=(others,))
+    with _setting:
+        torch.set_num_threads(1)
+        setting_back.start()
+        setting_back.join()
 
 
 @torch.no_grad()

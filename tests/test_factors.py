@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -170,6 +171,18 @@ def test_the_workspace_is_bounded_before_anything_is_read():
         assert factors._in_pieces(large, gpu, factors.WORKSPACE, torch.bfloat16) == pieces
 
 
+def test_groups_keep_their_bound_wherever_the_weights_are(monkeypatch):
+    """Some of one shape on the GPU, others on the host, where fewer may go together."""
+    gpu = torch.device("cuda", 0)
+    here = factors.Weight((4096, 14336), torch.bfloat16, CPU, False, False, lambda: pytest.fail("was read"))
+    recipe = Recipe().pinned(64, here.shape)
+    jobs = [Job("module", replace(here, device=gpu if i < 11 else CPU), 64, recipe) for i in range(32)]
+    monkeypatch.setattr(factors, "_brought", lambda jobs, order, *_: iter([torch.empty(0).bfloat16()] * len(order)))
+    most = [factors._weights_at_once(job, gpu, 2 * 2**30) for job in (jobs[0], jobs[-1])]
+    groups = [len(group.weights) for group in factors._groups(jobs, range(32), gpu, 2 * 2**30, deque())]
+    assert most[0] > most[1] and sum(groups) == 32 and max(groups) <= most[0] and set(groups[2:-1]) == {most[1]}
+
+
 def test_a_small_workspace_gets_the_large_weights_in_pieces(monkeypatch):
     def too_large(weight, device, workspace, dtype):  # as for a GPU
         return weight.shape[0] * weight.shape[1] * dtype.itemsize > workspace // 4
@@ -324,9 +337,25 @@ def test_a_gpu_streams_weights_from_the_host_within_its_workspace():
     host = {}
     factor(jobs, lambda i, A, B: host.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=workspace)
     assert torch.cuda.max_memory_allocated() - before <= workspace + 16 * 5120 * 16 * 4 * 2
-    tight = {}  # a weight has 8 MiB: it goes in pieces, one at a time
-    factor(jobs, lambda i, A, B: tight.update({i: (A.cpu(), B.cpu())}), devices=gpu, workspace=30 * 2**20)
     for i in (0, 7, 19):
         U, S, Vh = (t.cpu() for t in truncated_svd(linears[i].weight.detach().cuda(), 16))
-        for A, B in (host[i], tight[i]):
-            assert (B @ A - (U * S) @ Vh).norm() <= 1e-5 * S.norm()
+        A, B = host[i]
+        assert (B @ A - (U * S) @ Vh).norm() <= 1e-5 * S.norm()
+
+
+@pytest.mark.gpu("truncated_svd")
+def test_a_gpu_takes_large_weights_in_pieces():
+    linears = [nn.Linear(14336, 4096, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    jobs = [Job("module", W, 16, Recipe().pinned(16, W.shape)) for W in map(weight_of, linears)]
+    gpu = compute_devices("cuda")
+    workspace = 4 * svd.working_bytes((4096, 14336), torch.bfloat16, jobs[0].recipe.plan(16, (4096, 14336)))
+    assert factors._in_pieces(jobs[0].weight, gpu[0], workspace, torch.bfloat16)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, found = torch.cuda.memory_reserved(), {}
+    factor(jobs, lambda i, A, B: found.update({i: (A, B)}), devices=gpu, workspace=workspace)
+    assert torch.cuda.max_memory_reserved() - before <= 2 * workspace
+    for i, linear in enumerate(linears):
+        U, S, Vh = (t.cpu() for t in truncated_svd(linear.weight.detach().cuda(), 16))
+        A, B = found[i]
+        assert (B @ A - (U * S) @ Vh).norm() <= 1e-5 * S.norm()

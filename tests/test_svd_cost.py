@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraxs_kernels import factors, svd, svd_math, truncated_svd
+from loraxs_kernels import factors, rademacher, svd, svd_math, truncated_svd
 from loraxs_kernels.svd import Group, plan
 
 GPU = torch.device("cuda", 0)
@@ -87,24 +87,28 @@ def test_operators_for_a_7b_model(products_of_zeros, monkeypatch):
     assert sum(total.values()) < 11_000
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "shape, rank, method",
     [
         ((512, 1792), 64, "krylov"),
-        ((512, 512), 32, "krylov"),
+        ((512, 512), 64, "krylov"),
         ((100, 2000), 64, "krylov"),
+        ((128, 3584), 12, "krylov"),
         ((512, 512), 64, "subspace"),
         ((512, 1792), 100, "subspace"),
+        ((128, 3584), 64, "subspace"),
     ],
     ids=str,
 )
-def test_a_group_stays_within_its_estimate(products_of_zeros, monkeypatch, dtype, shape, rank, method):
+def test_a_group_stays_within_its_estimate(products_of_zeros, monkeypatch, dtype, shape, rank, method, count):
     for module in (svd, svd_math):
         monkeypatch.setattr(module, "GRAM_BYTES", 2**18)
+    monkeypatch.setattr(rademacher, "ELEMENTS", 2**14)
     how = plan(rank, shape, method=method)
-    weights = [torch.randn(shape).to(dtype) for _ in range(3)]
-    estimate = 3 * svd.working_bytes(shape, dtype, how)
+    weights = [torch.randn(shape).to(dtype) for _ in range(count)]
+    estimate = count * svd.working_bytes(shape, dtype, how)
     svd_math.start.cache_clear()
     with Live(*weights) as begun:
         started = svd._Started(Group(weights, rank, how, 0), None)
@@ -117,13 +121,13 @@ def test_a_group_stays_within_its_estimate(products_of_zeros, monkeypatch, dtype
 
 @pytest.mark.parametrize("as_a_gpu_does", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape, method", [((300, 700), "krylov"), ((700, 300), "subspace"), ((60, 700), "krylov")])
+@pytest.mark.parametrize("shape, method", [((300, 700), "krylov"), ((700, 300), "subspace")])
 def test_weights_in_pieces(request, monkeypatch, shape, method, dtype, as_a_gpu_does):
     if as_a_gpu_does:
         request.getfixturevalue("as_on_a_gpu")
     W, how = torch.randn(shape).to(dtype), plan(12, shape, method=method)
     (whole,) = svd.decompose([Group([W], 12, how, 0)])
-    pieces = factors._InPieces(W, torch.device("cpu"), 100 * shape[1] * W.itemsize)
+    pieces = factors._InPieces(W, factors._Upload(torch.device("cpu")), 100 * shape[1] * W.itemsize)
     assert len(pieces.slices) == -(-shape[0] // 100)
     (found,) = svd.decompose([Group([pieces], 12, how, 0)])
     torch.testing.assert_close(found[1], whole[1], rtol=1e-6, atol=0)
