@@ -223,17 +223,23 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
 
     Raises NotFinite, for the first group that was not yielded.
     """
-    waiting: deque[_Started | _Submitted] = deque()
+    waiting: deque[_Started | Future[Triplets]] = deque()
     for group in groups:
-        m, n = group.weights[0].shape
         if group.weights[0].device.type == "cpu":
-            shared = pool is not None and m * n <= AMONG_OTHERS
-            while waiting and not shared:  # it takes all threads
-                yield waiting.popleft().triplets()
-            waiting.append(_Submitted(pool.submit(_made, group)) if shared else _Started(group, None))
+            m, n = group.weights[0].shape
+            if pool is not None and m * n <= AMONG_OTHERS:
+                waiting.append(pool.submit(_made, group))
+                del group
+                if len(waiting) == torch.get_num_threads():
+                    yield waiting.popleft().result()
+                continue
+            while waiting:  # this one takes all threads
+                yield waiting.popleft().result()
+            with _one_thread() if m * n <= ALONE else nullcontext():
+                made = _made(group)
             del group
-            while len(waiting) >= (torch.get_num_threads() if shared else 1):
-                yield waiting.popleft().triplets()
+            yield made
+            del made
             continue
         begun = _Started(group, pool)
         del group
@@ -245,7 +251,9 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
         waiting.append(begun)
         del begun
     while waiting:
-        yield waiting.popleft().triplets()
+        each = waiting.popleft()
+        yield each.triplets() if isinstance(each, _Started) else each.result()
+        del each
 
 
 @contextmanager
@@ -271,6 +279,9 @@ def host_pool(device: torch.device, weights: int) -> Iterator[Executor | None]:
 def _one_thread() -> Iterator[None]:
     """One thread of torch's for what this thread computes."""
     before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
     try:
         _take_one_thread(before)
         yield
@@ -299,21 +310,12 @@ def _made(group: Group) -> Triplets:
     return _Started(group, None).triplets()
 
 
-class _Submitted:
-    """A group that a thread of the pool makes, on a CPU."""
-
-    def __init__(self, made: Future[Triplets]) -> None:
-        self.triplets = made.result
-
-
 class _Started:
     """A group on its way: all work up to the eigenproblem is under way once this is made."""
 
     def __init__(self, group: Group, pool: Executor | None) -> None:
         how, self.seed = group.how, group.seed
-        m, n = group.weights[0].shape
-        self.threads = _one_thread if m * n <= ALONE else nullcontext
-        with exact_matmul(), self.threads():
+        with exact_matmul():
             products = Products(group.weights)
             self.flip, self.peak = products.flip, to_host(products.peak)
             if basis_size(products.m, how) == products.m:  # all of the smaller side: Q is the identity
@@ -326,7 +328,7 @@ class _Started:
 
     def triplets(self) -> Triplets:
         dtype = self.Z.dtype
-        with exact_matmul(), self.threads():
+        with exact_matmul():
             peak = self.peak()
             for i, each in enumerate(peak.tolist()):
                 if not each < float("inf"):
