@@ -89,7 +89,7 @@ class Products:
 
     def times_Wt(self, X: Tensor, terms: int = X_TERMS) -> Tensor:
         """X W^T (g, rows, m) for X (g, rows, n), or one X (rows, n) for all, of at most sqrt(m) in magnitude."""
-        return self._each(X * self.before_Wt, not self.flip, self.m, terms).mul_(self.after_Wt)
+        return self._each(X.to(self.dtype) * self.before_Wt, not self.flip, self.m, terms).mul_(self.after_Wt)
 
     def whole(self) -> Tensor:
         """W (g, m, n) itself, scaled, in the dtype of the products."""
