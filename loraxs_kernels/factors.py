@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .svd import (
     to_host,
     working_bytes,
 )
-from .svd_math import Pieces, can_sum_in_fp32
+from .svd_math import Q_TERMS, Pieces, can_sum_in_fp32
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
@@ -237,10 +237,12 @@ def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torc
         return most
     elements = weight.shape[0] * weight.shape[1]
     nbytes = elements * dtype.itemsize if weight.copies or weight.device != device else 0
-    if _in_pieces(weight, device, workspace, dtype):
+    if pieces := _in_pieces(weight, device, workspace, dtype):
         most, nbytes, elements = 1, 0, workspace // PIECES // dtype.itemsize
     upcast = 4 * elements if dtype.itemsize < 4 and not can_sum_in_fp32(device) else 0
     making = working_bytes(weight.shape, dtype, how)
+    if pieces:  # the product with one, before it is added
+        making += 4 * Q_TERMS * max(weight.shape) * how.block
     if workspace < 4 * max(making + upcast, nbytes):
         raise ValueError(
             f"workspace: got {workspace} bytes, must be at least {4 * max(making + upcast, nbytes)} for {job.label} of "
@@ -282,9 +284,6 @@ def _brought(
         yield from upload.each(map(read, order))
 
 
-W = TypeVar("W", Tensor, Pieces)
-
-
 class _Upload:
     """Brings tensors to a device.
 
@@ -310,7 +309,7 @@ class _Upload:
         if self.device.type == "cuda":
             self.stager.shutdown()
 
-    def each(self, weights: Iterable[W]) -> Iterator[W]:
+    def each(self, weights: Iterable[Tensor | Pieces]) -> Iterator[Tensor | Pieces]:
         """Each on the device, in order, unless it goes there in pieces; the next one is read and staged by then.
 
         Before one in pieces is given out all others are, so that both buffers are its own.

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-ELEMENTS = 2**20  # hashed at a time, in 64 bits each
+ELEMENTS = 2**18  # hashed at a time, in 64 bits each
 
 
 def rademacher(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

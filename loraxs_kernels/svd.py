@@ -29,8 +29,9 @@ KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eig
 GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
 GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
 KEEP_BYTES = 384 * 2**20  # and what those may hold
-# Elements of a weight on a CPU up to which a second thread saves little, and costs much where it waits for a busy core:
-# alone, and among others, where each of several threads can take a weight of its own.
+# On a CPU a weight of up to ALONE elements that is computed alone gets one thread; of up to AMONG_OTHERS elements each
+# thread takes one of its own; larger ones get all threads.  A second thread on a small weight saves little, and costs
+# much where it has to wait for a busy core.
 ALONE, AMONG_OTHERS = 2**18, 2**23
 MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 
@@ -40,9 +41,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Plan:
-    """What `truncated_svd` does, nothing left to choose: with the seed and the weight it fixes U, S, Vh.
+    """What `truncated_svd` does, nothing left to choose: with the seed and the weight it fixes U, S, Vh to rounding.
 
-    method: "krylov" or "subspace".  block: b, rows of X.  n_iter: q.
+    method: "krylov", "subspace", or "chebyshev" of files up to version 2.  block: b, rows of X.  n_iter: q.
     """
 
     method: str
@@ -115,12 +116,12 @@ def truncated_svd(
     the same.
 
     Args:
-        W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  On a GPU half precision is never upcast: the other factor
-            of each product is split into terms of W's dtype and the products are summed in fp32.  On a CPU one matrix
-            at a time is.
+        W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  With CUDA and torch 2.8 or later half precision is never
+            upcast: the other factor of each product is split into terms of W's dtype and the products are summed in
+            fp32.  Elsewhere a matrix is upcast while it is used.
         rank: r, 1 <= r <= min(m, n).
-        method: "krylov", "subspace", or "auto": krylov where its (q + 1) b vectors are at most 512 and a third of
-            min(m, n), or where min(m, n) is at most 128 or twice the block of subspace; else subspace.
+        method: "krylov", "subspace", or "auto": krylov where its (q + 1) b vectors are at most 512 and at most a
+            third of min(m, n), or where min(m, n) is at most 128 or twice the block of subspace; else subspace.
         block: b >= r, vectors of the start; None: r + 8 for krylov, r + 16 + max(8, r / 4) for subspace.
         n_iter: q; each is two more reads of W.  None: for krylov 5 below rank 32 and 4 from there on, for subspace 6
             below rank 64 and 5 from there on.
@@ -139,7 +140,7 @@ def truncated_svd(
         or another argument is out of range.
     """
     if not isinstance(W, Tensor) or W.dtype not in DTYPES or W.layout != torch.strided:
-        what = f"{W.layout} of dtype {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
+        what = type(W).__name__ if not isinstance(W, Tensor) else f"dtype {W.dtype}, layout {W.layout}"
         raise TypeError(f"W: got {what}, must be a dense bfloat16, float16, float32 or float64 tensor")
     if W.dim() < 2:
         raise ValueError(f"W: got shape {tuple(W.shape)}, must have at least 2 dimensions")
@@ -162,9 +163,16 @@ def truncated_svd(
         U.view(-1, m, rank).split(size), S.view(-1, rank).split(size), Vh.view(-1, rank, n).split(size), strict=True
     )
     with host_pool(W.device, len(matrices)) as pool:
-        for made, out in zip(decompose(groups, pool), outputs, strict=True):
-            for target, value in zip(out, made, strict=True):
-                target.copy_(value)
+        done = 0
+        try:
+            for made, out in zip(decompose(groups, pool), outputs, strict=True):
+                for target, value in zip(out, made, strict=True):
+                    target.copy_(value)
+                done += len(made[0])
+        except NotFinite as error:
+            if not batch:
+                raise
+            raise NotFinite(error.index, error.what, f"W: matrix {done + error.index} of {len(matrices)}") from None
     return U, S, Vh
 
 
@@ -177,9 +185,9 @@ def check_device(device: torch.device, what: str) -> None:
 class NotFinite(ValueError):
     """A weight, or what is made of it, holds NaN or Inf; `index` is its place in its group."""
 
-    def __init__(self, index: int, what: str) -> None:
-        super().__init__(f"W: has {what}")
-        self.index = index
+    def __init__(self, index: int, what: str, which: str = "W") -> None:
+        super().__init__(f"{which}: has {what}")
+        self.index, self.what = index, what
 
 
 def group_size(shape: Sequence[int], dtype: torch.dtype, device: torch.device, how: Plan) -> int:
@@ -193,7 +201,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
     """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
     m, n = sorted(shape[-2:])
     itemsize, D, b = max(4, dtype.itemsize), basis_size(m, how), how.block
-    # Of X the terms, the product with them and their sum; of Q likewise.
+    # Bytes of X's terms, of their product with W and of the sum over terms; the same for Q.
     step = (16 * n + 32 * m) * b if dtype.itemsize < 4 else (4 * n + 6 * m) * b * itemsize
     end = 3 * D * D * 8 + (2 * n * D * 8 if dtype == torch.float64 else GRAM_BYTES)
     return (m + n) * D * itemsize + n * b + m * D + max(step, end)  # the start and the noise have a byte each
@@ -230,7 +238,7 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
             if pool is not None and m * n <= AMONG_OTHERS:
                 waiting.append(pool.submit(_made, group))
                 del group
-                if len(waiting) == torch.get_num_threads():
+                if len(waiting) >= min(torch.get_num_threads(), GROUP):
                     yield waiting.popleft().result()
                 continue
             while waiting:  # this one takes all threads
@@ -243,7 +251,6 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
             continue
         begun = _Started(group, pool)
         del group
-        # As many as the host has threads for.
         while waiting and (
             sum(each.count for each in waiting) >= GROUP or sum(each.nbytes for each in (*waiting, begun)) > keep
         ):
@@ -258,13 +265,14 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
 
 @contextmanager
 def host_pool(device: torch.device, weights: int) -> Iterator[Executor | None]:
-    """Threads of the host with one thread of torch's each, for weights on this device; None where there is one to be.
+    """Threads of the host with one thread of torch's each, for weights on this device; None on a CPU where only one
+    thread would work.
 
     For a GPU's eigenproblems one for each core this process may use.  That takes half the time of all threads on one
     matrix after another (D = 432, even on 2 cores).  For weights on a CPU as many as the user has set.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, weights)
+    workers = min(threads, weights, GROUP)
     if device.type == "cuda":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's, one process to a GPU
@@ -289,20 +297,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_setting = threading.Lock()
-
-
 def _take_one_thread(others: int) -> None:
     """One thread of torch's for what this thread computes; threads that start later have `others`.
 
-    torch.set_num_threads is for the thread that calls it and for all that start later: so another one sets it back.
+    torch.set_num_threads is for the thread that calls it and for all that start later: so a second, short-lived thread
+    restores it for them.
     """
     torch.get_num_threads()  # the first call in a thread takes over what is for those that start later
-    setting_back = threading.Thread(target=torch.set_num_threads, args=(others,))
-    with _setting:
-        torch.set_num_threads(1)
-        setting_back.start()
-        setting_back.join()
+    restoring = threading.Thread(target=torch.set_num_threads, args=(others,))
+    torch.set_num_threads(1)
+    restoring.start()
+    restoring.join()
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ blocks of Q and Z are contiguous.  With M = W W^T and a start X (b, n) of +-1 fr
     subspace   Q = orth[X W^T (M - x_1 I) ... (M - x_(q-1) I) M]             D = b rows
     both       Z = Q W,   Z Z^T = P diag(S^2) P^T,   U^T = P^T Q,   V^T = P^T Z / S              (Rayleigh-Ritz)
 
-Either way W is read 2 (q + 1) times, which bounds the time: a bf16 weight of 4096 x 14336 is 117 MB, 27 us at 4.3 TB/s,
-and its product with 72 rows in two terms 17 GFLOP, 21 us at 790 TFLOP/s.  All terms of a split factor go into one
-product, which reads W once.  Next in bytes is Z Z^T in fp64 (Z is 21 MB there), then the orthogonalisation, on the
-smaller side.
+Either way W is read 2 (q + 1) times, which about bounds the time: a bf16 weight of 4096 x 14336 is 117 MB, 27 us at 4.3
+TB/s, and its product with 72 rows in two terms 17 GFLOP, 21 us at 790 TFLOP/s, in three terms 32 us.  All terms of a
+split factor go into one product, which reads W once.  Next in bytes is Z Z^T in fp64 (Z is 21 MB there), then the
+orthogonalisation, on the smaller side.
 
 The Grams of fp32 rows are summed in fp64, which tells apart what differs by 1e-8 of the largest; fp64 rows, for which
 there is nothing wider, are made orthonormal by Householder reflections.
@@ -32,7 +32,8 @@ from torch import Tensor
 from .rademacher import rademacher
 
 # Half-precision terms of X in X W^T, which chooses the subspace, and of Q in Q W, which Rayleigh-Ritz computes with.
-# With one and two delta W would be up to 2e-3 from that of a device that multiplies fp32, with these it is below 1e-4.
+# With one term of X and two of Q delta W would be up to 2e-3 from that of a device that multiplies fp32; with these it
+# is below 1e-4.
 X_TERMS, Q_TERMS = 2, 3
 GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
 
@@ -40,17 +41,23 @@ GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
 # The groups of one shape share these; on a GPU a hash is some forty launches.
 def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
     @lru_cache(maxsize=most)
-    def made(*arguments: Any) -> Tensor:
+    def kept(*arguments: Any) -> Tensor:
         t = make(*arguments)
-        if t.is_cuda:  # other streams use it too
+        if type(t) is Tensor and t.is_cuda:  # other streams use it too
             torch.cuda.current_stream(t.device).synchronize()
+        return t
+
+    def made(*arguments: Any) -> Tensor:
+        t = kept(*arguments)
+        if type(t) is not Tensor:  # of a mode that is for a time, such as FakeTensorMode
+            kept.cache_clear()
         return t
 
     return made
 
 
-# +-1 by rows: (columns, rows) of a hash.
-start = _shared(lambda rows, columns, seed, device: rademacher(rows, columns, seed, device).mT.contiguous(), 8)
+# +-1 (columns, rows) of a hash of (rows, columns).
+signs_by_rows = _shared(lambda rows, columns, seed, device: rademacher(rows, columns, seed, device).mT.contiguous(), 8)
 _sign_vector = _shared(rademacher, 16)
 _eye = _shared(lambda size, device: torch.eye(size, dtype=torch.float64, device=device), 4)
 
@@ -77,7 +84,7 @@ class Products:
         scale = scales(self.peak, self.dtype)[:, None, None]
         if first.dtype == torch.float16:  # of little range: factors as large as they can be, |Q| <= 1, |Q W| <= sqrt(m)
             before = 2.0**15, 2.0 ** (15 - math.ceil(math.log2(self.m) / 2))
-        else:  # half of the scale: with all of it the last terms of the factor, or the sums, would leave the range
+        else:  # the root of the scale: with all of it the last terms of the factor, or the sums, would leave the range
             before = (_power_of_two(scale.sqrt()).to(self.dtype),) * 2
         self.scale = scale.to(self.dtype)
         self.before_W, self.before_Wt = before
@@ -269,15 +276,15 @@ def subspace(products: Products, block: int, n_iter: int, seed: int, last: int =
 
 
 def chebyshev(products: Products, block: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor]:
-    """As `subspace`, without the last power step: what that was up to version 2 of adapter files."""
+    """The subspace method of files up to version 2: `subspace` without the last power step."""
     return subspace(products, block, n_iter, seed, last=0)
 
 
 def _random(products: Products, block: int, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     """+-1 in int8: the start X (b, n) and the noise (rows, m)."""
     return (
-        start(products.n, block, seed, products.device),
-        start(products.m, rows, seed + 4, products.device),
+        signs_by_rows(products.n, block, seed, products.device),
+        signs_by_rows(products.m, rows, seed + 4, products.device),
     )
 
 

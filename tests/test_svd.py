@@ -305,13 +305,13 @@ def test_weights_of_smollm2_beat_scikit_learn():
 
 BAD = {
     "no tensor": ([[1.0]], 1, {}, TypeError, "W: got list"),
-    "integer": (torch.ones(3, 3, dtype=torch.int64), 1, {}, TypeError, "of dtype torch.int64, must be"),
+    "integer": (torch.ones(3, 3, dtype=torch.int64), 1, {}, TypeError, "W: got dtype torch.int64"),
     "complex": (
         torch.ones(3, 3, dtype=torch.complex64),
         1,
         {},
         TypeError,
-        "of dtype torch.complex64",
+        "W: got dtype torch.complex64",
     ),
     "vector": (torch.ones(3), 1, {}, ValueError, r"W: got shape \(3,\), must have at least 2 dimensions"),
     "rank too large": (torch.ones(3, 5), 4, {}, ValueError, r"rank: got 4, must be from 1 to min\(m, n\) = 3"),
@@ -322,7 +322,14 @@ BAD = {
     "n_iter": (torch.ones(3, 5), 1, {"n_iter": -1}, ValueError, "n_iter: got -1"),
     "block": (torch.ones(3, 5), 2, {"block": 1}, ValueError, "block: got 1, must be at least the rank, 2"),
     "method": (torch.ones(3, 5), 1, {"method": "qr"}, ValueError, "method: got 'qr', must be"),
-    "sparse": (torch.ones(3, 3).to_sparse(), 1, {}, TypeError, "W: got torch.sparse_coo of dtype torch.float32"),
+    "sparse": (torch.ones(3, 3).to_sparse(), 1, {}, TypeError, "W: got dtype torch.float32, layout torch.sparse_coo"),
+    "NaN in a batch": (
+        torch.stack([torch.ones(3, 3), torch.full((3, 3), float("nan"))]),
+        1,
+        {},
+        ValueError,
+        "W: matrix 1 of 2: has a largest magnitude of nan, must be finite",
+    ),
     "rank of a float": (torch.ones(3, 5), 2.0, {}, TypeError, "rank: got 2.0, must be an integer"),
     "rank of a bool": (torch.ones(3, 5), True, {}, TypeError, "rank: got True, must be an integer"),
     "n_iter of a float": (torch.ones(3, 5), 1, {"n_iter": 2.0}, TypeError, "n_iter: got 2.0, must be an integer"),

@@ -186,7 +186,7 @@ def _reads_tiers(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
     """The class, with an svd_tier taken from files of earlier versions, which have it in each entry of svd_recipe too.
 
     It is dropped: A and B by either tier are the same, far within what a load accepts.  What was "subspace" then is
-    "chebyshev".  A file is told from a caller, for whom svd_tier is an unknown argument, by its peft_type.
+    "chebyshev".  A file has a peft_type; a caller passes none, and to a caller svd_tier is an unknown argument.
     """
     init = config.__init__
 
@@ -264,8 +264,10 @@ class LoraXSConfig(PeftConfig):
     loraxs_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     init: str = field(default="svd", metadata={"help": 'A and B: "svd", "random" or "given"'})
     init_std: float = field(default=1e-5, metadata={"help": "R ~ N(0, init_std^2) at the start"})
-    svd_n_iter: int | None = field(default=None, metadata={"help": "iterations of the SVD; None: by shape"})
-    svd_oversample: int | None = field(default=None, metadata={"help": "its block is r + this; None: by shape"})
+    svd_n_iter: int | None = field(default=None, metadata={"help": "iterations of the SVD; None: by rank and shape"})
+    svd_oversample: int | None = field(
+        default=None, metadata={"help": "its block is r + this; None: by rank and shape"}
+    )
     svd_seed: int = field(default=0, metadata={"help": "of the SVD's start, of R and of random factors"})
     svd_recipe: dict = field(default_factory=dict, metadata={"help": "what the SVD did; not to be set"})
     dtype: str | None = field(default=None, metadata={"help": "of A and B, such as bfloat16; None: the weight's"})
