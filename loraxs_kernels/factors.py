@@ -169,7 +169,7 @@ def _made(
     coming: list[tuple[int, Callable[[], Tensor], Callable[[], Tensor]]] = []
     groups = _groups(jobs, queue, device, workspace, started)
     try:
-        for U, S, Vh in decompose(groups, pool, min(KEEP_BYTES, workspace // 4)):
+        for U, S, Vh in decompose(groups, device, pool, min(KEEP_BYTES, workspace // 4)):
             before, coming = coming, []
             for i, U_i, S_i, Vh_i in zip(started[0], U, S, Vh, strict=True):
                 A, B = S_i[:, None] * Vh_i, U_i
@@ -296,11 +296,8 @@ class _Upload:
 
     def __enter__(self) -> _Upload:
         if self.device.type == "cuda":
-            self.stream, self.stager, self.buffers = (
-                torch.cuda.Stream(self.device),
-                ThreadPoolExecutor(1),
-                SimpleQueue(),
-            )
+            self.stream, self.stager = torch.cuda.Stream(self.device), ThreadPoolExecutor(1)
+            self.buffers = SimpleQueue()
             for _ in range(2):
                 self.buffers.put((torch.empty(0, dtype=torch.uint8, device="cpu"), None))
         return self

@@ -165,7 +165,7 @@ def truncated_svd(
     with host_pool(W.device, len(matrices)) as pool:
         done = 0
         try:
-            for made, out in zip(decompose(groups, pool), outputs, strict=True):
+            for made, out in zip(decompose(groups, W.device, pool), outputs, strict=True):
                 for target, value in zip(out, made, strict=True):
                     target.copy_(value)
                 done += len(made[0])
@@ -217,38 +217,26 @@ class Group:
     seed: int
 
 
-@torch.no_grad()
-def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int = KEEP_BYTES) -> Iterator[Triplets]:
+def decompose(
+    groups: Iterable[Group], device: torch.device, pool: Executor | None = None, keep: int = KEEP_BYTES
+) -> Iterator[Triplets]:
     """(U, S, Vh) of the weights of each group, in order, stacked: (g, m, r), (g, r), (g, r, n).
 
-    On a GPU the small eigenproblems of some groups are solved by the host while the next ones' products run; on a CPU
-    threads of the pool take a weight each, up to AMONG_OTHERS.
-
     Args:
-        groups: on one device, read when their turn comes; their weights are let go when their products are under way.
+        groups: on this device, read when their turn comes; their weights are let go when their products are under way.
         pool: as `host_pool` makes it.
-        keep: bytes that groups whose products are done may hold while they wait for the host.
+        keep: bytes that groups on a GPU may hold while they wait for the host.
 
     Raises NotFinite, for the first group that was not yielded.
     """
-    waiting: deque[_Started | Future[Triplets]] = deque()
+    return _on_cpu(groups, pool) if device.type == "cpu" else _on_gpu(groups, pool, keep)
+
+
+@torch.no_grad()
+def _on_gpu(groups: Iterable[Group], pool: Executor | None, keep: int) -> Iterator[Triplets]:
+    """The small eigenproblems of some groups are solved by the host while the next ones' products run."""
+    waiting: deque[_Started] = deque()
     for group in groups:
-        if group.weights[0].device.type == "cpu":
-            m, n = group.weights[0].shape
-            if pool is not None and m * n <= AMONG_OTHERS:
-                waiting.append(pool.submit(_made, group))
-                del group
-                if len(waiting) >= min(torch.get_num_threads(), GROUP):
-                    yield waiting.popleft().result()
-                continue
-            while waiting:  # this one takes all threads
-                yield waiting.popleft().result()
-            with _one_thread() if m * n <= ALONE else nullcontext():
-                made = _made(group)
-            del group
-            yield made
-            del made
-            continue
         begun = _Started(group, pool)
         del group
         while waiting and (
@@ -258,9 +246,30 @@ def decompose(groups: Iterable[Group], pool: Executor | None = None, keep: int =
         waiting.append(begun)
         del begun
     while waiting:
-        each = waiting.popleft()
-        yield each.triplets() if isinstance(each, _Started) else each.result()
-        del each
+        yield waiting.popleft().triplets()
+
+
+def _on_cpu(groups: Iterable[Group], pool: Executor | None) -> Iterator[Triplets]:
+    """Threads of the pool take a weight each, up to AMONG_OTHERS; a larger one waits for them and takes all threads."""
+    waiting: deque[Future[Triplets]] = deque()
+    most = min(torch.get_num_threads(), GROUP)
+    for group in groups:
+        m, n = group.weights[0].shape
+        if pool is not None and m * n <= AMONG_OTHERS:
+            waiting.append(pool.submit(_made, group))
+            del group
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+            continue
+        while waiting:
+            yield waiting.popleft().result()
+        with _one_thread() if m * n <= ALONE else nullcontext():
+            made = _made(group)
+        del group
+        yield made
+        del made
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @contextmanager

@@ -38,8 +38,9 @@ X_TERMS, Q_TERMS = 2, 3
 GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
 
 
-# The groups of one shape share these; on a GPU a hash is some forty launches.
 def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
+    """What `make` makes, kept for the next groups of a shape: on a GPU a hash is some forty launches."""
+
     @lru_cache(maxsize=most)
     def kept(*arguments: Any) -> Tensor:
         t = make(*arguments)
@@ -225,10 +226,9 @@ def orthonormal(Y: Tensor, noise: Tensor, Q: Tensor | None = None) -> Tensor:
     noise: +-1 (b, m), of which as much is added as rounding is.  A product with a W of whole numbers or of zero rows
     may have no rounding outside the span of Q; what is left of Y would then lie in it however often it is projected.
     """
-    eps, least = torch.finfo(Y.dtype).eps, torch.finfo(Y.dtype).tiny ** 0.5
-    Y = torch.addcmul(
-        Y, noise.to(Y.dtype), (Y.norm(dim=-1, keepdim=True) * (eps / Y.shape[-1] ** 0.5)).clamp(min=least)
-    )
+    limits = torch.finfo(Y.dtype)
+    size = Y.norm(dim=-1, keepdim=True) * (limits.eps / Y.shape[-1] ** 0.5)
+    Y = torch.addcmul(Y, noise.to(Y.dtype), size.clamp(min=limits.tiny**0.5))
     scaled = _whitened if by_gram(Y) else _reflected
     if Q is None or not Q.shape[1]:
         return scaled(scaled(Y)) if by_gram(Y) else scaled(Y)
@@ -261,7 +261,7 @@ def subspace(products: Products, block: int, n_iter: int, seed: int, last: int =
     values fall so steeply that c is nothing beside the largest, its factors are power steps.  The last step is one,
     since beside many values near c the polynomial alone would leave what is far below as large as they are.
 
-    last: how many power steps are the last ones, which the degree makes room for.
+    last: how many of the q steps are such a last one: 1, or 0 for `chebyshev`.
     """
     X, noise = _random(products, block, block, seed)
     Q = orthonormal(products.times_Wt(X, 1), noise)

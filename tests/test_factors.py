@@ -109,11 +109,11 @@ def test_the_others_in_a_group_change_rounding_alone(request, method, gram):
     weights[4] = weights[4] * 1e-20
     weights[5] = weights[5] * 0
     how = plan(4, (60, 200), method=method, n_iter=2, block=8)
-    alone = [[t[0] for t in next(svd.decompose([Group([W], 4, how, 0)]))] for W in weights]
+    alone = [[t[0] for t in next(svd.decompose([Group([W], 4, how, 0)], CPU))] for W in weights]
     groups = [weights[:4], weights[4:]], [weights[6:], weights[2:6], weights[:2]]
     orders = [0, 1, 2, 3, 4, 5, 6], [6, 2, 3, 4, 5, 0, 1]
     for grouping, order in zip(groups, orders, strict=True):
-        made = svd.decompose(Group(each, 4, how, 0) for each in grouping)
+        made = svd.decompose((Group(each, 4, how, 0) for each in grouping), CPU)
         found = [triplet for group in made for triplet in zip(*group, strict=True)]
         for (U, S, Vh), i in zip(found, order, strict=True):
             expected = alone[i]
@@ -321,9 +321,9 @@ def test_groups_on_a_gpu_wait_for_the_host_while_the_next_ones_begin(monkeypatch
             return self.name
 
     monkeypatch.setattr(svd, "_Started", Started)
-    on_gpu = [SimpleNamespace(device=torch.device("cuda", 0), shape=(40, 300))] * 4
+    on_gpu = [SimpleNamespace(device=torch.device("cuda", 0))] * 4
     groups = (Group(on_gpu, 4, plan(4, (40, 300)), i) for i in range(9))
-    assert list(svd.decompose(groups, keep=keep)) == list(range(9))
+    assert list(svd.decompose(groups, on_gpu[0].device, keep=keep)) == list(range(9))
     waiting = [sum(1 if what == "begun" else -1 for what, _ in log[:i]) for i in range(len(log))]
     assert max(waiting) == most + (keep < 10**9)  # and the one that was begun last
 

@@ -125,16 +125,16 @@ def test_weights_in_pieces(request, monkeypatch, shape, method, dtype, as_a_gpu_
     if as_a_gpu_does:
         request.getfixturevalue("as_on_a_gpu")
     W, how = torch.randn(shape).to(dtype), plan(12, shape, method=method)
-    (whole,) = svd.decompose([Group([W], 12, how, 0)])
+    (whole,) = svd.decompose([Group([W], 12, how, 0)], W.device)
     pieces = factors._InPieces(W, factors._Upload(torch.device("cpu")), 100 * shape[1] * W.itemsize)
     assert len(pieces.slices) == -(-shape[0] // 100)
-    (found,) = svd.decompose([Group([pieces], 12, how, 0)])
+    (found,) = svd.decompose([Group([pieces], 12, how, 0)], W.device)
     torch.testing.assert_close(found[1], whole[1], rtol=1e-6, atol=0)
     low_rank, expected = ((U * S[:, None]) @ Vh for U, S, Vh in (found, whole))
     torch.testing.assert_close(low_rank, expected, rtol=0, atol=1e-5 * float(whole[1].max()))
     W[-1, -1] = torch.nan
     with pytest.raises(svd.NotFinite, match="must be finite"):
-        list(svd.decompose([Group([pieces], 12, how, 0)]))
+        list(svd.decompose([Group([pieces], 12, how, 0)], W.device))
 
 
 def test_small_weights_take_one_thread(monkeypatch):
