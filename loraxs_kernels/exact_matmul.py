@@ -24,16 +24,26 @@ def exact_matmul() -> Iterator[None]:
     threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
     """
     block = object()
+    # Not by torch.autocast(enabled=False): if Ctrl-C comes before such a block has been left, torch never again drops
+    # the casts of weights that it keeps during a block of autocast, and training goes on with stale ones.
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cuda", "cpu")}
     # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.
     try:
         try:
             with _exact_lock: _begin(block)  # fmt: skip  # noqa: E701
-            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                yield
+            _set_autocast(dict.fromkeys(autocast, False))
+            yield
         finally:
+            _set_autocast(autocast)
             with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
     finally:  # once more, if Ctrl-C has stopped that
+        _set_autocast(autocast)
         with _exact_lock: _end(block)  # fmt: skip  # noqa: E701
+
+
+def _set_autocast(enabled: dict[str, bool]) -> None:
+    for kind, on in enabled.items():
+        torch.set_autocast_enabled(kind, on)
 
 
 def _begin(block: object) -> None:

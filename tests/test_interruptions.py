@@ -119,11 +119,17 @@ def test_dictionaries_that_cannot_copy_themselves():
 
 @pytest.mark.parametrize("setting", ["exact_matmul", "backend"])
 def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
+    def of_products() -> tuple[str, bool, int]:
+        """With how many blocks of autocast torch believes to be in: the casts that it keeps go with the last."""
+        blocks = torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
+        return torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), blocks
+
     enter, lock, read = {
-        "exact_matmul": (exact_matmul.exact_matmul, exact_matmul._exact_lock, torch.get_float32_matmul_precision),
+        "exact_matmul": (exact_matmul.exact_matmul, exact_matmul._exact_lock, of_products),
         "backend": (lambda: backends.backend("torch"), backends._blocks_lock, lambda: backends._forced),
     }[setting]
-    before, k = read(), 1
+    k = 1
 
     def use():
         with enter():
@@ -133,7 +139,9 @@ def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
         with ThreadPoolExecutor(1) as other:
             return other.submit(lambda: lock.acquire(blocking=False) and not lock.release()).result()
 
-    while interrupted_at(k, use):
-        assert read() == before and is_free(), f"line {k}"
-        k += 1
+    with torch.autocast("cpu", enabled=setting == "exact_matmul"):
+        before = read()
+        while interrupted_at(k, use):
+            assert read() == before and is_free(), f"line {k}"
+            k += 1
     assert k > 5
