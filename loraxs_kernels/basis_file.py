@@ -274,7 +274,7 @@ def _weight(
 
     to = rounded or DTYPES[dtype]
     N, K = reversed(shape) if transposed else shape
-    return Weight((N, K), to, torch.device("cpu"), copies=True, sharded=False, read=read)
+    return Weight((N, K), to, torch.device("cpu"), copies=True, read=read)
 
 
 @contextmanager

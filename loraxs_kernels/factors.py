@@ -8,11 +8,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -72,9 +74,97 @@ def factor(
         workspace: bytes on each GPU beside the weights that are there already and what is delivered.
         progress: show a bar when it takes more than a second.
 
-    Raises ValueError, naming the layer, where a weight is not finite, is sharded while there are several devices, or
-    does not fit into the workspace; whatever a weight's `read` raises.
+    Weights that are sharded over ranks are gathered one at a time, all of these ranks take part, each factors those
+    whose turn is its own, and sends A and B to the others: no rank holds the model.
+
+    Raises ValueError, naming the layer, where a weight is not finite or does not fit into the workspace; whatever a
+    weight's `read` raises.  What one rank raises for a sharded weight, all raise.
     """
+    sharded: dict[tuple, list[int]] = defaultdict(list)
+    for i, job in enumerate(jobs):
+        sharded[job.weight.groups].append(i)
+    own, error = sharded.pop((), []), None
+    with _bar(len(jobs)) if progress else nullcontext() as bar:
+
+        def delivered(order: Sequence[int], k: int, A: Tensor, B: Tensor) -> None:
+            deliver(order[k], A, B)
+            if bar is not None:
+                bar.update()
+
+        try:
+            _factor([jobs[i] for i in own], partial(delivered, own), devices, workspace)
+        except Exception as raised:
+            if not sharded:
+                raise
+            error = raised
+        for groups, order in sharded.items():
+            _in_turns([jobs[i] for i in order], partial(delivered, order), groups, devices, workspace, error)
+
+
+def _in_turns(
+    jobs: Sequence[Job],
+    deliver: Deliver,
+    groups: Sequence[Any],
+    devices: Sequence[torch.device] | None,
+    workspace: int,
+    error: Exception | None,
+) -> None:
+    """`factor` for weights that are sharded over the ranks of these process groups.
+
+    error: what this rank has raised before.  The ranks along the longest dimension of the mesh take turns; those along
+    the others do the same work.
+    """
+    turns = max(groups, key=dist.get_world_size)
+    ranks, rank = dist.get_world_size(turns), dist.get_rank(turns)
+    for first in range(0, len(jobs), ranks):
+        mine, dtypes = None, []
+        try:
+            if error is not None:
+                raise error
+            for k, job in enumerate(jobs[first : first + ranks]):
+                W = job.weight.read()
+                dtypes.append(torch.promote_types(W.dtype, torch.float32))
+                mine = W if k == rank else mine
+                del W
+            if mine is not None:
+                mine = _of_one(jobs[first + rank], mine, devices, workspace)
+        except Exception as raised:
+            error = raised
+        _raise_on_all(error, groups)
+        for k, (job, dtype) in enumerate(zip(jobs[first : first + ranks], dtypes, strict=True)):
+            (N, K), r = job.weight.shape, job.rank
+            if k == rank:
+                factors = [t.contiguous() for t in mine]
+            else:
+                factors = [torch.empty(size, dtype=dtype, device=job.weight.device) for size in ((r, K), (N, r))]
+            for t in factors:
+                dist.broadcast(t, dist.get_global_rank(turns, k) if turns else k, group=turns)
+            deliver(first + k, *factors)
+
+
+def _of_one(job: Job, W: Tensor, devices: Sequence[torch.device] | None, workspace: int) -> list[Tensor]:
+    """A and B of a layer whose weight has been read."""
+    factors: list[Tensor] = []
+    job = replace(job, weight=replace(job.weight, read=lambda: W, groups=()))
+    _factor([job], lambda _, *made: factors.extend(made), devices, workspace)
+    return factors
+
+
+def _raise_on_all(error: Exception | None, groups: Sequence[Any]) -> None:
+    """Raise the error of this rank, if it has one, or say what another has raised: on all ranks or on none."""
+    said = None if error is None else f"{type(error).__name__}: {error}"
+    for group in groups:  # the first of the ranks along one dimension, then along the next
+        ranks: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, said, group=group)
+        said = next(filter(None, ranks), None)
+    if error is not None:
+        raise error
+    if said is not None:
+        raise RuntimeError(f"another rank could not read or factor its weights: {said}")
+
+
+def _factor(jobs: Sequence[Job], deliver: Deliver, devices: Sequence[torch.device] | None, workspace: int) -> None:
+    """`factor` for weights of which this process has the whole."""
     queues: dict[torch.device, list[int]] = defaultdict(list)
     load = dict.fromkeys(devices or (), 0)
     for i, job in enumerate(jobs):
@@ -86,20 +176,11 @@ def factor(
         queues[device].append(i)
         if devices is not None:
             load[device] += job.weight.shape[0] * job.weight.shape[1]
-    sharded = [job.label for job in jobs if job.weight.sharded]
-    if sharded and len(queues) > 1:
-        raise ValueError(
-            f"device: got {len(queues)} devices for {sharded[0]}, whose weight is sharded; must be one in each "
-            "process, so that all ranks gather in one order"
-        )
     stop, lock = threading.Event(), threading.Lock()
     of_host = next((device for device in queues if device.type == "cuda"), torch.device("cpu"))
     # What the caller's streams have under way comes first, and what is delivered is theirs.
     streams = {device: torch.cuda.current_stream(device) for device in queues if device.type == "cuda"}
-    with (
-        _bar(len(jobs)) if progress else nullcontext() as bar,
-        host_pool(of_host, len(jobs)) as pool,
-    ):
+    with host_pool(of_host, len(jobs)) as pool:
 
         def work(device: torch.device) -> None:
             try:
@@ -109,8 +190,6 @@ def factor(
                             return
                         with lock:
                             deliver(i, A, B)
-                            if bar is not None:
-                                bar.update()
             except BaseException:
                 stop.set()
                 raise

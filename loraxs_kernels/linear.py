@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import parallel
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .indexed import RowIndex
@@ -357,6 +358,14 @@ def adapted(
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
         return run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
+    if not plain and parallel.is_cut(base):
+
+        def product(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+            if _is_one_primitive(W, A, p):
+                return run(x, W, A, R, B, s, bias, None, name, index)
+            return plus_delta(F.linear(x, W, bias), x, A, R, B, s, p, index, in_place=True)
+
+        return parallel.output(base, x, A, R, B, product, name, *args, **kwargs)
     y = base(x, *args, **kwargs)
     if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"

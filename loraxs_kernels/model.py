@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, Job, compute_devices, factor
@@ -227,14 +228,7 @@ def install(
     with transaction(model):
         for name in options:
             layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        fill(list(layers.values()), basis, devices, workspace, progress)
-        sharded = [layer.label for layer in layers.values() if any(map(is_dtensor, layer.base_layer.parameters()))]
-        if sharded:
-            warnings.warn(
-                f"model: is sharded over ranks already ({sharded[0]}), so that every rank has an R of its own and "
-                "nothing reduces its gradient; attach before fully_shard, which then shards R too",
-                stacklevel=4,
-            )
+        fill(model, list(layers.values()), basis, devices, workspace, progress)
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
@@ -269,13 +263,16 @@ def _check_unadapted(model: nn.Module) -> None:
 
 
 def fill(
+    model: nn.Module,
     layers: Sequence[LoRAXSLinear],
     basis: Basis | None,
     devices: Sequence[torch.device] | None,
     workspace: int,
     progress: bool,
 ) -> None:
-    """A, B and R of new layers: from the basis file, or by the SVD, all together."""
+    """A, B and R of new layers for a model: from the basis file, or by the SVD, all together."""
+    fsdp = parallel.below_fsdp(model)
+    parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoRAXSLinear] = {}  # a weight that two layers share is factored once
     others: list[tuple[LoRAXSLinear, LoRAXSLinear]] = []
     for layer in layers:
@@ -305,6 +302,9 @@ def fill(
         layer.reset_R()  # only now: it comes from the host, and each would have waited for the GPU
     for layer, like in others:
         layer.reset_parameters((like.A, like.B))
+    for layer in layers:
+        if id(layer.base_layer) in fsdp and is_dtensor(layer.base_layer.weight):
+            parallel.average_gradient(layer.R, layer.base_layer.weight)
 
 
 def detach(model: M, *, merge: bool = False) -> M:

@@ -35,18 +35,19 @@ class Weight:
     dtype: that the layer computes in, one of FLOATS; A and B take it where nothing else is asked for.
     device: of the layer, and of what `read` returns.
     copies: whether `read` makes a tensor, and does not hand out the one that is there.
-    sharded: whether `read` is a collective.
     read: makes W (N, K) as a dense tensor without a gradient, in one of FLOATS, which need not be `dtype`: W itself
         where it is plain (not to be written), else a copy that nothing here keeps.  A collective for a weight that is
         sharded over ranks: every rank must read the same layers in the same order.
+    groups: the process groups of the ranks that it is sharded over, one for each dimension of their mesh; () where
+        it is not.
     """
 
     shape: Shape
     dtype: torch.dtype
     device: torch.device
     copies: bool
-    sharded: bool
     read: Callable[[], Tensor]
+    groups: tuple[Any, ...] = ()
 
 
 def weight_view(layer: nn.Module) -> Tensor | None:
@@ -317,8 +318,17 @@ def _weight(
             )
         return W.detach()
 
-    sharded = any(is_dtensor(p) or hasattr(p, "ds_id") for p in layer.parameters(recurse=False))
-    return Weight(shape, dtype, device, copies, sharded, checked)
+    groups = next(filter(None, map(_groups_of, layer.parameters(recurse=False))), ())
+    return Weight(shape, dtype, device, copies, checked, groups)
+
+
+def _groups_of(t: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a tensor is sharded: DTensor's, one for each dimension of its mesh, or ZeRO-3's."""
+    if is_dtensor(t):
+        return tuple(t.device_mesh.get_group(i) for i in range(t.device_mesh.ndim))
+    if hasattr(t, "ds_id"):
+        return (getattr(t, "ds_process_group", None),)  # None: all ranks
+    return ()
 
 
 def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:

@@ -886,7 +886,7 @@ class LoraXSModel(BaseTuner):
             self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fill(self._new, None, None, WORKSPACE, progress=True)
+            fill(model, self._new, None, None, WORKSPACE, progress=True)
             del self._new
             if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(_check_before_loading)

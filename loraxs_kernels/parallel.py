@@ -1,0 +1,200 @@
+"""Weights that are cut over ranks: tensor parallelism, and FSDP2 where it came before the adapters.
+
+Tensor parallelism makes the weight of a layer a DTensor and wraps the layer's call: what comes first lays out x, what
+comes last collects y.  On rank p
+
+    cut by rows (ColwiseParallel)       y_p = x W_p^T + s (x A^T) R^T B_p^T              B_p: the same rows of B
+    cut by columns (RowwiseParallel)    y = sum_p (x_p W_p^T + s (x_p A_p^T) R^T B^T)    A_p: the same columns of A
+
+The adapter is added where the layer multiplies, between the two, so that a forward has no collective of its own: the
+parts of y travel with the layer's.  A, R and B are whole on every rank, A_p and B_p are views.  What a rank knows of
+the gradient of R is one part of a sum, which the backward makes: r x r numbers a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .functional import label_of
+from .weights import held, is_dtensor
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of x, W, A, R, B and bias
+
+
+def is_cut(base: nn.Module) -> bool:
+    """Whether a layer is one of tensor parallelism: its weight is a DTensor, or transformers has wrapped its call.
+
+    FSDP2 puts whole weights in place while its modules run, so that there this is False.
+    """
+    return is_dtensor(getattr(base, "weight", None)) or _wrapping(base) is not None
+
+
+def output(
+    base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, product: Product, name: str, *args: Any, **kwargs: Any
+) -> Tensor:
+    """base(x, ...) of a layer that is cut, with its product made by `product` from this rank's pieces.
+
+    Raises RuntimeError, naming the layer, where base does not multiply by its weight through F.linear, once.
+    """
+    inside = _Inside(base, A, R, B, product)
+    with inside:
+        y = base(x, *args, **kwargs)
+    if inside.calls != 1:
+        raise RuntimeError(
+            f"{label_of(name)}: its base layer, a {type(base).__name__} cut over ranks, called F.linear with its "
+            f"weight {inside.calls} times, must do so once for an adapter to be added there; leave it out "
+            "(exclude_modules)"
+        )
+    return y
+
+
+class _Inside(TorchFunctionMode):
+    """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
+
+    def __init__(self, base: nn.Module, A: Tensor, R: Tensor, B: Tensor, product: Product) -> None:
+        super().__init__()
+        weight = getattr(base, "weight", None)
+        self.mesh, self.dim = (weight.device_mesh, _dim(weight)) if is_dtensor(weight) else (None, None)
+        self.base, self.A, self.R, self.B, self.product, self.calls = base, A, R, B, product, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.linear or args[1] is not held(self.base, "weight"):
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self._linear(*args, **kwargs)
+
+    def _linear(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        mesh, dim = self.mesh, self.dim
+        if mesh is None:
+            return self.product(x, W, self.A, self.R, self.B, bias)
+        if is_dtensor(W) and not is_dtensor(x):
+            return F.linear(x, W, bias)  # an error of torch's, which says so
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+        last, laid_out = x.dim() - 1, is_dtensor(x)
+        if laid_out:
+            wanted = {0: Replicate(), 1: Shard(last), None: x.placements[0]}[dim]
+            if x.placements != (wanted,):
+                x = x.redistribute(placements=[wanted])
+            # Of x as a whole each rank has the gradient through its own rows of W.
+            x = _waited(x.to_local(grad_placements=[Partial()] if dim == 0 else None))
+        after = None
+        if is_dtensor(bias):
+            if dim != 1:
+                bias = bias.to_local()
+            elif bias.requires_grad:
+                bias, after = None, bias
+            else:  # once in the sum
+                bias = bias.to_local() if mesh.get_local_rank() == 0 else None
+        A, R, B = self.A, self.R, self.B
+        if dim is not None:
+            A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
+        if R.requires_grad and (dim is not None or (laid_out and wanted.is_shard())):
+            R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        y = self.product(x, W.to_local() if is_dtensor(W) else W, A, R, B, bias)
+        if not laid_out:
+            return y
+        if dim == 0:  # of other pieces than this rank's only the sum of the sizes is known
+            shape = (*y.shape[:-1], self.B.shape[0])
+            strides = torch.empty(shape, device="meta").stride()
+            return DTensor.from_local(y, mesh, [Shard(last)], run_check=False, shape=shape, stride=strides)
+        y = DTensor.from_local(y, mesh, [Partial() if dim == 1 else wanted], run_check=False)
+        return y if after is None else y + after
+
+
+def piece(t: Tensor, dim: int, mesh: Any) -> Tensor:
+    """This rank's part of a tensor that is cut over a mesh of one dimension, as DTensor's Shard(dim) cuts it."""
+    parts, rank = t.chunk(mesh.size(), dim), mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else t.narrow(dim, 0, 0)
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _waited(t: Tensor) -> Tensor:
+    """t, once the collective that makes it has ended: torch hands such a tensor out before, to be waited for."""
+    return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
+
+
+def _dim(weight: Tensor) -> int | None:
+    """The dimension in which a DTensor W (N, K) is cut; None: it is whole on every rank."""
+    placement = weight.placements[0]
+    return placement.dim % weight.dim() if placement.is_shard() else None
+
+
+def _wrapping(layer: nn.Module) -> str | None:
+    """The name of the style by which transformers' tensor parallelism has wrapped a layer's call, if it has."""
+    forward = layer.__dict__.get("forward")
+    ours = (getattr(forward, "__module__", None) or "").startswith("transformers.distributed.")
+    return forward.__qualname__.partition(".")[0] if ours else None
+
+
+def check(layers: Iterable[tuple[str, nn.Module]], fsdp: set[int]) -> None:
+    """Refuse layers, given with what errors call them, that are cut in a way for which no sum above is known.
+
+    Raises ValueError, naming the module and how it is cut.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    for label, base in layers:
+        weight, style = getattr(base, "weight", None), _wrapping(base)
+        if style == "ReplicatedWithGradAllReduce":
+            how = f"transformers' style {style}, by which every rank has a part of the gradient alone"
+        elif not is_dtensor(weight) or id(base) in fsdp:
+            continue
+        elif not isinstance(base, nn.Linear):
+            how = f"a {type(base).__name__} with placements {weight.placements}"
+        elif not (len(weight.placements) == 1 and type(weight.placements[0]) in (Shard, Replicate)):
+            how = f"placements {weight.placements} on {weight.device_mesh}"
+        else:
+            continue
+        raise ValueError(
+            f"target_modules: {label} is cut over ranks by {how}; must be an nn.Linear whose weight is cut by rows or "
+            "by columns over one dimension, as ColwiseParallel and RowwiseParallel do. Leave it out (exclude_modules)"
+        )
+
+
+def below_fsdp(model: nn.Module) -> set[int]:
+    """The ids of the modules whose weights FSDP2 (fully_shard) cuts, and puts back whole while they run."""
+    if not any(map(is_dtensor, model.parameters())):
+        return set()
+    wrapped = [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
+    return {id(m) for each in wrapped for m in each.modules()}
+
+
+def average_gradient(R: nn.Parameter, weight: Tensor) -> None:
+    """Make R, which FSDP2 does not know, get the mean of its gradients over the ranks that share out the batch.
+
+    weight: a DTensor beside R that FSDP2 has cut: its mesh begins with the dimensions over which the batch goes, the
+    last of which is the first that FSDP2 cuts weights over; those of tensor parallelism follow.
+    """
+    last = next(i for i, placement in enumerate(weight.placements) if not placement.is_replicate())
+    groups = [weight.device_mesh.get_group(i) for i in range(last + 1)]
+    ranks = 1
+    for i in range(last + 1):
+        ranks *= weight.device_mesh.size(i)
+    if ranks > 1:
+        R.register_hook(partial(_mean, groups, ranks))
+
+
+def _mean(groups: Sequence[Any], ranks: int, grad: Tensor) -> Tensor:
+    total = grad.clone()
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return total.div_(ranks)
