@@ -117,28 +117,32 @@ def _in_turns(
     turns = max(groups, key=dist.get_world_size)
     ranks, rank = dist.get_world_size(turns), dist.get_rank(turns)
     for first in range(0, len(jobs), ranks):
-        mine, dtypes = None, []
-        try:
-            if error is not None:
-                raise error
-            for k, job in enumerate(jobs[first : first + ranks]):
+        together, dtypes, mine = jobs[first : first + ranks], [], None
+        for k, job in enumerate(together):
+            begun = [group._get_sequence_number_for_group() for group in groups]
+            try:
                 W = job.weight.read()
                 dtypes.append(torch.promote_types(W.dtype, torch.float32))
                 mine = W if k == rank else mine
                 del W
-            if mine is not None:
-                mine = _of_one(jobs[first + rank], mine, devices, workspace)
-        except Exception as raised:
-            error = raised
+            except Exception as raised:
+                if begun == [group._get_sequence_number_for_group() for group in groups]:
+                    raise  # before the others' collective, which nothing else may be taken for: their time runs out
+                error = error or raised
+        if error is None and mine is not None:
+            try:
+                mine = _of_one(job=together[rank], W=mine, devices=devices, workspace=workspace)
+            except Exception as raised:
+                error = raised
         _raise_on_all(error, groups)
-        for k, (job, dtype) in enumerate(zip(jobs[first : first + ranks], dtypes, strict=True)):
+        for k, (job, dtype) in enumerate(zip(together, dtypes, strict=True)):
             (N, K), r = job.weight.shape, job.rank
             if k == rank:
                 factors = [t.contiguous() for t in mine]
             else:
                 factors = [torch.empty(size, dtype=dtype, device=job.weight.device) for size in ((r, K), (N, r))]
             for t in factors:
-                dist.broadcast(t, dist.get_global_rank(turns, k) if turns else k, group=turns)
+                dist.broadcast(t, dist.get_global_rank(turns, k), group=turns)
             deliver(first + k, *factors)
 
 

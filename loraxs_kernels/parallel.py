@@ -155,11 +155,15 @@ def check(layers: Iterable[tuple[str, nn.Module]], fsdp: set[int]) -> None:
     for label, base in layers:
         weight, style = getattr(base, "weight", None), _wrapping(base)
         if style == "ReplicatedWithGradAllReduce":
-            how = f"transformers' style {style}, by which every rank has a part of the gradient alone"
-        elif not is_dtensor(weight) or id(base) in fsdp:
+            how = f"transformers' style {style}, by which a rank knows a part of the gradient alone"
+        elif not is_dtensor(weight):
+            if "_hf_tp_plan" not in vars(base):
+                continue
+            how = f"this transformers' style {base._hf_tp_plan!r} (5.17 and later keep weights as DTensors)"
+        elif id(base) in fsdp:
             continue
-        elif not isinstance(base, nn.Linear):
-            how = f"a {type(base).__name__} with placements {weight.placements}"
+        elif type(base).forward is not nn.Linear.forward:
+            how = f"placements {weight.placements} in a {type(base).__name__}"
         elif not (len(weight.placements) == 1 and type(weight.placements[0]) in (Shard, Replicate)):
             how = f"placements {weight.placements} on {weight.device_mesh}"
         else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that A, B and what is read may have
@@ -326,8 +327,8 @@ def _groups_of(t: Tensor) -> tuple[Any, ...]:
     """The process groups over which a tensor is sharded: DTensor's, one for each dimension of its mesh, or ZeRO-3's."""
     if is_dtensor(t):
         return tuple(t.device_mesh.get_group(i) for i in range(t.device_mesh.ndim))
-    if hasattr(t, "ds_id"):
-        return (getattr(t, "ds_process_group", None),)  # None: all ranks
+    if hasattr(t, "ds_id") and dist.is_available() and dist.is_initialized():
+        return (getattr(t, "ds_process_group", None) or dist.group.WORLD,)
     return ()
 
 
@@ -349,7 +350,7 @@ def _dense(weight: Tensor) -> Tensor:
 
 def is_dtensor(weight: Tensor) -> bool:
     """Whether a tensor is sharded, or replicated, over ranks; told without importing torch.distributed."""
-    return hasattr(weight, "full_tensor")
+    return type(weight).__name__ == "DTensor"  # which torch.compile can tell, too
 
 
 def _dequantises(weight: Tensor) -> bool:

@@ -695,7 +695,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         else:
             dtype = W.dtype if isinstance(W, Tensor) and W.dtype in FLOATS else self.loraxs_A[name].dtype
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
-            self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
+            R.data = R.detach().to(dtype)  # the same Parameter, which may have hooks
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
