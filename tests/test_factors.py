@@ -159,7 +159,7 @@ def test_weights_are_read_when_their_turn_comes_and_not_kept():
             most = max(most, len(alive))
             return copy
 
-        weight = factors.Weight(job.weight.shape, torch.float32, CPU, True, False, read)
+        weight = factors.Weight(job.weight.shape, torch.float32, CPU, True, read)
         jobs.append(Job(f"module '{i}'", weight, 4, job.recipe))
     made(jobs)
     assert most <= torch.get_num_threads()
@@ -167,7 +167,7 @@ def test_weights_are_read_when_their_turn_comes_and_not_kept():
 
 def test_the_workspace_is_bounded_before_anything_is_read():
     gpu = torch.device("cuda", 0)
-    weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, False, lambda: pytest.fail("was read"))
+    weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, lambda: pytest.fail("was read"))
     recipe = Recipe().pinned(64, weight.shape)
     with pytest.raises(
         ValueError, match=r"workspace: got 1000 bytes, must be at least \d+ for module 'up' of shape 8192"
@@ -189,7 +189,7 @@ def test_the_workspace_is_bounded_before_anything_is_read():
 def test_groups_keep_their_bound_wherever_the_weights_are(monkeypatch):
     """Some of one shape on the GPU, others on the host, where fewer may go together."""
     gpu = torch.device("cuda", 0)
-    here = factors.Weight((4096, 14336), torch.bfloat16, CPU, False, False, lambda: pytest.fail("was read"))
+    here = factors.Weight((4096, 14336), torch.bfloat16, CPU, False, lambda: pytest.fail("was read"))
     recipe = Recipe().pinned(64, here.shape)
     jobs = [Job("module", replace(here, device=gpu if i < 11 else CPU), 64, recipe) for i in range(32)]
     monkeypatch.setattr(factors, "_brought", lambda jobs, order, *_: iter([torch.empty(0).bfloat16()] * len(order)))
@@ -223,14 +223,6 @@ def test_a_read_in_another_dtype_than_announced_goes_apart():
     found, expected = made(mixed), made(jobs)
     for i, (A, B) in enumerate(found):  # on a CPU bf16 is upcast, so that they are the same
         assert torch.equal(A, expected[i // 2][0]) and torch.equal(B, expected[i // 2][1])
-
-
-def test_sharded_weights_are_gathered_by_one_thread():
-    jobs = make_jobs()
-    jobs[2] = replace(jobs[2], weight=replace(jobs[2].weight, sharded=True))
-    with pytest.raises(ValueError, match="device: got 2 devices for module '2', whose weight is sharded; must be one"):
-        made(jobs, devices=TWO)
-    assert len(made(jobs, devices=[CPU])) == len(jobs)
 
 
 def test_a_weight_elsewhere_is_refused():

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from helpers import on_ranks
 from torch import nn
+from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels.linear import LoRAXSLinear
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.weights import whole
 
@@ -22,21 +22,51 @@ transformers = pytest.importorskip("transformers")
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+TOKENS = dict(bos_token_id=0, eos_token_id=1)
 TIGHT = 1e-5  # of losses and, in Frobenius norm, of gradients, in fp32
 
 
-def llama(kind: str = "Llama", **more: int) -> nn.Module:
-    """With biases, of which one that is added to a sum over ranks counts once."""
+MORE = {
+    "Llama": dict(attention_bias=True, mlp_bias=True),
+    "Mixtral": dict(num_local_experts=4),
+    "DeepseekV2": dict(
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+    ),
+}
+
+
+def causal_lm(kind: str) -> nn.Module:
     torch.manual_seed(0)
+    if kind == "GPT2":
+        sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes, **TOKENS))
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    if kind == "Llama":
-        more |= dict(attention_bias=True, mlp_bias=True)
-    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=4, **more)
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=4, **MORE[kind])
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters():  # one that is added to a sum over ranks counts once
         if name.endswith("bias"):
             nn.init.normal_(p, std=0.02)
     return model
+
+
+llama = functools.partial(causal_lm, "Llama")
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
 
 
 def attached(model: nn.Module, targets: str | list[str] = TARGETS, **options: object) -> nn.Module:
@@ -51,7 +81,6 @@ def trained(
     model: nn.Module,
     loss: Callable[[nn.Module], torch.Tensor] = loss_of,
     steps: int = 10,
-    each: Callable[[], None] = lambda: None,
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Losses of some steps of AdamW on R alone, and the gradients of all R, side by side, at each."""
     Rs = [p for p in model.parameters() if p.requires_grad]
@@ -59,7 +88,6 @@ def trained(
     for _ in range(steps):
         of_step = loss(model)
         of_step.backward()
-        each()
         losses.append(float(of_step))
         gradients.append(torch.cat([whole(R.grad).flatten() for R in Rs]))
         optimizer.step()
@@ -96,7 +124,9 @@ def plan(suffix: str = "", sequence: bool = False) -> dict:
     if sequence:
         rows = RowwiseParallel(output_layouts=Shard(1))
         styles |= dict(input_layernorm=SequenceParallel(), post_attention_layernorm=SequenceParallel())
-        laid_out = dict(input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()})
+        laid_out = dict(
+            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+        )
         styles |= {"self_attn": PrepareModuleInput(**laid_out)}
         styles |= {"mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))}
     return styles | {f"self_attn.o_proj{suffix}": rows, f"mlp.down_proj{suffix}": rows}
@@ -110,38 +140,212 @@ def parallelized(model: nn.Module, mesh: dist.DeviceMesh, **how: object) -> nn.M
     return model
 
 
-def tensor_parallel(rank: int, folder: Path) -> None:
+def loss_of_parts(model: nn.Module, mesh: dist.DeviceMesh) -> torch.Tensor:
+    """`loss_of` a LLaMA between whose layers each rank has a part of every sequence."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def laid_out(x: torch.Tensor, now: object, then: object) -> torch.Tensor:
+        return DTensor.from_local(x, mesh, [now], run_check=False).redistribute(placements=[then]).to_local()
+
+    x, length = model.model.embed_tokens(IDS), IDS.shape[1]
+    positions = model.model.rotary_emb(x, torch.arange(length)[None])
+    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+    x = laid_out(x, Replicate(), Shard(1))
+    for block in model.model.layers:
+        x = block(x, attention_mask=mask, position_embeddings=positions)
+    logits = model.lm_head(model.model.norm(laid_out(x, Shard(1), Replicate())))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+
+
+def cut_by_transformers(rank: int, folder: Path) -> None:
+    def cut(kind: str) -> nn.Module:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / kind, tp_plan="auto")
+
     alone = attached(llama())
     expected = trained(copy.deepcopy(alone))
-
-    # transformers cuts the layers, `attach` follows.
-    model = attached(transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", tp_plan="auto"))
+    model = attached(cut("Llama"))
     assert_same_basis(model, alone)
     assert_same(trained(model), expected)
-    # Its adapter file is that of the model on one process, whichever rank writes it, and back.
-    file = folder / f"{rank}.safetensors"
-    lx.save_adapter(model, file)
-    back = lx.load_adapter(llama(), file)
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, back(IDS).logits)
-    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", tp_plan="auto")
-    lx.load_adapter(again, file)
-    assert abs(float(loss_of(again)) - float(loss_of(back))) < TIGHT
-    assert_same(trained(again, steps=4), trained(back, steps=4))  # resumed with another number of ranks
 
-    mesh = mesh_of(dist.get_world_size())
-    for how in ({}, {"suffix": ".base_layer"}):  # torch cuts them before `attach`, and after it
-        model = llama()
-        for step in (attached, functools.partial(parallelized, mesh=mesh, **how))[:: -1 if not how else 1]:
-            step(model)
+    # An adapter's file is that of the model on one process, whichever rank writes it.
+    if rank == 1:
+        lx.save_adapter(model, folder / "adapter.safetensors")
+    dist.barrier()
+    back = lx.load_adapter(llama(), folder / "adapter.safetensors", progress=False)
+    with torch.no_grad():  # another way through transformers' layers
+        torch.testing.assert_close(model(IDS).logits, back(IDS).logits)
+    again = lx.load_adapter(cut("Llama"), folder / "adapter.safetensors", progress=False)
+    assert_same(trained(again, steps=3), trained(back, steps=3))
+
+    dense = TARGETS[:4]  # all but the experts, which are no linear layers
+    assert_same(trained(attached(cut("Mixtral"), dense)), trained(attached(causal_lm("Mixtral"), dense)))
+    # Layers that are whole, of which the gradient of a part of the output is summed in the wrapped call alone.
+    targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    assert_same(trained(attached(cut("DeepseekV2"), targets)), trained(attached(causal_lm("DeepseekV2"), targets)))
+
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    models = [peft.get_peft_model(each, LoraXSConfig(r=4, target_modules=TARGETS)) for each in (cut("Llama"), llama())]
+    assert_same(*map(trained, models))
+    models[0].save_pretrained(folder / f"peft-{rank}")
+    loaded = peft.PeftModel.from_pretrained(llama(), folder / f"peft-{rank}")
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, models[0](input_ids=IDS).logits)
+
+
+def cut_by_torch(rank: int) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, alone = mesh_of(dist.get_world_size()), attached(llama())
+    expected = trained(copy.deepcopy(alone))
+
+    def cut(**how: object) -> nn.Module:
+        return parallelized(llama(), mesh, **how)
+
+    after = parallelized(attached(llama()), mesh, suffix=".base_layer")
+    compiled, checkpointed = attached(cut()), attached(cut())
+    for block in compiled.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (after, compiled, checkpointed.train()):
         assert_same_basis(model, alone)
         assert_same(trained(model), expected)
+    assert_same(trained(attached(cut(sequence=True)), functools.partial(loss_of_parts, mesh=mesh)), expected)
 
-    # Activation checkpointing, a bias that trains, dropout
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(trained(model.train(), steps=2), trained(copy.deepcopy(alone).train(), steps=2)) if False else None
+    models = [attached(cut()), copy.deepcopy(alone)]
+    for model in models:  # those of some layers are cut, those of others are added to a sum over ranks
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or name.endswith("bias"))
+    assert_same(*map(trained, models))
+
+    def mlp() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(10, 13), nn.Tanh(), nn.Linear(13, 9))  # no multiples of the number of ranks
+
+    def error(model: nn.Module) -> torch.Tensor:
+        return (model(x) - 1).square().mean()
+
+    x = torch.randn(7, 10, generator=torch.Generator().manual_seed(3))
+    styles = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+    models = [attached(parallelize_module(mlp(), mesh, styles), "all-linear"), attached(mlp(), "all-linear")]
+    assert_same(*(trained(model, error) for model in models))
+
+    model = cut()
+    cut_otherwise = DTensor.from_local(torch.randn(48, 32), mesh, [Partial()])
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(cut_otherwise)
+    refused(model, ValueError, r"module 'model\.layers\.1\.mlp\.up_proj' is cut over ranks by placements \(Partial")
+
+    model = cut()  # what one rank finds wrong with its weights, all raise
+    if rank == 1:
+        model.model.layers[1].mlp.up_proj.weight.detach().to_local()[0, 0] = torch.nan
+    # One rank has factored it.
+    refused(model, (ValueError, RuntimeError), r"module 'model\.layers\.1\.mlp\.up_proj': W: .* magnitude of nan")
+
+    def read(layer: nn.Module) -> torch.Tensor:
+        W = layer.weight.full_tensor()
+        if rank == 1 and layer is model.model.layers[0].self_attn.o_proj:
+            raise OSError("no such disk")
+        return W
+
+    model = cut()
+    lx.register_weight_reader(nn.Linear, read)
+    try:
+        own, others = (OSError, "^no such disk"), (RuntimeError, "another rank could not .*: OSError: no such disk")
+        refused(model, *(own if rank == 1 else others))
+    finally:
+        lx.register_weight_reader(nn.Linear, None)
+    assert_same_basis(attached(model), alone)
 
 
-def test_tensor_parallel_models_train_like_whole_ones(tmp_path):
-    llama().save_pretrained(tmp_path / "llama")
-    on_ranks(2, tensor_parallel, tmp_path)
+def refused(model: nn.Module, error: type[Exception] | tuple[type[Exception], ...], match: str) -> None:
+    """`attach` raises, and the model is as it was."""
+    before = [(name, m) for name, m in model.named_modules()], [(p, p.requires_grad) for p in model.parameters()]
+    with pytest.raises(error, match=match):
+        attached(model)
+    assert [(name, m) for name, m in model.named_modules()] == before[0]
+    assert all(p is q and p.requires_grad == r for p, (q, r) in zip(model.parameters(), before[1], strict=True))
+
+
+def sharded(model: nn.Module, mesh: dist.DeviceMesh) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def of_share(mesh: dist.DeviceMesh, parts: int = 1) -> Callable[[nn.Module], torch.Tensor]:
+    """The loss on this rank's rows of the batch; in several parts, of which all but the last call backward."""
+    rows = IDS.chunk(mesh.size())[mesh.get_local_rank()] if mesh.ndim == 1 else IDS.chunk(mesh.size())[dist.get_rank()]
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        *first, last = rows.chunk(parts)
+        done = [loss_of(model, each) / parts for each in first]
+        for each in done:
+            each.backward()
+        return loss_of(model, last) / parts + sum(each.detach() for each in done)
+
+    return loss
+
+
+def mean_over(mesh: dist.DeviceMesh, found: tuple) -> tuple:
+    losses = torch.tensor(found[0], dtype=torch.float64)
+    for i in range(mesh.ndim):
+        dist.all_reduce(losses, group=mesh.get_group(i))
+    return (losses / mesh.size()).tolist(), found[1]
+
+
+def test_models_that_transformers_has_cut_train_like_whole_ones(tmp_path):
+    for kind in ("Llama", "Mixtral", "DeepseekV2"):
+        causal_lm(kind).save_pretrained(tmp_path / kind)
+    on_ranks(2, cut_by_transformers, tmp_path)
+
+
+def test_models_that_torch_has_cut_train_like_whole_ones():
+    on_ranks(2, cut_by_torch)
+
+
+def fsdp_first(rank: int) -> None:
+    mesh = mesh_of(dist.get_world_size(), names=("data",))
+    for make in (llama, functools.partial(causal_lm, "GPT2"), t5):
+        alone = attached(make(), "all-linear")
+        expected = trained(copy.deepcopy(alone))
+        model = attached(sharded(make(), mesh), "all-linear")
+        assert_same_basis(model, alone)
+        assert_same(mean_over(mesh, trained(model, of_share(mesh, parts=2))), expected)
+
+
+def test_fsdp2_before_attach_trains_like_one_process():
+    on_ranks(2, fsdp_first)
+
+
+def two_dimensions(rank: int, folder: Path) -> None:
+    mesh, alone = mesh_of(2, 2, names=("data", "tp")), attached(llama())
+    data, expected = mesh["data"], trained(copy.deepcopy(alone))
+    cut = functools.partial(parallelized, mesh=mesh["tp"])
+    cut_after = functools.partial(parallelized, mesh=mesh["tp"], suffix=".base_layer")
+    shard = functools.partial(sharded, mesh=data)
+    for order in ([cut, attached, shard], [cut, shard, attached], [attached, cut_after, shard]):
+        model = llama()
+        for step in order:
+            step(model)
+        assert_same_basis(model, alone)
+        found = trained(model, of_share(data))
+        assert_same(mean_over(data, found), expected)
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        assert not float(whole(norm))  # all gradients have been used, and can be clipped together
+    file = folder / f"{rank}.safetensors"
+    lx.save_adapter(model, file)  # R is cut over "data": every rank calls
+    one = lx.load_adapter(llama(), file, progress=False)  # and goes on with other numbers of ranks
+    model = attached(sharded(llama(), mesh_of(4, names=("data",))))
+    lx.load_adapter(model, file)
+    share = of_share(mesh_of(4, names=("data",)))
+    assert_same(mean_over(mesh_of(4, names=("data",)), trained(model, share, steps=3)), trained(one, steps=3))
+
+    grid = mesh_of(2, 2, names=("copies", "data"))  # two copies of the model, each of two shards
+    assert_same(mean_over(grid, trained(attached(sharded(llama(), grid)), of_share(grid))), expected)
+
+
+def test_fsdp2_over_tensor_parallel(tmp_path):
+    on_ranks(4, two_dimensions, tmp_path)

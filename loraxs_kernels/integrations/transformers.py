@@ -232,12 +232,11 @@ def _check(model: nn.Module, adapters: list[_Adapter], attached: bool, args: Tra
                 f"model: module {adapter.name!r} is merged, so that its R would not train; lx.unmerge(model) first"
             )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
-            raise ValueError(
-                f"model: R of module {adapter.name!r} is sharded, must be whole on every rank, as with DDP and ZeRO-2; "
-                "under FSDP and ZeRO-3 train without LoraXSCallback and let Trainer save in their own formats"
-            )
+            raise _sharded(f"R of module {adapter.name!r}")
     if not attached:
         return
+    if cut := [name for name, t in _changing(model) if is_dtensor(t)]:
+        raise _sharded(f"{cut[0]!r}, which trains,")
     if not getattr(args, "save_safetensors", True):
         raise ValueError("args: got save_safetensors=False, must be True for LoraXSCallback")
     kept = {id(p) for adapter in adapters for p in adapter.layer.parameters()}
@@ -251,6 +250,13 @@ def _check(model: nn.Module, adapters: list[_Adapter], attached: bool, args: Tra
             "resume from do. Name their modules in attach(..., modules_to_save=[...])",
             stacklevel=3,
         )
+
+
+def _sharded(what: str) -> ValueError:
+    return ValueError(
+        f"model: {what} is sharded, must be whole on every rank, as with DDP and ZeRO-2; under FSDP and ZeRO-3 train "
+        "without LoraXSCallback and let Trainer save in their own formats"
+    )
 
 
 def _check_gradients(adapters: list[_Adapter]) -> None:
