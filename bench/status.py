@@ -50,6 +50,11 @@ COMPONENTS = {
         ["loraxs_kernels/integrations"],
         "PEFT's method, Trainer's checkpoints, the reference implementation",
     ),
+    "parallel": (
+        ["loraxs_kernels/parallel.py"],
+        "tensor parallelism and FSDP2 with several ranks: on CPUs alone, by gloo; a test marked `gpu` has one rank. "
+        "NCCL between GPUs has not been tried",
+    ),
     "demo": (["loraxs_kernels/demo"], ""),
     "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
     SANITIZER: (

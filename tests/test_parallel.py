@@ -349,3 +349,21 @@ def two_dimensions(rank: int, folder: Path) -> None:
 
 def test_fsdp2_over_tensor_parallel(tmp_path):
     on_ranks(4, two_dimensions, tmp_path)
+
+
+@pytest.mark.gpu("parallel")
+def test_one_rank_on_a_gpu():
+    """All that a single GPU can show: the ways through DTensors there and its kernels on their local tensors."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cuda", (1,), mesh_dim_names=("tp",))
+        ids, models = IDS.cuda(), [causal_lm("Llama").cuda().bfloat16() for _ in range(3)]
+        parallelized(models[1], mesh)
+        sharded(models[2], mesh)
+        expected, *found = [trained(attached(each), functools.partial(loss_of, ids=ids), 3) for each in models]
+        for losses, gradients in found:
+            torch.testing.assert_close(losses, expected[0], rtol=1e-3, atol=0)
+            for gR, other in zip(gradients, expected[1], strict=True):
+                assert (gR - other).norm() <= 0.05 * other.norm() > 0
+    finally:
+        dist.destroy_process_group()
