@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = Trainer(model=model, args=recipe, train_dataset=data, data_collator=functools.partial(collate, pad=pad))
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise ValueError('fsdp: got FSDP1, which cannot save an adapter; must be FSDP2 ("version": 2 in fsdp_config)')
     sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     if not sharded:  # else Trainer writes its own checkpoints, the only ones that can be resumed there
         LoraXSCallback().add_to(trainer)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,23 @@ def test_global_batch(tmp_path, monkeypatch):
     assert recipe.gradient_accumulation_steps == 64 and recipe.global_batch == 512
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)  # DataParallel in each
     assert example.Recipe(**common).global_batch == 128
+
+
+def test_fsdp1_is_refused_before_it_trains(tmp_path, monkeypatch):
+    """And not when the adapter is saved; FSDP itself needs GPUs in Trainer."""
+    example = script("train_causal_lm")
+
+    class Sharded(transformers.Trainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.is_fsdp_enabled, self.accelerator.state.fsdp_plugin = True, types.SimpleNamespace(fsdp_version=1)
+
+    monkeypatch.setattr(example, "Trainer", Sharded)
+    model = save_model(tmp_path / "model", "llama")
+    arguments = ["--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), "--loraxs_r", "4", *QUIET]
+    arguments += ["--data_path", str(lines(tmp_path / "sums.jsonl", [{"query": "1+1", "response": "2"}]))]
+    with pytest.raises(ValueError, match="fsdp: got FSDP1"):
+        example.main(arguments)
 
 
 def test_causal_lm_in_two_processes(tmp_path):
