@@ -4,8 +4,18 @@
         --data_path MetaMathQA-395K.json --data_fields query response --loraxs_r 64 --output_dir out
 
 The data are a file, or a folder of files, of JSON (an array, or an object a line) or parquet.  Every option of
-transformers' TrainingArguments works, on one GPU, several (torchrun) or none; --resume_from_checkpoint true continues
-where a run was stopped.  What is left in the end is output_dir/adapter.safetensors:
+transformers' TrainingArguments works; --resume_from_checkpoint true continues where a run was stopped.
+
+With several processes, put one of these in place of `python`; docs/parallel.md has a DeepSpeed configuration:
+
+    torchrun --nproc_per_node 8 examples/train_causal_lm.py ...
+    accelerate launch --multi_gpu --num_processes 8 examples/train_causal_lm.py ...
+    deepspeed --num_gpus 8 examples/train_causal_lm.py --deepspeed zero.json ...
+
+An optimizer step takes 128 examples however many processes there are: gradient_accumulation_steps is what remains of
+128 after per_device_train_batch_size and the number of processes, unless it is given.
+
+The adapter is saved to output_dir/adapter.safetensors:
 
     model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16)
     lx.load_adapter(model, "out/adapter.safetensors")
@@ -15,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,6 +34,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import loraxs_kernels as lx
 from loraxs_kernels.integrations.transformers import LoraXSCallback
@@ -32,6 +44,7 @@ PROMPT = (
     "### Instruction:\n{}\n\n### Response:"
 )
 IGNORED = -100  # a label that has no part in the loss
+GLOBAL_BATCH = 128  # examples in an optimizer step, of all processes
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Task:
 
 @dataclass
 class Recipe(TrainingArguments):
-    """TrainingArguments with the paper's values: batches of 2 x 64, AdamW with cosine decay and no weight decay."""
+    """TrainingArguments with the paper's values: batches of 128, AdamW with cosine decay and no weight decay."""
 
     learning_rate: float = 4e-3
     lr_scheduler_type: str = "cosine"
@@ -68,7 +81,9 @@ class Recipe(TrainingArguments):
     weight_decay: float = 0.0
     num_train_epochs: float = 2.0
     per_device_train_batch_size: int = 2
-    gradient_accumulation_steps: int = 64
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "by default what makes the batches of all processes 128 examples together"}
+    )
     logging_steps: float = 1
     save_steps: float = 100
     save_total_limit: int | None = 5
@@ -76,17 +91,41 @@ class Recipe(TrainingArguments):
     def __post_init__(self) -> None:
         if all(f.name != "warmup_ratio" for f in fields(TrainingArguments)) and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # transformers 5 takes either there
+        if self.gradient_accumulation_steps is None:  # before DeepSpeed's "auto" is filled in from it
+            self.gradient_accumulation_steps = accumulation(self.per_device_train_batch_size, replicas(self))
         super().__post_init__()
+
+    @property
+    def global_batch(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas(self)
+
+
+def replicas(recipe: TrainingArguments) -> int:
+    """How many batches are computed at a time: one a process, or one a GPU where one process has several."""
+    return max(1, recipe.n_gpu) * recipe.world_size  # in this order: n_gpu joins the processes that world_size counts
+
+
+def accumulation(per_device: int, replicas: int) -> int:
+    """gradient_accumulation_steps with which an optimizer step takes GLOBAL_BATCH examples."""
+    if per_device < 1 or GLOBAL_BATCH % (per_device * replicas):
+        raise ValueError(
+            f"per_device_train_batch_size: got {per_device}, with {replicas} processes or GPUs; their product must "
+            f"divide {GLOBAL_BATCH}, the recipe's batch. Change either, or choose another batch by "
+            "gradient_accumulation_steps"
+        )
+    return GLOBAL_BATCH // (per_device * replicas)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     task, recipe = HfArgumentParser((Task, Recipe)).parse_args_into_dataclasses(argv)
     set_seed(recipe.seed)
+    main_process = recipe.process_index == 0
+    say = print if main_process else lambda text: None
 
     tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
     records = read_records(Path(task.data_path))[: task.max_samples]
     data = encode(records, task, tokenizer)
-    print(f"{len(data)} examples; {len(records) - len(data)} left out, whose prompts leave no room for a response")
+    say(f"{len(data)} examples; {len(records) - len(data)} left out, whose prompts leave no room for a response")
 
     model = AutoModelForCausalLM.from_pretrained(task.model_name_or_path, dtype=chosen_dtype(task.dtype))
     lx.attach(
@@ -97,21 +136,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         dropout=task.loraxs_dropout,
         seed=recipe.seed,
         device=recipe.device,
+        progress=main_process,
     )
-    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trains:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # ZeRO-3 leaves each empty
+    say(f"{sum(n for p, n in sizes.items() if p.requires_grad):,} of {sum(sizes.values()):,} parameters train")
+    say(
+        f"an optimizer step takes {recipe.global_batch} examples: {recipe.per_device_train_batch_size} a batch, "
+        f"{recipe.gradient_accumulation_steps} batches one after the other, {replicas(recipe)} at a time"
+    )
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = Trainer(model=model, args=recipe, train_dataset=data, data_collator=functools.partial(collate, pad=pad))
-    LoraXSCallback().add_to(trainer)
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise ValueError('fsdp: got FSDP1, which cannot save an adapter; must be FSDP2 ("version": 2 in fsdp_config)')
+    sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+    if not sharded:  # else Trainer writes its own checkpoints, the only ones that can be resumed there
+        LoraXSCallback().add_to(trainer)
     resume = recipe.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_state()
 
-    if trainer.is_world_process_zero():
-        path = Path(recipe.output_dir, "adapter.safetensors")
+    path = Path(recipe.output_dir, "adapter.safetensors")
+    if main_process:
         lx.save_adapter(model, path)
         print(f"{path}: {path.stat().st_size:,} bytes")
+    elif sharded:  # every process has a part of R to give
+        with tempfile.TemporaryDirectory() as folder:
+            lx.save_adapter(model, Path(folder, path.name))
 
 
 def read_records(path: Path) -> list[dict]:

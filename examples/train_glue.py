@@ -7,8 +7,10 @@ train, each at its rate.
 
 The data are local files (csv, tsv, json, jsonl) with the columns of the task or sentence1, sentence2 and label, or come
 from the Hugging Face Hub where the package datasets is installed.  Every option of transformers' TrainingArguments
-works; --resume_from_checkpoint true continues where a run was stopped.  The metrics need scikit-learn.  What is left in
-the end is output_dir/adapter.safetensors, R and the classifier of the epoch that did best on the validation data.
+works; --resume_from_checkpoint true continues where a run was stopped.  The settings are those of one process, which
+takes 32 examples a step; with several, each takes 32 unless per_device_train_batch_size is smaller.  The metrics need
+scikit-learn.  What is left in the end is output_dir/adapter.safetensors, R and the classifier of the epoch that did
+best on the validation data.
 """
 
 from __future__ import annotations

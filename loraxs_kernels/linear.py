@@ -17,7 +17,7 @@ from .indexed import RowIndex
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
-from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
@@ -178,7 +178,7 @@ class LoRAXSLinear(nn.Module):
     @torch.no_grad()
     def reset_R(self) -> None:
         """Draw R again."""
-        self.R.copy_(self.recipe.initial_R(self.rank, self.sigma))
+        assign(self.R, self.recipe.initial_R(self.rank, self.sigma))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.seat is not None:

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import loraxs_kernels as lx
@@ -147,9 +149,74 @@ def test_paper_recipe(tmp_path):
         64,
         2,
     )
+    assert recipe.global_batch == 128
     assert recipe.get_warmup_steps(1000) == 20 and "adamw" in recipe.optim
     glue = script("train_glue")
     assert glue.Recipe(output_dir=str(tmp_path), report_to="none", use_cpu=True).get_warmup_steps(1000) == 60
+
+
+def test_global_batch(tmp_path, monkeypatch):
+    """128 examples a step, whatever the number of processes; or what was asked for."""
+    example = script("train_causal_lm")
+    assert [example.accumulation(2, n) for n in (1, 2, 8, 64)] == [64, 32, 8, 1]
+    for per_device, processes in ((2, 3), (2, 128), (3, 1), (0, 1)):
+        with pytest.raises(ValueError, match=f"per_device_train_batch_size: got {per_device}, with {processes} pro"):
+            example.accumulation(per_device, processes)
+
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 4)
+    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    recipe = example.Recipe(**common, per_device_train_batch_size=4)
+    assert recipe.gradient_accumulation_steps == 8 and recipe.global_batch == 128
+    recipe = example.Recipe(**common, gradient_accumulation_steps=64)
+    assert recipe.gradient_accumulation_steps == 64 and recipe.global_batch == 512
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)  # DataParallel in each
+    assert example.Recipe(**common).global_batch == 128
+
+
+def test_fsdp1_is_refused_before_it_trains(tmp_path, monkeypatch):
+    """And not when the adapter is saved; FSDP itself needs GPUs in Trainer."""
+    example = script("train_causal_lm")
+
+    class Sharded(transformers.Trainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.is_fsdp_enabled, self.accelerator.state.fsdp_plugin = True, types.SimpleNamespace(fsdp_version=1)
+
+    monkeypatch.setattr(example, "Trainer", Sharded)
+    model = save_model(tmp_path / "model", "llama")
+    arguments = ["--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), "--loraxs_r", "4", *QUIET]
+    arguments += ["--data_path", str(lines(tmp_path / "sums.jsonl", [{"query": "1+1", "response": "2"}]))]
+    with pytest.raises(ValueError, match="fsdp: got FSDP1"):
+        example.main(arguments)
+
+
+def test_causal_lm_in_two_processes(tmp_path):
+    """torchrun with two processes trains as one process does: on the same batches, to the same R."""
+    model = save_model(tmp_path / "model", "llama")
+    sums = [{"query": f"{a}+{b}", "response": "z" * (a % 7)} for a in range(32) for b in range(8)]
+    arguments = ["--model_name_or_path", str(model), "--data_path", str(lines(tmp_path / "sums.jsonl", sums)), *QUIET]
+    arguments += ["--loraxs_r", "8", "--max_length", "180", "--learning_rate", "0.2", "--warmup_ratio", "0"]
+    arguments += ["--per_device_train_batch_size", "16"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    script("train_causal_lm").main([*arguments, "--output_dir", str(one)])
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "examples" / "train_causal_lm.py"), *arguments, "--output_dir", str(two)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as launched:
+        try:
+            said, errors = launched.communicate(timeout=120)
+        finally:
+            launched.terminate()  # torchrun ends its workers then, which it has put into sessions of their own
+    assert launched.returncode == 0, errors
+    assert said.count("takes 128 examples: 16 a batch, 4 batches one after the other, 2 at a time") == 1
+    expected, found = losses(one), losses(two)
+    assert len(found) == 4 and found[-1] < found[0] - 0.1  # 2 epochs of 256 / 128
+    assert found == pytest.approx(expected, abs=1e-4)
+    files = [safetensors.torch.load_file(folder / "adapter.safetensors") for folder in (one, two)]
+    torch.testing.assert_close(files[1]["R/8"], files[0]["R/8"], atol=1e-4, rtol=0)
+    assert [path.name for path in sorted(two.glob("*.safetensors"))] == ["adapter.safetensors"]
 
 
 def test_glue(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import json
 import logging
+import types
 import warnings
 from pathlib import Path
 
@@ -425,6 +427,16 @@ def test_adapters_without_gradients_are_an_error(tmp_path):
     first.model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
     with pytest.warns(UserWarning, match=r"R of 7 of 14 modules, the first 'model.layers.0.self_attn.q_proj'"):
         trainer_of(first, tmp_path, max_steps=1).train()
+
+
+def test_gradients_that_deepspeed_keeps_are_not_missed(tmp_path):
+    """It leaves no p.grad, whether --deepspeed or accelerate's own configuration has brought it."""
+    for plugin in (None, object()):
+        callback = LoraXSCallback()
+        args = types.SimpleNamespace(output_dir=str(tmp_path), deepspeed_plugin=plugin)
+        callback.on_train_begin(args, None, None, model=attached())
+        with contextlib.nullcontext() if plugin else pytest.raises(RuntimeError, match="no R got a gradient"):
+            callback.on_pre_optimizer_step(args, None, None, model=attached())
 
 
 def test_refuses_before_it_trains(tmp_path):

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
 from loraxs_kernels.model import match
-from loraxs_kernels.weights import weight_of
+from loraxs_kernels.weights import assign, weight_of
 
 N, K = 32, 64  # whole blocks of every scheme
 
@@ -571,6 +571,23 @@ def test_fsdp2_models_train_like_whole_ones(mesh, first):
     for ours, theirs in zip(adapters(model), adapters(expected), strict=True):
         gR = ours.R.grad if first == "shard" else ours.R.grad.full_tensor()
         torch.testing.assert_close(gR, theirs.R.grad)
+        assert torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B)
+
+
+def test_fsdp2_models_of_the_meta_device_are_filled_after_sharding(mesh):
+    """torch's own order for models that no rank can hold: shapes, shards, memory, weights; and A, B, R in the end."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_of()
+    expected = lx.attach(copy.deepcopy(model), 4, target_modules="all-linear")
+    sharded = lx.attach(copy.deepcopy(model).to("meta"), 4, target_modules="all-linear")
+    fully_shard(sharded, mesh=mesh).to_empty(device="cpu")
+    for ours, theirs in zip(adapters(sharded), adapters(expected), strict=True):
+        for p, q in zip(ours.base_layer.parameters(), theirs.base_layer.parameters(), strict=True):
+            assign(p.detach(), q)
+        nn.init.zeros_(ours.R)
+        ours.reset_parameters()
+        assert type(ours.R.data).__name__ == "DTensor" and torch.equal(ours.R.full_tensor(), theirs.R)
         assert torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B)
 
 

@@ -98,7 +98,7 @@ class LoraXSCallback(TrainerCallback):
         attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
         _check(model, adapters, attached, args)
         self._sizes = _Sizes(adapters)
-        self._unchecked = not getattr(args, "deepspeed", None)  # which keeps gradients elsewhere
+        self._unchecked = not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
         with transaction(model):
             if _reentrant(model):
                 self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
