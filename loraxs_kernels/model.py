@@ -132,8 +132,9 @@ def attach(
 
     Args:
         model: any nn.Module with nn.Linear or transformers Conv1D layers below it, dense or quantised (bitsandbytes,
-            torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (DTensor,
-            ZeRO-3) are gathered one layer at a time: every rank must then call with the same arguments.
+            torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (tensor
+            parallelism, FSDP2, ZeRO-3) are gathered one at a time, and the ranks take turns at the SVD: every rank must
+            then call with the same arguments.
         rank: r of every adapter, unless `rank_pattern` says otherwise.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
@@ -161,6 +162,7 @@ def attach(
 
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
+        RuntimeError: another rank has failed with its weights.
     """
     given, model = model, unwrapped(model)
     _check_unadapted(model)
