@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from loraxs_kernels import reference, truncated_svd
@@ -294,3 +300,37 @@ def assert_all_or_nothing(make: Callable, call: Callable, state: Callable, step:
             assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, f"other objects at line {k}"
             left -= 1
     assert state(model) == after != before and left <= 0
+
+
+def on_ranks(n: int, function: Callable[..., None], *args: object, limit: float = 300) -> None:
+    """function(rank, *args) in n processes, the ranks of one gloo group on the CPU; the first error is raised here.
+
+    function: of a module's top level.  Every rank's error is printed.  Nothing hangs: a collective waits for a minute,
+    all of it for `limit` seconds, and then the processes are killed.
+    """
+    if not dist.is_available():
+        pytest.skip("this torch has no distributed package")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = torch.multiprocessing.spawn(_rank, (n, f"{folder}/store", function, args), nprocs=n, join=False)
+        end = time.monotonic() + limit
+        try:
+            while not ranks.join(timeout=1):
+                assert time.monotonic() < end, f"{function.__name__}: not done in {limit} s"
+        finally:
+            for process in ranks.processes:
+                process.kill()
+
+
+def _rank(rank: int, n: int, store: str, function: Callable[..., None], args: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))  # which some libraries ask for
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=n, timeout=timedelta(seconds=60)
+    )
+    try:
+        function(rank, *args)
+        dist.barrier()
+    except BaseException:
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        raise
+    os._exit(0)  # in the ordinary way a thread of torch's own, not yet joined, aborts the process now and then
