@@ -54,7 +54,7 @@ from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
 from ..files import read_json, sha256_of, write_atomically
 from ..indexed import NONE, RowIndex
-from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
+from ..linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
 from ..matching import matches
 from ..model import (
     classification_head,
@@ -541,7 +541,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
         """The adapters in place where accelerate has offloaded them, which it does for each module's own forward."""
-        held = [each for each in (self.loraxs_R, self.loraxs_A, self.loraxs_B) if hasattr(each, "_hf_hook")]
+        held = [self.loraxs_R, self.loraxs_A, self.loraxs_B]
+        held = [each for each in held if hasattr(each, "_hf_hook") and not only_moves(each)]
         for each in held:
             each._hf_hook.pre_forward(each)
         try:
