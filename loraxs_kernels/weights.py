@@ -11,7 +11,8 @@ Other packages are told by the names of their classes and imported only to read 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +137,30 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
         _registered[layer_type] = (read, shape or _features)
 
 
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Those that DeepSpeed's ZeRO-3 has partitioned are whole meanwhile, on every rank, to be read: a collective then.
+
+    ZeRO-3 leaves every rank with a part in `ds_tensor`, and the parameter itself empty.  Those that the caller has
+    gathered, or that DeepSpeed keeps whole because they are small, are left as they are.
+    """
+    parts = [t for t in tensors if hasattr(t, "ds_id") and t.shape != t.ds_shape]
+    with _zero3(parts) if parts else nullcontext():
+        yield
+
+
+def _zero3(parts: list[Tensor], **options: Any) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts, **options)
+
+
 def whole(t: Tensor) -> Tensor:
-    """t, gathered where it is sharded over ranks (DTensor): a collective then."""
-    return t.full_tensor() if is_dtensor(t) else t
+    """t without a gradient, gathered where it is sharded over ranks (DTensor, ZeRO-3): a collective then."""
+    if is_dtensor(t):
+        return t.detach().full_tensor()
+    with gathered([t]):
+        return t.detach().clone() if hasattr(t, "ds_id") else t.detach()  # what was gathered is DeepSpeed's to free
 
 
 @torch.no_grad()
@@ -148,7 +170,12 @@ def assign(t: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
-    t.copy_(value)
+    with _zero3([t], modifier_rank=0) if hasattr(t, "ds_id") else nullcontext():
+        t.copy_(value)
+        if hasattr(t, "_z3_optimizer"):  # has an fp32 copy of its own, which the next step puts in place of t
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(t, value)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -322,13 +349,9 @@ def _weight(
 
 
 def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    """dense(weight), with all of the weight in place: ZeRO-3 leaves every rank with a part, and the parameter empty."""
-    if not hasattr(weight, "ds_id") or weight.shape == weight.ds_shape:  # gathered by the caller already
-        return dense(weight)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight]):
-        return dense(weight).clone()  # what was gathered is DeepSpeed's to free
+    """dense(weight), with all of the weight in place."""
+    with gathered([weight]):
+        return dense(weight).clone() if hasattr(weight, "ds_id") else dense(weight)
 
 
 def _dense(weight: Tensor) -> Tensor:

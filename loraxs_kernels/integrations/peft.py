@@ -711,7 +711,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 held.register_buffer(name, held[name], self.config[name].save_factors)
             if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
                 continue
-            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
+            if hasattr(R, "ds_id") and R.shape != R.ds_shape:  # ZeRO-3: for DeepSpeed's own checkpoints, of its parts
+                continue
+            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R), B)])
             self.loraxs_fingerprint[name] = fingerprint
             if name not in self.loraxs_R._parameters:  # for models without the parametrization that makes it
                 destination[f"{prefix}loraxs_R.{name}"] = R.detach()
