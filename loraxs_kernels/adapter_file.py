@@ -35,7 +35,7 @@ from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_
 from .linear import LoRAXSLinear, label_of
 from .model import adapted_layers, basis_for, install, unwrapped
 from .transaction import keep, transaction
-from .weights import FLOATS, assign, gathered, weight_of, whole
+from .weights import FLOATS, assign, gathered, weight_of, whole, written
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
@@ -131,7 +131,15 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
 
 
 def whole_R(layer: LoRAXSLinear) -> Tensor:
-    """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then."""
+    """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
+
+    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has.
+    """
+    R = layer._parameters.get("R")
+    if hasattr(R, "_z3_optimizer") and R.requires_grad:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(R).clone()
     with gathered(_makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
 
@@ -235,7 +243,8 @@ def load_adapter(
             layer = layers[name]
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
-                layer.R = R.to(layer.R)
+                with written(_makers_of_R(layer)):
+                    layer.R = R.to(layer.R)
             else:
                 assign(layer.R, R)
         for target, value in values:

@@ -170,12 +170,28 @@ def assign(t: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
-    with _zero3([t], modifier_rank=0) if hasattr(t, "ds_id") else nullcontext():
+    with written([t]):
         t.copy_(value)
-        if hasattr(t, "_z3_optimizer"):  # has an fp32 copy of its own, which the next step puts in place of t
-            from deepspeed.utils import safe_set_full_fp32_param
+    if hasattr(t, "_z3_optimizer"):
+        _write_master(t, value)  # which t may have rounded
 
-            safe_set_full_fp32_param(t, value)
+
+@contextmanager
+def written(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Those that ZeRO-3 has partitioned are whole meanwhile, and keep what rank 0 writes: a collective then."""
+    parts = [t for t in tensors if hasattr(t, "ds_id")]
+    with _zero3(parts, modifier_rank=0) if parts else nullcontext():
+        yield
+        for t in parts:
+            if hasattr(t, "_z3_optimizer"):
+                _write_master(t, t.detach())
+
+
+def _write_master(t: Tensor, value: Tensor) -> None:
+    """Into the fp32 copy of t that DeepSpeed's optimizer has, and would put in place of t after its next step."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(t, value)
 
 
 def is_linear(layer: nn.Module) -> bool:
