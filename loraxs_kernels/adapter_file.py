@@ -64,7 +64,8 @@ def save_adapter(
     Args:
         model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are
-            gathered one by one, and each rank then writes the file at the path it was given.
+            gathered one by one, and each rank then writes the file at the path it was given.  Inside a
+            GatheredParameters of all that trains, one rank may call alone.
         path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
             stops this process, finds the old file or the new one, whole.  So ranks may give the same path.
         dtype: of R in the file, fp32 or bf16; None: as trained.
@@ -133,13 +134,15 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
 def whole_R(layer: LoRAXSLinear) -> Tensor:
     """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
 
-    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has.
+    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has, but not where the
+    caller has gathered R, perhaps to save it on one rank.
     """
     R = layer._parameters.get("R")
-    if hasattr(R, "_z3_optimizer") and R.requires_grad:
+    if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(R).clone()
+        if not getattr(R, "_ds_z3_gathered_param_context_depth", 0):
+            return safe_get_full_fp32_param(R).clone()
     with gathered(_makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
 

@@ -184,7 +184,8 @@ def zero3(rank: int, folder: str) -> None:
 
 
 def zero3_beside(persistent: int, rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # which it wants, though the group is there
+    # It wants an address, though the group is there, and would take a GPU for the device.
+    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -214,7 +215,13 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
     own, file = f"{folder}/{rank}.safetensors", f"{folder}/both.safetensors"
     lx.save_adapter(model, own)
     lx.save_adapter(model, file)
-    assert Path(own).read_bytes() == Path(file).read_bytes()
+    with deepspeed.zero.GatheredParameters(trained(model)):
+        if rank == 0:
+            lx.save_adapter(model, f"{folder}/gathered.safetensors")
+    dist.barrier()
+    for name in (own, f"{folder}/gathered.safetensors"):
+        assert Path(name).read_bytes() == Path(file).read_bytes()
+    check_same(lx.load_adapter(llama(), file), alone.model)
     # Into the engine, whose optimizer has an fp32 copy of its own, and on from there.
     for p in trained(alone.model):
         nn.init.zeros_(p)
@@ -239,6 +246,10 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
     lx.save_adapter(model, own)
     loaded, R = trained(lx.load_adapter(llama(torch.bfloat16), own))[0], trained(model)[0]
     assert R.dtype == torch.bfloat16 and torch.equal(loaded, safe_get_full_fp32_param(R)), "of the optimizer, in fp32"
+    with deepspeed.zero.GatheredParameters(trained(model)):
+        if rank == 0:
+            lx.save_adapter(model, own)
+            assert torch.equal(trained(lx.load_adapter(llama(torch.bfloat16), own))[0], R.float())
 
 
 def interrupted_at_the_third(call):
