@@ -272,6 +272,10 @@ def through_peft_and_zero3(rank: int, folder: str, engine_of) -> None:
     alone, engine = Alone(model), engine_of(model)
     assert mean_loss(rank, engine, 0, engine.backward) == pytest.approx(alone.step(0), abs=1e-5)
     engine.step()
+    state = engine._zero3_consolidated_16bit_state_dict()  # what Trainer hands to save_pretrained
+    if rank == 0:
+        with pytest.raises(ValueError, match=r"fingerprint of A and B .* is empty, .*GatheredParameters"):
+            check_saved(folder, model, alone.model, state)
     engine.save_checkpoint(f"{folder}/engine")
     with deepspeed.zero.GatheredParameters(trained(model)):
         if rank == 0:

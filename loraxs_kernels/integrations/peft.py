@@ -674,6 +674,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
+                    if entry["R"].any() and not (S.any() or probe.any()):
+                        raise ValueError(
+                            f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty, as where "
+                            "DeepSpeed has gathered parameters for save_pretrained by itself: save it on one rank, "
+                            "inside deepspeed.zero.GatheredParameters of all that trains"
+                        )
                     raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
