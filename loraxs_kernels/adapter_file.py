@@ -35,7 +35,7 @@ from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_
 from .linear import LoRAXSLinear, label_of
 from .model import adapted_layers, basis_for, install, unwrapped
 from .transaction import keep, transaction
-from .weights import FLOATS, assign, weight_of, whole
+from .weights import FLOATS, assign, gathered, weight_of, whole, written
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
@@ -63,9 +63,11 @@ def save_adapter(
 
     Args:
         model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
-            Where FSDP2 has sharded R, every rank must call.
+            Where FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are
+            gathered one by one, and each rank then writes the file at the path it was given.  Inside a
+            GatheredParameters of all that trains, one rank may call alone.
         path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
-            stops this process, finds the old file or the new one, whole.
+            stops this process, finds the old file or the new one, whole.  So ranks may give the same path.
         dtype: of R in the file, fp32 or bf16; None: as trained.
         portable: add a sketch of the singular vectors (8 columns for each side), with which `load_adapter` can align
             R to a slightly different basis, such as one from the weights in another dtype.
@@ -80,7 +82,7 @@ def save_adapter(
     model, path = unwrapped(model), Path(path)
     descriptions, records, factors, moved = {}, {}, {}, []
     for name, layer in layers_to_save(model):
-        R = whole(layer.R.detach())
+        R = whole_R(layer)
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
         R = R.to(dtype or R.dtype)
@@ -88,7 +90,7 @@ def save_adapter(
         if portable:
             record["U"], record["V"] = basis.sketch(layer.A, layer.B)
         if not all(map(is_finite, record.values())):
-            largest = layer.R.abs().max().item()
+            largest = R.abs().max().item()
             raise ValueError(
                 f"module {name!r}: A or B is not finite, or R has values too large for a file (up to {largest:.1e}); "
                 "nothing was written"
@@ -129,6 +131,22 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
         yield name, layer
 
 
+def whole_R(layer: LoRAXSLinear) -> Tensor:
+    """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
+
+    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has, but not where the
+    caller has gathered R, perhaps to save it on one rank.
+    """
+    R = layer._parameters.get("R")
+    if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not getattr(R, "_ds_z3_gathered_param_context_depth", 0):
+            return safe_get_full_fp32_param(R).clone()
+    with gathered(_makers_of_R(layer)):
+        return whole(layer.R.detach()).clone()
+
+
 def base_model(model: nn.Module) -> str:
     """The name that a transformers model was loaded by, else nothing."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or ""
@@ -140,7 +158,7 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     for name in names:
         module = model.get_submodule(name)
         masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
-        for key, t in module.state_dict().items():
+        for key, t in module.state_dict(keep_vars=True).items():
             tensors[f"{name}.{key}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
@@ -188,6 +206,7 @@ def load_adapter(
 
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
+            Where FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and the values are those of rank 0.
         path: of the file.
         basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
             a model without adapters.
@@ -221,13 +240,14 @@ def load_adapter(
                 f"with an estimated relative error of delta W of up to {worst:.1e}",
                 stacklevel=3,  # past no_grad's wrapper
             )
-        trained = [p for layer in layers.values() for n, p in layer.named_parameters() if _makes_R(n)]
+        trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
         keep(undo, [*trained, *(target for target, _ in values)])
         for name, R in settled.items():
             layer = layers[name]
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
-                layer.R = R.to(layer.R)
+                with written(_makers_of_R(layer)):
+                    layer.R = R.to(layer.R)
             else:
                 assign(layer.R, R)
         for target, value in values:
@@ -235,8 +255,9 @@ def load_adapter(
     return given
 
 
-def _makes_R(name: str) -> bool:
-    return name == "R" or name.startswith("parametrizations.R.")
+def _makers_of_R(layer: LoRAXSLinear) -> list[nn.Parameter]:
+    """R, or the parameters that a parametrization makes it of."""
+    return [p for name, p in layer.named_parameters() if name == "R" or name.startswith("parametrizations.R.")]
 
 
 @contextmanager
@@ -424,14 +445,15 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
     pairs = []
     for name in names:
         try:
-            state = model.get_submodule(name).state_dict()
+            state = model.get_submodule(name).state_dict(keep_vars=True)
         except AttributeError:
             raise ValueError(f"model: has no module {name!r}, which the adapter file has values for") from None
         for key, target in state.items():
             value = tensors.get(f"{name}.{key}")
-            if value is None or value.shape != target.shape:
+            shape = getattr(target, "ds_shape", target.shape)
+            if value is None or value.shape != shape:
                 there = "missing" if value is None else f"of shape {tuple(value.shape)}"
-                raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(target.shape)}")
+                raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(shape)}")
             if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
                 raise ValueError(f"{name}.{key}: is of {value.dtype} in the file, must be of {target.dtype}")
             if not is_finite(value.to(target.dtype)) and (target.is_meta or is_finite(target)):
@@ -507,4 +529,4 @@ def _taken(
 
 def plain(t: Tensor) -> Tensor:
     """A contiguous copy on the CPU with storage of its own; a collective for a tensor that is sharded over ranks."""
-    return whole(t.detach()).to("cpu", copy=True).contiguous()
+    return whole(t).to("cpu", copy=True).contiguous()

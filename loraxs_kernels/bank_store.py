@@ -468,7 +468,7 @@ class Store:
         entries = {}
         for name, layer in adapter_file.layers_to_save(model):
             numbers = adapter_file.description(layer, name)
-            R = whole(layer.R.detach())
+            R = adapter_file.whole_R(layer)
             entry = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
             entries[name] = {key: t.cpu() for key, t in entry.items()}
             entries[name] |= {"recipe": layer.recipe, "rank": numbers["rank"], "alpha": numbers["alpha"]}
@@ -492,7 +492,7 @@ class Store:
                 raise ValueError(
                     f"{where}: R of module {module!r} is {R.dtype} of shape {tuple(R.shape)}, must be {must}"
                 )
-        return {module: whole(given[module].detach()).cpu() for module, _ in self.modules}
+        return {module: whole(given[module]).cpu() for module, _ in self.modules}
 
     def _fitted(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
         """R of each module, or with its signs turned, if that makes the same delta on the bank's A and B."""

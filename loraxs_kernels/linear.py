@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class LoRAXSLinear(nn.Module):
     (..., K) to (..., N)).  `base_layer` is never changed, so taking the wrapper off gives the very same layer back.
     The primitive computes the whole where W is a frozen dense tensor; where it is not (a quantised weight, a hooked or
     overridden forward, an unfrozen W) or where dropout is active, the delta is added to base_layer's own output.
+    Hooks of accelerate's device_map that only move x and y between devices are no hindrance.
 
     Attributes:
         A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
@@ -191,10 +193,12 @@ class LoRAXSLinear(nn.Module):
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
         return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, None, *args, **kwargs)
 
-    def _joins(self) -> bool:
+    def _joins(self, x: Tensor) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
         W = weight_view(self.base_layer)
-        if W is None or self.merged or self.seat is not None or _hooked(self.base_layer) or _hooked(self):
+        if W is None or self.merged or self.seat is not None:
+            return False
+        if any(_hooked(each) and not (x.device == W.device and only_moves(each)) for each in (self.base_layer, self)):
             return False
         p = self.dropout if self.training else 0.0
         return not (self.bias is not None and self.bias.requires_grad) and _is_one_primitive(W, self.A, p)
@@ -358,6 +362,11 @@ def adapted(
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
         return run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
+    if W is not None and not (plain or args or kwargs) and _is_one_primitive(W, A, p) and only_moves(base):
+        moves = x.device != W.device
+        h = base._hf_hook.pre_forward(base, x)[0][0] if moves else x
+        y = run(h, W, A, R, B, s, held(base, "bias"), None, name, index)
+        return base._hf_hook.post_forward(base, y) if moves else y
     if not plain and parallel.is_cut(base):
 
         def product(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
@@ -414,11 +423,10 @@ def plus_delta(
 ) -> Tensor:
     """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
     h = F.dropout(x, p) if p > 0.0 else x
-    if not autocast_on(x):
-        h = h.to(A.dtype)
+    h = h.to(A.device) if autocast_on(x) else h.to(A.device, A.dtype)  # base may have moved x by itself
     if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
         return lora_xs_delta(h, A, R, B, s, out=y, index=index)
-    return y + lora_xs_delta(h, A, R, B, s, index=index).to(y.dtype)
+    return y + lora_xs_delta(h, A, R, B, s, index=index).to(y.device, y.dtype)
 
 
 def _is_one_primitive(W: Tensor, A: Tensor, p: float) -> bool:
@@ -446,7 +454,7 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """
     joined = []
     if not torch.compiler.is_compiling():
-        joined = [i for i, layer in enumerate(layers) if type(layer) is LoRAXSLinear and layer._joins()]
+        joined = [i for i, layer in enumerate(layers) if type(layer) is LoRAXSLinear and layer._joins(x)]
     if len(joined) < 2:
         return tuple(layer(x) for layer in layers)
     operands, h = [], x
@@ -491,6 +499,33 @@ def _hooked(layer: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
     )
+
+
+def only_moves(layer: nn.Module) -> bool:
+    """Whether a layer is hooked by accelerate's device_map alone, which moves x to the layer's device and y back.
+
+    Its forward is then accelerate's, around that of the layer's class.  Told without importing accelerate.
+    """
+    own = layer.__dict__
+    forward, inner = own.get("forward"), own.get("_old_forward")
+    return (
+        type(forward) is partial
+        and forward.func.__module__ == "accelerate.hooks"
+        and forward.args[0] is layer
+        and getattr(inner, "__func__", None) is type(layer).forward
+        and inner.__self__ is layer
+        and _is_moving(own.get("_hf_hook"))
+        and not any(own[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    )
+
+
+def _is_moving(hook: Any) -> bool:
+    kind = type(hook)
+    if kind.__module__ != "accelerate.hooks" or hook.no_grad:
+        return False
+    if kind.__name__ == "SequentialHook":
+        return all(map(_is_moving, hook.hooks))
+    return kind.__name__ == "AlignDevicesHook" and not hook.offload
 
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:

@@ -28,8 +28,12 @@ def transaction(model: nn.Module) -> Iterator[ExitStack]:
 
 
 def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
-    """Let a transaction write back the values that tensors have now."""
-    undo.callback(_write, [(t, t.detach().clone()) for t in tensors])
+    """Let a transaction write back the values that tensors have now; each rank those of its part of sharded ones."""
+    for t in tensors:
+        if hasattr(t, "_z3_optimizer") and t.requires_grad:  # DeepSpeed's ZeRO-3: its fp32 copy of a part
+            undo.callback(t._z3_optimizer.set_local_hp_param, t._z3_optimizer.get_local_fp32_param(t).clone(), t)
+        part = getattr(t, "ds_tensor", t)
+        undo.callback(_write, part, part.detach().clone())
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
@@ -50,6 +54,5 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: lis
 
 
 @torch.no_grad()
-def _write(values: list[tuple[Tensor, Tensor]]) -> None:
-    for t, value in values:
-        t.copy_(value)
+def _write(t: Tensor, value: Tensor) -> None:
+    t.copy_(value)

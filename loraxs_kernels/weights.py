@@ -11,7 +11,8 @@ Other packages are told by the names of their classes and imported only to read 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +139,30 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
         _registered[layer_type] = (read, shape or _features)
 
 
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Those that DeepSpeed's ZeRO-3 has partitioned are whole meanwhile, on every rank, to be read: a collective then.
+
+    ZeRO-3 leaves every rank with a part in `ds_tensor`, and the parameter itself empty.  Those that the caller has
+    gathered, or that DeepSpeed keeps whole because they are small, are left as they are.
+    """
+    parts = [t for t in tensors if hasattr(t, "ds_id") and t.shape != t.ds_shape]
+    with _zero3(parts) if parts else nullcontext():
+        yield
+
+
+def _zero3(parts: list[Tensor], **options: Any) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts, **options)
+
+
 def whole(t: Tensor) -> Tensor:
-    """t, gathered where it is sharded over ranks (DTensor): a collective then."""
-    return t.full_tensor() if is_dtensor(t) else t
+    """t without a gradient, gathered where it is sharded over ranks (DTensor, ZeRO-3): a collective then."""
+    if is_dtensor(t):
+        return t.detach().full_tensor()
+    with gathered([t]):
+        return t.detach().clone() if hasattr(t, "ds_id") else t.detach()  # what was gathered is DeepSpeed's to free
 
 
 @torch.no_grad()
@@ -150,7 +172,28 @@ def assign(t: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
-    t.copy_(value)
+    with written([t]):
+        t.copy_(value)
+    if hasattr(t, "_z3_optimizer"):
+        _write_master(t, value)  # which t may have rounded
+
+
+@contextmanager
+def written(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Those that ZeRO-3 has partitioned are whole meanwhile, and keep what rank 0 writes: a collective then."""
+    parts = [t for t in tensors if hasattr(t, "ds_id")]
+    with _zero3(parts, modifier_rank=0) if parts else nullcontext():
+        yield
+        for t in parts:
+            if hasattr(t, "_z3_optimizer"):
+                _write_master(t, t.detach())
+
+
+def _write_master(t: Tensor, value: Tensor) -> None:
+    """Into the fp32 copy of t that DeepSpeed's optimizer has, and would put in place of t after its next step."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(t, value)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -333,13 +376,9 @@ def _groups_of(t: Tensor) -> tuple[Any, ...]:
 
 
 def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    """dense(weight), with all of the weight in place: ZeRO-3 leaves every rank with a part, and the parameter empty."""
-    if not hasattr(weight, "ds_id") or weight.shape == weight.ds_shape:  # gathered by the caller already
-        return dense(weight)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight]):
-        return dense(weight).clone()  # what was gathered is DeepSpeed's to free
+    """dense(weight), with all of the weight in place."""
+    with gathered([weight]):
+        return dense(weight).clone() if hasattr(weight, "ds_id") else dense(weight)
 
 
 def _dense(weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import sys
@@ -323,6 +324,7 @@ def on_ranks(n: int, function: Callable[..., None], *args: object, limit: float 
 
 def _rank(rank: int, n: int, store: str, function: Callable[..., None], args: tuple) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))  # which some libraries ask for
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=n, timeout=timedelta(seconds=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
+import loraxs_kernels.linear
 from loraxs_kernels import LoRAXSLinear, attach, forward_together
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
@@ -107,6 +109,136 @@ def test_opaque_bases_get_the_delta_on_top():
         opaque.merge()
     with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* lx\.register_weight_reader can"):
         LoRAXSLinear.from_linear(base, 6, name="q")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """For each pass through the primitive: whether it computed with W."""
+    seen, run = [], loraxs_kernels.linear.run
+    monkeypatch.setattr(
+        loraxs_kernels.linear, "run", lambda x, W, *rest: seen.append(W is not None) or run(x, W, *rest)
+    )
+    return seen
+
+
+MOVING = {
+    "device": lambda hooks: hooks.AlignDevicesHook("cpu"),
+    "and back": lambda hooks: hooks.AlignDevicesHook(torch.device("cpu"), io_same_device=True, place_submodules=True),
+    "two": lambda hooks: hooks.SequentialHook(hooks.AlignDevicesHook("cpu"), hooks.AlignDevicesHook(None)),
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("hook", MOVING.values(), ids=MOVING)
+def test_hooks_of_accelerate_that_only_move_leave_a_layer_fused(fused, hook, kind):
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer, other = make(kind), make()
+    x = torch.randn(3, 40, requires_grad=True)
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, layer.R))
+    hooks.add_hook_to_module(layer.base_layer, hook(hooks))
+    hooks.add_hook_to_module(layer, hook(hooks))  # as dispatch_model after attach does
+    fused.clear()
+    for each in (layer, copy.deepcopy(layer), torch.compile(layer, backend="eager")):
+        assert torch.equal(each(x), expected) and fused.pop() and not fused
+    for got, right in zip(torch.autograd.grad(layer(x).square().sum(), (x, layer.R)), gradients, strict=True):
+        assert torch.equal(got, right)
+    assert layer._joins(x)
+    for y, right in zip(forward_together(x, layer, other), separately(x, layer, other), strict=True):
+        torch.testing.assert_close(y, right)
+
+
+def doubling(hooks):
+    """A hook of a class that someone has derived from accelerate's."""
+
+    class Double(hooks.AlignDevicesHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    return Double("cpu")
+
+
+MORE = {
+    "offload": lambda hooks: hooks.AlignDevicesHook("cpu", offload=True),
+    "of another class": doubling,
+    "one of two": lambda hooks: hooks.SequentialHook(hooks.AlignDevicesHook("cpu"), doubling(hooks)),
+    "cpu_offload_with_hook": lambda hooks: hooks.CpuOffload("cpu"),
+    "of the base class": lambda hooks: hooks.ModelHook(),
+}
+
+
+@pytest.mark.parametrize("hook", MORE.values(), ids=MORE)
+def test_hooks_that_do_more_are_called(fused, hook):
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer, x = make(), torch.randn(3, 40)
+    base, delta = layer.base_layer(x), layer(x) - layer.base_layer(x)
+    hook = hook(hooks)
+    hooks.add_hook_to_module(layer.base_layer, hook)
+    doubles = any(type(each).__name__ == "Double" for each in (hook, *getattr(hook, "hooks", ())))
+    fused.clear()
+    torch.testing.assert_close(layer(x), (2 if doubles else 1) * base + delta)
+    assert fused == [] and not layer._joins(x)  # the delta alone goes by functional.run
+
+
+def test_what_stands_around_a_hook_that_only_moves_is_called(fused):
+    """A forward put on before or after it, a hook of torch's beside it, a hook that turns gradients off."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer, x = make(), torch.randn(3, 40)
+    expected, base = layer(x).detach(), layer.base_layer
+    fused.clear()
+
+    def check(plus: float) -> None:
+        torch.testing.assert_close(layer(x), expected + plus)
+        assert not fused and not layer._joins(x)
+        hooks.remove_hook_from_module(base)
+        base.__dict__.pop("forward", None)
+
+    base.forward = lambda x: F.linear(x, base.weight, base.bias) + 1
+    hooks.add_hook_to_module(base, hooks.AlignDevicesHook("cpu"))
+    check(1)
+    hooks.add_hook_to_module(base, hooks.AlignDevicesHook("cpu"))
+    moved = base.forward
+    base.forward = lambda x: moved(x) + 2
+    check(2)
+    hooks.add_hook_to_module(base, hooks.AlignDevicesHook("cpu"))
+    handle = base.register_forward_hook(lambda m, args, y: y + 3)
+    check(3)
+    handle.remove()
+    hook = hooks.AlignDevicesHook("cpu")
+    hook.no_grad = True
+    hooks.add_hook_to_module(base, hook)
+    check(0)
+    hooks.add_hook_to_module(base, hooks.AlignDevicesHook("cpu"))
+    assert torch.equal(layer(x), expected) and fused == [True]
+
+
+def test_a_hook_moves_x_to_the_layer_and_y_back(fused):
+    """From the CPU to "meta", where there is nothing to compute, and the way back from there is an error of torch's."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer, x = make().to("meta"), torch.randn(3, 40)
+    for back in (False, True):
+        hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook("meta", io_same_device=back))
+        with pytest.raises(NotImplementedError, match="out of meta tensor") if back else nullcontext():
+            assert layer(x).is_meta
+        assert fused.pop() and not fused and not layer._joins(x)
+
+
+@pytest.mark.gpu("torch backend")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_hook_moves_to_a_gpu_and_back(fused, dropout):
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer, x = make(dropout=dropout), torch.randn(3, 40, requires_grad=True)
+    expected = layer.eval()(x)
+    right = torch.autograd.grad(expected.sum(), (x, layer.R))
+    layer.cuda()
+    fused.clear()
+    hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(0, io_same_device=True))
+    y = layer(x)
+    assert fused == [True] and not y.is_cuda
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=0)
+    for got, g in zip(torch.autograd.grad(y.sum(), (x, layer.R)), right, strict=True):
+        torch.testing.assert_close(got.cpu(), g, atol=1e-4, rtol=1e-4)
+    assert not layer.train()(x).is_cuda and len(fused) == (2 if dropout == 0 else 1)
 
 
 class Routed(nn.Linear):
@@ -578,7 +710,7 @@ def test_together_calls_what_it_cannot_join():
     for y, right in zip(forward_together(x, *layers), expected, strict=True):
         torch.testing.assert_close(y, right)
     assert calls == [hooked, hooked]
-    assert [layer._joins() for layer in layers if isinstance(layer, LoRAXSLinear)] == [
+    assert [layer._joins(x) for layer in layers if isinstance(layer, LoRAXSLinear)] == [
         *(True, False, False, True, False),
         True,  # of a subclass: left to its own forward all the same
     ]

@@ -52,6 +52,7 @@ from transformers import (
 )
 
 import loraxs_kernels as lx
+import loraxs_kernels.linear
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
 
 LoraXSConfig, LoraXSLinearLayer = loraxs_peft.LoraXSConfig, loraxs_peft.LoraXSLinearLayer
@@ -920,6 +921,23 @@ def test_offloaded_by_accelerate(trained, adapter_too):
     assert all(layer.base_layer.weight.is_meta for layer in layers(model).values())
     torch.testing.assert_close(logits(model), y, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(model.merge_and_unload()), y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["dispatch", "adapter"])
+def test_layers_that_a_device_map_has_hooked_stay_fused(trained, monkeypatch, first):
+    """With `adapter`, all that the hooks find has one: R, A and B are hooked too, as PeftModel.from_pretrained does."""
+    from accelerate import dispatch_model
+
+    y, passes, run = logits(trained), [], loraxs_kernels.linear.run
+    model = llama() if first == "dispatch" else trained
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    if first == "dispatch":
+        model = get_peft_model(model, config(rank_pattern={"down_proj": 3}, lora_alpha=8)).eval()
+        model.load_state_dict(trained.state_dict())
+    assert all("_hf_hook" in vars(layer.base_layer) for layer in layers(model).values())
+    monkeypatch.setattr(loraxs_kernels.linear, "run", lambda x, W, *rest: passes.append(W) or run(x, W, *rest))
+    assert torch.equal(logits(model), y)
+    assert len(passes) == len(layers(model)) and all(W is not None for W in passes)
 
 
 def test_disabled_adapters_are_the_base_model(trained):

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
-from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels import LoRAXSLinear, adapter_file
 from loraxs_kernels.model import match
 from loraxs_kernels.weights import assign, weight_of
 
@@ -652,13 +652,14 @@ def zero3(monkeypatch):
 
     @contextlib.contextmanager
     def gather(params, modifier_rank=None):
-        assert modifier_rank is None, "what is only read is not broadcast"
         for p in params:
             assert p.numel() == 0, "DeepSpeed refuses to gather a parameter twice"
             p.data = p.ds_tensor.clone()
         gathered.append(len(params))
         yield
         for p in params:
+            if modifier_rank is not None:
+                p.ds_tensor.copy_(p.data)
             p.data.fill_(float("nan") if p.is_floating_point() else 0)  # another's memory now
             p.data = torch.empty(0, dtype=p.dtype)
 
@@ -666,10 +667,10 @@ def zero3(monkeypatch):
     deepspeed.zero = types.SimpleNamespace(GatheredParameters=gather)
     monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
 
-    def partition(layer: nn.Module) -> nn.Module:
-        p = layer.weight
-        p.ds_id, p.ds_shape, p.ds_tensor = 0, p.shape, p.data.clone()
-        p.data = torch.empty(0, dtype=p.dtype)
+    def partition(layer: nn.Module, *names: str) -> nn.Module:
+        for p in map(layer.get_parameter, names or ("weight",)):
+            p.ds_id, p.ds_shape, p.ds_tensor = 0, p.shape, p.data.clone()
+            p.data = torch.empty(0, dtype=p.dtype)
         return layer
 
     return types.SimpleNamespace(partition=partition, gathered=gathered)
@@ -685,6 +686,52 @@ def test_zero3_weights_are_gathered_one_at_a_time(zero3, layer):
     assert zero3.gathered == [1] and model[0].base_layer.weight.numel() == 0
     with pytest.raises(TypeError, match=r"module '0': .* to merge into"):
         lx.merge(model)
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_adapters_that_zero3_has_partitioned_are_saved_and_loaded(zero3, tmp_path, parametrized):
+    """Also an R that is made of another parameter; and what a load that fails has changed is put back."""
+
+    class Double(nn.Module):
+        def forward(self, R):
+            return 2 * R
+
+        def right_inverse(self, R):
+            return R / 2
+
+    def make(times: float = 1.0) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, 3))
+        lx.attach(model, 4, target_modules=["0"], modules_to_save=["1"], sigma=0.3)
+        if parametrized:
+            parametrize.register_parametrization(model[0], "R", Double())
+        for p in model.parameters():
+            p.data *= times if p.requires_grad else 1
+        return model
+
+    expected, sharded, files = make(), make(), [tmp_path / name for name in "abc"]
+    made = "0.parametrizations.R.original" if parametrized else "0.R"
+    zero3.partition(sharded, made, "1.weight", "1.bias")
+    for model, file in zip((expected, sharded), files, strict=False):
+        lx.save_adapter(model, file)
+    assert files[0].read_bytes() == files[1].read_bytes() and max(zero3.gathered) == 1
+    assert sharded.get_parameter(made).shape == (0,)
+    other = zero3.partition(make(0.5), made, "1.weight", "1.bias")
+    lx.save_adapter(other, files[2])
+    before = files[2].read_bytes()
+
+    def fails(t, value):
+        assign(t, value)
+        raise OSError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(adapter_file, "assign", fails)
+        lx.load_adapter(other, files[0])
+    lx.save_adapter(other, files[2])
+    assert files[2].read_bytes() == before
+    lx.load_adapter(other, files[0])
+    lx.save_adapter(other, files[2])
+    assert files[2].read_bytes() == files[0].read_bytes() != before
 
 
 def test_zero3_weights_that_are_gathered_already_and_quantised_ones(zero3):

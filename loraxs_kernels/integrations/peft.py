@@ -54,7 +54,7 @@ from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
 from ..files import read_json, sha256_of, write_atomically
 from ..indexed import NONE, RowIndex
-from ..linear import LoRAXSLinear, adapted, label_of, plus_delta, sparing_what_trains
+from ..linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
 from ..matching import matches
 from ..model import (
     classification_head,
@@ -71,6 +71,7 @@ from ..transaction import transaction
 from ..weights import (
     FLOATS,
     assign,
+    held,
     is_conv1d,
     is_dtensor,
     is_linear,
@@ -445,8 +446,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def discard(self, name: str) -> None:
         """Forget an adapter, if it is there."""
         for attribute in self.adapter_layer_names + self.other_param_names:
-            if name in (held := getattr(self, attribute)):
-                del held[name]
+            if name in (by_name := getattr(self, attribute)):
+                del by_name[name]
 
     def adapter(self, name: str) -> LoRAXSLinear:
         """One adapter as a layer of its own, which shares base_layer and all tensors with this one."""
@@ -525,7 +526,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def _same_factors(self, one: str, other: str) -> bool:
         """Whether two adapters have the same A and the same B, which is remembered until one of these is changed."""
-        factors = [held._buffers[name] for held in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
+        factors = [each._buffers[name] for each in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
         A, A2, B, B2 = factors
         if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
             return False
@@ -541,21 +542,20 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
         """The adapters in place where accelerate has offloaded them, which it does for each module's own forward."""
-        held = [each for each in (self.loraxs_R, self.loraxs_A, self.loraxs_B) if hasattr(each, "_hf_hook")]
-        for each in held:
+        dicts = (self.loraxs_R, self.loraxs_A, self.loraxs_B)
+        hooked = [each for each in dicts if hasattr(each, "_hf_hook") and not only_moves(each)]
+        for each in hooked:
             each._hf_hook.pre_forward(each)
         try:
             yield
         finally:
-            for each in held:
+            for each in hooked:
                 each._hf_hook.post_forward(each, None)
 
     def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
         A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
         p = self.config[name].loraxs_dropout if self.training else 0.0
-        trained = R._parameters.get(name)
-        trained = R[name] if trained is None else trained  # a parametrization makes it
-        return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
+        return A._buffers[name], held(R, name), B._buffers[name], self.scaling[name], p
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + sum of s B R A into base_layer, summed in fp32 and rounded once; `unmerge` puts W itself back.
@@ -643,8 +643,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """Make A, B and R of all adapters from the base weight: for a layer that was made on the meta device."""
         for name in self.loraxs_R:
             device = self.base_layer.weight.device
-            for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
-                held[name] = torch.empty_like(held[name], device=device) if held[name].is_meta else held[name]
+            for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+                each[name] = torch.empty_like(each[name], device=device) if each[name].is_meta else each[name]
             if (R := self.loraxs_R[name]).is_meta:
                 self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
             self.loraxs_B[name] = padded_rows(self.loraxs_B[name])
@@ -674,6 +674,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
+                    if entry["R"].any() and not (S.any() or probe.any()):
+                        raise ValueError(
+                            f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty, as where "
+                            "DeepSpeed has gathered parameters for save_pretrained by itself: save it on one rank, "
+                            "inside deepspeed.zero.GatheredParameters of all that trains"
+                        )
                     raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
@@ -706,11 +712,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
-            for held in (self.loraxs_A, self.loraxs_B):  # save_factors may have been set after the adapter was made
-                held.register_buffer(name, held[name], self.config[name].save_factors)
+            for each in (self.loraxs_A, self.loraxs_B):  # save_factors may have been set after the adapter was made
+                each.register_buffer(name, each[name], self.config[name].save_factors)
             if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
                 continue
-            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R.detach()), B)])
+            if hasattr(R, "ds_id") and R.shape != R.ds_shape:  # ZeRO-3: for DeepSpeed's own checkpoints, of its parts
+                continue
+            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R), B)])
             self.loraxs_fingerprint[name] = fingerprint
             if name not in self.loraxs_R._parameters:  # for models without the parametrization that makes it
                 destination[f"{prefix}loraxs_R.{name}"] = R.detach()
@@ -791,9 +799,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             label = label_of(self.recipe[adapter_name].name)
             raise ValueError(f"adapter {adapter_name!r}: has no R for {label}")
         self.loraxs_R[adapter_name] = self.loraxs_R[adapter_name].to(device)
-        for held in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
-            if not held[adapter_name].is_meta:
-                held[adapter_name] = held[adapter_name].to(device)
+        for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+            if not each[adapter_name].is_meta:
+                each[adapter_name] = each[adapter_name].to(device)
         self.check_fingerprints([adapter_name])
 
     def extra_repr(self) -> str:

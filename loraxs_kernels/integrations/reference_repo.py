@@ -343,7 +343,7 @@ def export_as_lora(
     layers = [
         (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
     ]
-    saved = {name: model.get_submodule(name).state_dict() for name in saved_modules(model)}
+    saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
 
 
@@ -375,7 +375,7 @@ def write_lora(
             if not torch.isfinite(t).all():
                 raise ValueError(f"module {name!r}: lora_{which} has NaN or Inf values in {to}; nothing was written")
             tensors[f"{PREFIX}{name}.lora_{which}.weight"] = t
-        ranks[name] = R.shape[0]
+        ranks[name] = A.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
         tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
