@@ -94,20 +94,23 @@ class _Inside(TorchFunctionMode):
             # Of x as a whole each rank has the gradient through its own rows of W.
             x = _waited(x.to_local(grad_placements=[Partial()] if dim == 0 else None))
         part = dim is not None or (laid_out and wanted.is_shard())  # of the sum that is the gradient of R
+        of_whole = [Partial()] if part and dim is None else None  # that of a weight or bias, if it trains
         after = None
         if is_dtensor(bias):
             if dim != 1:
-                bias = bias.to_local(grad_placements=[Partial()] if part and dim is None else None)
+                bias = bias.to_local(grad_placements=of_whole)
             elif bias.requires_grad:
                 bias, after = None, bias
             else:  # once in the sum
                 bias = bias.to_local() if mesh.get_local_rank() == 0 else None
+        if is_dtensor(W):
+            W = W.to_local(grad_placements=of_whole)
         A, R, B = self.A, self.R, self.B
         if dim is not None:
             A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
         if R.requires_grad and part:
             R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-        y = self.product(x, W.to_local() if is_dtensor(W) else W, A, R, B, bias)
+        y = self.product(x, W, A, R, B, bias)
         if not laid_out:
             return y
         placement = {0: Shard(last), 1: Partial(), None: wanted}[dim]
@@ -211,7 +214,9 @@ def average_gradient(R: nn.Parameter, weight: Tensor) -> None:
     for i in range(last + 1):
         ranks *= weight.device_mesh.size(i)
     if ranks > 1:
-        R.register_hook(partial(_mean, groups, ranks))
+        trains = R.requires_grad  # an adapter of PEFT may train later: it is put on, or loaded, before
+        R.requires_grad_(True).register_hook(partial(_mean, groups, ranks))
+        R.requires_grad_(trains)
 
 
 def _mean(groups: Sequence[Any], ranks: int, grad: Tensor) -> Tensor:
