@@ -44,7 +44,7 @@ def output(
 
     Raises RuntimeError, naming the layer, where base does not multiply by its weight through F.linear, once.
     """
-    inside = _Inside(base, A, R, B, product)
+    inside = _Inside(base, A, R, B, product, name)
     with inside:
         y = base(x, *args, **kwargs)
     if inside.calls != 1:
@@ -59,55 +59,63 @@ def output(
 class _Inside(TorchFunctionMode):
     """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
 
-    def __init__(self, base: nn.Module, A: Tensor, R: Tensor, B: Tensor, product: Product) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, R: Tensor, B: Tensor, product: Product, name: str) -> None:
         super().__init__()
-        weight = getattr(base, "weight", None)
-        self.mesh, self.dim = (weight.device_mesh, _dim(weight)) if is_dtensor(weight) else (None, None)
-        self.base, self.A, self.R, self.B, self.product, self.calls = base, A, R, B, product, 0
+        self.weight = getattr(base, "weight", None)  # before the layer's call may put a local one in its place
+        self.base, self.A, self.R, self.B, self.product, self.name, self.calls = base, A, R, B, product, name, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.linear or args[1] is not held(self.base, "weight"):
+        if func is not F.linear or (args[1] if len(args) > 1 else kwargs["weight"]) is not held(self.base, "weight"):
             return func(*args, **kwargs)
         self.calls += 1
         return self._linear(*args, **kwargs)
 
-    def _linear(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        mesh, dim = self.mesh, self.dim
-        if mesh is None:
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, W, cut = input, weight, weight if is_dtensor(weight) else self.weight
+        whole = not is_dtensor(W) and W.shape == (self.B.shape[0], self.A.shape[1])
+        if whole or not is_dtensor(cut):  # FSDP2 may have cut the layer by itself: its call has put W in place again
             return self.product(x, W, self.A, self.R, self.B, bias)
+        if not (torch.compiler.is_compiling() or _is_known(cut)):  # a test that cannot be traced
+            raise RuntimeError(f"{label_of(self.name)} is cut over ranks by {_laid_out(cut)}; {_MUST}")
         if is_dtensor(W) and not is_dtensor(x):
             return F.linear(x, W, bias)  # an error of torch's, which says so
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+        mesh, dim = cut.device_mesh, _dim(cut)
         last, laid_out = x.dim() - 1, is_dtensor(x)
+        shape = (*x.shape[:-1], self.B.shape[0])
         if laid_out:
-            wanted = {0: Replicate(), 1: Shard(last), None: x.placements[0]}[dim]
+            there = x.placements[0]
+            rows = there if there.is_shard() and there.dim != last else Replicate()
+            wanted = {0: Replicate(), 1: Shard(last), None: rows}[dim]
             if x.placements != (wanted,):
                 x = x.redistribute(placements=[wanted])
             # Of x as a whole each rank has the gradient through its own rows of W.
             x = _waited(x.to_local(grad_placements=[Partial()] if dim == 0 else None))
+        part = dim is not None or (laid_out and wanted.is_shard())  # of the sum that is the gradient of R
+        of_whole = [Partial()] if part and dim is None else None  # that of a weight or bias, if it trains
         after = None
         if is_dtensor(bias):
             if dim != 1:
-                bias = bias.to_local()
+                bias = bias.to_local(grad_placements=of_whole)
             elif bias.requires_grad:
                 bias, after = None, bias
             else:  # once in the sum
                 bias = bias.to_local() if mesh.get_local_rank() == 0 else None
+        if is_dtensor(W):
+            W = W.to_local(grad_placements=of_whole)
         A, R, B = self.A, self.R, self.B
         if dim is not None:
             A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
-        if R.requires_grad and (dim is not None or (laid_out and wanted.is_shard())):
+        if R.requires_grad and part:
             R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-        y = self.product(x, W.to_local() if is_dtensor(W) else W, A, R, B, bias)
+        y = self.product(x, W, A, R, B, bias)
         if not laid_out:
             return y
-        if dim == 0:  # of other pieces than this rank's only the sum of the sizes is known
-            shape = (*y.shape[:-1], self.B.shape[0])
-            strides = torch.empty(shape, device="meta").stride()
-            return DTensor.from_local(y, mesh, [Shard(last)], run_check=False, shape=shape, stride=strides)
-        y = DTensor.from_local(y, mesh, [Partial() if dim == 1 else wanted], run_check=False)
+        placement = {0: Shard(last), 1: Partial(), None: wanted}[dim]
+        strides = torch.empty(shape, device="meta").stride()  # what other ranks have may be of another size
+        y = DTensor.from_local(y, mesh, [placement], run_check=False, shape=shape, stride=strides)
         return y if after is None else y + after
 
 
@@ -138,6 +146,23 @@ def _dim(weight: Tensor) -> int | None:
     return placement.dim % weight.dim() if placement.is_shard() else None
 
 
+def _is_known(weight: Tensor) -> bool:
+    """Whether a DTensor W is cut in a way for which the sums above hold."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return len(weight.placements) == 1 and type(weight.placements[0]) in (Shard, Replicate)
+
+
+def _laid_out(weight: Tensor) -> str:
+    return f"placements {weight.placements} on {weight.device_mesh}"
+
+
+_MUST = (
+    "must be an nn.Linear whose weight is cut by rows or by columns over one dimension, as ColwiseParallel and "
+    "RowwiseParallel do. Leave it out (exclude_modules)"
+)
+
+
 def _wrapping(layer: nn.Module) -> str | None:
     """The name of the style by which transformers' tensor parallelism has wrapped a layer's call, if it has."""
     forward = layer.__dict__.get("forward")
@@ -150,8 +175,6 @@ def check(layers: Iterable[tuple[str, nn.Module]], fsdp: set[int]) -> None:
 
     Raises ValueError, naming the module and how it is cut.
     """
-    from torch.distributed.tensor import Replicate, Shard
-
     for label, base in layers:
         weight, style = getattr(base, "weight", None), _wrapping(base)
         if style == "ReplicatedWithGradAllReduce":
@@ -164,14 +187,11 @@ def check(layers: Iterable[tuple[str, nn.Module]], fsdp: set[int]) -> None:
             continue
         elif type(base).forward is not nn.Linear.forward:
             how = f"placements {weight.placements} in a {type(base).__name__}"
-        elif not (len(weight.placements) == 1 and type(weight.placements[0]) in (Shard, Replicate)):
-            how = f"placements {weight.placements} on {weight.device_mesh}"
+        elif not _is_known(weight):
+            how = _laid_out(weight)
         else:
             continue
-        raise ValueError(
-            f"target_modules: {label} is cut over ranks by {how}; must be an nn.Linear whose weight is cut by rows or "
-            "by columns over one dimension, as ColwiseParallel and RowwiseParallel do. Leave it out (exclude_modules)"
-        )
+        raise ValueError(f"target_modules: {label} is cut over ranks by {how}; {_MUST}")
 
 
 def below_fsdp(model: nn.Module) -> set[int]:
@@ -194,7 +214,9 @@ def average_gradient(R: nn.Parameter, weight: Tensor) -> None:
     for i in range(last + 1):
         ranks *= weight.device_mesh.size(i)
     if ranks > 1:
-        R.register_hook(partial(_mean, groups, ranks))
+        trains = R.requires_grad  # an adapter of PEFT may train later: it is put on, or loaded, before
+        R.requires_grad_(True).register_hook(partial(_mean, groups, ranks))
+        R.requires_grad_(trains)
 
 
 def _mean(groups: Sequence[Any], ranks: int, grad: Tensor) -> Tensor:
