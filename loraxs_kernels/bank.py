@@ -265,6 +265,11 @@ class AdapterBank(Store):
             raise ValueError(f"names: got {names!r}, must be a list of different names")
         for name in listed:
             self.check_name(name)
+        if any(layer.shares is not None for layers in self._models.values() for layer in layers):
+            raise RuntimeError(
+                "train: FSDP2 shares out the batch over ranks, which each select other adapters; must be the model of "
+                "one process, or of tensor parallelism"
+            )
         if len(self._models) != 1:
             raise RuntimeError(
                 f"train: the bank is on {len(self._models)} models (copies that were called count), must be on one; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,6 +50,8 @@ class LoRAXSLinear(nn.Module):
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
     # Where an adapter bank has put one, it computes what the samples of a batch have selected (bank_layers.py).
     seat: Any = None
+    # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
+    shares: Any = None
 
     def __init__(
         self,
@@ -191,7 +193,9 @@ class LoRAXSLinear(nn.Module):
             return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
-        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, None, *args, **kwargs)
+        if self.shares is not None:
+            R = parallel.averaged(R, self.shares)
+        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, None, (), *args, **kwargs)
 
     def _joins(self, x: Tensor) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
@@ -347,13 +351,15 @@ def adapted(
     p: float,
     name: str,
     index: RowIndex | None,
+    others: Sequence[tuple[Tensor, Tensor, Tensor, float, float]],
     /,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     """base(x, ...) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
 
-    With an index R is a stack, of which each row of x uses the matrix that the index says, or none.
+    With an index R is a stack, of which each row of x uses the matrix that the index says, or none.  others: A, R, B, s
+    and p of further adapters, whose deltas are added.
 
     Raises, naming the layer `name`: ValueError where x does not fit; TypeError where what base returns is not of shape
     (..., N); RuntimeError where x requires a gradient and base passes none to it.
@@ -361,20 +367,51 @@ def adapted(
     W = weight_view(base)
     plain = W is not None and not _hooked(base)
     if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
-        return run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
-    if W is not None and not (plain or args or kwargs) and _is_one_primitive(W, A, p) and only_moves(base):
+        y = run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
+    elif W is not None and not (plain or args or kwargs) and _is_one_primitive(W, A, p) and only_moves(base):
         moves = x.device != W.device
         h = base._hf_hook.pre_forward(base, x)[0][0] if moves else x
         y = run(h, W, A, R, B, s, held(base, "bias"), None, name, index)
-        return base._hf_hook.post_forward(base, y) if moves else y
-    if not plain and parallel.is_cut(base):
+        y = base._hf_hook.post_forward(base, y) if moves else y
+    elif not plain and parallel.is_cut(base):
 
-        def product(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+        def product(
+            x: Tensor, W: Tensor, bias: Tensor | None, adapters: list[parallel.Factors], dropout: parallel.Dropout
+        ) -> Tensor:
+            (A, R, B), *more = adapters
             if _is_one_primitive(W, A, p):
-                return run(x, W, A, R, B, s, bias, None, name, index)
-            return plus_delta(F.linear(x, W, bias), x, A, R, B, s, p, index, in_place=True)
+                y = run(x, W, A, R, B, s, bias, None, name, index)
+            else:
+                y = plus_delta(F.linear(x, W, bias), x, A, R, B, s, p, index, in_place=True, dropout=dropout)
+            for factors, (*_, s_more, p_more) in zip(more, others, strict=True):
+                y = plus_delta(y, x, *factors, s_more, p_more, dropout=dropout)
+            return y
 
-        return parallel.output(base, x, A, R, B, product, name, *args, **kwargs)
+        adapters = [(A, R, B), *(each[:3] for each in others)]
+        return parallel.output(base, x, adapters, product, name, *args, **kwargs)
+    else:
+        y = _beside(base, x, plain, A, R, B, s, p, name, index, *args, **kwargs)
+    for each in others:
+        y = plus_delta(y, x, *each)
+    return y
+
+
+def _beside(
+    base: nn.Module,
+    x: Tensor,
+    plain: bool,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    p: float,
+    name: str,
+    index: RowIndex | None,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """What `adapted` returns, of base's own output and the delta; plain: whether base only multiplies by its weight."""
     y = base(x, *args, **kwargs)
     if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -420,9 +457,10 @@ def plus_delta(
     index: RowIndex | None = None,
     *,
     in_place: bool = False,
+    dropout: parallel.Dropout = F.dropout,
 ) -> Tensor:
     """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
-    h = F.dropout(x, p) if p > 0.0 else x
+    h = dropout(x, p) if p > 0.0 else x
     h = h.to(A.device) if autocast_on(x) else h.to(A.device, A.dtype)  # base may have moved x by itself
     if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
         return lora_xs_delta(h, A, R, B, s, out=y, index=index)

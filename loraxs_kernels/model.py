@@ -22,7 +22,7 @@ from .factors import WORKSPACE, Job, compute_devices, factor
 from .linear import LoRAXSLinear
 from .matching import matches
 from .transaction import transaction
-from .weights import is_dtensor, is_linear, is_unread_linear, unread, weight_of
+from .weights import is_linear, is_unread_linear, unread, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -305,8 +305,7 @@ def fill(
     for layer, like in others:
         layer.reset_parameters((like.A, like.B))
     for layer in layers:
-        if id(layer.base_layer) in fsdp and is_dtensor(layer.base_layer.weight):
-            parallel.average_gradient(layer.R, layer.base_layer.weight)
+        layer.shares = parallel.shares(layer.base_layer, fsdp)
 
 
 def detach(model: M, *, merge: bool = False) -> M:

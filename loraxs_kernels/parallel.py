@@ -13,8 +13,7 @@ the gradient of R is one part of a sum, which the backward makes: r x r numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 from .functional import label_of
 from .weights import held, is_dtensor
 
-Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of x, W, A, R, B and bias
+Factors = tuple[Tensor, Tensor, Tensor]  # A, R, B of one adapter
+Dropout = Callable[[Tensor, float], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None, list[Factors], Dropout], Tensor]  # of x, W, bias, adapters
 
 
 def is_cut(base: nn.Module) -> bool:
@@ -38,13 +39,16 @@ def is_cut(base: nn.Module) -> bool:
 
 
 def output(
-    base: nn.Module, x: Tensor, A: Tensor, R: Tensor, B: Tensor, product: Product, name: str, *args: Any, **kwargs: Any
+    base: nn.Module, x: Tensor, adapters: list[Factors], product: Product, name: str, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """base(x, ...) of a layer that is cut, with its product made by `product` from this rank's pieces.
+    """base(x, ...) of a layer that is cut, in which `product` takes the place of F.linear, on this rank's pieces.
+
+    product: called with x, W and bias as this rank multiplies them, the adapters with the rows of B or the columns of A
+        that belong to W, and what to drop parts of x by.
 
     Raises RuntimeError, naming the layer, where base does not multiply by its weight through F.linear, once.
     """
-    inside = _Inside(base, A, R, B, product, name)
+    inside = _Inside(base, adapters, product, name)
     with inside:
         y = base(x, *args, **kwargs)
     if inside.calls != 1:
@@ -59,10 +63,10 @@ def output(
 class _Inside(TorchFunctionMode):
     """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
 
-    def __init__(self, base: nn.Module, A: Tensor, R: Tensor, B: Tensor, product: Product, name: str) -> None:
+    def __init__(self, base: nn.Module, adapters: list[Factors], product: Product, name: str) -> None:
         super().__init__()
         self.weight = getattr(base, "weight", None)  # before the layer's call may put a local one in its place
-        self.base, self.A, self.R, self.B, self.product, self.name, self.calls = base, A, R, B, product, name, 0
+        self.base, self.adapters, self.product, self.name, self.calls = base, adapters, product, name, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -73,9 +77,11 @@ class _Inside(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x, W, cut = input, weight, weight if is_dtensor(weight) else self.weight
-        whole = not is_dtensor(W) and W.shape == (self.B.shape[0], self.A.shape[1])
+        A, _, B = self.adapters[0]
+        N, K = B.shape[0], A.shape[1]
+        whole = not is_dtensor(W) and W.shape == (N, K)
         if whole or not is_dtensor(cut):  # FSDP2 may have cut the layer by itself: its call has put W in place again
-            return self.product(x, W, self.A, self.R, self.B, bias)
+            return self.product(x, W, bias, self.adapters, F.dropout)
         if not (torch.compiler.is_compiling() or _is_known(cut)):  # a test that cannot be traced
             raise RuntimeError(f"{label_of(self.name)} is cut over ranks by {_laid_out(cut)}; {_MUST}")
         if is_dtensor(W) and not is_dtensor(x):
@@ -84,7 +90,7 @@ class _Inside(TorchFunctionMode):
 
         mesh, dim = cut.device_mesh, _dim(cut)
         last, laid_out = x.dim() - 1, is_dtensor(x)
-        shape = (*x.shape[:-1], self.B.shape[0])
+        shape = (*x.shape[:-1], N)
         if laid_out:
             there = x.placements[0]
             rows = there if there.is_shard() and there.dim != last else Replicate()
@@ -105,12 +111,19 @@ class _Inside(TorchFunctionMode):
                 bias = bias.to_local() if mesh.get_local_rank() == 0 else None
         if is_dtensor(W):
             W = W.to_local(grad_placements=of_whole)
-        A, R, B = self.A, self.R, self.B
-        if dim is not None:
-            A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
-        if R.requires_grad and part:
-            R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-        y = self.product(x, W, A, R, B, bias)
+        adapters, dropout = [], F.dropout
+        for A, R, B in self.adapters:
+            if dim is not None:
+                A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
+            if R.requires_grad and part:
+                R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+            adapters.append((A, R, B))
+        if dim == 1:  # this rank's part of the mask that is drawn on one process, so that all ranks draw alike
+
+            def dropout(x: Tensor, p: float) -> Tensor:
+                return x * piece(F.dropout(x.new_ones(*x.shape[:-1], K), p), -1, mesh)
+
+        y = self.product(x, W, bias, adapters, dropout)
         if not laid_out:
             return y
         placement = {0: Shard(last), 1: Partial(), None: wanted}[dim]
@@ -202,25 +215,34 @@ def below_fsdp(model: nn.Module) -> set[int]:
     return {id(m) for each in wrapped for m in each.modules()}
 
 
-def average_gradient(R: nn.Parameter, weight: Tensor) -> None:
-    """Make R, which FSDP2 does not know, get the mean of its gradients over the ranks that share out the batch.
+def shares(base: nn.Module, fsdp: set[int]) -> Any:
+    """The mesh of the ranks that share out the batch, where FSDP2 has cut a layer before it was adapted, else None.
 
-    weight: a DTensor beside R that FSDP2 has cut: its mesh begins with the dimensions over which the batch goes, the
-    last of which is the first that FSDP2 cuts weights over; those of tensor parallelism follow.
+    fsdp: `below_fsdp`.  The mesh of the weight begins with the dimensions over which the batch goes, the last of which
+    is the first that FSDP2 cuts weights over; those of tensor parallelism follow.
     """
+    weight = getattr(base, "weight", None)
+    if id(base) not in fsdp or not is_dtensor(weight):
+        return None
+    mesh = weight.device_mesh
     last = next(i for i, placement in enumerate(weight.placements) if not placement.is_replicate())
-    groups = [weight.device_mesh.get_group(i) for i in range(last + 1)]
-    ranks = 1
-    for i in range(last + 1):
-        ranks *= weight.device_mesh.size(i)
-    if ranks > 1:
-        trains = R.requires_grad  # an adapter of PEFT may train later: it is put on, or loaded, before
-        R.requires_grad_(True).register_hook(partial(_mean, groups, ranks))
-        R.requires_grad_(trains)
+    return mesh if last + 1 == mesh.ndim else mesh[mesh.mesh_dim_names[: last + 1]]
 
 
-def _mean(groups: Sequence[Any], ranks: int, grad: Tensor) -> Tensor:
-    total = grad.clone()
-    for group in groups:
-        dist.all_reduce(total, group=group)
-    return total.div_(ranks)
+def averaged(R: Tensor, mesh: Any) -> Tensor:
+    """R, of which FSDP2 does not know: its gradient is the mean over the ranks of a mesh."""
+    return _Averaged.apply(R, mesh) if R.requires_grad else R
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, R: Tensor, mesh: Any) -> Tensor:
+        ctx.mesh = mesh
+        return R.view_as(R)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        for i in range(ctx.mesh.ndim):
+            dist.all_reduce(total, group=ctx.mesh.get_group(i))
+        return total / ctx.mesh.size(), None

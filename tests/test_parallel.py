@@ -188,6 +188,16 @@ def cut_by_transformers(rank: int, folder: Path) -> None:
 
     models = [peft.get_peft_model(each, LoraXSConfig(r=4, target_modules=TARGETS)) for each in (cut("Llama"), llama())]
     assert_same(*map(trained, models))
+    for each in models:
+        each.add_adapter("other", LoraXSConfig(r=3, target_modules=TARGETS, svd_seed=3))
+        each.base_model.set_adapter(["default", "other"])
+    assert_same(*map(trained, models))
+    names = ["default", "other", "__base__", "default"]
+    with pytest.raises(ValueError, match=r"'default', 'other' have different A and B in module .* cut over ranks"):
+        models[0].eval()(input_ids=IDS, adapter_names=names)
+    for each in models:
+        each.delete_adapter("other")
+        each.set_adapter("default")
     models[0].save_pretrained(folder / f"peft-{rank}")
     loaded = peft.PeftModel.from_pretrained(llama(), folder / f"peft-{rank}")
     torch.testing.assert_close(loaded(input_ids=IDS).logits, models[0](input_ids=IDS).logits)
@@ -228,8 +238,14 @@ def cut_by_torch(rank: int) -> None:
 
     x = torch.randn(7, 10, generator=torch.Generator().manual_seed(3))
     styles = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
-    models = [attached(parallelize_module(mlp(), mesh, styles), "all-linear"), attached(mlp(), "all-linear")]
-    assert_same(*(trained(model, error) for model in models))
+    found = []
+    for model in (parallelize_module(mlp(), mesh, styles), mlp()):
+        attached(model, "all-linear", dropout=0.3)
+        for _, layer in adapted_layers(model):
+            nn.init.normal_(layer.R, std=0.3, generator=torch.Generator().manual_seed(2))
+        torch.manual_seed(5)  # of the masks, which are those of one process
+        found.append(trained(model.train(), error))
+    assert_same(*found)
 
     model = cut()
     cut_otherwise = DTensor.from_local(torch.randn(48, 32), mesh, [Partial()])
@@ -306,18 +322,25 @@ def test_models_that_torch_has_cut_train_like_whole_ones():
     on_ranks(2, cut_by_torch)
 
 
-def fsdp_first(rank: int) -> None:
+def fsdp_first(rank: int, folder: Path) -> None:
     mesh = mesh_of(dist.get_world_size(), names=("data",))
     for make in (llama, functools.partial(causal_lm, "GPT2"), t5):
         alone = attached(make(), "all-linear")
         expected = trained(copy.deepcopy(alone))
         model = attached(sharded(make(), mesh), "all-linear")
         assert_same_basis(model, alone)
+        # With other Parameters in the place of R, as a state dict may bring them
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
         assert_same(mean_over(mesh, trained(model, of_share(mesh, parts=2))), expected)
 
+    bank = lx.AdapterBank.create(folder / f"bank-{rank}", model)
+    bank.attach(model)
+    with pytest.raises(RuntimeError, match="FSDP2 shares out the batch over ranks"):
+        bank.train(["alice"], create=True)
 
-def test_fsdp2_before_attach_trains_like_one_process():
-    on_ranks(2, fsdp_first)
+
+def test_fsdp2_before_attach_trains_like_one_process(tmp_path):
+    on_ranks(2, fsdp_first, tmp_path)
 
 
 def two_dimensions(rank: int, folder: Path) -> None:

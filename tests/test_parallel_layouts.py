@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.model import adapted_layers
-from loraxs_kernels.weights import whole
+from loraxs_kernels.weights import is_dtensor, whole
 
 TIGHT = 1e-5  # in Frobenius norm, in fp32
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))  # 5: no two ranks have as much of it
@@ -31,7 +31,7 @@ def attached(model: nn.Module) -> nn.Module:
 
 def results(model: nn.Module, y: torch.Tensor) -> list[torch.Tensor]:
     """y, and the gradients of all that trains, as one process has them."""
-    y = whole(y)
+    y = y.full_tensor() if is_dtensor(y) else y
     y.square().mean().backward()
     return [y.detach(), *(whole(p.grad) for p in model.parameters() if p.requires_grad)]
 

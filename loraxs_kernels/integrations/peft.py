@@ -48,7 +48,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from .. import basis
+from .. import basis, parallel
 from ..adapter_file import fitted, mismatch
 from ..basis import MUST, Recipe, integer, is_number
 from ..factors import WORKSPACE
@@ -429,6 +429,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: _Unmerged | None = None
         self._samples: _Samples | None = None  # during a call with adapter_names
+        self.shares: Any = None  # as that of LoRAXSLinear
         self.register_load_state_dict_post_hook(_check_what_was_loaded)
         self.train(base_layer.training)
 
@@ -476,10 +477,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
             if samples is not None:
                 return self._mixed(x, samples, active, *args, **kwargs)
-            y = adapted(base, x, *self._operands(active[0]), self.recipe[active[0]].name, None, *args, **kwargs)
-            for name in active[1:]:
-                y = plus_delta(y, x, *self._operands(name))
-        return y
+            first, *others = map(self._operands, active)
+            return adapted(base, x, *first, self.recipe[active[0]].name, None, others, *args, **kwargs)
 
     @torch.compiler.disable
     def _mixed(self, x: Tensor, samples: _Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
@@ -496,9 +495,14 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 "the batch in its first dimension cannot take adapter_names"
             )
         first, *others = self._alike(active)
+        if others and parallel.is_cut(self.base_layer):
+            raise ValueError(
+                f"adapter_names: {', '.join(repr(each[0]) for each in (first, *others))} have different A and B in "
+                f"{label_of(name)}, which is cut over ranks; must have the same there (same rank and svd_seed)"
+            )
         _, index = samples.laid_out(first, x.device, whole=True)
         A, B, R, s = self._stack(first, index)
-        y, parts = adapted(self.base_layer, x, A, R, B, s, 0.0, name, index, *args, **kwargs), []
+        y, parts = adapted(self.base_layer, x, A, R, B, s, 0.0, name, index, (), *args, **kwargs), []
         for group in others:
             rows, index = samples.laid_out(group, x.device)
             A, B, R, s = self._stack(group, index)
@@ -555,7 +559,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
         A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
         p = self.config[name].loraxs_dropout if self.training else 0.0
-        return A._buffers[name], held(R, name), B._buffers[name], self.scaling[name], p
+        trained = held(R, name)
+        trained = trained if self.shares is None else parallel.averaged(trained, self.shares)
+        return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + sum of s B R A into base_layer, summed in fp32 and rounded once; `unmerge` puts W itself back.
@@ -701,7 +707,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         else:
             dtype = W.dtype if isinstance(W, Tensor) and W.dtype in FLOATS else self.loraxs_A[name].dtype
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
-            R.data = R.detach().to(dtype)  # the same Parameter, which may have hooks
+            self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
@@ -895,6 +901,9 @@ class LoraXSModel(BaseTuner):
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(model, self._new, None, None, WORKSPACE, progress=True)
+            shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
+            for layer in self._layers():
+                layer.shares = shares.get(id(layer.base_layer), layer.shares)
             del self._new
             if all(each.hook is not _check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(_check_before_loading)
