@@ -117,28 +117,30 @@ def _in_turns(
     turns = max(groups, key=dist.get_world_size)
     ranks, rank = dist.get_world_size(turns), dist.get_rank(turns)
     for first in range(0, len(jobs), ranks):
-        together, dtypes, mine = jobs[first : first + ranks], [], None
+        together, dtypes, own, made = jobs[first : first + ranks], [], None, []
         for k, job in enumerate(together):
             begun = [group._get_sequence_number_for_group() for group in groups]
             try:
                 W = job.weight.read()
                 dtypes.append(torch.promote_types(W.dtype, torch.float32))
-                mine = W if k == rank else mine
+                own = W if k == rank else own
                 del W
             except Exception as raised:
+                # Without a collective the others still wait for this rank to gather the weight, and would take its next
+                # collective for that one.  It has none, and their time runs out.
                 if begun == [group._get_sequence_number_for_group() for group in groups]:
-                    raise  # before the others' collective, which nothing else may be taken for: their time runs out
+                    raise
                 error = error or raised
-        if error is None and mine is not None:
+        if error is None and own is not None:
             try:
-                mine = _of_one(job=together[rank], W=mine, devices=devices, workspace=workspace)
+                made = _of_one(together[rank], own, devices, workspace)
             except Exception as raised:
                 error = raised
         _raise_on_all(error, groups)
         for k, (job, dtype) in enumerate(zip(together, dtypes, strict=True)):
             (N, K), r = job.weight.shape, job.rank
             if k == rank:
-                factors = [t.contiguous() for t in mine]
+                factors = [t.contiguous() for t in made]
             else:
                 factors = [torch.empty(size, dtype=dtype, device=job.weight.device) for size in ((r, K), (N, r))]
             for t in factors:

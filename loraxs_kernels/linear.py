@@ -200,7 +200,7 @@ class LoRAXSLinear(nn.Module):
     def _joins(self, x: Tensor) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
         W = weight_view(self.base_layer)
-        if W is None or self.merged or self.seat is not None:
+        if W is None or self.merged or self.seat is not None or self.shares is not None:
             return False
         if any(_hooked(each) and not (x.device == W.device and only_moves(each)) for each in (self.base_layer, self)):
             return False

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
+from loraxs_kernels.linear import forward_together
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.weights import whole
 
@@ -322,6 +323,18 @@ def test_models_that_torch_has_cut_train_like_whole_ones():
     on_ranks(2, cut_by_torch)
 
 
+class Together(nn.Module):
+    """Layers of one x, which are made together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((y - 1).square().mean() for y in forward_together(x, *self.layers))
+
+
 def fsdp_first(rank: int, folder: Path) -> None:
     mesh = mesh_of(dist.get_world_size(), names=("data",))
     for make in (llama, functools.partial(causal_lm, "GPT2"), t5):
@@ -332,6 +345,11 @@ def fsdp_first(rank: int, folder: Path) -> None:
         # With other Parameters in the place of R, as a state dict may bring them
         model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
         assert_same(mean_over(mesh, trained(model, of_share(mesh, parts=2))), expected)
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    together = attached(sharded(Together(), mesh), "all-linear")
+    found = trained(together, lambda model: model(x.chunk(2)[rank]))
+    assert_same(mean_over(mesh, found), trained(attached(Together(), "all-linear"), lambda model: model(x)))
 
     bank = lx.AdapterBank.create(folder / f"bank-{rank}", model)
     bank.attach(model)
