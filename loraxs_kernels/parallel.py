@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -115,9 +116,7 @@ class _Inside(TorchFunctionMode):
         for A, R, B in self.adapters:
             if dim is not None:
                 A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
-            if R.requires_grad and part:
-                R = DTensor.from_local(R, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-            adapters.append((A, R, B))
+            adapters.append((A, _Reduced.apply(R, mesh, 1) if part and _has_gradient(R) else R, B))
         if dim == 1:  # this rank's part of the mask that is drawn on one process, so that all ranks draw alike
 
             def dropout(x: Tensor, p: float) -> Tensor:
@@ -231,18 +230,25 @@ def shares(base: nn.Module, fsdp: set[int]) -> Any:
 
 def averaged(R: Tensor, mesh: Any) -> Tensor:
     """R, of which FSDP2 does not know: its gradient is the mean over the ranks of a mesh."""
-    return _Averaged.apply(R, mesh) if R.requires_grad else R
+    return _Reduced.apply(R, mesh, mesh.size()) if _has_gradient(R) else R
 
 
-class _Averaged(torch.autograd.Function):
+def _has_gradient(R: Tensor) -> bool:
+    return R.requires_grad and torch.is_grad_enabled()
+
+
+class _Reduced(torch.autograd.Function):
+    """R, whose gradient is the sum of the ranks' over a mesh, divided by a number."""
+
     @staticmethod
-    def forward(ctx: Any, R: Tensor, mesh: Any) -> Tensor:
-        ctx.mesh = mesh
+    def forward(ctx: Any, R: Tensor, mesh: Any, number: int) -> Tensor:
+        ctx.mesh, ctx.number = mesh, number
         return R.view_as(R)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         total = grad.clone()
         for i in range(ctx.mesh.ndim):
             dist.all_reduce(total, group=ctx.mesh.get_group(i))
-        return total / ctx.mesh.size(), None
+        return total.div_(ctx.number), None, None

@@ -82,10 +82,16 @@ def trained(
     model: nn.Module,
     loss: Callable[[nn.Module], torch.Tensor] = loss_of,
     steps: int = 10,
+    state: list[dict] | None = None,
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses of some steps of AdamW on R alone, and the gradients of all R, side by side, at each."""
+    """Losses of some steps of AdamW on R alone, and the gradients of all R, side by side, at each.
+
+    state: gets the optimizer's in the end; what is there goes on.
+    """
     Rs = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses, gradients = torch.optim.AdamW(Rs, lr=1e-2), [], []
+    if state:
+        optimizer.load_state_dict(state.pop())
     for _ in range(steps):
         of_step = loss(model)
         of_step.backward()
@@ -93,6 +99,8 @@ def trained(
         gradients.append(torch.cat([whole(R.grad).flatten() for R in Rs]))
         optimizer.step()
         optimizer.zero_grad()
+    if state is not None:
+        state.append(optimizer.state_dict())
     return losses, gradients
 
 
@@ -177,6 +185,14 @@ def cut_by_transformers(rank: int, folder: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, back(IDS).logits)
     again = lx.load_adapter(cut("Llama"), folder / "adapter.safetensors", progress=False)
     assert_same(trained(again, steps=3), trained(back, steps=3))
+    # A run goes on with another number of ranks: R and the state of the optimizer of either belong to both.
+    model, one, states = attached(cut("Llama")), attached(llama()), []
+    trained(model, steps=4, state=states)
+    with torch.no_grad():
+        for (_, layer), (_, of_one) in zip(adapted_layers(model), adapted_layers(one), strict=True):
+            of_one.R.copy_(layer.R)
+    rest = trained(one, steps=6, state=states)
+    assert_same(rest, tuple(each[4:] for each in expected))
 
     dense = TARGETS[:4]  # all but the experts, which are no linear layers
     assert_same(trained(attached(cut("Mixtral"), dense)), trained(attached(causal_lm("Mixtral"), dense)))
@@ -247,6 +263,11 @@ def cut_by_torch(rank: int) -> None:
         torch.manual_seed(5)  # of the masks, which are those of one process
         found.append(trained(model.train(), error))
     assert_same(*found)
+
+    model = attached(cut())
+    (gR,) = torch.autograd.grad(loss_of(model), [next(adapted_layers(model))[1].R], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):  # it is summed over the ranks, which is not recorded
+        gR.sum().backward()
 
     model = cut()
     cut_otherwise = DTensor.from_local(torch.randn(48, 32), mesh, [Partial()])
