@@ -179,8 +179,7 @@ def assign(t: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
     with written([t]):
         t.copy_(value)
-    if hasattr(t, "_z3_optimizer"):
-        _write_master(t, value)  # which t may have rounded
+    _write_master(t, value)  # which t may have rounded
 
 
 def check_writable(tensors: Iterable[Tensor]) -> None:
@@ -202,23 +201,25 @@ def written(tensors: Iterable[Tensor]) -> Iterator[None]:
     parts = [t for t in tensors if hasattr(t, "ds_id") and not is_gathered(t)]
     with _zero3(parts, modifier_rank=0) if parts else nullcontext():
         yield
-    for t in parts:
-        if hasattr(t, "_z3_optimizer"):
-            _write_master(t, t.detach()[:0])
+    for t in tensors:
+        _write_master(t, t.detach())
 
 
 def _write_master(t: Tensor, value: Tensor) -> None:
-    """Into the fp32 copy of t that DeepSpeed's optimizer has, and would put in place of t after its next step.
+    """Into the fp32 copy that DeepSpeed's optimizer has of t, if any, and would put in place of t after its next step.
 
-    A rank writes its part: what it has in t, which is rank 0's, or what value has there if t is that rounded.
+    ZeRO-3: a rank writes its part, what it has in t, which is rank 0's, or what value has there if t is that rounded.
     DeepSpeed's safe_set_full_fp32_param fails where the parts are not of one size, and takes each rank's own value.
     """
-    first = dist.get_rank(t.ds_process_group) * t.ds_tensor.numel()
-    part = value.flatten()[first:][: t.ds_tensor.numel()].to(t.ds_tensor.device, torch.float32)
-    master = t.ds_tensor.to(torch.float32, copy=True)  # padded at its end
-    same = part.to(t.dtype) == t.ds_tensor[: len(part)]
-    master[: len(part)][same] = part[same]
-    t._z3_optimizer.set_local_hp_param(master, t)
+    if getattr(t, "_hp_mapping", None) is not None:  # ZeRO-1 and ZeRO-2, where this rank has a part
+        t.set_full_hp_param(value)
+    if hasattr(t, "_z3_optimizer"):
+        first = dist.get_rank(t.ds_process_group) * t.ds_tensor.numel()
+        part = value.flatten()[first:][: t.ds_tensor.numel()].to(t.ds_tensor.device, torch.float32)
+        master = t.ds_tensor.to(torch.float32, copy=True)  # padded at its end
+        same = part.to(t.dtype) == t.ds_tensor[: len(part)]
+        master[: len(part)][same] = part[same]
+        t._z3_optimizer.set_local_hp_param(master, t)
 
 
 def is_linear(layer: nn.Module) -> bool:

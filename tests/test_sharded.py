@@ -247,6 +247,15 @@ def zero3_odd(rank: int, folder: str) -> None:
         if rank == 0:
             lx.load_adapter(model, own)
     assert values() == [5.0, 5.0]
+    model, running, config["zero_optimization"] = odd(0.0), True, {"stage": 2}  # parameters are whole, fp32 copies not
+    deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained(model), lr=0.3), config=config)
+    assert len(values()) == 4 and not any(values())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapter_file, "assign", interrupted_at_the_third(adapter_file.assign))
+        lx.load_adapter(model, f"{folder}/0.safetensors")
+    assert not any(values())
+    lx.load_adapter(model, f"{folder}/0.safetensors")
+    assert values() == [5.0] * 4
 
 
 def zero3_beside(persistent: int, rank: int, folder: str) -> None:
