@@ -35,7 +35,7 @@ from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_
 from .linear import LoRAXSLinear, label_of
 from .model import adapted_layers, basis_for, install, unwrapped
 from .transaction import keep, transaction
-from .weights import FLOATS, assign, gathered, weight_of, whole, written
+from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weight_of, whole, written
 
 NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
@@ -141,7 +141,7 @@ def whole_R(layer: LoRAXSLinear) -> Tensor:
     if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if not getattr(R, "_ds_z3_gathered_param_context_depth", 0):
+        if not is_gathered(R):
             return safe_get_full_fp32_param(R).clone()
     with gathered(_makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
@@ -207,6 +207,8 @@ def load_adapter(
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and the values are those of rank 0.
+            Before deepspeed.initialize rank 0 may call alone inside a GatheredParameters(..., modifier_rank=0) of all
+            that trains, but not later: that would not reach the optimizer, a RuntimeError.
         path: of the file.
         basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
             a model without adapters.
@@ -241,13 +243,16 @@ def load_adapter(
                 stacklevel=3,  # past no_grad's wrapper
             )
         trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
-        keep(undo, [*trained, *(target for target, _ in values)])
+        changing = [*trained, *(target for target, _ in values)]
+        check_writable(changing)
+        keep(undo, changing)
         for name, R in settled.items():
             layer = layers[name]
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
+                R = R.to(whole_R(layer))  # before: DeepSpeed frees the parameters whenever R has been made of them
                 with written(_makers_of_R(layer)):
-                    layer.R = R.to(layer.R)
+                    layer.R = R
             else:
                 assign(layer.R, R)
         for target, value in values:

@@ -461,7 +461,8 @@ def plus_delta(
 ) -> Tensor:
     """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
     h = dropout(x, p) if p > 0.0 else x
-    h = h.to(A.device) if autocast_on(x) else h.to(A.device, A.dtype)  # base may have moved x by itself
+    device = x.device if in_place else A.device  # base may have moved x by itself
+    h = h.to(device) if autocast_on(x) else h.to(device, A.dtype)
     if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
         return lora_xs_delta(h, A, R, B, s, out=y, index=index)
     return y + lora_xs_delta(h, A, R, B, s, index=index).to(y.device, y.dtype)

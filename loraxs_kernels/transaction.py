@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .weights import is_gathered
+
 
 @contextmanager
 def transaction(model: nn.Module) -> Iterator[ExitStack]:
@@ -32,7 +34,9 @@ def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
     for t in tensors:
         if hasattr(t, "_z3_optimizer") and t.requires_grad:  # DeepSpeed's ZeRO-3: its fp32 copy of a part
             undo.callback(t._z3_optimizer.set_local_hp_param, t._z3_optimizer.get_local_fp32_param(t).clone(), t)
-        part = getattr(t, "ds_tensor", t)
+        if (mapping := getattr(t, "_hp_mapping", None)) is not None:  # that of ZeRO-1 and ZeRO-2
+            undo.callback(_write, mapping.hp_fragment.data, mapping.hp_fragment.detach().clone())
+        part = t if is_gathered(t) else getattr(t, "ds_tensor", t)
         undo.callback(_write, part, part.detach().clone())
 
 

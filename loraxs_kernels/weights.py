@@ -151,6 +151,11 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+def is_gathered(t: Tensor) -> bool:
+    """Whether t is whole inside a GatheredParameters of DeepSpeed, which cannot be nested."""
+    return getattr(t, "_ds_z3_gathered_param_context_depth", 0) > 0
+
+
 def _zero3(parts: list[Tensor], **options: Any) -> Any:
     import deepspeed
 
@@ -174,26 +179,47 @@ def assign(t: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value.to(t.device, t.dtype), t.device_mesh, t.placements)
     with written([t]):
         t.copy_(value)
-    if hasattr(t, "_z3_optimizer"):
-        _write_master(t, value)  # which t may have rounded
+    _write_master(t, value)  # which t may have rounded
+
+
+def check_writable(tensors: Iterable[Tensor]) -> None:
+    """RuntimeError for those of a running engine that the caller has gathered: only their fp32 copies would last."""
+    if any(is_gathered(t) and hasattr(t, "_z3_optimizer") for t in tensors):
+        raise RuntimeError(
+            "model: its parameters are gathered by deepspeed.zero.GatheredParameters, whose end does not reach the "
+            "fp32 copies that DeepSpeed's optimizer has of them; call this outside of it, on every rank"
+        )
 
 
 @contextmanager
 def written(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Those that ZeRO-3 has partitioned are whole meanwhile, and keep what rank 0 writes: a collective then."""
-    parts = [t for t in tensors if hasattr(t, "ds_id")]
+    """Those that ZeRO-3 has partitioned are whole meanwhile, and keep what rank 0 writes: a collective then.
+
+    Those that the caller has gathered are left as they are, and what becomes of them is for the caller's block to say.
+    """
+    check_writable(tensors := list(tensors))
+    parts = [t for t in tensors if hasattr(t, "ds_id") and not is_gathered(t)]
     with _zero3(parts, modifier_rank=0) if parts else nullcontext():
         yield
-        for t in parts:
-            if hasattr(t, "_z3_optimizer"):
-                _write_master(t, t.detach())
+    for t in tensors:
+        _write_master(t, t.detach())
 
 
 def _write_master(t: Tensor, value: Tensor) -> None:
-    """Into the fp32 copy of t that DeepSpeed's optimizer has, and would put in place of t after its next step."""
-    from deepspeed.utils import safe_set_full_fp32_param
+    """Into the fp32 copy that DeepSpeed's optimizer has of t, if any, and would put in place of t after its next step.
 
-    safe_set_full_fp32_param(t, value)
+    ZeRO-3: a rank writes its part, what it has in t, which is rank 0's, or what value has there if t is that rounded.
+    DeepSpeed's safe_set_full_fp32_param fails where the parts are not of one size, and takes each rank's own value.
+    """
+    if getattr(t, "_hp_mapping", None) is not None:  # ZeRO-1 and ZeRO-2, where this rank has a part
+        t.set_full_hp_param(value)
+    if hasattr(t, "_z3_optimizer"):
+        first = dist.get_rank(t.ds_process_group) * t.ds_tensor.numel()
+        part = value.flatten()[first:][: t.ds_tensor.numel()].to(t.ds_tensor.device, torch.float32)
+        master = t.ds_tensor.to(torch.float32, copy=True)  # padded at its end
+        same = part.to(t.dtype) == t.ds_tensor[: len(part)]
+        master[: len(part)][same] = part[same]
+        t._z3_optimizer.set_local_hp_param(master, t)
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -212,6 +212,13 @@ def test_what_stands_around_a_hook_that_only_moves_is_called(fused):
     assert torch.equal(layer(x), expected) and fused == [True]
 
 
+def test_an_adapter_elsewhere_is_refused_where_nothing_moves_x():
+    layer = make(dropout=0.5)
+    layer.A = layer.A.to("meta")
+    with pytest.raises(ValueError, match="A: got device meta, must be cpu like x"):
+        layer(torch.randn(5, 40))
+
+
 def test_a_hook_moves_x_to_the_layer_and_y_back(fused):
     """From the CPU to "meta", where there is nothing to compute, and the way back from there is an error of torch's."""
     hooks = pytest.importorskip("accelerate.hooks")

@@ -646,6 +646,18 @@ def test_an_export_is_the_model_to_peft(case, dtype, stored, tolerance, tmp_path
     assert {name: (m.r["default"], m.scaling["default"]) for name, m in lora.items()} == expected
 
 
+def test_a_head_whose_state_dict_is_changed_by_a_hook_is_exported(tmp_path):
+    model = adapted(*EXPORTS["ranks and scales"])
+
+    def add_one(module, state, prefix, metadata):
+        state[prefix + "bias"] = torch.from_numpy(state[prefix + "bias"].numpy() + 1)
+
+    model.classifier.register_state_dict_post_hook(add_one)
+    export_as_lora(model, tmp_path)
+    written = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(written["base_model.model.classifier.bias"], model.classifier.bias.detach() + 1)
+
+
 def test_what_an_export_says(tmp_path):
     model = adapted(*EXPORTS["ranks and scales"])
     model.config._name_or_path = "some/bert"

@@ -181,6 +181,81 @@ def zero3(rank: int, folder: str) -> None:
     """With every parameter partitioned, and with those kept whole that are small, as DeepSpeed does by default."""
     for persistent in (0, 10**5):
         zero3_beside(persistent, rank, f"{folder}/{persistent}")
+    zero3_odd(rank, f"{folder}/odd")
+
+
+class Twice(nn.Module):
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return 2 * X
+
+    def right_inverse(self, X: torch.Tensor) -> torch.Tensor:
+        return X / 2
+
+
+def zero3_odd(rank: int, folder: str) -> None:
+    """Parts of different sizes, files that differ from rank to rank, a parametrized R, all gathered by the caller."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    def odd(value: float, parametrized: bool = False) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = lx.attach(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), 3, target_modules="0", modules_to_save=["1"])
+        if parametrized:
+            nn.utils.parametrize.register_parametrization(model[0], "R", Twice())
+        nn.init.constant_(R(model), value)
+        nn.init.constant_(model[1].bias, value)
+        return model
+
+    def values() -> list[float]:
+        """Of each parameter that trains, which has one value throughout: of the parameter and of the fp32 copy."""
+        with deepspeed.zero.GatheredParameters(trained(model)):
+            found = [p.detach().clone() for p in (R(model), model[1].bias)]
+        found += [safe_get_full_fp32_param(p) for p in (R(model), model[1].bias)] if running else []
+        assert all((t == t.flatten()[0]).all() for t in found)
+        return [t.flatten()[0].item() for t in found]
+
+    def R(model: nn.Sequential) -> nn.Parameter:
+        return next(p for name, p in model[0].named_parameters() if name in ("R", "parametrizations.R.original"))
+
+    own, again = f"{folder}/{rank}.safetensors", f"{folder}/{rank}-again.safetensors"
+    lx.save_adapter(odd(5.0 + rank), own)
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+    for running, parametrized in ((True, False), (True, True), (False, False)):
+        model = odd(0.0, parametrized)
+        if running:
+            optimizer = torch.optim.SGD(trained(model), lr=0.3)
+            deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            refused = pytest.raises(RuntimeError, match="call this outside of it, on every rank")
+            with deepspeed.zero.GatheredParameters(trained(model)), refused:
+                lx.load_adapter(model, own)
+        else:
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        assert not any(values())
+        lx.load_adapter(model, own)
+        assert values() == [2.5 if parametrized else 5.0, 5.0] * (1 + running), "of rank 0"
+        lx.save_adapter(model, again)
+        assert (lx.load_adapter(odd(0.0), again)[0].R == 5).all()
+    with deepspeed.zero.GatheredParameters(trained(model), modifier_rank=0), torch.no_grad():
+        if rank == 0:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(adapter_file, "assign", interrupted_at_the_third(adapter_file.assign))
+                for p in trained(model):
+                    p.zero_()
+                lx.load_adapter(model, own)
+    assert values() == [0.0, 0.0]
+    with deepspeed.zero.GatheredParameters(trained(model), modifier_rank=0):
+        if rank == 0:
+            lx.load_adapter(model, own)
+    assert values() == [5.0, 5.0]
+    model, running, config["zero_optimization"] = odd(0.0), True, {"stage": 2}  # parameters are whole, fp32 copies not
+    deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained(model), lr=0.3), config=config)
+    assert len(values()) == 4 and not any(values())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapter_file, "assign", interrupted_at_the_third(adapter_file.assign))
+        lx.load_adapter(model, f"{folder}/0.safetensors")
+    assert not any(values())
+    lx.load_adapter(model, f"{folder}/0.safetensors")
+    assert values() == [5.0] * 4
 
 
 def zero3_beside(persistent: int, rank: int, folder: str) -> None:

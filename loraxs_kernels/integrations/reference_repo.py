@@ -302,6 +302,7 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             state_dict[f"{name}.loraxs_fingerprint.{adapter}"] = fingerprint
 
 
+@torch.no_grad()
 def export_as_lora(
     model: nn.Module,
     folder: str | os.PathLike,
