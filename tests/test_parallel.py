@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import loraxs_kernels as lx
 from loraxs_kernels.linear import forward_together
 from loraxs_kernels.model import adapted_layers
-from loraxs_kernels.weights import whole
+from loraxs_kernels.parallel import piece
+from loraxs_kernels.weights import is_dtensor, whole
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,8 +168,8 @@ def loss_of_parts(model: nn.Module, mesh: dist.DeviceMesh) -> torch.Tensor:
 
 
 def cut_by_transformers(rank: int, folder: Path) -> None:
-    def cut(kind: str) -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder / kind, tp_plan="auto")
+    def cut(kind: str, how: str | dict = "auto") -> nn.Module:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / kind, tp_plan=how)
 
     alone = attached(llama())
     expected = trained(copy.deepcopy(alone))
@@ -200,15 +201,22 @@ def cut_by_transformers(rank: int, folder: Path) -> None:
     targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
     assert_same(trained(attached(cut("DeepseekV2"), targets)), trained(attached(causal_lm("DeepseekV2"), targets)))
 
+    model = cut("Llama", {"model.layers.*.mlp.up_proj": "replicated_with_grad_allreduce"})
+    refused(model, ValueError, r"up_proj' is cut over ranks by transformers' style ReplicatedWithGradAllReduce")
+
     peft = pytest.importorskip("peft")
     from loraxs_kernels.integrations.peft import LoraXSConfig
 
     models = [peft.get_peft_model(each, LoraXSConfig(r=4, target_modules=TARGETS)) for each in (cut("Llama"), llama())]
     assert_same(*map(trained, models))
+    other = LoraXSConfig(r=3, target_modules=TARGETS, svd_seed=3, lora_alpha=6, loraxs_dropout=0.2)
+    found = []
     for each in models:
-        each.add_adapter("other", LoraXSConfig(r=3, target_modules=TARGETS, svd_seed=3))
+        each.add_adapter("other", other)
         each.base_model.set_adapter(["default", "other"])
-    assert_same(*map(trained, models))
+        torch.manual_seed(5)  # of the masks, which are those of one process
+        found.append(trained(each.train()))
+    assert_same(*found)
     names = ["default", "other", "__base__", "default"]
     with pytest.raises(ValueError, match=r"'default', 'other' have different A and B in module .* cut over ranks"):
         models[0].eval()(input_ids=IDS, adapter_names=names)
@@ -218,6 +226,11 @@ def cut_by_transformers(rank: int, folder: Path) -> None:
     models[0].save_pretrained(folder / f"peft-{rank}")
     loaded = peft.PeftModel.from_pretrained(llama(), folder / f"peft-{rank}")
     torch.testing.assert_close(loaded(input_ids=IDS).logits, models[0](input_ids=IDS).logits)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 def cut_by_torch(rank: int) -> None:
@@ -273,36 +286,64 @@ def cut_by_torch(rank: int) -> None:
     cut_otherwise = DTensor.from_local(torch.randn(48, 32), mesh, [Partial()])
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(cut_otherwise)
     refused(model, ValueError, r"module 'model\.layers\.1\.mlp\.up_proj' is cut over ranks by placements \(Partial")
+    model = cut()
+    model.model.layers[1].mlp.up_proj.__class__ = Doubled
+    refused(model, ValueError, r"up_proj' is cut over ranks by placements .* in a Doubled")
 
-    model = cut()  # what one rank finds wrong with its weights, all raise
-    if rank == 1:
-        model.model.layers[1].mlp.up_proj.weight.detach().to_local()[0, 0] = torch.nan
-    # One rank has factored it.
-    refused(model, (ValueError, RuntimeError), r"module 'model\.layers\.1\.mlp\.up_proj': W: .* magnitude of nan")
+    for blocks in (2, 1):  # what one rank finds wrong with its weights, of which it may have the whole, all raise
+        model = llama()
+        for block in model.model.layers[:blocks]:
+            parallelize_module(block, mesh, plan())
+        W = model.model.layers[1].mlp.up_proj.weight.detach()
+        if rank == 1:
+            (W.to_local() if is_dtensor(W) else W)[0, 0] = torch.nan
+        # One rank has factored it.
+        refused(model, (ValueError, RuntimeError), r"module 'model\.layers\.1\.mlp\.up_proj': W: .* magnitude of nan")
+
+    model = cut()
+    refused_on_all_ranks(model, 1)
+    asked = []
+
+    def without_a_collective(layer: nn.Module) -> torch.Tensor:
+        asked.append(layer)
+        raise OSError("no such disk")
+
+    refused(model, OSError, "^no such disk", without_a_collective)
+    assert len(asked) == 1, "the next weight would be gathered with those who still wait to gather this one"
+    assert_same_basis(attached(model), alone)
+    assert_same_basis(*[attached(each.bfloat16()) for each in (cut(), llama())])
+
+
+def refused(
+    model: nn.Module,
+    error: type[Exception] | tuple[type[Exception], ...],
+    match: str,
+    read: Callable[[nn.Module], torch.Tensor] | None = None,
+) -> None:
+    """`attach`, which reads weights by `read`, raises, and the model is as it was."""
+    before = [(name, m) for name, m in model.named_modules()], [(p, p.requires_grad) for p in model.parameters()]
+    lx.register_weight_reader(nn.Linear, read)
+    try:
+        with pytest.raises(error, match=match):
+            attached(model)
+    finally:
+        lx.register_weight_reader(nn.Linear, None)
+    assert [(name, m) for name, m in model.named_modules()] == before[0]
+    assert all(p is q and p.requires_grad == r for p, (q, r) in zip(model.parameters(), before[1], strict=True))
+
+
+def refused_on_all_ranks(model: nn.Module, one: int) -> None:
+    """What one rank raises with a weight that it has gathered."""
+    failing = model.model.layers[0].self_attn.o_proj
 
     def read(layer: nn.Module) -> torch.Tensor:
         W = layer.weight.full_tensor()
-        if rank == 1 and layer is model.model.layers[0].self_attn.o_proj:
+        if dist.get_rank() == one and layer is failing:
             raise OSError("no such disk")
         return W
 
-    model = cut()
-    lx.register_weight_reader(nn.Linear, read)
-    try:
-        own, others = (OSError, "^no such disk"), (RuntimeError, "another rank could not .*: OSError: no such disk")
-        refused(model, *(own if rank == 1 else others))
-    finally:
-        lx.register_weight_reader(nn.Linear, None)
-    assert_same_basis(attached(model), alone)
-
-
-def refused(model: nn.Module, error: type[Exception] | tuple[type[Exception], ...], match: str) -> None:
-    """`attach` raises, and the model is as it was."""
-    before = [(name, m) for name, m in model.named_modules()], [(p, p.requires_grad) for p in model.parameters()]
-    with pytest.raises(error, match=match):
-        attached(model)
-    assert [(name, m) for name, m in model.named_modules()] == before[0]
-    assert all(p is q and p.requires_grad == r for p, (q, r) in zip(model.parameters(), before[1], strict=True))
+    own, others = (OSError, "^no such disk"), (RuntimeError, "another rank could not .*: OSError: no such disk")
+    refused(model, *(own if dist.get_rank() == one else others), read)
 
 
 def sharded(model: nn.Module, mesh: dist.DeviceMesh) -> nn.Module:
@@ -357,6 +398,8 @@ class Together(nn.Module):
 
 
 def fsdp_first(rank: int, folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     mesh = mesh_of(dist.get_world_size(), names=("data",))
     for make in (llama, functools.partial(causal_lm, "GPT2"), t5):
         alone = attached(make(), "all-linear")
@@ -368,9 +411,10 @@ def fsdp_first(rank: int, folder: Path) -> None:
         assert_same(mean_over(mesh, trained(model, of_share(mesh, parts=2))), expected)
 
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
-    together = attached(sharded(Together(), mesh), "all-linear")
-    found = trained(together, lambda model: model(x.chunk(2)[rank]))
-    assert_same(mean_over(mesh, found), trained(attached(Together(), "all-linear"), lambda model: model(x)))
+    # Cut as one, so that all weights are whole when the layers are made together
+    together = attached(fully_shard(Together(), mesh=mesh), "all-linear", init="random")
+    found, alone = trained(together, lambda model: model(x.chunk(2)[rank])), Together()
+    assert_same(mean_over(mesh, found), trained(attached(alone, "all-linear", init="random"), lambda model: model(x)))
 
     bank = lx.AdapterBank.create(folder / f"bank-{rank}", model)
     bank.attach(model)
@@ -383,6 +427,8 @@ def test_fsdp2_before_attach_trains_like_one_process(tmp_path):
 
 
 def two_dimensions(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     mesh, alone = mesh_of(2, 2, names=("data", "tp")), attached(llama())
     data, expected = mesh["data"], trained(copy.deepcopy(alone))
     cut = functools.partial(parallelized, mesh=mesh["tp"])
@@ -397,6 +443,7 @@ def two_dimensions(rank: int, folder: Path) -> None:
         assert_same(mean_over(data, found), expected)
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         assert not float(whole(norm))  # all gradients have been used, and can be clipped together
+    refused_on_all_ranks(shard(cut(llama())), 3)
     file = folder / f"{rank}.safetensors"
     lx.save_adapter(model, file)  # R is cut over "data": every rank calls
     one = lx.load_adapter(llama(), file, progress=False)  # and goes on with other numbers of ranks
@@ -404,6 +451,16 @@ def two_dimensions(rank: int, folder: Path) -> None:
     lx.load_adapter(model, file)
     share = of_share(mesh_of(4, names=("data",)))
     assert_same(mean_over(mesh_of(4, names=("data",)), trained(model, share, steps=3)), trained(one, steps=3))
+
+    line = mesh_of(4)
+    for n in (4, 5, 6, 9):  # of which ranks have parts of other sizes, or none
+        t = torch.arange(2 * n).view(2, n)
+        assert torch.equal(piece(t, 1, line), distribute_tensor(t, line, [Shard(1)]).to_local())
+
+    model = llama()
+    W = model.model.layers[1].mlp.up_proj.weight.detach()
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(distribute_tensor(W, mesh, [Shard(0), Shard(1)]))
+    refused(model, ValueError, r"up_proj' is cut over ranks by placements \(Shard\(dim=0\), Shard\(dim=1\)\)")
 
     grid = mesh_of(2, 2, names=("copies", "data"))  # two copies of the model, each of two shards
     assert_same(mean_over(grid, trained(attached(sharded(llama(), grid)), of_share(grid))), expected)
