@@ -352,9 +352,15 @@ def through_peft_and_zero3(rank: int, folder: str, engine_of) -> None:
         with pytest.raises(ValueError, match=r"fingerprint of A and B .* is empty, .*GatheredParameters"):
             check_saved(folder, model, alone.model, state)
     engine.save_checkpoint(f"{folder}/engine")
+    mean_loss(rank, engine, 1, engine.backward)
+    engine.step()
+    engine.load_checkpoint(f"{folder}/engine")  # and back
     with deepspeed.zero.GatheredParameters(trained(model)):
         if rank == 0:
             check_saved(folder, model, alone.model, model.state_dict())
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"R for .* cannot be loaded while ZeRO-3 has it in parts"):
+        model.load_adapter(f"{folder}/peft", "default")
 
 
 def test_zero3(tmp_path):

@@ -722,7 +722,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 each.register_buffer(name, each[name], self.config[name].save_factors)
             if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
                 continue
-            if hasattr(R, "ds_id") and R.shape != R.ds_shape:  # ZeRO-3: for DeepSpeed's own checkpoints, of its parts
+            if _is_in_parts(R):  # for DeepSpeed's own checkpoints, which have the parts elsewhere
                 continue
             fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R), B)])
             self.loraxs_fingerprint[name] = fingerprint
@@ -764,6 +764,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 if (t := state_dict.get(keys[which])) is None:
                     continue
                 what = f"{which_one}: {which} for {label}"
+                if which == "R" and hasattr(R := self.loraxs_R._parameters.get(name), "ds_id"):
+                    if _is_in_parts(R) and t.shape == R.shape:  # DeepSpeed's own checkpoints have the parts elsewhere
+                        continue
+                    if _is_in_parts(R) or hasattr(R, "_z3_optimizer"):
+                        raise ValueError(
+                            f"{what} cannot be loaded while ZeRO-3 has it in parts; must be before deepspeed.initialize"
+                        )
                 if tuple(t.shape) != shapes[which]:
                     raise ValueError(f"{what} has shape {tuple(t.shape)}, must be {shapes[which]}")
                 if t.dtype not in FLOATS:
@@ -774,7 +781,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         translate(state_dict, {prefix[:-1]: self}, whole_model=False)
         self.check_state_dict(state_dict, prefix)
-        self._latest = {name for name in self.r if f"{prefix}loraxs_fingerprint.{name}" in state_dict}
+        in_parts = {name for name, R in self.loraxs_R._parameters.items() if _is_in_parts(R)}
+        self._latest = {name for name in self.r if f"{prefix}loraxs_fingerprint.{name}" in state_dict} - in_parts
         self.unchecked |= self._latest
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -1260,6 +1268,11 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
     layer.check_fingerprints(layer._latest)
+
+
+def _is_in_parts(R: Tensor | None) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has left R empty."""
+    return hasattr(R, "ds_id") and R.shape != R.ds_shape
 
 
 def _check_name(name: str) -> None:
