@@ -289,6 +289,9 @@ def cut_by_torch(rank: int) -> None:
     model = cut()
     model.model.layers[1].mlp.up_proj.__class__ = Doubled
     refused(model, ValueError, r"up_proj' is cut over ranks by placements .* in a Doubled")
+    model = llama()  # as transformers before 5.17 leaves it, whose weights are parts and no DTensors
+    model.model.layers[1].mlp.up_proj._hf_tp_plan = "colwise"
+    refused(model, ValueError, r"up_proj' is cut over ranks by this transformers' style 'colwise'")
 
     for blocks in (2, 1):  # what one rank finds wrong with its weights, of which it may have the whole, all raise
         model = llama()
