@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from .indexed import NONE, RowIndex, plain_tensors
 from .linear import LoRAXSLinear, adapted
-from .parallel import averaged
 from .weights import held
 
 if TYPE_CHECKING:
@@ -311,7 +310,6 @@ class Seat:
             return F.linear(x, layer.merged_weight, base.bias, *args, **kwargs)
         else:
             R = held(layer, "R")
-            R = R if layer.shares is None else averaged(R, layer.shares)
         p = layer.dropout if layer.training else 0.0
         y = adapted(base, x, A, R, B, s, p, layer.recipe.name, index, (), *args, **kwargs)
         if y.requires_grad:
