@@ -390,37 +390,25 @@ def adapted(
         adapters = [(A, R, B), *(each[:3] for each in others)]
         return parallel.output(base, x, adapters, product, name, *args, **kwargs)
     else:
-        y = _beside(base, x, plain, A, R, B, s, p, name, index, *args, **kwargs)
+        y = base(x, *args, **kwargs)
+        if not plain:
+            _check_output(base, x, y, B.shape[0], name)
+        y = plus_delta(y, x, A, R, B, s, p, index, in_place=plain)
     for each in others:
         y = plus_delta(y, x, *each)
     return y
 
 
-def _beside(
-    base: nn.Module,
-    x: Tensor,
-    plain: bool,
-    A: Tensor,
-    R: Tensor,
-    B: Tensor,
-    s: float,
-    p: float,
-    name: str,
-    index: RowIndex | None,
-    /,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """What `adapted` returns, of base's own output and the delta; plain: whether base only multiplies by its weight."""
-    y = base(x, *args, **kwargs)
-    if not plain and not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], B.shape[0])):
+def _check_output(base: nn.Module, x: Tensor, y: Any, N: int, name: str) -> None:
+    """Raise where y = base(x) is nothing that a delta can be added to, or passes no gradient on; see `adapted`."""
+    if not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], N)):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise TypeError(
             f"{label_of(name)}: its base layer, a {type(base).__name__}, returned {found} for x of shape "
-            f"{tuple(x.shape)}, must return a tensor of shape {(*x.shape[:-1], B.shape[0])} to take an adapter; leave "
+            f"{tuple(x.shape)}, must return a tensor of shape {(*x.shape[:-1], N)} to take an adapter; leave "
             "it out (exclude_modules)"
         )
-    if not plain and torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
+    if torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
         weight = getattr(base, "weight", None)
         of = "" if weight is None else f" with a {type(weight).__name__} weight"
         raise RuntimeError(
@@ -428,7 +416,6 @@ def _beside(
             "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
             "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
         )
-    return plus_delta(y, x, A, R, B, s, p, index, in_place=plain)
 
 
 def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
