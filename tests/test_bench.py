@@ -53,7 +53,7 @@ def tiny(**changes) -> settings.Settings:
 # --- the paths
 
 
-NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "two", "two-compile", "two-frozen-compile")
+NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "vera", "two", "two-compile", "two-frozen-compile")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -207,6 +207,23 @@ def _peft_tinylora(o: Operands) -> Layer:
     return Layer(layer, (v,), factors)
 
 
+def _vera(o: Operands) -> Layer:
+    """PEFT's own VeRA layer with its defaults: vectors d and b train; they, A and B are in fp32.
+
+    The adapter is diag(b) B diag(d) A, with random A and B that all layers share; here they are the operands'.
+    """
+    from peft import VeraConfig, get_peft_model
+
+    config = VeraConfig(r=o.R.shape[0], target_modules=["0"])
+    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    for shared, own in ((layer.vera_A, o.A), (layer.vera_B, o.B)):
+        shared["default"] = own.to(shared["default"].dtype)
+    d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
+    d.data.copy_(o.R.diagonal() + 1)
+    b.data.copy_(o.gY[0] + 1)
+    return Layer(layer, (d, b), (o.A, d.detach().diag(), b.detach()[:, None] * o.B))
+
+
 def _peft(config: str) -> str | None:
     if importlib.util.find_spec("peft") is None:
         return "the package peft is not installed"
@@ -241,6 +258,13 @@ PATHS = {
             "PEFT's TinyLoRA layer (R = sum v_i P_i)",
             _each(_peft_tinylora),
             missing=lambda: _peft("TinyLoraConfig"),
+        ),
+        Path(
+            "vera",
+            "PEFT's VeRA layer (random A and B, vectors d and b train)",
+            _each(_vera),
+            default=False,
+            missing=lambda: _peft("VeraConfig"),
         ),
         *(
             Path(

@@ -25,6 +25,7 @@ COLOURS = {
     "compile-max": "#4d004b",
     "peft-lora": "#d6616b",
     "peft-tinylora": "#e7969c",
+    "vera": "#7b4173",
     "torch": "#1f77b4",
     "triton": "#17a398",
     "cuda": "#2ca02c",
