@@ -15,11 +15,10 @@ head at the same rate; A and B, where they are made, come from PEFT with its def
     vera             the two vectors of PEFT's VeRA; also at r = 256, the rank of the LoRA-XS paper's VeRA
     tinylora         the vector of PEFT's TinyLoRA, r numbers a layer (u = r)
 
-A way's learning rate is searched with the first seed, by accuracy on the validation questions, in steps of a factor of
-3.2: from one rate to its neighbours, until neither is better.  That is done at the ranks 1, 4, 16 and 256; other ranks
-take the rate of the one below.  Then every seed trains at that rate, and is tested once, after the last step, on test
-questions that have chosen nothing.  A run that was stopped goes on where it was; the report is on the disk after each
-training.
+A way's learning rate is searched at every rank with the first seed, by accuracy on the validation questions, in steps
+of a factor of 3.2: from one rate to its neighbours, until neither is better.  Then every seed trains at that rate, and
+is tested once, after the last step, on test questions that have chosen nothing.  A run that was stopped goes on where
+it was; the report is on the disk after each training.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ from loraxs_kernels.info import environment  # noqa: E402
 FORMAT = "loraxs accuracy 1"
 TASKS = {"trec": "TREC questions, 6 classes", "movies": "sentences of film reviews, positive or negative"}
 RANKS = (1, 2, 4, 8, 16, 32)
-SEARCHED = (1, 4, 16, 256)
 START = {  # where the search for a rate begins, in steps of half a power of ten: 10 ** (k / 2)
     "head": -5,
     "full": -8,
@@ -211,12 +209,10 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def rate(runs: list[dict[str, Any]], way: str, rank: int) -> tuple[int, list[int]]:
     """(the best rate that is known so far, as k; those to be tried before it is known to be the best).
 
-    A rank below which another was searched begins with what was best there.
+    The search begins with what was best at the rank below.
     """
-    below = [r for r in SEARCHED if r < rank and r in ranks(way)]
+    below = [r for r in ranks(way) if r < rank]
     k = rate(runs, way, below[-1])[0] if below else START[way]
-    if rank and rank not in SEARCHED:
-        return k, []
     tried = {run["k"]: run for run in runs if (run["way"], run["rank"]) == (way, rank) and "test" not in run}
     nearby = () if way == "head" else (1, -1)
     while True:
