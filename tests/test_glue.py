@@ -321,6 +321,9 @@ def test_several_seeds(example, roberta, tmp_path, monkeypatch, capsys):
         assert run["best"] == next(e["matthews"] for e in run["epochs"] if e["epoch"] == run["best_epoch"])
         model = classifier(roberta, 2, tmp_path / "whole" / f"seed-{seed}" / "adapter.safetensors")
         assert measured(example, model, roberta, "cola", VOWELS)["matthews"] == pytest.approx(run["best"])
+    script("glue_results").main([str(tmp_path / "whole")])
+    shown = f"{100 * whole['median']:.2f} ± {100 * whole['standard_deviation']:.2f}"
+    assert f"| LoRA-XS, ours | 128 | 4 | - | - | {shown} | - |" in capsys.readouterr().out
     assert whole["parameters"]["R"] == 128 and whole["recipe"]["classifier_learning_rate"] == 0.01
     alone = example.main([*arguments[:-2], "--seed", "4", "--output_dir", str(tmp_path / "alone")])
     assert alone["eval_matthews"] == whole["runs"]["4"]["best"]  # a seed is what it is on its own
@@ -366,6 +369,107 @@ def test_several_seeds(example, roberta, tmp_path, monkeypatch, capsys):
     (tmp_path / "train.jsonl").write_text(json.dumps(VOWELS[0]) + "\n" + json.dumps(VOWELS[1]) + "\n")
     with pytest.raises(ValueError, match=r"is of another recipe \(sha256 is"):
         example.main([*arguments, *out])
+
+
+def written(
+    folder: Path, task: str = "cola", scores=((0.1, 0.5, 0.4), (0.2, 0.6, 0.6), (0.3, 0.3, 0.7)), **options
+) -> str:
+    """A results.json of three seeds and three epochs, as train_glue.py writes it."""
+    metric = paper.GLUE_TASKS[task].metrics[0]
+    row = paper.glue(task, options.get("loraxs_r", 16))
+    recipe = {"task": task, "loraxs_r": 16, "init": "svd", **paper.TABLES["glue"], "mnli_adapter": None}
+    recipe |= {name: getattr(row, name) for name in ("learning_rate", "classifier_learning_rate", "num_train_epochs")}
+    runs = {}
+    for seed, each in enumerate(scores):
+        epochs = [{"epoch": i + 1.0, "loss": 1.0, metric: score} for i, score in enumerate(each)]
+        best = max(epochs, key=lambda epoch: epoch[metric])
+        runs[str(seed)] = {"best": best[metric], "best_epoch": best["epoch"], "epochs": epochs}
+    found = {"loraxs_glue": 1, "recipe": recipe | options, "metric": metric, "runs": runs, "seeds": [*range(len(runs))]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(found | {"parameters": {"R": 24576, "modules": 96, "head": 9}}))
+    return str(folder)
+
+
+def test_tables_beside_the_papers(tmp_path, capsys):
+    results = script("glue_results")
+    tasks = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")
+    six = [written(tmp_path / task, task, scores=[[i / 10] * 3] * 3) for i, task in enumerate(tasks, 1)]
+    six[2] = written(tmp_path / "cola")
+    random = written(tmp_path / "random", scores=[[0.25, 0.125, 0.5]], init="random", learning_rate=0.5)
+    results.main([*six, written(tmp_path / "r4", loraxs_r=4), written(tmp_path / "mnli", "mnli"), random])
+    said = capsys.readouterr().out.splitlines()
+    header = "| Method | Trainable parameters | Rank | SST-2 | MRPC | CoLA | QNLI | RTE | STS-B | Avg. | MNLI |"
+    at = said.index(header)
+    assert said[at + 2 : at + 9] == [
+        "| LoRA, paper | 786,432 | - | 96.2 | 90.2 | 68.2 | 94.8 | 85.2 | 92.3 | 87.8 | - |",
+        "| VeRA, paper | 61,000 | - | 96.1 | 90.9 | 68.0 | 94.4 | 85.9 | 91.7 | 87.8 | - |",
+        "| LoRA-XS, paper | 24,576 | 16 | 95.9 | 90.7 | 67.0 | 93.9 | 88.1 | 92.0 | 87.9 | - |",
+        # The best of each seed: 50, 60, 70; the mean of 10, 20, 60, 40, 50, 60 is 40.
+        "| LoRA-XS, ours | 24,576 | 16 | 10.00 ± 0.00 | 20.00 ± 0.00 | 60.00 ± 10.00 | 40.00 ± 0.00 | 50.00 ± 0.00 | "
+        "60.00 ± 0.00 | 40.00 | 60.00 ± 10.00 |",
+        "| LoRA-XS with random A and B, ours | 24,576 | 16 | - | - | 50.00 | - | - | - | - | - |",
+        "| LoRA-XS, paper | - | 4 | - | - | - | - | - | - | - | - |",
+        "| LoRA-XS, ours | 24,576 | 4 | - | - | 60.00 ± 10.00 | - | - | - | - | - |",
+    ]
+    assert paper.TABLES["table1_source"] in "\n".join(said)
+    where = said.index("| CoLA | 16 | paper | - | - | - | - | - | - |")
+    assert said[where + 1] == (
+        "| CoLA | 16 | ours | 20.00 ± 10.00 | 50.00 ± 15.28 | 60.00 ± 10.00 | 25.00 | 12.50 | 50.00 |"
+    )
+    assert [line.split(" | ")[-1] for line in said if "/rte/" in line or "/cola/" in line] == [
+        "nothing |",
+        "no mnli_adapter |",
+    ]
+    assert next(line for line in said if "/random/" in line).endswith("| loraxs_r 16, learning_rate 0.5 |")
+
+
+def test_learning_curves(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    results = script("glue_results")
+    drawn, save = [], figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    given = [written(tmp_path / "a"), written(tmp_path / "b", "sst2"), written(tmp_path / "c", init="random")]
+    results.main([*given, "--output", str(tmp_path / "r.md"), "--plot", str(tmp_path / "c.png")])
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and "## Table 3" in (tmp_path / "r.md").read_text()
+    first, second = drawn[0].axes
+    assert (first.get_title(), second.get_title(), second.get_ylabel()) == ("SST-2", "CoLA", "matthews, %")
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["random, r = 16", "svd, r = 16"]
+    curve, ones, best = first.lines
+    assert list(zip(*curve.get_data(), strict=True)) == [(1, 20), (2, 50), (3, 60)]  # the median of the seeds
+    assert list(zip(*ones.get_data(), strict=True)) == [(1, 20), (2, 50)]
+    assert list(zip(*best.get_data(), strict=True)) == [(3, 60)]
+
+
+def test_results_that_cannot_be_shown_are_refused(tmp_path):
+    """And nothing is written."""
+    results = script("glue_results")
+    good, other = written(tmp_path / "good"), written(tmp_path / "other", model_name_or_path="roberta-base")
+    foreign, damaged, half = (tmp_path / name for name in ("foreign.json", "damaged.json", "half.json"))
+    foreign.write_text('{"recipe": {}}')
+    found = json.loads(Path(good, "results.json").read_text())
+    half.write_text(json.dumps(found | {"seeds": [0, 1, 2, 3, 4]}))
+    del found["runs"]["1"]["best_epoch"]
+    damaged.write_text(json.dumps(found))
+    (tmp_path / "empty").mkdir()
+    for given, error, words in (
+        ([tmp_path / "empty"], FileNotFoundError, r"there is no file .*empty/results\.json; train_glue\.py --seeds"),
+        ([tmp_path / "none"], FileNotFoundError, "there is no file .*none"),
+        ([foreign], ValueError, r"foreign\.json is no results\.json of train_glue"),
+        ([damaged], ValueError, r"damaged\.json is damaged \(KeyError: 'best_epoch'"),
+        ([half], ValueError, r"half\.json has 3 of 5 seeds; start its run again"),
+        ([good, good], ValueError, r"are both of \('cola', 16, 'svd'\)"),
+        (
+            [written(tmp_path / "sst2", "sst2"), other],
+            ValueError,
+            "other/.* has model_name_or_path roberta-base, .*sst2/",
+        ),
+        ([good, "--plot", tmp_path / "c.gif2"], ValueError, "plot: got a file of type .gif2"),
+        ([good, "--plot", tmp_path / "r.md"], ValueError, "plot: got .*r.md, must be another file"),
+        ([good, "--plot", Path(good, "results.json")], ValueError, "plot: got .*, must be another file"),
+    ):
+        with pytest.raises(error, match=words):
+            results.main([*map(str, given), "--output", str(tmp_path / "r.md")])
+    assert not (tmp_path / "r.md").exists() and not list(tmp_path.glob("c.*"))
 
 
 def test_seeds_that_cannot_be_run_are_refused(example, tmp_path):
