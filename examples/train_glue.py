@@ -80,7 +80,7 @@ class Recipe(TrainingArguments):
     lr_scheduler_type: str = PAPER["lr_scheduler_type"]
     warmup_ratio: float = field(default=PAPER["warmup_ratio"], metadata={"help": "of the steps, while the rate rises"})
     optim: str = PAPER["optim"]
-    weight_decay: float = field(default=0.01, metadata={"help": "as in the reference's scripts; the paper has none"})
+    weight_decay: float = field(default=0.01, metadata={"help": "torch's, which the reference's scripts take"})
     logging_steps: float = 20
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
@@ -204,7 +204,6 @@ def last_checkpoint(folder: Path) -> Path | None:
 def train(task: Task, recipe: Recipe, training: list[tuple], validation: list[tuple], labels: int) -> dict[str, Any]:
     """One run; what came of it: the metrics of the best model, those of every epoch, and what trained."""
     set_seed(recipe.seed)
-    glue = TASKS[task.task]
     tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
     model = attached(task, recipe, num_labels=labels)
     adapters = [layer for _, layer in adapted_layers(model)]
@@ -227,10 +226,12 @@ def train(task: Task, recipe: Recipe, training: list[tuple], validation: list[tu
     resume = recipe.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
 
+    if (best := trainer.state.best_model_checkpoint) and not Path(best).exists():  # Trainer only warns
+        raise FileNotFoundError(f"{best}: the best checkpoint is not there; put it back, or train in another folder")
     trainer.save_state()
-    kept = ("epoch", "loss", *glue.metrics)
+    kept = ("epoch", "loss", *TASKS[task.task].metrics)
     logged = [{key.removeprefix("eval_"): value for key, value in log.items()} for log in trainer.state.log_history]
-    epochs = [{key: log[key] for key in kept} for log in logged if glue.metrics[0] in log]
+    epochs = [{key: log[key] for key in kept} for log in logged if kept[-1] in log]
 
     result = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -291,7 +292,8 @@ def check_start(task: Task) -> None:
         found = {(config.get("r", 8), config.get("lora_alpha", 8), "svd")}
     else:
         layers = adapter_file.read(path)[0].values()
-        found = {(layer["rank"], layer["alpha"], layer["recipe"].init.replace("given", "svd")) for layer in layers}
+        inits = {"given": "svd", "sklearn": "svd"}  # of the reference
+        found = {(e["rank"], e["alpha"], inits.get(e["recipe"].init, e["recipe"].init)) for e in layers}
     for r, alpha, init in found - {asked}:
         was = f"--loraxs_r {asked[0]} --loraxs_alpha {asked[1]:g} --init {asked[2]}"
         raise ValueError(f"mnli_adapter: {path} needs --loraxs_r {r} --loraxs_alpha {alpha} --init {init}, got {was}")
