@@ -126,6 +126,10 @@ def test_the_optimizer_and_the_warmup_are_the_recipes(example, tmp_path, roberta
         and {p.shape for p in R} == {(16, 16)}
         and {id(p) for p in head} == {id(p) for p in model.classifier.parameters()}
     )
+    assert {(m.recipe.init, m.recipe.seed, m.alpha) for _, m in lx.model.adapted_layers(model)} == {("svd", 42, 8)}
+    task, recipe, *_ = example.parse([*arguments, "--init", "random", "--seed", "7", "--loraxs_alpha", "3"])
+    model = example.attached(task, recipe, 2)
+    assert {(m.recipe.init, m.recipe.seed, m.alpha) for _, m in lx.model.adapted_layers(model)} == {("random", 7, 3)}
     _, other, *_ = example.parse([*arguments, "--optim", "sgd"])
     assert type(example.optimizer(model, task, other)) is torch.optim.SGD
 
@@ -214,6 +218,10 @@ def test_an_mnli_adapter_that_does_not_fit_is_refused(example, roberta, tmp_path
 
     given = ["--mnli_adapter", str(adapter), "--loraxs_alpha", "16"]
     refused(*given, "--loraxs_target_modules", "query", words=r"module '.*' has rank and alpha \(4, 16.0\).* None")
+    refused(*given, "--loraxs_target_modules", *targets, "key", words=r"module '.*key' has rank and alpha None there")
+    random = tmp_path / "random.safetensors"
+    lx.attach(lx.detach(model), 4, target_modules=targets, alpha=16, init="random", modules_to_save=["classifier"])
+    lx.save_adapter(model, random)
     with monkeypatch.context() as patched:
         patched.setattr(example, "Model", None)  # before a model is loaded
         refused(
@@ -221,6 +229,7 @@ def test_an_mnli_adapter_that_does_not_fit_is_refused(example, roberta, tmp_path
         )
         refused(*given, "--loraxs_r", "8", words="needs --loraxs_r 4 .* got --loraxs_r 8 --loraxs_alpha 16 --init svd")
         refused(*given, "--init", "random", *SHORT, words="needs .* --init svd, got .* --init random")
+        refused(*given[2:], "--mnli_adapter", str(random), words="needs .* --init random, got .* --init svd")
         refused("--mnli_adapter", str(tmp_path / "no"), words="mnli_adapter: there is no file", error=FileNotFoundError)
         refused("--keep_mnli_dense", "true", words="keep_mnli_dense: got True, must be left out without mnli_adapter")
         (tmp_path / "peft").mkdir()
@@ -302,6 +311,17 @@ def test_mnli_with_a_pooler_that_trains(example, tmp_path):
     before, model = classifier(folder, 2), classifier(folder, 2, tmp_path / "out" / "adapter.safetensors")
     assert model.loraxs.modules_to_save == ("classifier",)
     assert torch.equal(before.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    model = example.attached(*example.parse(rte)[:2], 2)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".R")}
+    assert trains == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_newest_whole_checkpoint_is_resumed_from(example, tmp_path):
+    assert example.last_checkpoint(tmp_path / "none") is None
+    for step, name in ((9, "trainer_state.json"), (10, "trainer_state.json"), (11, "other.json")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+    assert example.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_several_seeds(example, roberta, tmp_path, monkeypatch, capsys):
@@ -498,6 +518,9 @@ def test_data(example, tmp_path):
     (tmp_path / "c.csv").write_text('question,sentence,label\n"a, ""b""\nc",d,1\ne,f,0\n')
     task = example.Task("qnli", train_file=str(tmp_path / "c.csv"), validation_file=str(tmp_path / "c.csv"))
     assert example.read_data(task)[0] == [('a, "b"\nc', "d", 1), ("e", "f", 0)]
+    save_tokenizer(tmp_path)
+    encoded = example.encode([("abcdef", 1), ("g", 0)], transformers.AutoTokenizer.from_pretrained(tmp_path), 4)
+    assert [(len(each["input_ids"]), each["labels"]) for each in encoded] == [(4, 1), (2, 0)]
     scores = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("0", 5, 3.5)]
     path = str(lines(tmp_path / "d.jsonl", scores))
     found = example.read_data(example.Task("stsb", train_file=path, validation_file=path))
