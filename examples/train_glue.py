@@ -5,15 +5,13 @@
     python examples/train_glue.py --task rte --loraxs_r 16 --output_dir out --train_file train.tsv \
         --validation_file dev.tsv --mnli_adapter out-mnli/adapter.safetensors
 
-The defaults are the paper's; what the command line gives comes first, every option of transformers' TrainingArguments
-included.  The data are local files (csv, tsv, json, jsonl) with a column label and the columns of the task, or
-sentence1 and sentence2 for a pair; or they come from the Hugging Face Hub, by the package datasets.  The metrics need
-scikit-learn.  The recipe is that of one process, which takes 32 examples a step; with several, each takes 32 unless
-per_device_train_batch_size is smaller.
-
-What is left in the end is output_dir/adapter.safetensors: R and the classifier of the epoch that did best on the
-validation data.  --resume_from_checkpoint true continues where a run was stopped.  With --seeds every seed has a folder
-in output_dir, output_dir/results.json has the metrics of all, and the same command continues what was stopped.
+The defaults are the paper's; the command line, with every option of TrainingArguments, comes first.  The data are local
+files (csv, tsv, json, jsonl) with a column label and the columns of the task, or sentence1 and sentence2 for a pair; or
+they come from the Hugging Face Hub, by the package datasets.  The metrics need scikit-learn.  The recipe is that of one
+process; with several, each takes 32 examples a step unless per_device_train_batch_size is smaller.  What is left is
+output_dir/adapter.safetensors: R and the classifier of the epoch that did best on the validation data.
+--resume_from_checkpoint true continues where a run was stopped.  With --seeds every seed has a folder in output_dir,
+results.json has the metrics of all, and the same command continues what was stopped.
 """
 
 from __future__ import annotations
@@ -353,10 +351,7 @@ def read_records(name: str | None, argument: str) -> list:
 
 
 def rows_of(where: str, records: list, glue: paper.GlueTask) -> list[tuple]:
-    """Texts and label of every record; the label as text, so that numbers and names in any file are the same classes.
-
-    Raises ValueError where a text is missing or the label cannot be one of the task's.
-    """
+    """Texts and label of every record; the label as text, so that numbers and names in any file are the same classes."""
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{where} has no records, or some without columns")
     known = [glue.columns, ("sentence1", "sentence2")][: len(glue.columns)]
