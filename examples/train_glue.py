@@ -351,7 +351,7 @@ def read_records(name: str | None, argument: str) -> list:
 
 
 def rows_of(where: str, records: list, glue: paper.GlueTask) -> list[tuple]:
-    """Texts and label of every record; the label as text, so that numbers and names in any file are the same classes."""
+    """Texts and label of every record; the label as text, so that numbers and names in any file are the same."""
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{where} has no records, or some without columns")
     known = [glue.columns, ("sentence1", "sentence2")][: len(glue.columns)]
