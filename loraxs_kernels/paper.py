@@ -20,6 +20,32 @@ LIKE_QNLI = ("mnli", "qqp")
 
 
 @dataclass(frozen=True)
+class GlueTask:
+    """A task of GLUE.
+
+    name: as tables spell it.  columns: of its texts.  labels: how many classes it has; 0: the label is a number from 0
+    to 5, which is predicted.  metrics: what is measured; the first one picks the best epoch.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: int = 2
+    metrics: tuple[str, ...] = ("accuracy",)
+
+
+GLUE_TASKS = {
+    "sst2": GlueTask("SST-2", ("sentence",)),
+    "mrpc": GlueTask("MRPC", ("sentence1", "sentence2"), metrics=("accuracy", "f1")),
+    "cola": GlueTask("CoLA", ("sentence",), metrics=("matthews",)),
+    "qnli": GlueTask("QNLI", ("question", "sentence")),
+    "rte": GlueTask("RTE", ("sentence1", "sentence2")),
+    "stsb": GlueTask("STS-B", ("sentence1", "sentence2"), labels=0, metrics=("pearson", "spearman")),
+    "mnli": GlueTask("MNLI", ("premise", "hypothesis"), labels=3),
+    "qqp": GlueTask("QQP", ("question1", "question2"), metrics=("accuracy", "f1")),
+}
+
+
+@dataclass(frozen=True)
 class GlueRow:
     """How a task of GLUE is trained at a rank.
 

@@ -151,8 +151,6 @@ def test_paper_recipe(tmp_path):
     )
     assert recipe.global_batch == 128
     assert recipe.get_warmup_steps(1000) == 20 and "adamw" in recipe.optim
-    glue = script("train_glue")
-    assert glue.Recipe(output_dir=str(tmp_path), report_to="none", use_cpu=True).get_warmup_steps(1000) == 60
 
 
 def test_global_batch(tmp_path, monkeypatch):
@@ -217,98 +215,6 @@ def test_causal_lm_in_two_processes(tmp_path):
     files = [safetensors.torch.load_file(folder / "adapter.safetensors") for folder in (one, two)]
     torch.testing.assert_close(files[1]["R/8"], files[0]["R/8"], atol=1e-4, rtol=0)
     assert [path.name for path in sorted(two.glob("*.safetensors"))] == ["adapter.safetensors"]
-
-
-def test_glue(tmp_path, capsys):
-    example = script("train_glue")
-    model = save_model(tmp_path / "model", "roberta")
-    letters = [{"sentence": c * 10, "label": c in "aeiou"} for c in "abcdefghijklmnopqrstuvwxyz"]
-    data = tmp_path / "letters.csv"
-    data.write_text("sentence,label\n" + "".join(f"{each['sentence']},{int(each['label'])}\n" for each in letters * 2))
-    arguments = ["--task", "cola", "--model_name_or_path", str(model), "--loraxs_r", "4", *QUIET]
-    arguments += ["--train_file", str(data), "--validation_file", str(data)]
-    arguments += ["--per_device_train_batch_size", "13", "--learning_rate", "0.02", "--logging_steps", "1"]
-    out = tmp_path / "out"
-    result = example.main([*arguments, "--output_dir", str(out)])
-    assert "128 parameters in 8 adapters train" in capsys.readouterr().out  # 2 layers x 4 modules x 4 x 4
-    fell = losses(out)
-    assert len(fell) == 40 and sum(fell[-4:]) < sum(fell[:4])  # 10 epochs
-    assert result["eval_matthews"] == json.loads((out / "result.json").read_text())["eval_matthews"]
-
-    fresh = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
-    lx.load_adapter(fresh, out / "adapter.safetensors")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    encoded = example.encode(letters, example.TASKS["cola"], ["False", "True"], tokenizer, 128)
-    with torch.no_grad():
-        logits = torch.cat([fresh(torch.tensor([each["input_ids"]])).logits for each in encoded])
-    labels = torch.tensor([each["labels"] for each in encoded])
-    prediction = transformers.EvalPrediction(logits.numpy(), labels.numpy())
-    assert example.metrics("cola", prediction)["matthews"] == pytest.approx(result["eval_matthews"], abs=1e-6)
-
-    resumed = example.main([*arguments, "--output_dir", str(out), "--resume_from_checkpoint", "true"])
-    assert resumed["eval_matthews"] == result["eval_matthews"]
-
-
-def test_glue_from_mnli_and_regression(tmp_path):
-    example = script("train_glue")
-    model = save_model(tmp_path / "model", "roberta")
-    mnli = [{"premise": c * 3, "hypothesis": c, "label": i % 3} for i, c in enumerate("abcdef")]
-    stsb = [{"sentence1": c * 3, "sentence2": c, "label": i / 2} for i, c in enumerate("abcdef")]
-    options = ["--model_name_or_path", str(model), "--loraxs_r", "4", *QUIET]
-    options += ["--num_train_epochs", "2", "--warmup_ratio", "0"]
-
-    def run(task: str, records: list[dict], *more: str) -> tuple[dict, Path]:
-        data = str(lines(tmp_path / f"{task}.jsonl", records))
-        files = ["--train_file", data, "--validation_file", data, "--output_dir", str(tmp_path / task)]
-        return example.main(["--task", task, *options, *files, *more]), tmp_path / task / "adapter.safetensors"
-
-    _, adapter = run("mnli", mnli, "--learning_rate", "0.5")
-    with pytest.raises(ValueError, match="mnli_adapter: has r = 4 and alpha = 16, must have loraxs_r = 2"):
-        run("stsb", stsb, "--mnli_adapter", str(adapter), "--loraxs_r", "2")
-    result, continued = run("stsb", stsb, "--mnli_adapter", str(adapter), "--learning_rate", "0", "--seed", "7")
-    assert {"eval_pearson", "eval_spearman"} <= result.keys()
-    first = lx.load_adapter(
-        transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=3), adapter
-    )
-    then = lx.load_adapter(
-        transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1), continued
-    )
-    R = "roberta.encoder.layer.1.output.dense.R"
-    assert torch.equal(first.get_parameter(R), then.get_parameter(R)) and first.get_parameter(R).abs().max() > 0.1
-    assert torch.equal(first.get_buffer(R[:-1] + "A"), then.get_buffer(R[:-1] + "A"))  # R means nothing on another
-    assert then.classifier.out_proj.weight.shape[0] == 1
-
-
-def test_glue_data(tmp_path):
-    example = script("train_glue")
-    (tmp_path / "a.tsv").write_text('sentence1\tsentence2\tlabel\n"odd\tb\tentailment\n')
-    (tmp_path / "b.json").write_text(json.dumps([{"sentence1": "c", "sentence2": "d", "label": "not_entailment"}]))
-    task = example.Task("rte", train_file=str(tmp_path / "a.tsv"), validation_file=str(tmp_path / "b.json"))
-    train, validation = example.read_data(task)
-    assert train == [{"sentence1": '"odd', "sentence2": "b", "label": "entailment"}]
-    assert example.label_names(train + validation, 2) == ["not_entailment", "entailment"]
-    with pytest.raises(ValueError, match="label: got 'entailment' in the data, must be 2 different"):
-        example.label_names(train, 2)  # one class would be a regression
-    with pytest.raises(ValueError, match="the data have columns text, label, must have question, sentence and label"):
-        example.encode([{"text": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
-    with pytest.raises(ValueError, match="the data have columns sentence, label"):  # no half of a pair
-        example.encode([{"sentence": "x", "label": 1}], example.TASKS["qnli"], ["1"], None, 8)
-    lines(tmp_path / "b.json", [{"sentence": "c"}])
-    with pytest.raises(ValueError, match=r"b\.json: has no records with a column 'label'"):
-        example.read_data(task)
-
-
-def test_glue_table():
-    """The values of a task are defaults of the command line."""
-    example = script("train_glue")
-    assert example.TASKS["cola"].defaults()["learning_rate"] == 5e-4
-    assert example.TASKS["rte"].defaults() == {
-        "num_train_epochs": 50,
-        "warmup_ratio": 0.0,
-        "learning_rate": 6e-4,
-        "classifier_learning_rate": 6e-4,
-        "metric_for_best_model": "accuracy",
-    }
 
 
 def test_many_users_train_as_each_does_alone(tmp_path, capsys):
