@@ -205,7 +205,7 @@ def read_records(path: Path, argument: str = "data_path") -> list[dict]:
 
             records = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             whole = text.lstrip().startswith("[")
             records = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:  # no parquet, UTF-8 or JSON
