@@ -705,12 +705,22 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
     monkeypatch.setattr(lx, "save_adapter", lambda model, path: (trained.append(model), save(model, path)))
     arguments = ["--model_name_or_path", str(smollm2), "--data_path", str(lines(tmp_path / "train.jsonl", training))]
     arguments += ["--loraxs_r", "32", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
-    arguments += ["--max_steps", "10", "--save_strategy", "no", "--output_dir", str(tmp_path), *QUIET]
+    arguments += [
+        "--max_steps",
+        "10",
+        "--warmup_ratio",
+        "0",
+        "--save_strategy",
+        "no",
+        "--output_dir",
+        str(tmp_path),
+        *QUIET,
+    ]
     script("train_causal_lm").main(arguments)
 
     adapter = [*options, "--adapter", str(tmp_path / "adapter.safetensors")]
     reloaded, merged = example.main(adapter), example.main([*adapter, "--merge", "true"])
-    assert before["correct"] <= 2 and reloaded["correct"] >= 12
+    assert before["correct"] <= 1 and reloaded["correct"] >= 10
     assert [row["extracted"] for row in merged["problems"]] == [row["extracted"] for row in reloaded["problems"]]
 
     load = example.load
