@@ -15,6 +15,7 @@ import torch
 from test_examples import QUIET, ROOT, lines, save_model, script
 
 import loraxs_kernels as lx
+from loraxs_kernels import paper
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -733,3 +734,10 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
 
     monkeypatch.setattr(example, "load", as_trained)
     assert example.main(options)["problems"] == reloaded["problems"]
+
+
+def test_the_papers_figures_stand_in_the_document():
+    text = (ROOT / "docs" / "paper.md").read_text()
+    for row in paper.TABLES["table2"]:
+        cells = (row["model"], row["rank"], f"{row['trainable']:,}", f"{row['gsm8k']:.2f}", f"{row['math']:.2f}")
+        assert f"| {' | '.join(map(str, cells))} |" in text
