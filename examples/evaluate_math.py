@@ -29,6 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from http.client import HTTPException
@@ -141,6 +142,7 @@ def check_adapter(path: Path) -> None:
                 f"adapter: the folder {path} has no adapter_config.json and adapter_model.*; must be a folder of "
                 "PEFT's, or a file of lx.save_adapter"
             )
+        read_json((path / "adapter_config.json").read_bytes(), f"adapter: {path / 'adapter_config.json'}")
         if importlib.util.find_spec("peft") is None:
             raise ValueError(f"adapter: the folder {path} is PEFT's, which is not installed; pip install peft")
     elif path.is_file():
@@ -158,10 +160,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = Report(options, problems)
     todo = {i: problem for i, problem in enumerate(problems) if i not in report.rows}
     try:
-        with tqdm(total=len(problems), initial=len(report.rows), desc=options.task, unit="problem") as bar:
-            for i, completion in ENGINE[options.engine](todo, options) if todo else ():
-                report.add(i, completion)
-                bar.update()
+        if todo:
+            bar = tqdm(total=len(problems), initial=len(report.rows), desc=options.task, unit="problem")
+            with bar, closing(ENGINE[options.engine](todo, options)) as answers:
+                for i, completion in answers:
+                    report.add(i, completion)
+                    bar.update()
     finally:  # also where the run is stopped
         if report.rows:
             report.write()
@@ -232,8 +236,8 @@ class Report:
                 )
         for row in earlier["problems"]:
             try:
-                self.add(row["index"], row["completion"], write=False)
-            except (TypeError, LookupError) as error:
+                self.add(range(len(self.problems)).index(row["index"]), row["completion"], write=False)
+            except (TypeError, ValueError, LookupError) as error:
                 raise ValueError(f"output: {self.options.output} is damaged, it has {row!r} for a problem") from error
 
     def add(self, i: int, completion: str, write: bool = True) -> None:
@@ -267,11 +271,12 @@ class Report:
 
     def write(self) -> None:
         if self.options.output:
-            write_json(self.options.output, self.result())
+            readable = len(self.rows) == len(self.problems)  # which takes json long, too long after every batch
+            write_json(self.options.output, self.result(), indent=1 if readable else None)
 
 
-def write_json(path: str, result: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(result, indent=1).encode())
+def write_json(path: str, result: dict[str, Any], indent: int | None = 1) -> None:
+    write_atomically(path, json.dumps(result, indent=indent).encode())
 
 
 def digest(value: Any) -> str:

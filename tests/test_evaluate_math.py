@@ -270,6 +270,9 @@ def refused(example, monkeypatch, words: str, *arguments: str, kind: type = Valu
 def test_bad_options_are_refused(example, monkeypatch, tmp_path):
     (tmp_path / "there.json").write_text("{}")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{")
+    (tmp_path / "peft" / "adapter_model.safetensors").touch()
     (tmp_path / "text").write_text("x")
     good = {"--task": "gsm8k", "--data": "d.json", "--model_name_or_path": "m"}
     url = {"--engine": "endpoint", "--endpoint": "http://h", "--served_model": "a", "--model_name_or_path": None}
@@ -297,6 +300,7 @@ def test_bad_options_are_refused(example, monkeypatch, tmp_path):
         ("output: .*folder is a folder", {"--output": str(tmp_path / "folder")}),
         ("adapter: there is no file or folder", {"--adapter": str(tmp_path / "none")}, missing),
         ("adapter: the folder .* has no adapter_config.json", {"--adapter": str(tmp_path / "folder")}, missing),
+        ("adapter: .*adapter_config.json: is damaged, no JSON", {"--adapter": str(tmp_path / "peft")}),
         ("text: is not a whole safetensors file", {"--adapter": str(tmp_path / "text")}),
         ("data: there is no file or folder d.json", {}, missing),
     ]
@@ -310,7 +314,7 @@ def test_bad_options_are_refused(example, monkeypatch, tmp_path):
             *[word for pair in options.items() for word in pair],
             kind=(*kind, ValueError)[0],
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "text", "there.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "peft", "text", "there.json"]
 
 
 def test_the_harness_has_to_be_installed(example, monkeypatch):
@@ -654,9 +658,10 @@ def test_a_stopped_run_goes_on(example, server, data, tmp_path):
     output.write_text("{}")
     with pytest.raises(ValueError, match=r"out\.json is no result of this script"):
         example.main([*arguments, "--resume", "true"])
-    output.write_text(json.dumps(result | {"problems": [{"index": 9, "completion": "x"}]}))
-    with pytest.raises(ValueError, match=r"out\.json is damaged, it has"):
-        example.main([*arguments, "--resume", "true"])
+    for row in ({"index": 9, "completion": "x"}, {"index": -1, "completion": "x"}, {"index": 0}, 7):
+        output.write_text(json.dumps(result | {"problems": [row]}))
+        with pytest.raises(ValueError, match=r"out\.json is damaged, it has"):
+            example.main([*arguments, "--resume", "true"])
 
 
 # A real model, from training to the merged answer
