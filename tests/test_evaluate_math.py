@@ -251,6 +251,7 @@ def test_hostile_answers_end_nothing(example):
             assert not example.scored("math", completion, r"\frac{1}{3}")[1]
             assert example.equivalent(text, text)
         example.math_expected(text), example.gsm8k_expected(text)
+    assert example.gsm8k_extracted(f"The answer is: {'9' * 4300}.9") is None  # rounded it could not be written
 
 
 # Problems and options
@@ -480,41 +481,59 @@ def test_no_room_for_the_answer(example, options, monkeypatch):
     refused(example, monkeypatch, words, *options[:-1], "4096")
 
 
-def test_adapters(example, options, tiny, tmp_path):
-    """A file of ours and a folder of PEFT's with the same R answer alike, merged or not, and not as the base does."""
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """The model with an adapter, and the folder where it is: a file of ours, and a folder of PEFT's with the same R."""
     peft = pytest.importorskip("peft")
     from loraxs_kernels.integrations.peft import LoraXSConfig
 
     def base():
         return transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
-    model = lx.attach(base(), 4, target_modules="all-linear")
+    folder = tmp_path_factory.mktemp("adapters")
+    ours = lx.attach(base(), 4, target_modules="all-linear")
     theirs = peft.get_peft_model(base(), LoraXSConfig(r=4, target_modules="all-linear"))
-    R = {name: torch.randn(4, 4) for name, p in model.named_parameters() if name.endswith(".R")}
+    torch.manual_seed(0)
     with torch.no_grad():
-        for name, values in R.items():
-            model.get_parameter(name).copy_(values)
-            theirs.get_submodule(f"base_model.model.{name[:-2]}").loraxs_R["default"].copy_(values)
-    lx.save_adapter(model, tmp_path / "adapter.safetensors")
-    theirs.save_pretrained(tmp_path / "peft")
-    answers = []
-    for adapter in ("adapter.safetensors", "peft"):
-        for merge in ("false", "true"):
-            result = example.main([*options, "--adapter", str(tmp_path / adapter), "--merge", merge])
-            answers.append([row["completion"] for row in result["problems"]])
-    assert answers[0] != COMPLETIONS and all(each == answers[0] for each in answers)
+        for name, R in ours.named_parameters():
+            if name.endswith(".R"):
+                R.normal_()
+                theirs.get_submodule(f"base_model.model.{name[:-2]}").loraxs_R["default"].copy_(R)
+    lx.save_adapter(ours, folder / "adapter.safetensors")
+    theirs.save_pretrained(folder / "peft")
+    return ours, folder
+
+
+def completions(result: dict) -> list[str]:
+    return [row["completion"] for row in result["problems"]]
+
+
+def test_adapters(example, options, adapters, tiny):
+    """A file of ours and a folder of PEFT's with the same R answer alike, merged or not, and as the model itself."""
+    model, folder = adapters
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    problem = example.read_problems(example.Options(task="gsm8k", data=options[3], model_name_or_path="m"))[2]
-    ids = tokenizer(problem["prompt"], return_tensors="pt")["input_ids"]
-    made = model.generate(ids, max_new_tokens=64, do_sample=False, repetition_penalty=1.0)[0, ids.shape[1] :]
-    assert example.cut(tokenizer.decode(made, skip_special_tokens=True)) == answers[0][2]
+    expected = []
+    for problem in example.read_problems(example.Options(task="gsm8k", data=options[3], model_name_or_path="m")):
+        ids = tokenizer(problem["prompt"], return_tensors="pt")["input_ids"]
+        made = model.generate(ids, max_new_tokens=64, do_sample=False, repetition_penalty=1.0)[0, ids.shape[1] :]
+        expected.append(example.cut(tokenizer.decode(made, skip_special_tokens=True)))
+    assert expected != COMPLETIONS
+    for adapter in (folder / "adapter.safetensors", folder / "peft"):
+        for merge in ("false", "true"):
+            found = example.main([*options, "--adapter", str(adapter), "--merge", merge])
+            assert completions(found) == expected
 
 
-def test_the_harness_answers_and_scores_alike(example, options, capsys):
+def test_the_harness_answers_and_scores_alike(example, options, adapters, capsys):
+    """With the model alone, and with an adapter attached or PEFT's."""
     pytest.importorskip("lm_eval", reason="needs the package lm_eval, EleutherAI's lm-evaluation-harness")
     check_known(example.main([*options, "--engine", "harness", "--batch_size", "2"]))
     table = next(line for line in capsys.readouterr().out.splitlines() if "gsm8k_metamath" in line)
     assert "acc" in table and float(re.search(r"0\.\d+", table)[0]) == 0.6
+    for adapter in ("adapter.safetensors", "peft"):
+        adapted = [*options, "--adapter", str(adapters[1] / adapter)]
+        found = example.main([*adapted, "--engine", "harness"])
+        assert completions(found) == completions(example.main(adapted)) != COMPLETIONS
 
 
 def test_a_task_that_the_harness_does_not_have(example, options, monkeypatch):
@@ -662,6 +681,17 @@ def test_a_stopped_run_goes_on(example, server, data, tmp_path):
         output.write_text(json.dumps(result | {"problems": [row]}))
         with pytest.raises(ValueError, match=r"out\.json is damaged, it has"):
             example.main([*arguments, "--resume", "true"])
+
+
+def test_a_run_with_another_adapter_of_the_same_name_does_not_go_on(example, options, adapters, tmp_path):
+    model, _ = adapters
+    output, adapter = tmp_path / "out.json", tmp_path / "adapter.safetensors"
+    arguments = [*options, "--limit", "1", "--adapter", str(adapter), "--output", str(output)]
+    lx.save_adapter(model, adapter)
+    example.main(arguments)
+    lx.save_adapter(model, adapter, portable=True)
+    with pytest.raises(ValueError, match=r"resume: .*out\.json was made with adapter_sha256"):
+        example.main([*arguments, "--resume", "true"])
 
 
 # A real model, from training to the merged answer
