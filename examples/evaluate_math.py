@@ -192,11 +192,10 @@ def read_problems(options: Options) -> list[dict[str, Any]]:
     problems = []
     for i, record in enumerate(records[: options.limit]):
         where = f"data: record {i}"
-        found = isinstance(record, dict) and [pair for pair in FIELDS[options.task] if record.keys() >= set(pair)]
+        found = [pair for pair in FIELDS[options.task] if record.keys() >= set(pair)]
         if not found:
-            has = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
             must = " or ".join(" and ".join(pair) for pair in FIELDS[options.task])
-            raise ValueError(f"{where} has {has}; for --task {options.task} it must have {must}")
+            raise ValueError(f"{where} has {', '.join(record)}; for --task {options.task} it must have {must}")
         for name in found[0]:
             if not isinstance(record[name], str):
                 raise ValueError(f"{where}: {name!r} is {record[name]!r}, must be text")

@@ -208,10 +208,13 @@ def read_records(path: Path, argument: str = "data_path") -> list[dict]:
             text = path.read_text(encoding="utf-8-sig")
             whole = text.lstrip().startswith("[")
             records = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:  # no parquet, UTF-8 or JSON
-        raise ValueError(f"{argument}: {path} cannot be read, must be JSON or parquet: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read as JSON or parquet: {error}") from error
     if not records:
         raise ValueError(f"{argument}: {path} has no records")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{argument}: record {i} of {path} is a {type(record).__name__}, must be an object")
     return records
 
 

