@@ -486,7 +486,8 @@ def test_generation_ends_at_a_stop_string(example, options, tiny, monkeypatch):
 
 def test_the_prompt_without_its_last_sentence_is_another(example, options):
     result = example.main([*options, "--step_by_step", "false", "--limit", "1"])
-    assert result["problems"][0]["completion"] != COMPLETIONS[0] and result["number"] == 1
+    completion = result["problems"][0]["completion"]
+    assert completion != COMPLETIONS[0] and len(completion) > 1 and result["number"] == 1
 
 
 def test_no_room_for_the_answer(example, options, monkeypatch):
@@ -694,6 +695,18 @@ def test_a_stopped_run_goes_on(example, server, data, tmp_path):
         output.write_text(json.dumps(result | {"problems": [row]}))
         with pytest.raises(ValueError, match=r"out\.json is damaged, it has"):
             example.main([*arguments, "--resume", "true"])
+
+
+def test_an_interrupted_run_keeps_what_it_has(example, options, tmp_path, monkeypatch):
+    def interrupted(problems, options):
+        yield 3, KNOWN["Four or more"][1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(example.ENGINE, "transformers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        example.main([*options, "--output", str(tmp_path / "out.json")])
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert [row["index"] for row in kept["problems"]] == [3] and kept["accuracy"] is None
 
 
 def test_a_run_with_another_adapter_of_the_same_name_does_not_go_on(example, options, adapters, tmp_path):
