@@ -698,15 +698,22 @@ def test_a_stopped_run_goes_on(example, server, data, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_has(example, options, tmp_path, monkeypatch):
+    """Also one that is killed, up to its last whole batch."""
+
+    def kept() -> list[int]:
+        return [row["index"] for row in json.loads((tmp_path / "out.json").read_text())["problems"]]
+
     def interrupted(problems, options):
-        yield 3, KNOWN["Four or more"][1]
+        yield 4, "The answer is: 5"
+        yield 3, "The answer is: 5"
+        assert kept() == [3, 4]
+        yield 0, "The answer is: 5"
         raise KeyboardInterrupt
 
     monkeypatch.setitem(example.ENGINE, "transformers", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        example.main([*options, "--output", str(tmp_path / "out.json")])
-    kept = json.loads((tmp_path / "out.json").read_text())
-    assert [row["index"] for row in kept["problems"]] == [3] and kept["accuracy"] is None
+        example.main([*options, "--batch_size", "2", "--output", str(tmp_path / "out.json")])
+    assert kept() == [0, 3, 4]
 
 
 def test_a_run_with_another_adapter_of_the_same_name_does_not_go_on(example, options, adapters, tmp_path):
