@@ -27,7 +27,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 import loraxs_kernels as lx
 from loraxs_kernels.integrations.transformers import LoraXSCallback
+from loraxs_kernels.paper import TABLES
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:"
 )
 IGNORED = -100  # a label that has no part in the loss
-GLOBAL_BATCH = 128  # examples in an optimizer step, of all processes
+PAPER = TABLES["instruction"]  # its appendix A.2
+GLOBAL_BATCH = PAPER["global_batch"]  # examples in an optimizer step, of all processes
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -55,18 +58,25 @@ class Task:
         default_factory=lambda: ["query", "response"],
         metadata={"help": "the names of the instruction and of the response; GSM8K's are question answer"},
     )
-    max_samples: int = field(default=100_000, metadata={"help": "how many examples to take, from the first on"})
+    max_samples: int = field(
+        default=PAPER["max_samples"], metadata={"help": "how many examples to take, from the first on"}
+    )
     max_length: int = field(default=512, metadata={"help": "in tokens; what is longer is cut"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights; auto: bfloat16 on GPUs that have it"})
-    loraxs_r: int = field(default=64, metadata={"help": "rank: R is r x r"})
-    loraxs_alpha: float | None = field(default=None, metadata={"help": "s = alpha / r; by default alpha = r"})
+    loraxs_r: int = field(default=PAPER["loraxs_r"], metadata={"help": "rank: R is r x r"})
+    loraxs_alpha: float | None = field(
+        default=PAPER["loraxs_alpha"], metadata={"help": "s = alpha / r; by default alpha = r"}
+    )
     loraxs_dropout: float = 0.0
     loraxs_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        default_factory=lambda: list(PAPER["loraxs_target_modules"]),
         metadata={"help": "names of modules, or all-linear"},
     )
+    show_recipe: bool = field(default=False, metadata={"help": "print what would run, as a JSON object, and stop"})
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, must be {', '.join(DTYPES)}")
         if len(self.data_fields) != 2:
             raise ValueError(f"data_fields: got {self.data_fields}, must be two names")
 
@@ -75,11 +85,13 @@ class Task:
 class Recipe(TrainingArguments):
     """TrainingArguments with the paper's values: batches of 128, AdamW with cosine decay and no weight decay."""
 
-    learning_rate: float = 4e-3
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = field(default=0.02, metadata={"help": "the part of the steps in which the rate rises"})
+    learning_rate: float = PAPER["learning_rate"]
+    lr_scheduler_type: str = PAPER["lr_scheduler_type"]
+    warmup_ratio: float = field(
+        default=PAPER["warmup_ratio"], metadata={"help": "the part of the steps in which the rate rises"}
+    )
     weight_decay: float = 0.0
-    num_train_epochs: float = 2.0
+    num_train_epochs: float = PAPER["num_train_epochs"]
     per_device_train_batch_size: int = 2
     gradient_accumulation_steps: int | None = field(
         default=None, metadata={"help": "by default what makes the batches of all processes 128 examples together"}
@@ -118,9 +130,12 @@ def accumulation(per_device: int, replicas: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     task, recipe = HfArgumentParser((Task, Recipe)).parse_args_into_dataclasses(argv)
-    set_seed(recipe.seed)
     main_process = recipe.process_index == 0
     say = print if main_process else lambda text: None
+    if task.show_recipe:
+        say(json.dumps(shown(task, recipe), indent=1))
+        return
+    set_seed(recipe.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
     records = read_records(Path(task.data_path))[: task.max_samples]
@@ -165,21 +180,42 @@ def main(argv: Sequence[str] | None = None) -> None:
             lx.save_adapter(model, Path(folder, path.name))
 
 
-def read_records(path: Path) -> list[dict]:
-    """All records of a file, or of the files of a folder in the order of their names."""
+def shown(task: Task, recipe: Recipe) -> dict[str, Any]:
+    """What would run: the task, the batch of an optimizer step, and all of TrainingArguments that is not None."""
+    ours = {key: value for key, value in asdict(task).items() if key != "show_recipe"}
+    theirs = {key: value for key, value in recipe.to_dict().items() if value is not None}
+    return {**ours, "global_batch": recipe.global_batch, **theirs}
+
+
+def read_records(path: Path, argument: str = "data_path") -> list[dict]:
+    """All records of a file, or of the files of a folder in the order of their names.
+
+    Raises FileNotFoundError and ValueError, naming the argument and the file, where there are none.
+    """
     if path.is_dir():
         files = sorted(each for each in path.iterdir() if each.suffix in (".json", ".jsonl", ".parquet"))
         if not files:
-            raise FileNotFoundError(f"data_path: there is no .json, .jsonl or .parquet file in {path}")
-        return [record for each in files for record in read_records(each)]
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+            raise FileNotFoundError(f"{argument}: there is no .json, .jsonl or .parquet file in {path}")
+        return [record for each in files for record in read_records(each, argument)]
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            whole = text.lstrip().startswith("[")
+            records = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read as JSON or parquet: {error}") from error
+    if not records:
+        raise ValueError(f"{argument}: {path} has no records")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{argument}: record {i} of {path} is a {type(record).__name__}, must be an object")
+    return records
 
 
 def encode(records: list[dict], task: Task, tokenizer: Any) -> list[dict]:

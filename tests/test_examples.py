@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 import loraxs_kernels as lx
+from loraxs_kernels.paper import TABLES
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -117,6 +118,10 @@ def test_causal_lm_data(tmp_path):
     batch = example.collate([first, {"input_ids": [5, 6], "labels": [-100, 6]}], pad=2)
     assert batch["labels"][1].tolist() == [-100, 6] + [-100] * len(prompt)
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) + 2, 2] and batch["input_ids"][1, 2:].eq(2).all()
+    with pytest.raises(ValueError, match="dtype: got 'half', must be auto, float32, bfloat16, float16"):
+        example.Task("m", "d", dtype="half")
+    with pytest.raises(FileNotFoundError, match="data_path: there is no file or folder"):
+        example.read_records(tmp_path / "none.json")
     with pytest.raises(ValueError, match="record 0 has no field 'query'; it has question, answer"):
         example.encode(read, example.Task("m", "d"), tokenizer)
     with pytest.raises(ValueError, match="'answer' of record 0 is None, must be text"):
@@ -151,6 +156,18 @@ def test_paper_recipe(tmp_path):
     )
     assert recipe.global_batch == 128
     assert recipe.get_warmup_steps(1000) == 20 and "adamw" in recipe.optim
+
+
+def test_show_recipe(tmp_path, capsys):
+    """The paper's values and what the command line changes, as JSON; neither the model nor the data need be there."""
+    arguments = ["--model_name_or_path", "none", "--data_path", "none", "--output_dir", str(tmp_path), *QUIET]
+    arguments += ["--show_recipe", "--loraxs_r", "16", "--weight_decay", "0.1"]
+    script("train_causal_lm").main(arguments)
+    shown = json.loads(capsys.readouterr().out)
+    paper = TABLES["instruction"] | {"loraxs_r": 16}
+    assert {key: shown[key] for key in paper} == paper and len(paper) == 9
+    assert shown["weight_decay"] == 0.1 and shown["gradient_accumulation_steps"] == 64
+    assert shown["model_name_or_path"] == shown["data_path"] == "none" and "show_recipe" not in shown
 
 
 def test_global_batch(tmp_path, monkeypatch):
