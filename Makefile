@@ -35,7 +35,7 @@ INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/t
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 # What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
 NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
-NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py)
+NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py glue.py)
 
 # vLLM's build for CPUs, of which a third party makes the wheel, in an environment of its own.
 SERVE := $(VENV)-serve
