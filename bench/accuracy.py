@@ -359,7 +359,7 @@ def plot(report: dict[str, Any]) -> Plot:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(f"MiniLM-L6 on {TASKS[report['task']]}: {report['steps']} steps of {report['batch']}")
-    return Plot("accuracy", f"Accuracy against trainable parameters, {report['task']}", figure)
+    return Plot("parameters", f"Accuracy against trainable parameters, {report['task']}", figure)
 
 
 def main(argv: list[str] | None = None) -> int:
