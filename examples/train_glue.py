@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Recipe(TrainingArguments):
     per_device_eval_batch_size: int = 64
     lr_scheduler_type: str = PAPER["lr_scheduler_type"]
     warmup_ratio: float = field(default=PAPER["warmup_ratio"], metadata={"help": "of the steps, while the rate rises"})
+    warmup_steps: float | None = field(default=None, metadata={"help": "instead of warmup_ratio; 0: no warm-up"})
     optim: str = PAPER["optim"]
     weight_decay: float = field(default=0.01, metadata={"help": "torch's, which the reference's scripts take"})
     logging_steps: float = 20
@@ -86,11 +87,20 @@ class Recipe(TrainingArguments):
     load_best_model_at_end: bool = True
 
     def __post_init__(self) -> None:
-        if self.warmup_steps:  # given, which comes first
-            self.warmup_ratio = 0.0
-        elif all(f.name != "warmup_ratio" for f in fields(TrainingArguments)):
-            self.warmup_steps = self.warmup_ratio  # transformers 5 takes either there
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        for name, good, must in (
+            ("warmup_steps", steps is None or 0 <= steps < math.inf, "0 or greater"),
+            ("warmup_ratio", 0 <= ratio < 1, "0 or greater and less than 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: got {getattr(self, name)}, must be {must}")
+        if steps is not None:  # comes first; below 1 it is a ratio, as transformers 5 has it
+            self.warmup_ratio = ratio = steps if steps < 1 else 0.0
+        # Transformers 5 takes a ratio as warmup_steps: some of its versions have no warmup_ratio, others set one by it.
+        self.warmup_steps = 0
         super().__post_init__()
+        takes_ratio = getattr(TrainingArguments, "warmup_ratio", None) is None
+        self.warmup_steps = steps if steps and steps >= 1 else ratio if takes_ratio else 0
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
     assert told == "The paper has no row for qqp: taking QNLI's rates and 10 epochs.\n"
     found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "5")
     assert (found["warmup_steps"], found["warmup_ratio"]) == (5, 0.0)
+    found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "0")
+    assert (found["warmup_steps"], found["warmup_ratio"]) == (0, 0.0)
 
 
 def test_what_the_tables_lack_needs_all_three_values(example, capsys):
@@ -112,7 +114,8 @@ def test_the_optimizer_and_the_warmup_are_the_recipes(example, tmp_path, roberta
     arguments = ["--task", "cola", "--model_name_or_path", str(roberta), "--output_dir", str(tmp_path), *QUIET]
     task, recipe, *_ = example.parse(arguments)
     assert recipe.get_warmup_steps(1000) == 60
-    assert example.parse([*arguments, "--warmup_steps", "5"])[1].get_warmup_steps(1000) == 5
+    for option, value, steps in (("steps", "5", 5), ("steps", "0", 0), ("steps", "0.2", 200), ("ratio", "0.1", 100)):
+        assert example.parse([*arguments, f"--warmup_{option}", value])[1].get_warmup_steps(1000) == steps
     model = example.attached(task, recipe, 2)
     made = example.optimizer(model, task, recipe)
     assert type(made) is torch.optim.AdamW
@@ -627,6 +630,8 @@ def test_files_that_cannot_be_read_are_refused(example, tmp_path, capsys):
     assert "'wnli'" in capsys.readouterr().err
     for option, value, words in (
         ("--loraxs_alpha", "nan", "loraxs_alpha: got nan, must be greater than 0"),
+        ("--warmup_ratio", "1", "warmup_ratio: got 1.0, must be 0 or greater and less than 1"),
+        ("--warmup_steps", "-1", "warmup_steps: got -1.0, must be 0 or greater"),
         ("--classifier_learning_rate", "-1", "classifier_learning_rate: got -1.0, must be 0 or greater"),
         ("--metric_for_best_model", "f2", "metric_for_best_model: got f2, must be one of matthews, loss for cola"),
     ):
