@@ -146,6 +146,8 @@ def check_options(task: Task, recipe: Recipe) -> None:
     metric, metrics = recipe.metric_for_best_model.removeprefix("eval_"), (*TASKS[task.task].metrics, "loss")
     for name, value, good, must in (
         ("loraxs_r", task.loraxs_r, task.loraxs_r > 0, "1 or greater"),
+        ("max_length", task.max_length, task.max_length > 0, "1 or greater"),
+        ("num_train_epochs", (epochs := recipe.num_train_epochs), 0 < epochs < math.inf, "greater than 0"),
         ("loraxs_alpha", task.loraxs_alpha, 0 < task.loraxs_alpha < math.inf, "greater than 0"),
         ("learning_rate", recipe.learning_rate, 0 <= recipe.learning_rate < math.inf, "0 or greater"),
         ("classifier_learning_rate", (rate := task.classifier_learning_rate), 0 <= rate < math.inf, "0 or greater"),

@@ -630,6 +630,8 @@ def test_files_that_cannot_be_read_are_refused(example, tmp_path, capsys):
     assert "'wnli'" in capsys.readouterr().err
     for option, value, words in (
         ("--loraxs_alpha", "nan", "loraxs_alpha: got nan, must be greater than 0"),
+        ("--max_length", "0", "max_length: got 0, must be 1 or greater"),
+        ("--num_train_epochs", "0", "num_train_epochs: got 0.0, must be greater than 0"),
         ("--warmup_ratio", "1", "warmup_ratio: got 1.0, must be 0 or greater and less than 1"),
         ("--warmup_steps", "-1", "warmup_steps: got -1.0, must be 0 or greater"),
         ("--classifier_learning_rate", "-1", "classifier_learning_rate: got -1.0, must be 0 or greater"),
