@@ -296,6 +296,10 @@ def check_start(task: Task) -> None:
     if not path.exists():
         raise FileNotFoundError(f"mnli_adapter: there is no file or folder {path}")
     if path.is_dir():
+        weights = [path / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+        if not (path / "adapter_config.json").is_file() or not any(file.is_file() for file in weights):
+            must = "a folder of the reference's with adapter_config.json and adapter_model.safetensors or .bin"
+            raise FileNotFoundError(f"mnli_adapter: got {path}, must be a file adapter.safetensors, or {must}")
         config = read_json((path / "adapter_config.json").read_bytes(), f"mnli_adapter: {path}")
         if (kind := config.get("peft_type")) != "LORA":  # as LORAXS, of PEFT with LoraXSConfig
             raise ValueError(f"mnli_adapter: {path} is of PEFT's type {kind}; the reference implementation's are LORA")
@@ -332,6 +336,8 @@ def read_data(task: Task) -> tuple[list[tuple], list[tuple], int]:
         splits = {f"dataset: {task.dataset}, {name}": list(found[name]) for name in names}
     training, validation = (rows_of(where, records, glue) for where, records in splits.items())
     if not glue.labels:
+        if len(validation) < 2:
+            raise ValueError(f"{[*splits][1]} has 1 record, must have 2 or more: {glue.metrics[0]} needs them")
         return training, validation, 1
     (first, second), (known, others) = splits, ({label for *_, label in rows} for rows in (training, validation))
     # What begins with "not" comes first, so that F1, as GLUE has it, is of the other one.

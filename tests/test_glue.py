@@ -236,8 +236,11 @@ def test_an_mnli_adapter_that_does_not_fit_is_refused(example, roberta, tmp_path
         refused("--mnli_adapter", str(tmp_path / "no"), words="mnli_adapter: there is no file", error=FileNotFoundError)
         refused("--keep_mnli_dense", "true", words="keep_mnli_dense: got True, must be left out without mnli_adapter")
         (tmp_path / "peft").mkdir()
-        refused("--mnli_adapter", str(tmp_path / "peft"), words="adapter_config.json", error=FileNotFoundError)
+        no_folder = dict(words="mnli_adapter: got .*peft, must be a file adapter.safetensors", error=FileNotFoundError)
+        refused("--mnli_adapter", str(tmp_path / "peft"), **no_folder)
         (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORAXS", "r": 4, "lora_alpha": 16}')
+        refused("--mnli_adapter", str(tmp_path / "peft"), **no_folder)
+        (tmp_path / "peft" / "adapter_model.safetensors").touch()
         refused("--mnli_adapter", str(tmp_path / "peft"), words="is of PEFT's type LORAXS; the reference")
     assert not (tmp_path / "out").exists()
 
@@ -571,6 +574,7 @@ GOOD = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1)
             "validation_file: .*: record 1 has label 'high', must be a number",
         ),
         ("stsb", [GOOD[0] | {"label": float("nan")}], GOOD, "train_file: .*: record 1 has label nan, must be a number"),
+        ("stsb", GOOD, GOOD[:1], "validation_file: .* has 1 record, must have 2 or more: pearson needs them"),
         ("stsb", GOOD, [GOOD[0] | {"label": -1}], "record 1 has label -1, must be a number from 0 to 5"),
         (
             "rte",
