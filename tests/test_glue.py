@@ -403,6 +403,8 @@ def written(
     metric = paper.GLUE_TASKS[task].metrics[0]
     row = paper.glue(task, options.get("loraxs_r", 16))
     recipe = {"task": task, "loraxs_r": 16, "init": "svd", **paper.TABLES["glue"], "mnli_adapter": None}
+    recipe |= {"classifier": ["classifier"], "keep_mnli_dense": False, "weight_decay": 0.01, "eval_strategy": "epoch"}
+    recipe |= {"metric_for_best_model": metric, "global_batch": 32, "seed": 42, "warmup_steps": None, "sha256": {}}
     recipe |= {name: getattr(row, name) for name in ("learning_rate", "classifier_learning_rate", "num_train_epochs")}
     runs = {}
     for seed, each in enumerate(scores):
@@ -446,6 +448,24 @@ def test_tables_beside_the_papers(tmp_path, capsys):
         "no mnli_adapter |",
     ]
     assert next(line for line in said if "/random/" in line).endswith("| loraxs_r 16, learning_rate 0.5 |")
+
+
+def test_what_differs_from_the_paper_is_named(example, tmp_path, capsys):
+    """Of a recipe as train_glue.py shows it: nothing without options, else each of them, and the batch of all."""
+    results = script("glue_results")
+
+    def other(*options: str, batch: int = 32) -> str:
+        recipe, _ = shown(example, capsys, "--task", "sst2", *options)
+        results.main([written(tmp_path, **recipe, global_batch=batch)])
+        return capsys.readouterr().out.strip().rpartition("| 3 | ")[2]
+
+    assert other() == other("--train_file", "a", "--use_cpu", "true", "--seed", "7") == "nothing |"
+    given = other("--gradient_accumulation_steps", "2", "--max_steps", "9", "--adam_beta2", "0.9", batch=64)
+    assert given == "global_batch 64, adam_beta2 0.9, max_steps 9 |"
+    given = other("--metric_for_best_model", "loss", "--weight_decay", "0", "--warmup_steps", "0")
+    assert given == "warmup_ratio 0.0, weight_decay 0.0, metric_for_best_model loss, warmup_steps 0.0 |"
+    given = other("--mnli_adapter", "a", "--keep_mnli_dense", "true", "--classifier", "pooler", "classifier")
+    assert given == "classifier ['pooler', 'classifier'], keep_mnli_dense True |"
 
 
 def test_learning_curves(tmp_path, monkeypatch):
