@@ -175,7 +175,7 @@ def runs(results: list[Result]) -> str:
     for result in results:
         must = {name: value for name, value in paper.TABLES["glue"].items() if name not in BESIDE}
         must |= {"classifier": ["classifier"], "keep_mnli_dense": False, "weight_decay": 0.01, "eval_strategy": "epoch"}
-        must |= {"metric_for_best_model": paper.GLUE_TASKS[result.task].metrics[0]}
+        must |= {"max_grad_norm": 1.0, "metric_for_best_model": paper.GLUE_TASKS[result.task].metrics[0]}
         must |= {"global_batch": paper.TABLES["glue"]["per_device_train_batch_size"]}
         try:
             row = paper.glue(*result.key)

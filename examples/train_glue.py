@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> tuple[Task, Recipe, dict[str, Any], list[str]]:
     check_options(task, recipe)
     if task.task in paper.TABLES["from_mnli"]["tasks"] and not task.mnli_adapter:
         notes.append(f"The paper starts {task.task} from an adapter trained on MNLI: --mnli_adapter.")
-    own = {*get_annotations(Task), *get_annotations(Recipe), *BY_ROW, "seed", "metric_for_best_model"}
+    own = {*get_annotations(Task), *get_annotations(Recipe), *BY_ROW, "seed", "metric_for_best_model", "max_grad_norm"}
     values = vars(parser.parse_args(argv)) | {"warmup_ratio": recipe.warmup_ratio}
     plain = vars(parser.parse_args(["--task", task.task]))
     names = {name for name in values if name in own or values[name] != plain[name]} - NO_RECIPE

@@ -81,7 +81,13 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
     found, told = shown(example, capsys, *given, "--max_steps", "7", "--output_dir", "there", "--mnli_adapter", "a")
     assert told == "Table 4 of the paper has no r = 14 for cola: taking its row for r = 12.\n"
     expected = {"learning_rate": 0.5, "loraxs_target_modules": ["query", "key"], "max_steps": 7, "mnli_adapter": "a"}
-    expected |= {"loraxs_r": 14, "classifier_learning_rate": 0.005, "num_train_epochs": 50, "seed": 42}
+    expected |= {
+        "max_grad_norm": 1.0,
+        "loraxs_r": 14,
+        "classifier_learning_rate": 0.005,
+        "num_train_epochs": 50,
+        "seed": 42,
+    }
     assert {name: found[name] for name in expected} == expected
     assert not {"output_dir", "seeds", "show_recipe", "save_steps"} & found.keys()
     assert not list(tmp_path.iterdir())  # nothing was made
@@ -404,7 +410,7 @@ def written(
     row = paper.glue(task, options.get("loraxs_r", 16))
     recipe = {"task": task, "loraxs_r": 16, "init": "svd", **paper.TABLES["glue"], "mnli_adapter": None}
     recipe |= {"classifier": ["classifier"], "keep_mnli_dense": False, "weight_decay": 0.01, "eval_strategy": "epoch"}
-    recipe |= {"metric_for_best_model": metric, "global_batch": 32, "seed": 42, "warmup_steps": None, "sha256": {}}
+    recipe |= {"metric_for_best_model": metric, "global_batch": 32, "seed": 42, "max_grad_norm": 1.0, "sha256": {}}
     recipe |= {name: getattr(row, name) for name in ("learning_rate", "classifier_learning_rate", "num_train_epochs")}
     runs = {}
     for seed, each in enumerate(scores):
