@@ -22,6 +22,10 @@ from loraxs_kernels.files import read_json, target_of, write_atomically
 SIX = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")  # the tasks of table 1, in its order
 ORDER = tuple(paper.GLUE_TASKS)
 MUST_AGREE = ("model_name_or_path", "loraxs_target_modules")  # between the rows of a table
+# In every recipe, and no matter here: global_batch is what the batch came to with all processes and accumulation.
+BESIDE = {"task", "init", "dataset", "train_file", "validation_file", "sha256", "mnli_adapter", "seed", "logging_steps"}
+BESIDE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "save_strategy"}
+BESIDE |= {"save_total_limit", "load_best_model_at_end", "use_cpu"}
 
 
 @dataclass(frozen=True)
@@ -169,13 +173,17 @@ def runs(results: list[Result]) -> str:
     """Where the figures are from, and what is not the paper's recipe."""
     rows = []
     for result in results:
-        must = dict(paper.TABLES["glue"])
+        must = {name: value for name, value in paper.TABLES["glue"].items() if name not in BESIDE}
+        must |= {"classifier": ["classifier"], "keep_mnli_dense": False, "weight_decay": 0.01, "eval_strategy": "epoch"}
+        must |= {"max_grad_norm": 1.0, "metric_for_best_model": paper.GLUE_TASKS[result.task].metrics[0]}
+        must |= {"global_batch": paper.TABLES["glue"]["per_device_train_batch_size"]}
         try:
             row = paper.glue(*result.key)
             must |= {"loraxs_r": row.rank, "num_train_epochs": row.num_train_epochs}
             must |= {name: getattr(row, name) for name in ("learning_rate", "classifier_learning_rate")}
         except ValueError:
             must["loraxs_r"] = "one that the tables have"
+        must |= dict.fromkeys(sorted(result.recipe.keys() - must.keys() - BESIDE))  # options that are left alone there
         other = [f"{name} {result.recipe.get(name)}" for name in must if result.recipe.get(name) != must[name]]
         if result.task in paper.TABLES["from_mnli"]["tasks"] and not result.recipe.get("mnli_adapter"):
             other.append("no mnli_adapter")

@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Recipe(TrainingArguments):
     per_device_eval_batch_size: int = 64
     lr_scheduler_type: str = PAPER["lr_scheduler_type"]
     warmup_ratio: float = field(default=PAPER["warmup_ratio"], metadata={"help": "of the steps, while the rate rises"})
+    warmup_steps: float | None = field(default=None, metadata={"help": "instead of warmup_ratio; 0: no warm-up"})
     optim: str = PAPER["optim"]
     weight_decay: float = field(default=0.01, metadata={"help": "torch's, which the reference's scripts take"})
     logging_steps: float = 20
@@ -86,11 +87,20 @@ class Recipe(TrainingArguments):
     load_best_model_at_end: bool = True
 
     def __post_init__(self) -> None:
-        if self.warmup_steps:  # given, which comes first
-            self.warmup_ratio = 0.0
-        elif all(f.name != "warmup_ratio" for f in fields(TrainingArguments)):
-            self.warmup_steps = self.warmup_ratio  # transformers 5 takes either there
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        for name, good, must in (
+            ("warmup_steps", steps is None or 0 <= steps < math.inf, "0 or greater"),
+            ("warmup_ratio", 0 <= ratio < 1, "0 or greater and less than 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: got {getattr(self, name)}, must be {must}")
+        if steps is not None:  # comes first; below 1 it is a ratio, as transformers 5 has it
+            self.warmup_ratio = ratio = steps if steps < 1 else 0.0
+        # Transformers 5 takes a ratio as warmup_steps: some of its versions have no warmup_ratio, others set one by it.
+        self.warmup_steps = 0
         super().__post_init__()
+        takes_ratio = getattr(TrainingArguments, "warmup_ratio", None) is None
+        self.warmup_steps = steps if steps and steps >= 1 else ratio if takes_ratio else 0
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def parse(argv: list[str]) -> tuple[Task, Recipe, dict[str, Any], list[str]]:
     check_options(task, recipe)
     if task.task in paper.TABLES["from_mnli"]["tasks"] and not task.mnli_adapter:
         notes.append(f"The paper starts {task.task} from an adapter trained on MNLI: --mnli_adapter.")
-    own = {*get_annotations(Task), *get_annotations(Recipe), *BY_ROW, "seed", "metric_for_best_model"}
+    own = {*get_annotations(Task), *get_annotations(Recipe), *BY_ROW, "seed", "metric_for_best_model", "max_grad_norm"}
     values = vars(parser.parse_args(argv)) | {"warmup_ratio": recipe.warmup_ratio}
     plain = vars(parser.parse_args(["--task", task.task]))
     names = {name for name in values if name in own or values[name] != plain[name]} - NO_RECIPE
@@ -136,6 +146,8 @@ def check_options(task: Task, recipe: Recipe) -> None:
     metric, metrics = recipe.metric_for_best_model.removeprefix("eval_"), (*TASKS[task.task].metrics, "loss")
     for name, value, good, must in (
         ("loraxs_r", task.loraxs_r, task.loraxs_r > 0, "1 or greater"),
+        ("max_length", task.max_length, task.max_length > 0, "1 or greater"),
+        ("num_train_epochs", (epochs := recipe.num_train_epochs), 0 < epochs < math.inf, "greater than 0"),
         ("loraxs_alpha", task.loraxs_alpha, 0 < task.loraxs_alpha < math.inf, "greater than 0"),
         ("learning_rate", recipe.learning_rate, 0 <= recipe.learning_rate < math.inf, "0 or greater"),
         ("classifier_learning_rate", (rate := task.classifier_learning_rate), 0 <= rate < math.inf, "0 or greater"),
@@ -284,6 +296,10 @@ def check_start(task: Task) -> None:
     if not path.exists():
         raise FileNotFoundError(f"mnli_adapter: there is no file or folder {path}")
     if path.is_dir():
+        weights = [path / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+        if not (path / "adapter_config.json").is_file() or not any(file.is_file() for file in weights):
+            must = "a folder of the reference's with adapter_config.json and adapter_model.safetensors or .bin"
+            raise FileNotFoundError(f"mnli_adapter: got {path}, must be a file adapter.safetensors, or {must}")
         config = read_json((path / "adapter_config.json").read_bytes(), f"mnli_adapter: {path}")
         if (kind := config.get("peft_type")) != "LORA":  # as LORAXS, of PEFT with LoraXSConfig
             raise ValueError(f"mnli_adapter: {path} is of PEFT's type {kind}; the reference implementation's are LORA")
@@ -320,6 +336,8 @@ def read_data(task: Task) -> tuple[list[tuple], list[tuple], int]:
         splits = {f"dataset: {task.dataset}, {name}": list(found[name]) for name in names}
     training, validation = (rows_of(where, records, glue) for where, records in splits.items())
     if not glue.labels:
+        if len(validation) < 2:
+            raise ValueError(f"{[*splits][1]} has 1 record, must have 2 or more: {glue.metrics[0]} needs them")
         return training, validation, 1
     (first, second), (known, others) = splits, ({label for *_, label in rows} for rows in (training, validation))
     # What begins with "not" comes first, so that F1, as GLUE has it, is of the other one.

@@ -81,7 +81,13 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
     found, told = shown(example, capsys, *given, "--max_steps", "7", "--output_dir", "there", "--mnli_adapter", "a")
     assert told == "Table 4 of the paper has no r = 14 for cola: taking its row for r = 12.\n"
     expected = {"learning_rate": 0.5, "loraxs_target_modules": ["query", "key"], "max_steps": 7, "mnli_adapter": "a"}
-    expected |= {"loraxs_r": 14, "classifier_learning_rate": 0.005, "num_train_epochs": 50, "seed": 42}
+    expected |= {
+        "max_grad_norm": 1.0,
+        "loraxs_r": 14,
+        "classifier_learning_rate": 0.005,
+        "num_train_epochs": 50,
+        "seed": 42,
+    }
     assert {name: found[name] for name in expected} == expected
     assert not {"output_dir", "seeds", "show_recipe", "save_steps"} & found.keys()
     assert not list(tmp_path.iterdir())  # nothing was made
@@ -91,6 +97,8 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
     assert told == "The paper has no row for qqp: taking QNLI's rates and 10 epochs.\n"
     found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "5")
     assert (found["warmup_steps"], found["warmup_ratio"]) == (5, 0.0)
+    found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "0")
+    assert (found["warmup_steps"], found["warmup_ratio"]) == (0, 0.0)
 
 
 def test_what_the_tables_lack_needs_all_three_values(example, capsys):
@@ -112,7 +120,8 @@ def test_the_optimizer_and_the_warmup_are_the_recipes(example, tmp_path, roberta
     arguments = ["--task", "cola", "--model_name_or_path", str(roberta), "--output_dir", str(tmp_path), *QUIET]
     task, recipe, *_ = example.parse(arguments)
     assert recipe.get_warmup_steps(1000) == 60
-    assert example.parse([*arguments, "--warmup_steps", "5"])[1].get_warmup_steps(1000) == 5
+    for option, value, steps in (("steps", "5", 5), ("steps", "0", 0), ("steps", "0.2", 200), ("ratio", "0.1", 100)):
+        assert example.parse([*arguments, f"--warmup_{option}", value])[1].get_warmup_steps(1000) == steps
     model = example.attached(task, recipe, 2)
     made = example.optimizer(model, task, recipe)
     assert type(made) is torch.optim.AdamW
@@ -233,8 +242,11 @@ def test_an_mnli_adapter_that_does_not_fit_is_refused(example, roberta, tmp_path
         refused("--mnli_adapter", str(tmp_path / "no"), words="mnli_adapter: there is no file", error=FileNotFoundError)
         refused("--keep_mnli_dense", "true", words="keep_mnli_dense: got True, must be left out without mnli_adapter")
         (tmp_path / "peft").mkdir()
-        refused("--mnli_adapter", str(tmp_path / "peft"), words="adapter_config.json", error=FileNotFoundError)
+        no_folder = dict(words="mnli_adapter: got .*peft, must be a file adapter.safetensors", error=FileNotFoundError)
+        refused("--mnli_adapter", str(tmp_path / "peft"), **no_folder)
         (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORAXS", "r": 4, "lora_alpha": 16}')
+        refused("--mnli_adapter", str(tmp_path / "peft"), **no_folder)
+        (tmp_path / "peft" / "adapter_model.safetensors").touch()
         refused("--mnli_adapter", str(tmp_path / "peft"), words="is of PEFT's type LORAXS; the reference")
     assert not (tmp_path / "out").exists()
 
@@ -397,6 +409,8 @@ def written(
     metric = paper.GLUE_TASKS[task].metrics[0]
     row = paper.glue(task, options.get("loraxs_r", 16))
     recipe = {"task": task, "loraxs_r": 16, "init": "svd", **paper.TABLES["glue"], "mnli_adapter": None}
+    recipe |= {"classifier": ["classifier"], "keep_mnli_dense": False, "weight_decay": 0.01, "eval_strategy": "epoch"}
+    recipe |= {"metric_for_best_model": metric, "global_batch": 32, "seed": 42, "max_grad_norm": 1.0, "sha256": {}}
     recipe |= {name: getattr(row, name) for name in ("learning_rate", "classifier_learning_rate", "num_train_epochs")}
     runs = {}
     for seed, each in enumerate(scores):
@@ -440,6 +454,24 @@ def test_tables_beside_the_papers(tmp_path, capsys):
         "no mnli_adapter |",
     ]
     assert next(line for line in said if "/random/" in line).endswith("| loraxs_r 16, learning_rate 0.5 |")
+
+
+def test_what_differs_from_the_paper_is_named(example, tmp_path, capsys):
+    """Of a recipe as train_glue.py shows it: nothing without options, else each of them, and the batch of all."""
+    results = script("glue_results")
+
+    def other(*options: str, batch: int = 32) -> str:
+        recipe, _ = shown(example, capsys, "--task", "sst2", *options)
+        results.main([written(tmp_path, **recipe, global_batch=batch)])
+        return capsys.readouterr().out.strip().rpartition("| 3 | ")[2]
+
+    assert other() == other("--train_file", "a", "--use_cpu", "true", "--seed", "7") == "nothing |"
+    given = other("--gradient_accumulation_steps", "2", "--max_steps", "9", "--adam_beta2", "0.9", batch=64)
+    assert given == "global_batch 64, adam_beta2 0.9, max_steps 9 |"
+    given = other("--metric_for_best_model", "loss", "--weight_decay", "0", "--warmup_steps", "0")
+    assert given == "warmup_ratio 0.0, weight_decay 0.0, metric_for_best_model loss, warmup_steps 0.0 |"
+    given = other("--mnli_adapter", "a", "--keep_mnli_dense", "true", "--classifier", "pooler", "classifier")
+    assert given == "classifier ['pooler', 'classifier'], keep_mnli_dense True |"
 
 
 def test_learning_curves(tmp_path, monkeypatch):
@@ -568,6 +600,7 @@ GOOD = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1)
             "validation_file: .*: record 1 has label 'high', must be a number",
         ),
         ("stsb", [GOOD[0] | {"label": float("nan")}], GOOD, "train_file: .*: record 1 has label nan, must be a number"),
+        ("stsb", GOOD, GOOD[:1], "validation_file: .* has 1 record, must have 2 or more: pearson needs them"),
         ("stsb", GOOD, [GOOD[0] | {"label": -1}], "record 1 has label -1, must be a number from 0 to 5"),
         (
             "rte",
@@ -627,6 +660,10 @@ def test_files_that_cannot_be_read_are_refused(example, tmp_path, capsys):
     assert "'wnli'" in capsys.readouterr().err
     for option, value, words in (
         ("--loraxs_alpha", "nan", "loraxs_alpha: got nan, must be greater than 0"),
+        ("--max_length", "0", "max_length: got 0, must be 1 or greater"),
+        ("--num_train_epochs", "0", "num_train_epochs: got 0.0, must be greater than 0"),
+        ("--warmup_ratio", "1", "warmup_ratio: got 1.0, must be 0 or greater and less than 1"),
+        ("--warmup_steps", "-1", "warmup_steps: got -1.0, must be 0 or greater"),
         ("--classifier_learning_rate", "-1", "classifier_learning_rate: got -1.0, must be 0 or greater"),
         ("--metric_for_best_model", "f2", "metric_for_best_model: got f2, must be one of matthews, loss for cola"),
     ):
