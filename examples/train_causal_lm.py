@@ -114,7 +114,8 @@ class Recipe(TrainingArguments):
 
 def replicas(recipe: TrainingArguments) -> int:
     """How many batches are computed at a time: one a process, or one a GPU where one process has several."""
-    return max(1, recipe.n_gpu) * recipe.world_size  # in this order: n_gpu joins the processes that world_size counts
+    _ = recipe.device  # which joins the processes that are counted here
+    return max(1, recipe.n_gpu) * recipe.world_size
 
 
 def accumulation(per_device: int, replicas: int) -> int:
