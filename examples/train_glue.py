@@ -143,20 +143,21 @@ def parse(argv: list[str]) -> tuple[Task, Recipe, dict[str, Any], list[str]]:
 
 
 def check_options(task: Task, recipe: Recipe) -> None:
-    metric, metrics = recipe.metric_for_best_model.removeprefix("eval_"), (*TASKS[task.task].metrics, "loss")
-    for name, value, good, must in (
-        ("loraxs_r", task.loraxs_r, task.loraxs_r > 0, "1 or greater"),
-        ("max_length", task.max_length, task.max_length > 0, "1 or greater"),
-        ("num_train_epochs", (epochs := recipe.num_train_epochs), 0 < epochs < math.inf, "greater than 0"),
-        ("loraxs_alpha", task.loraxs_alpha, 0 < task.loraxs_alpha < math.inf, "greater than 0"),
-        ("learning_rate", recipe.learning_rate, 0 <= recipe.learning_rate < math.inf, "0 or greater"),
-        ("classifier_learning_rate", (rate := task.classifier_learning_rate), 0 <= rate < math.inf, "0 or greater"),
-        ("metric_for_best_model", metric, metric in metrics, f"one of {', '.join(metrics)} for {task.task}"),
-        ("keep_mnli_dense", True, not task.keep_mnli_dense or task.mnli_adapter, "left out without mnli_adapter"),
-        ("seeds", task.seeds, task.seeds is None or task.seeds > 0, "1 or greater"),
+    given, metrics = vars(task) | vars(recipe), (*TASKS[task.task].metrics, "loss")
+    one = f"one of {', '.join(metrics)} for {task.task}"
+    for name, good, must in (
+        ("loraxs_r", lambda r: r > 0, "1 or greater"),
+        ("max_length", lambda tokens: tokens > 0, "1 or greater"),
+        ("num_train_epochs", lambda epochs: 0 < epochs < math.inf, "greater than 0"),
+        ("loraxs_alpha", lambda alpha: 0 < alpha < math.inf, "greater than 0"),
+        ("learning_rate", lambda rate: 0 <= rate < math.inf, "0 or greater"),
+        ("classifier_learning_rate", lambda rate: 0 <= rate < math.inf, "0 or greater"),
+        ("metric_for_best_model", lambda name: name.removeprefix("eval_") in metrics, one),
+        ("keep_mnli_dense", lambda keep: not keep or task.mnli_adapter, "left out without mnli_adapter"),
+        ("seeds", lambda seeds: seeds is None or seeds > 0, "1 or greater"),
     ):
-        if not good:
-            raise ValueError(f"{name}: got {value}, must be {must}")
+        if not good(given[name]):
+            raise ValueError(f"{name}: got {given[name]}, must be {must}")
 
 
 def train_seeds(argv: list[str], task: Task, recipe: Recipe, shown: dict, data: tuple) -> dict[str, Any]:

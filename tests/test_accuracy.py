@@ -45,8 +45,8 @@ def job():
     ],
 )
 def test_a_way_trains_what_it_says_and_the_head(job, way, trained):
-    """And learns: after a few steps at its rate the loss of the batches it saw is lower."""
-    rank = 0 if accuracy.ranks(way) == (0,) else 3
+    """And leaves the encoder that all models are copies of as it was."""
+    rank = 0 if accuracy.WAYS[way].ranks == (0,) else 3
     model = job.model(way, rank, seed=1)
     groups, own = accuracy.groups(model, 0.5)
     assert own == (trained if trained is not None else sum(p.numel() for p in model.encoder.parameters()))
@@ -56,10 +56,10 @@ def test_a_way_trains_what_it_says_and_the_head(job, way, trained):
         assert {layer.alpha / layer.rank for _, layer in adapted_layers(model)} == {1.0}
 
     before = {name: p.clone() for name, p in model.named_parameters()}
-    run = accuracy.train(job, way, rank, -4, 1, steps=10, batch=4, test=True)
+    run = accuracy.train(job, way, rank, -4, 1, steps=5, batch=4, test=True)
     assert run["trained"] == own and 0 <= run["test"] <= 1 and run["loss"] < 5
     again = {name: p for name, p in job.model(way, rank, seed=1).named_parameters()}
-    assert all(torch.equal(p, again[name]) for name, p in before.items())  # the job's own encoder did not train
+    assert all(torch.equal(p, again[name]) for name, p in before.items())
 
 
 def test_the_data():
@@ -73,7 +73,7 @@ def test_the_data():
 
 def peak(way: str, rank: int) -> int:
     """Where a made-up way validates best."""
-    return accuracy.START[way] + {0: 0, 1: 3, 2: 3, 4: 2, 8: 1, 16: -2, 32: 0, 256: -3}[rank]
+    return accuracy.WAYS[way].start + {0: 0, 1: 3, 2: 3, 4: 2, 8: 1, 16: -2, 32: 0, 256: -3}[rank]
 
 
 def made_up(way: str, rank: int, k: int, seed: int, tested: bool) -> dict:
@@ -113,7 +113,7 @@ def test_the_best_rate_is_found_and_every_seed_trains_at_it(measured):
     run, asked = measured
     report = run()
     finals = [(r["way"], r["rank"], r["k"], r["seed"]) for r in report["runs"] if "test" in r]
-    for rank in accuracy.ranks("vera"):
+    for rank in accuracy.WAYS["vera"].ranks:
         own = [at for at in finals if at[:2] == ("vera", rank)]
         assert own == [("vera", rank, peak("vera", rank), seed) for seed in (0, 1, 2)]
     assert len(finals) == 3 * (1 + 7) and len(set(asked)) == len(asked)
@@ -139,12 +139,21 @@ def test_a_training_that_diverged_is_not_chosen():
     assert accuracy.rate(runs, "lora", 1) == (-5, [])
 
 
-def test_a_report_of_other_settings_is_refused(tmp_path, capsys):
+def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"format": accuracy.FORMAT, "task": "movies"}))
-    with pytest.raises(SystemExit):
-        accuracy.main(["--task", "trec", "--out", str(path)])
-    assert "was made with another task: 'movies'" in capsys.readouterr().err
+    for arguments, words in (
+        (["--out", str(path)], "was made with another task: 'movies'"),
+        (["--out", str(path), "--steps", "1"], "--steps: got 1, must be at least 2"),
+    ):
+        with pytest.raises(SystemExit):
+            accuracy.main(["--task", "trec", *arguments])
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--out: .* is a folder"):
+        accuracy.main(["--out", str(tmp_path)])
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"--out: .*is damaged"):
+        accuracy.main(["--out", str(path)])
 
 
 def test_the_table(measured):
