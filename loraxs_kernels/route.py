@@ -59,7 +59,7 @@ def layer_output(
 def computed_weight(base: nn.Module, A: Tensor, p: float) -> Tensor | None:
     """W (N, K) of a layer that the primitive computes whole, hooks that only move x and y aside; else None."""
     W = weight_view(base)
-    if W is None or not _is_one_primitive(W, A, p) or (does_more(base)):
+    if W is None or not _is_one_primitive(W, A, p) or does_more(base):
         return None
     return W
 
@@ -117,7 +117,7 @@ def _cut_output(
 
 
 def _check_output(base: nn.Module, x: Tensor, y: Any, N: int, name: str) -> None:
-    """Raise where y = base(x) is nothing that a delta can be added to, or passes no gradient on; see `adapted`."""
+    """Raise where y = base(x) is nothing that a delta can be added to, or passes no gradient on; see `layer_output`."""
     if not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], N)):
         found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise TypeError(
