@@ -258,13 +258,13 @@ def guard(monkeypatch, backend, written: bool = True):
     return whole
 
 
-def interrupted_at(k: int, call: Callable[[], object]) -> bool:
-    """Call, with Ctrl-C at the k-th line of loraxs_kernels that is executed; False if it ends before that."""
+def interrupted_at(k: int, call: Callable[[], object], within: str = "/loraxs_kernels/") -> bool:
+    """Call, with Ctrl-C at the k-th line executed in files whose path has `within`; False if it ends before that."""
     lines = 0
 
     def trace(frame, event, _):
         nonlocal lines
-        if "/loraxs_kernels/" not in frame.f_code.co_filename.replace("\\", "/"):
+        if within not in frame.f_code.co_filename.replace("\\", "/"):
             return None
         lines += event == "line"
         if lines == k:
