@@ -148,7 +148,7 @@ def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
 
 
 def test_an_interrupted_forward_leaves_no_block_of_autocast():
-    """torch drops the casts of weights that it keeps when its last block ends; else training goes on with stale ones."""
+    """torch drops the casts of weights that it keeps when its last block ends, or trains on with stale ones."""
 
     def blocks() -> int:
         torch.autocast_increment_nesting()
