@@ -1,0 +1,42 @@
+"""How the layers of the PEFT method hold A, B and the fingerprints of several adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+
+class Buffers(BufferDict):
+    """PEFT's BufferDict, in which each entry is part of the state dict or is not, as `register_buffer` was told."""
+
+    def __setitem__(self, name: str, t: Tensor) -> None:
+        self._buffers[name] = t
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._buffers:
+            if (key := prefix + name) in destination:  # B may be a view of wider storage
+                destination[key] = destination[key].contiguous()
+
+
+class Fingerprints(Buffers):
+    """Fingerprints by adapter; the names of those that are assigned as attributes go into the layer's `unchecked`.
+
+    torch copies what it loads or assigns it so, transformers always assigns.  Whatever is kept here beside the
+    fingerprints needs a name that no adapter has, as __unchecked does: Python spells it _Fingerprints__unchecked.
+    """
+
+    def __init__(self, unchecked: set[str]) -> None:
+        super().__init__()
+        self.__unchecked = unchecked
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.__unchecked.discard(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self.__unchecked.add(name)
