@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .indexed import RowIndex
 from .ops import autocast_on
-from .padding import padded_rows
+from .padding import PaddedB
 from .svd import NotFinite
 from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
 
-class LoRAXSLinear(nn.Module):
+class LoRAXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
     Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
@@ -68,7 +69,7 @@ class LoRAXSLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("A", A)
-        self.register_buffer("B", padded_rows(B))
+        self.register_buffer("B", B)
         self.R = nn.Parameter(R)
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
         self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
@@ -275,18 +276,12 @@ class LoRAXSLinear(nn.Module):
         return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
-        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), *self._buffers.values()]
         dtype = self.A.dtype
-        super()._apply(sparing_what_trains(fn, frozen), recurse)
+        super()._apply(sparing_what_trains(fn, self.base_layer, self), recurse)
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
         self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
-        self.B = padded_rows(self.B)
         return self
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
-        self.B = padded_rows(self.B)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:
@@ -296,10 +291,6 @@ class LoRAXSLinear(nn.Module):
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         plain.register_parameter("bias", bias)  # a copy, to be saved by this name even if it is tied to another
         return plain.state_dict(*args, **options)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         if self.merged:
@@ -313,7 +304,6 @@ class LoRAXSLinear(nn.Module):
             )
         A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.B = padded_rows(self.B)
         if A is not None and A.dtype in FLOATS and A.dtype != dtype:  # made for a layer in another dtype
             made = W.dtype if W is not None and W.dtype in FLOATS else None
             if made is not None:
@@ -492,8 +482,14 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
-def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """fn of nn.Module._apply, but `.to(bf16)` does not round what trains: R follows to the device alone."""
+def sparing_what_trains(
+    fn: Callable[[Tensor], Tensor], base_layer: nn.Module, *factors: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """fn of nn.Module._apply, except that R keeps its precision: `.to(bf16)` only moves it to the device.
+
+    The base layer, and the buffers of the modules `factors`, which hold A and B, are converted as fn does.
+    """
+    frozen = chain(base_layer.parameters(), base_layer.buffers(), *(each.buffers(recurse=False) for each in factors))
     ids = {id(t) for t in frozen}
 
     def moved(t: Tensor) -> Tensor:

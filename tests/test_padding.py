@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from loraxs_kernels.padding import padded_rows, readable_columns
+from loraxs_kernels.padding import PaddedB, padded_rows, readable_columns
 
 
 @pytest.mark.parametrize(("r", "wide"), [(1, 16), (4, 16), (12, 16), (16, 16), (20, 32), (25, 32), (64, 64)])
@@ -32,3 +32,21 @@ def test_only_what_is_known_to_be_zero_is_read():
     storage = padded.untyped_storage()
     storage.zeros = (12, storage.data_ptr() + 16)  # noted of other memory, which has been given back since
     assert readable_columns(padded) == 12
+
+
+def test_a_module_keeps_its_B_padded():
+    B = torch.randn(5, 12)
+    module = PaddedB()
+    module.register_buffer("A", torch.randn(12, 3))
+    module.register_buffer("B", B)
+    twin, assigned = copy.deepcopy(module), copy.deepcopy(module)
+    assigned.load_state_dict({"A": module.A, "B": B.clone()}, assign=True)
+    kept = module.B
+    module.B.zero_()
+    module.load_state_dict({"A": module.A, "B": B})
+    assert module.B is kept and torch.equal(kept, B)
+    for each in (module, twin, assigned, twin.double().float()):
+        assert torch.equal(each.B, B) and readable_columns(each.B) == 16 and each.A.stride() == (3, 1)
+        assert each.state_dict()["B"].is_contiguous()
+    module.B = B[:3]
+    assert torch.equal(module.B, B[:3]) and readable_columns(module.B) == 16

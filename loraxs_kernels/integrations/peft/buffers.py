@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
+
+from ...padding import PaddedB
 
 
 class Buffers(BufferDict):
@@ -14,11 +17,16 @@ class Buffers(BufferDict):
     def __setitem__(self, name: str, t: Tensor) -> None:
         self._buffers[name] = t
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._buffers:
-            if (key := prefix + name) in destination:  # B may be a view of wider storage
-                destination[key] = destination[key].contiguous()
+
+class PaddedBuffers(PaddedB, Buffers):
+    """The B of each adapter."""
+
+    def _names_of_B(self) -> Iterable[str]:
+        return list(self._buffers)
+
+    def __setitem__(self, name: str, t: Tensor) -> None:
+        super().__setitem__(name, t)
+        self._pad()
 
 
 class Fingerprints(Buffers):

@@ -18,10 +18,9 @@ from ...basis import Recipe
 from ...indexed import RowIndex
 from ...linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
 from ...ops import autocast_on
-from ...padding import padded_rows
 from ...weights import FLOATS, assign, held, is_conv1d, is_dtensor, mergeable_weight, weight_of, whole
 from ..reference_repo import translate
-from .buffers import Buffers, Fingerprints
+from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
 from .merging import Unmerged
 from .samples import Samples
@@ -59,7 +58,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_R = nn.ParameterDict()
         self.unchecked: set[str] = set()
         self._latest: set[str] = set()  # those in the last state dict that torch loaded
-        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = Buffers(), Buffers(), Fingerprints(self.unchecked)
+        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = Buffers(), PaddedBuffers(), Fingerprints(self.unchecked)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -292,7 +291,6 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 each[name] = torch.empty_like(each[name], device=device) if each[name].is_meta else each[name]
             if (R := self.loraxs_R[name]).is_meta:
                 self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
-            self.loraxs_B[name] = padded_rows(self.loraxs_B[name])
             self.adapter(name).reset_parameters()
 
     @torch.no_grad()
@@ -305,7 +303,6 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """
         for name in sorted(self.unchecked.intersection(names)):
             A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
-            self.loraxs_B[name] = padded_rows(B)
             if any(t.is_meta for t in (A, R, B)):
                 continue
             config = self.config[name]
@@ -426,19 +423,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
-        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers()]
-        frozen += [*self.loraxs_A.values(), *self.loraxs_B.values()]
-        super()._apply(sparing_what_trains(fn, frozen), recurse)
-        self._pad()
-        return self
+        return super()._apply(sparing_what_trains(fn, self.base_layer, self.loraxs_A, self.loraxs_B), recurse)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
-        self._pad()
-
-    def _pad(self) -> None:
-        for name, B in self.loraxs_B.items():
-            self.loraxs_B[name] = padded_rows(B)
+        super().__setstate__(state)
+        self.loraxs_B.__class__ = PaddedBuffers  # in a pickle of an earlier version it is of the class Buffers
+        self.loraxs_B._pad()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """What PEFT calls after it has loaded an adapter.  No dtype is changed: R, A and B stay as they are."""

@@ -26,7 +26,7 @@ from ...model import classification_head, fill, pattern_value, warn_of_experts, 
 from ...svd import plan
 from ...transaction import transaction
 from ...weights import is_linear, is_unread_linear, unread, weight_of, weight_view
-from .buffers import Fingerprints
+from .buffers import Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
 from .layer import LoraXSLinearLayer
 from .loading import check_before_loading
@@ -308,7 +308,7 @@ def _backend_of(base: nn.Module, model: nn.Module) -> Any:
 
 def _check_name(name: str) -> None:
     """Refuse, before anything is changed, a name that means the base model or under which torch can hold no tensor."""
-    taken = any(hasattr(each, name) for each in (nn.ParameterDict(), Fingerprints(set())))
+    taken = any(hasattr(each, name) for each in (nn.ParameterDict(), PaddedBuffers(), Fingerprints(set())))
     if not name or "." in name or name == BASE or taken:
         raise ValueError(
             f"adapter_name: got {name!r}, must be a name without a dot that is no attribute of nn.ParameterDict or of "
