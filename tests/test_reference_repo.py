@@ -702,7 +702,7 @@ def test_an_export_that_stops_in_between_is_not_half_of_another(tmp_path, monkey
     export_as_lora(adapted(*EXPORTS["ranks and scales"]), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     model = adapted(*EXPORTS["one rank"])
-    real = reference_repo.write_atomically
+    real = reference_repo.lora.write_atomically
 
     def stopped(at):
         def write(path, *parts):
@@ -712,13 +712,13 @@ def test_an_export_that_stops_in_between_is_not_half_of_another(tmp_path, monkey
 
         return write
 
-    monkeypatch.setattr(reference_repo, "write_atomically", stopped("adapter_config.json"))
+    monkeypatch.setattr(reference_repo.lora, "write_atomically", stopped("adapter_config.json"))
     with pytest.raises(KeyboardInterrupt):
         export_as_lora(model, tmp_path)
     assert "unfinished" in json.loads((tmp_path / "adapter_config.json").read_text())  # new weights, and no old config
     for name, data in before.items():
         (tmp_path / name).write_bytes(data)
-    monkeypatch.setattr(reference_repo, "write_atomically", stopped("adapter_model.safetensors"))
+    monkeypatch.setattr(reference_repo.lora, "write_atomically", stopped("adapter_model.safetensors"))
     with pytest.raises(KeyboardInterrupt):
         export_as_lora(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

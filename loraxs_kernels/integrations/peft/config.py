@@ -22,7 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from ... import basis
 from ...basis import MUST, integer, is_number
 from ...files import read_json, sha256_of, write_atomically
-from ..reference_repo import PREFIX, read_tensors
+from ..peft_files import PREFIX, read_tensors
 
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loads where there are both
 

@@ -19,7 +19,7 @@ from ...indexed import RowIndex
 from ...linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
 from ...ops import autocast_on
 from ...weights import FLOATS, assign, held, is_conv1d, is_dtensor, mergeable_weight, weight_of, whole
-from ..reference_repo import translate
+from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
 from .merging import Unmerged

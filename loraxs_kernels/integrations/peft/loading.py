@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..reference_repo import PREFIX, translate
+from ..peft_files import PREFIX
+from ..reference_repo.layers import translate
 from .config import LoraXSConfig
 from .layer import LoraXSLinearLayer
 
