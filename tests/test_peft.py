@@ -310,9 +310,9 @@ def of_another_save(folder):
 
 
 DAMAGES = {
-    "a bit": (flipped(-9), r"adapter_model\.\w+: is damaged, or of another save .*its SHA-256 is \w{64}"),
-    "zeros": (emptied, r"adapter_model\.safetensors: is damaged, or of another save"),
-    "another save": (of_another_save, r"adapter_model\.safetensors: is damaged, or of another save"),
+    "a bit": (flipped(-9), r"adapter_model\.\w+: is damaged, or was not saved .*its SHA-256 is \w{64}"),
+    "zeros": (emptied, r"adapter_model\.safetensors: is damaged, or was not saved together"),
+    "another save": (of_another_save, r"adapter_model\.safetensors: is damaged, or was not saved together"),
     "alpha": (lambda f: edited(f, lora_alpha=9), r"adapter_config\.json: sha256: the fields are not those"),
     "no alpha": (lambda f: edited(f, lora_alpha=None), r"adapter_config\.json: sha256: the fields are not those"),
     "wrong type": (lambda f: edited(f, r="16"), r"adapter_config\.json: r: got '16', must be an integer"),
@@ -508,7 +508,7 @@ def test_weights_of_an_earlier_save_in_the_other_format(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(trained))
     trained.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match=r"\.safetensors: is of an earlier save than adapter_model\.bin .*; remove it"):
+    with pytest.raises(ValueError, match=r"\.safetensors: is older than adapter_model\.bin.*; remove it"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
@@ -565,6 +565,17 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tensor 'base_model.*0.self_attn.o_proj.loraxs_\w+' has NaN"):
         PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
+def test_names_of_attach_mean_the_same(dtype, tmp_path):
+    short = LoraXSConfig(rank=3, alpha=6, dropout=0.1, sigma=0.2, seed=5, n_iter=2, oversample=7, dtype=dtype)
+    fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
+    assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
+    short.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written | fields | {"dtype": "bfloat16"} == written and not {"rank", "alpha", "sigma"} & written.keys()
+    assert LoraXSConfig.from_pretrained(tmp_path) == short
 
 
 def test_a_config_used_again_means_what_it_says():
@@ -1415,7 +1426,7 @@ def test_on_a_gpu(tmp_path):
 
 
 def test_given_factors_need_their_file(tmp_path):
-    with pytest.raises(ValueError, match=r'save_factors: got False beside init="given"'):
+    with pytest.raises(ValueError, match=r'save_factors: got False, must be True with init="given"'):
         config(init="given")
     model = get_peft_model(llama(), config(init="given", save_factors=True))
     assert torch.equal(logits(model), logits(llama()))  # zeros until they are loaded
@@ -1444,6 +1455,8 @@ def test_a_failed_injection_leaves_the_model_as_it_was(second):
         (dict(r=0), ValueError, "r: got 0"),
         (dict(init="pissa"), ValueError, "init: got 'pissa'"),
         (dict(svd_oversample=-1), ValueError, "svd_oversample: got -1"),
+        (dict(rank=8), ValueError, "rank: got 8 beside r=4, must be one of the two"),
+        (dict(oversample="x"), ValueError, "svd_oversample: got 'x'"),
         (dict(bias="lora_only"), ValueError, "bias: got 'lora_only'"),
         (dict(dtype="int8"), ValueError, "dtype: got 'int8'"),
         (dict(lora_alpha=float("nan")), ValueError, "lora_alpha: got nan, must be a finite number or None"),
@@ -1456,7 +1469,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was(second):
         (dict(loraxs_dropout="x"), ValueError, "loraxs_dropout: got 'x'"),
         (dict(modules_to_save="lm_head"), ValueError, "modules_to_save: got 'lm_head', must be a list of names"),
         (dict(layers_pattern="layers"), ValueError, "layers_pattern"),
-        (dict(layers_to_transform=[0]), ValueError, "layers_to_transform"),
+        (dict(layers_to_transform=[0]), ValueError, "layers_to_transform: cannot be combined .* pass a list"),
         (dict(r=33), ValueError, "rank: got 33 for module 'model.layers.0.self_attn.q_proj'"),
         (dict(target_modules=["embed_tokens"]), TypeError, "module 'model.embed_tokens', a Embedding"),
         (dict(target_modules=["nothing"]), ValueError, "not found in the base model"),
@@ -1489,7 +1502,7 @@ def test_layers_of_another_method_are_refused():
 def test_not_on_top_of_attach_nor_the_other_way_round():
     attached = lx.attach(llama(), 4, target_modules=["q_proj"])
     before = snapshot(attached)
-    with pytest.raises(ValueError, match=r"lx\.attach put on.*lx\.detach\(model\) takes them off"):
+    with pytest.raises(ValueError, match=r"lx\.attach put on.*with lx\.detach\(model\), or start from a fresh"):
         get_peft_model(attached, config())
     with pytest.raises(ValueError, match=r"lx\.attach put on"):
         inject_adapter_in_model(config(target_modules=["o_proj"]), attached)

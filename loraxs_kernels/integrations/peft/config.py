@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
+import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -28,7 +29,7 @@ WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loa
 
 
 def _plain(value: Any) -> Any:
-    """A field's value as JSON has it, but for sets."""
+    """A field's value in the types that JSON has, or a set."""
     if isinstance(value, dict):
         return {_plain(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, range)):
@@ -36,6 +37,8 @@ def _plain(value: Any) -> Any:
         return kind(map(_plain, value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, torch.dtype):
+        return basis.dtype_name(value)
     # numpy's numbers and arrays, told without importing it
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
@@ -91,7 +94,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(map(_recipe, v.values())),
         "{rank and shape: the method, block and n_iter of an SVD}",
     ),
-    "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
+    "dtype": (lambda v: v in (None, *DTYPES.values()), "bfloat16, float16, float32 or None"),
     "save_factors": (lambda v: v in (True, False), "True or False"),
     "check_fingerprint": (lambda v: v in (True, False), "True or False"),
     "inference_mode": (lambda v: v in (True, False, None), "True, False or None"),
@@ -106,46 +109,66 @@ FREE = {
     *("peft_version", "loraxs_dropout", "init_std", "check_fingerprint", "sha256"),
 }
 
+# What lx.attach calls these fields.  The constructor takes either name; a file has the field's.
+ATTACH = {"rank": "r", "alpha": "lora_alpha", "dropout": "loraxs_dropout", "sigma": "init_std"}
+ATTACH |= {name: f"svd_{name}" for name in ("seed", "n_iter", "oversample")}
 
-def _reads_tiers(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
-    """The class, with an svd_tier taken from files of earlier versions, which have it in each entry of svd_recipe too.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-    It is dropped: A and B by either tier are the same, far within what a load accepts.  What was "subspace" then is
-    "chebyshev".  A file has a peft_type; a caller passes none, and to a caller svd_tier is an unknown argument.
-    """
+
+def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
+    """The class, with a constructor that also takes lx.attach's names, and svd_tier from files of earlier versions."""
     init = config.__init__
 
     @wraps(init)
-    def __init__(self: LoraXSConfig, *args: Any, **said: Any) -> None:
-        if "svd_tier" in said and "peft_type" in said:
-            tier, recipe = said.pop("svd_tier"), said.get("svd_recipe", {})
-            basis.check("tier", tier, "svd_tier")
-            self._earlier = {"svd_tier": tier, "svd_recipe": recipe}
-            with suppress(AttributeError):  # what is no dictionary is refused as it is
-                said["svd_recipe"] = {
-                    at: {
-                        key: "chebyshev" if value == "subspace" else value
-                        for key, value in how.items()
-                        if (key, value) != ("tier", tier)
-                    }
-                    for at, how in recipe.items()
-                }
-        init(self, *args, **said)
+    def __init__(self: LoraXSConfig, *args: Any, **given: Any) -> None:
+        for name in ATTACH.keys() & given:
+            if (field := ATTACH[name]) in given:
+                raise ValueError(f"{name}: got {given[name]!r} beside {field}={given[field]!r}, must be one of the two")
+            given[field] = given.pop(name)
+        if "peft_type" in given:  # which a file has, and no caller passes
+            given = _without_tier(self, given)
+        init(self, *args, **given)
 
     config.__init__ = __init__
     return config
 
 
-@_reads_tiers
+def _without_tier(config: LoraXSConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file without svd_tier, which earlier versions wrote there and into each entry of svd_recipe.
+
+    A and B by either tier differ far less than a load accepts.  The method that was "subspace" is "chebyshev" now.
+    """
+    if "svd_tier" not in given:
+        return given
+    tier, recipe = given.pop("svd_tier"), given.get("svd_recipe", {})
+    basis.check("tier", tier, "svd_tier")
+    config._earlier = {"svd_tier": tier, "svd_recipe": recipe}
+    with suppress(AttributeError):  # a recipe that is no dictionary is refused later, as it is
+        given["svd_recipe"] = {
+            at: {
+                key: "chebyshev" if value == "subspace" else value
+                for key, value in how.items()
+                if (key, value) != ("tier", tier)
+            }
+            for at, how in recipe.items()
+        }
+    return given
+
+
+@_takes_other_names
 @dataclass
 class LoraXSConfig(PeftConfig):
-    """What PEFT is to know of a LoRA-XS adapter: y = W x + s B R A x, s = lora_alpha / r, only R (r x r) trains.
+    """The settings of a LoRA-XS adapter for PEFT: y = W x + s B R A x, s = lora_alpha / r, where only R (r x r) trains.
+
+    The names that lx.attach has for these settings are accepted too: rank, alpha, dropout, sigma, seed, n_iter and
+    oversample.
 
     Args:
         r: rank of every adapter, unless rank_pattern says otherwise.
-        target_modules: names or name endings, a regular expression, "all-linear", or None for PEFT's choice for LoRA on
-            that architecture (often the query and value projections alone; the paper adapts every linear layer of
-            a language model).
+        target_modules: "all-linear", as in the paper: every linear layer except the output embeddings and a
+            classification head, which then trains whole; or names, name endings or a regular expression; or None for
+            PEFT's choice for LoRA on that architecture (often only the query and value projections).
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for LoRA in PEFT.
         lora_alpha: s = lora_alpha / r; None: s = 1.
         rank_pattern, alpha_pattern: {regular expression for the end of a module's name: value}.
@@ -157,18 +180,19 @@ class LoraXSConfig(PeftConfig):
         svd_n_iter, svd_oversample, svd_seed: of lx.truncated_svd, whose block is r + svd_oversample; None: chosen by
             rank and shape.  svd_seed also draws R and random factors.
         svd_recipe: what was chosen, by rank and shape of a weight; filled in when the adapter is made, so that the file
-            means the same tomorrow.  Not to be set.
-        dtype: of A and B, by torch's name; None: the weight's.  Another dtype than the weight's costs a separate pass.
-        save_factors: keep A and B in the file (large), which are then taken from there, rounded to the base's dtype.
-        check_fingerprint: refuse a saved adapter where A and B of this model make another delta W of its R, and one
-            without the fingerprints to tell by.
-        sha256: of the weights beside the file, and of the fields that decide what the adapter computes; filled in when
-            it is saved, checked and emptied when it is loaded.  Not to be set.
+            means the same tomorrow.  Do not set it.
+        dtype: of A and B: torch.bfloat16, "bfloat16" or "bf16", and likewise fp16 and fp32; None: the weight's.  A
+            dtype that is not the weight's costs a separate pass.
+        save_factors: keep A and B in the file (large) and take them from there, rounded to the base's dtype.
+        check_fingerprint: refuse a saved adapter if A and B recomputed here change its delta W, or if its file has no
+            fingerprints to compare with.
+        sha256: checksums of the weights beside the file, and of the fields that decide what the adapter computes.
+            Filled in when the adapter is saved; checked and emptied when it is loaded.  Do not set it.
     """
 
     r: int = field(default=16, metadata={"help": "rank of the adapters: R is r x r"})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": 'names or name endings, a regular expression, or "all-linear"'}
+        default="all-linear", metadata={"help": '"all-linear", names or name endings, or a regular expression'}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "names, name endings or a regular expression of modules to leave out"}
@@ -213,23 +237,26 @@ class LoraXSConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: got one without layers_to_transform, which must say which of its layers")
+            raise ValueError("layers_pattern: needs layers_to_transform, which says which of these layers to adapt")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform: got one beside a regular expression, needs target_modules as a list")
+            raise ValueError(
+                "layers_to_transform: cannot be combined with target_modules as a string; pass a list of module names"
+            )
         if self.init == "given" and not self.save_factors:
-            raise ValueError('save_factors: got False beside init="given", must be True: nothing else holds A and B')
+            raise ValueError('save_factors: got False, must be True with init="given": only the file has A and B')
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f'bias: got {self.bias!r}, must be "none": peft {peft.__version__} would not save biases')
         said, found = self.sha256.get("fields"), self._digest(**self._earlier)
         if said not in (None, found):
             raise ValueError(
-                f"sha256: the fields are not those that were saved (SHA-256 {found}, must be {said}): damaged, "
-                "changed by hand, or of a later version; without the entry sha256 they are taken as they are"
+                f"sha256: the fields are not those that were saved (SHA-256 {found}, must be {said}). The file is "
+                "damaged, was changed by hand, or comes from a later version; remove its entry sha256 to accept it"
             )
         self.sha256 = {name: digest for name, digest in self.sha256.items() if name != "fields"}
 
     def check(self) -> None:
-        """ValueError, naming the field, where one is not what it must be; numpy's numbers become Python's."""
+        """Raise a ValueError, naming the field, if one is not what it must be; numpy's numbers become Python's."""
+        self.dtype = DTYPES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         for name, (fits, must) in FIELDS.items():
             setattr(self, name, value := _plain(getattr(self, name)))
             if not fits(value):
@@ -294,10 +321,10 @@ class LoraXSConfig(PeftConfig):
         """Look at the weights that PEFT is about to load, and note what they are."""
         if self.sha256 and (said := self.sha256.get(file.name)) != (found := sha256_of(file)):
             if said is None:
-                raise ValueError(f"{file}: is of an earlier save than {', '.join(self.sha256)} beside it; remove it")
+                raise ValueError(f"{file}: is older than {', '.join(self.sha256)}, which was saved last; remove it")
             raise ValueError(
-                f"{file}: is damaged, or of another save than {CONFIG_NAME} beside it: its SHA-256 is {found}, that "
-                f"file says {said}; without the entry sha256 there it is taken as it is"
+                f"{file}: is damaged, or was not saved together with {CONFIG_NAME}: its SHA-256 is {found}, must be "
+                f"{said} as {CONFIG_NAME} says; remove the entry sha256 there to accept it"
             )
         tensors = read_tensors(file)
         with_R = (key for key in tensors if key.endswith(".loraxs_R"))
@@ -309,8 +336,8 @@ class LoraXSConfig(PeftConfig):
             bare = self.check_fingerprint and self.init != "given" and f"{name}.loraxs_fingerprint" not in tensors
             if bare and kind == "loraxs_R":
                 raise ValueError(
-                    f"{file}: has no fingerprint of A and B for module {name.removeprefix(PREFIX)!r}, so that nothing "
-                    f"tells whether its R fits this model; check_fingerprint=False in {CONFIG_NAME} takes it as it is"
+                    f"{file}: has no fingerprint of A and B for module {name.removeprefix(PREFIX)!r}, so it is unknown "
+                    f"whether its R fits this model; set check_fingerprint=False in {CONFIG_NAME} to accept it"
                 )
 
 

@@ -71,8 +71,8 @@ class LoraXSModel(BaseTuner):
             _check_name(adapter_name)
             if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
                 raise ValueError(
-                    "model: already has LoRA-XS adapters that lx.attach put on, which would freeze beneath others; "
-                    "lx.detach(model) takes them off"
+                    "model: already has LoRA-XS adapters that lx.attach put on, which PEFT would freeze; take them off "
+                    "with lx.detach(model), or start from a fresh model"
                 )
             self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
