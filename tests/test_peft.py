@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import textwrap
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_all_or_nothing
+from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -413,6 +416,66 @@ def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
         flipped(-9)(folder)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors: is damaged"):
             PeftModel.from_pretrained(llama(), name, **where)
+
+
+def loaded_by(card: str, **where) -> nn.Module:
+    """What the code in a model card makes, with these further options of PeftModel.from_pretrained."""
+    code = card.partition("```python\n")[2].partition("```")[0]
+    for option, value in where.items():
+        code = re.sub(r"(PeftModel.from_pretrained\(.*)\)", rf"\1, {option}={str(value)!r})", code)
+    names = {}
+    exec(code, names)
+    return names["model"].eval()
+
+
+def test_a_model_card_says_what_it_is_and_how_to_load_it(trained, saved_with_base):
+    folder = saved_with_base / "adapter"
+    trained.base_model.model.config._name_or_path = str(saved_with_base / "base")
+    trained.save_pretrained(folder)
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("Model Card for Model ID", "Written by me"))
+    trained.save_pretrained(folder)  # over it: each section once, and what users have written stays
+    card = ModelCard.load(folder / "README.md")
+    assert {"lora-xs", "loraxs_kernels", "transformers"} <= {*card.data.tags} and card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation" and "Written by me" in card.text and "- PEFT " in card.text
+    assert str(card).count("arxiv.org/abs/2405.17604") == str(card).count("```python") == 1
+    assert torch.equal(logits(loaded_by(card.text)), logits(trained))
+    named = get_peft_model(trained.unload(), config(), adapter_name="mine")
+    named.save_pretrained(folder / "named")
+    assert torch.equal(logits(loaded_by((folder / "named" / "README.md").read_text())), logits(named))
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
+    assert "LoRA-XS" not in (folder / "lora" / "README.md").read_text()
+
+
+def test_pushed_to_the_hub_and_loaded_from_there(saved_with_base, tmp_path, monkeypatch):
+    """The card is that of PEFT and ours, where transformers has put its own in the meantime."""
+    from transformers.utils import hub
+
+    commit = tmp_path / "cache" / "models--me--mine" / "snapshots" / ("0" * 40)
+    (commit.parents[1] / "refs").mkdir(parents=True)
+    (commit.parents[1] / "refs" / "main").write_text("0" * 40)
+
+    def create_commit(self, repo_id, operations, **_):
+        for each in operations:
+            (commit / each.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(each.path_or_fileobj, commit / each.path_in_repo)
+
+    api = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/mine"))
+    api.create_commit = MethodType(create_commit, api)
+    if hasattr(hub, "hf_api"):  # transformers 5.20
+        monkeypatch.setattr(hub, "hf_api", lambda: api)
+    else:
+        monkeypatch.setattr(hub, "create_repo", api.create_repo)
+        monkeypatch.setattr(hub, "create_commit", api.create_commit)
+    generic = ModelCard("---\nlibrary_name: transformers\ntags: []\n---\n# pushed by transformers")
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: generic)
+    base = AutoModelForCausalLM.from_pretrained(saved_with_base / "base", dtype=torch.bfloat16)
+    model = randomise(get_peft_model(base, config())).eval()
+    model.push_to_hub("mine")
+    card = ModelCard.load(commit / "README.md")
+    assert card.data.library_name == "peft" and {"lora-xs", "loraxs_kernels"} <= {*card.data.tags}
+    assert 'PeftModel.from_pretrained(model, "me/mine")' in card.text and "pushed by transformers" in card.text
+    assert torch.equal(logits(loaded_by(card.text, cache_dir=tmp_path / "cache")), logits(model))
 
 
 def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):

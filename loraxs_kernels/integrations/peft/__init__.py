@@ -13,9 +13,10 @@ buffers       how a layer holds A, B and fingerprints
 merging       what merging replaces in a layer, to be put back
 loading       which state dicts are refused
 samples       batches in which each sample has its own adapter
+card          the model card beside a saved adapter
 """
 
-from . import config, tuner
+from . import card, config, tuner
 from .buffers import Buffers as _Buffers
 from .buffers import Fingerprints as _Fingerprints
 from .layer import LoraXSLinearLayer, _check_what_was_loaded
@@ -36,3 +37,4 @@ __all__ = [
 ]
 
 LoraXSConfig, LoraXSModel = register(config.LoraXSConfig, tuner.LoraXSModel)
+card.extend_cards()
