@@ -7,9 +7,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -923,15 +920,20 @@ def test_disabled_adapters_come_before_names():
         assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_follows_the_names(mixed, backend):
+def test_a_compiled_model_follows_the_names():
     torch._dynamo.reset()
+    model, x = get_peft_model(net(), config(target_modules=["0", "2"], task_type=None)).eval(), torch.randn(3, 8)
+    model.add_adapter("second", config(r=2, target_modules=["2"], task_type=None))
+    for name in ("default", "second"):
+        randomise(model, name)
+    names = ["second", "__base__", "default"]
     with torch.no_grad():
-        expected = mixed(BATCH, adapter_names=MIXED).logits
-        compiled = torch.compile(mixed, backend=backend)
-        plain = compiled(BATCH).logits
-        torch.testing.assert_close(compiled(BATCH, adapter_names=MIXED).logits, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(compiled(BATCH).logits, plain)
+        expected, plain = model(x, adapter_names=names), model(x)
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), plain, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(x, adapter_names=names), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(x, adapter_names=names[::-1])[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 class SequenceFirst(nn.Module):
@@ -1301,9 +1303,11 @@ def test_gradient_checkpointing(use_reentrant):
         torch.testing.assert_close(b, a)
 
 
-def test_compiles_whole(trained):
-    compiled = torch.compile(trained, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled), logits(trained), atol=1e-5, rtol=0)
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model = randomise(get_peft_model(llama(num_hidden_layers=1), config(rank_pattern={"down_proj": 3}, lora_alpha=8)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model), atol=1e-5, rtol=0)
 
 
 def test_dtype_moves_and_copies(trained):
@@ -1687,31 +1691,16 @@ def test_settings_that_choose_modules():
     assert {name.rpartition(".")[2] for name in layers(default)} == {"q_proj", "v_proj"}  # as for LoRA
 
 
-def test_the_type_is_a_real_member_and_peft_comes_first():
+def test_the_type_is_a_real_member_and_peft_comes_first(monkeypatch):
     assert PeftType("LORAXS") is PeftType.LORAXS and PeftType.LORAXS in list(PeftType)
-    # In a process of its own: as if PEFT had shipped a method of this name.
-    script = """
-        import warnings
-        from dataclasses import dataclass
-        from peft import PeftConfig
-        from peft.tuners.tuners_utils import BaseTuner
-        from peft.utils import PeftType, register_peft_method
-        import loraxs_kernels.integrations as integrations
-        from enum import Enum
-
-        member = str.__new__(PeftType, "LORAXS")
-        member._name_ = member._value_ = "LORAXS"
-        PeftType._member_names_.append("LORAXS")
-        PeftType._member_map_["LORAXS"] = PeftType._value2member_map_["LORAXS"] = member
-        type.__setattr__(PeftType, "LORAXS", member)
-        Theirs, TheirModel = type("Theirs", (PeftConfig,), {}), type("TheirModel", (BaseTuner,), {"prefix": "xs_"})
-        register_peft_method(name="loraxs", config_cls=Theirs, model_cls=TheirModel, prefix="xs_")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert integrations.peft.LoraXSConfig is Theirs and integrations.peft.LoraXSModel is TheirModel
-        assert any("has its own LORAXS" in str(w.message) for w in caught)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    registration = loraxs_peft.registration
+    assert registration.PEFT_TYPE_TO_CONFIG_MAPPING["LORAXS"] is LoraXSConfig
+    theirs = type("Theirs", (PeftConfig,), {}), type("TheirModel", (BaseTuner,), {"prefix": "xs_"})
+    monkeypatch.setitem(registration.PEFT_TYPE_TO_CONFIG_MAPPING, "LORAXS", theirs[0])
+    monkeypatch.setitem(registration.PEFT_TYPE_TO_TUNER_MAPPING, "LORAXS", theirs[1])
+    with pytest.warns(UserWarning, match="has its own LORAXS"):
+        assert registration.register(LoraXSConfig, loraxs_peft.LoraXSModel) == theirs
+    assert registration.PEFT_TYPE_TO_CONFIG_MAPPING["LORAXS"] is theirs[0]
 
 
 def net() -> nn.Module:
@@ -1768,4 +1757,4 @@ def outcome(model: nn.Module):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_interruption_leaves_all_or_nothing(operation):
     make, call = OPERATIONS[operation]
-    assert_all_or_nothing(make, call, outcome, step=5, undone=50)
+    assert_all_or_nothing(make, call, outcome, step=3, undone=20, within="/loraxs_kernels/integrations/")
