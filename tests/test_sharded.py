@@ -359,7 +359,7 @@ def through_peft_and_zero3(rank: int, folder: str, engine_of) -> None:
         if rank == 0:
             check_saved(folder, model, alone.model, model.state_dict())
     dist.barrier()
-    with pytest.raises(ValueError, match=r"R for .* cannot be loaded while ZeRO-3 has it in parts"):
+    with pytest.raises(ValueError, match=r"R for .* cannot be loaded once ZeRO-3 has partitioned it"):
         model.load_adapter(f"{folder}/peft", "default")
 
 

@@ -1,4 +1,4 @@
-"""Files as PEFT writes them, read and written without PEFT."""
+"""PEFT's files of weights, read without PEFT."""
 
 from __future__ import annotations
 

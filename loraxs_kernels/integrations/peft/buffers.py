@@ -12,7 +12,7 @@ from ...padding import PaddedB
 
 
 class Buffers(BufferDict):
-    """PEFT's BufferDict, in which each entry is part of the state dict or is not, as `register_buffer` was told."""
+    """PEFT's BufferDict, except that each entry has its own `persistent`, which setting a new tensor keeps."""
 
     def __setitem__(self, name: str, t: Tensor) -> None:
         self._buffers[name] = t
@@ -30,10 +30,10 @@ class PaddedBuffers(PaddedB, Buffers):
 
 
 class Fingerprints(Buffers):
-    """Fingerprints by adapter; the names of those that are assigned as attributes go into the layer's `unchecked`.
+    """Fingerprints by adapter.  Assigning one as an attribute adds its adapter's name to the layer's `unchecked`.
 
-    torch copies what it loads or assigns it so, transformers always assigns.  Whatever is kept here beside the
-    fingerprints needs a name that no adapter has, as __unchecked does: Python spells it _Fingerprints__unchecked.
+    That is how transformers loads every tensor, and torch with assign=True.  Any other attribute kept here needs a name
+    that no adapter can have: __unchecked is one, because Python spells it _Fingerprints__unchecked.
     """
 
     def __init__(self, unchecked: set[str]) -> None:

@@ -63,7 +63,7 @@ def _recipe(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {*fields} and all(MUST[each][0](value[each]) for each in fields)
 
 
-# What the fields of a configuration may be; PEFT looks at none of them, wherever they come from.
+# What the fields of a configuration may be, whether a caller or a file sets them; PEFT itself checks none.
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (integer(1, 2**16), "an integer from 1 to 65536"),
     "target_modules": (lambda v: v is None or _names(v) or _pattern(v), "names, a regular expression or None"),
@@ -103,7 +103,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# What no checksum covers: users edit these by hand, PEFT changes them, or they are for training alone.
+# Fields without a checksum: users edit them by hand, PEFT changes them, or they only matter in training.
 FREE = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"),
     *("peft_version", "loraxs_dropout", "init_std", "check_fingerprint", "sha256"),
@@ -224,8 +224,8 @@ class LoraXSConfig(PeftConfig):
     check_fingerprint: bool = field(default=True, metadata={"help": "check A and B when an adapter is loaded"})
     sha256: dict = field(default_factory=dict, metadata={"help": "of the files and fields; not to be set"})
 
-    # The file that this was loaded with, the modules that have an R there, and the number of its tensors.  A state dict
-    # of just these is what PEFT loads from there, and must have the whole adapter and nothing else.
+    # The file that this was loaded with, the modules that have an R there, and the number of its tensors.  PEFT then
+    # loads a state dict of exactly these, which must be the whole adapter and nothing else.
     _loaded = None
     _earlier: ClassVar[dict[str, Any]] = {}  # fields of a file of an earlier version that decided its checksum
 
@@ -263,19 +263,19 @@ class LoraXSConfig(PeftConfig):
                 raise ValueError(f"{name}: got {value!r}, must be {must}")
 
     def _digest(self, **earlier: Any) -> str:
-        """The SHA-256 of the fields that decide what the adapter computes, of those of an earlier version if need be.
+        """The SHA-256 of the fields that decide what the adapter computes, and of `earlier` fields of the file.
 
-        None counts as if there were no such field, so that a later version can add some and read the files of this one.
+        A field that is None is left out, so that a later version can add fields and still read today's files.
         """
         names = [each.name for each in fields(__class__) if each.name not in FREE]  # also where a subclass has more
         decide = {name: value for name in names if (value := getattr(self, name)) is not None} | earlier
         return hashlib.sha256(json.dumps(decide, sort_keys=True, default=sorted).encode()).hexdigest()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write adapter_config.json, in one step, with the checksums of its fields and of the weights beside it.
+        """Write adapter_config.json, in one step, with checksums of its fields and of the weights beside it.
 
-        The latter where PeftModel.save_pretrained calls, which has written the weights before and says so by its
-        argument.  With any other caller, such as transformers, the weights of the folder may still be old ones.
+        The weights have a checksum only if PeftModel.save_pretrained calls, which has just written them and passes
+        auto_mapping_dict.  With any other caller, such as transformers, the folder may still have older weights.
         """
         self.check()
         folder = Path(save_directory)
@@ -295,12 +295,12 @@ class LoraXSConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """As PEFT's; ValueError, naming the file, where it or the weights beside it are not what was saved."""
+        """As in PEFT; ValueError, naming the file, if it or the weights beside it are not what was saved."""
         file = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
         if not file.is_file():
             options, *_ = cls._split_kwargs(kwargs)
             for name in (*WEIGHTS, CONFIG_NAME):
-                with suppress(Exception):  # most have one of the two; and PEFT says below if there is no config
+                with suppress(Exception):  # most have only one kind of weights; a missing config is PEFT's to report
                     there = hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **options)
                     file = Path(there).with_name(CONFIG_NAME)
         said = read_json(file.read_bytes(), str(file)) if file.is_file() else {}
@@ -318,7 +318,7 @@ class LoraXSConfig(PeftConfig):
         return config
 
     def _check_weights(self, file: Path) -> None:
-        """Look at the weights that PEFT is about to load, and note what they are."""
+        """Check the file of weights that PEFT loads next, and note which tensors it has."""
         if self.sha256 and (said := self.sha256.get(file.name)) != (found := sha256_of(file)):
             if said is None:
                 raise ValueError(f"{file}: is older than {', '.join(self.sha256)}, which was saved last; remove it")

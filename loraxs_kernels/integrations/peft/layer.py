@@ -26,26 +26,28 @@ from .merging import Unmerged
 from .samples import Samples
 
 NO_FILES: Mapping[str, str] = {}
-REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json takes it as it is)"
-# For each layer and the names of two adapters: the factors that were compared, their versions then, whether they are
-# the same.
+REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
+# For each layer and each pair of adapters: the A and B that were compared, their versions then, and whether both
+# adapters have the same.
 _COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
 
 
 class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its LoRA-XS adapters by name: y = base_layer(x) + sum over active ones of s B R A x.
+    """A frozen linear layer with LoRA-XS adapters by name: y = base_layer(x) + sum over the active ones of s B R A x.
 
-    base_layer is never written.  Merging puts another weight into it and keeps the old one, so that unmerging gives
-    the very same tensor back: in bf16, subtracting what was added would not.  A quantised weight is merged into by
-    `quantization_backend`, PEFT's own (0.20 or later), which quantises the sum anew.
+    The weight of base_layer is never written.  Merging replaces it and keeps the old tensor, which unmerging puts
+    back: in bf16, subtracting what was added would not restore it.  `quantization_backend` (PEFT 0.20 or later)
+    merges into a quantised weight and quantises the sum again.
 
-    Attributes, each by the adapter's name: loraxs_R (r, r), trains, fp32 unless PEFT was called with
-        autocast_adapter_dtype=False; loraxs_A (r, K) and loraxs_B (N, r), frozen, in the base layer's dtype;
-        loraxs_fingerprint (r + 8,), fp32: the singular values in A and 8 probes of B R A; r, lora_alpha, scaling,
-        recipe, config.  unchecked: the names of adapters that came with an R and were not compared with A and B yet.
+    Attributes, each a dictionary by the adapter's name:
+        loraxs_R: (r, r), trains; fp32 unless PEFT was called with autocast_adapter_dtype=False.
+        loraxs_A, loraxs_B: (r, K) and (N, r), frozen, in the base layer's dtype.
+        loraxs_fingerprint: (r + 8,), fp32: the singular values in A and 8 probes of B R A.
+        r, lora_alpha, scaling, recipe, config.
+    unchecked: names of the adapters whose R was loaded and has not been compared with A and B yet.
 
-    In a call with adapter_names each sample, an entry of x's first dimension, has an adapter of its own or none.  Those
-    adapters whose A and B are the same then share one pass, by the primitive with an index.
+    With adapter_names each sample, an entry of x's first dimension, has an adapter of its own or none.  Adapters with
+    the same A and B then share one pass.
     """
 
     adapter_layer_names = ("loraxs_R",)
@@ -89,7 +91,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 del by_name[name]
 
     def adapter(self, name: str) -> LoRAXSLinear:
-        """One adapter as a layer of its own, which shares base_layer and all tensors with this one."""
+        """One adapter as a LoRAXSLinear that shares base_layer and all tensors with this layer."""
         A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
         p, sigma = self.config[name].loraxs_dropout, self.config[name].init_std
         return LoRAXSLinear(
@@ -120,23 +122,23 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def _mixed(self, x: Tensor, samples: Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
-        """base_layer(x) + s B R A x, in which each sample has its own adapter.  No dropout: no layer is in training.
+        """base_layer(x) + s B R A x with an adapter for each sample.  No dropout: no layer is in training mode.
 
-        The adapters with the A and B that most of them share are one pass with base_layer; those with another A and B
-        then add their delta to the rows of their samples.
+        The largest group of adapters with the same A and B is computed in one pass with base_layer.  Every other group
+        then adds its delta to the rows of its samples.
         """
         name = self.recipe[active[0]].name
         if x.dim() < 2 or len(x) != len(samples.names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(samples.names)} "
-                f"names and x of shape {tuple(x.shape)} in {label_of(name)}. A layer that does not have the samples of "
-                "the batch in its first dimension cannot take adapter_names"
+                f"names and x of shape {tuple(x.shape)} in {label_of(name)}. adapter_names needs layers whose input "
+                "has the samples of the batch in its first dimension"
             )
         first, *others = self._alike(active)
         if others and parallel.is_cut(self.base_layer):
             raise ValueError(
                 f"adapter_names: {', '.join(repr(each[0]) for each in (first, *others))} have different A and B in "
-                f"{label_of(name)}, which is cut over ranks; must have the same there (same rank and svd_seed)"
+                f"{label_of(name)}, which is cut over ranks; there they must have the same (same r and svd_seed)"
             )
         _, index = samples.laid_out(first, x.device, whole=True)
         A, B, R, s = self._stack(first, index)
@@ -149,7 +151,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return y.index_copy(0, *map(torch.cat, zip(*parts, strict=True))) if parts else y
 
     def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> tuple[Tensor, Tensor, Tensor, float]:
-        """A, B, R and s of adapters that share A and B; R is a stack where there is an index."""
+        """A, B, R and s of adapters that share A and B.  With an index, R is the stack of their R."""
         A, R, B, s, _ = self._operands(group[0])
         if index is None:
             return A, B, R, s
@@ -159,7 +161,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return A, B, torch.stack([R for R, _ in stack]), s
 
     def _alike(self, names: list[str]) -> list[tuple[str, ...]]:
-        """The adapters in groups that have the same A and B, the largest group first."""
+        """The adapters in groups with the same A and B, the largest group first."""
         groups: list[list[str]] = []
         for name in names:
             group = next((each for each in groups if self._same_factors(each[0], name)), None)
@@ -167,7 +169,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return sorted(map(tuple, groups), key=len, reverse=True)
 
     def _same_factors(self, one: str, other: str) -> bool:
-        """Whether two adapters have the same A and the same B, which is remembered until one of these is changed."""
+        """Whether two adapters have the same A and B.  The answer is remembered until one of the four is changed."""
         factors = [each._buffers[name] for each in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
         A, A2, B, B2 = factors
         if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
@@ -183,7 +185,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
-        """The adapters in place where accelerate has offloaded them, which it does for each module's own forward."""
+        """Bring offloaded R, A and B back for one forward: accelerate does so only when their own module is called."""
         dicts = (self.loraxs_R, self.loraxs_A, self.loraxs_B)
         hooked = [each for each in dicts if hasattr(each, "_hf_hook") and not only_moves(each)]
         for each in hooked:
@@ -202,10 +204,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + sum of s B R A into base_layer, summed in fp32 and rounded once; `unmerge` puts W itself back.
+        """Replace W by W + sum of s B R A, summed in fp32 and rounded once; `unmerge` puts W back.
 
-        The result is always checked, whatever safe_merge says: ValueError where it is not finite, TypeError where
-        W is neither a dense tensor nor one that PEFT can quantise again; the layer is then as it was.
+        The result is always checked, whatever safe_merge says: ValueError if it is not finite, TypeError if W is
+        neither dense nor of a kind that PEFT can quantise again.  The layer is then as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not names:
@@ -226,7 +228,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Tensor:
-        """W + sum of s B R A (N, K) for a layer that is not merged; see `merge` for what it raises."""
+        """W + sum of s B R A (N, K) of a layer that is not merged; raises as `merge` does."""
         base, label = self.base_layer, label_of(self.recipe[names[0]].name)
         if self._requantises:
             weight = weight_of(base, label)
@@ -237,8 +239,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         total = sum(self.adapter(name).delta_weight() for name in names).add(W).to(dtype)
         if not torch.isfinite(total).all():
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: {label} "
-                "would have NaN or Inf values, and stays unmerged"
+                f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: the "
+                f"weight of {label} would have NaN or Inf values; it stays unmerged"
             )
         return total
 
@@ -260,7 +262,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
-        """Back to the base weight, the same tensor as before, and separate adapters."""
+        """Put the base weight back, the same tensor as before, and compute with separate adapters again."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -284,7 +286,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         return True
 
     def reset_parameters(self) -> None:
-        """Make A, B and R of all adapters from the base weight: for a layer that was made on the meta device."""
+        """Make A, B and R of all adapters from the base weight, for a layer that was made on the meta device."""
         for name in self.loraxs_R:
             device = self.base_layer.weight.device
             for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
@@ -295,11 +297,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def check_fingerprints(self, names: Iterable[str]) -> None:
-        """Compare the delta of those adapters that were loaded with their file's probes; a flipped sign is mended in R.
+        """Check that the named adapters, if they were loaded, have the delta W that the probes in their file describe.
 
-        Raises AdapterMismatch, naming the layer, where delta W is off by more than 1e-3 (3e-2 for an adapter that
-        brings its own A and B; a rounding of R more where R is in half precision), and again whenever such an adapter
-        is to be used; the others of the layer stay usable.
+        If A and B differ from those of the training by the sign of singular vectors, R is corrected.  Raises
+        AdapterMismatch, naming the layer, if the relative error of delta W is above 1e-3 (3e-2 for an adapter that
+        brings its own A and B; plus the rounding of R in half precision).  It is raised again at every use of such an
+        adapter; the layer's other adapters stay usable.
         """
         for name in sorted(self.unchecked.intersection(names)):
             A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
@@ -318,9 +321,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
                     if entry["R"].any() and not (S.any() or probe.any()):
                         raise ValueError(
-                            f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty, as where "
-                            "DeepSpeed has gathered parameters for save_pretrained by itself: save it on one rank, "
-                            "inside deepspeed.zero.GatheredParameters of all that trains"
+                            f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty. DeepSpeed "
+                            "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
+                            "inside deepspeed.zero.GatheredParameters of all trained parameters"
                         )
                     raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
@@ -333,9 +336,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             self.unchecked.discard(name)
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:
-        """R in fp32; or in the dtype of the base weight, that of A where the weight is quantised.
+        """Convert R to fp32; or, if asked not to, to the dtype of the base weight (of A, if that is quantised).
 
-        R in fp64, and one that a parametrization makes, stay as they are.
+        An R in fp64, or made by a parametrization, stays as it is.
         """
         R, W = self.loraxs_R._parameters.get(name), getattr(self.base_layer, "weight", None)
         if autocast_adapter_dtype:
@@ -367,11 +370,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str, files: Mapping[str, str] = NO_FILES) -> None:
-        """Raise a ValueError, naming the layer, where an adapter in a state dict is not whole or does not fit this one.
+        """Raise a ValueError, naming the layer, if a state dict has an adapter in part, or one that does not fit.
 
-        Adapters that the state dict has nothing of are left alone, unless it is known to come from their file (`files`,
-        by their names).  The R that a parametrization has made is taken out of the state dict, where what it was made
-        of is there too.
+        An adapter without any tensor in the state dict is left alone, unless the state dict is known to come from that
+        adapter's file (`files`: by the adapters' names).  If a parametrization makes R, and the state dict has what it
+        is made of, R itself is taken out of the state dict.
         """
         for name, r in self.r.items():
             label, file = label_of(self.recipe[name].name), files.get(name)
@@ -386,13 +389,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     there.add("R")
                 elif "R" in there:
                     raise ValueError(
-                        f"adapter {name!r}: got an R for {label}, where a parametrization makes R; remove it before "
-                        "loading"
+                        f"adapter {name!r}: got an R for {label}, where a parametrization makes R; remove the "
+                        "parametrization before loading"
                     )
             if not there and not file:
                 continue
             if name in self.merged_adapters:
-                raise ValueError(f"adapter {name!r}: is merged into {label}; unmerge_adapter() before loading it")
+                raise ValueError(f"adapter {name!r}: is merged into {label}; call unmerge_adapter() before loading it")
             needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
             if missing := sorted(needed - there):
                 raise ValueError(f"{which_one}: has no {' and '.join(missing)} for {label}")
@@ -405,7 +408,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                         continue
                     if _is_in_parts(R) or hasattr(R, "_z3_optimizer"):
                         raise ValueError(
-                            f"{what} cannot be loaded while ZeRO-3 has it in parts; must be before deepspeed.initialize"
+                            f"{what} cannot be loaded once ZeRO-3 has partitioned it; load it before "
+                            "deepspeed.initialize"
                         )
                 if tuple(t.shape) != shapes[which]:
                     raise ValueError(f"{what} has shape {tuple(t.shape)}, must be {shapes[which]}")
@@ -431,7 +435,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_B._pad()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """What PEFT calls after it has loaded an adapter.  No dtype is changed: R, A and B stay as they are."""
+        """PEFT calls this after it has loaded an adapter.  R, A and B move to the device and keep their dtypes."""
         if adapter_name not in self.loraxs_R:
             return
         if device is None:
@@ -459,5 +463,5 @@ def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
 
 
 def _is_in_parts(R: Tensor | None) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has left R empty."""
+    """Whether DeepSpeed's ZeRO-3 has partitioned R, so that this rank's tensor is empty."""
     return hasattr(R, "ds_id") and R.shape != R.ds_shape

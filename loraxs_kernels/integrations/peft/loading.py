@@ -1,4 +1,4 @@
-"""What may be loaded into a model with adapters of the PEFT method: all of it is looked at before a layer changes."""
+"""Checks of a state dict for a model with adapters of the PEFT method, all of them before the first layer changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .layer import LoraXSLinearLayer
 
 
 def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Look at all layers before the first of them is loaded, so that what is refused changes none.
+    """Check the tensors of all layers before the first one is loaded, so that a refused state dict changes nothing.
 
-    Only from here are the keys seen that the reference puts beside a layer.
+    The keys of the reference implementation are translated here too: some stand beside a layer, where it does not look.
     """
     layers = {
         f"{prefix}{name}": module
@@ -31,11 +31,11 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
             layer.check_state_dict(state_dict, f"{name}.", files)
         for name, file in files.items():
             _check_all_belongs(model, state_dict, prefix, file)
-            configs[name]._loaded = None  # the next ones come from elsewhere
+            configs[name]._loaded = None  # later state dicts are not known to be this file
 
 
 def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str, Tensor], prefix: str) -> bool:
-    """Whether a state dict has, for this adapter, just the tensors of the file that the config was loaded with."""
+    """Whether a state dict has for this adapter exactly the tensors of the file that the config was loaded with."""
     if config._loaded is None or len(state_dict) != config._loaded[2]:
         return False
     ending = f".loraxs_R.{adapter}"
@@ -44,7 +44,7 @@ def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str
 
 
 def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, file: str) -> None:
-    """Raise a ValueError where a tensor of an adapter's file is none of the model's, or of another shape or kind."""
+    """Raise a ValueError if a tensor of an adapter's file has no place in the model, or another shape or kind there."""
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {f"{prefix}{name}": t for name, t in tensors}
     for key, t in state_dict.items():
@@ -57,7 +57,7 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
             if key.endswith(".bias") and (".modules_to_save." in key or ".original_module." in key):
                 continue  # PEFT saves biases of heads a second time, by names without the adapter's
             raise ValueError(f"{what} belongs to no part of this model")
-        if hasattr(own[key], "ds_id"):  # of which ZeRO-3 holds a part
+        if hasattr(own[key], "ds_id"):  # ZeRO-3 holds a part of it
             continue
         shape, floats = tuple(own[key].shape), own[key].is_floating_point()
         if tuple(t.shape) != shape or t.is_floating_point() != floats:

@@ -1,4 +1,4 @@
-"""What merging an adapter into a layer replaces, kept so that unmerging gives it back."""
+"""What merging an adapter into a layer replaces, and how unmerging puts it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Unmerged:
-    """A layer's weight before it is merged into, and what PEFT's backends overwrite beside it, to be put back."""
+    """A layer's weight before merging, and the other attributes that PEFT's backends overwrite."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.weight = layer, layer._parameters.get("weight")
@@ -20,12 +20,12 @@ class Unmerged:
         self.of_parts = [(each, dict(vars(each))) for each in parts if each is not None]
 
     def note_changes(self) -> None:
-        """Keep of the layer only what merging has changed: the rest, such as `training`, may change while merged."""
+        """Keep only those attributes that merging has changed: others, such as `training`, may change while merged."""
         now = vars(self.layer)
         self.of_layer = {key: value for key, value in self.of_layer.items() if now.get(key) is not value}
 
     def check(self, merged: nn.Module, label: str) -> None:
-        """Let the weight follow where the layer was moved in the meantime; ValueError if that is no dense one."""
+        """Move the kept weight to where the layer has been moved in the meantime; ValueError if it is not dense."""
         now = merged._parameters.get("weight")
         if self.weight is None or (self.weight.device, self.weight.dtype) == (now.device, now.dtype):
             return

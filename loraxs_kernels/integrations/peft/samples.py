@@ -23,17 +23,17 @@ class Samples:
         self._laid_out: dict[tuple, tuple[Tensor | None, RowIndex | None]] = {}
 
     def expand(self, times: int) -> None:
-        """As many neighbouring samples in the place of each, as `generate` makes them for beams and sequences."""
+        """Repeat each sample's adapter, as `generate` repeats the samples for beams and returned sequences."""
         self.names = [name for name in self.names for _ in range(times)]
         self._laid_out.clear()
 
     def laid_out(
         self, group: tuple[str, ...], device: torch.device, whole: bool = False
     ) -> tuple[Tensor | None, RowIndex | None]:
-        """The samples that use adapters of a group, and which of the group's each of them uses.
+        """The rows of the samples that use adapters of a group, and the index of the adapter that each row uses.
 
-        The former are None for the whole batch, where -1 stands for samples without an adapter of the group; the latter
-        is None where the group has one adapter and all these samples use it.
+        With `whole` the rows are None, for all samples, and the index of a sample without an adapter of the group is
+        -1.  The index is None if all these samples use the group's first adapter.
         """
         if (key := (group, device, whole)) not in self._laid_out:
             place = {name: i for i, name in enumerate(group)}
@@ -45,7 +45,7 @@ class Samples:
         return self._laid_out[key]
 
     def check(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A ValueError where a model is called with another number of samples, as far as its arguments tell."""
+        """Raise a ValueError if a model is called with another number of samples, as far as its arguments show."""
         if main := getattr(model, "main_input_name", None):
             given = [*args[:1], kwargs.get(main), kwargs.get("inputs_embeds")]
         else:
@@ -58,12 +58,12 @@ class Samples:
             )
 
     def tell(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        """Pass the names to one of modules_to_save; those of adapters that have none mean the base model there."""
+        """Pass the names on to one of modules_to_save; an adapter without it uses the base model's there."""
         return args, kwargs | {"adapter_names": [n if n in module._adapters else BASE for n in self.names]}
 
 
 def expanded(expand: Callable[..., Any], samples: Samples, *args: Any, **kwargs: Any) -> Any:
-    """What `generate` calls to repeat its inputs for beams and returned sequences; the encoder has run by then."""
+    """Called by `generate` to repeat its inputs for beams and returned sequences, after the encoder has run."""
     inputs = expand(*args, **kwargs)
     samples.expand(args[0] if args else kwargs.get("expand_size", 1))
     return inputs

@@ -43,12 +43,12 @@ SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and 
 
 
 class LoraXSModel(BaseTuner):
-    """A model with LoRA-XS adapters, as PEFT's tuners are: what get_peft_model(model, LoraXSConfig(...)) holds.
+    """A model with LoRA-XS adapters: the `base_model` of what get_peft_model(model, LoraXSConfig(...)) returns.
 
-    A layer that stands in several places is adapted in all of them, by one R.  The factors of all layers are made
-    together, as `lx.attach` makes them.  If adding an adapter fails, or is interrupted, the model is as it was, and so
-    it is if one cannot be merged, unmerged, unloaded, deleted or loaded.  Only an adapter that makes another delta W
-    here is refused after its R is in place.
+    A layer that stands in several places is adapted in all of them, by one R.  A and B of all layers are made
+    together, as `lx.attach` makes them.  If adding, merging, unmerging, unloading, deleting or loading an adapter fails
+    or is interrupted, the model is as it was.  There is one exception: an adapter whose delta W is not the one it was
+    trained with is refused after its R has been loaded.
     """
 
     prefix = "loraxs_"
@@ -56,7 +56,7 @@ class LoraXSModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What PEFT and transformers' add_adapter have said beforehand is no part of what a failure leaves.
+        # PEFT, and transformers' add_adapter, have noted the adapter before this call; a failure takes that back too.
         config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
         if loaded and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
@@ -86,9 +86,9 @@ class LoraXSModel(BaseTuner):
                 model.register_load_state_dict_pre_hook(check_before_loading)
 
     def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
-        """Put the names that "all-linear" means in its place: what it means to PEFT, and as `attach` has it.
+        """Replace "all-linear" by the names it stands for: those of PEFT, as far as `attach` adapts them.
 
-        Layers that take no adapter are left out; a classification head trains whole, as one of modules_to_save.
+        Layers that take no adapter are left out.  A classification head trains whole, as one of modules_to_save.
         """
         targets = config.target_modules
         if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
@@ -117,7 +117,7 @@ class LoraXSModel(BaseTuner):
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """Put every layer back if one of them cannot be merged, unmerged or unloaded, or if that is interrupted."""
+        """Put every layer back if one of them cannot be merged, unmerged or unloaded, or on an interruption."""
         with transaction(self) as undo:
             for layer in self._layers():
                 undo.callback(Unmerged(layer.base_layer).put_back, layer)
@@ -141,15 +141,15 @@ class LoraXSModel(BaseTuner):
             super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
-        """All layers or none: the weights as they were are kept until all are merged, a second copy of those."""
+        """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
         with self._all_or_none():
             return super()._unload_and_optionally_merge(*args, **options)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> Iterator[None]:
-        """What PEFT calls around a forward or `generate`: with adapter_names each sample has an adapter of its own.
+        """PEFT calls this around a forward or `generate`: with adapter_names each sample has an adapter of its own.
 
-        Raises TypeError or ValueError, before anything runs, where there can be no such batch.
+        Raises TypeError or ValueError, before anything runs, if this model or these names cannot be used so.
         """
         if adapter_names is None:
             yield
@@ -174,7 +174,7 @@ class LoraXSModel(BaseTuner):
             yield
 
     def _check_mixed(self, names: Any) -> None:
-        """Raise a TypeError or ValueError where the names are none of this model's, or it cannot mix adapters now."""
+        """Raise a TypeError or ValueError if a name is unknown, or if this model cannot mix adapters now."""
         if not (isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)):
             raise TypeError(
                 f"adapter_names: got {names!r}, must be a list with one name for each sample, an adapter's or {BASE!r}"
@@ -189,7 +189,7 @@ class LoraXSModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        # Gradient checkpointing would run layers again in the backward, when they have forgotten the names.
+        # Gradient checkpointing runs layers again in the backward, when the names are no longer known.
         again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
         if any(module.training for module in [*layers, *again]):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
@@ -199,7 +199,7 @@ class LoraXSModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
                 raise ValueError(
-                    f"adapter_names: {label_of(name)} is part of an expert, which gets tokens of any samples"
+                    f"adapter_names: {label_of(name)} is part of an expert, whose input mixes tokens of all samples"
                 )
         for name, module in self._trained_whole().items():
             if not isinstance(module.original_module, MIXABLE):
@@ -229,8 +229,8 @@ class LoraXSModel(BaseTuner):
             raise TypeError(f"target_modules: matches module {current_key!r} {why}")
         if isinstance(base, BaseTunerLayer) or not is_linear(base):
             raise TypeError(
-                f"target_modules: matches module {current_key!r}, a {type(base).__name__}; must match linear "
-                "layers without an adapter of another method (exclude_modules leaves one out)"
+                f"target_modules: matches module {current_key!r}, a {type(base).__name__}; must match only linear "
+                "layers without adapters of another method; leave it out with exclude_modules"
             )
         adapter = _new_adapter(base, config, current_key)
         if isinstance(target, LoraXSLinearLayer):
@@ -249,23 +249,23 @@ class LoraXSModel(BaseTuner):
                     module._modules[name] = new_module
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """R in fp32, or in the base layer's dtype, as FSDP1 needs it, where autocast_adapter_dtype is False.
+        """Convert R to fp32; or, with autocast_adapter_dtype=False, to the base layer's dtype, as FSDP1 needs it.
 
-        A and B belong in the base layer's dtype either way: in another they cost a separate pass.
+        A and B stay in the base layer's dtype either way: in another one they would cost a separate pass.
         """
         for module in self.model.modules():
             if isinstance(module, LoraXSLinearLayer) and adapter_name in module.loraxs_R:
                 module.cast_R(adapter_name, autocast_adapter_dtype)
 
     def reset_parameters(self) -> None:
-        """Make A, B and R of all adapters, for a model that was adapted on the meta device and has its weights now."""
+        """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""
         for module in self.model.modules():
             if isinstance(module, LoraXSLinearLayer):
                 module.reset_parameters()
 
 
 def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
-    """An adapter for one layer as the config has it, still to be filled; what its SVD will do goes into the config."""
+    """An adapter for one layer, still without A, B and R; how its SVD will be computed is noted in the config."""
     r = pattern_value(config.rank_pattern, name, config.r)
     options = {
         "alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
@@ -295,7 +295,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
 
 
 def _backend_of(base: nn.Module, model: nn.Module) -> Any:
-    """PEFT's way of merging into a quantised layer; None for other layers, and where nothing can quantise it anew."""
+    """PEFT's backend for merging into a quantised layer; None if the layer is dense or cannot be quantised again."""
     if quantization_utils is None or weight_view(base) is not None:
         return None
     try:
@@ -307,10 +307,10 @@ def _backend_of(base: nn.Module, model: nn.Module) -> Any:
 
 
 def _check_name(name: str) -> None:
-    """Refuse, before anything is changed, a name that means the base model or under which torch can hold no tensor."""
+    """Refuse a name that means the base model, or by which torch's containers cannot hold a tensor."""
     taken = any(hasattr(each, name) for each in (nn.ParameterDict(), PaddedBuffers(), Fingerprints(set())))
     if not name or "." in name or name == BASE or taken:
         raise ValueError(
-            f"adapter_name: got {name!r}, must be a name without a dot that is no attribute of nn.ParameterDict or of "
-            f"PEFT's BufferDict, which hold the adapters by name, and not {BASE!r}, the base model in adapter_names"
+            f"adapter_name: got {name!r}, must be a name without a dot, not an attribute of nn.ParameterDict or PEFT's "
+            f"BufferDict (which hold adapters by name), and not {BASE!r} (the base model in adapter_names)"
         )

@@ -48,43 +48,50 @@ def load_reference_adapter(
     model: M,
     folder: str | os.PathLike,
     *,
-    basis: str = "file",
+    factors: str = "file",
     tolerance: float = ALIGNED,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace: int = WORKSPACE,
     progress: bool = True,
+    basis: str | None = None,
 ) -> M:
     """Load a checkpoint of the reference implementation into the base model it was trained on, in place.
 
-    Afterwards the model is as `attach` leaves one: LoRAXSLinear layers, of which R trains, and the modules_to_save of
-    the checkpoint (a classifier head), with their values.
+    Afterwards the model is as after `attach`: it has LoRAXSLinear layers, whose R train, and the modules_to_save of the
+    checkpoint (a classifier head) with their values.
 
     Args:
         model: the plain base model, without PEFT around it.
         folder: with adapter_config.json and adapter_model.safetensors (or .bin), as save_pretrained or the Trainer
-            left them.  reconstr_config.json, there or one folder up, is read where it is.
-        basis: "file": the A and B of the checkpoint, and its R as it is; they go into the files of `save_adapter`, too.
-            "recompute": A' and B' from the SVD of the model's weights, and R' = B'^+ B R A A'^+, so that adapter files
-            hold R alone.  With scikit-learn installed the SVD is the reference's own, on the CPU, and loading such a
-            file needs scikit-learn too.  Where that does not give the checkpoint's A and B (other weights than it was
-            trained on, or a model in bf16), the SVD is that of `attach`: the last vectors of the reference's have not
-            converged, on the weights of real models often by more than the tolerance, and delta W changes by as much.
-        tolerance: the largest relative error of delta W that may come of rounding A and B, or of another basis; it is
-            estimated for every layer as adapter files do.  Above 1e-3 a warning gives it.
-        dtype: of A and B; None: the weight's.  The reference trains A and B in fp32, which a model in bf16 rounds: a
-            relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them, at the cost of a
+            wrote them.  reconstr_config.json is read if it is there or one folder up.
+        factors: where A and B come from.
+            "file": A, B and R as the checkpoint has them; the files of `save_adapter` then hold all three.
+            "recompute": A' and B' from the SVD of the model's weights, and R' = B'^+ B R A A'^+; the files of
+            `save_adapter` then hold only R.  If scikit-learn is installed, and its SVD gives the checkpoint's A and B
+            again, that SVD is used, on the CPU; loading such a file needs scikit-learn too.  Otherwise (other weights
+            than those of the training, or a model in bf16) the SVD is that of `attach`.  Then delta W changes, often
+            by more than the tolerance, because the reference's last singular vectors have not converged.
+        tolerance: the largest relative error of delta W that rounding or recomputing A and B may cause.  It is
+            estimated for every layer, as for adapter files; above 1e-3 a warning states it.
+        dtype: of A and B; None: the weight's.  The reference trains with A and B in fp32.  A model in bf16 rounds them:
+            a relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them, at the cost of a
             separate pass.
         device, workspace, progress: of the SVD, as in `attach`.
+        basis: the earlier name of factors.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.  ValueError: it is damaged, none of the reference's, or of another
-        model.  The reference writes no checksum: a bit that has flipped in R, and leaves it finite, is not seen.
-        AdapterMismatch: A is not B^T W, so that the base model is another, or the tolerance is exceeded.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is damaged, was not written by the reference, or is for another model.  The reference writes no
+            checksum: a flipped bit that leaves R finite is not noticed.
+        AdapterMismatch: A is not B^T W, so the base model is another one; or the tolerance is exceeded.
         The model is then as it was.
     """
-    if basis not in ("file", "recompute"):
-        raise ValueError(f'basis: got {basis!r}, must be "file" or "recompute"')
+    if basis is not None:
+        warnings.warn("load_reference_adapter: basis is now called factors", FutureWarning, stacklevel=3)
+        factors = basis
+    if factors not in ("file", "recompute"):
+        raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
     if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
@@ -92,8 +99,8 @@ def load_reference_adapter(
     if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
         raise ValueError(
             f"model: got a {type(model).__name__} with PEFT in it, must be the plain base model: this function adds "
-            "the adapters itself. model.load_adapter(folder, 'default') loads a checkpoint of the reference into "
-            "layers that replace_reference_layers has made"
+            "the adapters itself. To load a checkpoint into layers that replace_reference_layers has made, call "
+            "model.load_adapter(folder, 'default')"
         )
     folder = Path(folder)
     config, tensors = _read(folder)
@@ -109,7 +116,7 @@ def load_reference_adapter(
     devices = None if device is None else compute_devices(device)
 
     def errors_with(recipe: Recipe | None) -> dict[str, float]:
-        """Attach with A and B by this recipe, or those of the checkpoint; the relative error of every delta W."""
+        """Attach, with A and B by this recipe or from the checkpoint; return the relative error of every delta W."""
         options = {
             name: {
                 "rank": each.R.shape[0],
@@ -130,24 +137,24 @@ def load_reference_adapter(
 
     with transaction(model) as undo:
         errors = None
-        if basis == "recompute" and (recipe := _own_recipe(model, trained, described)):
+        if factors == "recompute" and (recipe := _own_recipe(model, trained, described)):
             errors = errors_with(recipe)
             if not max(errors.values()) <= ACCEPT:
                 detach(model)
                 errors = None
         if errors is None:
-            errors = errors_with(Recipe() if basis == "recompute" else None)
+            errors = errors_with(Recipe() if factors == "recompute" else None)
         worst = max(errors, key=errors.__getitem__)
         found = f"{folder}: the estimated relative error of delta W in module {worst!r} is {errors[worst]:.1e}"
         why = "its A and B are rounded to the model's dtype; dtype=torch.float32 keeps them"
-        if basis == "recompute":
-            why = 'A and B of this model\'s weights are not quite those it was trained on; basis="file" keeps them'
+        if factors == "recompute":
+            why = 'A and B of this model\'s weights are not quite those it was trained on; factors="file" keeps them'
         if not errors[worst] <= tolerance:
             raise AdapterMismatch(f"{found}, more than the tolerance of {tolerance:.0e}: {why}")
         keep(undo, [target for target, _ in head])
         for target, value in head:
             target.copy_(value)
-        if errors[worst] > ACCEPT and not (basis == "file" and dtype):
+        if errors[worst] > ACCEPT and not (factors == "file" and dtype):
             warnings.warn(f"{found}: {why}", stacklevel=3)  # past torch.no_grad
     return model
 
@@ -161,7 +168,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"folder: {folder} has no {what}")
     config = _json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: is of PEFT's type {config.get('peft_type')!r}, the reference's are of 'LORA'")
+        raise ValueError(
+            f"{folder}: peft_type is {config.get('peft_type')!r}, must be 'LORA' as the reference saves it"
+        )
     return config, read_tensors(file)
 
 
@@ -180,18 +189,18 @@ def _trained(
         if at := part(key):
             name, letter = at
             if letter in found.setdefault(name, {}):
-                raise ValueError(f"{folder}: has {letter} for module {name!r} twice, in two spellings")
+                raise ValueError(f"{folder}: has {letter} for module {name!r} twice, by two keys")
             found[name][letter] = t
         else:
             others[key] = t
     if not any("R" in each for each in found.values()):
-        raise ValueError(f"{folder}: has no R (lora_latent_mapping); a plain LoRA adapter is for PEFT to load")
+        raise ValueError(f"{folder}: has no R (lora_latent_mapping); load a plain LoRA adapter by PEFT")
     trained = {}
     for name, each in found.items():
         if missing := sorted(set("ARB") - set(each)):
             raise ValueError(
-                f"{folder}: has no {' and '.join(missing)} for module {name!r}; R means nothing without its exact A "
-                "and B, which an SVD of today need not give again. Take the file as the reference saved it, with all"
+                f"{folder}: has no {' and '.join(missing)} for module {name!r}. R is useless without its exact A and "
+                "B, which another SVD need not give again; use the complete file that the reference saved"
             )
         A, R, B = (each[letter] for letter in "ARB")
         r = A.shape[0] if A.dim() == B.dim() == 2 else 0
@@ -208,7 +217,7 @@ def _trained(
 
 
 def _alpha(config: dict[str, Any], name: str, rank: int, folder: Path) -> float:
-    """alpha = s r for a layer of this rank; s by the configuration's numbers, which PEFT goes by."""
+    """alpha = s r for a layer of this rank, where s is what PEFT makes of the configuration."""
     try:
         r = pattern_value(config.get("rank_pattern"), name, config["r"])
         alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
@@ -228,23 +237,23 @@ def _dropout(config: dict[str, Any], folder: Path) -> float:
 
 
 def _described(folder: Path) -> dict[str, Any] | None:
-    """reconstr_config.json, where it is."""
+    """What reconstr_config.json says, if there is one."""
     places = [each / "reconstr_config.json" for each in (folder, folder.resolve().parent)]
     return next((_json(file) for file in places if file.is_file()), None)
 
 
 def _random(described: dict[str, Any] | None) -> bool:
-    """Whether A and B are random ones, in part or whole."""
+    """Whether A or B, or both, are random."""
     return any((described or {}).get(key) for key in ("replacement_module_random_init", "half_init_dec"))
 
 
 def _expressed(each: Trained, A: Tensor, B: Tensor) -> Tensor:
-    """R on other A and B."""
+    """R converted to another A and B."""
     return align_by_factors(each.R.double(), (each.A, each.B), A, B)
 
 
 def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None) -> Recipe | None:
-    """How the reference made A and B, where scikit-learn makes them again here; tried on the smallest layer."""
+    """The reference's recipe for A and B, if scikit-learn gives the same again here; tried on the smallest layer."""
     svd = (described or {}).get("svd") or {"n_iter": 10, "random_state": 42}
     bounds = {"n_iter": 1000, "random_state": 2**32 - 1}  # of scikit-learn's seeds
     said = isinstance(svd, dict) and all(
@@ -262,23 +271,23 @@ def _own_recipe(model: nn.Module, trained: Mapping[str, Trained], described: dic
 def _check_base(
     model: nn.Module, trained: Mapping[str, Trained], described: dict[str, Any] | None, folder: Path
 ) -> None:
-    """That the model has the modules and that A = B^T W, as the reference's are, converged or not, on their own W."""
+    """Refuse a model without these modules, or where A is not B^T W, as in the reference even without convergence."""
     modules = dict(model.named_modules())
     errors = {}
     for name, each in trained.items():
         if name not in modules:
-            raise ValueError(f"model: has no module {name!r}, which {folder} is for; it is of another base model")
+            raise ValueError(f"model: has no module {name!r}, which {folder} adapts; that is of another base model")
         try:
             weight = weight_of(modules[name], f"module {name!r}")
         except TypeError:
-            continue  # what cannot be read can still be given its factors
+            continue  # a layer whose weight cannot be read can still be given A and B
         if weight.device.type == "meta":
             raise ValueError(f"model: module {name!r} is on the meta device; load its weights first")
         N, K = weight.shape
         if (each.B.shape[0], each.A.shape[1]) != (N, K):
             raise ValueError(
                 f"model: module {name!r} has a weight of shape {N} x {K}, {folder} is for "
-                f"{each.B.shape[0]} x {each.A.shape[1]}; it is of another base model"
+                f"{each.B.shape[0]} x {each.A.shape[1]}; that is of another base model"
             )
         if not _random(described):
             W = weight.read()
@@ -290,16 +299,16 @@ def _check_base(
         return
     found = f"{folder}: A of module {worst!r} is not B^T W of this model (relative error {errors[worst]:.1e})"
     if described:
-        raise AdapterMismatch(f"{found}; load the weights the adapter was trained on")
+        raise AdapterMismatch(f"{found}; load the weights that the adapter was trained on")
     warnings.warn(
-        f"{found}, and there is no reconstr_config.json to say whether its factors are random ones, as without "
-        "SVD; otherwise these are not the weights the adapter was trained on",
+        f"{found}, and there is no reconstr_config.json to say whether A and B are random. If they are not, load the "
+        "weights that the adapter was trained on",
         stacklevel=4,
     )
 
 
 def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """The modules that the tensors beside A, R and B are of; every one must be of one."""
+    """The modules that the tensors other than A, R and B belong to; each must belong to one."""
     asked, task = config.get("modules_to_save") or [], config.get("task_type")
     if not (isinstance(asked, list) and all(isinstance(each, str) for each in asked)):
         raise ValueError(f"{folder}: modules_to_save in adapter_config.json is {asked!r}, must be a list of names")
@@ -312,7 +321,7 @@ def _modules_to_save(model: nn.Module, config: dict[str, Any], others: Mapping[s
     for key in others:
         if not any(key.startswith(f"{name}.") for name in names):
             raise ValueError(
-                f"{folder}: has a tensor {key!r}, which is of no layer of the reference's and of none of the "
-                f"modules_to_save {endings}, as far as this model has them"
+                f"{folder}: tensor {key!r} belongs neither to an adapted layer nor to one of modules_to_save "
+                f"({endings}) in this model"
             )
     return names

@@ -1,4 +1,4 @@
-"""Layers of the reference as layers of the PEFT method: those of a model, and their tensors in a state dict."""
+"""From the reference's layers to those of our PEFT method: a whole model, or the tensors of a state dict."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ P = TypeVar("P", bound="PeftModel")
 def replace_reference_layers(model: P) -> P:
     """Turn a PeftModel that the reference has initialised, trained or not, into one of our PEFT method, in place.
 
-    The layers get faster and need less memory, and become what PEFT takes them for: the type of the adapter is LORAXS,
-    save_pretrained writes R with its A and B (init="given"), disable_adapter() leaves A and B frozen, where the
-    reference's train afterwards.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R is the
-    same Parameter as before, so that an optimizer and its state go on.  One in half precision is widened to fp32, in
+    The layers get faster and need less memory, and PEFT knows what they are: the adapter's type is LORAXS,
+    save_pretrained writes R with its A and B (init="given"), and disable_adapter() leaves A and B frozen, while the
+    reference's would train afterwards.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R is
+    the same Parameter as before, so an optimizer keeps its state.  Only an R in half precision is converted to fp32, in
     place, and needs a new optimizer.
 
-    Raises TypeError or ValueError, naming the module, where a LoRA layer is not one of the reference's, is merged, not
-    active or shared, where there is another adapter beside "default", or LoRA with options that the reference's
-    forward leaves out.  The model is then as it was.
+    Raises TypeError or ValueError, naming the module, if a LoRA layer was not initialised by the reference, or is
+    merged, inactive or shared; if there are other adapters than "default"; or if LoRA has options that the reference's
+    forward ignores.  The model is then as it was.
     """
     from peft.utils import _get_submodules
 
     from ..peft import LoraXSConfig, LoraXSLinearLayer, LoraXSModel
 
     if LoraXSModel.tuner_layer_cls is not LoraXSLinearLayer:
-        raise ValueError("model: this PEFT has a LORAXS of its own, whose layers are not ours to make")
+        raise ValueError("model: this PEFT has a LORAXS of its own, which this function cannot make layers of")
     layers = _reference_layers(model)
     inner, lora = model.get_base_model(), model.peft_config["default"]
     adapters = {name: _as_adapter(layer, name, lora.lora_dropout) for name, layer in layers.items()}
@@ -84,9 +84,8 @@ def _set(R: Tensor, data: Tensor, grad: Tensor | None) -> None:
 def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLayer], *, whole_model: bool) -> None:
     """Put the reference's A, R and B in a state dict under the keys of our PEFT method's layers, in place.
 
-    An adapter that keeps A and B in its file takes all three.  Any other keeps its own A and B, and R is expressed on
-    them, as `load_reference_adapter` does with basis="recompute".  Nothing happens where the state dict has no such
-    keys.
+    An adapter with save_factors=True takes all three.  Any other keeps its own A and B, and R is converted to them, as
+    `load_reference_adapter` does with factors="recompute".  Without such keys nothing happens.
 
     Args:
         state_dict: what torch loads, its own copy of the caller's.
@@ -94,8 +93,8 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
         whole_model: whether these are all layers of the model, so that the state dict must have R for each, and for
             no other module.
 
-    Raises ValueError where a layer's set is not whole, does not fit the adapter, or the layer has several adapters, and
-    AdapterMismatch where R makes another delta W on the adapter's own A and B.
+    Raises ValueError if a layer's three tensors are not all there or do not fit, or if the layer has several adapters;
+    AdapterMismatch if delta W would change because the adapter keeps its own A and B.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for key in state_dict:
@@ -103,31 +102,31 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             found.setdefault(at[0], []).append((at[1], key))
     with_R = {name for name, parts in found.items() if "R" in dict(parts)}
     if whole_model and with_R and (other := sorted(with_R ^ layers.keys())):
-        what = "has an adapter, but the state dict has no R"
+        what = "has an adapter, but no R in the state dict"
         if other[0] not in layers:
-            what = "the state dict has R, but the model no adapter"
+            what = "has an R in the state dict, but no adapter"
         raise ValueError(
-            f"module {other[0]!r}: {what} for it; a checkpoint of the reference is for a model with the same "
-            "target_modules"
+            f"module {other[0]!r}: {what}; the model must have the target_modules that the reference's checkpoint was "
+            "trained with"
         )
     for name in sorted(found.keys() & layers.keys()):
         layer, label = layers[name], f"module {name!r}"
         if sorted(letter for letter, _ in found[name]) != ["A", "B", "R"]:
             raise ValueError(
                 f"{label}: the state dict has {sorted(key.removeprefix(f'{name}.') for _, key in found[name])}, must "
-                "have lora_A, lora_B and default_lora_latent_mapping (R), as the reference saves them: R means nothing "
-                "without its exact A and B, and LoRA without R is no LoRA-XS"
+                "have lora_A, lora_B and default_lora_latent_mapping (R), as the reference saves them: each is useless "
+                "without the other two"
             )
         if len(layer.loraxs_R) != 1:
             raise ValueError(
-                f"{label}: has the adapters {list(layer.loraxs_R)}, must have one to load the reference's keys into, "
-                "which do not say which adapter they are for"
+                f"{label}: has the adapters {list(layer.loraxs_R)}, must have one: the reference's keys do not "
+                "say which adapter they are for"
             )
         (adapter,) = layer.loraxs_R
         if adapter not in layer.loraxs_R._parameters:
-            raise ValueError(f"{label}: a parametrization makes its R; remove it before loading the reference's keys")
+            raise ValueError(f"{label}: a parametrization makes R; remove it before loading the reference's keys")
         if f"{name}.loraxs_R.{adapter}" in state_dict:
-            raise ValueError(f"{label}: the state dict has R both as the reference and as LoRA-XS in PEFT spells it")
+            raise ValueError(f"{label}: the state dict has R by the reference's key and by PEFT's; must have one")
         own = {letter: getattr(layer, f"loraxs_{letter}")[adapter] for letter in "ARB"}
         new = {letter: state_dict.pop(key) for letter, key in found[name]}
         A, R, B = (new[letter] for letter in "ARB")
@@ -141,9 +140,9 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             R, error = fitted(entry, own["A"], own["B"])
             if error > ALIGNED:
                 raise AdapterMismatch(
-                    f"{label}: on the adapter's own A and B, R of the state dict makes another delta W than on those "
-                    f"it was trained with (estimated relative error {error:.1e}). Adapters that take A and B have "
-                    "save_factors=True in their config; replace_reference_layers makes such"
+                    f"{label}: R of the state dict gives another delta W with the A and B of this adapter than with "
+                    f"those it was trained with (estimated relative error {error:.1e}). To load A and B as well, set "
+                    "save_factors=True in the adapter's config, or make the model by replace_reference_layers"
                 )
             if error > ACCEPT:
                 warnings.warn(f"{label}: the estimated relative error of delta W is {error:.1e}", stacklevel=2)
@@ -156,7 +155,7 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
 
 
 def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The reference's layers by the names of the base model's modules, after everything that could be in the way."""
+    """The reference's layers by the names of the base model's modules; TypeError or ValueError for any other model."""
     from peft import PeftModel
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -166,11 +165,11 @@ def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"model: got a {type(model).__name__}, must be a PeftModel with LoRA, as get_peft_model makes it"
         )
     if list(model.peft_config) != ["default"]:
-        raise ValueError(f"model: has the adapters {list(model.peft_config)}, must have 'default' alone")
+        raise ValueError(f"model: has the adapters {list(model.peft_config)}, must have only 'default'")
     config = model.peft_config["default"]
     for option in ("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters"):
         if getattr(config, option, None):
-            raise ValueError(f"model: is LoRA with {option}={getattr(config, option)!r}, which the reference has not")
+            raise ValueError(f"model: is LoRA with {option}={getattr(config, option)!r}, which the reference ignores")
     if config.bias != "none":
         raise ValueError(f"model: is LoRA with bias={config.bias!r}, must be 'none' as the reference has it")
     inner = model.get_base_model()
@@ -181,14 +180,14 @@ def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if type(layer) is not lora.Linear or not hasattr(layer, "default_lora_latent_mapping"):
             raise ValueError(
-                f"module {name!r}: is a {type(layer).__name__} of PEFT without R (default_lora_latent_mapping), must "
-                "be a layer that the reference has initialised, as every adapted layer of the model"
+                f"module {name!r}: is a {type(layer).__name__} of PEFT without R (default_lora_latent_mapping); the "
+                "reference must have initialised every adapted layer of the model"
             )
         if layer.merged:
-            raise ValueError(f"module {name!r}: is merged; model.unmerge_adapter() first")
+            raise ValueError(f"module {name!r}: is merged; call model.unmerge_adapter() first")
         if layer.disable_adapters or list(layer.active_adapters) != ["default"]:
             raise ValueError(
-                f"module {name!r}: its adapter is disabled or not active; model.set_adapter('default') first"
+                f"module {name!r}: its adapter is disabled or not active; call model.set_adapter('default') first"
             )
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         (r, K), N = A.shape, B.shape[0]
@@ -200,15 +199,15 @@ def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
             )
         if places[id(layer.base_layer)] > 1:
             raise ValueError(
-                f"module {name!r}: stands in another place of the model, too, where PEFT has not adapted it; LoRA-XS "
-                "as a PEFT method would adapt both"
+                f"module {name!r}: also stands in another place of the model, where PEFT has not adapted it; our PEFT "
+                "method would adapt both places"
             )
         layers[name] = layer
     return layers
 
 
 def _as_adapter(layer: nn.Module, name: str, dropout: float) -> LoRAXSLinear:
-    """The reference's layer as one of ours, with the same tensors, R in fp32 at least."""
+    """The reference's layer as a LoRAXSLinear with the same tensors, except that R is in fp32 at least."""
     A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     R = layer.default_lora_latent_mapping.weight.detach()
     R = R.to(torch.promote_types(torch.promote_types(R.dtype, A.dtype), torch.float32))
@@ -221,7 +220,7 @@ def _as_adapter(layer: nn.Module, name: str, dropout: float) -> LoRAXSLinear:
 
 
 def _as_loraxs(kind: type, inner: nn.Module, lora: Any, adapters: Mapping[str, LoRAXSLinear]) -> Any:
-    """The configuration of the same adapters as a PEFT method, in which A and B are given."""
+    """The LoraXSConfig of these adapters, with init="given"."""
     (rank, alpha), _ = Counter((a.rank, a.alpha) for a in adapters.values()).most_common(1)[0]
     dtypes = {a.A.dtype for a in adapters.values()}
     own = all(a.A.dtype == weight_of(a.base_layer).dtype for a in adapters.values())

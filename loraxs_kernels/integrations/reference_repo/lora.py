@@ -1,4 +1,4 @@
-"""An adapter written as plain LoRA."""
+"""LoRA-XS adapters written as plain LoRA."""
 
 from __future__ import annotations
 
@@ -40,27 +40,26 @@ def export_as_lora(
 
         lora_A = A (r x K),  lora_B = s B R (N x r),  lora_alpha = r
 
-    in every layer, so that LoRA's own scaling is 1 and the delta is s B R A, also to readers that know no rank_pattern.
-    What trains from there is LoRA: such a folder has no R.
+    in every layer.  LoRA's own scaling is then 1 and the delta is s B R A, even for readers that ignore rank_pattern.
+    The folder has no R: training that goes on from it is that of LoRA.
 
     Args:
         model: with LoRAXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
             has sharded R, every rank must call.
-        folder: made where it is missing; files in it of these names are replaced, each in one step, the config last.
-            If that is stopped in between, no reader takes the folder: it is never half of one adapter and half of
-            another.
-        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers), which keeps delta W to rounding.  bf16 is half
-            the size at a relative error of delta W of about 2e-3.  s B R is made in fp64 either way.
+        folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
+            this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
+        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 is half the size, at a relative error of
+            delta W of about 2e-3.  s B R is computed in fp64 either way.
         task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: a PeftModel's own,
             else none.
         adapter: which one of a PeftModel.
 
-    PEFT need not be installed.  Raises ValueError, before anything is written, where the model has no adapters or a
-    factor is not finite in that dtype.
+    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
+    is not finite in that dtype.
     """
     model = unwrapped(model)
     if isinstance(model, LoRAXSLinear):
-        raise ValueError("model: is itself a LoRAXSLinear, must have such layers below it")
+        raise ValueError("model: is itself a LoRAXSLinear, must be a model that contains such layers")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         layers, saved = _parts_of_peft(model, adapter)
         task_type = task_type or model.peft_config[adapter].task_type
@@ -83,10 +82,7 @@ def write_lora(
     dtype: torch.dtype | None = None,
     task_type: str | None = None,
 ) -> None:
-    """`export_as_lora` of adapters and modules_to_save (name: state dict), whatever holds them.
-
-    The names are those of the base model's modules, which `model.named_modules()` gives.
-    """
+    """`export_as_lora` for given layers and modules_to_save (name: state dict), by the names in `model`."""
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
     folder = Path(folder)
@@ -109,7 +105,7 @@ def write_lora(
     for name, module in model.named_modules(remove_duplicate=False):
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
             raise ValueError(
-                f"module {first[id(module)]!r} is also module {name!r}; PEFT would put plain LoRA on one of the two"
+                f"module {first[id(module)]!r} is also module {name!r}; PEFT would put LoRA on only one of the two"
             )
     rank = max(ranks.values())  # the largest, so that readers that know no rank_pattern make room enough
     pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
