@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -18,14 +18,14 @@ from ...basis import Recipe
 from ...indexed import RowIndex
 from ...linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
 from ...ops import autocast_on
-from ...weights import FLOATS, assign, held, is_conv1d, is_dtensor, mergeable_weight, weight_of, whole
+from ...weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, whole
 from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
+from .loading import check_layer, is_in_parts
 from .merging import Unmerged
 from .samples import Samples
 
-NO_FILES: Mapping[str, str] = {}
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
 # For each layer and each pair of adapters: the A and B that were compared, their versions then, and whether both
 # adapters have the same.
@@ -361,7 +361,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 each.register_buffer(name, each[name], self.config[name].save_factors)
             if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
                 continue
-            if _is_in_parts(R):  # for DeepSpeed's own checkpoints, which have the parts elsewhere
+            if is_in_parts(R):  # for DeepSpeed's own checkpoints, which have the parts elsewhere
                 continue
             fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R), B)])
             self.loraxs_fingerprint[name] = fingerprint
@@ -369,59 +369,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 destination[f"{prefix}loraxs_R.{name}"] = R.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def check_state_dict(self, state_dict: dict[str, Tensor], prefix: str, files: Mapping[str, str] = NO_FILES) -> None:
-        """Raise a ValueError, naming the layer, if a state dict has an adapter in part, or one that does not fit.
-
-        An adapter without any tensor in the state dict is left alone, unless the state dict is known to come from that
-        adapter's file (`files`: by the adapters' names).  If a parametrization makes R, and the state dict has what it
-        is made of, R itself is taken out of the state dict.
-        """
-        for name, r in self.r.items():
-            label, file = label_of(self.recipe[name].name), files.get(name)
-            which_one = f"{file}: adapter {name!r}" if file else f"adapter {name!r}"
-            shapes = {"A": (r, self.in_features), "R": (r, r), "B": (self.out_features, r)}
-            shapes["fingerprint"] = (r + basis.PROBES,)
-            keys = {which: f"{prefix}loraxs_{which}.{name}" for which in shapes}
-            there = {which for which, key in keys.items() if key in state_dict}
-            if name not in self.loraxs_R._parameters:  # a parametrization makes it
-                if any(key.startswith(f"{prefix}loraxs_R.parametrizations.{name}.") for key in state_dict):
-                    state_dict.pop(keys["R"], None)
-                    there.add("R")
-                elif "R" in there:
-                    raise ValueError(
-                        f"adapter {name!r}: got an R for {label}, where a parametrization makes R; remove the "
-                        "parametrization before loading"
-                    )
-            if not there and not file:
-                continue
-            if name in self.merged_adapters:
-                raise ValueError(f"adapter {name!r}: is merged into {label}; call unmerge_adapter() before loading it")
-            needed = {"A", "R", "B"} if self.config[name].init == "given" else {"R"}
-            if missing := sorted(needed - there):
-                raise ValueError(f"{which_one}: has no {' and '.join(missing)} for {label}")
-            for which in shapes:
-                if (t := state_dict.get(keys[which])) is None:
-                    continue
-                what = f"{which_one}: {which} for {label}"
-                if which == "R" and hasattr(R := self.loraxs_R._parameters.get(name), "ds_id"):
-                    if _is_in_parts(R) and t.shape == R.shape:  # DeepSpeed's own checkpoints have the parts elsewhere
-                        continue
-                    if _is_in_parts(R) or hasattr(R, "_z3_optimizer"):
-                        raise ValueError(
-                            f"{what} cannot be loaded once ZeRO-3 has partitioned it; load it before "
-                            "deepspeed.initialize"
-                        )
-                if tuple(t.shape) != shapes[which]:
-                    raise ValueError(f"{what} has shape {tuple(t.shape)}, must be {shapes[which]}")
-                if t.dtype not in FLOATS:
-                    raise ValueError(f"{what} is of {t.dtype}, must be of bf16, fp16, fp32 or fp64")
-                if not (t.is_meta or is_dtensor(t) or torch.isfinite(t).all()):
-                    raise ValueError(f"{what} has NaN or Inf values")
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         translate(state_dict, {prefix[:-1]: self}, whole_model=False)
-        self.check_state_dict(state_dict, prefix)
-        in_parts = {name for name, R in self.loraxs_R._parameters.items() if _is_in_parts(R)}
+        check_layer(self, state_dict, prefix)
+        in_parts = {name for name, R in self.loraxs_R._parameters.items() if is_in_parts(R)}
         self._latest = {name for name in self.r if f"{prefix}loraxs_fingerprint.{name}" in state_dict} - in_parts
         self.unchecked |= self._latest
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -460,8 +411,3 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
 def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
     layer.check_fingerprints(layer._latest)
-
-
-def _is_in_parts(R: Tensor | None) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has partitioned R, so that this rank's tensor is empty."""
-    return hasattr(R, "ds_id") and R.shape != R.ds_shape

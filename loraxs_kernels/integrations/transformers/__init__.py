@@ -3,16 +3,16 @@
     trainer = Trainer(model=lx.attach(model, 16, ...), ..., callbacks=[LoraXSCallback()])
     trainer.train(resume_from_checkpoint=True)
 
-What a checkpoint then holds beside the state of optimizer, schedule and random numbers:
+Besides the state of optimizer, schedule and random numbers, a checkpoint then holds:
 
     adapter.safetensors   an adapter file, for `lx.load_adapter`
-    model.safetensors     what Trainer itself loads, by the names in the model: every tensor that training may change,
-                          and for each module a fingerprint of A and B, so that R never resumes on another basis
+    model.safetensors     for Trainer to resume from, by the names in the model: every tensor that training may change,
+                          and a fingerprint of A and B for each module, so that R never resumes with another A and B
 
-and no config.json, so that from_pretrained refuses such a folder and does not make a model out of R alone.
+It has no config.json, so that from_pretrained refuses such a folder and does not make a model of R without a base.
 
-Trainer saves and loads through `model.save_pretrained` and `model.load_state_dict`; both are taught what is above, for
-the checkpoints of this run alone, and both are as they were when training ends.
+Trainer saves by `model.save_pretrained` and loads by `model.load_state_dict`.  While training lasts both are changed,
+for the checkpoints of this run only; afterwards they are as they were.
 """
 
 from .callback import LoraXSCallback

@@ -22,34 +22,35 @@ from .monitor import Adapter, Sizes, adapters_of, check_gradients
 
 
 class LoraXSCallback(TrainerCallback):
-    """Checkpoints that hold R and not the base model, and three figures beside every logged loss:
+    """Writes checkpoints that hold R instead of the whole model, and logs three figures with every loss:
 
         loraxs_R_norm       (sum over modules of |R|_F^2)^(1/2)
-        loraxs_delta_mean   |s B R A|_F / |W|_F, its mean over the modules
-        loraxs_delta_max    and its maximum
+        loraxs_delta_mean   the mean over the modules of |s B R A|_F / |W|_F
+        loraxs_delta_max    its maximum
 
-    A run that is resumed from such a checkpoint continues as if it had not been interrupted, to the bit where the
-    device computes alike.  Models that are no PreTrainedModel keep Trainer's whole checkpoints, with the adapter file
-    beside them.  With LoRA-XS as a PEFT method PEFT saves, R alone already, and the figures are what is left to do.
+    A run resumed from such a checkpoint continues as if it had not been interrupted: to the bit, if the device's
+    results are reproducible.  A model that is not a PreTrainedModel keeps Trainer's whole checkpoints, and the adapter
+    file is written beside them.  With LoRA-XS as a PEFT method, PEFT itself saves only R, and this logs the figures.
 
-    With reentrant gradient checkpointing the output of the frozen embeddings is made to require grad while training
-    lasts, without which no R would get a gradient; if none does at the first step, that is an error.
+    With reentrant gradient checkpointing no R would get a gradient, so the output of the frozen embeddings is made to
+    require grad during training.  If no R has a gradient after the first step, that is an error.
 
-    Raises, when training begins: ValueError where the model has no adapters, or they are merged or sharded (FSDP,
-    ZeRO-3), or safetensors are switched off.  Warns of parameters that train and that no adapter file would hold.
-    While resuming: ValueError where the checkpoint has no R for a module, AdapterMismatch where it is of another basis.
+    When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
+    or if safetensors are switched off; warns of trained parameters that an adapter file would not hold.
+    When a run is resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was
+    trained with other A and B.
     """
 
     def __init__(self) -> None:
         self._sizes: Sizes | None = None
-        self._unchecked = False  # whether the gradients of R are still to be looked at
+        self._unchecked = False  # whether the gradients of R have yet to be checked
         self._undo: list[Any] = []
 
     def add_to(self, trainer: Any) -> None:
-        """Put this callback before all others of a Trainer, in place of `callbacks=[LoraXSCallback()]`.
+        """Put this callback first in a Trainer, instead of passing `callbacks=[LoraXSCallback()]`.
 
-        Trainer calls its reporters (`report_to`) before the callbacks it is given; only from here do they get the
-        three figures, which are in `trainer.state.log_history` and the printed logs either way.
+        Trainer calls its reporters (`report_to`) before the callbacks that it was given, so only this way do they get
+        the three figures.  `trainer.state.log_history` and the printed logs have them either way.
         """
         others = [c for c in trainer.callback_handler.callbacks if c is not self]
         known = len(others) < len(trainer.callback_handler.callbacks)
@@ -60,7 +61,7 @@ class LoraXSCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        """Trainer resumes before training begins, so what checks a checkpoint has to be there now."""
+        """Hook the loading of checkpoints already now: Trainer loads the one it resumes from before training begins."""
         root = extract_model_from_parallel(model, keep_torch_compile=False)
         if any(isinstance(m, LoRAXSLinear) for m in root.modules()):
             self._hook(root)
@@ -68,7 +69,7 @@ class LoraXSCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        self._clean()  # of a training that was given up
+        self._clean()  # after a training that was broken off
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         adapters = adapters_of(model)
         attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
@@ -81,7 +82,7 @@ class LoraXSCallback(TrainerCallback):
             if attached:
                 self._hook(model)
             if attached and isinstance(model, PreTrainedModel):
-                before = model.__dict__.get("save_pretrained")  # somebody else's, or of a training that was given up
+                before = model.__dict__.get("save_pretrained")  # from a training that was broken off, or not ours
                 if isinstance(before, functools.partial) and before.func is save_pretrained:
                     before = None
                     del model.save_pretrained
@@ -143,7 +144,7 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
         R, r = adapter.R(), adapter.layer.rank
         if adapter.layer.merged:
             raise ValueError(
-                f"model: module {adapter.name!r} is merged, so that its R would not train; lx.unmerge(model) first"
+                f"model: module {adapter.name!r} is merged, so its R would not train; call lx.unmerge(model) first"
             )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise _sharded(f"R of module {adapter.name!r}")
@@ -160,8 +161,8 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
         warnings.warn(
-            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file holds; checkpoints to "
-            "resume from do. Name their modules in attach(..., modules_to_save=[...])",
+            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (checkpoints "
+            "to resume from will). Name their modules in attach(..., modules_to_save=[...])",
             stacklevel=3,
         )
 
@@ -174,7 +175,7 @@ def _sharded(what: str) -> ValueError:
 
 
 def _reentrant(model: nn.Module) -> bool:
-    """Whether activations are checkpointed the old way, which needs an input with a gradient."""
+    """Whether gradient checkpointing is reentrant, so that it needs an input that requires grad."""
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and getattr(module, "gradient_checkpointing", False):

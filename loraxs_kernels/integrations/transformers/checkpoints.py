@@ -1,4 +1,4 @@
-"""Checkpoints of R alone: what Trainer writes and reads in place of the whole model."""
+"""Checkpoints that hold R instead of the whole model, as Trainer writes and reads them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """model.save_pretrained while training: R alone into a checkpoint of this run, the whole model anywhere else."""
+    """model.save_pretrained during training: only R into a checkpoint of this run, the whole model anywhere else."""
     folder = Path(save_directory).absolute()
     of_run = run in folder.parents and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)
-    if not of_run or not any(isinstance(m, LoRAXSLinear) for m in model.modules()):  # detached after it was given up
+    if not of_run or not any(isinstance(m, LoRAXSLinear) for m in model.modules()):  # detached after a broken-off run
         return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
     if is_main_process:
-        # The names are those of the model that Trainer has, which a user may have compiled.
+        # The names must be those of Trainer's model, which a user may have compiled.
         compiled = state_dict is not None and all(key.startswith("_orig_mod.") for key in state_dict)
         tensors = {name: t.detach().cpu().contiguous() for name, t in changing(model)}
         for name, layer in model.named_modules():
@@ -54,17 +54,20 @@ def save_pretrained(
 
 
 def changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model that training may change, each once: parameters that train, buffers but A and B."""
+    """Every tensor that training may change, each once: trained parameters, and all buffers except A and B."""
     frozen = {id(b) for layer in model.modules() if isinstance(layer, LoRAXSLinear) for b in layer.buffers()}
-    saved = model.state_dict().keys()  # buffers can be left out of it
+    saved = model.state_dict().keys()  # without the buffers that are not persistent
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in model.named_buffers() if id(b) not in frozen and name in saved)
 
 
 @torch.no_grad()
 def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before Trainer loads one, and not strictly: what trains must be in it, and A and B, which are not, the same."""
-    named = list(module.named_parameters(remove_duplicate=False))  # a tied one is there by one of its names
+    """Before Trainer loads a checkpoint, not strictly: it must have all that trains, and fingerprints of these A and B.
+
+    A hook of load_state_dict.
+    """
+    named = list(module.named_parameters(remove_duplicate=False))  # a file has a tied one by only one of its names
     present = {id(p) for name, p in named if prefix + name in state_dict}
     for name, p in named:
         if p.requires_grad and id(p) not in present:
@@ -73,13 +76,13 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
         if p.requires_grad and t is not None and not (t.shape == p.shape and torch.isfinite(t).all()):
             raise ValueError(
                 f"resume_from_checkpoint: {name!r} has shape {tuple(t.shape)} in the checkpoint, or NaN or Inf values; "
-                f"must be finite, of shape {tuple(p.shape)}"
+                f"must be finite and have shape {tuple(p.shape)}"
             )
     for name, layer in module.named_modules():
         if not isinstance(layer, LoRAXSLinear):
             continue
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
-        if expected is None:  # a whole model, A and B included
+        if expected is None:  # the checkpoint is a whole model, with A and B
             continue
         fits = expected.shape == (basis.PROBES,)
         R = basis.mixing(layer.rank, layer.A.device)
@@ -92,7 +95,10 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
 
 
 def forgive_the_frozen(module: nn.Module, keys: Any) -> None:
-    """After it: that nothing frozen was there, exactly, is as it should be and no reason for a warning."""
+    """After loading: no warning if the keys that are missing are exactly those of the frozen tensors.
+
+    A hook of load_state_dict.
+    """
     absent = module.state_dict().keys() - {name for name, _ in changing(module)}
     for prefix in ("", "_orig_mod."):
         if set(keys.missing_keys) == {prefix + name for name in absent}:

@@ -1,4 +1,4 @@
-"""How far the R of a model have moved, and whether they train at all."""
+"""How large the R of a model and their deltas are, and whether R gets gradients."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 
 
 class Sizes:
-    """|R| and |s B R A| / |W| of all adapters, from what never changes: A A^T, B^T B and |W|.
+    """|R| and |s B R A| / |W| of all adapters; A A^T, B^T B and |W| never change and are computed once.
 
-    |B R A|_F^2 = tr(R^T (B^T B) R (A A^T)),  r x r throughout
+    |B R A|_F^2 = tr(R^T (B^T B) R (A A^T)), where every matrix is r x r.
     """
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class Sizes:
             A, B = layer.A.double(), layer.B.double()
             try:
                 W = weight_of(layer.base_layer, layer.label).read()
-            except TypeError:  # factors can be given to a layer that cannot be read
+            except TypeError:  # A and B can be given to a layer whose weight cannot be read
                 size = A.new_tensor(torch.nan)
             else:
                 size = torch.linalg.vector_norm(W, dtype=torch.float64)
@@ -77,18 +77,18 @@ class Sizes:
 
 
 def check_gradients(adapters: list[Adapter]) -> None:
-    """No R with a gradient means that nothing but a head would train, and the loss may fall all the same."""
+    """RuntimeError if no R has a gradient: only a head would train then, and the loss might fall all the same."""
     trained = [adapter for adapter in adapters if adapter.trained]
     without = [adapter.name for adapter in trained if all(p.grad is None for p in adapter.trained)]
     if trained and len(without) == len(trained):
         raise RuntimeError(
-            "model: no R got a gradient in the first step. Reentrant gradient checkpointing does that where the inputs "
-            'of the checkpointed layers need none: use gradient_checkpointing_kwargs={"use_reentrant": False}, or '
-            "make the embeddings' output require grad"
+            "model: no R got a gradient in the first step. The cause may be reentrant gradient checkpointing of layers "
+            'whose inputs do not require grad: use gradient_checkpointing_kwargs={"use_reentrant": False}, or make '
+            "the embeddings' output require grad"
         )
     if without:
         warnings.warn(
             f"model: R of {len(without)} of {len(trained)} modules, the first {without[0]!r}, got no gradient in the "
-            "first step (as experts that no token has reached)",
+            "first step (normal for experts that no token has reached)",
             stacklevel=3,
         )
