@@ -17,7 +17,7 @@ from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .indexed import RowIndex
 from .ops import autocast_on
-from .padding import PaddedB
+from .padded import PaddedB
 from .svd import NotFinite
 from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
 

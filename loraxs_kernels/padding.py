@@ -7,15 +7,12 @@ bytes for every r <= 16.
 
 That what lies beside B is zero is noted on the storage itself.  Every view of it shares the note, and every copy loses
 it, so that what a caller has put beside a B of his own is never read.  Whoever writes to the storage past B, or gives
-it other memory, must call `padded_rows` again: `PaddedB` does so for layers.
+it other memory, must call `padded_rows` again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 MULTIPLE = 16
 
@@ -41,41 +38,3 @@ def readable_columns(B: Tensor) -> int:
         return r
     wide = r + -r % MULTIPLE
     return wide if B.stride() == (wide, 1) and B.storage_offset() % wide == 0 else r
-
-
-class PaddedB(nn.Module):
-    """A module that keeps B, one of its buffers, in padded rows, whether B is set, moved, copied or loaded.
-
-    A state dict holds a contiguous copy of B.
-    """
-
-    def _names_of_B(self) -> Iterable[str]:
-        return self._buffers.keys() & {"B"}
-
-    def _pad(self) -> None:
-        for name in self._names_of_B():
-            self._buffers[name] = padded_rows(self._buffers[name])
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        super().register_buffer(name, tensor, persistent)
-        self._pad()
-
-    def __setattr__(self, name: str, value: Any) -> None:  # torch, too, sets B so when it loads with assign=True
-        super().__setattr__(name, value)
-        if name in self.__dict__.get("_buffers", ()):
-            self._pad()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PaddedB:
-        super()._apply(fn, recurse)
-        self._pad()
-        return self
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # of a copy or a pickle, whose storage has lost the note
-        self._pad()
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._names_of_B():
-            if (key := prefix + name) in destination:
-                destination[key] = destination[key].contiguous()

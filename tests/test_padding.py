@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from loraxs_kernels.padding import PaddedB, padded_rows, readable_columns
+from loraxs_kernels.padded import PaddedB
+from loraxs_kernels.padding import padded_rows, readable_columns
 
 
 @pytest.mark.parametrize(("r", "wide"), [(1, 16), (4, 16), (12, 16), (16, 16), (20, 32), (25, 32), (64, 64)])

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
-from ...padding import PaddedB
+from ...padded import PaddedB
 
 
 class Buffers(BufferDict):
