@@ -60,11 +60,9 @@ class LoraXSModel(BaseTuner):
         config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
         if loaded and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
-        said = {
-            field: copy.copy(getattr(config, field)) for field in ("target_modules", "modules_to_save", "svd_recipe")
-        }
+        filled_in = ("target_modules", "modules_to_save", "svd_recipe")
         with transaction(self) as undo:
-            undo.callback(vars(config).update, said)
+            undo.callback(vars(config).update, {name: copy.copy(getattr(config, name)) for name in filled_in})
             self.peft_config[adapter_name] = config
             if loaded:
                 model._hf_peft_config_loaded = True
@@ -253,15 +251,14 @@ class LoraXSModel(BaseTuner):
 
         A and B stay in the base layer's dtype either way: in another one they would cost a separate pass.
         """
-        for module in self.model.modules():
-            if isinstance(module, LoraXSLinearLayer) and adapter_name in module.loraxs_R:
-                module.cast_R(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            if adapter_name in layer.loraxs_R:
+                layer.cast_R(adapter_name, autocast_adapter_dtype)
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""
-        for module in self.model.modules():
-            if isinstance(module, LoraXSLinearLayer):
-                module.reset_parameters()
+        for layer in self._layers():
+            layer.reset_parameters()
 
 
 def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
