@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,14 +22,10 @@ class PaddedB(nn.Module):
         for name in self._names_of_B():
             self._buffers[name] = padded_rows(self._buffers[name])
 
+    # torch calls this wherever B is set as an attribute, so also where it is loaded with assign=True.
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, tensor, persistent)
         self._pad()
-
-    def __setattr__(self, name: str, value: Any) -> None:  # torch, too, sets B so when it loads with assign=True
-        super().__setattr__(name, value)
-        if name in self.__dict__.get("_buffers", ()):
-            self._pad()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PaddedB:
         super()._apply(fn, recurse)

@@ -40,13 +40,14 @@ def test_a_module_keeps_its_B_padded():
     module = PaddedB()
     module.register_buffer("A", torch.randn(12, 3))
     module.register_buffer("B", B)
-    twin, assigned = copy.deepcopy(module), copy.deepcopy(module)
+    twin, moved, assigned = (copy.deepcopy(module) for _ in range(3))
+    moved.double().float()
     assigned.load_state_dict({"A": module.A, "B": B.clone()}, assign=True)
     kept = module.B
     module.B.zero_()
     module.load_state_dict({"A": module.A, "B": B})
     assert module.B is kept and torch.equal(kept, B)
-    for each in (module, twin, assigned, twin.double().float()):
+    for each in (module, twin, moved, assigned):
         assert torch.equal(each.B, B) and readable_columns(each.B) == 16 and each.A.stride() == (3, 1)
         assert each.state_dict()["B"].is_contiguous()
     module.B = B[:3]
