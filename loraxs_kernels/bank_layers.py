@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .indexed import NONE, RowIndex, plain_tensors
-from .linear import LoRAXSLinear, adapted
+from .linear import LoRAXSLinear
+from .route import layer_output
 from .weights import held
 
 if TYPE_CHECKING:
@@ -311,7 +312,7 @@ class Seat:
         else:
             R = held(layer, "R")
         p = layer.dropout if layer.training else 0.0
-        y = adapted(base, x, A, R, B, s, p, layer.recipe.name, index, (), *args, **kwargs)
+        y = layer_output(base, x, ((A, R, B, s, p),), layer.recipe.name, index, args, kwargs)
         if y.requires_grad:
             self.bank.remember(y, selection)
         return y

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import backends, indexed, ops
 from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
-from .backends.torch import cast, scaled_mm, shrink
 from .indexed import IndexedLowRankLinear, RowIndex
-from .ops import autocast_on, in_grad_mode, rows_of, rows_of_out
+from .ops import LowRankLinears, autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
 
 Index = RowIndex | Tensor | Sequence[int] | None
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]  # W, A, R, B, s, bias of one layer
+Adapter = tuple[Tensor, Tensor, Tensor, float, float]  # A, R, B, s, p: that of dropout, 0 where it is not active
+Layer = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None, str]  # W, A, R, B, s, bias, name
 
 
 def lora_xs_linear(
@@ -121,8 +120,8 @@ def run(
     is checked.  None: all operands are checked.
     """
     if autocast_on(x):
-        x, W, A, B, bias = autocast(x, W, A, B, bias)
-        with torch.autocast(x.device.type, enabled=False):  # the fp32 side (z, u, R) stays as it is
+        x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
+        with no_autocast(x):  # the fp32 side (z, u, R) stays as it is
             return run(x, W, A, R, B, s, bias, out, name, index)
     if name is None:
         check(x, A, R, B, s, weight=W, bias=bias, out=out, index=index)
@@ -182,7 +181,7 @@ class _Sum(torch.autograd.Function):
         return gY, gY
 
 
-def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
+def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """y_i = x W_i^T + s_i (x A_i^T) R_i^T B_i^T (+ bias_i) for layers that share x, on operands known to be good.
 
     Reads x once for all A_i, and in the backward writes their share of gX once and lets every GEMM accumulate into it,
@@ -192,67 +191,25 @@ def together(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, ...]:
     would with a kernel, and z and u are small.
     """
     if in_forward_mode() or transformed():  # single calls are right there, or refused with a reason
-        return tuple(run(x, W, A, R, B, s, bias, name="") for W, A, R, B, s, bias in operands)
-    with ops.no_autocast(x):
-        *ys, _ = _LowRankLinears.apply(rows_of(x), operands, *(R for _, _, R, *_ in operands))
+        return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
+    if autocast_on(x):
+        (h,) = _autocast(x, x)
+        casts = [(*_autocast(x, W, A, B, bias), R, s, name) for W, A, R, B, s, bias, name in layers]
+        layers = [(W, A, R, B, s, bias, name) for W, A, B, bias, R, s, name in casts]
+        with no_autocast(x):
+            return together(h, layers)
+    for _, A, *_, name in layers:
+        check_x(x, A, name)
+    *ys, _ = LowRankLinears.apply(rows_of(x), layers, *(R for _, _, R, *_ in layers))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
-class _LowRankLinears(torch.autograd.Function):
-    """(y of each layer, z of all side by side) of several layers on one x (T, K); see `together`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: Sequence[Operands], *Rs: Tensor) -> tuple[Tensor, ...]:
-        z = shrink(x, torch.cat([A for _, A, *_ in operands]).t())
-        ys = []
-        for (W, _, R, B, s, bias), z_i in zip(operands, z.split([len(R) for R in Rs], dim=1), strict=True):
-            u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
-            ys.append(F.linear(u, B, bias).addmm_(x, W.t()))
-        need_gX, _, *need_gR = ctx.needs_input_grad
-        frozen = (t for W, A, R, B, *_ in operands for t in (W if need_gX else None, A, R, B))
-        ctx.save_for_backward(z if any(need_gR) else None, *frozen)
-        ctx.scales = [s for *_, s, _ in operands]
-        ctx.set_materialize_grads(False)
-        return *ys, z
-
-    @staticmethod
-    def backward(ctx: Any, *gYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *gYs, gz = gYs
-        z, *saved = ctx.saved_tensors
-        Ws, As, Rs, Bs = (saved[i::4] for i in range(4))
-        ranks = [len(R) for R in Rs]
-        zs = [None] * len(Rs) if z is None else z.split(ranks, dim=1)
-        need_gX, _, *need_gR = ctx.needs_input_grad
-        if gz is not None or torch.is_grad_enabled():
-            gzs = [None] * len(Rs) if gz is None else gz.split(ranks, dim=1)
-            gXs, gRs = [], []
-            for gY, gz, W, A, R, B, z, s, need in zip(gYs, gzs, Ws, As, Rs, Bs, zs, ctx.scales, need_gR, strict=True):
-                gX, gR = ops.gradients(ops.eager, gY, gz, W, A, R, B, z, s, need_gX, need, "backward", "torch")
-                gXs += [] if gX is None else [gX]
-                gRs.append(gR)
-            return sum(gXs[1:], gXs[0]) if gXs else None, None, *gRs
-        used = [i for i, gY in enumerate(gYs) if gY is not None]
-        gX, gRs, us = None, [None] * len(gYs), []
-        with ops.no_autocast(Rs[0]):
-            for i in used:
-                v, R, s = shrink(gYs[i], Bs[i]), Rs[i], ctx.scales[i]
-                if need_gR[i]:
-                    gRs[i] = cast(scaled_mm(v.t(), zs[i], s, cast(R, v.dtype)), R.dtype)
-                if need_gX:
-                    us.append(cast(scaled_mm(v, cast(R, v.dtype), s, v), gYs[i].dtype))
-            if need_gX and used:
-                gX = torch.cat(us, dim=1) @ torch.cat([As[i] for i in used])
-                for i in used:
-                    gX.addmm_(gYs[i], Ws[i])
-        return gX, None, *gRs
-
-
-def autocast(x: Tensor, *frozen: Tensor | None) -> tuple:
-    """x and the frozen operands in the dtype torch.autocast asks for, where it is on for x's device."""
-    if autocast_on(x) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *frozen))
-    return (x, *frozen)
+def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in the dtype that torch.autocast, which is on for x's device, asks for; fp64 stays fp64."""
+    if x.dtype == torch.float64:
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in operands)
 
 
 def check_x(x: Tensor, A: Tensor, name: str) -> None:

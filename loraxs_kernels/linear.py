@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch.nn import functional as F
 
 from . import parallel
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
-from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
-from .indexed import RowIndex
-from .ops import autocast_on
+from .functional import label_of, together
 from .padded import PaddedB
+from .route import computed_weight, does_more, layer_output
 from .svd import NotFinite
 from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
 
@@ -196,17 +194,16 @@ class LoRAXSLinear(PaddedB):
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
         if self.shares is not None:
             R = parallel.averaged(R, self.shares)
-        return adapted(base, x, A, R, B, self.scaling, p, self.recipe.name, None, (), *args, **kwargs)
+        return layer_output(base, x, ((A, R, B, self.scaling, p),), self.recipe.name, None, args, kwargs)
 
     def _joins(self, x: Tensor) -> bool:
         """Whether `forward_together` may compute this layer with others, in place of calling it."""
-        W = weight_view(self.base_layer)
-        if W is None or self.merged or self.seat is not None or self.shares is not None:
+        if self.merged or self.seat is not None or self.shares is not None or does_more(self):
             return False
-        if any(_hooked(each) and not (x.device == W.device and only_moves(each)) for each in (self.base_layer, self)):
+        W = computed_weight(self.base_layer, self.A, self.dropout if self.training else 0.0)
+        if W is None or x.device != W.device:
             return False
-        p = self.dropout if self.training else 0.0
-        return not (self.bias is not None and self.bias.requires_grad) and _is_one_primitive(W, self.A, p)
+        return self.bias is None or not self.bias.requires_grad
 
     @property
     def label(self) -> str:
@@ -331,125 +328,6 @@ def _coarser(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None
     return max((each for each in (a, b) if each is not None), key=lambda each: torch.finfo(each).eps, default=None)
 
 
-def adapted(
-    base: nn.Module,
-    x: Tensor,
-    A: Tensor,
-    R: Tensor,
-    B: Tensor,
-    s: float,
-    p: float,
-    name: str,
-    index: RowIndex | None,
-    others: Sequence[tuple[Tensor, Tensor, Tensor, float, float]],
-    /,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """base(x, ...) + s B R A dropout_p(x) (..., N) of a frozen linear layer: by the primitive alone where it can be.
-
-    With an index R is a stack, of which each row of x uses the matrix that the index says, or none.  others: A, R, B, s
-    and p of further adapters, whose deltas are added.
-
-    Raises, naming the layer `name`: ValueError where x does not fit; TypeError where what base returns is not of shape
-    (..., N); RuntimeError where x requires a gradient and base passes none to it.
-    """
-    W = weight_view(base)
-    plain = W is not None and not _hooked(base)
-    if plain and _is_one_primitive(W, A, p) and not (args or kwargs):
-        y = run(x, W, A, R, B, s, held(base, "bias"), None, name, index)
-    elif W is not None and not (plain or args or kwargs) and _is_one_primitive(W, A, p) and only_moves(base):
-        moves = x.device != W.device
-        h = base._hf_hook.pre_forward(base, x)[0][0] if moves else x
-        y = run(h, W, A, R, B, s, held(base, "bias"), None, name, index)
-        y = base._hf_hook.post_forward(base, y) if moves else y
-    elif not plain and parallel.is_cut(base):
-
-        def product(
-            x: Tensor, W: Tensor, bias: Tensor | None, adapters: list[parallel.Factors], dropout: parallel.Dropout
-        ) -> Tensor:
-            (A, R, B), *more = adapters
-            if _is_one_primitive(W, A, p):
-                y = run(x, W, A, R, B, s, bias, None, name, index)
-            else:
-                y = plus_delta(F.linear(x, W, bias), x, A, R, B, s, p, index, in_place=True, dropout=dropout)
-            for factors, (*_, s_more, p_more) in zip(more, others, strict=True):
-                y = plus_delta(y, x, *factors, s_more, p_more, dropout=dropout)
-            return y
-
-        adapters = [(A, R, B), *(each[:3] for each in others)]
-        return parallel.output(base, x, adapters, product, name, *args, **kwargs)
-    else:
-        y = base(x, *args, **kwargs)
-        if not plain:
-            _check_output(base, x, y, B.shape[0], name)
-        y = plus_delta(y, x, A, R, B, s, p, index, in_place=plain)
-    for each in others:
-        y = plus_delta(y, x, *each)
-    return y
-
-
-def _check_output(base: nn.Module, x: Tensor, y: Any, N: int, name: str) -> None:
-    """Raise where y = base(x) is nothing that a delta can be added to, or passes no gradient on; see `adapted`."""
-    if not (isinstance(y, Tensor) and y.shape == (*x.shape[:-1], N)):
-        found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise TypeError(
-            f"{label_of(name)}: its base layer, a {type(base).__name__}, returned {found} for x of shape "
-            f"{tuple(x.shape)}, must return a tensor of shape {(*x.shape[:-1], N)} to take an adapter; leave "
-            "it out (exclude_modules)"
-        )
-    if torch.is_grad_enabled() and x.requires_grad and not _passes_gradient(base, x, y):
-        weight = getattr(base, "weight", None)
-        of = "" if weight is None else f" with a {type(weight).__name__} weight"
-        raise RuntimeError(
-            f"{label_of(name)}: its base layer, a {type(base).__name__}{of}, passes "
-            "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
-            "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
-        )
-
-
-def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether y = base(x) has a gradient for x.  A bias that trains makes y require one without it."""
-    if torch.compiler.is_compiling() or not (y.requires_grad and any(p.requires_grad for p in base.parameters())):
-        return y.requires_grad
-    wanted = torch.autograd.graph.get_gradient_edge(x).node
-    seen, ahead = {None}, [y.grad_fn]
-    while ahead:
-        if (node := ahead.pop()) is wanted:
-            return True
-        if node not in seen:
-            seen.add(node)
-            ahead += [following for following, _ in node.next_functions]
-    return False
-
-
-def plus_delta(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    R: Tensor,
-    B: Tensor,
-    s: float,
-    p: float,
-    index: RowIndex | None = None,
-    *,
-    in_place: bool = False,
-    dropout: parallel.Dropout = F.dropout,
-) -> Tensor:
-    """y + s B R A dropout_p(x), in y's dtype; in_place where nothing else needs y as it was."""
-    h = dropout(x, p) if p > 0.0 else x
-    device = x.device if in_place else A.device  # base may have moved x by itself
-    h = h.to(device) if autocast_on(x) else h.to(device, A.dtype)
-    if in_place and y.dtype == h.dtype and not torch.compiler.is_compiling():
-        return lora_xs_delta(h, A, R, B, s, out=y, index=index)
-    return y + lora_xs_delta(h, A, R, B, s, index=index).to(y.device, y.dtype)
-
-
-def _is_one_primitive(W: Tensor, A: Tensor, p: float) -> bool:
-    """Whether the primitive computes the whole layer, given a plain base layer with weight W."""
-    return W.dtype == A.dtype and not W.requires_grad and p == 0.0
-
-
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """(layer(x) for each layer), reading x once: for projections of one input, such as q, k, v or gate and up.
 
@@ -473,12 +351,11 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         joined = [i for i, layer in enumerate(layers) if type(layer) is LoRAXSLinear and layer._joins(x)]
     if len(joined) < 2:
         return tuple(layer(x) for layer in layers)
-    operands, h = [], x
-    for layer in (layers[i] for i in joined):
-        h, W, A, B, bias = autocast(h, weight_view(layer.base_layer), layer.A, layer.B, layer.bias)
-        check_x(h, A, layer.recipe.name)
-        operands.append((W, A, layer.R, B, layer.scaling, bias))
-    made = dict(zip(joined, together(h, operands), strict=True))
+    operands = [
+        (weight_view(layer.base_layer), layer.A, layer.R, layer.B, layer.scaling, layer.bias, layer.recipe.name)
+        for layer in (layers[i] for i in joined)
+    ]
+    made = dict(zip(joined, together(x, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
@@ -509,45 +386,6 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
             f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
             "leave the module out or give it a smaller rank"
         )
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its class's forward: hooks, or a forward replaced on the instance."""
-    own = layer.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
-def only_moves(layer: nn.Module) -> bool:
-    """Whether a layer is hooked by accelerate's device_map alone, which moves x to the layer's device and y back.
-
-    Its forward is then accelerate's, around that of the layer's class.  Told without importing accelerate.
-    """
-    own = layer.__dict__
-    forward, inner = own.get("forward"), own.get("_old_forward")
-    return (
-        type(forward) is partial
-        and forward.func.__module__ == "accelerate.hooks"
-        and forward.args[0] is layer
-        and getattr(inner, "__func__", None) is type(layer).forward
-        and inner.__self__ is layer
-        and _is_moving(own.get("_hf_hook"))
-        and not any(own[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
-    )
-
-
-def _is_moving(hook: Any) -> bool:
-    kind = type(hook)
-    if kind.__module__ != "accelerate.hooks" or hook.no_grad:
-        return False
-    if kind.__name__ == "SequentialHook":
-        return all(map(_is_moving, hook.hooks))
-    return kind.__name__ == "AlignDevicesHook" and not hook.offload
 
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:

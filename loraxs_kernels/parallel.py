@@ -13,7 +13,7 @@ the gradient of R is one part of a sum, which the backward makes: r x r numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .functional import label_of
+from .functional import Adapter, label_of
 from .weights import held, is_dtensor
 
-Factors = tuple[Tensor, Tensor, Tensor]  # A, R, B of one adapter
 Dropout = Callable[[Tensor, float], Tensor]
-Product = Callable[[Tensor, Tensor, Tensor | None, list[Factors], Dropout], Tensor]  # of x, W, bias, adapters
+Product = Callable[[Tensor, Tensor, Tensor | None, Sequence[Adapter], Dropout], Tensor]  # of x, W, bias, adapters
 
 
 def is_cut(base: nn.Module) -> bool:
@@ -40,7 +39,7 @@ def is_cut(base: nn.Module) -> bool:
 
 
 def output(
-    base: nn.Module, x: Tensor, adapters: list[Factors], product: Product, name: str, *args: Any, **kwargs: Any
+    base: nn.Module, x: Tensor, adapters: Sequence[Adapter], product: Product, name: str, *args: Any, **kwargs: Any
 ) -> Tensor:
     """base(x, ...) of a layer that is cut, in which `product` takes the place of F.linear, on this rank's pieces.
 
@@ -64,7 +63,7 @@ def output(
 class _Inside(TorchFunctionMode):
     """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
 
-    def __init__(self, base: nn.Module, adapters: list[Factors], product: Product, name: str) -> None:
+    def __init__(self, base: nn.Module, adapters: Sequence[Adapter], product: Product, name: str) -> None:
         super().__init__()
         self.weight = getattr(base, "weight", None)  # before the layer's call may put a local one in its place
         self.base, self.adapters, self.product, self.name, self.calls = base, adapters, product, name, 0
@@ -78,7 +77,7 @@ class _Inside(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x, W, cut = input, weight, weight if is_dtensor(weight) else self.weight
-        A, _, B = self.adapters[0]
+        A, _, B, *_ = self.adapters[0]
         N, K = B.shape[0], A.shape[1]
         whole = not is_dtensor(W) and W.shape == (N, K)
         if whole or not is_dtensor(cut):  # FSDP2 may have cut the layer by itself: its call has put W in place again
@@ -113,10 +112,10 @@ class _Inside(TorchFunctionMode):
         if is_dtensor(W):
             W = W.to_local(grad_placements=of_whole)
         adapters, dropout = [], F.dropout
-        for A, R, B in self.adapters:
+        for A, R, B, *rest in self.adapters:
             if dim is not None:
                 A, B = (A, piece(B, 0, mesh)) if dim == 0 else (piece(A, 1, mesh), B)
-            adapters.append((A, _Reduced.apply(R, mesh, 1) if part and _has_gradient(R) else R, B))
+            adapters.append((A, _Reduced.apply(R, mesh, 1) if part and _has_gradient(R) else R, B, *rest))
         if dim == 1:  # this rank's part of the mask that is drawn on one process, so that all ranks draw alike
 
             def dropout(x: Tensor, p: float) -> Tensor:

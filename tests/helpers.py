@@ -259,7 +259,7 @@ def guard(monkeypatch, backend, written: bool = True):
 
 
 def interrupted_at(k: int, call: Callable[[], object], within: str = "/loraxs_kernels/") -> bool:
-    """Call, with Ctrl-C at the k-th line of files `within` that is executed; False if it ends before that."""
+    """Call, with Ctrl-C at the k-th line executed in files whose path has `within`; False if it ends before that."""
     lines = 0
 
     def trace(frame, event, _):

@@ -1005,7 +1005,7 @@ TRANSFORMED = {
     "lora_xs_linear": lambda o: lambda x, R: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias),
     "lora_xs_delta": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s),
     "lora_xs_delta into out": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s, out=torch.zeros_like(o.gY)),
-    "together": lambda o: lambda x, R: torch.cat(functional.together(x, [(o.W, o.A, R, o.B, o.s, o.bias)] * 2)),
+    "together": lambda o: lambda x, R: torch.cat(functional.together(x, [(o.W, o.A, R, o.B, o.s, o.bias, "")] * 2)),
     "LoRAXSLinear": lambda o: layer_of(o),
     "forward_together": lambda o: layer_of(o, twice=True),
 }

@@ -145,3 +145,19 @@ def test_settings_of_the_process_are_given_back_and_no_lock_is_kept(setting):
             assert read() == before and is_free(), f"line {k}"
             k += 1
     assert k > 5
+
+
+def test_an_interrupted_forward_leaves_no_block_of_autocast():
+    """torch drops the casts of weights that it keeps when its last block ends; else training goes on with stale ones."""
+
+    def blocks() -> int:
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting()
+
+    layer, x, k = attached().body[0], torch.randn(3, 8), 1
+    with torch.autocast("cpu", torch.bfloat16):
+        while interrupted_at(k, lambda: layer(x), within="/"):  # torch's own lines, too
+            assert blocks() == 1, f"line {k}"
+            torch.set_autocast_enabled("cpu", True)
+            k += 1
+    assert k > 20

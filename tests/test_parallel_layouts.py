@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels import linear
-from loraxs_kernels.functional import lora_xs_delta
+from loraxs_kernels import route
+from loraxs_kernels.functional import run
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.weights import is_dtensor, whole
 
@@ -50,10 +50,10 @@ def training(model: nn.Module) -> nn.Module:
     return model
 
 
-def delta_of_plain(x: torch.Tensor, *operands: object, **options: object) -> torch.Tensor:
-    """`lora_xs_delta` of an x that a kernel may read: the collective that makes it has ended."""
+def run_of_plain(x: torch.Tensor, *operands: object) -> torch.Tensor:
+    """`run` of an x that a kernel may read: the collective that makes it has ended."""
     assert type(x) is torch.Tensor
-    return lora_xs_delta(x, *operands, **options)
+    return run(x, *operands)
 
 
 def layouts(rank: int) -> None:
@@ -92,7 +92,7 @@ def layouts(rank: int) -> None:
     m[2].base_layer.register_forward_pre_hook(lambda *_: F.linear(input=X, weight=X[0]) is None or None)
     h = DTensor.from_local(m[1](m[0](X)), mesh, [Replicate()], run_check=False)
     with pytest.MonkeyPatch.context() as patch:  # x is there before the collective has ended, as from ColwiseParallel
-        patch.setattr(linear, "lora_xs_delta", delta_of_plain)
+        patch.setattr(route, "run", run_of_plain)
         early = h.redistribute(placements=[Shard(0)]).redistribute(placements=[Replicate()], async_op=True)
         assert_same(results(m, m[2](early)), expected)
 

@@ -52,7 +52,7 @@ from transformers import (
 )
 
 import loraxs_kernels as lx
-import loraxs_kernels.linear
+import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
 from loraxs_kernels.padding import readable_columns
 
@@ -1023,14 +1023,14 @@ def test_layers_that_a_device_map_has_hooked_stay_fused(trained, monkeypatch, fi
     """With `adapter`, all that the hooks find has one: R, A and B are hooked too, as PeftModel.from_pretrained does."""
     from accelerate import dispatch_model
 
-    y, passes, run = logits(trained), [], loraxs_kernels.linear.run
+    y, passes, run = logits(trained), [], loraxs_kernels.route.run
     model = llama() if first == "dispatch" else trained
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
     if first == "dispatch":
         model = get_peft_model(model, config(rank_pattern={"down_proj": 3}, lora_alpha=8)).eval()
         model.load_state_dict(trained.state_dict())
     assert all("_hf_hook" in vars(layer.base_layer) for layer in layers(model).values())
-    monkeypatch.setattr(loraxs_kernels.linear, "run", lambda x, W, *rest: passes.append(W) or run(x, W, *rest))
+    monkeypatch.setattr(loraxs_kernels.route, "run", lambda x, W, *rest: passes.append(W) or run(x, W, *rest))
     assert torch.equal(logits(model), y)
     assert len(passes) == len(layers(model)) and all(W is not None for W in passes)
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ... import basis, parallel
 from ...adapter_file import fitted, mismatch
 from ...basis import Recipe
+from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
+from ...linear import LoRAXSLinear, label_of, sparing_what_trains
 from ...ops import autocast_on
+from ...route import layer_output, only_moves, plus_delta
 from ...weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, whole
 from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
@@ -117,8 +119,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
             if samples is not None:
                 return self._mixed(x, samples, active, *args, **kwargs)
-            first, *others = map(self._operands, active)
-            return adapted(base, x, *first, self.recipe[active[0]].name, None, others, *args, **kwargs)
+            adapters = [self._operands(name) for name in active]
+            return layer_output(base, x, adapters, self.recipe[active[0]].name, None, args, kwargs)
 
     @torch.compiler.disable
     def _mixed(self, x: Tensor, samples: Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,24 +143,23 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 f"{label_of(name)}, which is cut over ranks; there they must have the same (same r and svd_seed)"
             )
         _, index = samples.laid_out(first, x.device, whole=True)
-        A, B, R, s = self._stack(first, index)
-        y, parts = adapted(self.base_layer, x, A, R, B, s, 0.0, name, index, (), *args, **kwargs), []
+        y = layer_output(self.base_layer, x, [self._stack(first, index)], name, index, args, kwargs)
+        parts = []
         for group in others:
             rows, index = samples.laid_out(group, x.device)
-            A, B, R, s = self._stack(group, index)
             own = y.index_select(0, rows), x.index_select(0, rows)
-            parts.append((rows, plus_delta(*own, A, R, B, s, 0.0, index, in_place=True)))
+            parts.append((rows, plus_delta(*own, self._stack(group, index), name, index, in_place=True)))
         return y.index_copy(0, *map(torch.cat, zip(*parts, strict=True))) if parts else y
 
-    def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> tuple[Tensor, Tensor, Tensor, float]:
-        """A, B, R and s of adapters that share A and B.  With an index, R is the stack of their R."""
-        A, R, B, s, _ = self._operands(group[0])
+    def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> Adapter:
+        """Adapters that share A and B as one.  With an index, its R is the stack of their R."""
+        A, R, B, s, p = self._operands(group[0])
         if index is None:
-            return A, B, R, s
+            return A, R, B, s, p
         stack = [(R, s) for _, R, _, s, _ in map(self._operands, group)]
         if any(each != s for _, each in stack):
             stack, s = [(R.to(torch.promote_types(R.dtype, torch.float32)) * each, 1.0) for R, each in stack], 1.0
-        return A, B, torch.stack([R for R, _ in stack]), s
+        return A, torch.stack([R for R, _ in stack]), B, s, p
 
     def _alike(self, names: list[str]) -> list[tuple[str, ...]]:
         """The adapters in groups with the same A and B, the largest group first."""
@@ -196,7 +197,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             for each in hooked:
                 each._hf_hook.post_forward(each, None)
 
-    def _operands(self, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    def _operands(self, name: str) -> Adapter:
         A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
         p = self.config[name].loraxs_dropout if self.training else 0.0
         trained = held(R, name)
