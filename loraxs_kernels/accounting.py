@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import LoRAXSLinear, check_rank, label_of
-from .model import choose, pattern_value
+from .matching import choose, pattern_value
 from .weights import is_linear, weight_of
 
 if TYPE_CHECKING:

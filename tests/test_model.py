@@ -26,7 +26,8 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import _READ_BY_PARENT, match, unwrapped
+from loraxs_kernels.matching import _READ_BY_PARENT, match
+from loraxs_kernels.model import unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear, adapter_file
-from loraxs_kernels.model import match
+from loraxs_kernels.matching import match
 from loraxs_kernels.weights import assign, weight_of
 
 N, K = 32, 64  # whole blocks of every scheme

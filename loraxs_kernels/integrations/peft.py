@@ -55,15 +55,8 @@ from ..factors import WORKSPACE
 from ..files import read_json, sha256_of, write_atomically
 from ..indexed import NONE, RowIndex
 from ..linear import LoRAXSLinear, adapted, label_of, only_moves, plus_delta, sparing_what_trains
-from ..matching import matches
-from ..model import (
-    classification_head,
-    fill,
-    pattern_value,
-    warn_of_experts,
-    warn_of_unread,
-    why_no_adapter,
-)
+from ..matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ..model import fill
 from ..ops import autocast_on
 from ..padding import padded_rows
 from ..svd import plan

@@ -32,8 +32,8 @@ from ..basis import ACCEPT, ALIGNED, Recipe, align_by_factors, dtype_name, probe
 from ..factors import WORKSPACE, compute_devices
 from ..files import check_finite, damaged, read_json, write_atomically
 from ..linear import LoRAXSLinear
-from ..matching import matches
-from ..model import adapted_layers, detach, install, pattern_value, unwrapped
+from ..matching import matches, pattern_value
+from ..model import adapted_layers, detach, install, unwrapped
 from ..transaction import keep, transaction
 from ..weights import FLOATS, is_conv1d, weight_of, whole
 
