@@ -1,4 +1,4 @@
-"""Which modules of a model a list of names or a pattern means, as PEFT reads target_modules, and which take no adapter."""
+"""Which modules of a model target_modules means, as PEFT reads it, and which modules take no adapter."""
 
 from __future__ import annotations
 
@@ -240,5 +240,5 @@ def _reads(kind: type, name: str) -> bool:
 
 def embeddings(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model, where it has any."""
-    get = getattr(model, f"get_{which}embeddings", None)
+    get = getattr(model, f"get_{which}_embeddings", None)
     return get() if callable(get) else None
