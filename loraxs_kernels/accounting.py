@@ -24,7 +24,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import LoRAXSLinear, check_rank, label_of
 from .matching import choose, pattern_value
-from .weights import is_linear, weight_of
+from .naming import aliases, as_dtype
+from .weights import FLOATS, is_linear, weight_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +55,7 @@ class Parameters:
     vera: int
     saved: int
 
-    def nbytes(self, dtype: torch.dtype = torch.float32, method: str = "loraxs") -> int:
+    def nbytes(self, dtype: torch.dtype | str = torch.float32, method: str = "loraxs") -> int:
         """Bytes of one adapter's trained numbers, `saved` included, in a dtype.
 
         method: "loraxs", "lora" or "vera", else ValueError.  A file of `save_adapter` holds r + 8 fp32 numbers a module
@@ -62,9 +63,10 @@ class Parameters:
         """
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, must be one of {', '.join(METHODS)}")
-        return (getattr(self, method) + self.saved) * dtype.itemsize
+        return (getattr(self, method) + self.saved) * as_dtype("dtype", dtype, FLOATS).itemsize
 
 
+@aliases(r="rank")
 def count_parameters(
     model: nn.Module | PretrainedConfig,
     rank: int | None = None,
@@ -77,14 +79,15 @@ def count_parameters(
     """How many parameters `attach` would train on a model, and LoRA and VeRA on the same modules.
 
         config = AutoConfig.from_pretrained("mistralai/Mistral-7B-v0.1")
-        lx.count_parameters(config, 16, target_modules="all-linear").loraxs  # 57,344
+        lx.count_parameters(config, 16).loraxs  # 57,344
 
     Args:
         model: an nn.Module, on the meta device or any other, or a transformers configuration, whose model is made on
             the meta device: by the first of its `architectures` that transformers has, else with the head of its kind
             (masked, sequence-to-sequence or causal language model), else without one.  Nothing is allocated, changed
             or downloaded.  A model that has adapters is counted as it is: leave out all that follows.
-        rank, target_modules, exclude_modules, rank_pattern, modules_to_save: as in `attach`.
+        rank, target_modules, exclude_modules, rank_pattern, modules_to_save: as in `attach`; target_modules None:
+            "all-linear".
 
     Raises TypeError or ValueError where `attach` would with init="svd", where a model with adapters comes with
     arguments for others, and where transformers can make no model of the configuration.
@@ -109,10 +112,10 @@ def count_parameters(
             for name in submodule.loraxs.modules_to_save
         ]
     else:
-        for argument, value in (("rank", rank), ("target_modules", target_modules)):
-            if value is None:
-                raise ValueError(f"{argument}: must be given, for the model has no LoRA-XS adapters to count")
-        names, saved, _ = choose(model, target_modules, exclude_modules, modules_to_save)
+        if rank is None:
+            raise ValueError("rank: must be given, because the model has no LoRA-XS adapters to count")
+        targets = "all-linear" if target_modules is None else target_modules
+        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save)
         saved = [model.get_submodule(name) for name in saved]
         layers = []
         for name in names:

@@ -30,14 +30,16 @@ from torch.nn.utils import parametrize
 
 from . import basis
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
-from .factors import WORKSPACE, compute_devices
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear, label_of
 from .model import adapted_layers, basis_for, install, unwrapped
+from .naming import aliases, as_dtype
 from .transaction import keep, transaction
 from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weight_of, whole, written
 
-NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
+# Of a module, beside its recipe: {its name here: in a file}.
+NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "sigma"}
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
@@ -55,7 +57,7 @@ def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     portable: bool = False,
     save_factors: bool = False,
 ) -> None:
@@ -77,8 +79,7 @@ def save_adapter(
     modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
     even if moved back): the file then loads only where the weights are as they were before.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
+    dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
     model, path = unwrapped(model), Path(path)
     descriptions, records, factors, moved = {}, {}, {}, []
     for name, layer in layers_to_save(model):
@@ -188,6 +189,7 @@ def packed(
     return sealed(tensors, kind, header)
 
 
+@aliases(workspace=WORKSPACE_IN_BYTES)
 @torch.no_grad()
 def load_adapter(
     model: M,
@@ -195,7 +197,7 @@ def load_adapter(
     *,
     basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
     """Load an adapter file into a model, in place; the adapters are attached first where the model has none.
@@ -212,7 +214,7 @@ def load_adapter(
         path: of the file.
         basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
             a model without adapters.
-        device, workspace, progress: of the SVD, as in `attach`, where the adapters are attached here.
+        device, workspace_gib, progress: of the SVD, as in `attach`, where the adapters are attached here.
 
     Raises:
         FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
@@ -226,7 +228,7 @@ def load_adapter(
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
-    devices = None if device is None else compute_devices(device)
+    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
             with named(path):
@@ -240,7 +242,7 @@ def load_adapter(
             warnings.warn(
                 f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, "
                 f"with an estimated relative error of delta W of up to {worst:.1e}",
-                stacklevel=3,  # past no_grad's wrapper
+                stacklevel=4,  # past the wrappers of no_grad and `aliases`
             )
         trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
         changing = [*trained, *(target for target, _ in values)]
@@ -296,7 +298,7 @@ def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
 def described(numbers: Mapping[str, Any], recipe: Recipe, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one module, by its name, as a header has them."""
     recipe = {k: v for k, v in asdict(recipe).items() if k != "name" or v != name}
-    return {key: numbers[key] for key in NUMBERS} | recipe
+    return {there: numbers[here] for here, there in NUMBERS.items()} | recipe
 
 
 def attach_as(
@@ -500,8 +502,9 @@ def unpacked(
     if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
     entries, stacks = {}, {}
-    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", NUMBERS, path)):
-        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe, **numbers}
+    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", [*NUMBERS.values()], path)):
+        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe}
+        entry |= {here: numbers[there] for here, there in NUMBERS.items()}
         stacks.setdefault(entry["rank"], []).append(entry)
         factors = {"A": (entry["rank"], None), "B": (None, entry["rank"])}
         if recipe.init == "given" or any(f"{key}/{i}" in tensors for key in factors):

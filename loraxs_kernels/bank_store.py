@@ -42,6 +42,7 @@ from .basis import ACCEPT, PROBES, Fingerprint
 from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
 from .model import unwrapped
+from .naming import as_dtype
 from .weights import FLOATS, whole
 
 KIND = "loraxs_bank"
@@ -73,7 +74,7 @@ class Store:
         path, mode, dtype (of R in the file), base_model.
         modules: (name, rank) of each, in the order of a record.  places: the slice of a record that is a module's R.
         size: of a record, in numbers.  alphas: of the bank, by module: to these `read` scales R.
-        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, sigma and
+        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, init_std and
             recipe, given A and B, and R = basis.mixing(rank) with its probe.
         modules_to_save: their names.  saved: their tensors.
 
@@ -123,7 +124,7 @@ class Store:
 
     @classmethod
     @torch.no_grad()
-    def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | None = None) -> T:
+    def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | str | None = None) -> T:
         """Make a bank of no adapters, and open it to add some.
 
         Args:
@@ -136,9 +137,7 @@ class Store:
         call that does not come to its end leaves no bank, and can be made again.  Warns, as `save_adapter` does, if the
         base weights were rounded since A and B were made.
         """
-        dtype = torch.float32 if dtype is None else dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
+        dtype = as_dtype("dtype", dtype, DTYPES) or torch.float32
         model, path = unwrapped(model), Path(path)
         descriptions, records, factors, moved = {}, {}, {}, []
         load_lmdb()  # before a folder is made

@@ -62,7 +62,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (integer(1, 2**31 - 1), "an integer of at least 1"),
     "alpha": (is_number, "a finite number"),
     "dropout": (lambda value: is_number(value) and 0 <= value < 1, "in [0, 1)"),
-    "sigma": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
+    "init_std": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random", "sklearn" or "given"'),
     "seed": (integer(-(2**127), 2**127), "an integer of at most 128 bits"),
     "name": (lambda value: isinstance(value, str), "a string"),
@@ -80,6 +80,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 MUST["weight_dtype"] = MUST["dtype"]
+MUST["sigma"] = MUST["init_std"]  # as files call it
 
 
 def check(argument: str, value: Any, of: str = "") -> None:
@@ -163,7 +164,11 @@ class Recipe:
         N, K = weight.shape
         if self.init == "svd":
             W = weight.read()
-            U, S, Vh = truncated_svd(W, rank, seed=self.seed, **asdict(self.plan(rank, W.shape)))
+            how = self.plan(rank, W.shape)
+            oversample = how.block - rank
+            U, S, Vh = truncated_svd(
+                W, rank, method=how.method, oversample=oversample, n_iter=how.n_iter, seed=self.seed
+            )
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -190,9 +195,9 @@ class Recipe:
         signs = B.gather(0, B.abs().argmax(0, keepdim=True)).sign()  # scikit-learn's own rule differs by version
         return (A * signs.t()).to(W.device, X.dtype), (B * signs).to(W.device, X.dtype)
 
-    def initial_R(self, rank: int, sigma: float) -> Tensor:
-        """R (r, r) ~ N(0, sigma^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * sigma
+    def initial_R(self, rank: int, init_std: float) -> Tensor:
+        """R (r, r) ~ N(0, init_std^2), fp32, on the CPU."""
+        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * init_std
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""

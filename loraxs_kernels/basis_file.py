@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import basis
 from .basis import Factors, Recipe
-from .factors import WORKSPACE, Job, factor
+from .factors import WORKSPACE, Job, factor, workspace_bytes
 from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
 from .matching import matches
+from .naming import as_dtype
 from .weights import FLOATS, Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -139,10 +140,10 @@ def make_basis(
     exclude_modules: str | Sequence[str] | None = None,
     seed: int = 0,
     n_iter: int | None = None,
-    dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    weight_dtype: torch.dtype | str | None = None,
     devices: Sequence[torch.device] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> list[str]:
     """Compute A and B from a checkpoint's weights, read from the disk one at a time, and write a basis file.
@@ -157,11 +158,13 @@ def make_basis(
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
         devices: to compute on, sharing the modules; None: the CPU.
-        workspace, progress: as in `attach`.
+        workspace_gib, progress: as in `attach`.
 
     Returns the names of the modules.  Raises FileNotFoundError or ValueError, naming the argument or the module, before
     anything is written.
     """
+    dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
+    workspace = workspace_bytes(workspace_gib)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")

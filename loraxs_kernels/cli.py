@@ -18,6 +18,8 @@ import torch
 from . import demo
 from .bench import BenchError
 from .demo import DemoError
+from .naming import as_dtype
+from .weights import FLOATS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_ADAPTERS = 10**15
 MOST_LAYERS = 10**5  # or labels
+_DTYPES = "bfloat16, float16, float32 or float64, or bf16 and so on"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,14 +183,16 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     _add_modules(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
     parser.add_argument(
         "--weight-dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="that the model will be loaded in; default: as the weights are stored",
+        metavar="DTYPE",
+        help=f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored",
     )
     parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
-    parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
+    add = parser.add_argument
+    add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
+    add("--workspace", dest="workspace_gib", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _add_modules(parser: argparse.ArgumentParser) -> None:
@@ -206,9 +211,6 @@ def _init(arguments: argparse.Namespace) -> int:
     from .basis_file import make_basis
     from .factors import compute_devices
 
-    workspace = arguments.workspace * 2**30
-    if not 0 < workspace < 2**63:
-        raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     with _told_in_lines("loraxs init"):
         names = make_basis(
@@ -219,10 +221,10 @@ def _init(arguments: argparse.Namespace) -> int:
             exclude_modules=arguments.exclude_modules,
             seed=arguments.seed,
             n_iter=arguments.n_iter,
-            dtype=arguments.dtype and getattr(torch, arguments.dtype),
-            weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
+            dtype=arguments.dtype,
+            weight_dtype=arguments.weight_dtype,
             devices=compute_devices(arguments.device or there),
-            workspace=int(workspace),
+            workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
     return 0
@@ -255,12 +257,13 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
         "--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method"
     )
     parser.add_argument("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the bytes")
+    parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
 
 
 def _params(arguments: argparse.Namespace) -> int:
     from .accounting import count_parameters, from_config
 
+    dtype = as_dtype("dtype", arguments.dtype, FLOATS)
     if not 1 <= arguments.adapters <= MOST_ADAPTERS:
         raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
     with _quiet_transformers():
@@ -279,7 +282,7 @@ def _params(arguments: argparse.Namespace) -> int:
             }
         except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
-    print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
+    print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
     return 0
 
 

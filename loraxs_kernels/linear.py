@@ -15,6 +15,7 @@ from . import parallel
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .indexed import RowIndex
+from .naming import Former, aliases, as_dtype, renamed_attribute
 from .ops import autocast_on
 from .padding import padded_rows
 from .svd import NotFinite
@@ -34,7 +35,7 @@ class LoRAXSLinear(nn.Module):
 
     Attributes:
         A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
-            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, sigma, recipe.
+            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, init_std, recipe.
         weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
@@ -53,6 +54,7 @@ class LoRAXSLinear(nn.Module):
     # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
     shares: Any = None
 
+    @aliases(sigma=Former("init_std"))
     def __init__(
         self,
         base_layer: nn.Module,
@@ -62,7 +64,7 @@ class LoRAXSLinear(nn.Module):
         *,
         alpha: float,
         dropout: float = 0.0,
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         recipe: Recipe,
     ) -> None:
         super().__init__()
@@ -71,11 +73,14 @@ class LoRAXSLinear(nn.Module):
         self.register_buffer("B", padded_rows(B))
         self.R = nn.Parameter(R)
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
-        self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
+        self.dropout, self.init_std, self.recipe = dropout, init_std, recipe
         self._coarsest = dense_dtype(base_layer)
         self.train(base_layer.training)
 
+    sigma = renamed_attribute("sigma", "init_std")
+
     @classmethod
+    @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"))
     def from_linear(
         cls,
         linear: nn.Module,
@@ -84,10 +89,10 @@ class LoRAXSLinear(nn.Module):
         alpha: float | None = None,
         dropout: float = 0.0,
         init: str | Factors | Recipe = "svd",
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         seed: int = 0,
         n_iter: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         name: str = "",
         fill: bool = True,
     ) -> LoRAXSLinear:
@@ -101,7 +106,7 @@ class LoRAXSLinear(nn.Module):
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
                 seed and n_iter, and a dtype where none is given here.
-            sigma: R ~ N(0, sigma^2).
+            init_std: R ~ N(0, init_std^2) at the start.
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter: of `truncated_svd`.
             dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
@@ -115,10 +120,9 @@ class LoRAXSLinear(nn.Module):
         label = label_of(name)
         check_rank(rank, label)
         alpha = rank if alpha is None else alpha
-        for argument, value in {"alpha": alpha, "dropout": dropout, "sigma": sigma, "seed": seed}.items():
+        for argument, value in {"alpha": alpha, "dropout": dropout, "init_std": init_std, "seed": seed}.items():
             check(argument, value, label)
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
+        dtype = as_dtype("dtype", dtype, FLOATS, label)
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
@@ -150,7 +154,9 @@ class LoRAXSLinear(nn.Module):
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=kept, weight_dtype=dtype_name(W.dtype)).cast(dtype)
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
-        layer = cls(linear, A, R, B, alpha=float(alpha), dropout=float(dropout), sigma=float(sigma), recipe=recipe)
+        layer = cls(
+            linear, A, R, B, alpha=float(alpha), dropout=float(dropout), init_std=float(init_std), recipe=recipe
+        )
         if fill and not A.is_meta:
             layer.reset_parameters()
         linear.requires_grad_(False)
@@ -182,7 +188,7 @@ class LoRAXSLinear(nn.Module):
     @torch.no_grad()
     def reset_R(self) -> None:
         """Draw R again."""
-        assign(self.R, self.recipe.initial_R(self.rank, self.sigma))
+        assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.seat is not None:

@@ -96,10 +96,10 @@ def match(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
         )
     if unused:
-        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=4)
+        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=5)
     if everything:
-        warn_of_experts(model, stacklevel=5)
-        warn_of_unread(left_out, stacklevel=5)
+        warn_of_experts(model, stacklevel=6)
+        warn_of_unread(left_out, stacklevel=6)
     return names
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from . import parallel
 from .basis import Factors
 from .basis_file import Basis, read_basis
-from .factors import WORKSPACE, Job, compute_devices, factor
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
 from .linear import LoRAXSLinear
 from .matching import choose, embeddings, pattern_value
+from .naming import Former, aliases
 from .transaction import transaction
 from .weights import weight_of
 
@@ -105,25 +106,26 @@ def _tying(model: nn.Module) -> list[Any]:
     return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
+@aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"), workspace=WORKSPACE_IN_BYTES)
 def attach(
     model: M,
     rank: int,
     *,
-    target_modules: str | Sequence[str],
+    target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     init: str | Mapping[str, Factors] = "svd",
-    sigma: float = 1e-5,
+    init_std: float = 1e-5,
     seed: int = 0,
     n_iter: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     modules_to_save: Sequence[str] | None = None,
     basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
     """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
@@ -133,15 +135,15 @@ def attach(
             torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (tensor
             parallelism, FSDP2, ZeRO-3) are gathered one at a time, and the ranks take turns at the SVD: every rank must
             then call with the same arguments.
-        rank: r of every adapter, unless `rank_pattern` says otherwise.
+        rank: r of every adapter, unless `rank_pattern` says otherwise.  `r` means the same.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
             embeddings and, in a transformers model for classification, its head, which then trains whole, as if named
             in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
-        alpha: s = alpha / r; None: s = 1 everywhere.
-        dropout, sigma, n_iter, dtype: as in LoRAXSLinear.from_linear.
+        alpha: s = alpha / r; None: s = 1 everywhere.  `lora_alpha` means the same.
+        dropout, init_std, n_iter, dtype: as in LoRAXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
@@ -151,7 +153,7 @@ def attach(
             here are ignored.
         device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
             Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
-        workspace: bytes the SVD may take on each GPU beside the weights that are there already.
+        workspace_gib: GiB the SVD may take on each GPU beside the weights that are there already.
         progress: show a bar when it takes more than a second.
 
     Returns:
@@ -170,7 +172,7 @@ def attach(
             f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
             f"and has no adapter. Pass modules_to_save={[*(modules_to_save or ()), *idle]} to train it whole, or [] to "
             "keep it as it is",
-            stacklevel=2,
+            stacklevel=3,  # past the wrapper of `aliases`
         )
     options: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -181,14 +183,15 @@ def attach(
             if name not in init:
                 raise ValueError(f"init: has no pair (A, B) for module {name!r}")
             options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "dtype": dtype}
+        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter, "dtype": dtype}
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:
-            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
+            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=3)
     opened = None if basis is None else basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
-    install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    how = {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
+    install(model, options, saved, basis=opened, **how)
     return given
 
 

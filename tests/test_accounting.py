@@ -210,7 +210,6 @@ def test_the_class_of_a_configuration(name, architectures, kind):
 def test_errors_name_the_argument(bert):
     for arguments, message in [
         (dict(), "rank: must be given"),
-        (dict(rank=4), "target_modules: must be given"),
         (
             dict(rank=0, target_modules="all-linear"),
             "rank: got 0 for module 'bert.*', must be an integer of at least 1",

@@ -495,7 +495,7 @@ FAILURES = {
     "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
     "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
     "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),
-    "sigma": (None, dict(sigma=float("nan")), ValueError, "sigma: got nan for module 'bert"),
+    "init_std": (None, dict(init_std=float("nan")), ValueError, "init_std: got nan for module 'bert"),
     "dtype": (None, dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'bert"),
     "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
     "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
@@ -753,7 +753,7 @@ def test_an_adapted_head_of_an_encoder_and_decoder_is_saved_with_their_embedding
     sizes = dict(vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
     heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
     model = BartForConditionalGeneration(BartConfig(**sizes, **heads)).eval()
-    lx.attach(model, 4, target_modules=["q_proj", "lm_head"], sigma=0.3, progress=False)
+    lx.attach(model, 4, target_modules=["q_proj", "lm_head"], init_std=0.3, progress=False)
     lx.detach(model, merge=True)
     model.save_pretrained(tmp_path)
     if int(transformers.__version__.split(".")[0]) >= 5:  # 4 ties the head again, whatever the file has

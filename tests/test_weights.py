@@ -702,7 +702,7 @@ def test_adapters_that_zero3_has_partitioned_are_saved_and_loaded(zero3, tmp_pat
     def make(times: float = 1.0) -> nn.Sequential:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, 3))
-        lx.attach(model, 4, target_modules=["0"], modules_to_save=["1"], sigma=0.3)
+        lx.attach(model, 4, target_modules=["0"], modules_to_save=["1"], init_std=0.3)
         if parametrized:
             parametrize.register_parametrization(model[0], "R", Double())
         for p in model.parameters():

@@ -153,7 +153,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda v: v in ("none", "all", "loraxs_only"), '"none", "all" or "loraxs_only"'),
     "loraxs_dropout": MUST["dropout"],
     "init": (lambda v: v in ("svd", "random", "given"), '"svd", "random" or "given"'),
-    "init_std": MUST["sigma"],
+    "init_std": MUST["init_std"],
     "svd_n_iter": MUST["n_iter"],
     "svd_oversample": (lambda v: v is None or integer(0, 2**16)(v), "an integer from 0 to 65536, or None"),
     "svd_seed": MUST["seed"],
@@ -446,9 +446,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> LoRAXSLinear:
         """One adapter as a layer of its own, which shares base_layer and all tensors with this one."""
         A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
-        p, sigma = self.config[name].loraxs_dropout, self.config[name].init_std
+        p, std = self.config[name].loraxs_dropout, self.config[name].init_std
         return LoRAXSLinear(
-            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, sigma=sigma, recipe=self.recipe[name]
+            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, init_std=std, recipe=self.recipe[name]
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -1101,7 +1101,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     options = {
         "alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
         "dropout": config.loraxs_dropout,
-        "sigma": config.init_std,
+        "init_std": config.init_std,
         "dtype": config.dtype and getattr(torch, config.dtype),
         "name": name,
         "fill": False,
