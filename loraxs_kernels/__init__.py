@@ -1,7 +1,7 @@
 """Fused kernels, layers, initialisation and adapter files for LoRA-XS: y = W x + s B R A x, where only R trains."""
 
 from . import functional, integrations
-from .accounting import count_parameters
+from .accounting import count_parameters, print_trainable_parameters, summary
 from .adapter_file import AdapterMismatch, load_adapter, save_adapter
 from .backends import BackendUnavailable, backend
 from .bank import AdapterBank
@@ -29,8 +29,10 @@ __all__ = [
     "integrations",
     "load_adapter",
     "merge",
+    "print_trainable_parameters",
     "register_weight_reader",
     "save_adapter",
+    "summary",
     "truncated_svd",
     "tune",
     "unmerge",

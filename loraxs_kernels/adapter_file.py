@@ -16,6 +16,7 @@ Stacking keeps the header small: 224 modules of r = 16 in bf16 are 112 KiB of R.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis
+from .accounting import summary
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear, label_of
-from .model import adapted_layers, basis_for, install, unwrapped
+from .matching import adapted_layers, saved_modules, unwrapped
+from .model import basis_for, install
 from .naming import aliases, as_dtype
 from .transaction import keep, transaction
 from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weight_of, whole, written
@@ -46,6 +49,8 @@ DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be th
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
 
 M = TypeVar("M", bound=nn.Module)
+
+logger = logging.getLogger(__package__)
 
 
 class AdapterMismatch(ValueError):
@@ -259,6 +264,8 @@ def load_adapter(
                 assign(layer.R, R)
         for target, value in values:
             assign(target, value)
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("load_adapter: %s: %s; delta W is off by at most %.1e", path, summary(model), worst)
     return given
 
 
@@ -274,12 +281,6 @@ def named(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
-
-
-def saved_modules(model: nn.Module) -> list[str]:
-    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
-    attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
-    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
 
 
 def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:

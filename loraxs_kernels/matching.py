@@ -1,4 +1,4 @@
-"""Which modules of a model target_modules means, as PEFT reads it, and which modules take no adapter."""
+"""Which modules of a model have an adapter, which ones target_modules means, as PEFT reads it, and which take none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from .linear import LoRAXSLinear
 from .weights import is_linear, is_unread_linear, unread
 
 
@@ -133,14 +134,18 @@ def _is_everything(target_modules: str | Sequence[str]) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
-def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
-    """Say that "all-linear" leaves out experts whose weights are stacked in one parameter, as in transformers 5."""
-    stacked = [
+def stacked_experts(model: nn.Module) -> list[str]:
+    """The experts whose weights are stacked in one parameter, as in transformers 5: no linear layers."""
+    return [
         name
         for name, m in model.named_modules()
         if "experts" in type(m).__name__.lower() and any(p.dim() == 3 for p in m._parameters.values() if p is not None)
     ]
-    if stacked:
+
+
+def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
+    """Say that "all-linear" leaves out stacked experts, if there are any."""
+    if stacked := stacked_experts(model):
         others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
         warnings.warn(
             f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
@@ -242,3 +247,30 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model, where it has any."""
     get = getattr(model, f"get_{which}_embeddings", None)
     return get() if callable(get) else None
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
+    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
+    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
+        raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
+    if not found:
+        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
+    yield from found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
+    attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
+    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]

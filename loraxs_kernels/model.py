@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .accounting import summary
 from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
 from .linear import LoRAXSLinear
-from .matching import choose, embeddings, pattern_value
+from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
 from .transaction import transaction
 from .weights import weight_of
 
 M = TypeVar("M", bound=nn.Module)
+
+logger = logging.getLogger(__package__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ def attach(
 
     Returns:
         `model`.  A module or weight that stands in several places is adapted once.  Inside the wrappers of
-        torch.compile and DataParallel the names are those of the base model.
+        torch.compile and DataParallel the names are those of the base model.  What was done is logged at level INFO by
+        the logger "loraxs_kernels"; `lx.summary(model)` says the same at any time.
 
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
@@ -192,6 +197,8 @@ def attach(
     devices = None if device is None else compute_devices(device)
     how = {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
     install(model, options, saved, basis=opened, **how)
+    if logger.isEnabledFor(logging.INFO):  # counting takes as long as a small model's SVD
+        logger.info("attach: %s", summary(model))
     return given
 
 
@@ -361,6 +368,8 @@ def detach(model: M, *, merge: bool = False) -> M:
                     p.requires_grad_(name in attachment.trainable_before)
             if _pretends(module):
                 del module._hf_peft_config_loaded
+    what = "added to the weights and taken off" if merge else "taken off"
+    logger.info("detach: %d adapters %s", len(adapted), what)
     return model
 
 
@@ -373,35 +382,16 @@ def merge(model: M) -> M:
     not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
     """
     with transaction(model):
-        for _, layer in adapted_layers(model):
+        for _, layer in (adapted := [*adapted_layers(model)]):
             layer.merge()
+    logger.info("merge: %d adapters added to the weights", len(adapted))
     return model
 
 
 def unmerge(model: M) -> M:
     """Undo `merge`: the original weights and separate adapters."""
     with transaction(model):
-        for _, layer in adapted_layers(model):
+        for _, layer in (adapted := [*adapted_layers(model)]):
             layer.unmerge()
+    logger.info("unmerge: %d adapters beside the original weights again", len(adapted))
     return model
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
-    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
-    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
-        raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
-    if not found:
-        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
-    yield from found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
-            return model
