@@ -2,7 +2,7 @@
 
 from . import functional, integrations
 from .accounting import count_parameters, print_trainable_parameters, summary
-from .adapter_file import AdapterMismatch, load_adapter, save_adapter
+from .adapter_file import AdapterMismatch, load_adapter, push_to_hub, save_adapter
 from .backends import BackendUnavailable, backend
 from .bank import AdapterBank
 from .info import info
@@ -30,6 +30,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "print_trainable_parameters",
+    "push_to_hub",
     "register_weight_reader",
     "save_adapter",
     "summary",

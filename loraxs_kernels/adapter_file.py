@@ -26,14 +26,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import basis
+from . import basis, card
 from .accounting import summary
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
-from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
+from .files import (
+    check_finite,
+    damaged,
+    has_shape,
+    is_finite,
+    sealed,
+    target_of,
+    tensors_of,
+    unsealed,
+    write_atomically,
+)
+from .hub import FILE, Token, local_file, upload
 from .linear import LoRAXSLinear, label_of
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
@@ -46,6 +58,8 @@ NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
+SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
+
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,7 +71,6 @@ class AdapterMismatch(ValueError):
     """The adapter was trained on another basis than this model has; the message says how far off and what to do."""
 
 
-@torch.no_grad()
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
@@ -66,15 +79,17 @@ def save_adapter(
     portable: bool = False,
     save_factors: bool = False,
 ) -> None:
-    """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of the basis.
+    """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of A and B.
 
     Args:
         model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are
             gathered one by one, and each rank then writes the file at the path it was given.  Inside a
             GatheredParameters of all that trains, one rank may call alone.
-        path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
-            stops this process, finds the old file or the new one, whole.  So ranks may give the same path.
+        path: the file, by convention *.safetensors.  Or a folder, one that exists or a path that ends in "/": it gets
+            adapter.safetensors and a model card, README.md, for Hugging Face's Hub.  A README.md that was edited stays
+            as it is, with a warning.  Each file is replaced in one step: a reader finds the old file or the new one,
+            whole, whatever stops this process.  So ranks may give the same path.
         dtype: of R in the file, fp32 or bf16; None: as trained.
         portable: add a sketch of the singular vectors (8 columns for each side), with which `load_adapter` can align
             R to a slightly different basis, such as one from the weights in another dtype.
@@ -84,8 +99,66 @@ def save_adapter(
     modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
     even if moved back): the file then loads only where the weights are as they were before.
     """
+    folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
+    if folder is None:
+        parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
+        write_atomically(path, *parts)
+        return
+    readme = target_of(folder / card.NAME)
+    parts, text = _packed_adapter(model, folder.resolve().name, dtype, portable, save_factors)
+    write_atomically(folder / FILE, *parts)
+    if readme.exists() and not card.is_as_written(readme):
+        warnings.warn(f"{readme}: was not written by save_adapter, or was edited, and stays as it is", stacklevel=2)
+    else:
+        write_atomically(readme, text.encode())
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: Token = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    portable: bool = False,
+    save_factors: bool = False,
+) -> str:
+    """Upload the adapter of a model to Hugging Face's Hub: adapter.safetensors and a model card, in one commit.
+
+        lx.push_to_hub(model, "user/name")
+        lx.load_adapter(fresh, "user/name")
+
+    Args:
+        model: as for `save_adapter`.  Where torch.distributed runs several processes every rank must call, and rank 0
+            uploads.
+        repo_id: "user/name".  The repository is made if it does not exist.
+        private: whether a repository that is made is private; None: as the account has it.
+        token: None: that of `hf auth login`.
+        revision: the branch to commit to, made if it does not exist; None: main.
+        commit_message: None: "Upload a LoRA-XS adapter".
+        dtype, portable, save_factors: as for `save_adapter`.
+
+    Returns the address of the commit.  A model card that was edited on the Hub stays as it is, with a warning.
+
+    Raises what `save_adapter` raises, before anything is uploaded; ImportError without huggingface_hub, PermissionError
+    where the Hub wants another token, ConnectionError where it cannot be reached.
+    """
+    parts, text = _packed_adapter(model, repo_id, dtype, portable, save_factors)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+        return ""
+    where = {"private": private, "token": token, "revision": revision, "message": commit_message}
+    return upload(repo_id, b"".join(parts), text, **where)
+
+
+@torch.no_grad()
+def _packed_adapter(
+    model: nn.Module, where: str, dtype: torch.dtype | str | None, portable: bool, save_factors: bool
+) -> tuple[tuple[bytes | memoryview, ...], str]:
+    """The parts of an adapter file and the text of its card; `where` is what the card loads."""
     dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
-    model, path = unwrapped(model), Path(path)
+    model = unwrapped(model)
     descriptions, records, factors, moved = {}, {}, {}, []
     for name, layer in layers_to_save(model):
         R = whole_R(layer)
@@ -107,16 +180,18 @@ def save_adapter(
         elif not portable and layer.why_no_load():
             moved.append(layer)
         descriptions[name] = description(layer, name)
-    saved = saved_tensors(model)
-    data = packed("loraxs", {"base_model": base_model(model)}, descriptions, records, factors, *saved)
+    names, tensors = saved_tensors(model)
+    base = base_model(model)
+    parts = packed("loraxs", {"base_model": base}, descriptions, records, factors, names, tensors)
+    whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     if moved:
         warnings.warn(
-            f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
+            f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
             "loads where the weights are those that A and B were made from, and not into this model as it is; "
             "save_factors=True makes one that does",
-            stacklevel=3,  # past no_grad's wrapper
+            stacklevel=4,  # past no_grad's wrapper and the caller
         )
-    write_atomically(path, *data)
+    return parts, card.card(model, base, descriptions, whole, where)
 
 
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
@@ -200,12 +275,18 @@ def load_adapter(
     model: M,
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
+    token: Token = None,
     basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
-    """Load an adapter file into a model, in place; the adapters are attached first where the model has none.
+    """Load an adapter into a model, in place; the adapters are attached first where the model has none.
+
+        lx.load_adapter(model, "adapter.safetensors")
+        lx.load_adapter(model, "folder")  # that has an adapter.safetensors
+        lx.load_adapter(model, "user/name")  # of Hugging Face's Hub
 
     A and B are recomputed from the model's own weights by the recipe in the file and checked: the estimated relative
     error of delta W must be at most 1e-3.  Above that, R is aligned to today's basis if the file can (portable=True or
@@ -216,19 +297,26 @@ def load_adapter(
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and the values are those of rank 0.
             Before deepspeed.initialize rank 0 may call alone inside a GatheredParameters(..., modifier_rank=0) of all
             that trains, but not later: that would not reach the optimizer, a RuntimeError.
-        path: of the file.
+        path: the file, a folder with an adapter.safetensors, or a repository "user/name" on the Hub.  A file or folder
+            of that name goes before the Hub.
+        revision, token: of the repository: a branch, tag or commit, and what to log in with where `hf auth login` was
+            not called.
         basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
             a model without adapters.
         device, workspace_gib, progress: of the SVD, as in `attach`, where the adapters are attached here.
 
     Raises:
-        FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
-        here, or its modules are not the model's.  AdapterMismatch: A and B of this model are not those it was trained
-        on.  The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
+        FileNotFoundError: there is no such file, folder or repository.
+        ConnectionError, PermissionError: the Hub cannot be reached, or refuses.
+        ImportError: the Hub is meant, and huggingface_hub is not installed.
+        ValueError: the file is damaged, its version is not supported, or its modules are not the model's.
+        AdapterMismatch: A and B of this model are not those that the adapter was trained with.
+    The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
-    given, model, path = model, unwrapped(model), Path(path)
+    given, model = model, unwrapped(model)
     if any(isinstance(m, LoRAXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):
         raise ValueError(f"model: {HAS_BANK}; add(name, path) of the bank takes the file in")
+    path = local_file(path, revision, token)
     entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:

@@ -739,8 +739,9 @@ def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
 def test_missing_files_and_folders(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         lx.load_adapter(mlp(), tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="is a folder, must be the name of a file"):
-        lx.save_adapter(trained[0], tmp_path)
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(ValueError, match=r"README\.md is a folder, must be the name of a file"):
+        lx.save_adapter(trained[0], f"{tmp_path}/")
     lx.save_adapter(trained[0], tmp_path / "new" / "folder" / "a.safetensors")
     assert lx.load_adapter(mlp(), tmp_path / "new" / "folder" / "a.safetensors")
 
