@@ -563,7 +563,13 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
 
 def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
     """What `unpacked` finds in an adapter file."""
-    header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
+    return read_opened(*unsealed(path, "loraxs", "LoRA-XS adapter"), path)
+
+
+def read_opened(
+    header: dict[str, Any], f: Any, path: Path
+) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
+    """`read` of a file that `unsealed` has opened."""
     tensors = tensors_of(f, path)
 
     def stacked(rank: int) -> dict[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]:

@@ -33,7 +33,7 @@ _DTYPES = "bfloat16, float16, float32 or float64, or bf16 and so on"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `init`, `bank`, `serve`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the status.
+    """Run one of the commands (`loraxs --help` lists them); returns the status.
 
     0: all went well.  1: an error, told in one line on stderr.  130: stopped by Ctrl-C.  141: the reader of the output
     has gone, as in `loraxs params ... | head -1`; nothing is printed, and shells report the same number, 128 + SIGPIPE,
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "what is installed, which backends can run here, and why not")
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
+    _add_inspect(add("inspect", _inspect, "say what an adapter file, a basis file or a bank holds; no model is needed"))
     bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
     serve_cli.add_serve(add("serve", _serve, "serve a model with all adapters of a bank, by vLLM"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
@@ -227,6 +228,23 @@ def _init(arguments: argparse.Namespace) -> int:
             workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="an adapter: a file, its folder or user/name on the Hub; a basis file; a bank")
+    parser.add_argument("--revision", help="of a repository on the Hub: a branch, tag or commit")
+    parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspection import as_text, inspected
+
+    try:
+        found = inspected(arguments.path, arguments.revision)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_text(found)))
     return 0
 
 
