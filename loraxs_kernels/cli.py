@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from . import demo
+from . import demo, hub
 from .bench import BenchError
 from .demo import DemoError
 from .naming import as_dtype
@@ -360,8 +360,10 @@ def _configuration(name: str) -> PretrainedConfig:
     if name in MODELS:
         return AutoConfig.for_model(MODELS[name].model_type, **MODELS[name].config)
     try:
-        _check_config(name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        path = Path(name) if os.path.exists(name) else hub.download(name, "config.json")
+        path = path / "config.json" if path.is_dir() else path
+        _check_config(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such file, no such name, no network, no JSON, no model_type
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -370,18 +372,14 @@ def _configuration(name: str) -> PretrainedConfig:
         ) from error
 
 
-def _check_config(name: str) -> None:
+def _check_config(path: Path) -> None:
     """Refuse a config.json that is no JSON object, or of so many layers or labels that they would fill the memory."""
-    from transformers import PretrainedConfig
-
-    path = Path(name, "config.json") if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON file ({error})") from error
-    else:
-        config = PretrainedConfig.get_config_dict(name)[0]
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, must hold a JSON object")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
+from .backends import forced
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import autocast, check_x, label_of, lora_xs_delta, run, together
 from .indexed import RowIndex
@@ -276,9 +277,14 @@ class LoRAXSLinear(nn.Module):
         return merged
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        text += f", alpha={self.alpha:g}, init={self.recipe.init}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
+        shown = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        shown |= {"s": f"{self.scaling:g}", "dtype": dtype_name(self.A.dtype)}
+        if (backend := forced()) is not None:  # else it depends on the call
+            shown["backend"] = backend
+        shown["init"] = self.recipe.init
+        if self.dropout:
+            shown["dropout"] = f"{self.dropout:g}"
+        return ", ".join(f"{key}={value}" for key, value in shown.items()) + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
         frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), *self._buffers.values()]

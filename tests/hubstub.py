@@ -48,12 +48,14 @@ def _handler(hub: Hub):
             return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
         def do_GET(self):
+            if self.path.startswith("/api/agent-harnesses"):  # what huggingface_hub asks on its own account
+                return self.send(404)
             hub.requests.append(f"{self.command} {self.path}")
+            if hub.broken:
+                return self.send(503)
             if not (asked := re.fullmatch(r"/(.+?/.+?)/resolve/([^/]+)/(.+)", self.path)):
                 return self.send(404, X_Error_Code="RepoNotFound")
             repo, branch, name = asked.groups()
-            if hub.broken:
-                return self.send(503)
             found = hub.resolve(repo, branch, name, self.token())
             if isinstance(found, str):
                 return self.send(401 if found == "RepoNotFound" else 404, X_Error_Code=found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import hubstub
 import pytest
 import torch
 from torch import nn
@@ -381,6 +382,21 @@ def test_the_table_of_a_folder_or_a_file(capsys, tmp_path, bert):
         ["2", "LoRA-XS", "8", "6.5", "KiB"],
     ]
     assert params(capsys, "--model", str(tmp_path / "config.json"), "-r", "4", "--target-modules", "all-linear")[0] == 0
+
+
+def test_the_table_of_a_model_on_the_hub(capsys, tmp_path, monkeypatch, bert):
+    """Its config.json alone is fetched; if the Hub cannot be reached, one question is asked and one line says so."""
+    bert.config.save_pretrained(tmp_path)
+    with hubstub.running(monkeypatch, tmp_path / "cache") as hub:
+        hub.repos["user/bert"] = {"main": {"config.json": (tmp_path / "config.json").read_bytes()}}
+        assert params(capsys, "--model", "user/bert", "-r", "4")[::2] == (0, "")
+        assert all("config.json" in each for each in hub.requests)
+        hub.broken, asked = True, len(hub.requests)
+        assert params(capsys, "--model", "user/bert", "-r", "4")[::2] == (0, "")  # from the cache
+        status, out, err = params(capsys, "--model", "foo", "-r", "4")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "name on Hugging Face's hub: foo: is not here, and the Hub cannot be reached (" in err
+        assert len(hub.requests) == asked + 2
 
 
 @pytest.mark.parametrize(

@@ -760,3 +760,17 @@ def test_an_adapted_head_of_an_encoder_and_decoder_is_saved_with_their_embedding
         ids = torch.arange(8)[None]
         y = BartForConditionalGeneration.from_pretrained(tmp_path).eval()(ids).logits
         torch.testing.assert_close(y, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_what_a_layer_shows(gpt2):
+    layer = lx.attach(gpt2.bfloat16(), 4, lora_alpha=8, dropout=0.25).transformer.h[0].attn.c_attn
+    shown = "in_features=32, out_features=96, rank=4, s=2, dtype=bfloat16, init=svd, dropout=0.25"
+    assert layer.extra_repr() == shown
+    with lx.backend("torch"):
+        assert "dtype=bfloat16, backend=torch, init=svd" in repr(layer)
+    assert layer.to("meta").extra_repr() == shown
+
+
+def test_the_integrations_are_listed():
+    assert {"peft", "reference_repo", "transformers", "vllm"} <= set(dir(lx.integrations))
+    assert lx.integrations.reference_repo.__name__ == "loraxs_kernels.integrations.reference_repo"
