@@ -259,7 +259,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     kind = next((k[0] if isinstance(k, tuple) else k for k in kinds if k is not None), None)
     what = f"the configuration of a {config.model_type or 'nameless'!r} model"
     if kind is None:
-        raise ValueError(f"model: got {what}, of which transformers has no class; build it and hand in the module")
+        raise ValueError(f"model: got {what}, for which transformers has no class; build the model and pass it")
     made, thread = 0, threading.get_ident()
 
     def count(*_: object) -> None:
@@ -273,7 +273,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
             return kind(copy.deepcopy(config))  # which models write to
     except Exception as error:  # sizes that do not fit each other fail as they like in there
         why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model: got {what}, of which no {kind.__name__} can be made: {why}") from error
+        raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error
     finally:
         counting.remove()
 

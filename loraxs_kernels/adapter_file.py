@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 
 from . import basis, card
 from .accounting import summary
-from .basis import ACCEPT, ALIGNED, PROBES, Recipe
+from .basis import ACCEPT, ALIGNED, DIFFERENT, PROBES, Recipe
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .files import (
     check_finite,
@@ -56,7 +56,6 @@ from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weig
 # Of a module, beside its recipe: {its name here: in a file}.
 NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "sigma"}
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
-DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
 
 SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
@@ -68,7 +67,7 @@ logger = logging.getLogger(__package__)
 
 
 class AdapterMismatch(ValueError):
-    """The adapter was trained on another basis than this model has; the message says how far off and what to do."""
+    """A and B of this model are not those that the adapter was trained with; the message says why and what to do."""
 
 
 def save_adapter(
@@ -206,8 +205,8 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
             )
         if layer.R.is_meta or layer.A.is_meta:
             raise ValueError(
-                f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "
-                "reset_parameters(), or take accelerate's offloading off"
+                f"module {name!r}: R or A is not in memory (meta device), must be in memory to be saved: load the "
+                "weights, call reset_parameters(), or remove accelerate's offloading"
             )
         yield name, layer
 
@@ -289,8 +288,9 @@ def load_adapter(
         lx.load_adapter(model, "user/name")  # of Hugging Face's Hub
 
     A and B are recomputed from the model's own weights by the recipe in the file and checked: the estimated relative
-    error of delta W must be at most 1e-3.  Above that, R is aligned to today's basis if the file can (portable=True or
-    save_factors=True) and taken, with a warning that gives the figure, up to 3e-2.  Anything else is refused.
+    error of delta W must be at most 1e-3.  If it is larger and the file was saved with portable=True or
+    save_factors=True, R is aligned to the recomputed A and B; up to 3e-2 is then accepted, with a warning that gives
+    the figure.  Everything else is refused.
 
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
@@ -333,8 +333,8 @@ def load_adapter(
             values = saved_values(model, modules_to_save, saved)
         if worst > ACCEPT:
             warnings.warn(
-                f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, "
-                f"with an estimated relative error of delta W of up to {worst:.1e}",
+                f"{path}: A and B of this model differ slightly from those that the adapter was trained with; R was "
+                f"aligned to them, with an estimated relative error of delta W of up to {worst:.1e}",
                 stacklevel=4,  # past the wrappers of no_grad and `aliases`
             )
         trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
@@ -377,8 +377,8 @@ def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
         basis.check(key, getattr(layer, key), f"module {name!r}")
     if layer.scaling != layer.alpha / layer.rank:
         raise ValueError(
-            f"module {name!r}: its scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a "
-            "file holds alpha, so set that too"
+            f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
+            "holds alpha, so set alpha as well"
         )
     recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
     return described(vars(layer), recipe, name)
@@ -401,7 +401,7 @@ def attach_as(
     modules = dict(model.named_modules())
     for name in [*entries, *modules_to_save]:
         if name not in modules:
-            raise ValueError(f"model: has no module {name!r}, which the adapter is for; it is of another base model")
+            raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
         if not name:
             raise ValueError(
                 "model: is a layer without an adapter, and the file is of a single LoRAXSLinear; must be one, such as "
@@ -466,47 +466,46 @@ def mismatch(
     recipe: Recipe | None = None,
     load: str = "Load the adapter",
 ) -> AdapterMismatch:
-    """What to raise for a module whose delta W is off by `error`: by how much, why, and what to do.
+    """The error for a module whose delta W is off by `error`: by how much, why, and what to do.
 
     where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  S: the singular
     values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
-    recipe: that A was made by.  load: what the user does with what cannot be used.
+    recipe: by which A was made.  load: what the user does with what cannot be used.
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
     names = ("name",) if there is not None and there.init == "random" else ()
     differs = [f for f in (*HOW, *names) if getattr(there, f, None) != getattr(here, f, None)]
-    again = "" if can_align(entry) or not keeping else f", or save the adapter again with {keeping}"
     if differs:
-        what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
+        ours, theirs = (", ".join(f"{f} {getattr(each, f)!r}" for f in differs) for each in (here, there))
         return AdapterMismatch(
-            f"{found}: A and B of the model were made by another recipe ({what}). {load} into a model "
-            "without adapters and without basis=, so that A and B are made by the recipe in the file"
+            f"{found}: this model's A and B were made with {ours}, the adapter's with {theirs}. {load} into a model "
+            "without adapters and without basis=, so that A and B are made as the file says"
         )
-    same_base = basis.same_values(entry["S"], S)
-    if not same_base or error > DIFFERENT:
-        what = "delta W is not the one" if same_base else "singular values are not those"
+    if error > DIFFERENT or not basis.same_values(entry["S"], S):
+        base = entry["base_model"]
+        trained = f"the base model {base!r}" if base else "a base model that the file does not name"
         return AdapterMismatch(
-            f"{found}, and its {what} the adapter was trained on: the base model (its name there: "
-            f"{entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
+            f"{found}: this model has different weights. The adapter was trained on {trained}: load its weights"
         )
+    again = "" if can_align(entry) or not keeping else f", or save the adapter from its own model with {keeping}"
     more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"
     dtypes = [each and each.weight_dtype for each in (there, here)]
     if None not in dtypes and dtypes[0] != dtypes[1]:
         return AdapterMismatch(
-            f"{more}: its A and B were made from weights in {dtypes[0]}, those of this model from weights in "
-            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be moved afterwards{again}"
+            f"{more}: the adapter's A and B were made from weights in {dtypes[0]}, this model's from weights in "
+            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be converted afterwards{again}"
         )
     if there is not None and there.rounded != here.rounded:
         ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
         return AdapterMismatch(
-            f"{more}: its A and B were {ways[0]}, those of this model were {ways[1]}. {load} into a model "
+            f"{more}: the adapter's A and B were {ways[0]}, this model's were {ways[1]}. {load} into a model "
             "without adapters and without basis=, so that A and B are rounded as the file says"
         )
-    how = "edited or quantised" if None not in dtypes else "edited, quantised or in another dtype"
+    how = "edited or quantised" if None not in dtypes else "edited, quantised or converted to another dtype"
     return AdapterMismatch(
-        f"{more}: the weights differ ({how}), or A and B of one of the two came from a state dict. Load the weights it "
-        f"was trained on{again}"
+        f"{more}: the weights were {how}, or one of the two models has its A and B from a state dict. Load the weights "
+        f"that the adapter was trained on{again}"
     )
 
 
@@ -612,7 +611,7 @@ def unpacked(
                 entry[key] = row
     for key in tensors:
         if not key.startswith(tuple(f"model/{name}." for name in saved)):
-            damaged(path, f"has a tensor {key!r}, of which its header says nothing")
+            damaged(path, f"its header does not mention the tensor {key!r}")
     return entries, saved, {key.removeprefix("model/"): t for key, t in tensors.items()}
 
 

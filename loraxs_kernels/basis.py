@@ -30,6 +30,7 @@ ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
 ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
 PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
+DIFFERENT = 0.5  # relative error from which the weights are different ones, and not the same ones in another dtype
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
 SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
 
@@ -177,7 +178,7 @@ class Recipe:
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         if self.init == "sklearn":
             return self._factors_by_sklearn(weight.read(), rank)
-        raise ValueError("init: A and B were given, there is no recipe to make them again")
+        raise ValueError("init: A and B were given to attach, so they cannot be made again")
 
     def _factors_by_sklearn(self, W: Tensor, rank: int) -> Factors:
         try:

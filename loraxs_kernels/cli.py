@@ -379,7 +379,7 @@ def _check_config(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, must hold a JSON object")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

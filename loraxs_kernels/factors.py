@@ -54,7 +54,7 @@ class Job:
 
 
 def workspace_bytes(workspace_gib: float) -> int:
-    """The bytes of an argument `workspace_gib`; ValueError for what is no size of memory."""
+    """The bytes of an argument `workspace_gib`; ValueError for anything that is not a size of memory."""
     if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
         raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
     return int(workspace_gib * 2**30)
@@ -175,7 +175,7 @@ def _raise_on_all(error: Exception | None, groups: Sequence[Any]) -> None:
     if error is not None:
         raise error
     if said is not None:
-        raise RuntimeError(f"another rank could not read or factor its weights: {said}")
+        raise RuntimeError(f"another process (rank) could not read its weights or compute their SVD: {said}")
 
 
 def _factor(jobs: Sequence[Job], deliver: Deliver, devices: Sequence[torch.device] | None, workspace: int) -> None:

@@ -336,13 +336,13 @@ def test_errors_name_the_argument(bert):
 
 def test_a_configuration_of_no_model():
     odd = transformers.BertConfig(hidden_size=30, num_attention_heads=4)
-    with pytest.raises(ValueError, match="configuration of a 'bert' model, of which no BertForMaskedLM can be made"):
+    with pytest.raises(ValueError, match="configuration of a 'bert' model, from which no BertForMaskedLM can be made"):
         lx.count_parameters(odd, 4, target_modules="all-linear")
 
     class Unknown(transformers.PretrainedConfig):
         model_type = "unheard-of"
 
-    with pytest.raises(ValueError, match="'unheard-of' model, of which transformers has no class"):
+    with pytest.raises(ValueError, match="'unheard-of' model, for which transformers has no class"):
         lx.count_parameters(Unknown(), 4, target_modules="all-linear")
 
 

@@ -155,8 +155,8 @@ LLAMA = {
     ("config", "message"),
     [
         (b"[]", "config.json holds a list, must hold a JSON object"),
-        (b"\xff\xfe{}", "config.json is no JSON file"),
-        (b"[" * 100_000, "config.json is no JSON file"),
+        (b"\xff\xfe{}", "config.json is not a JSON file"),
+        (b"[" * 100_000, "config.json is not a JSON file"),
         (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, must be at most 100000"),
         (LLAMA | {"num_labels": 10**9}, "num_labels is 1000000000"),
         (LLAMA | {"num_hidden_layers": 200}, "LlamaForCausalLM can be made: it has more than 1,000 modules"),

@@ -612,7 +612,10 @@ def two_ranks(rank: int, store: str) -> None:
         for use_orig_params in (True, False):
             model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
             wrapped = FSDP(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-            with pytest.raises(TypeError, match=r"module '0': got a Linear .* has left a part here, must be whole"):
+            with pytest.raises(
+                TypeError,
+                match=r"module '0': got a Linear .* a part that FullyShardedDataParallel keeps here, must be whole",
+            ):
                 lx.attach(model, 4, target_modules=["0"])
             with FSDP.summon_full_params(wrapped, writeback=False):
                 check(model)
