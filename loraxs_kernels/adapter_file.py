@@ -186,8 +186,8 @@ def _packed_adapter(
     if moved:
         warnings.warn(
             f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
-            "loads where the weights are those that A and B were made from, and not into this model as it is; "
-            "save_factors=True makes one that does",
+            "will load into a model with the weights that A and B were made from, but not into this one as it is now; "
+            "for that, save with save_factors=True",
             stacklevel=4,  # past no_grad's wrapper and the caller
         )
     return parts, card.card(model, base, descriptions, whole, where)
@@ -320,7 +320,7 @@ def load_adapter(
     entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:
-        raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
+        raise ValueError("basis: must be None for a model with adapters, which have their A and B already")
     devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
@@ -404,7 +404,7 @@ def attach_as(
             raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
         if not name:
             raise ValueError(
-                "model: is a layer without an adapter, and the file is of a single LoRAXSLinear; must be one, such as "
+                "model: is a layer without an adapter, but the file holds the adapter of a single LoRAXSLinear; pass "
                 "LoRAXSLinear.from_linear(model, rank)"
             )
     options = {}
@@ -424,21 +424,25 @@ def attach_as(
 
 
 def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
-    """R for every layer, aligned to its basis where need be, and the worst relative error of a delta."""
+    """R for every layer, aligned to its A and B if need be, and the worst relative error of a delta."""
     if layers.keys() != entries.keys():
         only = sorted(layers.keys() ^ entries.keys())
-        raise ValueError(f"{path}: is for other modules than the model's adapters; the first difference: {only[0]!r}")
+        raise ValueError(f"{path}: adapts other modules than the model's adapters do; only one of them has {only[0]!r}")
     settled, errors, refused = {}, {}, {}
     for name, entry in entries.items():
         layer = layers[name]
         if layer.rank != entry["rank"]:
-            raise ValueError(f"{path}: module {name!r} has rank {entry['rank']} there and {layer.rank} in the model")
+            raise ValueError(
+                f"{path}: module {name!r} has rank {entry['rank']} in the file and {layer.rank} in the model"
+            )
         if layer.merged:
             raise ValueError(f"model: module {name!r} is merged; unmerge it before loading an adapter")
         if parametrize.is_parametrized(layer, "R") and not all(
             hasattr(p, "right_inverse") for p in layer.parametrizations.R
         ):
-            raise ValueError(f"model: the parametrization of R in module {name!r} has no right_inverse to set R by")
+            raise ValueError(
+                f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
+            )
         settled[name], errors[name] = fitted(entry, layer.A, layer.B)
         if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not basis.same_base(entry["S"], layer.A):
             refused[name] = errors[name]

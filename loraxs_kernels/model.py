@@ -209,7 +209,7 @@ def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Ba
         init = getattr(o["init"], "init", o["init"])  # of a Recipe
         if not isinstance(init, str) or init != "svd":
             shown = init if isinstance(init, str) else "(A, B)"
-            raise ValueError(f'init: got {shown!r} beside basis, must be "svd"')
+            raise ValueError(f'init: got {shown!r} together with basis, must be "svd"')
         rank, recipe = found.modules[found.find(name)]
         if o["rank"] != rank:
             raise ValueError(f"rank: got {o['rank']} for module {name!r}, must be {rank} as in the basis file {path}")
@@ -268,7 +268,7 @@ def _check_unadapted(model: nn.Module) -> None:
             )
         if "base_layer" in m._modules and hasattr(m, "active_adapters"):
             raise ValueError(
-                f"model: has adapters of PEFT (in a {type(m).__name__}); merge_and_unload() or unload() first"
+                f"model: has adapters of PEFT (in a {type(m).__name__}); call merge_and_unload() or unload() first"
             )
 
 

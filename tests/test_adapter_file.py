@@ -415,9 +415,9 @@ def test_another_base_is_refused_and_nothing_changes(trained, case, attached):
 
 def test_modules_that_do_not_match_are_named(trained):
     _, path = trained
-    with pytest.raises(ValueError, match="is for other modules than the model's adapters; the first difference: '2'"):
+    with pytest.raises(ValueError, match="adapts other modules than the model's adapters do; only one of them has '2'"):
         lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0"]), path)
-    with pytest.raises(ValueError, match="module '2' has rank 3 there and 4 in the model"):
+    with pytest.raises(ValueError, match="module '2' has rank 3 in the file and 4 in the model"):
         lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0", "2"]), path)
     with pytest.raises(ValueError, match="model: has no module '3', but the adapter has"):
         lx.load_adapter(mlp()[:3], path)

@@ -96,7 +96,7 @@ def test_a_basis_that_does_not_fit_is_refused_and_the_model_is_as_it_was(checkpo
     elif what == "rank":
         rank, message = 5, r"rank: got 5 for module 'layers.0.up', must be 4 as in the basis file"
     else:
-        init, message = "random", "init: got 'random' beside basis"
+        init, message = "random", "init: got 'random' together with basis"
     before = copy.deepcopy(m.state_dict())
     with pytest.raises(ValueError, match=message):
         lx.attach(m, rank, target_modules=["up", "down"], init=init, basis=tmp_path / "basis.safetensors")
