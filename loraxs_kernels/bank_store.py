@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_file, basis
-from .adapter_file import HOW, AdapterMismatch
+from .acceptance import HOW, AdapterMismatch, fitted_to, mismatch
 from .bank_environment import DATA, LOCK, Environment, identity_of, load_lmdb
-from .basis import ACCEPT, PROBES, Fingerprint
+from .basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
 from .model import unwrapped
@@ -509,7 +509,7 @@ class Store:
             for module, each, fits in zip(modules, R, right.tolist(), strict=True):
                 settled[module] = each
                 if not fits:
-                    settled[module], error = adapter_file.fitted_to(entries[module], self._fingerprints[module])
+                    settled[module], error = fitted_to(entries[module], self._fingerprints[module])
                     if error > ACCEPT or not basis.same_values(entries[module]["S"], self._fingerprints[module].S):
                         refused[module] = error
         if refused:
@@ -527,7 +527,7 @@ class Store:
                 f"{found}: its A and B were made by another recipe than the bank's ({what}). Train it on a model with "
                 "the bank's, or create a bank from a model with its own"
             )
-        if error > adapter_file.DIFFERENT or not basis.same_values(entry["S"], self._fingerprints[module].S):
+        if error > DIFFERENT or not basis.same_values(entry["S"], self._fingerprints[module].S):
             return AdapterMismatch(
                 f"{found}: it was trained on another base model (its name there: {entry['base_model']!r}) or other "
                 f"weights than the bank's ({self.base_model!r})"
@@ -609,7 +609,7 @@ class Store:
             worst = max(refused, key=refused.__getitem__)
             S, recipe = basis.singular_values(layers[worst].A), layers[worst].recipe
             how = {"keeping": "", "recipe": recipe, "load": "Attach the bank"}
-            raise adapter_file.mismatch(str(self.path), worst, self.entries[worst], refused[worst], S, **how)
+            raise mismatch(str(self.path), worst, self.entries[worst], refused[worst], S, **how)
 
 
 FINGERPRINT = tuple(each.name for each in fields(Fingerprint))

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
-from loraxs_kernels.adapter_file import fitted, fitted_to
+from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels.adapter_file import adapted_layers
 from loraxs_kernels.card import is_as_written
 from loraxs_kernels.hub import download
+from loraxs_kernels.matching import adapted_layers
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
