@@ -48,11 +48,13 @@ def mismatch(
             f"{found}: this model's A and B were made with {ours}, the adapter's with {theirs}. {load} into a model "
             "without adapters and without basis=, so that A and B are made as the file says"
         )
-    if error > DIFFERENT or not basis.same_values(entry["S"], S):
+    same_values = basis.same_values(entry["S"], S)
+    if error > DIFFERENT or not same_values:
         base = entry["base_model"]
+        why = "" if same_values else ", and the singular values of the weight differ"
         trained = f"the base model {base!r}" if base else "a base model that the file does not name"
         return AdapterMismatch(
-            f"{found}: this model has different weights. The adapter was trained on {trained}: load its weights"
+            f"{found}{why}: this model has different weights. The adapter was trained on {trained}: load its weights"
         )
     again = "" if can_align(entry) or not keeping else f", or save the adapter from its own model with {keeping}"
     more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"

@@ -387,7 +387,10 @@ def other_weights(model):
 
 
 OTHER_BASES = {
-    "another model": (other_weights, r"module '2' is .*: this model has different weights"),
+    "another model": (
+        other_weights,
+        r"module '2' is .*, and the singular values of the weight differ: this model has different weights",
+    ),
     "edited weights": (
         scaled_by(1.01),
         r"module '0' is 1\.\de-02, more than 1e-03: the weights were edited .* save the adapter from its own",
