@@ -296,25 +296,26 @@ def _groups(
         how = job.recipe.plan(job.rank, job.weight.shape)
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
     weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
+
+    def whole(batch: list[tuple[int, Tensor | Pieces]], rank: int, how: Plan, seed: int) -> Group:
+        """The batch as a group, which alone holds its weights from then on."""
+        started.append([i for i, _ in batch])
+        group = Group([W for _, W in batch], rank, how, seed)
+        batch.clear()
+        return group
+
     for (_, _, rank, how, seed), members in alike.items():
         batch: list[tuple[int, Tensor | Pieces]] = []
-
-        def whole(batch: list = batch, rank: int = rank, how: Plan = how, seed: int = seed) -> Group:
-            started.append([i for i, _ in batch])
-            group = Group([W for _, W in batch], rank, how, seed)
-            batch.clear()
-            return group
-
         for i in members:
             W = next(weights)
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
-                yield whole()
+                yield whole(batch, rank, how, seed)
             batch.append((i, W))
             if len(batch) >= _weights_at_once(jobs[i], device, workspace, W.dtype):
                 del W
-                yield whole()
+                yield whole(batch, rank, how, seed)
         if batch:
-            yield whole()
+            yield whole(batch, rank, how, seed)
 
 
 def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torch.dtype | None = None) -> int:

@@ -68,7 +68,7 @@ def test_earlier_names_still_work():
     layer.reset_R()
     assert not layer.R.any()
     with pytest.warns(FutureWarning, match="workspace is now called workspace_gib"):
-        lx.attach(mlp(), 4, workspace=2**30)
+        lx.attach(mlp(), 4, workspace=2**40)  # bytes; as GiB it would be refused
     with (
         pytest.warns(FutureWarning, match="workspace is now called workspace_gib"),
         pytest.raises(ValueError, match="workspace_gib: got 0"),
