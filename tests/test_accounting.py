@@ -229,6 +229,8 @@ def test_the_summary_says_what_has_an_adapter_what_trains_and_what_was_left_out(
         "no adapter: classifier (trains whole), 2 key (not a target)"
     )
     assert str(found) == line
+    bert.bert.encoder.layer[0].attention.self.query.R.requires_grad_(False)
+    assert (lx.summary(bert).R, lx.summary(bert).total) == (R - 16, found.total)
     assert caplog.messages == [f"attach: {line}"] and caplog.records[0].levelname == "INFO"
 
 

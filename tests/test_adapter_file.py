@@ -277,6 +277,14 @@ def test_the_message_says_what_was_found(trained):
             with pytest.raises(AdapterMismatch, match=message) as refusal:
                 lx.load_adapter(other, file)
             assert "float" not in str(refusal.value) and "portable" not in str(refusal.value)
+    skew = torch.randn(20, 20)
+    turned = torch.linalg.matrix_exp(0.02 * (skew - skew.mT))  # a little
+    for file, advised in ((path, False), (path.with_name("plain"), True)):
+        other = mlp()
+        other[0].weight.data = other[0].weight @ turned
+        with pytest.raises(AdapterMismatch, match="the weights were edited or quantised") as refusal:
+            lx.load_adapter(other, file)
+        assert ("portable=True" in str(refusal.value)) == advised
     with pytest.raises(AdapterMismatch, match="A and B were not rounded, this model's were rounded to bfloat16"):
         rounded = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, dtype=torch.bfloat16)
         lx.load_adapter(rounded, path.with_name("plain"))
