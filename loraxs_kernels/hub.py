@@ -110,6 +110,7 @@ def _huggingface_hub() -> ModuleType:
 def _told(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
     """Errors of huggingface_hub as ones that say what is wrong and what to do."""
     errors, log_in = _huggingface_hub().errors, "log in (hf auth login) or pass token="
+    not_here = "is not here, and " if name else ""  # of what is to be loaded
     try:
         yield
     except errors.HFValidationError as error:
@@ -118,21 +119,23 @@ def _told(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
         raise PermissionError(f"{repo}: access on the Hub is gated; accept the terms there, and {log_in}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{repo}: no such file or folder here, and no such repository on the Hub, or a private one: {log_in}"
+            f"{repo}: {not_here}the Hub has no such repository, or a private one: {log_in}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo}: the repository on the Hub has no revision {revision!r}") from error
-    except errors.RemoteEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:  # the network has gone after the first question
+        raise ConnectionError(f"{repo}: {not_here}the Hub cannot be reached") from error
+    except errors.EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo}: the repository on the Hub has no file {name}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise ConnectionError(f"{repo}: is not here, and HF_HUB_OFFLINE is set, so the Hub is not asked") from error
+        raise ConnectionError(f"{repo}: {not_here}HF_HUB_OFFLINE is set, so the Hub is not asked") from error
     except (FileNotFoundError, PermissionError, ConnectionError):  # as above, from `download`
         raise
     # Of the library below, httpx or, before huggingface_hub 1.0, requests, whose errors are OSErrors.
     except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise PermissionError(f"{repo}: the Hub refuses; {log_in}. The token must allow what you do") from error
-        raise ConnectionError(f"{repo}: is not here, and the Hub cannot be reached ({_first_line(error)})") from error
+        raise ConnectionError(f"{repo}: {not_here}the Hub cannot be reached ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

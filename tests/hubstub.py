@@ -53,6 +53,8 @@ def _handler(hub: Hub):
             hub.requests.append(f"{self.command} {self.path}")
             if hub.broken:
                 return self.send(503)
+            if "?expand=xetEnabled" in self.path:  # before 1.0: whether to upload in another way
+                return self.send(200, b'{"id": "user/name", "xetEnabled": false}', Content_Type="application/json")
             if not (asked := re.fullmatch(r"/(.+?/.+?)/resolve/([^/]+)/(.+)", self.path)):
                 return self.send(404, X_Error_Code="RepoNotFound")
             repo, branch, name = asked.groups()
@@ -109,14 +111,16 @@ def _handler(hub: Hub):
 @contextmanager
 def running(monkeypatch, cache):
     """A hub that huggingface_hub talks to meanwhile, with an empty cache in a folder."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

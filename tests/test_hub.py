@@ -160,7 +160,10 @@ def test_a_branch_of_a_private_repository(hub, trained):
         lx.load_adapter(mlp(), "user/name", token=hubstub.TOKEN)
     with pytest.raises(FileNotFoundError, match=r"^user/name: the repository on the Hub has no revision 'v3'"):
         lx.load_adapter(mlp(), "user/name", revision="v3", token=hubstub.TOKEN)
-    with pytest.raises(FileNotFoundError, match=r"^user/name: no such .* or a private one: log in .* token="):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"^user/name: is not here, and the Hub has .* a private one: log in .* token=",
+    ):
         lx.load_adapter(mlp(), "user/name")
 
 
