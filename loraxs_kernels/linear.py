@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
+from .backends import forced
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import label_of, together
+from .naming import Former, aliases, as_dtype, renamed_attribute
 from .padded import PaddedB
 from .route import computed_weight, does_more, layer_output
 from .svd import NotFinite
@@ -33,7 +35,7 @@ class LoRAXSLinear(PaddedB):
 
     Attributes:
         A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
-            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, sigma, recipe.
+            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, init_std, recipe.
         weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
@@ -52,6 +54,7 @@ class LoRAXSLinear(PaddedB):
     # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
     shares: Any = None
 
+    @aliases(sigma=Former("init_std"))
     def __init__(
         self,
         base_layer: nn.Module,
@@ -61,7 +64,7 @@ class LoRAXSLinear(PaddedB):
         *,
         alpha: float,
         dropout: float = 0.0,
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         recipe: Recipe,
     ) -> None:
         super().__init__()
@@ -70,11 +73,14 @@ class LoRAXSLinear(PaddedB):
         self.register_buffer("B", B)
         self.R = nn.Parameter(R)
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
-        self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
+        self.dropout, self.init_std, self.recipe = dropout, init_std, recipe
         self._coarsest = dense_dtype(base_layer)
         self.train(base_layer.training)
 
+    sigma = renamed_attribute("sigma", "init_std")
+
     @classmethod
+    @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"))
     def from_linear(
         cls,
         linear: nn.Module,
@@ -83,10 +89,10 @@ class LoRAXSLinear(PaddedB):
         alpha: float | None = None,
         dropout: float = 0.0,
         init: str | Factors | Recipe = "svd",
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         seed: int = 0,
         n_iter: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         name: str = "",
         fill: bool = True,
     ) -> LoRAXSLinear:
@@ -100,7 +106,7 @@ class LoRAXSLinear(PaddedB):
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
                 seed and n_iter, and a dtype where none is given here.
-            sigma: R ~ N(0, sigma^2).
+            init_std: R ~ N(0, init_std^2) at the start.
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter: of `truncated_svd`.
             dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
@@ -114,10 +120,9 @@ class LoRAXSLinear(PaddedB):
         label = label_of(name)
         check_rank(rank, label)
         alpha = rank if alpha is None else alpha
-        for argument, value in {"alpha": alpha, "dropout": dropout, "sigma": sigma, "seed": seed}.items():
+        for argument, value in {"alpha": alpha, "dropout": dropout, "init_std": init_std, "seed": seed}.items():
             check(argument, value, label)
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
+        dtype = as_dtype("dtype", dtype, FLOATS, label)
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
@@ -149,7 +154,9 @@ class LoRAXSLinear(PaddedB):
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=kept, weight_dtype=dtype_name(W.dtype)).cast(dtype)
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
-        layer = cls(linear, A, R, B, alpha=float(alpha), dropout=float(dropout), sigma=float(sigma), recipe=recipe)
+        layer = cls(
+            linear, A, R, B, alpha=float(alpha), dropout=float(dropout), init_std=float(init_std), recipe=recipe
+        )
         if fill and not A.is_meta:
             layer.reset_parameters()
         linear.requires_grad_(False)
@@ -181,7 +188,7 @@ class LoRAXSLinear(PaddedB):
     @torch.no_grad()
     def reset_R(self) -> None:
         """Draw R again."""
-        assign(self.R, self.recipe.initial_R(self.rank, self.sigma))
+        assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.seat is not None:
@@ -268,9 +275,14 @@ class LoRAXSLinear(PaddedB):
         return merged
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        text += f", alpha={self.alpha:g}, init={self.recipe.init}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
+        shown = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        shown |= {"s": f"{self.scaling:g}", "dtype": dtype_name(self.A.dtype)}
+        if (backend := forced()) is not None:  # else it depends on the call
+            shown["backend"] = backend
+        shown["init"] = self.recipe.init
+        if self.dropout:
+            shown["dropout"] = f"{self.dropout:g}"
+        return ", ".join(f"{key}={value}" for key, value in shown.items()) + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
         dtype = self.A.dtype

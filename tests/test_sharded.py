@@ -28,7 +28,7 @@ def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 
 def attached(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return lx.attach(llama(dtype), 4, target_modules="all-linear", modules_to_save=["lm_head"], sigma=0.1)
+    return lx.attach(llama(dtype), 4, target_modules="all-linear", modules_to_save=["lm_head"], init_std=0.1)
 
 
 def through_peft(dtype: torch.dtype = torch.float32, **options) -> nn.Module:

@@ -86,7 +86,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda v: v in ("none", "all", "loraxs_only"), '"none", "all" or "loraxs_only"'),
     "loraxs_dropout": MUST["dropout"],
     "init": (lambda v: v in ("svd", "random", "given"), '"svd", "random" or "given"'),
-    "init_std": MUST["sigma"],
+    "init_std": MUST["init_std"],
     "svd_n_iter": MUST["n_iter"],
     "svd_oversample": (lambda v: v is None or integer(0, 2**16)(v), "an integer from 0 to 65536, or None"),
     "svd_seed": MUST["seed"],

@@ -95,9 +95,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> LoRAXSLinear:
         """One adapter as a LoRAXSLinear that shares base_layer and all tensors with this layer."""
         A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
-        p, sigma = self.config[name].loraxs_dropout, self.config[name].init_std
+        p, std = self.config[name].loraxs_dropout, self.config[name].init_std
         return LoRAXSLinear(
-            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, sigma=sigma, recipe=self.recipe[name]
+            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, init_std=std, recipe=self.recipe[name]
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

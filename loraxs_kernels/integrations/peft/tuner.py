@@ -21,8 +21,8 @@ from torch import nn
 from ...basis import Recipe
 from ...factors import WORKSPACE
 from ...linear import LoRAXSLinear, label_of
-from ...matching import matches
-from ...model import classification_head, fill, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ...matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ...model import fill
 from ...svd import plan
 from ...transaction import transaction
 from ...weights import is_linear, is_unread_linear, unread, weight_of, weight_view
@@ -267,7 +267,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     options = {
         "alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
         "dropout": config.loraxs_dropout,
-        "sigma": config.init_std,
+        "init_std": config.init_std,
         "dtype": config.dtype and getattr(torch, config.dtype),
         "name": name,
         "fill": False,

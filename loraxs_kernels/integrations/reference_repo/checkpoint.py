@@ -20,8 +20,8 @@ from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
 from ...factors import WORKSPACE, compute_devices
 from ...files import read_json
 from ...linear import LoRAXSLinear
-from ...matching import matches
-from ...model import adapted_layers, detach, install, pattern_value
+from ...matching import matches, pattern_value
+from ...model import adapted_layers, detach, install
 from ...transaction import keep, transaction
 from ...weights import FLOATS, weight_of
 from ..peft_files import PREFIX, read_tensors
