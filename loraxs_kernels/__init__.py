@@ -1,8 +1,9 @@
 """Fused kernels, layers, initialisation and adapter files for LoRA-XS: y = W x + s B R A x, where only R trains."""
 
 from . import functional, integrations
-from .accounting import count_parameters
-from .adapter_file import AdapterMismatch, load_adapter, save_adapter
+from .acceptance import AdapterMismatch
+from .accounting import count_parameters, print_trainable_parameters, summary
+from .adapter_file import load_adapter, push_to_hub, save_adapter
 from .backends import BackendUnavailable, backend
 from .bank import AdapterBank
 from .info import info
@@ -29,8 +30,11 @@ __all__ = [
     "integrations",
     "load_adapter",
     "merge",
+    "print_trainable_parameters",
+    "push_to_hub",
     "register_weight_reader",
     "save_adapter",
+    "summary",
     "truncated_svd",
     "tune",
     "unmerge",

@@ -1,4 +1,4 @@
-"""How many parameters LoRA-XS trains on a model, beside LoRA and VeRA: from shapes alone, before anything is loaded.
+"""How many parameters LoRA-XS trains on a model: before anything is loaded, beside LoRA and VeRA, or of one as it is.
 
 What trains, summed over the adapted layers with W (N, K), as the LoRA-XS paper counts it (arXiv 2405.17604; its
 equations 5 and 6 are LoRA's and VeRA's, for square weights):
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,13 +24,25 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import LoRAXSLinear, check_rank, label_of
-from .model import choose, pattern_value
-from .weights import is_linear, weight_of
+from .matching import (
+    adapted_layers,
+    choose,
+    embeddings,
+    pattern_value,
+    saved_modules,
+    stacked_experts,
+    unwrapped,
+    why_no_adapter,
+)
+from .naming import aliases, as_dtype
+from .weights import FLOATS, is_linear, is_unread_linear, weight_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 METHODS = {"loraxs": "LoRA-XS", "lora": "LoRA", "vera": "VeRA"}
+
+EXPERTS = "experts, stacked in one parameter"
 
 MOST_MODULES = 300_000  # of a model; the largest mixtures of experts have a third of that
 # Of a configuration that names no class: the first of these that knows it.  Encoders come before the decoders that
@@ -54,7 +67,7 @@ class Parameters:
     vera: int
     saved: int
 
-    def nbytes(self, dtype: torch.dtype = torch.float32, method: str = "loraxs") -> int:
+    def nbytes(self, dtype: torch.dtype | str = torch.float32, method: str = "loraxs") -> int:
         """Bytes of one adapter's trained numbers, `saved` included, in a dtype.
 
         method: "loraxs", "lora" or "vera", else ValueError.  A file of `save_adapter` holds r + 8 fp32 numbers a module
@@ -62,9 +75,10 @@ class Parameters:
         """
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, must be one of {', '.join(METHODS)}")
-        return (getattr(self, method) + self.saved) * dtype.itemsize
+        return (getattr(self, method) + self.saved) * as_dtype("dtype", dtype, FLOATS).itemsize
 
 
+@aliases(r="rank")
 def count_parameters(
     model: nn.Module | PretrainedConfig,
     rank: int | None = None,
@@ -77,14 +91,15 @@ def count_parameters(
     """How many parameters `attach` would train on a model, and LoRA and VeRA on the same modules.
 
         config = AutoConfig.from_pretrained("mistralai/Mistral-7B-v0.1")
-        lx.count_parameters(config, 16, target_modules="all-linear").loraxs  # 57,344
+        lx.count_parameters(config, 16).loraxs  # 57,344
 
     Args:
         model: an nn.Module, on the meta device or any other, or a transformers configuration, whose model is made on
             the meta device: by the first of its `architectures` that transformers has, else with the head of its kind
             (masked, sequence-to-sequence or causal language model), else without one.  Nothing is allocated, changed
             or downloaded.  A model that has adapters is counted as it is: leave out all that follows.
-        rank, target_modules, exclude_modules, rank_pattern, modules_to_save: as in `attach`.
+        rank, target_modules, exclude_modules, rank_pattern, modules_to_save: as in `attach`; target_modules None:
+            "all-linear".
 
     Raises TypeError or ValueError where `attach` would with init="svd", where a model with adapters comes with
     arguments for others, and where transformers can make no model of the configuration.
@@ -102,18 +117,12 @@ def count_parameters(
                     "leave it out, or lx.detach(model) first"
                 )
         layers = [(layer.out_features, layer.in_features, layer.rank) for layer in adapted.values()]
-        saved = [
-            submodule.get_submodule(name)
-            for submodule in model.modules()
-            if "loraxs" in submodule.__dict__
-            for name in submodule.loraxs.modules_to_save
-        ]
+        saved = saved_modules(model)
     else:
-        for argument, value in (("rank", rank), ("target_modules", target_modules)):
-            if value is None:
-                raise ValueError(f"{argument}: must be given, for the model has no LoRA-XS adapters to count")
-        names, saved, _ = choose(model, target_modules, exclude_modules, modules_to_save)
-        saved = [model.get_submodule(name) for name in saved]
+        if rank is None:
+            raise ValueError("rank: must be given, because the model has no LoRA-XS adapters to count")
+        targets = "all-linear" if target_modules is None else target_modules
+        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save)
         layers = []
         for name in names:
             N, K = weight_of(model.get_submodule(name), label_of(name)).shape
@@ -128,8 +137,113 @@ def count_parameters(
         loraxs=sum(sizes[p] for p in of_adapters) if adapted else sum(r * r for _, _, r in layers),
         lora=sum(r * (N + K) for N, K, r in layers),
         vera=sum(N + r for N, _, r in layers),
-        saved=sum(sizes[p] for p in {id(p) for module in saved for p in module.parameters()}),
+        saved=sum(sizes[p] for p in {id(p) for name in saved for p in model.get_submodule(name).parameters()}),
     )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What LoRA-XS has made of a model; `str` of it is one line.
+
+    ranks: {name of an adapted module: its rank}.
+    skipped: {name of a linear layer that has no adapter: why}.
+    R: how many parameters of the adapters train.  beside: {name of a module: how many of its parameters train, too}.
+    total: all parameters of the model, those of the adapters included; a quantised weight counts N x K.
+    """
+
+    ranks: Mapping[str, int]
+    skipped: Mapping[str, str]
+    R: int
+    beside: Mapping[str, int]
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """How many parameters train in all."""
+        return self.R + sum(self.beside.values())
+
+    def __str__(self) -> str:
+        kinds = Counter(name.rpartition(".")[2] for name in self.ranks)
+        linear = len(self.ranks) + sum(why != EXPERTS for why in self.skipped.values())
+        ranks = sorted(set(self.ranks.values()))
+        line = f"{len(self.ranks)} of {linear} linear layers have an adapter "
+        line += f"({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}) "
+        line += f"of rank {', '.join(map(str, ranks))}; {self.trainable:,} of {self.total:,} parameters train: "
+        line += ", ".join([f"{self.R:,} in R", *_counts(self.beside)])
+        alike = defaultdict(list)
+        for name, why in self.skipped.items():
+            alike[name.rpartition(".")[2], why].append(name)
+        left = [
+            f"{names[0] if len(names) == 1 else f'{len(names)} {kind}'} ({why})" for (kind, why), names in alike.items()
+        ]
+        return line + (f"; no adapter: {', '.join(left)}" if left else "")
+
+
+def summary(model: nn.Module) -> Summary:
+    """What LoRA-XS has made of a model: which layers it adapts and which not, and how many parameters train.
+
+        print(lx.summary(model))
+
+    `attach` logs the same line at level INFO.  Nothing is read from the weights.  Raises ValueError where the model has
+    no adapters from `attach`.
+    """
+    model = unwrapped(model)
+    adapted, saved, sizes = dict(adapted_layers(model)), saved_modules(model), _sizes(model)
+    own = {id(p) for layer in adapted.values() for p in _trained(layer)}
+    beside: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in own:
+            whole = next((each for each in saved if f"{name}.".startswith(f"{each}.")), None)
+            beside[whole or name.rpartition(".")[0] or name] += sizes[id(p)]
+    return Summary(
+        ranks={name: layer.rank for name, layer in adapted.items()},
+        skipped=_skipped(model, adapted, saved),
+        R=sum(sizes[id(p)] for layer in adapted.values() for p in _trained(layer) if p.requires_grad),
+        beside=dict(beside),
+        total=sum(sizes.values()),
+    )
+
+
+def _skipped(model: nn.Module, adapted: Mapping[str, LoRAXSLinear], saved: Sequence[str]) -> dict[str, str]:
+    """The linear layers without an adapter, and why."""
+    inside = {id(m) for layer in adapted.values() for m in layer.modules()}
+    trained = {id(m) for name in saved for m in model.get_submodule(name).modules()}
+    output, skipped = embeddings(model, "output"), {}
+    for parent_name, parent in model.named_modules():
+        for child, m in parent._modules.items():
+            if m is None or id(m) in inside or not (is_linear(m) or is_unread_linear(m)):
+                continue
+            inside.add(id(m))
+            if id(m) in trained:
+                why = "trains whole"
+            elif m is output:
+                why = "the output embeddings"
+            elif is_unread_linear(m):
+                why = f"a {type(m).__name__}, see lx.register_weight_reader"
+            else:
+                why = why_no_adapter(parent, child) or "not a target"
+            skipped[f"{parent_name}.{child}".removeprefix(".")] = why
+    return skipped | dict.fromkeys(stacked_experts(model), EXPERTS)
+
+
+def _counts(numbers: Mapping[str, int]) -> list[str]:
+    """ "2,310 in classifier" for each module, the first three of them."""
+    shown = [f"{n:,} in {name}" for name, n in numbers.items()]
+    rest = sum([*numbers.values()][3:])
+    return shown[:3] + ([f"{rest:,} in {len(shown) - 3} more modules"] if rest else [])
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, as PEFT does, and in a second line what trains beside R, if anything does.
+
+    A quantised weight counts by its shape, a parameter that is shared once.  Raises ValueError where the model has no
+    adapters from `attach`.
+    """
+    found = summary(model)
+    share = 100 * found.trainable / found.total
+    print(f"trainable params: {found.trainable:,} || all params: {found.total:,} || trainable%: {share:.4f}")
+    if found.beside:
+        print(f"beside R: {', '.join(_counts(found.beside))}")
 
 
 def from_config(config: PretrainedConfig) -> nn.Module:
@@ -145,7 +259,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     kind = next((k[0] if isinstance(k, tuple) else k for k in kinds if k is not None), None)
     what = f"the configuration of a {config.model_type or 'nameless'!r} model"
     if kind is None:
-        raise ValueError(f"model: got {what}, of which transformers has no class; build it and hand in the module")
+        raise ValueError(f"model: got {what}, for which transformers has no class; build the model and pass it")
     made, thread = 0, threading.get_ident()
 
     def count(*_: object) -> None:
@@ -159,7 +273,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
             return kind(copy.deepcopy(config))  # which models write to
     except Exception as error:  # sizes that do not fit each other fail as they like in there
         why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model: got {what}, of which no {kind.__name__} can be made: {why}") from error
+        raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error
     finally:
         counting.remove()
 

@@ -16,6 +16,7 @@ Stacking keeps the header small: 224 modules of r = 16 in bf16 are 112 KiB of R.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,49 +26,65 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import basis
+from . import basis, card
+from .acceptance import AdapterMismatch as AdapterMismatch  # for the integrations, which take it from here
+from .acceptance import can_align, fitted, mismatch
+from .accounting import summary
 from .basis import ACCEPT, ALIGNED, PROBES, Recipe
-from .factors import WORKSPACE, compute_devices
-from .files import check_finite, damaged, has_shape, is_finite, sealed, tensors_of, unsealed, write_atomically
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from .files import (
+    check_finite,
+    damaged,
+    has_shape,
+    is_finite,
+    sealed,
+    target_of,
+    tensors_of,
+    unsealed,
+    write_atomically,
+)
+from .hub import FILE, Token, local_file, upload
 from .linear import LoRAXSLinear, label_of
-from .model import adapted_layers, basis_for, install, unwrapped
+from .matching import adapted_layers, saved_modules, unwrapped
+from .model import basis_for, install
+from .naming import aliases, as_dtype
 from .transaction import keep, transaction
 from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weight_of, whole, written
 
-NUMBERS = ("rank", "alpha", "dropout", "sigma")  # of a module, beside its recipe
-HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
-DIFFERENT = 0.5  # relative error of delta W from which the weights cannot be the same ones
+# Of a module, beside its recipe: {its name here: in a file}.
+NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "sigma"}
+SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
 
 M = TypeVar("M", bound=nn.Module)
 
-
-class AdapterMismatch(ValueError):
-    """The adapter was trained on another basis than this model has; the message says how far off and what to do."""
+logger = logging.getLogger(__package__)
 
 
-@torch.no_grad()
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     portable: bool = False,
     save_factors: bool = False,
 ) -> None:
-    """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of the basis.
+    """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of A and B.
 
     Args:
         model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are
             gathered one by one, and each rank then writes the file at the path it was given.  Inside a
             GatheredParameters of all that trains, one rank may call alone.
-        path: of the file, by convention *.safetensors.  It is replaced in one step: whoever reads it, and whatever
-            stops this process, finds the old file or the new one, whole.  So ranks may give the same path.
+        path: the file, by convention *.safetensors.  Or a folder, one that exists or a path that ends in "/": it gets
+            adapter.safetensors and a model card, README.md, for Hugging Face's Hub.  A README.md that was edited stays
+            as it is, with a warning.  Each file is replaced in one step: a reader finds the old file or the new one,
+            whole, whatever stops this process.  So ranks may give the same path.
         dtype: of R in the file, fp32 or bf16; None: as trained.
         portable: add a sketch of the singular vectors (8 columns for each side), with which `load_adapter` can align
             R to a slightly different basis, such as one from the weights in another dtype.
@@ -77,9 +94,66 @@ def save_adapter(
     modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
     even if moved back): the file then loads only where the weights are as they were before.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
-    model, path = unwrapped(model), Path(path)
+    folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
+    if folder is None:
+        parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
+        write_atomically(path, *parts)
+        return
+    readme = target_of(folder / card.NAME)
+    parts, text = _packed_adapter(model, folder.resolve().name, dtype, portable, save_factors)
+    write_atomically(folder / FILE, *parts)
+    if readme.exists() and not card.is_as_written(readme):
+        warnings.warn(f"{readme}: was not written by save_adapter, or was edited, and stays as it is", stacklevel=2)
+    else:
+        write_atomically(readme, text.encode())
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: Token = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    portable: bool = False,
+    save_factors: bool = False,
+) -> str:
+    """Upload the adapter of a model to Hugging Face's Hub: adapter.safetensors and a model card, in one commit.
+
+        lx.push_to_hub(model, "user/name")
+        lx.load_adapter(fresh, "user/name")
+
+    Args:
+        model: as for `save_adapter`.  Where torch.distributed runs several processes every rank must call, and rank 0
+            uploads.
+        repo_id: "user/name".  The repository is made if it does not exist.
+        private: whether a repository that is made is private; None: as the account has it.
+        token: None: that of `hf auth login`.
+        revision: the branch to commit to, made if it does not exist; None: main.
+        commit_message: None: "Upload a LoRA-XS adapter".
+        dtype, portable, save_factors: as for `save_adapter`.
+
+    Returns the address of the commit.  A model card that was edited on the Hub stays as it is, with a warning.
+
+    Raises what `save_adapter` raises, before anything is uploaded; ImportError without huggingface_hub, PermissionError
+    where the Hub wants another token, ConnectionError where it cannot be reached.
+    """
+    parts, text = _packed_adapter(model, repo_id, dtype, portable, save_factors)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+        return ""
+    where = {"private": private, "token": token, "revision": revision, "message": commit_message}
+    return upload(repo_id, b"".join(parts), text, **where)
+
+
+@torch.no_grad()
+def _packed_adapter(
+    model: nn.Module, where: str, dtype: torch.dtype | str | None, portable: bool, save_factors: bool
+) -> tuple[tuple[bytes | memoryview, ...], str]:
+    """The parts of an adapter file and the text of its card; `where` is what the card loads."""
+    dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
+    model = unwrapped(model)
     descriptions, records, factors, moved = {}, {}, {}, []
     for name, layer in layers_to_save(model):
         R = whole_R(layer)
@@ -101,16 +175,18 @@ def save_adapter(
         elif not portable and layer.why_no_load():
             moved.append(layer)
         descriptions[name] = description(layer, name)
-    saved = saved_tensors(model)
-    data = packed("loraxs", {"base_model": base_model(model)}, descriptions, records, factors, *saved)
+    names, tensors = saved_tensors(model)
+    base = base_model(model)
+    parts = packed("loraxs", {"base_model": base}, descriptions, records, factors, names, tensors)
+    whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     if moved:
         warnings.warn(
-            f"{path}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
-            "loads where the weights are those that A and B were made from, and not into this model as it is; "
-            "save_factors=True makes one that does",
-            stacklevel=3,  # past no_grad's wrapper
+            f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
+            "will load into a model with the weights that A and B were made from, but not into this one as it is now; "
+            "for that, save with save_factors=True",
+            stacklevel=4,  # past no_grad's wrapper and the caller
         )
-    write_atomically(path, *data)
+    return parts, card.card(model, base, descriptions, whole, where)
 
 
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
@@ -125,8 +201,8 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
             )
         if layer.R.is_meta or layer.A.is_meta:
             raise ValueError(
-                f"module {name!r}: R or A is not there (meta device), must be in memory to be saved: load the weights, "
-                "reset_parameters(), or take accelerate's offloading off"
+                f"module {name!r}: R or A is not in memory (meta device), must be in memory to be saved: load the "
+                "weights, call reset_parameters(), or remove accelerate's offloading"
             )
         yield name, layer
 
@@ -188,45 +264,60 @@ def packed(
     return sealed(tensors, kind, header)
 
 
+@aliases(workspace=WORKSPACE_IN_BYTES)
 @torch.no_grad()
 def load_adapter(
     model: M,
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
+    token: Token = None,
     basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
-    """Load an adapter file into a model, in place; the adapters are attached first where the model has none.
+    """Load an adapter into a model, in place; the adapters are attached first where the model has none.
+
+        lx.load_adapter(model, "adapter.safetensors")
+        lx.load_adapter(model, "folder")  # that has an adapter.safetensors
+        lx.load_adapter(model, "user/name")  # of Hugging Face's Hub
 
     A and B are recomputed from the model's own weights by the recipe in the file and checked: the estimated relative
-    error of delta W must be at most 1e-3.  Above that, R is aligned to today's basis if the file can (portable=True or
-    save_factors=True) and taken, with a warning that gives the figure, up to 3e-2.  Anything else is refused.
+    error of delta W must be at most 1e-3.  If it is larger and the file was saved with portable=True or
+    save_factors=True, R is aligned to the recomputed A and B; up to 3e-2 is then accepted, with a warning that gives
+    the figure.  Everything else is refused.
 
     Args:
         model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
             Where FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and the values are those of rank 0.
             Before deepspeed.initialize rank 0 may call alone inside a GatheredParameters(..., modifier_rank=0) of all
             that trains, but not later: that would not reach the optimizer, a RuntimeError.
-        path: of the file.
+        path: the file, a folder with an adapter.safetensors, or a repository "user/name" on the Hub.  A file or folder
+            of that name goes before the Hub.
+        revision, token: of the repository: a branch, tag or commit, and what to log in with where `hf auth login` was
+            not called.
         basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
             a model without adapters.
-        device, workspace, progress: of the SVD, as in `attach`, where the adapters are attached here.
+        device, workspace_gib, progress: of the SVD, as in `attach`, where the adapters are attached here.
 
     Raises:
-        FileNotFoundError: there is no such file.  ValueError: the file is damaged or of a version that is not known
-        here, or its modules are not the model's.  AdapterMismatch: A and B of this model are not those it was trained
-        on.  The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
+        FileNotFoundError: there is no such file, folder or repository.
+        ConnectionError, PermissionError: the Hub cannot be reached, or refuses.
+        ImportError: the Hub is meant, and huggingface_hub is not installed.
+        ValueError: the file is damaged, its version is not supported, or its modules are not the model's.
+        AdapterMismatch: A and B of this model are not those that the adapter was trained with.
+    The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
-    given, model, path = model, unwrapped(model), Path(path)
+    given, model = model, unwrapped(model)
     if any(isinstance(m, LoRAXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):
         raise ValueError(f"model: {HAS_BANK}; add(name, path) of the bank takes the file in")
+    path = local_file(path, revision, token)
     entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
     if basis is not None and not fresh:
-        raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
-    devices = None if device is None else compute_devices(device)
+        raise ValueError("basis: must be None for a model with adapters, which have their A and B already")
+    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
             with named(path):
@@ -238,9 +329,9 @@ def load_adapter(
             values = saved_values(model, modules_to_save, saved)
         if worst > ACCEPT:
             warnings.warn(
-                f"{path}: this model's basis is not quite the one the adapter was trained on; R was aligned to it, "
-                f"with an estimated relative error of delta W of up to {worst:.1e}",
-                stacklevel=3,  # past no_grad's wrapper
+                f"{path}: A and B of this model differ slightly from those that the adapter was trained with; R was "
+                f"aligned to them, with an estimated relative error of delta W of up to {worst:.1e}",
+                stacklevel=4,  # past the wrappers of no_grad and `aliases`
             )
         trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
         changing = [*trained, *(target for target, _ in values)]
@@ -257,6 +348,8 @@ def load_adapter(
                 assign(layer.R, R)
         for target, value in values:
             assign(target, value)
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("load_adapter: %s: %s; delta W is off by at most %.1e", path, summary(model), worst)
     return given
 
 
@@ -274,20 +367,14 @@ def named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
-def saved_modules(model: nn.Module) -> list[str]:
-    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
-    attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
-    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
-
-
 def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
     for key in NUMBERS:
         basis.check(key, getattr(layer, key), f"module {name!r}")
     if layer.scaling != layer.alpha / layer.rank:
         raise ValueError(
-            f"module {name!r}: its scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a "
-            "file holds alpha, so set that too"
+            f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
+            "holds alpha, so set alpha as well"
         )
     recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
     return described(vars(layer), recipe, name)
@@ -296,7 +383,7 @@ def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
 def described(numbers: Mapping[str, Any], recipe: Recipe, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one module, by its name, as a header has them."""
     recipe = {k: v for k, v in asdict(recipe).items() if k != "name" or v != name}
-    return {key: numbers[key] for key in NUMBERS} | recipe
+    return {there: numbers[here] for here, there in NUMBERS.items()} | recipe
 
 
 def attach_as(
@@ -310,10 +397,10 @@ def attach_as(
     modules = dict(model.named_modules())
     for name in [*entries, *modules_to_save]:
         if name not in modules:
-            raise ValueError(f"model: has no module {name!r}, which the adapter is for; it is of another base model")
+            raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
         if not name:
             raise ValueError(
-                "model: is a layer without an adapter, and the file is of a single LoRAXSLinear; must be one, such as "
+                "model: is a layer without an adapter, but the file holds the adapter of a single LoRAXSLinear; pass "
                 "LoRAXSLinear.from_linear(model, rank)"
             )
     options = {}
@@ -333,21 +420,25 @@ def attach_as(
 
 
 def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
-    """R for every layer, aligned to its basis where need be, and the worst relative error of a delta."""
+    """R for every layer, aligned to its A and B if need be, and the worst relative error of a delta."""
     if layers.keys() != entries.keys():
         only = sorted(layers.keys() ^ entries.keys())
-        raise ValueError(f"{path}: is for other modules than the model's adapters; the first difference: {only[0]!r}")
+        raise ValueError(f"{path}: adapts other modules than the model's adapters do; only one of them has {only[0]!r}")
     settled, errors, refused = {}, {}, {}
     for name, entry in entries.items():
         layer = layers[name]
         if layer.rank != entry["rank"]:
-            raise ValueError(f"{path}: module {name!r} has rank {entry['rank']} there and {layer.rank} in the model")
+            raise ValueError(
+                f"{path}: module {name!r} has rank {entry['rank']} in the file and {layer.rank} in the model"
+            )
         if layer.merged:
             raise ValueError(f"model: module {name!r} is merged; unmerge it before loading an adapter")
         if parametrize.is_parametrized(layer, "R") and not all(
             hasattr(p, "right_inverse") for p in layer.parametrizations.R
         ):
-            raise ValueError(f"model: the parametrization of R in module {name!r} has no right_inverse to set R by")
+            raise ValueError(
+                f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
+            )
         settled[name], errors[name] = fitted(entry, layer.A, layer.B)
         if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not basis.same_base(entry["S"], layer.A):
             refused[name] = errors[name]
@@ -358,91 +449,6 @@ def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Pat
             str(path), worst, entries[worst], refused[worst], basis.singular_values(layer.A), recipe=layer.recipe
         )
     return settled, max(errors.values())
-
-
-def can_align(entry: dict[str, Any]) -> bool:
-    """Whether an adapter has what R is aligned to other A and B by."""
-    return "A" in entry or "U" in entry
-
-
-def mismatch(
-    where: str,
-    name: str,
-    entry: dict[str, Any],
-    error: float,
-    S: Tensor,
-    keeping: str = "portable=True or save_factors=True",
-    recipe: Recipe | None = None,
-    load: str = "Load the adapter",
-) -> AdapterMismatch:
-    """What to raise for a module whose delta W is off by `error`: by how much, why, and what to do.
-
-    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  S: the singular
-    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
-    recipe: that A was made by.  load: what the user does with what cannot be used.
-    """
-    found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
-    there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
-    names = ("name",) if there is not None and there.init == "random" else ()
-    differs = [f for f in (*HOW, *names) if getattr(there, f, None) != getattr(here, f, None)]
-    again = "" if can_align(entry) or not keeping else f", or save the adapter again with {keeping}"
-    if differs:
-        what = ", ".join(f"{f} {getattr(here, f)!r} and not {getattr(there, f)!r}" for f in differs)
-        return AdapterMismatch(
-            f"{found}: A and B of the model were made by another recipe ({what}). {load} into a model "
-            "without adapters and without basis=, so that A and B are made by the recipe in the file"
-        )
-    same_base = basis.same_values(entry["S"], S)
-    if not same_base or error > DIFFERENT:
-        what = "delta W is not the one" if same_base else "singular values are not those"
-        return AdapterMismatch(
-            f"{found}, and its {what} the adapter was trained on: the base model (its name there: "
-            f"{entry['base_model']!r}) or its weights are others. Load the weights it was trained on"
-        )
-    more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"
-    dtypes = [each and each.weight_dtype for each in (there, here)]
-    if None not in dtypes and dtypes[0] != dtypes[1]:
-        return AdapterMismatch(
-            f"{more}: its A and B were made from weights in {dtypes[0]}, those of this model from weights in "
-            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be moved afterwards{again}"
-        )
-    if there is not None and there.rounded != here.rounded:
-        ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
-        return AdapterMismatch(
-            f"{more}: its A and B were {ways[0]}, those of this model were {ways[1]}. {load} into a model "
-            "without adapters and without basis=, so that A and B are rounded as the file says"
-        )
-    how = "edited or quantised" if None not in dtypes else "edited, quantised or in another dtype"
-    return AdapterMismatch(
-        f"{more}: the weights differ ({how}), or A and B of one of the two came from a state dict. Load the weights it "
-        f"was trained on{again}"
-    )
-
-
-def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
-    """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
-
-    entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where R can be aligned.
-    """
-    return fitted_to(entry, basis.Fingerprint.of(A, B), (A, B))
-
-
-def fitted_to(
-    entry: dict[str, Any], here: basis.Fingerprint, factors: basis.Factors | None = None
-) -> tuple[Tensor, float]:
-    """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
-    R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
-    candidates, errors = [R], [float(here.residual(entry["probe"], R))]
-    if errors[0] > ACCEPT and basis.same_values(entry["S"], here.S):
-        candidates.append(basis.flipped(R, int(here.flipped_residuals(entry["probe"], R).argmin())))
-        if factors is not None and "A" in entry:
-            candidates.append(basis.align_by_factors(R, (entry["A"], entry["B"]), *factors))
-        elif factors is not None and "U" in entry:
-            for cluster in (0.0, basis.CLUSTER):
-                candidates.append(basis.align_by_sketch(R, entry["S"], (entry["U"], entry["V"]), *factors, cluster))
-        errors += [float(here.residual(entry["probe"], candidate)) for candidate in candidates[1:]]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return candidates[best], errors[best]
 
 
 def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -472,7 +478,13 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
 
 def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
     """What `unpacked` finds in an adapter file."""
-    header, f = unsealed(path, "loraxs", "LoRA-XS adapter")
+    return read_opened(*unsealed(path, "loraxs", "LoRA-XS adapter"), path)
+
+
+def read_opened(
+    header: dict[str, Any], f: Any, path: Path
+) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
+    """`read` of a file that `unsealed` has opened."""
     tensors = tensors_of(f, path)
 
     def stacked(rank: int) -> dict[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]:
@@ -500,8 +512,9 @@ def unpacked(
     if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
     entries, stacks = {}, {}
-    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", NUMBERS, path)):
-        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe, **numbers}
+    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", [*NUMBERS.values()], path)):
+        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe}
+        entry |= {here: numbers[there] for here, there in NUMBERS.items()}
         stacks.setdefault(entry["rank"], []).append(entry)
         factors = {"A": (entry["rank"], None), "B": (None, entry["rank"])}
         if recipe.init == "given" or any(f"{key}/{i}" in tensors for key in factors):
@@ -514,7 +527,7 @@ def unpacked(
                 entry[key] = row
     for key in tensors:
         if not key.startswith(tuple(f"model/{name}." for name in saved)):
-            damaged(path, f"has a tensor {key!r}, of which its header says nothing")
+            damaged(path, f"its header does not mention the tensor {key!r}")
     return entries, saved, {key.removeprefix("model/"): t for key, t in tensors.items()}
 
 

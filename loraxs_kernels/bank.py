@@ -23,9 +23,10 @@ from . import adapter_file
 from .bank_layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
 from .bank_store import Store
 from .bank_training import Training
-from .factors import WORKSPACE, compute_devices
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .linear import LoRAXSLinear
 from .model import adapted_layers, detach, unwrapped
+from .naming import aliases
 from .transaction import keep, transaction
 from .weights import assign
 
@@ -82,6 +83,7 @@ class AdapterBank(Store):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("AdapterBank: cannot be pickled, nor can a model that has one; bank.detach(model) first")
 
+    @aliases(workspace=WORKSPACE_IN_BYTES)
     @torch.no_grad()
     def attach(
         self,
@@ -90,7 +92,7 @@ class AdapterBank(Store):
         *,
         basis: str | os.PathLike | None = None,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
-        workspace: int = WORKSPACE,
+        workspace_gib: float = WORKSPACE / 2**30,
         progress: bool = True,
     ) -> M:
         """Put the bank's layers on a model, in place, and freeze all of it.
@@ -101,7 +103,7 @@ class AdapterBank(Store):
                 bank's values.
             slots: how many adapters a device holds at a time, at least as many as one batch mixes; each takes 4 bytes
                 for an element of R.  A bank has as many on all models it is attached to.
-            basis, device, workspace, progress: as in `load_adapter`.
+            basis, device, workspace_gib, progress: as in `load_adapter`.
 
         Returns:
             `model`.  Its call takes `adapter_ids`, a list with one name a sample (None: the base model), and so does
@@ -124,7 +126,7 @@ class AdapterBank(Store):
         put_on = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
-        devices = None if device is None else compute_devices(device)
+        devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:

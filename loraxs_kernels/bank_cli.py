@@ -24,7 +24,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter file")
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     create.add_argument("--adapter", type=Path, required=True, help="a file of lx.save_adapter for that model")
-    create.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of R in the bank")
+    create.add_argument("--dtype", metavar="DTYPE", default="float32", help="of R in the bank: float32 or bfloat16")
     adding = add("add", "store adapter files by their names without .safetensors, all of them or none")
     adding.add_argument("files", type=Path, nargs="+", help="adapter files, or folders of them")
     adding.add_argument("--replace", action="store_true", help="adapters of the same names")
@@ -50,7 +50,7 @@ def command(arguments: argparse.Namespace) -> int:
 def _create(arguments: argparse.Namespace) -> None:
     model = _model(arguments.model, arguments.adapter)
     adapter_file.load_adapter(model, arguments.adapter, progress=False)
-    with AdapterBank.create(arguments.bank, model, dtype=getattr(torch, arguments.dtype)) as bank:
+    with AdapterBank.create(arguments.bank, model, dtype=arguments.dtype) as bank:
         print(f"{arguments.bank}: a bank for {len(bank.modules)} modules, {bank.size:,} numbers an adapter")
 
 

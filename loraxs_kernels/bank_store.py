@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_file, basis
-from .adapter_file import HOW, AdapterMismatch
+from .acceptance import HOW, AdapterMismatch, fitted_to, mismatch
 from .bank_environment import DATA, LOCK, Environment, identity_of, load_lmdb
-from .basis import ACCEPT, PROBES, Fingerprint
+from .basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
 from .linear import LoRAXSLinear
 from .model import unwrapped
+from .naming import as_dtype
 from .weights import FLOATS, whole
 
 KIND = "loraxs_bank"
@@ -73,7 +74,7 @@ class Store:
         path, mode, dtype (of R in the file), base_model.
         modules: (name, rank) of each, in the order of a record.  places: the slice of a record that is a module's R.
         size: of a record, in numbers.  alphas: of the bank, by module: to these `read` scales R.
-        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, sigma and
+        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, init_std and
             recipe, given A and B, and R = basis.mixing(rank) with its probe.
         modules_to_save: their names.  saved: their tensors.
 
@@ -123,7 +124,7 @@ class Store:
 
     @classmethod
     @torch.no_grad()
-    def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | None = None) -> T:
+    def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | str | None = None) -> T:
         """Make a bank of no adapters, and open it to add some.
 
         Args:
@@ -136,9 +137,7 @@ class Store:
         call that does not come to its end leaves no bank, and can be made again.  Warns, as `save_adapter` does, if the
         base weights were rounded since A and B were made.
         """
-        dtype = torch.float32 if dtype is None else dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: got {dtype}, must be torch.float32, torch.bfloat16 or None")
+        dtype = as_dtype("dtype", dtype, DTYPES) or torch.float32
         model, path = unwrapped(model), Path(path)
         descriptions, records, factors, moved = {}, {}, {}, []
         load_lmdb()  # before a folder is made
@@ -510,7 +509,7 @@ class Store:
             for module, each, fits in zip(modules, R, right.tolist(), strict=True):
                 settled[module] = each
                 if not fits:
-                    settled[module], error = adapter_file.fitted_to(entries[module], self._fingerprints[module])
+                    settled[module], error = fitted_to(entries[module], self._fingerprints[module])
                     if error > ACCEPT or not basis.same_values(entries[module]["S"], self._fingerprints[module].S):
                         refused[module] = error
         if refused:
@@ -528,7 +527,7 @@ class Store:
                 f"{found}: its A and B were made by another recipe than the bank's ({what}). Train it on a model with "
                 "the bank's, or create a bank from a model with its own"
             )
-        if error > adapter_file.DIFFERENT or not basis.same_values(entry["S"], self._fingerprints[module].S):
+        if error > DIFFERENT or not basis.same_values(entry["S"], self._fingerprints[module].S):
             return AdapterMismatch(
                 f"{found}: it was trained on another base model (its name there: {entry['base_model']!r}) or other "
                 f"weights than the bank's ({self.base_model!r})"
@@ -610,7 +609,7 @@ class Store:
             worst = max(refused, key=refused.__getitem__)
             S, recipe = basis.singular_values(layers[worst].A), layers[worst].recipe
             how = {"keeping": "", "recipe": recipe, "load": "Attach the bank"}
-            raise adapter_file.mismatch(str(self.path), worst, self.entries[worst], refused[worst], S, **how)
+            raise mismatch(str(self.path), worst, self.entries[worst], refused[worst], S, **how)
 
 
 FINGERPRINT = tuple(each.name for each in fields(Fingerprint))

@@ -51,7 +51,7 @@ class Training(AbstractContextManager):
                     )
                 matrices = stored.values()
             elif create:
-                matrices = [layer.recipe.initial_R(layer.rank, layer.sigma) for layer in layers]
+                matrices = [layer.recipe.initial_R(layer.rank, layer.init_std) for layer in layers]
             else:
                 raise KeyError(f"names: the bank {bank.path} has no adapter {name!r}; create=True begins a new one")
             record.copy_(torch.cat([R.flatten() for R in matrices]))

@@ -30,6 +30,7 @@ ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
 ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
 PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
+DIFFERENT = 0.5  # relative error from which the weights are different ones, and not the same ones in another dtype
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
 SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
 
@@ -62,7 +63,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (integer(1, 2**31 - 1), "an integer of at least 1"),
     "alpha": (is_number, "a finite number"),
     "dropout": (lambda value: is_number(value) and 0 <= value < 1, "in [0, 1)"),
-    "sigma": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
+    "init_std": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "init": (lambda value: value in (*INITS, "sklearn", "given"), '"svd", "random", "sklearn" or "given"'),
     "seed": (integer(-(2**127), 2**127), "an integer of at most 128 bits"),
     "name": (lambda value: isinstance(value, str), "a string"),
@@ -80,6 +81,7 @@ MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 MUST["weight_dtype"] = MUST["dtype"]
+MUST["sigma"] = MUST["init_std"]  # as files call it
 
 
 def check(argument: str, value: Any, of: str = "") -> None:
@@ -163,7 +165,11 @@ class Recipe:
         N, K = weight.shape
         if self.init == "svd":
             W = weight.read()
-            U, S, Vh = truncated_svd(W, rank, seed=self.seed, **asdict(self.plan(rank, W.shape)))
+            how = self.plan(rank, W.shape)
+            oversample = how.block - rank
+            U, S, Vh = truncated_svd(
+                W, rank, method=how.method, oversample=oversample, n_iter=how.n_iter, seed=self.seed
+            )
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -172,7 +178,7 @@ class Recipe:
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         if self.init == "sklearn":
             return self._factors_by_sklearn(weight.read(), rank)
-        raise ValueError("init: A and B were given, there is no recipe to make them again")
+        raise ValueError("init: A and B were given to attach, so they cannot be made again")
 
     def _factors_by_sklearn(self, W: Tensor, rank: int) -> Factors:
         try:
@@ -190,9 +196,9 @@ class Recipe:
         signs = B.gather(0, B.abs().argmax(0, keepdim=True)).sign()  # scikit-learn's own rule differs by version
         return (A * signs.t()).to(W.device, X.dtype), (B * signs).to(W.device, X.dtype)
 
-    def initial_R(self, rank: int, sigma: float) -> Tensor:
-        """R (r, r) ~ N(0, sigma^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * sigma
+    def initial_R(self, rank: int, init_std: float) -> Tensor:
+        """R (r, r) ~ N(0, init_std^2), fp32, on the CPU."""
+        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * init_std
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import basis
 from .basis import Factors, Recipe
-from .factors import WORKSPACE, Job, factor
+from .factors import WORKSPACE, Job, factor, workspace_bytes
 from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
 from .matching import matches
+from .naming import as_dtype
 from .weights import FLOATS, Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -85,12 +86,16 @@ class Basis:
             off, limit = basis.residual(basis.probes(A, R, B), again[0], R, again[1]), basis.ACCEPT
         if not off <= limit:
             made, now = recipe.weight_dtype, basis.dtype_name(W.dtype)
-            remedy = "Run loraxs init on this model's checkpoint"
-            if made not in (None, now):
-                remedy = f"They were made from weights in {made}; run loraxs init with --weight-dtype {now}"
+            remedy = "run loraxs init on this model's checkpoint"
+            if off > basis.DIFFERENT:
+                why = f"this model has different weights than the base model of the file, {self.base_model!r}; {remedy}"
+            elif made not in (None, now):
+                why = f"they were made from weights in {made}; run loraxs init with --weight-dtype {now}"
+            else:
+                why = f"the weights have changed since; {remedy}"
             raise ValueError(
-                f"basis: {self.path} was made from another weight than that of {label}: A and B are off by {off:.1e}, "
-                f"must be within {limit:.0e}. {remedy}"
+                f"basis: A and B in {self.path} do not fit the weight of {label}, with a relative error of {off:.1e}, "
+                f"must be at most {limit:.0e}: {why}"
             )
         return A, B
 
@@ -115,7 +120,7 @@ def read_basis(path: str | os.PathLike) -> Basis:
         modules[name] = rank, replace(recipe.cast(A), dtype=recipe.dtype)
         left -= {f"{name}.{which}" for which in "ABW"}
     if left:
-        damaged(path, f"has a tensor {min(left)!r}, of which its header says nothing")
+        damaged(path, f"its header does not mention the tensor {min(left)!r}")
     return Basis(path, header["base_model"], modules, f)
 
 
@@ -139,10 +144,10 @@ def make_basis(
     exclude_modules: str | Sequence[str] | None = None,
     seed: int = 0,
     n_iter: int | None = None,
-    dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    weight_dtype: torch.dtype | str | None = None,
     devices: Sequence[torch.device] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> list[str]:
     """Compute A and B from a checkpoint's weights, read from the disk one at a time, and write a basis file.
@@ -157,11 +162,13 @@ def make_basis(
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
         devices: to compute on, sharing the modules; None: the CPU.
-        workspace, progress: as in `attach`.
+        workspace_gib, progress: as in `attach`.
 
     Returns the names of the modules.  Raises FileNotFoundError or ValueError, naming the argument or the module, before
     anything is written.
     """
+    dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
+    workspace = workspace_bytes(workspace_gib)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
@@ -233,7 +240,7 @@ def _checkpoint(
     weights: dict[str, tuple[list[int], str, Weight | None]] = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"model: {index} names {file.name}, which is not there")
+            raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
         with _opened(file) as f:
             for key in f.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")
@@ -254,10 +261,10 @@ def _files(model: Path) -> list[Path]:
     if index.is_file():
         names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
         if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
-            raise ValueError(f"model: {index} is no index of safetensors files: it has no weight_map of file names")
+            raise ValueError(f"model: {index} is not an index of safetensors files: it has no weight_map of file names")
         files = [model / name for name in sorted(set(names.values()))]
     if not files:
-        raise FileNotFoundError(f"model: {model} is no safetensors file and no folder that has any")
+        raise FileNotFoundError(f"model: {model} is neither a safetensors file nor a folder with safetensors files")
     return files
 
 

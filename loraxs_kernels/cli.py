@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from . import demo
+from . import demo, hub
 from .bench import BenchError
 from .demo import DemoError
+from .naming import as_dtype
+from .weights import FLOATS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
 
 MOST_ADAPTERS = 10**15
 MOST_LAYERS = 10**5  # or labels
+_DTYPES = "bfloat16, float16, float32 or float64, or bf16 and so on"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `loraxs info`, `init`, `bank`, `serve`, `params`, `demo`, `bench`, `roofline` or `tune`; returns the status.
+    """Run one of the commands (`loraxs --help` lists them); returns the status.
 
     0: all went well.  1: an error, told in one line on stderr.  130: stopped by Ctrl-C.  141: the reader of the output
     has gone, as in `loraxs params ... | head -1`; nothing is printed, and shells report the same number, 128 + SIGPIPE,
@@ -138,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "what is installed, which backends can run here, and why not")
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
+    _add_inspect(add("inspect", _inspect, "say what an adapter file, a basis file or a bank holds; no model is needed"))
     bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
     serve_cli.add_serve(add("serve", _serve, "serve a model with all adapters of a bank, by vLLM"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
@@ -180,14 +184,16 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     _add_modules(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of A and B; default: the weight's")
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
     parser.add_argument(
         "--weight-dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="that the model will be loaded in; default: as the weights are stored",
+        metavar="DTYPE",
+        help=f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored",
     )
     parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
-    parser.add_argument("--workspace", type=float, metavar="GIB", default=4.0, help="on each GPU, in GiB (default: 4)")
+    add = parser.add_argument
+    add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
+    add("--workspace", dest="workspace_gib", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _add_modules(parser: argparse.ArgumentParser) -> None:
@@ -206,9 +212,6 @@ def _init(arguments: argparse.Namespace) -> int:
     from .basis_file import make_basis
     from .factors import compute_devices
 
-    workspace = arguments.workspace * 2**30
-    if not 0 < workspace < 2**63:
-        raise ValueError(f"workspace: got {arguments.workspace:g}, must be GiB above 0 and below 2^33")
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     with _told_in_lines("loraxs init"):
         names = make_basis(
@@ -219,12 +222,29 @@ def _init(arguments: argparse.Namespace) -> int:
             exclude_modules=arguments.exclude_modules,
             seed=arguments.seed,
             n_iter=arguments.n_iter,
-            dtype=arguments.dtype and getattr(torch, arguments.dtype),
-            weight_dtype=arguments.weight_dtype and getattr(torch, arguments.weight_dtype),
+            dtype=arguments.dtype,
+            weight_dtype=arguments.weight_dtype,
             devices=compute_devices(arguments.device or there),
-            workspace=int(workspace),
+            workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="an adapter: a file, its folder or user/name on the Hub; a basis file; a bank")
+    parser.add_argument("--revision", help="of a repository on the Hub: a branch, tag or commit")
+    parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspection import as_text, inspected
+
+    try:
+        found = inspected(arguments.path, arguments.revision)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_text(found)))
     return 0
 
 
@@ -255,12 +275,13 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
         "--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method"
     )
     parser.add_argument("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the bytes")
+    parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
 
 
 def _params(arguments: argparse.Namespace) -> int:
     from .accounting import count_parameters, from_config
 
+    dtype = as_dtype("dtype", arguments.dtype, FLOATS)
     if not 1 <= arguments.adapters <= MOST_ADAPTERS:
         raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
     with _quiet_transformers():
@@ -279,7 +300,7 @@ def _params(arguments: argparse.Namespace) -> int:
             }
         except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
-    print("\n".join(_params_table(arguments.model, counts, getattr(torch, arguments.dtype), arguments.adapters)))
+    print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
     return 0
 
 
@@ -339,8 +360,10 @@ def _configuration(name: str) -> PretrainedConfig:
     if name in MODELS:
         return AutoConfig.for_model(MODELS[name].model_type, **MODELS[name].config)
     try:
-        _check_config(name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        path = Path(name) if os.path.exists(name) else hub.download(name, "config.json")
+        path = path / "config.json" if path.is_dir() else path
+        _check_config(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such file, no such name, no network, no JSON, no model_type
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -349,18 +372,14 @@ def _configuration(name: str) -> PretrainedConfig:
         ) from error
 
 
-def _check_config(name: str) -> None:
+def _check_config(path: Path) -> None:
     """Refuse a config.json that is no JSON object, or of so many layers or labels that they would fill the memory."""
-    from transformers import PretrainedConfig
-
-    path = Path(name, "config.json") if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON file ({error})") from error
-    else:
-        config = PretrainedConfig.get_config_dict(name)[0]
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, must hold a JSON object")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .basis import Recipe
+from .basis import Recipe, is_number
 from .exact_matmul import exact_matmul
+from .naming import Former
 from .svd import (
     KEEP_BYTES,
     Group,
@@ -36,6 +37,7 @@ from .svd_math import Q_TERMS, Pieces, can_sum_in_fp32
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
+WORKSPACE_IN_BYTES = Former("workspace_gib", lambda nbytes, _: nbytes / 2**30 if is_number(nbytes) else nbytes)
 PIECES = 16  # of the workspace: one of a weight is in use, one on its way, one let go
 
 Deliver = Callable[[int, Tensor, Tensor], None]
@@ -49,6 +51,13 @@ class Job:
     weight: Weight
     rank: int
     recipe: Recipe
+
+
+def workspace_bytes(workspace_gib: float) -> int:
+    """The bytes of an argument `workspace_gib`; ValueError for anything that is not a size of memory."""
+    if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
+        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
+    return int(workspace_gib * 2**30)
 
 
 @torch.no_grad()
@@ -166,7 +175,7 @@ def _raise_on_all(error: Exception | None, groups: Sequence[Any]) -> None:
     if error is not None:
         raise error
     if said is not None:
-        raise RuntimeError(f"another rank could not read or factor its weights: {said}")
+        raise RuntimeError(f"another process (rank) could not read its weights or compute their SVD: {said}")
 
 
 def _factor(jobs: Sequence[Job], deliver: Deliver, devices: Sequence[torch.device] | None, workspace: int) -> None:
@@ -287,25 +296,26 @@ def _groups(
         how = job.recipe.plan(job.rank, job.weight.shape)
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
     weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
+
+    def whole(batch: list[tuple[int, Tensor | Pieces]], rank: int, how: Plan, seed: int) -> Group:
+        """The batch as a group, which alone holds its weights from then on."""
+        started.append([i for i, _ in batch])
+        group = Group([W for _, W in batch], rank, how, seed)
+        batch.clear()
+        return group
+
     for (_, _, rank, how, seed), members in alike.items():
         batch: list[tuple[int, Tensor | Pieces]] = []
-
-        def whole(batch: list = batch, rank: int = rank, how: Plan = how, seed: int = seed) -> Group:
-            started.append([i for i, _ in batch])
-            group = Group([W for _, W in batch], rank, how, seed)
-            batch.clear()
-            return group
-
         for i in members:
             W = next(weights)
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
-                yield whole()
+                yield whole(batch, rank, how, seed)
             batch.append((i, W))
             if len(batch) >= _weights_at_once(jobs[i], device, workspace, W.dtype):
                 del W
-                yield whole()
+                yield whole(batch, rank, how, seed)
         if batch:
-            yield whole()
+            yield whole(batch, rank, how, seed)
 
 
 def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torch.dtype | None = None) -> int:
@@ -328,10 +338,10 @@ def _weights_at_once(job: Job, device: torch.device, workspace: int, dtype: torc
     making = working_bytes(weight.shape, dtype, how)
     if pieces:  # the product with one, before it is added
         making += 4 * Q_TERMS * max(weight.shape) * how.block
-    if workspace < 4 * max(making + upcast, nbytes):
+    if workspace < (needed := 4 * max(making + upcast, nbytes)):
         raise ValueError(
-            f"workspace: got {workspace} bytes, must be at least {4 * max(making + upcast, nbytes)} for {job.label} of "
-            f"shape {weight.shape[0]} x {weight.shape[1]} and rank {job.rank}"
+            f"workspace_gib: got {workspace / 2**30:g}, must be at least {needed / 2**30:.2g} for {job.label} of shape "
+            f"{weight.shape[0]} x {weight.shape[1]} and rank {job.rank}"
         )
     most = min(most, (workspace // 4 - upcast) // making)
     return min(most, workspace // 4 // nbytes) if nbytes else most

@@ -1,7 +1,8 @@
 """Files that are whole or not there, and that are known to be what was written.
 
-An adapter or basis file is a safetensors file with one entry in its metadata, the header: a JSON object, whose name
-says what the file is.  Its first field is the SHA-256 of the whole file, computed with zeros in its place.
+An adapter or basis file is a safetensors file with an entry in its metadata, the header: a JSON object, whose name says
+what the file is.  Its first field is the SHA-256 of the whole file, computed with zeros in its place.  Another entry is
+the version of this library that wrote the file.  Earlier files have none, and only `loraxs inspect` reads it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT_VERSION = 3  # version 1 had no checksum, and up to version 2 a recipe had a tier
+WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
@@ -142,9 +144,16 @@ def _lock(f: FileIO, wait: bool) -> bool:
 
 def sealed(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> tuple[bytes | memoryview, ...]:
     """The parts of a safetensors file of these tensors, with the header and its checksum under the name `kind`."""
+    from . import __version__
+
     text = json.dumps({"sha256": UNKNOWN, "version": FORMAT_VERSION, **header}, separators=(",", ":"))
-    data = memoryview(safetensors.torch.save(dict(tensors), {kind: text}))
-    start = bytes(data[: 8 + int.from_bytes(data[:8], "little")]).index(UNKNOWN.encode())
+    data = safetensors.torch.save(dict(tensors), {kind: text})
+    # safetensors writes several entries in any order, but the same adapter must make the same file.
+    end = 8 + int.from_bytes(data[:8], "little")
+    start = data[8:end].rstrip().replace(METADATA, METADATA + f'"{WRITER}":"{__version__}",'.encode(), 1)
+    start += b" " * (-len(start) % 8)
+    data = memoryview(b"".join((len(start).to_bytes(8, "little"), start, memoryview(data)[end:])))
+    start = 8 + start.index(UNKNOWN.encode())
     return data[:start], hashlib.sha256(data).hexdigest().encode(), data[start + len(UNKNOWN) :]
 
 

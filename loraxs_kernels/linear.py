@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
+from .backends import forced
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
 from .functional import label_of, together
-from .padding import padded_rows
+from .naming import Former, aliases, as_dtype, renamed_attribute
+from .padded import PaddedB
 from .route import computed_weight, does_more, layer_output
 from .svd import NotFinite
 from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
@@ -21,7 +24,7 @@ from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_o
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
 
-class LoRAXSLinear(nn.Module):
+class LoRAXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
     Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
@@ -32,7 +35,7 @@ class LoRAXSLinear(nn.Module):
 
     Attributes:
         A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
-            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, sigma, recipe.
+            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, init_std, recipe.
         weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
@@ -51,6 +54,7 @@ class LoRAXSLinear(nn.Module):
     # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
     shares: Any = None
 
+    @aliases(sigma=Former("init_std"))
     def __init__(
         self,
         base_layer: nn.Module,
@@ -60,20 +64,23 @@ class LoRAXSLinear(nn.Module):
         *,
         alpha: float,
         dropout: float = 0.0,
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         recipe: Recipe,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("A", A)
-        self.register_buffer("B", padded_rows(B))
+        self.register_buffer("B", B)
         self.R = nn.Parameter(R)
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
-        self.dropout, self.sigma, self.recipe = dropout, sigma, recipe
+        self.dropout, self.init_std, self.recipe = dropout, init_std, recipe
         self._coarsest = dense_dtype(base_layer)
         self.train(base_layer.training)
 
+    sigma = renamed_attribute("sigma", "init_std")
+
     @classmethod
+    @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"))
     def from_linear(
         cls,
         linear: nn.Module,
@@ -82,10 +89,10 @@ class LoRAXSLinear(nn.Module):
         alpha: float | None = None,
         dropout: float = 0.0,
         init: str | Factors | Recipe = "svd",
-        sigma: float = 1e-5,
+        init_std: float = 1e-5,
         seed: int = 0,
         n_iter: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         name: str = "",
         fill: bool = True,
     ) -> LoRAXSLinear:
@@ -99,7 +106,7 @@ class LoRAXSLinear(nn.Module):
             dropout: on the adapter's input, while training.
             init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
                 seed and n_iter, and a dtype where none is given here.
-            sigma: R ~ N(0, sigma^2).
+            init_std: R ~ N(0, init_std^2) at the start.
             seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
             n_iter: of `truncated_svd`.
             dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
@@ -113,10 +120,9 @@ class LoRAXSLinear(nn.Module):
         label = label_of(name)
         check_rank(rank, label)
         alpha = rank if alpha is None else alpha
-        for argument, value in {"alpha": alpha, "dropout": dropout, "sigma": sigma, "seed": seed}.items():
+        for argument, value in {"alpha": alpha, "dropout": dropout, "init_std": init_std, "seed": seed}.items():
             check(argument, value, label)
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype: got {dtype!r} for {label}, must be {_FLOATS} or None")
+        dtype = as_dtype("dtype", dtype, FLOATS, label)
         if isinstance(linear, LoRAXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
@@ -148,7 +154,9 @@ class LoRAXSLinear(nn.Module):
             recipe = replace(recipe.pinned(rank, (N, K)), dtype=kept, weight_dtype=dtype_name(W.dtype)).cast(dtype)
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
-        layer = cls(linear, A, R, B, alpha=float(alpha), dropout=float(dropout), sigma=float(sigma), recipe=recipe)
+        layer = cls(
+            linear, A, R, B, alpha=float(alpha), dropout=float(dropout), init_std=float(init_std), recipe=recipe
+        )
         if fill and not A.is_meta:
             layer.reset_parameters()
         linear.requires_grad_(False)
@@ -180,7 +188,7 @@ class LoRAXSLinear(nn.Module):
     @torch.no_grad()
     def reset_R(self) -> None:
         """Draw R again."""
-        assign(self.R, self.recipe.initial_R(self.rank, self.sigma))
+        assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.seat is not None:
@@ -267,23 +275,22 @@ class LoRAXSLinear(nn.Module):
         return merged
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        text += f", alpha={self.alpha:g}, init={self.recipe.init}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else "")
+        shown = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        shown |= {"s": f"{self.scaling:g}", "dtype": dtype_name(self.A.dtype)}
+        if (backend := forced()) is not None:  # else it depends on the call
+            shown["backend"] = backend
+        shown["init"] = self.recipe.init
+        if self.dropout:
+            shown["dropout"] = f"{self.dropout:g}"
+        return ", ".join(f"{key}={value}" for key, value in shown.items()) + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
-        frozen = [*self.base_layer.parameters(), *self.base_layer.buffers(), *self._buffers.values()]
         dtype = self.A.dtype
-        super()._apply(sparing_what_trains(fn, frozen), recurse)
+        super()._apply(sparing_what_trains(fn, self.base_layer, self), recurse)
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
         self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
-        self.B = padded_rows(self.B)
         return self
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # of a copy: its B is padded, but no longer known to be
-        self.B = padded_rows(self.B)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:
@@ -293,10 +300,6 @@ class LoRAXSLinear(nn.Module):
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         plain.register_parameter("bias", bias)  # a copy, to be saved by this name even if it is tied to another
         return plain.state_dict(*args, **options)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "B"] = destination[prefix + "B"].contiguous()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         if self.merged:
@@ -310,7 +313,6 @@ class LoRAXSLinear(nn.Module):
             )
         A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.B = padded_rows(self.B)
         if A is not None and A.dtype in FLOATS and A.dtype != dtype:  # made for a layer in another dtype
             made = W.dtype if W is not None and W.dtype in FLOATS else None
             if made is not None:
@@ -369,8 +371,14 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
 
 
-def sparing_what_trains(fn: Callable[[Tensor], Tensor], frozen: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """fn of nn.Module._apply, but `.to(bf16)` does not round what trains: R follows to the device alone."""
+def sparing_what_trains(
+    fn: Callable[[Tensor], Tensor], base_layer: nn.Module, *factors: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """fn of nn.Module._apply, except that R keeps its precision: `.to(bf16)` only moves it to the device.
+
+    The base layer, and the buffers of the modules `factors`, which hold A and B, are converted as fn does.
+    """
+    frozen = chain(base_layer.parameters(), base_layer.buffers(), *(each.buffers(recurse=False) for each in factors))
     ids = {id(t) for t in frozen}
 
     def moved(t: Tensor) -> Tensor:

@@ -1,9 +1,18 @@
-"""Which modules a list of names, or a pattern, means: as PEFT reads target_modules."""
+"""Which modules of a model have an adapter, which ones target_modules means, as PEFT reads it, and which take none."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .linear import LoRAXSLinear
+from .weights import is_linear, is_unread_linear, unread
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -11,3 +20,268 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def targets_for(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """The target_modules by which PEFT finds these modules and no others: the last parts of their names if that is
+    enough, else the names, else a regular expression."""
+    inside = tuple(f"{name}." for name in names)
+    there = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    for candidate in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
+        if {name for name in there if matches(name, candidate)} == set(names):
+            return candidate
+    return "|".join(re.escape(name) for name in names)
+
+
+def choose(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str] | None,
+) -> tuple[list[str], list[str], list[str]]:
+    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
+    saved, head = named(model, modules_to_save or ()), classification_head(model)
+    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
+    if everything and not keeps:
+        saved += [name for name in head if name not in saved]
+    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
+    idle = []
+    for name in () if keeps else head:
+        parts = [
+            f"{name}.{n}".rstrip(".")
+            for n, m in model.get_submodule(name).named_modules()
+            if any(True for _ in m.parameters(recurse=False))
+        ]
+        left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
+        idle += [name] if left == parts else left
+    return names, saved, idle
+
+
+def match(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> list[str]:
+    """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
+
+    Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
+    list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
+    "all-linear" has to leave out.
+    """
+    modules = dict(model.named_modules())
+    everything = _is_everything(target_modules)
+    without = {id(m) for name in without for m in model.get_submodule(name).modules()}
+    unused = set() if isinstance(target_modules, str) else set(target_modules)
+    head = embeddings(model, "output")
+    children = ((parent, n, m) for parent in modules.values() for n, m in parent._modules.items())
+    no_adapter = {id(m): why for parent, n, m in children if (why := why_no_adapter(parent, n))}
+    names, left_out = [], []
+    for name, module in modules.items():
+        if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
+            continue
+        if everything:
+            hit = is_linear(module) and module is not head and id(module) not in no_adapter
+            if is_unread_linear(module) and module is not head:
+                left_out.append((name, module))
+        else:
+            hit = matches(name, target_modules)
+        if not hit:
+            continue
+        unused -= {t for t in unused if matches(name, [t])}
+        if is_unread_linear(module):
+            raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
+        if not is_linear(module):
+            raise TypeError(
+                f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
+            )
+        if why := no_adapter.get(id(module)):
+            raise TypeError(f"target_modules: matches module {name!r} {why}")
+        names.append(name)
+    if not names and left_out:
+        name, module = left_out[0]
+        raise TypeError(f"target_modules: 'all-linear' finds no linear layer but such as {name!r}, {unread(module)}")
+    if not names:
+        linear = [name for name, m in modules.items() if is_linear(m)]
+        shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
+        raise ValueError(
+            f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
+        )
+    if unused:
+        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=5)
+    if everything:
+        warn_of_experts(model, stacklevel=6)
+        warn_of_unread(left_out, stacklevel=6)
+    return names
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """The names of what transformers models for classification have beside their backbone, by the names of their class.
+
+    Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
+    """
+    names = []
+    for prefix, m in model.named_modules():
+        if not (hasattr(m, "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
+            continue
+        backbone = getattr(m, m.base_model_prefix, None)
+        bodies = [c for c in m.children() if any(hasattr(each, "base_model_prefix") for each in c.modules())]
+        bodies = bodies if backbone is None else [backbone]
+        names += [
+            f"{prefix}.{name}".removeprefix(".")
+            for name, child in m.named_children()
+            if not any(child is body for body in bodies)
+            and (any(True for _ in child.parameters()) if bodies else is_linear(child))
+        ]
+    return names
+
+
+_CLASSIFIES = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|SentencePrediction|Regression|CTC|XVector)"
+)
+
+
+def _is_everything(target_modules: str | Sequence[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+
+
+def stacked_experts(model: nn.Module) -> list[str]:
+    """The experts whose weights are stacked in one parameter, as in transformers 5: no linear layers."""
+    return [
+        name
+        for name, m in model.named_modules()
+        if "experts" in type(m).__name__.lower() and any(p.dim() == 3 for p in m._parameters.values() if p is not None)
+    ]
+
+
+def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
+    """Say that "all-linear" leaves out stacked experts, if there are any."""
+    if stacked := stacked_experts(model):
+        others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
+            "parameter; LoRA-XS adapts linear layers",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> None:
+    """Say that "all-linear" leaves out layers whose weights nothing here can read, if there are any."""
+    if layers:
+        (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(layers)} layer{'s'[: len(layers) - 1]} "
+            f"({', '.join(kinds)}); the first, {name!r}, is {unread(first)}",
+            stacklevel=stacklevel,
+        )
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
+    """The modules that modules_to_save means; every entry must match."""
+    if isinstance(endings, str):
+        raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
+    names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
+    for ending in endings:
+        if not any(matches(name, [ending]) for name in names):
+            raise ValueError(f"modules_to_save: no module of the model is named {ending!r}")
+    return names
+
+
+# Linear layers whose weight their parent may read without calling them: {name of the layer: classes of the parent}.
+_READ_BY_PARENT = {
+    "out_proj": "MultiheadAttention WavLMAttention MambaMixer FalconMambaMixer Mamba2Mixer BambaMixer FalconH1Mixer "
+    "GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer",
+    "x_proj": "MambaMixer FalconMambaMixer",
+    "dt_proj": "MambaMixer FalconMambaMixer JambaMambaMixer",
+    "q_proj": "WavLMAttention",
+    "k_proj": "WavLMAttention DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "v_proj": "WavLMAttention",
+    "k_linear": "DabDetrMHAttentionMap DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
+    "query": "VideoMAESelfAttention",
+    "key": "VideoMAESelfAttention",
+    "value": "VideoMAESelfAttention LSHSelfAttention",
+    "query_key": "LSHSelfAttention",
+    "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+    "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
+    "dense": "MobileBertLMPredictionHead",
+    "decoder": "MobileBertLMPredictionHead",
+    "unembedding_projection": "NeoMMEForMaskedLM",
+    "classifier": "LongcatFlashTopkRouter",
+    "correction_coefs": "Gemma3nTextAltUp",
+    "kernel": "TDNNLayer",
+}
+
+
+# Linear layers whose weight the model changes without calling them: RwkvModel rescales these in eval mode.
+_CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
+
+# Classes derived from nn.Linear whose forward is no linear map from (..., K) to (..., N).
+_NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
+
+
+def why_no_adapter(parent: nn.Module, name: str) -> str | None:
+    """Why the linear layer of that name in a module takes no adapter, as the end of a sentence; None: it does."""
+    of = f"of a {type(parent).__name__}, "
+    if _NO_LINEAR_MAP & _names(parent._modules[name]):
+        return f"{of}a {type(parent._modules[name]).__name__}, whose forward is no linear map"
+    if _CHANGED_BY_MODEL.get(name) in _names(parent):
+        return f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
+    reading = _READ_BY_PARENT.get(name, "").split()
+    if any(kind.__name__ in reading and _reads(kind, name) for kind in type(parent).__mro__):
+        return f"{of}which reads its weight without calling it: an adapter there has no effect"
+    return None
+
+
+def _names(module: nn.Module | None) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+@functools.cache
+def _reads(kind: type, name: str) -> bool:
+    """Whether the source of a class has the weight of a child in it: classes change between versions."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(kind)
+    except (OSError, TypeError):  # there is no source
+        return True
+
+
+def embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a transformers model, where it has any."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    return get() if callable(get) else None
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
+    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
+    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
+        raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
+    if not found:
+        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
+    yield from found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
+    attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
+    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]

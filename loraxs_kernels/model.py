@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .accounting import summary
 from .basis import Factors
 from .basis_file import Basis, read_basis
-from .factors import WORKSPACE, Job, compute_devices, factor
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
 from .linear import LoRAXSLinear
-from .matching import matches
+from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
+from .naming import Former, aliases
 from .transaction import transaction
-from .weights import is_linear, is_unread_linear, unread, weight_of
+from .weights import weight_of
 
 M = TypeVar("M", bound=nn.Module)
+
+logger = logging.getLogger(__package__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
                 "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
                 stacklevel=2,
             )
-        pretends, tying = _pretends(self), [config for config in _tying(self) if _embeddings(self, "output").merged]
+        pretends, tying = _pretends(self), [config for config in _tying(self) if embeddings(self, "output").merged]
         if pretends:  # or transformers would look for PEFT's adapters and save those alone
             del self._hf_peft_config_loaded
         try:
@@ -97,7 +100,7 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
 def _tying(model: nn.Module) -> list[Any]:
     """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
     config = getattr(model, "config", None)
-    head = _embeddings(model, "output")
+    head = embeddings(model, "output")
     if config is None or not isinstance(head, LoRAXSLinear):
         return []
     weight = head.base_layer._parameters.get("weight")
@@ -107,25 +110,26 @@ def _tying(model: nn.Module) -> list[Any]:
     return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
+@aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"), workspace=WORKSPACE_IN_BYTES)
 def attach(
     model: M,
     rank: int,
     *,
-    target_modules: str | Sequence[str],
+    target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     init: str | Mapping[str, Factors] = "svd",
-    sigma: float = 1e-5,
+    init_std: float = 1e-5,
     seed: int = 0,
     n_iter: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     modules_to_save: Sequence[str] | None = None,
     basis: str | os.PathLike | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
     """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
@@ -135,15 +139,15 @@ def attach(
             torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (tensor
             parallelism, FSDP2, ZeRO-3) are gathered one at a time, and the ranks take turns at the SVD: every rank must
             then call with the same arguments.
-        rank: r of every adapter, unless `rank_pattern` says otherwise.
+        rank: r of every adapter, unless `rank_pattern` says otherwise.  `r` means the same.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer but the output
             embeddings and, in a transformers model for classification, its head, which then trains whole, as if named
             in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
-        alpha: s = alpha / r; None: s = 1 everywhere.
-        dropout, sigma, n_iter, dtype: as in LoRAXSLinear.from_linear.
+        alpha: s = alpha / r; None: s = 1 everywhere.  `lora_alpha` means the same.
+        dropout, init_std, n_iter, dtype: as in LoRAXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
@@ -153,12 +157,13 @@ def attach(
             here are ignored.
         device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
             Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
-        workspace: bytes the SVD may take on each GPU beside the weights that are there already.
+        workspace_gib: GiB the SVD may take on each GPU beside the weights that are there already.
         progress: show a bar when it takes more than a second.
 
     Returns:
         `model`.  A module or weight that stands in several places is adapted once.  Inside the wrappers of
-        torch.compile and DataParallel the names are those of the base model.
+        torch.compile and DataParallel the names are those of the base model.  What was done is logged at level INFO by
+        the logger "loraxs_kernels"; `lx.summary(model)` says the same at any time.
 
     Raises:
         TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
@@ -172,7 +177,7 @@ def attach(
             f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
             f"and has no adapter. Pass modules_to_save={[*(modules_to_save or ()), *idle]} to train it whole, or [] to "
             "keep it as it is",
-            stacklevel=2,
+            stacklevel=3,  # past the wrapper of `aliases`
         )
     options: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -183,14 +188,17 @@ def attach(
             if name not in init:
                 raise ValueError(f"init: has no pair (A, B) for module {name!r}")
             options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "sigma": sigma, "seed": seed, "n_iter": n_iter, "dtype": dtype}
+        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter, "dtype": dtype}
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:
-            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=2)
+            warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=3)
     opened = None if basis is None else basis_for(basis, options)
     devices = None if device is None else compute_devices(device)
-    install(model, options, saved, basis=opened, devices=devices, workspace=workspace, progress=progress)
+    how = {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
+    install(model, options, saved, basis=opened, **how)
+    if logger.isEnabledFor(logging.INFO):  # counting takes as long as a small model's SVD
+        logger.info("attach: %s", summary(model))
     return given
 
 
@@ -201,7 +209,7 @@ def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Ba
         init = getattr(o["init"], "init", o["init"])  # of a Recipe
         if not isinstance(init, str) or init != "svd":
             shown = init if isinstance(init, str) else "(A, B)"
-            raise ValueError(f'init: got {shown!r} beside basis, must be "svd"')
+            raise ValueError(f'init: got {shown!r} together with basis, must be "svd"')
         rank, recipe = found.modules[found.find(name)]
         if o["rank"] != rank:
             raise ValueError(f"rank: got {o['rank']} for module {name!r}, must be {rank} as in the basis file {path}")
@@ -260,7 +268,7 @@ def _check_unadapted(model: nn.Module) -> None:
             )
         if "base_layer" in m._modules and hasattr(m, "active_adapters"):
             raise ValueError(
-                f"model: has adapters of PEFT (in a {type(m).__name__}); merge_and_unload() or unload() first"
+                f"model: has adapters of PEFT (in a {type(m).__name__}); call merge_and_unload() or unload() first"
             )
 
 
@@ -338,7 +346,7 @@ def detach(model: M, *, merge: bool = False) -> M:
             untied = []
             for module in model.modules():
                 if configs := _tying(module):
-                    untied.append(_embeddings(module, "output").base_layer)
+                    untied.append(embeddings(module, "output").base_layer)
                 for config in configs:
                     undo.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = False
@@ -360,6 +368,8 @@ def detach(model: M, *, merge: bool = False) -> M:
                     p.requires_grad_(name in attachment.trainable_before)
             if _pretends(module):
                 del module._hf_peft_config_loaded
+    what = "added to the weights and taken off" if merge else "taken off"
+    logger.info("detach: %d adapters %s", len(adapted), what)
     return model
 
 
@@ -372,258 +382,16 @@ def merge(model: M) -> M:
     not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
     """
     with transaction(model):
-        for _, layer in adapted_layers(model):
+        for _, layer in (adapted := [*adapted_layers(model)]):
             layer.merge()
+    logger.info("merge: %d adapters added to the weights", len(adapted))
     return model
 
 
 def unmerge(model: M) -> M:
     """Undo `merge`: the original weights and separate adapters."""
     with transaction(model):
-        for _, layer in adapted_layers(model):
+        for _, layer in (adapted := [*adapted_layers(model)]):
             layer.unmerge()
+    logger.info("unmerge: %d adapters beside the original weights again", len(adapted))
     return model
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
-    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
-    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
-        raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
-    if not found:
-        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
-    yield from found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
-            return model
-
-
-def choose(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None,
-    modules_to_save: Sequence[str] | None,
-) -> tuple[list[str], list[str], list[str]]:
-    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
-    saved, head = named(model, modules_to_save or ()), classification_head(model)
-    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
-    if everything and not keeps:
-        saved += [name for name in head if name not in saved]
-    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
-    idle = []
-    for name in () if keeps else head:
-        parts = [
-            f"{name}.{n}".rstrip(".")
-            for n, m in model.get_submodule(name).named_modules()
-            if any(True for _ in m.parameters(recurse=False))
-        ]
-        left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
-        idle += [name] if left == parts else left
-    return names, saved, idle
-
-
-def match(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None = None,
-    without: Sequence[str] = (),
-) -> list[str]:
-    """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
-
-    Raises TypeError for a match that is no linear layer or one that cannot be read, ValueError for no match at all.  A
-    list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
-    "all-linear" has to leave out.
-    """
-    modules = dict(model.named_modules())
-    everything = _is_everything(target_modules)
-    without = {id(m) for name in without for m in model.get_submodule(name).modules()}
-    unused = set() if isinstance(target_modules, str) else set(target_modules)
-    head = _embeddings(model, "output")
-    children = ((parent, n, m) for parent in modules.values() for n, m in parent._modules.items())
-    no_adapter = {id(m): why for parent, n, m in children if (why := why_no_adapter(parent, n))}
-    names, left_out = [], []
-    for name, module in modules.items():
-        if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
-            continue
-        if everything:
-            hit = is_linear(module) and module is not head and id(module) not in no_adapter
-            if is_unread_linear(module) and module is not head:
-                left_out.append((name, module))
-        else:
-            hit = matches(name, target_modules)
-        if not hit:
-            continue
-        unused -= {t for t in unused if matches(name, [t])}
-        if is_unread_linear(module):
-            raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
-        if not is_linear(module):
-            raise TypeError(
-                f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
-            )
-        if why := no_adapter.get(id(module)):
-            raise TypeError(f"target_modules: matches module {name!r} {why}")
-        names.append(name)
-    if not names and left_out:
-        name, module = left_out[0]
-        raise TypeError(f"target_modules: 'all-linear' finds no linear layer but such as {name!r}, {unread(module)}")
-    if not names:
-        linear = [name for name, m in modules.items() if is_linear(m)]
-        shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
-        raise ValueError(
-            f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
-        )
-    if unused:
-        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=4)
-    if everything:
-        warn_of_experts(model, stacklevel=5)
-        warn_of_unread(left_out, stacklevel=5)
-    return names
-
-
-def classification_head(model: nn.Module) -> list[str]:
-    """The names of what transformers models for classification have beside their backbone, by the names of their class.
-
-    Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
-    """
-    names = []
-    for prefix, m in model.named_modules():
-        if not (hasattr(m, "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
-            continue
-        backbone = getattr(m, m.base_model_prefix, None)
-        bodies = [c for c in m.children() if any(hasattr(each, "base_model_prefix") for each in c.modules())]
-        bodies = bodies if backbone is None else [backbone]
-        names += [
-            f"{prefix}.{name}".removeprefix(".")
-            for name, child in m.named_children()
-            if not any(child is body for body in bodies)
-            and (any(True for _ in child.parameters()) if bodies else is_linear(child))
-        ]
-    return names
-
-
-_CLASSIFIES = re.compile(
-    r"For\w*(Classification|QuestionAnswering|MultipleChoice|SentencePrediction|Regression|CTC|XVector)"
-)
-
-
-def _is_everything(target_modules: str | Sequence[str]) -> bool:
-    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-
-
-def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
-    """Say that "all-linear" leaves out experts whose weights are stacked in one parameter, as in transformers 5."""
-    stacked = [
-        name
-        for name, m in model.named_modules()
-        if "experts" in type(m).__name__.lower() and any(p.dim() == 3 for p in m._parameters.values() if p is not None)
-    ]
-    if stacked:
-        others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
-        warnings.warn(
-            f"target_modules: 'all-linear' leaves out {stacked[0]}{others}, experts whose weights are stacked in one "
-            "parameter; LoRA-XS adapts linear layers",
-            stacklevel=stacklevel,
-        )
-
-
-def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> None:
-    """Say that "all-linear" leaves out layers whose weights nothing here can read, if there are any."""
-    if layers:
-        (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
-        warnings.warn(
-            f"target_modules: 'all-linear' leaves out {len(layers)} layer{'s'[: len(layers) - 1]} "
-            f"({', '.join(kinds)}); the first, {name!r}, is {unread(first)}",
-            stacklevel=stacklevel,
-        )
-
-
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
-    """The modules that modules_to_save means; every entry must match."""
-    if isinstance(endings, str):
-        raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
-    names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
-    for ending in endings:
-        if not any(matches(name, [ending]) for name in names):
-            raise ValueError(f"modules_to_save: no module of the model is named {ending!r}")
-    return names
-
-
-# Linear layers whose weight their parent may read without calling them: {name of the layer: classes of the parent}.
-_READ_BY_PARENT = {
-    "out_proj": "MultiheadAttention WavLMAttention MambaMixer FalconMambaMixer Mamba2Mixer BambaMixer FalconH1Mixer "
-    "GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer",
-    "x_proj": "MambaMixer FalconMambaMixer",
-    "dt_proj": "MambaMixer FalconMambaMixer JambaMambaMixer",
-    "q_proj": "WavLMAttention",
-    "k_proj": "WavLMAttention DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
-    "v_proj": "WavLMAttention",
-    "k_linear": "DabDetrMHAttentionMap DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
-    "query": "VideoMAESelfAttention",
-    "key": "VideoMAESelfAttention",
-    "value": "VideoMAESelfAttention LSHSelfAttention",
-    "query_key": "LSHSelfAttention",
-    "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
-    "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
-    "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
-    "dense": "MobileBertLMPredictionHead",
-    "decoder": "MobileBertLMPredictionHead",
-    "unembedding_projection": "NeoMMEForMaskedLM",
-    "classifier": "LongcatFlashTopkRouter",
-    "correction_coefs": "Gemma3nTextAltUp",
-    "kernel": "TDNNLayer",
-}
-
-
-# Linear layers whose weight the model changes without calling them: RwkvModel rescales these in eval mode.
-_CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
-
-# Classes derived from nn.Linear whose forward is no linear map from (..., K) to (..., N).
-_NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
-
-
-def why_no_adapter(parent: nn.Module, name: str) -> str | None:
-    """Why the linear layer of that name in a module takes no adapter, as the end of a sentence; None: it does."""
-    of = f"of a {type(parent).__name__}, "
-    if _NO_LINEAR_MAP & _names(parent._modules[name]):
-        return f"{of}a {type(parent._modules[name]).__name__}, whose forward is no linear map"
-    if _CHANGED_BY_MODEL.get(name) in _names(parent):
-        return f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
-    reading = _READ_BY_PARENT.get(name, "").split()
-    if any(kind.__name__ in reading and _reads(kind, name) for kind in type(parent).__mro__):
-        return f"{of}which reads its weight without calling it: an adapter there has no effect"
-    return None
-
-
-def _names(module: nn.Module | None) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__}
-
-
-@functools.cache
-def _reads(kind: type, name: str) -> bool:
-    """Whether the source of a class has the weight of a child in it: classes change between versions."""
-    try:
-        return f"self.{name}.weight" in inspect.getsource(kind)
-    except (OSError, TypeError):  # there is no source
-        return True
-
-
-def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
-    """The "input" or "output" embeddings of a transformers model, where it has any."""
-    get = getattr(model, f"get_{which}_embeddings", None)
-    return get() if callable(get) else None

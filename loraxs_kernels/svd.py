@@ -10,7 +10,7 @@ import operator
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
+from .naming import Former, aliases
 from .svd_math import GRAM_BYTES, Pieces, Products
 
 # The last one is for recipes of earlier versions alone.
@@ -90,18 +91,25 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name}: got {value!r}, must be an integer")
 
 
+def _past_rank(block: Any, given: Mapping[str, Any]) -> Any:
+    """The oversampling that a block is, as `truncated_svd` was once told."""
+    rank = given.get("rank")
+    return block - rank if isinstance(block, int) and isinstance(rank, int) else block
+
+
 def basis_size(m: int, how: Plan) -> int:
     """D, the rows of Q for weights whose smaller side is m."""
     return min(m, how.block * (how.n_iter + 1 if how.method == "krylov" else 1))
 
 
+@aliases(block=Former("oversample", _past_rank))
 @torch.no_grad()
 def truncated_svd(
     W: Tensor,
     rank: int,
     *,
     method: str = "auto",
-    block: int | None = None,
+    oversample: int | None = None,
     n_iter: int | None = None,
     seed: int = 0,
 ) -> Triplets:
@@ -122,7 +130,8 @@ def truncated_svd(
         rank: r, 1 <= r <= min(m, n).
         method: "krylov", "subspace", or "auto": krylov where its (q + 1) b vectors are at most 512 and at most a
             third of min(m, n), or where min(m, n) is at most 128 or twice the block of subspace; else subspace.
-        block: b >= r, vectors of the start; None: r + 8 for krylov, r + 16 + max(8, r / 4) for subspace.
+        oversample: how many vectors the start, the block, has past r; None: 8 for krylov, 16 + max(8, r / 4) for
+            subspace.
         n_iter: q; each is two more reads of W.  None: for krylov 5 below rank 32 and 4 from there on, for subspace 6
             below rank 64 and 5 from there on.
         seed: of the start.
@@ -135,7 +144,7 @@ def truncated_svd(
         singular values are any basis of their span.
 
     Raises:
-        TypeError: W is not a dense tensor of one of these dtypes; rank, block, n_iter or seed is not an integer.
+        TypeError: W is not a dense tensor of one of these dtypes; rank, oversample, n_iter or seed is not an integer.
         ValueError: W has fewer than 2 dimensions, holds NaN or Inf or has singular values past the range of the result,
         or another argument is out of range.
     """
@@ -148,6 +157,11 @@ def truncated_svd(
     *batch, m, n = W.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank: got {rank}, must be from 1 to min(m, n) = {min(m, n)} for W of shape {(m, n)}")
+    block = None
+    if oversample is not None:
+        if (past := _integer("oversample", oversample)) < 0:
+            raise ValueError(f"oversample: got {past}, must be at least 0")
+        block = rank + past
     how = plan(rank, (m, n), method=method, block=block, n_iter=n_iter)
     dtype = torch.promote_types(W.dtype, torch.float32)
     U = W.new_empty(*batch, m, rank, dtype=dtype)

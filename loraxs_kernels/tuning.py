@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .naming import as_dtype
+
 if TYPE_CHECKING:
     from .backends.choice import Row
 
@@ -18,7 +20,7 @@ def tune(
     *,
     rank: int | Sequence[int] | None = None,
     tokens: int | Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     budget: float = 300.0,
     path: str | os.PathLike | None = None,
     again: bool = False,
@@ -52,4 +54,5 @@ def tune(
     """
     from .bench.tune import tune_model
 
+    dtype = as_dtype("dtype", dtype, (torch.bfloat16, torch.float16))
     return tune_model(model, rank, tokens, dtype, budget, path, again, progress)

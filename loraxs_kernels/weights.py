@@ -80,8 +80,8 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
         )
     if W.is_meta:
         raise TypeError(
-            f"{label}: got a weight that is not there (meta device; accelerate offloads weights so), must be in memory "
-            "to merge into"
+            f"{label}: got a weight that is not in memory (meta device, as accelerate offloads weights), must be in "
+            "memory to merge into"
         )
     return W.detach()
 
@@ -465,6 +465,6 @@ def _not_quantised(layer: nn.Module, label: str) -> TypeError:
 
 def _fsdp1(layer: nn.Module, label: str) -> TypeError:
     return TypeError(
-        f"{label}: got {_what(layer)}, of which FullyShardedDataParallel has left a part here, must be whole: attach "
+        f"{label}: got {_what(layer)}, a part that FullyShardedDataParallel keeps here, must be whole: attach "
         "before the model is wrapped, or inside FullyShardedDataParallel.summon_full_params(model, writeback=False)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import hubstub
 import pytest
 import torch
 from torch import nn
@@ -204,13 +205,116 @@ def test_the_class_of_a_configuration(name, architectures, kind):
     assert everything.modules == len([m for m in linear if m is not output])
 
 
+# --- what was made of a model
+
+
+def test_the_summary_says_what_has_an_adapter_what_trains_and_what_was_left_out(bert, caplog):
+    with caplog.at_level("INFO", logger="loraxs_kernels"):
+        lx.attach(bert, 4, rank_pattern={"intermediate.dense": 2}, exclude_modules=["key"])
+    found = lx.summary(torch.compile(bert))
+    assert {name.rpartition("encoder.layer.")[2]: r for name, r in found.ranks.items()} == {
+        **{f"{i}.attention.{name}": 4 for i in (0, 1) for name in ("self.query", "self.value", "output.dense")},
+        **{f"{i}.{name}.dense": r for i in (0, 1) for name, r in (("intermediate", 2), ("output", 4))},
+        "bert.pooler.dense": 4,
+    }
+    keys = {f"bert.encoder.layer.{i}.attention.self.key": "not a target" for i in (0, 1)}
+    assert found.skipped == {**keys, "classifier": "trains whole"}
+    R = 9 * 16 + 2 * 4
+    assert (found.R, found.beside) == (R, {"classifier": 66})
+    assert found.trainable == trained(bert) == R + 66
+    assert found.total == sum(p.numel() for p in bert.parameters())
+    line = (
+        "11 of 14 linear layers have an adapter (7 dense, 2 query, 2 value) of rank 2, 4; "
+        f"{R + 66} of {found.total:,} parameters train: {R} in R, 66 in classifier; "
+        "no adapter: classifier (trains whole), 2 key (not a target)"
+    )
+    assert str(found) == line
+    bert.bert.encoder.layer[0].attention.self.query.R.requires_grad_(False)
+    assert (lx.summary(bert).R, lx.summary(bert).total) == (R - 16, found.total)
+    assert caplog.messages == [f"attach: {line}"] and caplog.records[0].levelname == "INFO"
+
+
+def test_the_summary_knows_why_a_layer_has_no_adapter():
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    model.extra = nn.MultiheadAttention(8, 2)
+    with pytest.warns(UserWarning, match="experts"):
+        lx.attach(model, 2)
+    found = lx.summary(model)
+    assert found.skipped["lm_head"] == "the output embeddings"
+    assert "reads its weight without calling it" in found.skipped["extra.out_proj"]
+    assert found.skipped["model.layers.0.mlp.experts"] == "experts, stacked in one parameter"
+    assert f"{len(found.ranks)} of {len(found.ranks) + 2} linear layers" in str(found)
+
+
+def test_nothing_is_logged_at_a_higher_level_or_counted_for_nothing(bert, caplog, monkeypatch):
+    monkeypatch.setattr("loraxs_kernels.model.summary", lambda model: pytest.fail("nobody reads it"))
+    with caplog.at_level("WARNING", logger="loraxs_kernels"):
+        lx.detach(lx.unmerge(lx.merge(lx.attach(bert, 4))))
+    assert not [each for each in caplog.records if each.name.startswith("loraxs")]
+
+
+def test_the_other_calls_log_a_line_too(bert, caplog, tmp_path):
+    lx.save_adapter(lx.attach(bert, 4), tmp_path / "a.safetensors")
+    with caplog.at_level("INFO", logger="loraxs_kernels"):
+        lx.detach(lx.unmerge(lx.merge(bert)))
+        lx.load_adapter(bert, tmp_path / "a.safetensors")
+        lx.detach(bert, merge=True)
+    merged, unmerged, off, loaded, kept = caplog.messages
+    assert merged == "merge: 13 adapters added to the weights"
+    assert unmerged == "unmerge: 13 adapters beside the original weights again"
+    assert off == "detach: 13 adapters taken off"
+    assert loaded.startswith(f"load_adapter: {tmp_path / 'a.safetensors'}: 13 of 14 linear layers")
+    assert loaded.endswith("delta W is off by at most 0.0e+00")
+    assert kept == "detach: 13 adapters added to the weights and taken off"
+
+
+def test_trainable_parameters_are_printed_as_by_peft(bert, capsys):
+    peft = pytest.importorskip("peft")
+
+    def ours_and_theirs(model):
+        lx.print_trainable_parameters(model)
+        ours = capsys.readouterr().out.splitlines()
+        model.get_nb_trainable_parameters = lambda: peft.PeftModel.get_nb_trainable_parameters(model)
+        peft.PeftModel.print_trainable_parameters(model)
+        return ours, capsys.readouterr().out.splitlines()
+
+    ours, theirs = ours_and_theirs(lx.attach(bert, 4, exclude_modules=["pooler.dense"]))
+    assert ours == [*theirs, "beside R: 66 in classifier"]
+    lx.detach(bert)
+    lx.attach(bert, 4, target_modules=["query"], modules_to_save=[])
+    ours, theirs = ours_and_theirs(bert)
+    assert ours == theirs
+    for name in ("pooler", "encoder.layer.0.output", "encoder.layer.1.output", "encoder.layer.0.intermediate"):
+        bert.bert.get_submodule(f"{name}.dense").bias.requires_grad_(True)
+    ours, theirs = ours_and_theirs(bert)
+    assert ours[:1] == theirs
+    layer = "bert.encoder.layer"
+    shown = [f"48 in {layer}.0.intermediate.dense", f"32 in {layer}.0.output.dense", f"32 in {layer}.1.output.dense"]
+    assert ours[1:] == [f"beside R: {', '.join(shown)}, 32 in 1 more modules"]
+
+
+def test_trainable_parameters_of_a_quantised_model_are_printed_as_by_peft(capsys):
+    bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 32, bias=False), nn.Linear(32, 8))
+    model.to("cpu")  # which is what quantises
+    lx.print_trainable_parameters(lx.attach(model, 4, target_modules=["0"]))
+    assert capsys.readouterr().out == "trainable params: 16 || all params: 2,328 || trainable%: 0.6873\n"
+    assert peft.PeftModel.get_nb_trainable_parameters(model) == (16, 2328)
+
+
+def test_a_model_without_adapters_has_no_summary(bert):
+    for call in (lx.summary, lx.print_trainable_parameters):
+        with pytest.raises(ValueError, match="model: has no LoRA-XS adapters"):
+            call(bert)
+
+
 # --- errors
 
 
 def test_errors_name_the_argument(bert):
     for arguments, message in [
         (dict(), "rank: must be given"),
-        (dict(rank=4), "target_modules: must be given"),
         (
             dict(rank=0, target_modules="all-linear"),
             "rank: got 0 for module 'bert.*', must be an integer of at least 1",
@@ -234,13 +338,13 @@ def test_errors_name_the_argument(bert):
 
 def test_a_configuration_of_no_model():
     odd = transformers.BertConfig(hidden_size=30, num_attention_heads=4)
-    with pytest.raises(ValueError, match="configuration of a 'bert' model, of which no BertForMaskedLM can be made"):
+    with pytest.raises(ValueError, match="configuration of a 'bert' model, from which no BertForMaskedLM can be made"):
         lx.count_parameters(odd, 4, target_modules="all-linear")
 
     class Unknown(transformers.PretrainedConfig):
         model_type = "unheard-of"
 
-    with pytest.raises(ValueError, match="'unheard-of' model, of which transformers has no class"):
+    with pytest.raises(ValueError, match="'unheard-of' model, for which transformers has no class"):
         lx.count_parameters(Unknown(), 4, target_modules="all-linear")
 
 
@@ -280,6 +384,21 @@ def test_the_table_of_a_folder_or_a_file(capsys, tmp_path, bert):
         ["2", "LoRA-XS", "8", "6.5", "KiB"],
     ]
     assert params(capsys, "--model", str(tmp_path / "config.json"), "-r", "4", "--target-modules", "all-linear")[0] == 0
+
+
+def test_the_table_of_a_model_on_the_hub(capsys, tmp_path, monkeypatch, bert):
+    """Its config.json alone is fetched; if the Hub cannot be reached, one question is asked and one line says so."""
+    bert.config.save_pretrained(tmp_path)
+    with hubstub.running(monkeypatch, tmp_path / "cache") as hub:
+        hub.repos["user/bert"] = {"main": {"config.json": (tmp_path / "config.json").read_bytes()}}
+        assert params(capsys, "--model", "user/bert", "-r", "4")[::2] == (0, "")
+        assert all("config.json" in each for each in hub.requests)
+        hub.broken, asked = True, len(hub.requests)
+        assert params(capsys, "--model", "user/bert", "-r", "4")[::2] == (0, "")  # from the cache
+        status, out, err = params(capsys, "--model", "foo", "-r", "4")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "name on Hugging Face's hub: foo: is not here, and the Hub cannot be reached (" in err
+        assert len(hub.requests) == asked + 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
-from loraxs_kernels.adapter_file import fitted, fitted_to
+from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
 
@@ -259,32 +259,42 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
                 lx.save_adapter(bases[name], tmp_path / "again.safetensors")
                 lx.load_adapter(copy.deepcopy(lx.detach(bases[name])), tmp_path / "again.safetensors")
             else:
-                with pytest.raises(
-                    AdapterMismatch, match=rf"weights in {made}, those of this model from .* {now}\. Load"
-                ):
+                with pytest.raises(AdapterMismatch, match=rf"weights in {made}, this model's from .* {now}\. Load"):
                     lx.load_adapter(bases[name], path)
 
 
 def test_the_message_says_what_was_found(trained):
-    """Quite other weights, another recipe: none of them blames the dtype, or advises what the file has already."""
+    """Different weights are called that, whatever their dtype; nothing is advised that the file has already."""
     model, path = trained
     shutil.copy(path, path.with_name("plain"))
     lx.save_adapter(model, path, portable=True)
-    other = mlp()
     turned = torch.linalg.qr(torch.randn(20, 20)).Q
-    other[0].weight.data = other[0].weight @ turned  # of the same singular values
-    with pytest.raises(
-        AdapterMismatch, match=r"is \d\.\de[+-]\d\d, and its delta W is not the one .* weights are others"
-    ) as refusal:
-        lx.load_adapter(other, path)
-    assert "dtype" not in str(refusal.value) and "portable" not in str(refusal.value)
-    with pytest.raises(AdapterMismatch, match="A and B were not rounded, those of this model were rounded to bfloat16"):
+    for file in (path, path.with_name("plain")):
+        for dtype in (torch.float32, torch.bfloat16):
+            other = mlp().to(dtype)
+            other[0].weight.data = other[0].weight @ turned.to(dtype)  # of the same singular values
+            message = r"is \d\.\de[+-]\d\d: this model has different weights\. The adapter .* file does not name: load"
+            with pytest.raises(AdapterMismatch, match=message) as refusal:
+                lx.load_adapter(other, file)
+            assert "float" not in str(refusal.value) and "portable" not in str(refusal.value)
+    skew = torch.randn(20, 20)
+    turned = torch.linalg.matrix_exp(0.02 * (skew - skew.mT))  # a little
+    for file, advised in ((path, False), (path.with_name("plain"), True)):
+        other = mlp()
+        other[0].weight.data = other[0].weight @ turned
+        with pytest.raises(AdapterMismatch, match="the weights were edited or quantised") as refusal:
+            lx.load_adapter(other, file)
+        assert ("portable=True" in str(refusal.value)) == advised
+    with pytest.raises(AdapterMismatch, match="A and B were not rounded, this model's were rounded to bfloat16"):
         rounded = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, dtype=torch.bfloat16)
         lx.load_adapter(rounded, path.with_name("plain"))
-    for how, what in ((dict(init="random"), "init 'random' and not 'svd', "), (dict(n_iter=0), "n_iter 0 and not 5")):
+    for how, what in (
+        (dict(init="random"), "init 'random', .*init 'svd', "),
+        (dict(n_iter=0), "n_iter 0, .* n_iter 5"),
+    ):
         attached = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, **how)
         with pytest.raises(
-            AdapterMismatch, match=rf"by another recipe \({what}.*Load the adapter into a model without"
+            AdapterMismatch, match=rf"A and B were made with {what}.*Load the adapter into a model without"
         ):
             lx.load_adapter(attached, path)
 
@@ -301,7 +311,7 @@ def test_saving_does_not_read_the_base(tmp_path):
 
 
 def test_the_factors_of_a_loaded_adapter_can_be_computed_elsewhere(trained):
-    loaded = lx.load_adapter(mlp(), trained[1], device=["cpu"], workspace=2**30)
+    loaded = lx.load_adapter(mlp(), trained[1], device=["cpu"], workspace_gib=1)
     assert worst_error(loaded, deltas(trained[0])) == 0
     model = mlp()
     with pytest.raises(ValueError, match="device: got 'meta'"):
@@ -323,7 +333,7 @@ def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):
     assert unchanged(base, state) and all(p.requires_grad for p in base.parameters())
     lx.save_adapter(minilm, path, **how)
     with pytest.warns(
-        UserWarning, match=r"aligned to it, with an estimated relative error of delta W of up to"
+        UserWarning, match=r"aligned to them, with an estimated relative error of delta W of up to"
     ) as seen:
         lx.load_adapter(base, path)
     assert seen[0].filename == __file__
@@ -385,14 +395,17 @@ def other_weights(model):
 
 
 OTHER_BASES = {
-    "another model": (other_weights, r"module '2' is .* its singular values are not those"),
+    "another model": (
+        other_weights,
+        r"module '2' is .*, and the singular values of the weight differ: this model has different weights",
+    ),
     "edited weights": (
         scaled_by(1.01),
-        r"module '0' is 1\.\de-02, more than 1e-03: the weights differ \(edited .* save the adapter again with",
+        r"module '0' is 1\.\de-02, more than 1e-03: the weights were edited .* save the adapter from its own",
     ),
     "quantised weights": (
         lambda m: m[0].weight.data.copy_((m[0].weight / 0.03).round() * 0.03),
-        r"module '0' is .*, more than 1e-03: the weights differ \(edited or quantised",
+        r"module '0' is .*, more than 1e-03: the weights were edited or quantised",
     ),
 }
 
@@ -413,11 +426,11 @@ def test_another_base_is_refused_and_nothing_changes(trained, case, attached):
 
 def test_modules_that_do_not_match_are_named(trained):
     _, path = trained
-    with pytest.raises(ValueError, match="is for other modules than the model's adapters; the first difference: '2'"):
+    with pytest.raises(ValueError, match="adapts other modules than the model's adapters do; only one of them has '2'"):
         lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0"]), path)
-    with pytest.raises(ValueError, match="module '2' has rank 3 there and 4 in the model"):
+    with pytest.raises(ValueError, match="module '2' has rank 3 in the file and 4 in the model"):
         lx.load_adapter(lx.attach(mlp(), 4, target_modules=["0", "2"]), path)
-    with pytest.raises(ValueError, match="model: has no module '3', which the adapter is for"):
+    with pytest.raises(ValueError, match="model: has no module '3', but the adapter has"):
         lx.load_adapter(mlp()[:3], path)
     model = nn.Sequential(*mlp()[:3], nn.Linear(20, 6))
     state = copy.deepcopy(model.state_dict())
@@ -483,11 +496,11 @@ DAMAGES = {
     ),
     "a module too few": (
         lambda p: edited(p, lambda h, t: h["modules"].pop("2")),
-        "'.*/3', of which its header says noth",
+        "header does not mention the tensor '.*/3'",
     ),
     "modules_to_save dropped": (
         in_header(modules_to_save=[]),
-        "tensor 'model/3.bias', of which its header says nothing",
+        "header does not mention the tensor 'model/3.bias'",
     ),
     "modules_to_save a string": (in_header(modules_to_save="3"), "modules_to_save is '3' in its header"),
     "a field that is not known": (in_header(extra=1), "its header has 'extra', which is not known"),
@@ -508,7 +521,7 @@ DAMAGES = {
     "probes in fp64": (in_tensors(lambda t: t.update({"probe/4": t["probe/4"].double()})), "'probe/4' has .* float64"),
     "a foreign tensor": (
         in_tensors(lambda t: t.update({"x": torch.ones(1)})),
-        "tensor 'x', of which its header says noth",
+        "header does not mention the tensor 'x'",
     ),
     "R not finite": (in_tensors(set_to("R/4", torch.nan)), "tensor 'R/4' has NaN or Inf"),
     "probes not finite": (in_tensors(set_to("probe/4", torch.inf)), "tensor 'probe/4' has NaN or Inf"),
@@ -518,7 +531,7 @@ DAMAGES = {
     ),
     "all zeros": (
         in_tensors(lambda t: [v.zero_() for v in t.values()]),
-        "singular values are not those|made by another recipe",
+        "different weights|were made with",
     ),
     "a head of integers": (
         in_tensors(lambda t: t.update({"model/3.bias": t["model/3.bias"].long()})),
@@ -646,7 +659,7 @@ def test_values_that_a_head_cannot_hold_are_refused(tmp_path):
         lx.save_adapter(m, path)
     nn.init.zeros_(m[0].R)
     m[0].scaling = 7.0
-    with pytest.raises(ValueError, match=r"module '0': its scaling is 7\.0, must be alpha / rank = 1\.0"):
+    with pytest.raises(ValueError, match=r"module '0': scaling is 7\.0, must be alpha / rank = 1\.0"):
         lx.save_adapter(m, path)
     m[0].alpha = float("nan")
     with pytest.raises(ValueError, match="alpha: got nan for module '0', must be a finite number"):
@@ -729,7 +742,7 @@ def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
     nn.init.normal_(layer.R)
     lx.save_adapter(layer, path)
     linear = copy.deepcopy(layer.base_layer)
-    with pytest.raises(ValueError, match="the file is of a single LoRAXSLinear; must be one"):
+    with pytest.raises(ValueError, match="the file holds the adapter of a single LoRAXSLinear"):
         lx.load_adapter(linear.requires_grad_(True), path)
     assert linear.weight.requires_grad and "loraxs" not in vars(linear)
     again = lx.load_adapter(LoRAXSLinear.from_linear(linear, 2), path)
@@ -739,8 +752,9 @@ def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
 def test_missing_files_and_folders(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         lx.load_adapter(mlp(), tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="is a folder, must be the name of a file"):
-        lx.save_adapter(trained[0], tmp_path)
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(ValueError, match=r"README\.md is a folder, must be the name of a file"):
+        lx.save_adapter(trained[0], f"{tmp_path}/")
     lx.save_adapter(trained[0], tmp_path / "new" / "folder" / "a.safetensors")
     assert lx.load_adapter(mlp(), tmp_path / "new" / "folder" / "a.safetensors")
 

@@ -122,10 +122,11 @@ def test_mistakes_of_the_program_keep_their_traceback(monkeypatch, kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workspace", "inf"], "workspace: got inf, must be GiB above 0 and below 2^33"),
-        (["--workspace", "1e400"], "workspace: got inf"),
-        (["--workspace", "nan"], "workspace: got nan"),
-        (["--workspace", "-1"], "workspace: got -1"),
+        (["--workspace-gib", "inf"], "workspace_gib: got inf, must be a number of GiB above 0 and below 2^33"),
+        (["--workspace", "1e400"], "workspace_gib: got inf"),
+        (["--workspace-gib", "nan"], "workspace_gib: got nan"),
+        (["--workspace", "-1"], "workspace_gib: got -1"),  # the name it had
+        (["--dtype", "int8"], "dtype: got 'int8', must be one of bfloat16"),
         (["--n-iter", "1000000"], "n_iter: got 1000000, must be an integer from 0 to 1000"),
         (["--out", "toy"], "out: toy is a folder"),
         (["--out", ""], "out: . is a folder"),
@@ -154,8 +155,8 @@ LLAMA = {
     ("config", "message"),
     [
         (b"[]", "config.json holds a list, must hold a JSON object"),
-        (b"\xff\xfe{}", "config.json is no JSON file"),
-        (b"[" * 100_000, "config.json is no JSON file"),
+        (b"\xff\xfe{}", "config.json is not a JSON file"),
+        (b"[" * 100_000, "config.json is not a JSON file"),
         (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, must be at most 100000"),
         (LLAMA | {"num_labels": 10**9}, "num_labels is 1000000000"),
         (LLAMA | {"num_hidden_layers": 200}, "LlamaForCausalLM can be made: it has more than 1,000 modules"),

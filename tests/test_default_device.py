@@ -67,7 +67,7 @@ def singular(tmp_path: Path, base: nn.Module):
 
 
 def attached(tmp_path: Path, base: nn.Module, **options):
-    lx.attach(base, 4, target_modules=["0", "2"], sigma=0.3, modules_to_save=["3"], **options)
+    lx.attach(base, 4, target_modules=["0", "2"], init_std=0.3, modules_to_save=["3"], **options)
     return base, base(torch.ones(2, 20, device="cpu"))
 
 

@@ -170,7 +170,7 @@ def test_the_workspace_is_bounded_before_anything_is_read():
     weight = factors.Weight((8192, 28672), torch.bfloat16, CPU, True, lambda: pytest.fail("was read"))
     recipe = Recipe().pinned(64, weight.shape)
     with pytest.raises(
-        ValueError, match=r"workspace: got 1000 bytes, must be at least \d+ for module 'up' of shape 8192"
+        ValueError, match=r"workspace_gib: got 9.3\S+, must be at least [\d.]+ for module 'up' of shape 8192"
     ):
         factor([Job("module 'up'", weight, 64, recipe)], pytest.fail, devices=[gpu], workspace=1000, progress=False)
     # The largest weight of Llama 3 70B fits the default workspace, which leaves a card of 24 GB most of its memory.

@@ -42,7 +42,7 @@ def test_factors_are_the_svd_of_the_weight():
     U, S, Vh = torch.linalg.svd(layer.base_layer.weight.double(), full_matrices=False)
     torch.testing.assert_close(layer.B.double().abs(), U[:, :6].abs(), atol=1e-4, rtol=0)
     torch.testing.assert_close(layer.A.double().abs(), (S[:6, None] * Vh[:6]).abs(), atol=1e-4, rtol=0)
-    fresh = LoRAXSLinear.from_linear(nn.Linear(40, 24), 24, sigma=1e-5)
+    fresh = LoRAXSLinear.from_linear(nn.Linear(40, 24), 24, init_std=1e-5)
     assert layer.scaling == 2.0 and fresh.scaling == 1.0
     assert 0.7e-5 < fresh.R.std() < 1.3e-5 and fresh.R.dtype == torch.float32 and fresh.R.requires_grad
 
@@ -570,14 +570,18 @@ BAD = {
     "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
     "dropout nan": (dict(dropout=float("nan")), ValueError, r"dropout: got nan for module 'a\.b'"),
     "dropout no number": (dict(dropout="0.1"), ValueError, r"dropout: got '0\.1' for module 'a\.b'"),
-    "sigma": (dict(sigma=-1.0), ValueError, r"sigma: got -1\.0"),
-    "sigma nan": (dict(sigma=float("nan")), ValueError, r"sigma: got nan for module 'a\.b', must be a finite number"),
-    "sigma inf": (dict(sigma=float("inf")), ValueError, r"sigma: got inf for module 'a\.b'"),
-    "sigma no number": (dict(sigma="1e-5"), ValueError, r"sigma: got '1e-5' for module 'a\.b'"),
-    "dtype int32": (dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'a\.b', must be torch"),
+    "init_std": (dict(init_std=-1.0), ValueError, r"init_std: got -1\.0"),
+    "init_std nan": (dict(init_std=float("nan")), ValueError, r"init_std: got nan for module 'a\.b', must be a finite"),
+    "init_std inf": (dict(init_std=float("inf")), ValueError, r"init_std: got inf for module 'a\.b'"),
+    "init_std no number": (dict(init_std="1e-5"), ValueError, r"init_std: got '1e-5' for module 'a\.b'"),
+    "dtype int32": (
+        dict(dtype=torch.int32),
+        ValueError,
+        r"dtype: got torch\.int32 for module 'a\.b', must be one of bfl",
+    ),
     "dtype complex64": (dict(dtype=torch.complex64), ValueError, r"dtype: got torch\.complex64 for module"),
     "dtype float8": (dict(dtype=torch.float8_e4m3fn), ValueError, r"dtype: got torch\.float8_e4m3fn for module"),
-    "dtype a string": (dict(dtype="bfloat16"), ValueError, r"dtype: got 'bfloat16' for module"),
+    "dtype a string": (dict(dtype="float"), ValueError, r"dtype: got 'float' for module"),
     "rank a bool": (dict(rank=True), ValueError, r"rank: got True for module 'a\.b', must be an integer"),
     "seed": (dict(seed=1.5), ValueError, r"seed: got 1\.5 for module 'a\.b', must be an integer"),
     "init": (dict(init="kaiming"), ValueError, "init: got 'kaiming' for module 'a.b'"),
@@ -603,11 +607,11 @@ def test_bad_arguments_are_named(case):
 
 def test_numbers_of_other_packages_are_taken_and_kept_as_floats():
     numpy = pytest.importorskip("numpy")
-    layer = make(alpha=numpy.float32(4), dropout=numpy.float64(0.25), sigma=numpy.float32(0.5))
-    assert (layer.alpha, layer.dropout, layer.sigma) == (4.0, 0.25, 0.5)
-    assert {type(each) for each in (layer.alpha, layer.scaling, layer.dropout, layer.sigma)} == {float}
-    with pytest.raises(ValueError, match=r"sigma: got .*inf"):
-        make(sigma=numpy.float32("inf"))
+    layer = make(alpha=numpy.float32(4), dropout=numpy.float64(0.25), init_std=numpy.float32(0.5))
+    assert (layer.alpha, layer.dropout, layer.init_std) == (4.0, 0.25, 0.5)
+    assert {type(each) for each in (layer.alpha, layer.scaling, layer.dropout, layer.init_std)} == {float}
+    with pytest.raises(ValueError, match=r"init_std: got .*inf"):
+        make(init_std=numpy.float32("inf"))
 
 
 def test_bad_layers_are_named():
@@ -784,7 +788,7 @@ def test_second_derivatives_together():
 def test_a_gradient_penalty_of_a_real_model(minilm):
     """|d loss / d embeddings|^2, differentiated for every R, beside the layers that people run today."""
     minilm.set_attn_implementation("eager")  # the fused attention of a CPU is differentiable once
-    model = attach(minilm.double(), 8, target_modules="all-linear", sigma=0.1, progress=False)
+    model = attach(minilm.double(), 8, target_modules="all-linear", init_std=0.1, progress=False)
     today = copy.deepcopy(model)
     for parent in list(today.modules()):
         for name, child in list(parent._modules.items()):

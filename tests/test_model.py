@@ -26,7 +26,8 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear
-from loraxs_kernels.model import _READ_BY_PARENT, match, unwrapped
+from loraxs_kernels.matching import _READ_BY_PARENT, match
+from loraxs_kernels.model import unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
@@ -74,11 +75,11 @@ def test_offloaded_by_accelerate(bert):
         a.R.data.copy_(b.R)
     y = expected(IDS).logits
     torch.testing.assert_close(bert(IDS).logits, y, atol=1e-5, rtol=0)
-    with pytest.raises(TypeError, match="is not there"):
+    with pytest.raises(TypeError, match="is not in memory"):
         lx.merge(bert)
     accelerate.cpu_offload(expected, execution_device="cpu", offload_buffers=True)  # the adapters, too
     torch.testing.assert_close(expected(IDS).logits, y, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="is not in memory"):
         lx.save_adapter(expected, "never-written.safetensors")
 
 
@@ -494,7 +495,7 @@ FAILURES = {
     "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
     "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
     "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),
-    "sigma": (None, dict(sigma=float("nan")), ValueError, "sigma: got nan for module 'bert"),
+    "init_std": (None, dict(init_std=float("nan")), ValueError, "init_std: got nan for module 'bert"),
     "dtype": (None, dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'bert"),
     "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
     "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
@@ -752,10 +753,24 @@ def test_an_adapted_head_of_an_encoder_and_decoder_is_saved_with_their_embedding
     sizes = dict(vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
     heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
     model = BartForConditionalGeneration(BartConfig(**sizes, **heads)).eval()
-    lx.attach(model, 4, target_modules=["q_proj", "lm_head"], sigma=0.3, progress=False)
+    lx.attach(model, 4, target_modules=["q_proj", "lm_head"], init_std=0.3, progress=False)
     lx.detach(model, merge=True)
     model.save_pretrained(tmp_path)
     if int(transformers.__version__.split(".")[0]) >= 5:  # 4 ties the head again, whatever the file has
         ids = torch.arange(8)[None]
         y = BartForConditionalGeneration.from_pretrained(tmp_path).eval()(ids).logits
         torch.testing.assert_close(y, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_what_a_layer_shows(gpt2):
+    layer = lx.attach(gpt2.bfloat16(), 4, lora_alpha=8, dropout=0.25).transformer.h[0].attn.c_attn
+    shown = "in_features=32, out_features=96, rank=4, s=2, dtype=bfloat16, init=svd, dropout=0.25"
+    assert layer.extra_repr() == shown
+    with lx.backend("torch"):
+        assert "dtype=bfloat16, backend=torch, init=svd" in repr(layer)
+    assert layer.to("meta").extra_repr() == shown
+
+
+def test_the_integrations_are_listed():
+    assert {"peft", "reference_repo", "transformers", "vllm"} <= set(dir(lx.integrations))
+    assert lx.integrations.reference_repo.__name__ == "loraxs_kernels.integrations.reference_repo"

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from loraxs_kernels.padded import PaddedB
 from loraxs_kernels.padding import padded_rows, readable_columns
 
 
@@ -32,3 +33,22 @@ def test_only_what_is_known_to_be_zero_is_read():
     storage = padded.untyped_storage()
     storage.zeros = (12, storage.data_ptr() + 16)  # noted of other memory, which has been given back since
     assert readable_columns(padded) == 12
+
+
+def test_a_module_keeps_its_B_padded():
+    B = torch.randn(5, 12)
+    module = PaddedB()
+    module.register_buffer("A", torch.randn(12, 3))
+    module.register_buffer("B", B)
+    twin, moved, assigned = (copy.deepcopy(module) for _ in range(3))
+    moved.double().float()
+    assigned.load_state_dict({"A": module.A, "B": B.clone()}, assign=True)
+    kept = module.B
+    module.B.zero_()
+    module.load_state_dict({"A": module.A, "B": B})
+    assert module.B is kept and torch.equal(kept, B)
+    for each in (module, twin, moved, assigned):
+        assert torch.equal(each.B, B) and readable_columns(each.B) == 16 and each.A.stride() == (3, 1)
+        assert each.state_dict()["B"].is_contiguous()
+    module.B = B[:3]
+    assert torch.equal(module.B, B[:3]) and readable_columns(module.B) == 16

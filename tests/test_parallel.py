@@ -345,7 +345,7 @@ def refused_on_all_ranks(model: nn.Module, one: int) -> None:
             raise OSError("no such disk")
         return W
 
-    own, others = (OSError, "^no such disk"), (RuntimeError, "another rank could not .*: OSError: no such disk")
+    own, others = (OSError, "^no such disk"), (RuntimeError, "another process .*could not .*: OSError: no such disk")
     refused(model, *(own if dist.get_rank() == one else others), read)
 
 

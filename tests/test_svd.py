@@ -230,9 +230,9 @@ def test_start_vectors_are_pinned():
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3), st.sampled_from(["krylov", "subspace"]), st.data())
 def test_any_shape(m, n, n_iter, method, data):
     rank = data.draw(st.integers(1, min(m, n)))
-    block = data.draw(st.integers(rank, rank + 5))
+    oversample = data.draw(st.integers(0, 5))
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(m * 61 + n), dtype=torch.float64)
-    U, S, Vh = truncated_svd(W, rank, method=method, block=block, n_iter=n_iter)
+    U, S, Vh = truncated_svd(W, rank, method=method, oversample=oversample, n_iter=n_iter)
     eye = torch.eye(rank, dtype=torch.float64)
     assert (U.T @ U - eye).abs().max() < 1e-6 and (Vh @ Vh.T - eye).abs().max() < 1e-6
     assert (torch.linalg.svdvals(W)[:rank] * (1 + 1e-6) + 1e-9 - S).min() >= 0  # Rayleigh-Ritz never overshoots
@@ -282,7 +282,7 @@ BAD = {
     "NaN": (torch.tensor([[1.0, float("nan")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
     "Inf": (torch.tensor([[1.0, -float("inf")]] * 2), 1, {}, ValueError, "W: .* must be finite"),
     "n_iter": (torch.ones(3, 5), 1, {"n_iter": -1}, ValueError, "n_iter: got -1"),
-    "block": (torch.ones(3, 5), 2, {"block": 1}, ValueError, "block: got 1, must be at least the rank, 2"),
+    "oversample": (torch.ones(3, 5), 2, {"oversample": -1}, ValueError, "oversample: got -1, must be at least 0"),
     "method": (torch.ones(3, 5), 1, {"method": "qr"}, ValueError, "method: got 'qr', must be"),
     "sparse": (torch.ones(3, 3).to_sparse(), 1, {}, TypeError, "W: got dtype torch.float32, layout torch.sparse_coo"),
     "NaN in a batch": (
@@ -295,7 +295,7 @@ BAD = {
     "rank of a float": (torch.ones(3, 5), 2.0, {}, TypeError, "rank: got 2.0, must be an integer"),
     "rank of a bool": (torch.ones(3, 5), True, {}, TypeError, "rank: got True, must be an integer"),
     "n_iter of a float": (torch.ones(3, 5), 1, {"n_iter": 2.0}, TypeError, "n_iter: got 2.0, must be an integer"),
-    "block of a string": (torch.ones(3, 5), 1, {"block": "2"}, TypeError, "block: got '2', must be an integer"),
+    "a string": (torch.ones(3, 5), 1, {"oversample": "2"}, TypeError, "oversample: got '2', must be an integer"),
     "seed of a float": (torch.ones(3, 5), 1, {"seed": 0.5}, TypeError, "seed: got 0.5, must be an integer"),
 }
 

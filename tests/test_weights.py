@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoRAXSLinear, adapter_file
-from loraxs_kernels.model import match
+from loraxs_kernels.matching import match
 from loraxs_kernels.weights import assign, weight_of
 
 N, K = 32, 64  # whole blocks of every scheme
@@ -612,7 +612,10 @@ def two_ranks(rank: int, store: str) -> None:
         for use_orig_params in (True, False):
             model = nn.Sequential(copy.deepcopy(linear), nn.Linear(25, 8))
             wrapped = FSDP(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-            with pytest.raises(TypeError, match=r"module '0': got a Linear .* has left a part here, must be whole"):
+            with pytest.raises(
+                TypeError,
+                match=r"module '0': got a Linear .* a part that FullyShardedDataParallel keeps here, must be whole",
+            ):
                 lx.attach(model, 4, target_modules=["0"])
             with FSDP.summon_full_params(wrapped, writeback=False):
                 check(model)
@@ -702,7 +705,7 @@ def test_adapters_that_zero3_has_partitioned_are_saved_and_loaded(zero3, tmp_pat
     def make(times: float = 1.0) -> nn.Sequential:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, 3))
-        lx.attach(model, 4, target_modules=["0"], modules_to_save=["1"], sigma=0.3)
+        lx.attach(model, 4, target_modules=["0"], modules_to_save=["1"], init_std=0.3)
         if parametrized:
             parametrize.register_parametrization(model[0], "R", Double())
         for p in model.parameters():

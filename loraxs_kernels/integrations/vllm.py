@@ -2,7 +2,7 @@
 
 vLLM finds this module through the entry points `vllm.general_plugins` (`register`, in every process) and
 `vllm.endpoint_plugins` (vllm_server.py, in the server alone).  Nothing happens unless LORAXS_BANK names a bank;
-`loraxs serve` sets it.  vllm_worker.py is what runs in the workers: the layers and their R.
+`loraxs serve` sets it.  vllm_worker.py runs in the workers: the layers and their R; vllm_factors.py: their A and B.
 
 A version of an adapter is its name with the SHA-256 of its record.  vLLM is given a LoRARequest for each version, by
 whose name and path it also tells cached prefixes apart, so that a request computes with one version from its first

@@ -1,0 +1,109 @@
+"""The model card beside an adapter file: README.md with the YAML front matter that Hugging Face's Hub reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+NAME = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The last line of a card, by which it is known that nobody has changed it since.
+SEAL = "<!-- Written by loraxs_kernels, SHA-256 {}: a card that was edited is not replaced. -->\n"
+
+
+def card(
+    model: nn.Module,
+    base_model: str,
+    modules: Mapping[str, Mapping[str, Any]],
+    saved: Mapping[str, int],
+    where: str,
+) -> str:
+    """The text of a card.
+
+    Args:
+        model: that the adapter was trained on.
+        base_model: the name that it was loaded by, or nothing.
+        modules: {name of an adapted module: its rank, alpha, init and weight_dtype}.
+        saved: {name of a module in modules_to_save: how many numbers it has}.
+        where: what `load_adapter` is given in the example: a folder or a name on the Hub.
+    """
+    from . import __version__
+
+    public = base_model if HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else ""
+    ranks = sorted({each["rank"] for each in modules.values()})
+    scales = sorted({each["alpha"] / each["rank"] for each in modules.values()})
+    kinds = Counter(name.rpartition(".")[2] or "the model itself" for name in modules)
+    facts = {
+        "base model": f"[{public}](https://huggingface.co/{public})" if public else base_model or "not known",
+        "adapted modules": f"{len(modules)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}",
+        "rank r": ", ".join(map(str, ranks)),
+        "scaling s = alpha / r": ", ".join(f"{s:g}" for s in scales),
+        "A and B": ", ".join(sorted({each["init"] for each in modules.values()})),
+        "parameters in R": f"{sum(each['rank'] ** 2 for each in modules.values()):,}",
+        "trained whole": ", ".join(f"{name} ({n:,} numbers)" for name, n in saved.items()) or "nothing",
+        "written by": f"loraxs_kernels {__version__}",
+    }
+    front = ["---", *([f"base_model: {json.dumps(public)}"] if public else []), "library_name: loraxs_kernels"]
+    front += ["tags:", "- lora-xs", "- loraxs_kernels", "---"]
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+    dtypes = {each["weight_dtype"] for each in modules.values()} - {None}
+    lines = [
+        *front,
+        "",
+        f"# LoRA-XS adapter{f' for {base_model}' if base_model else ''}",
+        "",
+        "[LoRA-XS](https://arxiv.org/abs/2405.17604) fine-tunes a model by training one small matrix R (r x r) for "
+        "each adapted weight W. The layer computes y = W x + s B R A x, where A and B are frozen and, by default, made "
+        "from the singular value decomposition of W. `adapter.safetensors` holds R; loading it computes A and B again "
+        "from the base model's weights and checks that they are the ones that R was trained with.",
+        "",
+        *table,
+        "",
+        "## Load it",
+        "",
+        "```python",
+        *_example(model, base_model, dtypes.pop() if len(dtypes) == 1 else None),
+        f"lx.load_adapter(model, {json.dumps(where)})",
+        "```",
+        "",
+        "Install the library with `pip install loraxs_kernels`.",
+        "",
+    ]
+    text = "\n".join(lines)
+    return text + SEAL.format(_digest(text))
+
+
+def _example(model: nn.Module, base_model: str, dtype: str | None) -> Sequence[str]:
+    """The lines of Python that make the base model."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if not (base_model and type(model).__module__.startswith("transformers.")):
+        return "import loraxs_kernels as lx", "", "model = ...  # the base model that the adapter was trained on"
+    options = [json.dumps(base_model)]
+    if dtype is not None:
+        options.append(f"dtype={json.dumps(dtype)}")
+    if "Classification" in kind and getattr(config, "num_labels", 2) != 2:
+        options.append(f"num_labels={config.num_labels}")
+    return (
+        f"from transformers import {kind}",
+        "import loraxs_kernels as lx",
+        "",
+        f"model = {kind}.from_pretrained({', '.join(options)})",
+    )
+
+
+def is_as_written(file: Path) -> bool:
+    """Whether the card in a file is as `card` has made it, so that nothing is lost if it is replaced."""
+    text = file.read_bytes().decode(errors="replace")
+    body, _, _ = text.rpartition(SEAL.partition("{}")[0])
+    return text == body + SEAL.format(_digest(body))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,40 @@
+"""LoRA-XS as a PEFT method: get_peft_model(model, LoraXSConfig(r=16, target_modules="all-linear")).
+
+Importing this package makes the method known to PEFT (0.18 or later), so do that before a saved adapter is loaded.  The
+layers compute with LoRAXSLinear's own forward, the factors of all of them are made together as in `attach`, and what
+`save_pretrained` writes holds R (r x r) of every layer and a fingerprint of its basis: A and B are recomputed and
+checked when it is loaded.
+
+registration  makes the method known to PEFT
+config        LoraXSConfig, and adapter_config.json
+tuner         LoraXSModel: which layers get adapters; adding, merging and unloading all of them or none
+layer         LoraXSLinearLayer: one layer with its adapters
+buffers       how a layer holds A, B and fingerprints
+merging       what merging replaces in a layer, to be put back
+loading       which state dicts are refused
+samples       batches in which each sample has its own adapter
+card          the model card beside a saved adapter
+"""
+
+from . import card, config, tuner
+from .buffers import Buffers as _Buffers
+from .buffers import Fingerprints as _Fingerprints
+from .layer import LoraXSLinearLayer, _check_what_was_loaded
+from .loading import check_before_loading as _check_before_loading
+from .merging import Unmerged as _Unmerged
+from .registration import register
+
+__all__ = [
+    "LoraXSConfig",
+    "LoraXSLinearLayer",
+    "LoraXSModel",
+    # By these names models that earlier versions pickled (torch.save of a whole model) find their parts.
+    "_Buffers",
+    "_Fingerprints",
+    "_Unmerged",
+    "_check_before_loading",
+    "_check_what_was_loaded",
+]
+
+LoraXSConfig, LoraXSModel = register(config.LoraXSConfig, tuner.LoraXSModel)
+card.extend_cards()

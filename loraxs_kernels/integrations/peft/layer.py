@@ -1,0 +1,414 @@
+"""LoraXSLinearLayer: a frozen linear layer with LoRA-XS adapters by name, as PEFT's tuners have them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ... import basis, parallel
+from ...adapter_file import fitted, mismatch
+from ...basis import Recipe
+from ...functional import Adapter
+from ...indexed import RowIndex
+from ...linear import LoRAXSLinear, label_of, sparing_what_trains
+from ...ops import autocast_on
+from ...route import layer_output, only_moves, plus_delta
+from ...weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, whole
+from ..reference_repo.layers import translate
+from .buffers import Buffers, Fingerprints, PaddedBuffers
+from .config import LoraXSConfig
+from .loading import check_layer, is_in_parts
+from .merging import Unmerged
+from .samples import Samples
+
+REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
+# For each layer and each pair of adapters: the A and B that were compared, their versions then, and whether both
+# adapters have the same.
+_COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
+
+
+class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with LoRA-XS adapters by name: y = base_layer(x) + sum over the active ones of s B R A x.
+
+    The weight of base_layer is never written.  Merging replaces it and keeps the old tensor, which unmerging puts
+    back: in bf16, subtracting what was added would not restore it.  `quantization_backend` (PEFT 0.20 or later)
+    merges into a quantised weight and quantises the sum again.
+
+    Attributes, each a dictionary by the adapter's name:
+        loraxs_R: (r, r), trains; fp32 unless PEFT was called with autocast_adapter_dtype=False.
+        loraxs_A, loraxs_B: (r, K) and (N, r), frozen, in the base layer's dtype.
+        loraxs_fingerprint: (r + 8,), fp32: the singular values in A and 8 probes of B R A.
+        r, lora_alpha, scaling, recipe, config.
+    unchecked: names of the adapters whose R was loaded and has not been compared with A and B yet.
+
+    With adapter_names each sample, an entry of x's first dimension, has an adapter of its own or none.  Adapters with
+    the same A and B then share one pass.
+    """
+
+    adapter_layer_names = ("loraxs_R",)
+    other_param_names = ("loraxs_A", "loraxs_B", "loraxs_fingerprint", "r", "lora_alpha", "scaling", "recipe", "config")
+    cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting turns it off
+
+    def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
+        super().__init__()
+        self.base_layer, self.quantization_backend = base_layer, quantization_backend
+        self.loraxs_R = nn.ParameterDict()
+        self.unchecked: set[str] = set()
+        self._latest: set[str] = set()  # those in the last state dict that torch loaded
+        self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint = Buffers(), PaddedBuffers(), Fingerprints(self.unchecked)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.recipe: dict[str, Recipe] = {}
+        self.config: dict[str, LoraXSConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: Unmerged | None = None
+        self._samples: Samples | None = None  # during a call with adapter_names
+        self.shares: Any = None  # as that of LoRAXSLinear
+        self.register_load_state_dict_post_hook(_check_what_was_loaded)
+        self.train(base_layer.training)
+
+    def add(self, name: str, adapter: LoRAXSLinear, config: LoraXSConfig) -> None:
+        """Take over the tensors of an adapter that was made for base_layer."""
+        self.r[name], self.lora_alpha[name], self.scaling[name] = adapter.rank, adapter.alpha, adapter.scaling
+        self.recipe[name], self.config[name] = adapter.recipe, config
+        self.in_features, self.out_features = adapter.in_features, adapter.out_features
+        self.loraxs_R[name] = adapter.R
+        self.loraxs_A.register_buffer(name, adapter.A, config.save_factors)
+        self.loraxs_B.register_buffer(name, adapter.B, config.save_factors)
+        fingerprint = torch.zeros(adapter.rank + basis.PROBES, device=adapter.A.device)
+        self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
+
+    def discard(self, name: str) -> None:
+        """Forget an adapter, if it is there."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if name in (by_name := getattr(self, attribute)):
+                del by_name[name]
+
+    def adapter(self, name: str) -> LoRAXSLinear:
+        """One adapter as a LoRAXSLinear that shares base_layer and all tensors with this layer."""
+        A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
+        p, std = self.config[name].loraxs_dropout, self.config[name].init_std
+        return LoRAXSLinear(
+            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, init_std=std, recipe=self.recipe[name]
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
+        base, R, samples = self._modules["base_layer"], self._modules["loraxs_R"], self._samples
+        used = self.active_adapters if samples is None else samples.adapters
+        if self.unchecked and not self._disable_adapters:
+            self.check_fingerprints(used)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        active = [name for name in used if name in self.r]
+        if self._disable_adapters or self.merged_adapters or not active:
+            return base(x, *args, **kwargs)
+        if not self.cast_input_dtype_enabled and not autocast_on(x):
+            for name in active:
+                if x.dtype != (dtype := self._modules["loraxs_A"]._buffers[name].dtype):
+                    label = label_of(self.recipe[name].name)
+                    raise ValueError(f"x: got {x.dtype} for {label}, must be {dtype} while casting inputs is disabled")
+        with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
+            if samples is not None:
+                return self._mixed(x, samples, active, *args, **kwargs)
+            adapters = [self._operands(name) for name in active]
+            return layer_output(base, x, adapters, self.recipe[active[0]].name, None, args, kwargs)
+
+    @torch.compiler.disable
+    def _mixed(self, x: Tensor, samples: Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
+        """base_layer(x) + s B R A x with an adapter for each sample.  No dropout: no layer is in training mode.
+
+        The largest group of adapters with the same A and B is computed in one pass with base_layer.  Every other group
+        then adds its delta to the rows of its samples.
+        """
+        name = self.recipe[active[0]].name
+        if x.dim() < 2 or len(x) != len(samples.names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(samples.names)} "
+                f"names and x of shape {tuple(x.shape)} in {label_of(name)}. adapter_names needs layers whose input "
+                "has the samples of the batch in its first dimension"
+            )
+        first, *others = self._alike(active)
+        if others and parallel.is_cut(self.base_layer):
+            raise ValueError(
+                f"adapter_names: {', '.join(repr(each[0]) for each in (first, *others))} have different A and B in "
+                f"{label_of(name)}, which is cut over ranks; there they must have the same (same r and svd_seed)"
+            )
+        _, index = samples.laid_out(first, x.device, whole=True)
+        y = layer_output(self.base_layer, x, [self._stack(first, index)], name, index, args, kwargs)
+        parts = []
+        for group in others:
+            rows, index = samples.laid_out(group, x.device)
+            own = y.index_select(0, rows), x.index_select(0, rows)
+            parts.append((rows, plus_delta(*own, self._stack(group, index), name, index, in_place=True)))
+        return y.index_copy(0, *map(torch.cat, zip(*parts, strict=True))) if parts else y
+
+    def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> Adapter:
+        """Adapters that share A and B as one.  With an index, its R is the stack of their R."""
+        A, R, B, s, p = self._operands(group[0])
+        if index is None:
+            return A, R, B, s, p
+        stack = [(R, s) for _, R, _, s, _ in map(self._operands, group)]
+        if any(each != s for _, each in stack):
+            stack, s = [(R.to(torch.promote_types(R.dtype, torch.float32)) * each, 1.0) for R, each in stack], 1.0
+        return A, torch.stack([R for R, _ in stack]), B, s, p
+
+    def _alike(self, names: list[str]) -> list[tuple[str, ...]]:
+        """The adapters in groups with the same A and B, the largest group first."""
+        groups: list[list[str]] = []
+        for name in names:
+            group = next((each for each in groups if self._same_factors(each[0], name)), None)
+            groups.append([name]) if group is None else group.append(name)
+        return sorted(map(tuple, groups), key=len, reverse=True)
+
+    def _same_factors(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same A and B.  The answer is remembered until one of the four is changed."""
+        factors = [each._buffers[name] for each in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
+        A, A2, B, B2 = factors
+        if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
+            return False
+        compared = _COMPARED.setdefault(self, {})
+        versions = [None if t.is_inference() else t._version for t in factors]  # which an inference tensor has not
+        before, then, same = compared.get((one, other), ((), None, False))
+        unchanged = versions == then and all(t is kept() for t, kept in zip(factors, before, strict=True))
+        if None in versions or not unchanged:
+            same = torch.equal(A, A2) and torch.equal(B, B2)
+            compared[one, other] = [ref(t) for t in factors], versions, same
+        return same
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """Bring offloaded R, A and B back for one forward: accelerate does so only when their own module is called."""
+        dicts = (self.loraxs_R, self.loraxs_A, self.loraxs_B)
+        hooked = [each for each in dicts if hasattr(each, "_hf_hook") and not only_moves(each)]
+        for each in hooked:
+            each._hf_hook.pre_forward(each)
+        try:
+            yield
+        finally:
+            for each in hooked:
+                each._hf_hook.post_forward(each, None)
+
+    def _operands(self, name: str) -> Adapter:
+        A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
+        p = self.config[name].loraxs_dropout if self.training else 0.0
+        trained = held(R, name)
+        trained = trained if self.shares is None else parallel.averaged(trained, self.shares)
+        return A._buffers[name], trained, B._buffers[name], self.scaling[name], p
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace W by W + sum of s B R A, summed in fp32 and rounded once; `unmerge` puts W back.
+
+        The result is always checked, whatever safe_merge says: ValueError if it is not finite, TypeError if W is
+        neither dense nor of a kind that PEFT can quantise again.  The layer is then as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
+        if not names:
+            return
+        self.check_fingerprints(names)
+        if before := list(self.merged_adapters):
+            self.unmerge()
+        try:
+            self._merge([*before, *names])
+        except BaseException:
+            if before:
+                self._merge(before)
+            raise
+
+    @property
+    def _requantises(self) -> bool:
+        return self.quantization_backend is not None and self.quantization_backend.supports_merge
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> Tensor:
+        """W + sum of s B R A (N, K) of a layer that is not merged; raises as `merge` does."""
+        base, label = self.base_layer, label_of(self.recipe[names[0]].name)
+        if self._requantises:
+            weight = weight_of(base, label)
+            W, dtype = weight.read(), weight.dtype
+        else:
+            W = mergeable_weight(base, label)
+            dtype = W.dtype
+        total = sum(self.adapter(name).delta_weight() for name in names).add(W).to(dtype)
+        if not torch.isfinite(total).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: the "
+                f"weight of {label} would have NaN or Inf values; it stays unmerged"
+            )
+        return total
+
+    def _merge(self, names: list[str]) -> None:
+        base, total = self.base_layer, self.merged_weight(names)
+        unmerged = Unmerged(base)
+        try:
+            if self._requantises:
+                self.quantization_backend.set_base_weight(self, total)
+            else:
+                # A new Parameter, since the old one may be another module's too, such as the embedding's.
+                total = total.t() if is_conv1d(base) else total
+                base.weight = nn.Parameter(total.contiguous(), requires_grad=False)
+        except BaseException:
+            unmerged.put_back(self)
+            raise
+        unmerged.note_changes()
+        self._unmerged = unmerged
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    def unmerge(self) -> None:
+        """Put the base weight back, the same tensor as before, and compute with separate adapters again."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.check_unmerge()
+        self._unmerged.put_back(self)
+        self._unmerged = None
+        self.merged_adapters = []
+
+    def check_unmerge(self) -> None:
+        """Raise a ValueError if the layer is merged and cannot be unmerged."""
+        if self._unmerged is not None:
+            self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B R A in the layout of base_layer.weight, in the dtype of A."""
+        self.check_fingerprints([adapter])
+        delta = self.adapter(adapter).delta_weight().to(self.loraxs_A[adapter].dtype)
+        return delta.t() if is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def reset_parameters(self) -> None:
+        """Make A, B and R of all adapters from the base weight, for a layer that was made on the meta device."""
+        for name in self.loraxs_R:
+            device = self.base_layer.weight.device
+            for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+                each[name] = torch.empty_like(each[name], device=device) if each[name].is_meta else each[name]
+            if (R := self.loraxs_R[name]).is_meta:
+                self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
+            self.adapter(name).reset_parameters()
+
+    @torch.no_grad()
+    def check_fingerprints(self, names: Iterable[str]) -> None:
+        """Check that the named adapters, if they were loaded, have the delta W that the probes in their file describe.
+
+        If A and B differ from those of the training by the sign of singular vectors, R is corrected.  Raises
+        AdapterMismatch, naming the layer, if the relative error of delta W is above 1e-3 (3e-2 for an adapter that
+        brings its own A and B; plus the rounding of R in half precision).  It is raised again at every use of such an
+        adapter; the layer's other adapters stay usable.
+        """
+        for name in sorted(self.unchecked.intersection(names)):
+            A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
+            if any(t.is_meta for t in (A, R, B)):
+                continue
+            config = self.config[name]
+            if config.check_fingerprint:
+                S, probe = self.loraxs_fingerprint[name].split([self.r[name], basis.PROBES])
+                entry = {"R": whole(R), "S": S, "probe": probe, "base_model": config.base_model_name_or_path}
+                label = self.recipe[name].name
+                if not torch.isfinite(entry["R"]).all():
+                    raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
+                aligned, error = fitted(entry, A, B)
+                accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
+                limit = basis.ALIGNED if config.save_factors else accepted
+                if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
+                    if entry["R"].any() and not (S.any() or probe.any()):
+                        raise ValueError(
+                            f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty. DeepSpeed "
+                            "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
+                            "inside deepspeed.zero.GatheredParameters of all trained parameters"
+                        )
+                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
+                if error > accepted:  # its own A and B, rounded to this model's dtype
+                    warnings.warn(
+                        f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "
+                        f"{error:.1e}",
+                        stacklevel=2,
+                    )
+                assign(R, aligned)
+            self.unchecked.discard(name)
+
+    def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:
+        """Convert R to fp32; or, if asked not to, to the dtype of the base weight (of A, if that is quantised).
+
+        An R in fp64, or made by a parametrization, stays as it is.
+        """
+        R, W = self.loraxs_R._parameters.get(name), getattr(self.base_layer, "weight", None)
+        if autocast_adapter_dtype:
+            dtype = torch.float32
+        else:
+            dtype = W.dtype if isinstance(W, Tensor) and W.dtype in FLOATS else self.loraxs_A[name].dtype
+        if R is not None and R.dtype != dtype and R.dtype != torch.float64:
+            self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
+            try:
+                config.check()
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from error
+        # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
+        for name, R in self.loraxs_R.items():
+            A, B = self.loraxs_A[name], self.loraxs_B[name]
+            for each in (self.loraxs_A, self.loraxs_B):  # save_factors may have been set after the adapter was made
+                each.register_buffer(name, each[name], self.config[name].save_factors)
+            if name in self.unchecked or any(t.is_meta for t in (A, R, B)):
+                continue
+            if is_in_parts(R):  # for DeepSpeed's own checkpoints, which have the parts elsewhere
+                continue
+            fingerprint = torch.cat([basis.singular_values(A), basis.probes(A, whole(R), B)])
+            self.loraxs_fingerprint[name] = fingerprint
+            if name not in self.loraxs_R._parameters:  # for models without the parametrization that makes it
+                destination[f"{prefix}loraxs_R.{name}"] = R.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        translate(state_dict, {prefix[:-1]: self}, whole_model=False)
+        check_layer(self, state_dict, prefix)
+        in_parts = {name for name, R in self.loraxs_R._parameters.items() if is_in_parts(R)}
+        self._latest = {name for name in self.r if f"{prefix}loraxs_fingerprint.{name}" in state_dict} - in_parts
+        self.unchecked |= self._latest
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinearLayer:
+        return super()._apply(sparing_what_trains(fn, self.base_layer, self.loraxs_A, self.loraxs_B), recurse)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.loraxs_B.__class__ = PaddedBuffers  # in a pickle of an earlier version it is of the class Buffers
+        self.loraxs_B._pad()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after it has loaded an adapter.  R, A and B move to the device and keep their dtypes."""
+        if adapter_name not in self.loraxs_R:
+            return
+        if device is None:
+            W = self.base_layer._parameters.get("weight")
+            offloaded = W is None or hasattr(self.base_layer, "_hf_hook")
+            device = (self.loraxs_A[adapter_name] if offloaded else W).device  # A may have come from a file just now
+        if self.loraxs_R[adapter_name].is_meta and device.type != "meta":
+            label = label_of(self.recipe[adapter_name].name)
+            raise ValueError(f"adapter {adapter_name!r}: has no R for {label}")
+        self.loraxs_R[adapter_name] = self.loraxs_R[adapter_name].to(device)
+        for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
+            if not each[adapter_name].is_meta:
+                each[adapter_name] = each[adapter_name].to(device)
+        self.check_fingerprints([adapter_name])
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}: rank={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items()]
+        if self.quantization_backend is not None:
+            parts.append(f"quantization_backend='{self.quantization_backend.backend_name}'")
+        return ", ".join(parts)
+
+
+def _check_what_was_loaded(layer: LoraXSLinearLayer, _: Any) -> None:
+    layer.check_fingerprints(layer._latest)

@@ -1,0 +1,313 @@
+"""LoraXSModel: a model with LoRA-XS adapters, as PEFT's tuners are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+)
+from torch import nn
+
+from ...basis import Recipe
+from ...factors import WORKSPACE
+from ...linear import LoRAXSLinear, label_of
+from ...matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ...model import fill
+from ...svd import plan
+from ...transaction import transaction
+from ...weights import is_linear, is_unread_linear, unread, weight_of, weight_view
+from .buffers import Fingerprints, PaddedBuffers
+from .config import LoraXSConfig
+from .layer import LoraXSLinearLayer
+from .loading import check_before_loading
+from .merging import Unmerged
+from .samples import BASE, Samples, expanded
+
+try:
+    from peft.utils import quantization_utils
+except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
+    quantization_utils = None
+
+MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
+SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and positions on the way to some layers
+
+
+class LoraXSModel(BaseTuner):
+    """A model with LoRA-XS adapters: the `base_model` of what get_peft_model(model, LoraXSConfig(...)) returns.
+
+    A layer that stands in several places is adapted in all of them, by one R.  A and B of all layers are made
+    together, as `lx.attach` makes them.  If adding, merging, unmerging, unloading, deleting or loading an adapter fails
+    or is interrupted, the model is as it was.  There is one exception: an adapter whose delta W is not the one it was
+    trained with is refused after its R has been loaded.
+    """
+
+    prefix = "loraxs_"
+    tuner_layer_cls = LoraXSLinearLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT, and transformers' add_adapter, have noted the adapter before this call; a failure takes that back too.
+        config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
+        if loaded and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False
+        filled_in = ("target_modules", "modules_to_save", "svd_recipe")
+        with transaction(self) as undo:
+            undo.callback(vars(config).update, {name: copy.copy(getattr(config, name)) for name in filled_in})
+            self.peft_config[adapter_name] = config
+            if loaded:
+                model._hf_peft_config_loaded = True
+            _check_name(adapter_name)
+            if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+                raise ValueError(
+                    "model: already has LoRA-XS adapters that lx.attach put on, which PEFT would freeze; take them off "
+                    "with lx.detach(model), or start from a fresh model"
+                )
+            self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
+            self._spell_out_all_linear(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            fill(model, self._new, None, None, WORKSPACE, progress=True)
+            shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
+            for layer in self._layers():
+                layer.shares = shares.get(id(layer.base_layer), layer.shares)
+            del self._new
+            if all(each.hook is not check_before_loading for each in model._load_state_dict_pre_hooks.values()):
+                model.register_load_state_dict_pre_hook(check_before_loading)
+
+    def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
+        """Replace "all-linear" by the names it stands for: those of PEFT, as far as `attach` adapts them.
+
+        Layers that take no adapter are left out.  A classification head trains whole, as one of modules_to_save.
+        """
+        targets = config.target_modules
+        if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+            return
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules -= {
+            f"{name}.{child}".removeprefix(".")
+            for name, parent in model.named_modules()
+            for child in parent._modules
+            if why_no_adapter(parent, child)
+        }
+        # What transformers' add_adapter trains whole its load_adapter does not load: there a head is adapted.
+        alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
+        head = [] if alone else classification_head(model)
+        inside = tuple(f"{name}." for name in head)
+        config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
+        if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
+            config.modules_to_save = [*(config.modules_to_save or []), *new]
+        if not config.target_modules:
+            raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
+        warn_of_experts(model, stacklevel=3)
+        warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
+
+    def _layers(self) -> list[LoraXSLinearLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Put every layer back if one of them cannot be merged, unmerged or unloaded, or on an interruption."""
+        with transaction(self) as undo:
+            for layer in self._layers():
+                undo.callback(Unmerged(layer.base_layer).put_back, layer)
+            settings = getattr(getattr(self.model, "config", None), "__dict__", {})
+            undo.callback(settings.update, dict(settings))  # PEFT unties embeddings there
+            yield
+
+    def merge_adapter(self, *args: Any, **options: Any) -> None:
+        """All layers or none."""
+        with self._all_or_none():
+            super().merge_adapter(*args, **options)
+
+    def unmerge_adapter(self) -> None:
+        """All layers or none."""
+        with self._all_or_none():
+            super().unmerge_adapter()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """From all layers or none."""
+        with transaction(self):
+            super().delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
+        """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
+        with self._all_or_none():
+            return super()._unload_and_optionally_merge(*args, **options)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> Iterator[None]:
+        """PEFT calls this around a forward or `generate`: with adapter_names each sample has an adapter of its own.
+
+        Raises TypeError or ValueError, before anything runs, if this model or these names cannot be used so.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed(adapter_names)
+        samples = Samples(adapter_names)
+        with ExitStack() as undo:
+            for layer in (layers := self._layers()):
+                undo.callback(setattr, layer, "_samples", layer._samples)
+                layer._samples = samples
+            hooks = [(self, samples.check), (self.model, samples.check)]
+            for module in self._trained_whole().values():
+                hooks.append((module, samples.tell))
+                # PEFT 0.18 disables those that the active adapter does not have.
+                undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                module._disable_adapters = layers[0]._disable_adapters
+            for module, hook in hooks:
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if expand := getattr(self.model, "_expand_inputs_for_generation", None):
+                undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
+                self.model._expand_inputs_for_generation = partial(expanded, expand, samples)
+            yield
+
+    def _check_mixed(self, names: Any) -> None:
+        """Raise a TypeError or ValueError if a name is unknown, or if this model cannot mix adapters now."""
+        if not (isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)):
+            raise TypeError(
+                f"adapter_names: got {names!r}, must be a list with one name for each sample, an adapter's or {BASE!r}"
+            )
+        if unknown := sorted({*names} - {BASE, *self.peft_config}):
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. adapter_names takes "
+                f"{', '.join(self.peft_config)} and {BASE}"
+            )
+        layers = self._layers()
+        if any(layer.merged_adapters for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        # Gradient checkpointing runs layers again in the backward, when the names are no longer known.
+        again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
+        if any(module.training for module in [*layers, *again]):
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        if kind in SEQUENCE_FIRST:
+            raise ValueError(f"adapter_names: a model of type {kind} has layers whose first dimension is not the batch")
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
+                raise ValueError(
+                    f"adapter_names: {label_of(name)} is part of an expert, whose input mixes tokens of all samples"
+                )
+        for name, module in self._trained_whole().items():
+            if not isinstance(module.original_module, MIXABLE):
+                raise TypeError(
+                    "Mixed batching is only supported for the following modules: "
+                    f"{', '.join(kind.__name__ for kind in MIXABLE)}. {label_of(name)}, one of modules_to_save, is a "
+                    f"{type(module.original_module).__name__}"
+                )
+
+    def _trained_whole(self) -> dict[str, AuxiliaryTrainingWrapper]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+
+    def _create_and_replace(
+        self,
+        config: LoraXSConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
+        if is_unread_linear(base):
+            raise TypeError(f"target_modules: matches module {current_key!r}, {unread(base)}")
+        if why := why_no_adapter(parent, target_name):
+            raise TypeError(f"target_modules: matches module {current_key!r} {why}")
+        if isinstance(base, BaseTunerLayer) or not is_linear(base):
+            raise TypeError(
+                f"target_modules: matches module {current_key!r}, a {type(base).__name__}; must match only linear "
+                "layers without adapters of another method; leave it out with exclude_modules"
+            )
+        adapter = _new_adapter(base, config, current_key)
+        if isinstance(target, LoraXSLinearLayer):
+            target.add(adapter_name, adapter, config)
+        else:
+            layer = LoraXSLinearLayer(base, _backend_of(base, self.model))
+            layer.add(adapter_name, adapter, config)
+            self._replace_module(parent, target_name, layer, target)
+        if config.init != "given":
+            self._new.append(adapter)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        for module in list(self.model.modules()):
+            for name, each in module._modules.items():
+                if each is child:
+                    module._modules[name] = new_module
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Convert R to fp32; or, with autocast_adapter_dtype=False, to the base layer's dtype, as FSDP1 needs it.
+
+        A and B stay in the base layer's dtype either way: in another one they would cost a separate pass.
+        """
+        for layer in self._layers():
+            if adapter_name in layer.loraxs_R:
+                layer.cast_R(adapter_name, autocast_adapter_dtype)
+
+    def reset_parameters(self) -> None:
+        """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""
+        for layer in self._layers():
+            layer.reset_parameters()
+
+
+def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
+    """An adapter for one layer, still without A, B and R; how its SVD will be computed is noted in the config."""
+    r = pattern_value(config.rank_pattern, name, config.r)
+    options = {
+        "alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
+        "dropout": config.loraxs_dropout,
+        "init_std": config.init_std,
+        "dtype": config.dtype and getattr(torch, config.dtype),
+        "name": name,
+        "fill": False,
+    }
+    weight = weight_of(base, label_of(name))
+    if config.init == "given":
+        N, K = weight.shape
+        factors = (torch.zeros(*size, dtype=weight.dtype, device=weight.device) for size in ((r, K), (N, r)))
+        adapter = LoRAXSLinear.from_linear(base, r, init=tuple(factors), **options)
+        nn.init.zeros_(adapter.R)
+        return adapter
+    recipe = Recipe(config.init, config.svd_seed, name)
+    if config.init == "svd":
+        at = f"{r} {weight.shape[0]}x{weight.shape[1]}"
+        block = None if config.svd_oversample is None else r + config.svd_oversample
+        asked = {"block": block, "n_iter": config.svd_n_iter}
+        known = config.svd_recipe.get(at)
+        if known is None or any(value not in (None, known[key]) for key, value in asked.items()):
+            config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
+        recipe = replace(recipe, **config.svd_recipe[at])
+    return LoRAXSLinear.from_linear(base, r, init=recipe, **options)
+
+
+def _backend_of(base: nn.Module, model: nn.Module) -> Any:
+    """PEFT's backend for merging into a quantised layer; None if the layer is dense or cannot be quantised again."""
+    if quantization_utils is None or weight_view(base) is not None:
+        return None
+    try:
+        return quantization_utils.resolve_quantization_backend(
+            base, **quantization_utils.get_quantization_kwargs(model)
+        )
+    except (ImportError, ValueError):  # a torchao that this PEFT does not know, or one that quantised by itself and
+        return None  # not for transformers, which would know how to do it again
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that means the base model, or by which torch's containers cannot hold a tensor."""
+    taken = any(hasattr(each, name) for each in (nn.ParameterDict(), PaddedBuffers(), Fingerprints(set())))
+    if not name or "." in name or name == BASE or taken:
+        raise ValueError(
+            f"adapter_name: got {name!r}, must be a name without a dot, not an attribute of nn.ParameterDict or PEFT's "
+            f"BufferDict (which hold adapters by name), and not {BASE!r} (the base model in adapter_names)"
+        )

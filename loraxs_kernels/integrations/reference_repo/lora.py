@@ -1,0 +1,158 @@
+"""LoRA-XS adapters written as plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ...adapter_file import saved_modules
+from ...files import write_atomically
+from ...linear import LoRAXSLinear
+from ...matching import targets_for
+from ...model import adapted_layers, unwrapped
+from ...weights import FLOATS, is_conv1d, whole
+from ..peft_files import PREFIX
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Part = tuple[str, nn.Module, Tensor, Tensor, Tensor, float]  # of a model: a layer's name, base layer, A, R, B and s
+
+
+@torch.no_grad()
+def export_as_lora(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    task_type: str | None = None,
+    adapter: str = "default",
+) -> None:
+    """Write the adapters of a model as plain LoRA: a folder with adapter_config.json and adapter_model.safetensors.
+
+        lora_A = A (r x K),  lora_B = s B R (N x r),  lora_alpha = r
+
+    in every layer.  LoRA's own scaling is then 1 and the delta is s B R A, even for readers that ignore rank_pattern.
+    The folder has no R: training that goes on from it is that of LoRA.
+
+    Args:
+        model: with LoRAXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
+            has sharded R, every rank must call.
+        folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
+            this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
+        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 is half the size, at a relative error of
+            delta W of about 2e-3.  s B R is computed in fp64 either way.
+        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: a PeftModel's own,
+            else none.
+        adapter: which one of a PeftModel.
+
+    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
+    is not finite in that dtype.
+    """
+    model = unwrapped(model)
+    if isinstance(model, LoRAXSLinear):
+        raise ValueError("model: is itself a LoRAXSLinear, must be a model that contains such layers")
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        layers, saved = _parts_of_peft(model, adapter)
+        task_type = task_type or model.peft_config[adapter].task_type
+        write_lora(model.get_base_model(), folder, layers, saved, dtype=dtype, task_type=task_type)
+        return
+    layers = [
+        (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
+    ]
+    saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
+    write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
+
+
+@torch.no_grad()
+def write_lora(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    layers: Iterable[Part],
+    saved: Mapping[str, Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    task_type: str | None = None,
+) -> None:
+    """`export_as_lora` for given layers and modules_to_save (name: state dict), by the names in `model`."""
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
+    tensors, ranks, conv1d = {}, {}, False
+    for name, base, A, R, B, s in layers:
+        to = dtype or torch.promote_types(A.dtype, torch.float32)
+        factors = A, s * B.double() @ whole(R).double()
+        for which, t in zip("AB", factors, strict=True):
+            t = t.to("cpu", to, copy=True).contiguous()
+            if not torch.isfinite(t).all():
+                raise ValueError(f"module {name!r}: lora_{which} has NaN or Inf values in {to}; nothing was written")
+            tensors[f"{PREFIX}{name}.lora_{which}.weight"] = t
+        ranks[name] = A.shape[0]
+        conv1d |= is_conv1d(base)
+    for name, state in saved.items():
+        tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
+            raise ValueError(
+                f"module {first[id(module)]!r} is also module {name!r}; PEFT would put LoRA on only one of the two"
+            )
+    rank = max(ranks.values())  # the largest, so that readers that know no rank_pattern make room enough
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "lora_dropout": 0.0,
+        "target_modules": targets_for(model, list(ranks)),
+        "modules_to_save": list(saved) or None,
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    data, text = safetensors.torch.save(tensors, {"format": "pt"}), json.dumps(config, indent=2).encode()
+    file = folder / "adapter_config.json"
+    before = file.read_bytes() if file.is_file() else text
+    if before != text:  # that of another adapter would be read with the new weights, if this were stopped in between
+        write_atomically(file, b'{"unfinished": "export_as_lora was writing here"}')
+    try:
+        write_atomically(folder / "adapter_model.safetensors", data)
+    except BaseException:
+        if before != text:
+            write_atomically(file, before)
+        raise
+    write_atomically(file, text)
+
+
+def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str, dict[str, Tensor]]]:
+    """The layers of one adapter of our PEFT method and its modules_to_save."""
+    layers: list[Part] = []
+    saved = {}
+    for name, m in model.get_base_model().named_modules():
+        if adapter in getattr(m, "loraxs_R", ()):
+            m.check_fingerprints([adapter])  # of what was loaded and not used yet
+            A, R, B = m.loraxs_A[adapter], m.loraxs_R[adapter], m.loraxs_B[adapter]
+            layers.append((name, m.base_layer, A, R, B, m.scaling[adapter]))
+        elif isinstance(wrapped := getattr(m, "modules_to_save", None), nn.ModuleDict) and adapter in wrapped:
+            saved[name] = wrapped[adapter].state_dict()
+    if not layers:
+        raise ValueError(f"model: has no LoRA-XS adapter {adapter!r} of our PEFT method")
+    if (bias := model.peft_config[adapter].bias) != "none":
+        raise ValueError(f"model: adapter {adapter!r} trains biases (bias={bias!r}), which are not written")
+    return layers, saved

@@ -1,0 +1,194 @@
+"""LoraXSCallback, for transformers' Trainer."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ...adapter_file import save_adapter
+from ...linear import LoRAXSLinear
+from ...transaction import transaction
+from ...weights import is_dtensor
+from .checkpoints import ADAPTER_NAME, changing, check_checkpoint, forgive_the_frozen, save_pretrained
+from .monitor import Adapter, Sizes, adapters_of, check_gradients
+
+
+class LoraXSCallback(TrainerCallback):
+    """Writes checkpoints that hold R instead of the whole model, and logs three figures with every loss:
+
+        loraxs_R_norm       (sum over modules of |R|_F^2)^(1/2)
+        loraxs_delta_mean   the mean over the modules of |s B R A|_F / |W|_F
+        loraxs_delta_max    its maximum
+
+    A run resumed from such a checkpoint continues as if it had not been interrupted: to the bit, if the device's
+    results are reproducible.  A model that is not a PreTrainedModel keeps Trainer's whole checkpoints, and the adapter
+    file is written beside them.  With LoRA-XS as a PEFT method, PEFT itself saves only R, and this logs the figures.
+
+    With reentrant gradient checkpointing no R would get a gradient, so the output of the frozen embeddings is made to
+    require grad during training.  If no R has a gradient after the first step, that is an error.
+
+    When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
+    or if safetensors are switched off; warns of trained parameters that an adapter file would not hold.
+    When a run is resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was
+    trained with other A and B.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: Sizes | None = None
+        self._unchecked = False  # whether the gradients of R have yet to be checked
+        self._undo: list[Any] = []
+
+    def add_to(self, trainer: Any) -> None:
+        """Put this callback first in a Trainer, instead of passing `callbacks=[LoraXSCallback()]`.
+
+        Trainer calls its reporters (`report_to`) before the callbacks that it was given, so only this way do they get
+        the three figures.  `trainer.state.log_history` and the printed logs have them either way.
+        """
+        others = [c for c in trainer.callback_handler.callbacks if c is not self]
+        known = len(others) < len(trainer.callback_handler.callbacks)
+        trainer.callback_handler.callbacks[:] = [self, *others]
+        if not known:
+            self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        """Hook the loading of checkpoints already now: Trainer loads the one it resumes from before training begins."""
+        root = extract_model_from_parallel(model, keep_torch_compile=False)
+        if any(isinstance(m, LoRAXSLinear) for m in root.modules()):
+            self._hook(root)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        self._clean()  # after a training that was broken off
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        adapters = adapters_of(model)
+        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        _check(model, adapters, attached, args)
+        self._sizes = Sizes(adapters)
+        self._unchecked = not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
+        with transaction(model):
+            if _reentrant(model):
+                self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
+            if attached:
+                self._hook(model)
+            if attached and isinstance(model, PreTrainedModel):
+                before = model.__dict__.get("save_pretrained")  # from a training that was broken off, or not ours
+                if isinstance(before, functools.partial) and before.func is save_pretrained:
+                    before = None
+                    del model.save_pretrained
+                run = Path(args.output_dir).absolute()
+                save = functools.partial(save_pretrained, model, model.save_pretrained, run)
+                self._undo.append(functools.partial(_put_back, model, before))
+                model.save_pretrained = save
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        if self._unchecked:
+            self._unchecked = False
+            check_gradients(adapters_of(extract_model_from_parallel(model, keep_torch_compile=False)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._sizes is not None and logs is not None and "loss" in logs:
+            figures = self._sizes.figures()
+            logs.update(figures)  # for the callbacks after this one
+            last = state.log_history[-1] if state.log_history else {}
+            if "loss" in last and last.get("step") == state.global_step:  # Trainer has put a copy of logs there
+                last.update(figures)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        if args.should_save and attached and not isinstance(model, PreTrainedModel):
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            if folder.is_dir():  # a hyperparameter search has folders of its own
+                save_adapter(model, folder / ADAPTER_NAME)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._clean()
+        self._sizes = None
+
+    def _hook(self, model: nn.Module) -> None:
+        self._undo.append(model.register_load_state_dict_pre_hook(check_checkpoint).remove)
+        self._undo.append(model.register_load_state_dict_post_hook(forgive_the_frozen).remove)
+
+    def _clean(self) -> None:
+        while self._undo:
+            self._undo[-1]()  # each can be done again, if this is interrupted
+            self._undo.pop()
+
+
+def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: TrainingArguments) -> None:
+    if not adapters:
+        raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on, before Trainer is made")
+    for adapter in adapters:
+        R, r = adapter.R(), adapter.layer.rank
+        if adapter.layer.merged:
+            raise ValueError(
+                f"model: module {adapter.name!r} is merged, so its R would not train; call lx.unmerge(model) first"
+            )
+        if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
+            raise _sharded(f"R of module {adapter.name!r}")
+    if not attached:
+        return
+    if cut := [name for name, t in changing(model) if is_dtensor(t)]:
+        raise _sharded(f"{cut[0]!r}, which trains,")
+    if not getattr(args, "save_safetensors", True):
+        raise ValueError("args: got save_safetensors=False, must be True for LoraXSCallback")
+    kept = {id(p) for adapter in adapters for p in adapter.layer.parameters()}
+    for m in model.modules():
+        if attachment := m.__dict__.get("loraxs"):  # where attach was called
+            kept |= {id(p) for saved in attachment.modules_to_save for p in m.get_submodule(saved).parameters()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        warnings.warn(
+            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (checkpoints "
+            "to resume from will). Name their modules in attach(..., modules_to_save=[...])",
+            stacklevel=3,
+        )
+
+
+def _sharded(what: str) -> ValueError:
+    return ValueError(
+        f"model: {what} is sharded, must be whole on every rank, as with DDP and ZeRO-2; under FSDP and ZeRO-3 train "
+        "without LoraXSCallback and let Trainer save in their own formats"
+    )
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is reentrant, so that it needs an input that requires grad."""
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
+            return getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    return False
+
+
+def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _put_back(model: PreTrainedModel, save_pretrained: Callable | None) -> None:
+    if save_pretrained is None:
+        model.__dict__.pop("save_pretrained", None)
+    else:
+        model.save_pretrained = save_pretrained
