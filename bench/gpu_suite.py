@@ -42,10 +42,11 @@ import outcomes  # noqa: E402
 import status  # noqa: E402
 import torch  # noqa: E402
 
+from loraxs_kernels.backends import NAMES as OURS  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
-from loraxs_kernels.bench import BenchError, report, tables, tax  # noqa: E402
+from loraxs_kernels.bench import BenchError, experiments, report, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
-from loraxs_kernels.bench.settings import one_of  # noqa: E402
+from loraxs_kernels.bench.request import known, one_of  # noqa: E402
 from loraxs_kernels.info import environment  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
@@ -107,7 +108,6 @@ PLANS: dict[str, tuple[float, dict[str, float]]] = {
     ),
     "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
-OURS = ["torch", "triton", "cuda"]
 SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "choice", "model")  # the questions that time those
 
 
@@ -377,7 +377,9 @@ def with_paths(arguments: list[str], left_out: dict[str, str], alone: str | None
     if not (named or left_out or alone):
         return arguments
     there = [name for name, path in PATHS.items() if path.missing() is None]
-    others = arguments[at + 1 :] if named else [name for name in there if PATHS[name].default and name not in OURS]
+    others = (
+        arguments[at + 1 :] if named else [name for name in there if PATHS[name].run == "default" and name not in OURS]
+    )
     ours = [name for name in OURS if name in there and name not in left_out]
     return [*arguments[:at], "--paths", *(["frozen", alone] if alone else [*others, *ours])]
 
@@ -394,7 +396,7 @@ def summary(data: dict[str, Any]) -> str:
         lines.append(f"core: {build.get('why') or build['architectures']}{took}")
     lines += [f"without {name}: {why}" for name, why in data["settings"]["left_out"].items()]
     for question, direction in (("layer", ("both",)), ("gemm", ("forward", "backward"))):
-        for at, paths in tax.points(data["rows"], question).items():
+        for at, paths in tax.points(row for row in data["rows"] if row["question"] == question).items():
             if at.T in (512, 8192) and at.r in (16, 64) and at.direction in direction:
                 found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
                 cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
@@ -412,7 +414,7 @@ def summary(data: dict[str, Any]) -> str:
         if "matrices" in row:
             size = f"{row['matrices']} matrices r {row['r']} {row['path']}"
             lines.append(f"svd {size}: {row['seconds']['median']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
-    lines += tables.in_short(data["rows"])
+    lines += experiments.in_short(data["rows"])
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
     counts = f"{len(data['rows'])} rows, {len(failed)} failed"
@@ -448,9 +450,8 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--device", default="cuda")
     asked = parser.parse_args(argv)
     one_of("plan", asked.plan, "only", asked.only)
-    for name, given, known in (("plan", [asked.plan] if asked.plan else [], PLANS), ("only", asked.only, STEPS)):
-        if wrong := [each for each in given if each not in known]:
-            raise BenchError(f"{name}: got {wrong[0]!r}, must be one of {', '.join(known)}")
+    known("plan", [asked.plan] if asked.plan else [], PLANS)
+    known("only", asked.only, STEPS)
     budget, steps = PLANS.get(asked.plan, (540, {name: STEPS[name] for name in asked.only or STEPS}))
     asked.budget = budget if asked.budget is None else asked.budget
     if not LEAST + GRACE <= asked.budget < math.inf:

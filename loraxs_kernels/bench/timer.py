@@ -70,13 +70,14 @@ def prepare(
     device: torch.device,
     graph: bool = False,
     within: Callable[[], AbstractContextManager] = nullcontext,
+    warm: bool = True,
 ) -> Pass:
     """Make the calls and warm up, apart from every measurement; with `graph` (CUDA), capture a pass over all sets."""
     with on(device), within():
         if graph:
             return Pass(*_captured(make))
         calls = make()
-        for call in (*calls, *calls):
+        for call in (*calls, *calls) if warm else ():
             call()
 
         def run() -> None:
