@@ -61,6 +61,26 @@ def planted(build, missing=lambda: None) -> paths.Path:
     return paths.Path(name="addmm", what="", build=build, missing=missing)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_collections():
+    """The benches collect garbage, which takes longer than all else where much was imported."""
+    with timer.short_collections():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_call_a_sample(monkeypatch):
+    monkeypatch.setattr(timer, "SAMPLE", 1e-6)
+
+
+@pytest.fixture
+def compiled_in_python(monkeypatch):
+    """What torch.compile captures, run as it is: a C++ compiler takes longer than all else."""
+    real = torch.compile
+    quick = lambda call, mode=None, **how: real(call, backend="eager", **how)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", quick)
+
+
 # --- the paths
 
 
@@ -69,7 +89,7 @@ NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "vera", "two", "two-compile
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", paths.PATHS)
-def test_every_path_agrees_with_the_oracle(name, dtype):
+def test_every_path_agrees_with_the_oracle(name, dtype, compiled_in_python):
     path = paths.PATHS[name]
     if reason := path.missing():
         pytest.skip(f"{name}: {reason}")
@@ -351,7 +371,7 @@ def test_a_tail_that_cannot_run_is_said(monkeypatch):
     assert {row["path"] for row in rows_of(request)} == {"frozen"}
 
 
-def test_host_measures_each_path_and_the_operator():
+def test_host_measures_each_path_and_the_operator(compiled_in_python):
     rows = {row["path"]: row for row in rows_of(tiny(questions=["host"], paths=["reference", "torch"]))}
     assert set(rows) == {"frozen", "reference", "torch", "operator"}
     assert all(row["status"] == "ok" and "seconds" not in row for row in rows.values())  # ratios alone on a CPU

@@ -265,7 +265,7 @@ def test_an_interruption_leaves_a_whole_table(world, monkeypatch):
     world.path.unlink()
     while interrupted_at(k, world.run):
         stopped += 1
-        k += 1009
+        k += 2003
         if world.path.exists():
             table = world.table()
             assert all(row in whole for row in map(choice.parse, table["choices"]))
