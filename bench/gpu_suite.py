@@ -47,7 +47,6 @@ from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import BenchError, experiments, report, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.bench.request import known, one_of  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running step has written
@@ -119,14 +118,16 @@ class Suite:
         self.end, self.waiting = self.started + budget, 0.0
         self.benches: list[str] = []
         self.after: dict[str, dict[str, Any]] = {}  # what became of the tests in an earlier report
-        found = report.source()
         self.data: dict[str, Any] = {
-            **{"format": report.FORMAT, "version": report.VERSION},
-            **environment(device),
-            **{"commit": commit or found[0], "dirty": None if commit else found[1]},
-            **{"kernels": {}},
-            **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
-            **{"build": built(), "tests": {}, "rows": []},
+            **report.head(report.FORMAT, report.VERSION, device, commit),
+            "kernels": {},
+            "settings": {"suite": [], "left_out": {}},
+            "ceilings": None,
+            "complete": False,
+            "seconds": 0.0,
+            "build": built(),
+            "tests": {},
+            "rows": [],
         }
         name = f"{self.data['date'][:10]}-{self.data['commit']}"
         folders = (out / f"{name}-{n}" if n > 1 else out / name for n in itertools.count(1))

@@ -494,7 +494,7 @@ def test_the_report_holds_what_became_of_the_ladder(tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_in_the_place_of_the_reports_own_gives_it_another_name(tmp_path):
-    date = gpu_suite.environment("cpu")["date"][:10]
+    date = report.head("")["date"][:10]
     (tmp_path / f"{date}-abc1234").mkdir()
     path = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu").path
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-abc1234(-2)?\.json", path.name) and path.with_suffix("").is_dir()

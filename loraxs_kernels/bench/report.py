@@ -24,7 +24,7 @@ accuracy rule allows}; rounds; seconds (a spread; on a GPU alone: on a shared CP
 spread of the ratio}; noisy; gauges before and after (MHz, C, W).  And of each question:
 
     layer, host  layers, count (of this shape in a block), N, K, T, r, direction; over {frozen, reference, peft-lora,
-                 torch, of host also two}; layer: sets, peak_bytes (on a GPU); host on a GPU: kernels {forward, backward}
+                 torch, of host also two}; sets, peak_bytes (on a GPU); host on a GPU: kernels {forward, backward}
     chain        N, K, T, r, direction, bytes (that must move)
     gemm         layers, count, N, K, T, r, direction, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
                  tile (rows, columns of y), picked (the cuda backend would use this path here)
@@ -76,13 +76,8 @@ class Report:
 
     def __init__(self, request: Request, out: Path | None, commit: str | None = None) -> None:
         self.started = time.perf_counter()
-        found = source()
         self.data: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            **environment(request.device),
-            "commit": commit or found[0],
-            "dirty": None if commit else found[1],
+            **head(FORMAT, VERSION, request.device, commit),
             "kernels": {name: tuned.kernels(name) for name in ("triton", "cuda")},
             "settings": request.plain(),
             "ceilings": None,
@@ -107,6 +102,19 @@ class Report:
     def save(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self.started, 1)
         save(self.data, self.path)
+
+
+def head(format: str, version: int = 1, device: Any = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """What every report begins with: its format, when and where it is made, with what, and from which source."""
+    found = (commit, None) if commit else source()
+    return {"format": format, "version": version, **environment(device), "commit": found[0], "dirty": found[1]}
+
+
+def keep(data: dict[str, Any], out: Path, what: str) -> None:
+    """Write <out>/<date>-<commit>-<what>.json, and print its name."""
+    path = free(out / f"{data['date'][:10]}-{data['commit']}-{what}.json")
+    save(data, path)
+    print(path)
 
 
 def save(data: dict[str, Any], path: Path) -> None:
