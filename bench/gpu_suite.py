@@ -46,6 +46,7 @@ from loraxs_kernels.backends import NAMES as OURS  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import BenchError, experiments, report, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
+from loraxs_kernels.bench.questions import QUESTIONS  # noqa: E402
 from loraxs_kernels.bench.request import known, one_of  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
@@ -107,7 +108,7 @@ PLANS: dict[str, tuple[float, dict[str, float]]] = {
     ),
     "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
-SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "choice", "model")  # the questions that time those
+SIDE_BY_SIDE = [name for name, each in QUESTIONS.items() if each.paths is PATHS]  # the questions that time those
 
 
 class Suite:

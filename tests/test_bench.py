@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import dataclasses
+import graphlib
 import json
 import re
 import shutil
@@ -496,6 +498,40 @@ def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
     monkeypatch.setattr(LoRAXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
     with pytest.raises(BenchError, match="it is wrong: gR differs"):
         model.steps(tiny_model, "torch", 4, False, request, expected)
+
+
+# --- how they lie together
+
+
+def imports(path: Path) -> set[str]:
+    """The files of its own folder that a file names in its imports."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {name for node in nodes if node.level == 1 for name in (node.module, *(each.name for each in node.names))}
+    return {name for name in names if name and path.with_name(f"{name}.py").exists()}
+
+
+def test_no_file_needs_one_that_needs_it():
+    """And none that knows no question by name needs one, nor one question a question that is not a part of it."""
+    folder = Path(questions.__file__).parent
+    found = {path.stem: imports(path) for path in folder.glob("*.py") if path.stem != "__init__"}
+    order = tuple(graphlib.TopologicalSorter(found).static_order())  # raises where there is a circle
+    assert {"compare", "request"} <= found["layer"] and order.index("request") < order.index("compare")
+    assert not any(set(QUESTIONS) & found[name] for name in ("request", "compare", "question", "tables", "plots"))
+
+
+def test_every_question_and_script_is_listed():
+    root = Path(__file__).parents[1]
+    text = (root / "bench" / "README.md").read_text()
+    assert set(re.findall(r"\| `loraxs_kernels/bench/(\w+)\.py` \|", text)) == set(QUESTIONS)
+    scripts = {path.name for path in (root / "bench").glob("*.py")} - {"bench_questions.py"}
+    assert scripts == {name for name in re.findall(r"`(?:python bench/)?(\w+\.py)", text)}
+
+
+def test_an_option_that_no_question_reads_is_refused():
+    for name, value in (("records", [3]), ("blocks", 1), ("sequence", 8), ("batch", 2)):
+        with pytest.raises(BenchError, match=f"{name}: got .*, and none of layer, host takes it"):
+            tiny(**{name: value})
+    assert tiny(questions=["layer", "bank"], records=[3, 1, 3]).records == (1, 3)
 
 
 # --- a run

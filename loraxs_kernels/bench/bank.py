@@ -29,10 +29,10 @@ from ..bank import AdapterBank
 from ..functional import run
 from ..indexed import RowIndex
 from ..model import attach
-from . import paths, tables, timer
+from . import tables, timer
 from .compare import Build, Candidate, Results, Row, compare, errors, failure, figures, some
 from .paths import Layer, Operands, calls
-from .question import Point, Question
+from .question import Point, Question, grid
 from .request import Request
 from .roofline import DIRECTIONS
 from .shapes import Shape
@@ -123,14 +123,12 @@ def check(request: Request) -> Request:
 
 def plan(request: Request) -> list[Point]:
     """Layers first; then banks by their records, on the first shape, and one with adapters of many modules."""
-    layers = [
-        Point({**shape.where, "T": T, "r": r}, partial(_mixed, request, shape, T, r))
-        for T in request.tokens
-        for r in request.ranks
-        for shape in request.shapes
-    ]
     where = {"r": request.ranks[0], "direction": "forward", "mode": "eager"}
-    return [*layers, Point(where, partial(_by_records, request)), Point(where, partial(_whole_adapter, request))]
+    return [
+        *grid(request, _mixed),
+        Point(where, partial(_by_records, request)),
+        Point(where, partial(_whole_adapter, request)),
+    ]
 
 
 def _mixed(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
@@ -350,7 +348,6 @@ QUESTION = Question(
     name="bank",
     plan=plan,
     tables=show,
-    paths=paths.PATHS,
     options=("records",),
     check=check,
     how="Banks: random R; every path is checked against an fp64 oracle first, and all take turns.",

@@ -17,7 +17,7 @@ from .. import backends, reference
 from . import compare, paths, tables, timer
 from .compare import Build, Results, Row
 from .paths import Operands
-from .question import Point, Question
+from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
 from .tables import Table, over, pivot
@@ -83,13 +83,7 @@ class Case(compare.Case):
 
 
 def plan(request: Request) -> list[Point]:
-    return [
-        Point({**shape.where, "T": T, "r": r, "direction": way}, partial(_rows, request, shape, T, r, way))
-        for T in request.tokens
-        for r in request.ranks
-        for shape in request.shapes
-        for way in request.directions
-    ]
+    return grid(request, _rows, direction=request.directions)
 
 
 def _rows(request: Request, *where: Any) -> Iterator[Row]:

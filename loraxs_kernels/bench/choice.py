@@ -25,7 +25,7 @@ from ..backends.triton.config import padded
 from . import paths, tables, timer
 from .chain import Case
 from .compare import Build, Candidate, Row, checked, failure, figures, timed, told
-from .question import Point, Question
+from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
 from .tables import Table, over, pivot
@@ -41,21 +41,11 @@ LOST = "its time is lost in that of"  # how a reason begins that another try may
 
 
 def plan(request: Request) -> list[Point]:
-    """All shapes of one kind of call first; N and K of a row are those of the layer."""
-    return [
-        Point(
-            {**shape.where, "T": T, "r": r, "direction": way, "weight": weight},
-            partial(measure, request, shape, T, r, way, weight),
-        )
-        for T in request.tokens
-        for r in request.ranks
-        for weight in (True, False)
-        for way in request.directions
-        for shape in request.shapes
-    ]
+    """N and K of a row are those of the layer."""
+    return grid(request, measure, weight=(True, False), direction=request.directions)
 
 
-def measure(request: Request, shape: Shape, T: int, r: int, direction: str, weight: bool) -> Iterator[Row]:
+def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direction: str) -> Iterator[Row]:
     """Every backend on one kind of call, in turn with the others, and in CUDA graphs less the time of the copies."""
     copies: list[Callable[[], None]] = []  # for each set, or none
 

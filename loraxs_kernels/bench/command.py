@@ -29,6 +29,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(QUESTIONS)}; default: {' and '.join(DEFAULT)}",
     )
     request.add_options(parser)
+    names = dict.fromkeys(name for question in QUESTIONS.values() for name in question.paths)
+    parser.epilog = f"paths: {', '.join(names)}"
     add("--out", type=Path, help="a new .json file, or a folder: <folder>/<device>/<date>-<commit>.json")
     add("--html", type=Path, metavar="FILE", help="also write one self-contained page with plots (needs matplotlib)")
     add("--commit", help="what to note as the source, where it is not a git checkout")

@@ -23,7 +23,7 @@ from ..padding import padded_rows
 from . import compare, paths, plots, tables, tax, timer
 from .compare import Build, Candidate, Results, Row, failure
 from .paths import Operands
-from .question import Point, Question, colour
+from .question import Point, Question, colour, grid
 from .request import Request
 from .roofline import STEP
 from .shapes import Shape
@@ -128,13 +128,7 @@ def check(request: Request) -> Request:
 
 
 def plan(request: Request) -> list[Point]:
-    return [
-        Point({**shape.where, "T": T, "r": r, "direction": way}, partial(_rows, request, shape, T, r, way))
-        for T in request.tokens
-        for r in request.ranks
-        for shape in request.shapes
-        for way in request.directions
-    ]
+    return grid(request, _rows, direction=request.directions)
 
 
 def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:

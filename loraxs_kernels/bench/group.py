@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..linear import LoRAXSLinear, forward_together
-from . import paths, tables, timer
+from . import tables, timer
 from .compare import Build, Candidate, Row, compare, errors
 from .paths import Operands, fused
 from .question import Point, Question
@@ -125,4 +125,4 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         yield Table(title, head, lines, ("Quartiles in brackets.", *tables.noise(lines)))
 
 
-QUESTION = Question(name="group", plan=plan, tables=show, paths=paths.PATHS)
+QUESTION = Question(name="group", plan=plan, tables=show)

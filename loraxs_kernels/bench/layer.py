@@ -12,7 +12,7 @@ import torch
 from . import plots, roofline, tables, tax, timer
 from .compare import Candidate, Row, compare
 from .paths import PATHS, Operands, calls, layer_errors
-from .question import Point, Question, colour
+from .question import Point, Question, colour, grid
 from .request import Request
 from .roofline import DIRECTIONS
 from .shapes import Shape
@@ -23,16 +23,10 @@ if TYPE_CHECKING:
 
 
 def plan(request: Request) -> list[Point]:
-    """All shapes of one T and r first, then the next."""
-    return [
-        Point({**shape.where, "T": T, "r": r, "direction": request.direction}, partial(_rows, request, shape, T, r))
-        for T in request.tokens
-        for r in request.ranks
-        for shape in request.shapes
-    ]
+    return grid(request, _rows, direction=[request.direction])
 
 
-def _rows(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
+def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     if any(name.startswith("compile") for name in request.paths):
         torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
 

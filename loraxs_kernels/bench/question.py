@@ -5,8 +5,10 @@ A question says here which paths it has, which options are its own and what it r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,18 @@ class Point:
     def __str__(self) -> str:
         """For whoever waits."""
         return " ".join(f"{key} {value}" for key, value in self.where.items() if key not in ("layers", "count"))
+
+
+def grid(request: Request, rows: Callable[..., Iterator[Row]], **more: Sequence[Any]) -> list[Point]:
+    """rows(request, shape, T, r, ...) for all shapes at each T and r, and each of what is more."""
+    return [
+        Point(
+            {**shape.where, "T": T, "r": r, **dict(zip(more, values, strict=True))},
+            partial(rows, request, shape, T, r, *values),
+        )
+        for T, r, *values in itertools.product(request.tokens, request.ranks, *more.values())
+        for shape in request.shapes
+    ]
 
 
 @dataclass(frozen=True)

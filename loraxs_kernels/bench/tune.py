@@ -323,7 +323,7 @@ class _Run:
         for shape in shapes:
             entry: dict[str, Any] = {**point._asdict(), "dtype": self.request.dtype_name}
             entry |= {"N": shape.N, "K": shape.K, "count": shape.count}
-            found = list(question.measure(self.request, shape, point.T, point.r, point.direction, point.weight))
+            found = list(question.measure(self.request, shape, point.T, point.r, point.weight, point.direction))
             failed = {row["path"]: row["reason"] for row in found if row["status"] == "failed"}
             if "torch" in failed:
                 if not _passing(failed["torch"]):
