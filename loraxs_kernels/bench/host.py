@@ -101,8 +101,7 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
 
 def _panel(axes: Any, rows: list[Row]) -> None:
     found = [(colour(PATHS, row["path"]), f"{row['path']}, r {row['r']}", row["over"]["reference"]) for row in rows]
-    plots.bars(axes, found)
-    axes.axvline(1, color="black", linewidth=0.8)
+    plots.bars(axes, found, line=1)
 
 
 QUESTION = Question(name="host", plan=plan, tables=show, plots=draw, paths=PATHS)

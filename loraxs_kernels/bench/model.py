@@ -382,9 +382,13 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
             if "peak_bytes" in row:
                 memory.append((*own, dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)))
         title = f"A training step of {first['model']} ({first['dtype']}, T = {first['T']}), {with_it} checkpointing"
-        groups = {"time, as a multiple of the frozen model's": times, "peak memory, GiB": memory}
-        groups = {what: found for what, found in groups.items() if found}
-        yield plots.panels(f"step-{with_it}-checkpointing", title, groups, plots.bars, legend=False)
+        groups: dict[str, Any] = {"time, as a multiple of the frozen model's": (times, 1)}
+        groups |= {"peak memory, GiB": (memory, None)} if memory else {}
+        yield plots.panels(f"step-{with_it}-checkpointing", title, groups, _panel, legend=False)
+
+
+def _panel(axes: Any, group: tuple[list, float | None]) -> None:
+    plots.bars(axes, *group)
 
 
 QUESTION = Question(
@@ -394,6 +398,7 @@ QUESTION = Question(
     plots=draw,
     paths=paths.PATHS,
     options=("blocks", "sequence", "batch"),
+    folders=True,
     check=check,
     how="Steps: gR of the first step is compared with the reference layers' over the whole model.",
 )

@@ -77,8 +77,8 @@ def panels(
     return Plot(name, title, figure)
 
 
-def bars(axes: Axes, found: list[tuple[str, str, dict[str, float]]]) -> None:
-    """Horizontal bars from the top: (colour, label, spread), the quartiles as whiskers."""
+def bars(axes: Axes, found: list[tuple[str, str, dict[str, float]]], line: float | None = None) -> None:
+    """Horizontal bars from the top: (colour, label, spread), the quartiles as whiskers; and a line there."""
     for i, (colour, _, spread) in enumerate(found):
         axes.barh(i, spread["median"], color=colour, height=0.7)
         axes.plot([spread["low"], spread["high"]], [i, i], color="black", linewidth=1)
@@ -86,3 +86,5 @@ def bars(axes: Axes, found: list[tuple[str, str, dict[str, float]]]) -> None:
     axes.set_yticks(range(len(found)), [label for _, label, _ in found])
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    if line is not None:
+        axes.axvline(line, color="black", linewidth=0.8)
