@@ -23,6 +23,7 @@ from loraxs_kernels.bench import (
     BenchError,
     bank,
     chain,
+    compare,
     gemm,
     group,
     layer,
@@ -179,6 +180,17 @@ def test_noise_is_told():
     steady, wild = torch.tensor([1.0, 1.01, 0.99, 1.0]), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     assert not timer.Spread.of(steady).noisy and timer.Spread.of(wild).noisy
     assert timer.Spread.of(wild) == timer.Spread(1.0, 1.0, 2.0)
+
+
+def test_figures_are_ratios_within_rounds_and_noisy_by_time_and_floor():
+    steady, wild = torch.ones(4), torch.tensor([1.0, 2.0, 1.0, 3.0])
+    samples = {"frozen": 2 * wild, "torch": wild, "addmm": 4 * steady}
+    found = {name: compare.figures(samples, name, torch.device("cpu"), ("frozen", "addmm")) for name in samples}
+    assert found["torch"]["over"]["frozen"] == {"low": 0.5, "median": 0.5, "high": 0.5}
+    assert "seconds" not in found["torch"] and found["torch"]["path"] == "torch" and found["torch"]["rounds"] == 4
+    assert {name: row["noisy"] for name, row in found.items()} == {"frozen": False, "torch": False, "addmm": True}
+    on_a_gpu = compare.figures(samples, "torch", torch.device("cuda"), ("addmm",))
+    assert on_a_gpu["seconds"]["median"] == 1.5 and on_a_gpu["noisy"]
 
 
 def test_enough_sets_to_leave_the_cache(monkeypatch):
