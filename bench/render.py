@@ -1,12 +1,12 @@
 """Make everything that is taken from the reports in bench/results/: documents, and the table of backends.
 
     python bench/render.py            README.md and its plots and STATUS.md in bench/results, the figures in
-                                      README.md and docs/paper.md, and loraxs_kernels/backends/choices.json
+                                      README.md and below docs, and loraxs_kernels/backends/choices.json
                                       (bench/choices.py)
     python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
 
-In README.md and docs/paper.md a block of figures lies between two comments, the first of which names its report (below
-bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
+In README.md and the documents below docs a block of figures lies between two comments. The first names its report
+(below bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
 
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
@@ -168,10 +168,16 @@ def _image(name: str, plot: plots.Plot) -> str:
     return f"{name.removesuffix('.json')}-{plot.name}.png"
 
 
+def quoting() -> list[Path]:
+    """README.md and the documents below docs that have a block of figures."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if BLOCK.search(path.read_text())]
+
+
 def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
     benches, others = read()
-    for path in (ROOT / "README.md", ROOT / "docs" / "paper.md"):
+    for path in quoting():
         try:
             text = readme(path.read_text(), benches, others)
         except BenchError as error:

@@ -36,12 +36,14 @@ def test_every_document_says_what_the_reports_say(capsys):
 
 def test_an_edited_figure_is_found_out():
     benches, demos = render.read()
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- figures: ") >= 2
-    for block in render.BLOCK.finditer(text):
-        figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
-        edited = text[: figure.start()] + "9.9" + text[figure.end() :]
-        assert render.readme(edited, benches, demos) == text
+    texts = [path.read_text() for path in render.quoting()]
+    assert texts and ROOT / "docs" / "paper.md" in render.quoting()
+    for text in texts:
+        assert len(render.BLOCK.findall(text)) == text.count("<!-- figures: ") == text.count("<!-- end of figures -->")
+        for block in render.BLOCK.finditer(text):
+            figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
+            edited = text[: figure.start()] + "9.9" + text[figure.end() :]
+            assert render.readme(edited, benches, demos) == text
 
 
 def test_a_block_without_its_report_is_refused():

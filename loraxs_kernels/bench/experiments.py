@@ -457,7 +457,7 @@ def _beside(request: Request, shape: Shape, T: int, r: int, rounds: int = 21) ->
     blocks = [block for block in x.split(config.SHRINK_ROWS * free) if len(block) == config.SHRINK_ROWS * free]
     if not blocks:
         raise BenchError(f"tokens: got {T}, must be at least {config.SHRINK_ROWS * free}")
-    every = [
+    groups = [
         timer.prepare(
             lambda some=some: [partial(_cuda_shrink, 1, block, A, R, s, None) for block in some],
             case.device,
@@ -480,7 +480,7 @@ def _beside(request: Request, shape: Shape, T: int, r: int, rounds: int = 21) ->
             torch.cuda._sleep(40_000)
             first.record()
             for i in range(launches):
-                every[i % len(every)].run()
+                groups[i % len(groups)].run()
             last.record()
         torch.cuda.synchronize()
         del y
@@ -492,7 +492,7 @@ def _beside(request: Request, shape: Shape, T: int, r: int, rounds: int = 21) ->
     once(launches)
     pairs = [(once(0)[0], *once(launches)) for _ in range(rounds)]
     alone, beside, lasted = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    rows_read = sum(config.SHRINK_ROWS * free * every[i % len(every)].length for i in range(launches))
+    rows_read = sum(config.SHRINK_ROWS * free * groups[i % len(groups)].length for i in range(launches))
     rate = rows_read * shape.K * request.dtype.itemsize / lasted
     needed = T * shape.K * request.dtype.itemsize / alone.median().item()
     samples = {"alone": alone, "beside": beside}

@@ -1,5 +1,8 @@
 """Timing: several calls side by side, in turn, so that whatever drifts drifts for all of them.
 
+That is why there is a timer of our own: those of torch.utils.benchmark and pytest-benchmark time one call to its end
+and then the next, on one set of operands, which a GPU finds in its cache.
+
 A sample is the time of one call, averaged over a pass through all sets of operands; a round takes one sample of every
 call.  Figures are medians and quartiles over rounds, and ratios are taken within a round.
 
