@@ -512,6 +512,34 @@ def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
         model.steps(tiny_model, "torch", 4, False, request, expected)
 
 
+def test_on_a_gpu_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
+    times = {"frozen": [1.0, 1.1], "torch": [2.0]}
+
+    def steps(model, name, *_):
+        samples = torch.full((7,), times[name].pop(0), dtype=torch.float64)
+        return samples, samples, {"loss": 1.0}
+
+    built = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 3})})
+    for name, fake in {"build": lambda request: built, "steps": steps, "reference_gR": lambda *_: None}.items():
+        monkeypatch.setattr(model, name, fake)
+    request = tiny(questions=["model"], model="tiny", shapes=[], paths=["torch"])
+    on_a_gpu = dataclasses.replace(request, device=torch.device("cuda"))
+    rows = [row for point in model.plan(on_a_gpu)[:3] for row in point.rows()]
+    assert [(row["path"], row["again"], row["noisy"]) for row in rows] == [
+        *(("frozen", False, False), ("torch", False, False)),
+        ("frozen", True, True),
+    ]
+    assert [row["over"]["frozen"]["median"] for row in rows] == pytest.approx([1.0, 2.0, 1.1])
+    assert [row["seconds"]["median"] for row in rows] == [1.0, 2.0, 1.1] and rows[0]["blocks"] == 3
+
+    def no_room(request):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "build", no_room)
+    rows = [row for point in model.plan(on_a_gpu) for row in point.rows()]
+    assert {row["reason"] for row in rows} == {"out of memory"} and len(rows) == len(model.plan(on_a_gpu))
+
+
 # --- how they lie together
 
 

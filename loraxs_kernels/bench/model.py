@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .. import attach, backends, detach
 from ..linear import LoRAXSLinear
 from ..reference import UnfusedLinear, relative_error
 from . import BenchError, paths, plots, tables, timer
-from .compare import Row, failure, release
+from .compare import Row, failure, figures, release
 from .question import Point, Question, colour
 from .request import Request
 from .shapes import MODELS
@@ -56,7 +56,7 @@ class Steps:
         return None if self.request.gpu else copy.deepcopy(self.model)
 
     def row(self, name: str, r: int, checkpointing: bool) -> Iterator[Row]:
-        first, gpu = self.floors.get((name, checkpointing)), self.request.gpu
+        first = self.floors.get((name, checkpointing))
         row: Row = {"again": first is not None}
         try:
             if self.lost:
@@ -75,16 +75,13 @@ class Steps:
         own = timer.Spread.of(samples)
         if name.startswith("frozen"):
             self.floors.setdefault((name, checkpointing), own)
-        row |= {"path": name, "status": "ok", "rounds": len(samples), "noisy": own.noisy, "over": {}} | facts
-        if gpu:
-            row["seconds"] = asdict(own)
-            for floor in ("frozen", "frozen+compile"):
-                if measured := self.floors.get((floor, checkpointing)):
-                    row["over"][floor] = asdict(timer.Spread.of(samples / measured.median))
-            row["noisy"] |= first is not None and abs(own.median / first.median - 1) > DRIFT
-        else:
-            row["over"]["frozen"] = asdict(timer.Spread.of(samples / beside))
-        yield row
+        others = {"frozen": beside}
+        if self.request.gpu:
+            floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
+            others = {floor: torch.full_like(samples, its.median) for floor, its in floors if its}
+        row |= figures({"this": samples, **others}, "this", self.request.device, list(others)) | facts
+        row["noisy"] |= self.request.gpu and first is not None and abs(own.median / first.median - 1) > DRIFT
+        yield row | {"path": name}
 
 
 def check(request: Request) -> Request:

@@ -175,13 +175,18 @@ def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
     return [layer(o) for o in sets]
 
 
+def _peft_layer(o: Operands, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
+    return get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+
+
 def _peft_lora(o: Operands) -> Layer:
     """PEFT's own LoRA layer with its defaults: A and B train, in fp32.  It starts with lora_A = R A, lora_B = B."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     r = o.R.shape[0]
-    config = LoraConfig(r=r, lora_alpha=o.s * r, target_modules=["0"])
-    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    layer = _peft_layer(o, LoraConfig(r=r, lora_alpha=o.s * r, target_modules=["0"]))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data.copy_(o.R @ o.A.float())
     B.data.copy_(o.B)
@@ -190,7 +195,7 @@ def _peft_lora(o: Operands) -> Layer:
 
 def _peft_tinylora(o: Operands) -> Layer:
     """PEFT's own TinyLoRA layer with its defaults: R = sum v_i P_i and v trains, in fp32; A and B are the operands'."""
-    from peft import TinyLoraConfig, get_peft_model
+    from peft import TinyLoraConfig
     from peft.tuners.tinylora.layer import TinyLoraLayer
 
     def given(layer: TinyLoraLayer, adapter: str, r: int, *_: object) -> None:  # in place of a full SVD of W
@@ -198,7 +203,7 @@ def _peft_tinylora(o: Operands) -> Layer:
 
     config = TinyLoraConfig(r=o.R.shape[0], target_modules=["0"], init_v_bound=0.2)
     with mock.patch.object(TinyLoraLayer, "_init_svd", given):
-        layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+        layer = _peft_layer(o, config)
     v = next(p for p in layer.parameters() if p.requires_grad)
     factors = (layer.tinylora_A["default"], layer._compute_R("default").detach(), layer.tinylora_B["default"])
     return Layer(layer, (v,), factors)
@@ -209,10 +214,9 @@ def _vera(o: Operands) -> Layer:
 
     The adapter is diag(b) B diag(d) A, with random A and B that all layers share; here they are the operands'.
     """
-    from peft import VeraConfig, get_peft_model
+    from peft import VeraConfig
 
-    config = VeraConfig(r=o.R.shape[0], target_modules=["0"])
-    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    layer = _peft_layer(o, VeraConfig(r=o.R.shape[0], target_modules=["0"]))
     for shared, own in ((layer.vera_A, o.A), (layer.vera_B, o.B)):
         shared["default"] = own.to(shared["default"].dtype)
     d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]

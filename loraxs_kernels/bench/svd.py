@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -219,10 +219,9 @@ def _whole(request: Request, r: int) -> Iterator[Row]:
         except Exception as error:
             yield {"matrices": len(linears)} | failure(name, error)
             continue
-        samples[name] = torch.tensor(took)
-        ours = {OURS: timer.Spread.of(samples[OURS]).median} if OURS in samples else {}
-        row = figures(samples, name, request.device, ()) | {"noisy": timer.Spread.of(samples[name]).noisy} | facts
-        row["over"] = {other: asdict(timer.Spread.of(samples[name] / median)) for other, median in ours.items()}
+        samples[name] = torch.tensor(took, dtype=torch.float64)
+        beside = {"this": samples[name]} | ({OURS: samples[OURS].quantile(0.5)} if OURS in samples else {})
+        row = figures(beside, "this", request.device, (OURS,)) | {"path": name} | facts
         row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
         yield {"matrices": len(linears)} | row
 
