@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -15,8 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from loraxs_kernels.bench import BenchError, report
+from loraxs_kernels.bench import BenchError, command, gemm, question, questions, report
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -562,6 +564,26 @@ def test_a_closed_pipe_does_not_end_the_suite(tmp_path):
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait() == 0
     assert (tmp_path / "suite.log").read_text() == "first\nsecond\n"
+
+
+def test_every_bench_of_the_suite_is_a_request_that_is_taken(monkeypatch):
+    """As on a GPU, also without a backend, and for a backend alone."""
+    monkeypatch.setattr(question, "_device", lambda name: torch.device("cuda"))
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(gpu_suite.PATHS, name, dataclasses.replace(gpu_suite.PATHS[name], missing=lambda: None))
+    monkeypatch.setattr(gemm, "missing", lambda dtype, device: None)
+    parser = argparse.ArgumentParser()
+    command.add_bench(parser)
+    for _, arguments in gpu_suite.BENCHES.values():
+        for left_out, alone in (({}, None), ({"triton": "its tests failed"}, None), ({}, "cuda")):
+            given = vars(parser.parse_args(gpu_suite.with_paths(arguments, left_out, alone)))
+            request = questions.check(
+                **{key: value for key, value in given.items() if key not in ("out", "html", "commit")}
+            )
+            assert request.gpu and questions.QUESTIONS[request.questions[0]].plan(request)
+            if arguments[0] in gpu_suite.SIDE_BY_SIDE:
+                assert "frozen" in request.paths and "cuda" in request.paths
+                assert ("triton" in request.paths) == (not left_out and not alone)
 
 
 def test_every_plan_fits_its_budget():
