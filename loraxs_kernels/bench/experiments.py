@@ -616,7 +616,7 @@ def launch(shape: str, T: str, r: str, dtype: str, *swizzles: str) -> None:
 
 def _mode(request: Request, T: int = 0) -> str:
     """Graphs on a GPU, but where there is so much to do that the host is ahead anyway."""
-    return "graph" if request.device.type == "cuda" and T <= 1024 else "eager"
+    return "graph" if request.gpu and T <= 1024 else "eager"
 
 
 def _candidates(case: compare.Case, paths: dict[str, Callable]) -> dict[str, Callable[[], Candidate]]:

@@ -166,7 +166,7 @@ def bytes_read(W: Tensor, r: int) -> int:
 
 def _peak(call: Callable[[], Any], request: Request) -> tuple[Any, Row]:
     """What a call makes, and on a GPU the memory it took beyond that."""
-    if request.device.type != "cuda":
+    if not request.gpu:
         return call(), {}
     torch.cuda.synchronize(request.device)
     held = torch.cuda.memory_allocated(request.device)
