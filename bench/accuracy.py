@@ -56,7 +56,6 @@ from loraxs_kernels.demo import DemoError, training, trec  # noqa: E402
 from loraxs_kernels.demo.training import Encoded, Schedule  # noqa: E402
 from loraxs_kernels.demo.trec import Question, Split  # noqa: E402
 from loraxs_kernels.files import read_json, target_of, write_atomically  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs accuracy 1"
 TASKS = {"trec": "TREC questions, 6 classes", "movies": "sentences of film reviews, positive or negative"}
@@ -366,13 +365,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("seeds", 1), ("steps", 2), ("batch", 1), ("processes", 1)):  # a step of warm-up and another
         if getattr(given, name) < least:
             parser.error(f"--{name}: got {getattr(given, name)}, must be at least {least}")
-    asked = {"format": FORMAT, "task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
+    asked = {"task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
     asked |= {"seeds": list(range(given.seeds)), "head_rate": HEAD_RATE}
-    commit, dirty = bench_report.source()
-    report = asked | environment() | {"commit": commit, "dirty": dirty, "runs": []}
+    report = bench_report.head(FORMAT) | asked | {"runs": []}
     if target_of(given.out, "--out").exists():
         report = read_json(given.out.read_bytes(), f"--out: {given.out}")
-        if other := [name for name, value in asked.items() if report.get(name) != value]:
+        if other := [name for name, value in {"format": FORMAT, **asked}.items() if report.get(name) != value]:
             parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
     with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         measure(report, given.out, pool)

@@ -28,7 +28,6 @@ sys.path[:0] = [str(ROOT)]
 
 import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs-bank-store"
 MODULES, RANK, RECORDS = 224, 16, 2000
@@ -91,14 +90,11 @@ def main() -> None:
     arguments = parser.parse_args()
     import lmdb
 
-    commit, dirty = report.source()
-    head = {"format": FORMAT, "version": 1, **environment(), "commit": commit, "dirty": dirty}
+    head = report.head(FORMAT)
     head |= {"lmdb": ".".join(map(str, lmdb.version())), "py-lmdb": lmdb.__version__}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = measure(Path(folder))
-    path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-bank-store.json")
-    report.save(head | {"records": RECORDS, "rows": rows}, path)
-    print(path)
+    report.keep(head | {"records": RECORDS, "rows": rows}, arguments.out, "bank-store")
 
 
 if __name__ == "__main__":

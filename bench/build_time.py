@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from loraxs_kernels.bench import report  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs-build"
 
@@ -52,15 +51,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument("--archs", nargs="+", default=["80", "90a"], help="as in LORAXS_CUDA_ARCHS, each a build")
     arguments = parser.parse_args()
-    commit, dirty = report.source()
-    head = {"format": FORMAT, "version": 1, **environment(), "commit": commit, "dirty": dirty}
+    head = report.head(FORMAT)
     measured = [measure(archs) for archs in arguments.archs]
     record = measured[-1][1]
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     head |= {"nvcc": record["nvcc"], "cutlass": record["cutlass"], "jobs": jobs}
-    path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-build.json")
-    report.save(head | {"rows": [row for row, _ in measured]}, path)
-    print(path)
+    report.keep(head | {"rows": [row for row, _ in measured]}, arguments.out, "build")
 
 
 if __name__ == "__main__":

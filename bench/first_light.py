@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
 from loraxs_kernels.files import write_atomically  # noqa: E402
-from loraxs_kernels.info import environment, info  # noqa: E402
+from loraxs_kernels.info import info  # noqa: E402
 
 SCRIPT = Path(__file__)  # what a rung's process runs
 START = 45.0  # seconds that a process may take to import torch and reach the GPU, before its limit begins
@@ -123,17 +123,10 @@ class Ladder:
     ) -> None:
         self.out, self.limit, self.jobs, self.device, self.trace = out, limit, jobs, device, trace
         self.started = time.monotonic()
-        commit, dirty = (commit, None) if commit else report.source()
         self.data = {
-            **{"format": "loraxs-first-light", "version": 1, **environment(device), "commit": commit, "dirty": dirty},
-            **{
-                "core": info()["cuda core"],
-                "limit": limit,
-                "jobs": jobs,
-                "trace": trace,
-                "complete": False,
-                "seconds": 0.0,
-            },
+            **report.head("loraxs-first-light", 1, device, commit),
+            **{"core": info()["cuda core"], "limit": limit, "jobs": jobs, "trace": trace},
+            **{"complete": False, "seconds": 0.0},
             "rows": [{"name": name, "outcome": "not reached"} for name in names],
         }
         self.save()

@@ -29,7 +29,6 @@ from loraxs_kernels.backends import torch as torch_backend  # noqa: E402
 from loraxs_kernels.bench import report, timer  # noqa: E402
 from loraxs_kernels.bench.chain import Case  # noqa: E402
 from loraxs_kernels.bench.shapes import Shape  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs-first-use"
 POINTS = [(1, 64, 64), (1, 4096, 4096), (64, 4096, 4096), (512, 4096, 4096), (8192, 4096, 4096)]  # T, N, K; r = 16
@@ -83,13 +82,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.backend == "torch" else "cuda")
     points = [point for point in POINTS if device.type == "cuda" or point[0] <= 512]
-    commit, dirty = report.source()
-    head = {"format": FORMAT, "version": 1, **environment(device), "commit": commit, "dirty": dirty}
+    head = report.head(FORMAT, device=device)
     with torch.no_grad():
         rows = [measure(arguments.backend, device, *point) for point in points]
-    path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-first-use.json")
-    report.save(head | {"backend": arguments.backend, "unit": "ms", "rows": rows}, path)
-    print(path)
+    report.keep(head | {"backend": arguments.backend, "unit": "ms", "rows": rows}, arguments.out, "first-use")
 
 
 if __name__ == "__main__":

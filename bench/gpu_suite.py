@@ -42,11 +42,12 @@ import outcomes  # noqa: E402
 import status  # noqa: E402
 import torch  # noqa: E402
 
+from loraxs_kernels.backends import NAMES as OURS  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
-from loraxs_kernels.bench import BenchError, report, tables, tax  # noqa: E402
+from loraxs_kernels.bench import BenchError, experiments, report, tax  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
-from loraxs_kernels.bench.settings import one_of  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
+from loraxs_kernels.bench.questions import QUESTIONS  # noqa: E402
+from loraxs_kernels.bench.request import known, one_of  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running step has written
@@ -81,8 +82,8 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "step-chosen": (60, ["model", "--rank", "64", "--blocks", "8", "--paths", "chosen"]),
     "tokens": (120, ["layer", "--tokens", *WIDE_T, "--rank", "64", "--mode", "graph", "--paths", *RIVALS]),
     "ranks": (120, ["layer", "--tokens", "8192", "--rank", *WIDE_R, "--mode", "graph", "--paths", *RIVALS]),
-    "forward": (60, ["layer", *WAY, "--direction", "forward"]),
-    "backward": (60, ["layer", *WAY, "--direction", "backward"]),
+    "forward": (60, ["layer", "--direction", "forward", *WAY]),
+    "backward": (60, ["layer", "--direction", "backward", *WAY]),
     "gemm-fp16": (45, ["gemm", "--dtype", "fp16", "--tokens", "8192", "--rank", "64", "--paths", "addmm"]),
     "svd-sklearn": (120, ["svd", "--rank", "64", "--paths", "loraxs-svd", "sklearn"]),
     "svd-ranks": (200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", *LOWRANKS]),
@@ -107,8 +108,7 @@ PLANS: dict[str, tuple[float, dict[str, float]]] = {
     ),
     "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
-OURS = ["torch", "triton", "cuda"]
-SIDE_BY_SIDE = ("layer", "chain", "gemm", "group", "host", "choice", "model")  # the questions that time those
+SIDE_BY_SIDE = [name for name, each in QUESTIONS.items() if each.paths is PATHS]  # the questions that time those
 
 
 class Suite:
@@ -119,14 +119,16 @@ class Suite:
         self.end, self.waiting = self.started + budget, 0.0
         self.benches: list[str] = []
         self.after: dict[str, dict[str, Any]] = {}  # what became of the tests in an earlier report
-        found = report.source()
         self.data: dict[str, Any] = {
-            **{"format": report.FORMAT, "version": report.VERSION},
-            **environment(device),
-            **{"commit": commit or found[0], "dirty": None if commit else found[1]},
-            **{"kernels": {}},
-            **{"settings": {"suite": [], "left_out": {}}, "ceilings": None, "complete": False, "seconds": 0.0},
-            **{"build": built(), "tests": {}, "rows": []},
+            **report.head(report.FORMAT, report.VERSION, device, commit),
+            "kernels": {},
+            "settings": {"suite": [], "left_out": {}},
+            "ceilings": None,
+            "complete": False,
+            "seconds": 0.0,
+            "build": built(),
+            "tests": {},
+            "rows": [],
         }
         name = f"{self.data['date'][:10]}-{self.data['commit']}"
         folders = (out / f"{name}-{n}" if n > 1 else out / name for n in itertools.count(1))
@@ -377,7 +379,9 @@ def with_paths(arguments: list[str], left_out: dict[str, str], alone: str | None
     if not (named or left_out or alone):
         return arguments
     there = [name for name, path in PATHS.items() if path.missing() is None]
-    others = arguments[at + 1 :] if named else [name for name in there if PATHS[name].default and name not in OURS]
+    others = (
+        arguments[at + 1 :] if named else [name for name in there if PATHS[name].run == "default" and name not in OURS]
+    )
     ours = [name for name in OURS if name in there and name not in left_out]
     return [*arguments[:at], "--paths", *(["frozen", alone] if alone else [*others, *ours])]
 
@@ -394,7 +398,7 @@ def summary(data: dict[str, Any]) -> str:
         lines.append(f"core: {build.get('why') or build['architectures']}{took}")
     lines += [f"without {name}: {why}" for name, why in data["settings"]["left_out"].items()]
     for question, direction in (("layer", ("both",)), ("gemm", ("forward", "backward"))):
-        for at, paths in tax.points(data["rows"], question).items():
+        for at, paths in tax.points(row for row in data["rows"] if row["question"] == question).items():
             if at.T in (512, 8192) and at.r in (16, 64) and at.direction in direction:
                 found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
                 cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
@@ -412,7 +416,7 @@ def summary(data: dict[str, Any]) -> str:
         if "matrices" in row:
             size = f"{row['matrices']} matrices r {row['r']} {row['path']}"
             lines.append(f"svd {size}: {row['seconds']['median']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
-    lines += tables.in_short(data["rows"])
+    lines += experiments.in_short(data["rows"])
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
     counts = f"{len(data['rows'])} rows, {len(failed)} failed"
@@ -448,9 +452,8 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--device", default="cuda")
     asked = parser.parse_args(argv)
     one_of("plan", asked.plan, "only", asked.only)
-    for name, given, known in (("plan", [asked.plan] if asked.plan else [], PLANS), ("only", asked.only, STEPS)):
-        if wrong := [each for each in given if each not in known]:
-            raise BenchError(f"{name}: got {wrong[0]!r}, must be one of {', '.join(known)}")
+    known("plan", [asked.plan] if asked.plan else [], PLANS)
+    known("only", asked.only, STEPS)
     budget, steps = PLANS.get(asked.plan, (540, {name: STEPS[name] for name in asked.only or STEPS}))
     asked.budget = budget if asked.budget is None else asked.budget
     if not LEAST + GRACE <= asked.budget < math.inf:

@@ -30,7 +30,6 @@ from loraxs_kernels.backends import triton as backend  # noqa: E402
 from loraxs_kernels.backends.triton import launcher  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs-launch"
 T, N, K, r = 64, 64, 64, 16  # as in `loraxs bench experiments`: nothing here depends on them
@@ -69,15 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     arguments = parser.parse_args()
-    commit, dirty = report.source()
-    head = {"format": FORMAT, "version": 1, **environment(), "commit": commit, "dirty": dirty}
+    head = report.head(FORMAT)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         stub = stubdriver.activate(patch, stubdriver.build(Path(folder)))
         stub.record(False)
         rows = [{"what": what, "microseconds": each} for what, each in measure(patch).items()]
-    path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-launch.json")
-    report.save(head | {"triton": triton.__version__, "rows": rows}, path)
-    print(path)
+    report.keep(head | {"triton": triton.__version__, "rows": rows}, arguments.out, "launch")
 
 
 if __name__ == "__main__":

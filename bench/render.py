@@ -1,12 +1,12 @@
 """Make everything that is taken from the reports in bench/results/: documents, and the table of backends.
 
     python bench/render.py            README.md and its plots and STATUS.md in bench/results, the figures in
-                                      README.md and docs/paper.md, and loraxs_kernels/backends/choices.json
+                                      README.md and below docs, and loraxs_kernels/backends/choices.json
                                       (bench/choices.py)
     python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
 
-In README.md and docs/paper.md a block of figures lies between two comments, the first of which names its report (below
-bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
+In README.md and the documents below docs a block of figures lies between two comments. The first names its report
+(below bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
 
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
@@ -36,6 +36,7 @@ import status  # noqa: E402
 
 from loraxs_kernels.backends import choice  # noqa: E402
 from loraxs_kernels.bench import BenchError, page, plots, report, tables  # noqa: E402
+from loraxs_kernels.bench.questions import QUESTIONS, plots_of, tables_of  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \w+)*) -->\n).*?<!-- end of figures -->", re.S)
@@ -59,7 +60,7 @@ def read() -> tuple[Reports, Reports]:
 
 def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
     """Where it was measured, and the tables of some questions."""
-    found = tables.of(data, questions or tables.QUESTIONS)
+    found = tables_of(data, questions or QUESTIONS)
     if not found:
         raise BenchError(f"{name} has nothing on {', '.join(questions)}")
     where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
@@ -126,8 +127,8 @@ def results(benches: Reports, others: Reports) -> str:
     ]
     for name, data in _newest(benches).items():
         facts = "\n\n".join(page.provenance(data))
-        images = [f"![{plot.title}]({_image(name, plot)})" for plot in plots.of(data)]
-        texts = [table.markdown() for table in tables.of(data)]
+        images = [f"![{plot.title}]({_image(name, plot)})" for plot in plots_of(data)]
+        texts = [table.markdown() for table in tables_of(data)]
         parts += [f"## {page.machine(data)}", f"`{name}`", facts, *texts, *images]
     parts.append("## Demos, accuracy and the build")
     for name, data in _newest_others(others).items():
@@ -167,10 +168,16 @@ def _image(name: str, plot: plots.Plot) -> str:
     return f"{name.removesuffix('.json')}-{plot.name}.png"
 
 
+def quoting() -> list[Path]:
+    """README.md and the documents below docs that have a block of figures."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if BLOCK.search(path.read_text())]
+
+
 def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
     benches, others = read()
-    for path in (ROOT / "README.md", ROOT / "docs" / "paper.md"):
+    for path in quoting():
         try:
             text = readme(path.read_text(), benches, others)
         except BenchError as error:
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, text in wanted:
         path.write_text(text)
     benches, others = read()
-    drawn = {name: plots.of(data) for name, data in _newest(benches).items()}
+    drawn = {name: plots_of(data) for name, data in _newest(benches).items()}
     drawn |= {name: _other_plots(data) for name, data in _newest_others(others).items()}
     images = {RESULTS / _image(name, plot): plot for name, found in drawn.items() for plot in found}
     for path, plot in images.items():

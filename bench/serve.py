@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
-from loraxs_kernels.info import environment  # noqa: E402
 
 FORMAT = "loraxs-serve"
 RANK, EXPONENT = 4, 1.1
@@ -135,8 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import vllm
 
-    commit, dirty = report.source()
-    head = {"format": FORMAT, "version": 1, **environment(), "commit": commit, "dirty": dirty}
+    head = report.head(FORMAT)
     options = f"--dtype bfloat16 --max-model-len 128 --max-num-seqs {CLIENTS} --no-enable-prefix-caching"
     with tempfile.TemporaryDirectory() as folder:
         names = make_bank(smollm2(), Path(folder, "bank"), arguments.adapters)
@@ -156,9 +154,9 @@ def main() -> None:
         "answer_tokens": ANSWER,
         "requests_a_round": arguments.requests,
     }
-    path = report.free(arguments.out / f"{head['date'][:10]}-{commit}-serve.json")
-    report.save(head | {"rows": rows, "pss_mib": {"at the start": at_start, "at the end": at_end}}, path)
-    print(path)
+    report.keep(
+        head | {"rows": rows, "pss_mib": {"at the start": at_start, "at the end": at_end}}, arguments.out, "serve"
+    )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from typing import Any
 
 import outcomes
 
-from loraxs_kernels.backends.cuda import core
-
 ROOT = Path(__file__).parents[1]
 SANITIZER = "compute-sanitizer"
 # Its files or folders, and what is known of it beyond its tests.
@@ -80,6 +78,8 @@ def unchanged(component: str, report: dict[str, Any]) -> bool:
     """Whether the component's files are those that the report's tests ran on; of a core also how it was compiled."""
     if report["tests"][component]["sources"] != sources(component):
         return False
+    from loraxs_kernels.backends.cuda import core  # which imports torch: not in every process that runs tests
+
     compiled = report.get("build", {}).get("sources") if "csrc" in COMPONENTS[component][0] else None
     return compiled in (None, core.sources())
 

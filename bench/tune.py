@@ -17,8 +17,8 @@ from loraxs_kernels import backends
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton.config import TABLE, WIDEST, padded, read
 from loraxs_kernels.bench import tiles
-from loraxs_kernels.bench.layer import release
-from loraxs_kernels.bench.settings import model_or_shapes
+from loraxs_kernels.bench.compare import release
+from loraxs_kernels.bench.request import model_or_shapes
 from loraxs_kernels.bench.shapes import MODELS
 
 

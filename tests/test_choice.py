@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -14,10 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import loraxs_kernels as lx
 from loraxs_kernels import backends
 from loraxs_kernels.backends import choice, tuned
+from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.choice import Row, pick
 from loraxs_kernels.backends.cuda import core
 from loraxs_kernels.backends.device import Device
+from loraxs_kernels.bench import choice as question
+from loraxs_kernels.bench import questions, timer
 from loraxs_kernels.bench.choice import decide
+from loraxs_kernels.bench.shapes import Shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import choices
@@ -256,6 +261,35 @@ def test_a_layer_that_was_not_measured_in_graphs_is_not_covered():
     eager = [row for row in measured(shapes=[(64, 64, 1)]) if row["mode"] == "eager"]
     (row,) = decide(measured(shapes=SHAPES[:2]) + eager, H100, HASHES, "")
     assert (row.backend, row.N, row.K) == ("triton", (4096, 14336), (4096, 4096))
+
+
+@pytest.mark.parametrize("beside", [1.0, 2.9, None])
+def test_the_copies_that_follow_a_long_call_are_taken_off(monkeypatch, beside):
+    """With them torch's takes 3 s, Triton's 2; where they take most of that, or have no time, nothing is known."""
+    calls, rest = [], []
+    monkeypatch.setattr(question, "_copies", lambda case, work: [lambda: calls.append("copies")])
+    monkeypatch.setattr(backends, "primitive", lambda name: torch_backend.lowrank_linear)
+
+    def prepare(make, *_):
+        for call in make():
+            call()
+        return timer.Pass(lambda: None, 1)
+
+    def interleave(passes, *_):
+        rest.extend(passes)
+        seconds = {"torch": 3.0, "triton": 2.0} | ({question.BESIDE: beside} if beside else {})
+        return {name: torch.full((9,), each, dtype=torch.float64) for name, each in seconds.items()}
+
+    monkeypatch.setattr(timer, "prepare", prepare)
+    monkeypatch.setattr(timer, "interleave", interleave)
+    asked = questions.check(["choice"], shapes=["8x16"], tokens=[4], ranks=[4], device="cpu", dtype="bf16")
+    request = dataclasses.replace(asked, paths=("torch", "triton"), modes=("graph",))
+    rows = {row["path"]: row for row in question.measure(request, Shape(8, 16), 4, 4, True, "forward")}
+    assert rest == ["torch", "triton", question.BESIDE] and calls == ["copies"] * 3
+    if beside == 1.0:
+        assert rows["triton"]["over"]["torch"]["median"] == pytest.approx(0.5) and rows["torch"]["status"] == "ok"
+    else:
+        assert all(row["reason"].startswith(question.LOST) for row in rows.values()) and len(rows) == 2
 
 
 def report(day: int, rows: list[dict], **more: object) -> dict:

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from loraxs_kernels.bench import experiments, layer, report, settings, tables, timer
+from loraxs_kernels.bench import compare, experiments, question, questions, report, timer
 from loraxs_kernels.bench.experiments import Cut
+from loraxs_kernels.bench.request import Request
 from loraxs_kernels.bench.shapes import Shape
 from loraxs_kernels.cli import main
 
 SIZES = dict(shapes=["768x64", "64x768"], tokens=[1024, 256], ranks=[8, 16], seconds=1e-4)
 
 
-def request(**changes) -> settings.Settings:
+def request(**changes) -> Request:
     """A request that is refused by `check`, as there is no GPU."""
-    asked = settings.check(**(dict(questions=["gemm"], device="cpu", dtype="bf16", paths=["torch"]) | SIZES | changes))
+    asked = questions.check(**(dict(questions=["gemm"], device="cpu", dtype="bf16", paths=["torch"]) | SIZES | changes))
     return dataclasses.replace(asked, questions=("experiments",))
 
 
@@ -47,7 +48,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(experiments.cuda, "decode", lambda x, A, R, B, s: None)
     monkeypatch.setattr(timer, "MIN_ROUNDS", 2)
     monkeypatch.setattr(timer, "SAMPLE", 1e-6)
-    for module in (experiments, layer):  # a collection takes longer than all else
+    for module in (compare, question):  # a collection takes longer than all else
         monkeypatch.setattr(module, "release", lambda: None)
     return monkeypatch
 
@@ -55,14 +56,14 @@ def kernels(monkeypatch):
 def taking(monkeypatch, cost) -> None:
     """Times by `cost(name)` in place of a clock."""
 
-    def interleave(passes, device, seconds, issue=False):
+    def interleave(passes, *_):
         return {name: torch.full((4,), cost(name), dtype=torch.float64) for name in passes}
 
     monkeypatch.setattr(timer, "interleave", interleave)
 
 
-def only(name: str, asked: settings.Settings, **where) -> list[dict]:
-    found = [each for each in experiments.plan(asked) if each.name == name]
+def only(name: str, asked: Request, **where) -> list[dict]:
+    found = [each for each in experiments.every(asked) if each.name == name]
     (each,) = (each for each in found if where.items() <= each.where.items())
     return [each.where | row for row in each.run()]
 
@@ -231,15 +232,15 @@ def test_one_failure_costs_one_experiment(kernels):
     kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
     taking(kernels, lambda name: 1e-3)
     asked = request(tokens=[256])
-    rows = list(experiments.rows(asked))
+    rows = list(experiments.QUESTION.rows(asked))
     bad = [(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"]
     assert bad == [
-        ("beta", "beta", "RuntimeError: CUDA error: planted"),
-        *[("beside", "beside", bad[i][2]) for i in range(1, len(bad) - 2)],  # no stand-in: it needs a GPU's streams
+        ("beta", "(the rest)", "RuntimeError: CUDA error: planted"),
+        *[("beside", "(the rest)", bad[i][2]) for i in range(1, len(bad) - 2)],  # no stand-in: it needs a GPU's streams
         ("host", "triton chain", "no triton"),
         ("host", "cuda decode", "RuntimeError: CUDA error: planted"),
     ]
-    assert {row["experiment"] for row in rows} == {each.name for each in experiments.plan(asked)}
+    assert {row["experiment"] for row in rows} == {each.name for each in experiments.every(asked)}
     assert all(row["question"] == "experiments" and row["path"] for row in rows)
     order = list(dict.fromkeys(row["experiment"] for row in rows))
     assert order == ["swizzle", "beta", "mm", "shrink", "beside", "host", "counters"]
@@ -248,22 +249,22 @@ def test_one_failure_costs_one_experiment(kernels):
 def test_what_there_is_no_time_for_is_said(kernels):
     kernels.setattr(experiments, "BUDGET", -1.0)
     asked = request()
-    rows = list(experiments.rows(asked))
-    assert len(rows) == experiments.points(asked)
+    rows = list(experiments.QUESTION.rows(asked))
+    assert len(rows) == len(experiments.plan(asked))
     assert {(row["status"], row["reason"].split(":")[0]) for row in rows} == {("failed", "not begun")}
     kernels.setattr(experiments, "BUDGET", experiments.PROFILER / 2)  # too little for the profiler, which may hang
-    counters = [each for each in experiments.plan(asked) if each.name == "counters"]
-    kernels.setattr(experiments, "plan", lambda settings: counters)
-    (row,) = experiments.rows(asked)
+    counters = [each for each in experiments.every(asked) if each.name == "counters"]
+    kernels.setattr(experiments, "every", lambda request: counters)
+    (row,) = experiments.QUESTION.rows(asked)
     assert row["experiment"] == "counters" and row["reason"] == "not begun: 10 of 10 s were left"
 
 
 def test_a_missing_core_is_said_and_the_library_is_measured(monkeypatch):
     asked = request(tokens=[64], shapes=["64x64"])
     known = {"swizzle", "beta", "counters"}
-    found = [each for each in experiments.plan(asked) if each.name in known]
-    monkeypatch.setattr(experiments, "plan", lambda settings: found)
-    rows = list(experiments.rows(asked))
+    found = [each for each in experiments.every(asked) if each.name in known]
+    monkeypatch.setattr(experiments, "every", lambda request: found)
+    rows = list(experiments.QUESTION.rows(asked))
     assert {row["status"] for row in rows if row["experiment"] == "beta"} == {"ok"}
     why = {row["reason"] for row in rows if row["experiment"] != "beta"}
     assert why == {"the GEMM with a tail runs on a GPU"}
@@ -320,9 +321,9 @@ def test_counters_stand_beside_what_the_waves_read(kernels):
 def test_the_tables(kernels):
     kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
     taking(kernels, lambda name: 1e-3)
-    rows = list(experiments.rows(request(tokens=[1024])))
+    rows = list(experiments.QUESTION.rows(request(tokens=[1024])))
     data = {"rows": rows, "machine": {"device": "cpu"}, "ceilings": None}
-    decided, cuts = tables.of(data, ["experiments"])
+    decided, cuts = questions.tables_of(data, ["experiments"])
     assert decided.head == ["", "predicted", "measured", "measured / predicted"]
     assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "beta", "mm", "shrink", "host", "counters"}
     one = next(row for row in decided.rows if row[0].startswith("host") and "F.linear" in row[0])
@@ -331,7 +332,7 @@ def test_the_tables(kernels):
     assert cuts.head[1:] == [f"swizzle {n} {way}" for way in ("along N", "along T") for n in (1, 2, 4, 8)]
     assert len(cuts.rows) == 8 and cuts.rows[0][1] == "1.000" and "-" in cuts.rows[0]
     assert decided.plain() and cuts.markdown()
-    short = dict(each.split(": ", 1) for each in tables.in_short(rows))
+    short = dict(each.split(": ", 1) for each in experiments.in_short(rows))
     assert list(short) == ["swizzle", "beta", "mm", "shrink", "host", "counters"]
     assert short["counters"].endswith("counters: - / not read / -")
     assert short["beta"].startswith("768x64 T 1024 beta 1: 4.000 / 1.000 (1.000 to 1.000) / 0.25")  # y: three copies

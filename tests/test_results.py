@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -15,8 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from loraxs_kernels.bench import BenchError, report
+from loraxs_kernels.bench import BenchError, command, gemm, question, questions, report
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -36,12 +38,14 @@ def test_every_document_says_what_the_reports_say(capsys):
 
 def test_an_edited_figure_is_found_out():
     benches, demos = render.read()
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- figures: ") >= 2
-    for block in render.BLOCK.finditer(text):
-        figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
-        edited = text[: figure.start()] + "9.9" + text[figure.end() :]
-        assert render.readme(edited, benches, demos) == text
+    texts = [path.read_text() for path in render.quoting()]
+    assert texts and ROOT / "docs" / "paper.md" in render.quoting()
+    for text in texts:
+        assert len(render.BLOCK.findall(text)) == text.count("<!-- figures: ") == text.count("<!-- end of figures -->")
+        for block in render.BLOCK.finditer(text):
+            figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
+            edited = text[: figure.start()] + "9.9" + text[figure.end() :]
+            assert render.readme(edited, benches, demos) == text
 
 
 def test_a_block_without_its_report_is_refused():
@@ -92,7 +96,7 @@ def test_status_is_not_flattering():
         {"a": outcome("truncated_svd", 5, 0, sources="0")}
     )
     core = outcome("cuda backend", 5, 0)
-    for compiled, stale in ((status.core.sources(), False), ("0", True)):  # CMakeLists.txt says with which flags
+    for compiled, stale in ((gpu_suite.core.sources(), False), ("0", True)):  # CMakeLists.txt says with which flags
         text = status.render({"a": core | {"build": {"built": True, "sources": compiled}}})
         assert ("stale" in text) == stale
     bad = outcome("truncated_svd", 4, 1, "2026-01-03")
@@ -125,18 +129,12 @@ def test_a_component_without_files_does_not_exist(monkeypatch):
 
 
 def test_every_gpu_test_belongs_to_a_component():
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    script = """
-import sys, pytest
-class Collect:
-    def pytest_collection_finish(self, session):
-        print("\\n".join("component " + item.get_closest_marker("gpu").args[0] for item in session.items))
-sys.exit(pytest.main(sys.argv[1:], plugins=[Collect()]))
-"""
-    run = subprocess.run([sys.executable, "-c", script, *command[3:]], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    found = {text.removeprefix("component ") for text in run.stdout.splitlines() if text.startswith("component ")}
-    assert found == set(status.COMPONENTS)
+    """As their files say it, in words: collecting them all would take half a minute."""
+    texts = [file.read_text() for file in (ROOT / "tests").glob("test_*.py") if file.name != Path(__file__).name]
+    marks = [mark for text in texts for mark in re.findall(r"""mark\.gpu\(\s*(f?["'][^"']+["'])?""", text)]
+    assert "" not in marks
+    found = [outcomes.named(f"gpu({mark}", status.COMPONENTS) for mark in marks]
+    assert all(found) and {name for names in found for name in names} == set(status.COMPONENTS)
 
 
 # Good tests do nothing, so that no machine is too slow for them; the others never end, or end at once.
@@ -182,13 +180,14 @@ def test_on_a_cpu(): raise AssertionError
 """
 
 
-def planted(tmp_path, monkeypatch, text: str, *arguments: str, more: dict[str, str] | None = None) -> tuple[int, dict]:
+def planted(tmp_path, monkeypatch, text: str, *arguments: str, more=(), workers: int = 2) -> tuple[int, dict]:
     """The suite on planted tests, of the components that `text` names: its exit status, and its report."""
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "test_planted.py").write_text(text)
-    for name, other in (more or {}).items():
+    for name, other in dict(more).items():
         (tmp_path / "planted" / name).write_text(other)
     monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
+    monkeypatch.setattr(gpu_suite, "WORKERS", workers)
     only = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
     monkeypatch.setattr(status, "COMPONENTS", only)
     out = tmp_path / "out"
@@ -302,7 +301,6 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("end", ["cap", "Ctrl-C", "SIGHUP"])
 def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, clock, end):
     """One process, so that the tests run in the order of the file; the time is up when the one that hangs has begun."""
-    monkeypatch.setattr(gpu_suite, "WORKERS", 1)
     monkeypatch.setattr(gpu_suite, "EVERY", 0.1)
     seen = gpu_suite.Suite.take_outcomes
 
@@ -317,7 +315,7 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(gpu_suite.Suite, "take_outcomes", look)
     text = PLANTED.replace("limit=1)", "limit=3600)").replace("range(6)", "range(3)")
-    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000")
+    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000", workers=1)
     assert code == 1 and not data["complete"]
     assert told(data) == {"demo": "3 passed, 4 not reached", "bench": "2 not reached", "neighbours": "6 not reached"}
     assert list(data["tests"]["neighbours"]["names"]["not reached"].values()) == [1, 1, 1, 3]
@@ -500,7 +498,7 @@ def test_the_report_holds_what_became_of_the_ladder(tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_in_the_place_of_the_reports_own_gives_it_another_name(tmp_path):
-    date = gpu_suite.environment("cpu")["date"][:10]
+    date = report.head("")["date"][:10]
     (tmp_path / f"{date}-abc1234").mkdir()
     path = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu").path
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-abc1234(-2)?\.json", path.name) and path.with_suffix("").is_dir()
@@ -566,6 +564,26 @@ def test_a_closed_pipe_does_not_end_the_suite(tmp_path):
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait() == 0
     assert (tmp_path / "suite.log").read_text() == "first\nsecond\n"
+
+
+def test_every_bench_of_the_suite_is_a_request_that_is_taken(monkeypatch):
+    """As on a GPU, also without a backend, and for a backend alone."""
+    monkeypatch.setattr(question, "_device", lambda name: torch.device("cuda"))
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(gpu_suite.PATHS, name, dataclasses.replace(gpu_suite.PATHS[name], missing=lambda: None))
+    monkeypatch.setattr(gemm, "missing", lambda dtype, device: None)
+    parser = argparse.ArgumentParser()
+    command.add_bench(parser)
+    for _, arguments in gpu_suite.BENCHES.values():
+        for left_out, alone in (({}, None), ({"triton": "its tests failed"}, None), ({}, "cuda")):
+            given = vars(parser.parse_args(gpu_suite.with_paths(arguments, left_out, alone)))
+            request = questions.check(
+                **{key: value for key, value in given.items() if key not in ("out", "html", "commit")}
+            )
+            assert request.gpu and questions.QUESTIONS[request.questions[0]].plan(request)
+            if arguments[0] in gpu_suite.SIDE_BY_SIDE:
+                assert "frozen" in request.paths and "cuda" in request.paths
+                assert ("triton" in request.paths) == (not left_out and not alone)
 
 
 def test_every_plan_fits_its_budget():

@@ -27,7 +27,7 @@ from loraxs_kernels.backends import choice, tuned
 from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton import config
-from loraxs_kernels.bench import BenchError, chain, tiles, tune
+from loraxs_kernels.bench import BenchError, chain, tiles, timer, tune
 from loraxs_kernels.bench import choice as question
 from loraxs_kernels.bench.shapes import Shape
 from loraxs_kernels.cli import main
@@ -69,16 +69,18 @@ def plug_in(monkeypatch, path: Path) -> World:
         cases[:] = [chain.Case(*args)]
         return cases[0]
 
-    def timed(passes, settings, *_):
+    def interleave(passes, *_):
+        if not passes:
+            return {}
         (case,) = cases
         x, W, A, _, B, *_, other = case.sets[0]
         world.timed.append((len(x), len(B), A.shape[1], W is not None, other is not None))
         world.now += 1.0
         speeds = {name: world.speed(name, case) for name in passes}
-        return {name: torch.full((9,), 1 / speed, dtype=torch.float64) for name, speed in speeds.items()}, ""
+        return {name: torch.full((9,), 1 / speed, dtype=torch.float64) for name, speed in speeds.items()}
 
     monkeypatch.setattr(question, "Case", measure_case)
-    monkeypatch.setattr(chain, "timed", timed)
+    monkeypatch.setattr(timer, "interleave", interleave)
     monkeypatch.setattr(tune, "clock", lambda: world.now)
     monkeypatch.setattr(tune, "release", lambda: None)  # collects garbage, which takes a while
     monkeypatch.setattr(tune, "_gpu", lambda: CPU)
@@ -263,7 +265,7 @@ def test_an_interruption_leaves_a_whole_table(world, monkeypatch):
     world.path.unlink()
     while interrupted_at(k, world.run):
         stopped += 1
-        k += 1009
+        k += 2003
         if world.path.exists():
             table = world.table()
             assert all(row in whole for row in map(choice.parse, table["choices"]))

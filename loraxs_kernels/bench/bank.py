@@ -14,11 +14,11 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ from ..bank import AdapterBank
 from ..functional import run
 from ..indexed import RowIndex
 from ..model import attach
-from . import timer
-from .layer import Row, failure, figures, release, timed
-from .paths import ROWS, Layer, Operands, calls
+from . import tables, timer
+from .compare import Build, Candidate, Results, Row, compare, errors, failure, figures, some
+from .paths import Layer, Operands, calls
+from .question import Point, Question, grid
+from .request import Request
+from .roofline import DIRECTIONS
 from .shapes import Shape
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table, over, pivot
 
 SHAPES, TOKENS = (Shape(4096, 4096), Shape(11008, 4096)), (1, 16, 64, 512)  # where none are asked for
 RECORDS = (1, 1_000, 100_000)
@@ -45,8 +46,7 @@ PEFT_TOKENS = 64  # rows up to which PEFT's layer is measured: it holds a LoRA f
 CHUNK = 10_000  # records in a transaction
 FLAT_SECONDS = 4  # so many times the seconds of other passes: the figures are meant to part by less than 5 %
 
-Results = tuple[dict[str, Tensor], dict[str, Tensor]]
-Build = Callable[[Operands, Tensor, list[int]], Layer]
+Make = Callable[[Operands, Tensor, list[int]], Layer]
 
 
 def mix(name: str, T: int) -> list[int]:
@@ -98,7 +98,7 @@ def _peft(o: Operands, Rs: Tensor, index: list[int]) -> Layer:
 
 
 # By path the rows' adapters, how it is built, and what it is.
-PATHS: dict[str, tuple[str, Build, str]] = {
+PATHS: dict[str, tuple[str, Make, str]] = {
     "one": ("alike", _one, "one adapter for all rows, called without an index"),
     "alike": ("alike", _indexed, "an index that is the same for all rows"),
     "different": ("different", _indexed, "an adapter for each row"),
@@ -110,86 +110,77 @@ PATHS: dict[str, tuple[str, Build, str]] = {
 APART = ("loop", "peft")  # their products of single rows are summed in other orders than those of many
 
 
-def points(settings: Settings) -> int:
-    banks = len(settings.records) + len(set(map(_enough, settings.records))) + 1
-    return len(settings.shapes) * len(settings.tokens) * len(settings.ranks) + banks
+def check(request: Request) -> Request:
+    """Asked alone and without a model, it has shapes and tokens of its own."""
+    own = request.questions == ("bank",) and not request.model
+    return replace(
+        request,
+        shapes=request.shapes or (SHAPES if own else ()),
+        tokens=request.tokens or (TOKENS if own else ()),
+        records=tuple(sorted(set(request.records))) or RECORDS,
+    )
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each path, direction and mode at each point of the grid; then those of banks, on the first shape."""
-    for T in settings.tokens:
-        for r in settings.ranks:
-            for shape in settings.shapes:
-                yield from _point(settings, shape, T, r)
-                release()
-    for question in (_by_records, _whole_adapter):
-        try:
-            yield from question(settings)
-        except Exception as error:
-            yield {"question": "bank", "dtype": settings.dtype_name} | failure("select", error)
-        release()
+def plan(request: Request) -> list[Point]:
+    """Layers first; then banks by their records, on the first shape, and one with adapters of many modules."""
+    where = {"r": request.ranks[0], "direction": "forward", "mode": "eager"}
+    return [
+        *grid(request, _mixed),
+        Point(where, partial(_by_records, request)),
+        Point(where, partial(_whole_adapter, request)),
+    ]
 
 
-def _point(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
+def _mixed(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
+    """Rows of different adapters in one layer, each way in both directions."""
     names = [name for name in PATHS if name != "peft" or (T <= PEFT_TOKENS and importlib.util.find_spec("peft"))]
-    where: Row = {
-        **{"question": "bank", "model": settings.model, "N": shape.N, "K": shape.K, "T": T, "r": r},
-        **{"dtype": settings.dtype_name},
-    }
-    try:
-        sets = operands(settings, shape, T, r)
-    except torch.OutOfMemoryError:
-        yield from (where | failure(name, "out of memory: the operands alone") for name in names)
-        return
-    layers: dict[str, list[Layer]] = {}
-    known: dict[tuple, Results] = {}
-    for name in names:
-        try:
-            which, build, _ = PATHS[name]
-            index = mix(which, T)
-            kind = which, name in APART
-            if kind not in known:
-                known[kind] = expected(*sets[0], index, *kind[1:])
-            layers[name] = [build(o, Rs, index) for o, Rs in sets]
-            if broken := wrong(layers[name][0], sets[0][0], known[kind]):
-                yield where | failure(name, f"not timed, it is wrong: {', '.join(broken)}")
-                del layers[name]
-        except Exception as error:  # a path that cannot run must not cost the others their figures
-            yield where | failure(name, error)
-    del known
-    for direction in ("forward", "both") if settings.direction == "both" else (settings.direction,):
-        for mode in settings.modes:
-            this, passes = where | {"direction": direction, "mode": mode}, {}
-            for name, each in layers.items():
-                if name == "peft" and (direction != "forward" or mode == "graph"):
-                    continue  # it trains no R, and what it does on the host is in no graph
-                try:
-                    make = partial(calls, each, [o for o, _ in sets], direction)
-                    passes[name] = timer.prepare(make, settings.device, mode == "graph")
-                except Exception as error:
-                    yield this | failure(name, error)
-            samples, lost = timed(passes, settings)
-            yield from (this | failure(name, lost) for name in passes if lost)
-            yield from (this | {"path": name} | _figures(samples, name, settings.device, ("one",)) for name in samples)
+    sets: list[tuple[Operands, Tensor]] = []
+
+    @cache
+    def built(name: str) -> tuple[list[Layer], dict]:
+        which, make, _ = PATHS[name]
+        index = mix(which, T)
+        layers = [make(o, Rs, index) for o, Rs in sets]
+        return layers, check_layer(layers[0], sets[0][0], known(which, name in APART))
+
+    @cache
+    def known(which: str, apart: bool) -> tuple[Results, Results]:
+        return expected(*sets[0], mix(which, T), apart)
+
+    def prepare(direction: str) -> Build:
+        sets[:] = sets or operands(request, shape, T, r)
+
+        def build(name: str) -> Candidate:
+            layers, found = built(name)
+            return Candidate(partial(calls, layers, [o for o, _ in sets], direction), found)
+
+        return build
+
+    for direction in ("forward", "both") if request.direction == "both" else (request.direction,):
+        for mode in request.modes:
+            able = direction == "forward" and mode == "eager"  # PEFT's: it trains no R, and no graph has what it does
+            ways = [name for name in names if able or name != "peft"]
+            rows = compare(request, ways, partial(prepare, direction), ("one",), modes=(mode,))
+            yield from ({"direction": direction, "mode": mode} | row for row in rows)
 
 
-def operands(settings: Settings, shape: Shape, T: int, r: int) -> list[tuple[Operands, Tensor]]:
+def operands(request: Request, shape: Shape, T: int, r: int) -> list[tuple[Operands, Tensor]]:
     """Operands, and T random R (T, r, r), in as many sets as leave the cache."""
 
     def make(seed: int) -> tuple[Operands, Tensor]:
-        o = Operands.random(T, shape.N, shape.K, r, settings.dtype, settings.device, seed)
-        g = torch.Generator(settings.device).manual_seed(seed)
-        return o, torch.randn(T, r, r, generator=g, device=settings.device) / r**0.5
+        o = Operands.random(T, shape.N, shape.K, r, request.dtype, request.device, seed)
+        g = torch.Generator(request.device).manual_seed(seed)
+        return o, torch.randn(T, r, r, generator=g, device=request.device) / r**0.5
 
     first = make(0)
-    return [first, *map(make, range(1, timer.sets_needed(settings.device, first[0].bytes)))]
+    return [first, *map(make, range(1, timer.sets_needed(request.device, first[0].bytes)))]
 
 
-def expected(o: Operands, Rs: Tensor, index: list[int], apart: bool = False) -> Results:
+def expected(o: Operands, Rs: Tensor, index: list[int], apart: bool = False) -> tuple[Results, Results]:
     """y and gX on some rows, and gR, from the specification: in the dtype of x, row by row if `apart`, and in fp64."""
-    of, at = torch.tensor(index, device=Rs.device), _some(o)
+    of, at = torch.tensor(index, device=Rs.device), some(o.x)
 
-    def results(dtype: torch.dtype, rows: int) -> dict[str, Tensor]:
+    def results(dtype: torch.dtype, rows: int) -> Results:
         x, gY, W, A, B, R = (t.detach().to(dtype) for t in (o.x, o.gY, o.W, o.A, o.B, Rs))
 
         def chain(x: Tensor, *operands: Tensor) -> Tensor:
@@ -206,25 +197,15 @@ def expected(o: Operands, Rs: Tensor, index: list[int], apart: bool = False) -> 
     return results(o.x.dtype, 1 if apart else len(index)), results(torch.float64, len(index))
 
 
-def wrong(layer: Layer, o: Operands, known: Results) -> list[str]:
-    """Which results break the accuracy rule: y and gX on some rows, and gR."""
+def check_layer(layer: Layer, o: Operands, known: tuple[Results, Results]) -> dict[str, dict[str, float]]:
+    """The errors of y and gX on some rows, and of gR."""
     y = layer.call(o.x)
     gX, *gR = torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
-    got = {"y": y.detach()[_some(o)], "gX": gX[_some(o)]}
+    got = {"y": y.detach()[some(o.x)], "gX": gX[some(o.x)]}
     if gR:
         got["gR"] = gR[0].view(-1, *gR[0].shape[-2:])
-    chain, oracle = ({what: known[i][what][: len(t)] for what, t in got.items()} for i in range(2))
-    return [
-        what
-        for what, t in got.items()
-        if not reference.relative_error(t, oracle[what])
-        <= reference.allowed_error(chain[what], oracle[what], o.x.dtype)
-    ]
-
-
-def _some(o: Operands) -> Tensor:
-    T = len(o.x)
-    return torch.linspace(0, T - 1, min(T, ROWS), device=o.x.device).round().long()
+    rounded, exact = ({what: each[what][: len(t)] for what, t in got.items()} for each in known)
+    return errors(got, rounded, exact, o.x.dtype)
 
 
 # --- banks
@@ -236,41 +217,40 @@ def _enough(records: int) -> int:
 
 
 @torch.no_grad()
-def _by_records(settings: Settings) -> Iterator[Row]:
+def _by_records(request: Request) -> Iterator[Row]:
     """Warm and cold batches, and reading one record, each beside the bank with the fewest records."""
-    shape, r = settings.shapes[0], settings.ranks[0]
-    where: Row = {"question": "bank", "dtype": settings.dtype_name, "direction": "forward", "mode": "eager", "r": r}
-    layer = {"model": settings.model, "N": shape.N, "K": shape.K, "T": SAMPLES}
-    o = Operands.random(SAMPLES, shape.N, shape.K, r, settings.dtype, settings.device, seed=0)
+    shape, r = request.shapes[0], request.ranks[0]
+    layer = {"N": shape.N, "K": shape.K, "T": SAMPLES}
+    o = Operands.random(SAMPLES, shape.N, shape.K, r, request.dtype, request.device, seed=0)
     x, batches, reads = o.x.detach(), {}, {}
     with ExitStack() as stack:
-        for n in sorted({*settings.records, *map(_enough, settings.records)}):
+        for n in sorted({*request.records, *map(_enough, request.records)}):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             names = _filled(folder, nn.Sequential(o.linear()), r, n, torch.float32)
-            if n in settings.records:
+            if n in request.records:
                 bank, name, R = stack.enter_context(AdapterBank(folder)), cycle(names), torch.empty(r * r)
-                reads[n] = partial(lambda bank, name, R: bank.read(next(name), R), bank, name, R)
+                reads["read", n] = partial(lambda bank, name, R: bank.read(next(name), R), bank, name, R)
             for path in ("warm", "cold") if n == _enough(n) else ():
                 bank = stack.enter_context(AdapterBank(folder))
                 model = bank.attach(nn.Sequential(o.linear()), SAMPLES, progress=False)
                 if broken := _wrong_batch(bank, model, x, names[-SAMPLES:]):
-                    yield where | layer | {"records": n} | failure(path, f"not timed, it is wrong: {broken}")
+                    yield layer | {"records": n} | failure(path, f"not timed, it is wrong: {broken}")
                     continue
                 last = SAMPLES if path == "warm" else n - n % SAMPLES
                 groups = cycle([names[i : i + SAMPLES] for i in range(0, last, SAMPLES)])
                 batches[path, n] = partial(lambda model, groups: model(x, adapter_ids=next(groups)), model, groups)
-        for device, calls in (
-            (settings.device, batches),
-            (torch.device("cpu"), {("read", n): reads[n] for n in reads}),
-        ):
-            passes = {key: timer.prepare(lambda call=call: [call], device) for key, call in calls.items()}
-            samples = timer.interleave(passes, device, FLAT_SECONDS * settings.seconds)
+        for device, calls, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
+            samples = _samples(calls, device, request)
             for (path, n), own in samples.items():
-                beside = {"this": own, "fewest": samples[path, min(m for _, m in samples)]}
+                beside = {path: own, "fewest": samples[path, min(m for p, m in samples if p == path)]}
                 beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
-                found = _figures(beside, "this", device, ("fewest", "warm"))
-                found |= {"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {}
-                yield where | (layer if path != "read" else {}) | {"path": path, "records": n} | found
+                read = {"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {}
+                yield where | {"records": n} | figures(beside, path, device, ("fewest", "warm")) | read
+
+
+def _samples(calls: dict[Any, Callable], device: torch.device, request: Request) -> dict[Any, Tensor]:
+    passes = {key: timer.prepare(lambda call=call: [call], device) for key, call in calls.items()}
+    return timer.interleave(passes, device, FLAT_SECONDS * request.seconds)
 
 
 def _wrong_batch(bank: AdapterBank, model: nn.Sequential, x: Tensor, names: list[str]) -> str:
@@ -278,21 +258,20 @@ def _wrong_batch(bank: AdapterBank, model: nn.Sequential, x: Tensor, names: list
     (layer,), y = model, model(x, adapter_ids=names)
     R = torch.stack([bank.read(name) for name in names]).view(len(names), layer.rank, layer.rank).to(x.device)
 
-    def y_in(dtype: torch.dtype) -> Tensor:
+    def expected(dtype: torch.dtype) -> Results:
         operands = (t.to(dtype) for t in (x, layer.weight, layer.A, R, layer.B))
-        return reference.lowrank_linear(*operands, layer.scaling, index=torch.arange(len(x), device=x.device))[0]
+        index = torch.arange(len(x), device=x.device)
+        return {"y": reference.lowrank_linear(*operands, layer.scaling, index=index)[0]}
 
-    oracle = y_in(torch.float64)
-    right = reference.relative_error(y, oracle) <= reference.allowed_error(y_in(x.dtype), oracle, x.dtype)
-    return "" if right else "y"
+    found = errors({"y": y}, expected(x.dtype), expected(torch.float64), x.dtype)
+    return ", ".join(Candidate(list, found).wrong)
 
 
 @torch.no_grad()
-def _whole_adapter(settings: Settings) -> Iterator[Row]:
+def _whole_adapter(request: Request) -> Iterator[Row]:
     """An adapter of many modules, in bf16, brought to a slot that another had: what a user's first call waits for."""
-    r = settings.ranks[0]
-    where: Row = {"question": "bank", "dtype": "bf16", "direction": "forward", "mode": "eager", "r": r}
-    linear = nn.Linear(max(SIZE, r), max(SIZE, r), bias=False, device=settings.device)
+    r = request.ranks[0]
+    linear = nn.Linear(max(SIZE, r), max(SIZE, r), bias=False, device=request.device)
     with tempfile.TemporaryDirectory() as folder:
         names = _filled(Path(folder), _copies(linear), r, ADAPTERS, torch.bfloat16)
         with AdapterBank(folder) as bank:
@@ -302,13 +281,12 @@ def _whole_adapter(settings: Settings) -> Iterator[Row]:
                 with bank.select([next(name)]):
                     pass
 
-            passes = {"adapter": timer.prepare(lambda: [call], settings.device)}
-            samples = timer.interleave(passes, settings.device, FLAT_SECONDS * settings.seconds)
+            samples = _samples({"adapter": call}, request.device, request)
             bank.detach(model)
     seconds = timer.Spread.of(samples["adapter"])
-    found = _figures(samples, "adapter", settings.device, ())
+    found = figures(samples, "adapter", request.device, ())
     found |= {"seconds": asdict(seconds), "noisy": seconds.noisy, "bytes": 2 * MODULES * r * r}
-    yield where | {"path": "adapter", "records": ADAPTERS, "modules": MODULES} | found
+    yield {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16"} | found
 
 
 def _copies(linear: nn.Linear) -> nn.Sequential:
@@ -329,6 +307,48 @@ def _filled(folder: Path, model: nn.Module, r: int, records: int, dtype: torch.d
     return names
 
 
-def _figures(samples: dict[str, Tensor], name: str, device: torch.device, others: tuple[str, ...]) -> Row:
-    row = figures(samples, name, device, others)
-    return row | {"noisy": row["noisy"] or any(timer.Spread(**each).noisy for each in row["over"].values())}
+# --- what is shown
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    """Many adapters in one batch, over one adapter; then what depends on how many records a bank has."""
+    mixed, banks = ([row for row in rows if of_banks == ("records" in row)] for of_banks in (False, True))
+    names = [name for name in PATHS if name != "one" and any(row["path"] == name for row in mixed)]
+    for mode, group in tables.by_mode(mixed).items():
+        points = pivot(group, "dtype", "direction", "T", "N", "K", "r")
+        lines = [
+            [f"{dtype} {DIRECTIONS[direction]}, T {T}, {N} x {K}, r {r}", *(over(point.get(n), "one") for n in names)]
+            for (dtype, direction, T, N, K, r), point in sorted(points.items(), key=lambda item: item[0][1:])
+        ]
+        notes = [f"{name}: {PATHS[name][2]}." for name in ("one", *names)]
+        notes += ["one is 1; below 1 is faster. Quartiles in brackets.", *tables.noise(lines)]
+        yield Table(f"One layer, T rows of different adapters, {mode}", ["", *names], lines, tuple(notes))
+    lines = []
+    for row in banks:
+        size = f" of {row['bytes'] / 1024:g} KiB" if "bytes" in row else ""
+        which = row["dtype"] if row["path"] in ("warm", "cold") else ""
+        milliseconds = tables.NO_FIGURE
+        if "seconds" in row:
+            low, median, high = (1e3 * row["seconds"][quartile] for quartile in ("low", "median", "high"))
+            milliseconds = f"{median:.3f} ({low:.3f} to {high:.3f})"
+        what = " ".join(filter(None, (row["path"], which))) + f", {row['records']:,} records{size}"
+        lines.append([what, milliseconds, *(over(row, other) for other in ("fewest", "warm"))])
+    if lines:
+        notes = (
+            f"warm, cold: select {SAMPLES} names and run one layer, all of them in the slots or none. read: one "
+            f"record, checked. adapter: select one of {MODULES} modules that is in no slot. All from the page "
+            "cache.",
+            "Quartiles in brackets.",
+            *tables.noise(lines),
+        )
+        yield Table("A bank, by its records", ["", "ms", "over the fewest records", "over warm"], lines, notes)
+
+
+QUESTION = Question(
+    name="bank",
+    plan=plan,
+    tables=show,
+    options=("records",),
+    check=check,
+    how="Banks: random R; every path is checked against an fp64 oracle first, and all take turns.",
+)

@@ -1,6 +1,6 @@
 """Which backend is fastest, call by call?  The primitive with and without W, forward and backward, on each backend.
 
-`rows` measures, every backend beside torch's in the same rounds; `decide` makes of such rows those of the table that
+`measure` times every backend beside torch's in the same rounds; `decide` makes of such rows those of the table that
 `loraxs_kernels.backends.choose` looks into (backends/choice.py).
 
 Long products follow each other without a pause nowhere but in a bench, where they hold the GPU at its power limit;
@@ -10,9 +10,11 @@ by copies that take about as long, since memory takes half the time of a trainin
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -20,13 +22,13 @@ from .. import backends
 from ..backends import choice
 from ..backends.device import Device
 from ..backends.triton.config import padded
-from . import timer
-from .chain import Case, side_by_side
-from .layer import Row, failure, release
+from . import paths, tables, timer
+from .chain import Case
+from .compare import Build, Candidate, Row, checked, failure, figures, timed, told
+from .question import Point, Question, grid
+from .request import Request
 from .shapes import Shape
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table, over, pivot
 
 ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
@@ -34,52 +36,44 @@ LONG = 1e11  # flops of x W^T from which a call is a long one: 0.15 ms on an H10
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers or for one
 WORST = 1.01  # of torch's time, that it may take for any one of the layers
 EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
+BESIDE = "the work beside"  # the copies that follow each long call in a CUDA graph
+LOST = "its time is lost in that of"  # how a reason begins that another try may not find
 
 
-def points(settings: Settings) -> int:
-    return len(settings.tokens) * len(settings.ranks) * len(settings.shapes) * len(_directions(settings)) * 2
+def plan(request: Request) -> list[Point]:
+    """N and K of a row are those of the layer."""
+    return grid(request, measure, weight=(True, False), direction=request.directions)
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each backend and mode at each point of the grid; all shapes of one kind of call first."""
-    for T in settings.tokens:
-        for r in settings.ranks:
-            for weight in (True, False):
-                for direction in _directions(settings):
-                    for shape in settings.shapes:
-                        yield from measure(settings, shape, T, r, direction, weight)
-                        release()
+def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direction: str) -> Iterator[Row]:
+    """Every backend on one kind of call, in turn with the others, and in CUDA graphs less the time of the copies."""
+    copies: list[Callable[[], None]] = []  # for each set, or none
+
+    def operands() -> Build:
+        case = Case(shape, T, r, direction, request.dtype, request.device, weight)
+        copies.extend(_copies(case, 2.0 * T * shape.N * shape.K * weight))
+        return lambda name: case.candidate(backends.primitive(name))
+
+    right = yield from checked([name for name in backends.NAMES if name in request.paths], operands)
+    for mode in request.modes:
+        beside = mode == "graph" and copies and right
+        followed = {name: _followed(each, copies[0]) for name, each in right.items()} if beside else right
+        more = {BESIDE: Candidate(lambda: copies)} if beside else {}
+        samples = yield from timed(request, followed | more, mode, ROUNDS)
+        rest = samples.pop(BESIDE, torch.full((1,), math.inf if beside else 0.0))
+        samples = {name: each - rest for name, each in samples.items()}
+        for name in [name for name, each in samples.items() if not each.quantile(0.25) > 0.1 * rest.median()]:
+            del samples[name]
+            yield {"mode": mode} | failure(name, f"{LOST} {BESIDE} it")
+        for name in samples:
+            yield told(right[name], mode) | figures(samples, name, request.device, ("torch",))
 
 
-def _directions(settings: Settings) -> tuple[str, ...]:
-    return choice.DIRECTIONS if settings.direction == "both" else (settings.direction,)
-
-
-def measure(settings: Settings, shape: Shape, T: int, r: int, direction: str, weight: bool) -> Iterator[Row]:
-    """Every backend on one kind of call, in turn; N and K of a row are those of the layer."""
-    names = [name for name in backends.NAMES if name in settings.paths]
-    where: Row = {
-        **{"question": "choice", "model": settings.model, "layers": shape.names, "count": shape.count},
-        **{"N": shape.N, "K": shape.K, "T": T, "r": r, "dtype": settings.dtype_name},
-        **{"direction": direction, "weight": weight},
-    }
-    try:
-        case = Case(shape, T, r, direction, settings.dtype, settings.device, weight)
-    except torch.OutOfMemoryError:
-        yield from (where | failure(name, "out of memory: the operands alone") for name in names)
-        return
-    try:
-        case.rest = _copies(case, 2.0 * T * shape.N * shape.K * weight)
-    except Exception as error:
-        yield from (where | failure(name, error) for name in names)
-        return
-    yield from side_by_side(case, {name: partial(backends.primitive, name) for name in names}, where, settings, ROUNDS)
-
-
-def _copies(case: Case, work: float) -> Callable[[], None] | None:
-    """Copies in memory, on a GPU, that take about as long as a call of torch's backend; None: that is a short one."""
+def _copies(case: Case, work: float) -> list[Callable[[], None]]:
+    """For each set copies in memory, on a GPU, that take about as long as a call of torch's backend; none of a short
+    one."""
     if case.device.type != "cuda" or work < LONG:
-        return None
+        return []
     source = torch.empty(COPIED, dtype=torch.uint8, device=case.device)
     target = torch.empty_like(source)
     calls = partial(backends.primitive("torch"), *case.sets[0]), partial(target.copy_, source)
@@ -90,7 +84,17 @@ def _copies(case: Case, work: float) -> Callable[[], None] | None:
         for _ in range(many):
             target.copy_(source)
 
-    return copies
+    return [copies] * len(case.sets)
+
+
+def _followed(candidate: Candidate, copies: Callable[[], None]) -> Candidate:
+    """Each call of it, and then the copies."""
+
+    def both(call: Callable[[], Any]) -> None:
+        call()
+        copies()
+
+    return dataclasses.replace(candidate, calls=lambda: [partial(both, call) for call in candidate.calls()])
 
 
 def decide(
@@ -187,3 +191,20 @@ def _speed(overs: dict[tuple, float], base: dict[tuple, float]) -> float:
     """Torch's time for these layers over the other backend's; 1.0 where there are none."""
     both = overs.keys() & base.keys()
     return sum(base[layer] for layer in both) / sum(base[layer] * overs[layer] for layer in both) if both else 1.0
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    """Over the torch backend's time."""
+    names = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "torch"]
+    for mode, group in tables.by_mode(rows).items():
+        points = pivot(group, "dtype", "direction", "weight", "T", "r", "N", "K")
+        lines = [
+            [f"{dtype} {direction}{' with W' * weight}, T {T}, r {r}, {N} x {K}"]
+            + [over(point.get(name), "torch") for name in names]
+            for (dtype, direction, weight, T, r, N, K), point in points.items()
+        ]
+        note = "The torch backend is 1; below 1 is faster. Quartiles in brackets."
+        yield Table(f"Calls of the primitive, {mode}", ["", *names], lines, (note, *tables.noise(lines)))
+
+
+QUESTION = Question(name="choice", plan=plan, tables=show, paths=paths.PATHS)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import BenchError, page, roofline, settings, tables, timer
-from .layer import Row, failure, release
-from .paths import PATHS
+from . import BenchError, page, questions, request, roofline, tables, timer
+from .compare import release
+from .question import Question
+from .questions import DEFAULT, QUESTIONS
 from .report import Report, load
-from .settings import Settings
+from .request import Request
 from .shapes import MODELS
-from .svd import METHODS
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -28,22 +26,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help="layer, host (the default is these two), chain, gemm, group, choice, svd, model, bank, experiments",
+        help=f"some of {', '.join(QUESTIONS)}; default: {' and '.join(DEFAULT)}",
     )
-    add("--model", help=f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
-    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
-    add("--tokens", nargs="+", type=int, default=[], metavar="T")
-    add("--rank", nargs="+", type=int, default=[], metavar="r")
-    add("--dtype", help=f"{', '.join(settings.DTYPES)}; default: bf16 on a GPU, fp32 on a CPU")
-    add("--direction", default="both", help="both (forward and backward, the default), forward or backward")
-    add("--paths", nargs="+", default=[], metavar="path", help=f"all, or some of {', '.join([*PATHS, *METHODS])}")
-    add("--mode", nargs="+", default=[], metavar="mode", help="eager, graph; default on a GPU: both")
-    add("--device", help="default: the GPU where there is one, else the CPU")
-    add("--seconds", type=float, help="for each path at each point of the grid; default 0.1 on a GPU, 0.5 on a CPU")
-    add("--blocks", type=int, help="of the model, where not all: questions model and svd")
-    add("--sequence", type=int, help="tokens in a sequence: question model")
-    add("--batch", type=int, help="sequences in a step: question model")
-    add("--records", nargs="+", type=int, default=[], metavar="n", help="of the banks: question bank")
+    request.add_options(parser)
+    names = dict.fromkeys(name for question in QUESTIONS.values() for name in question.paths)
+    parser.epilog = f"paths: {', '.join(names)}"
     add("--out", type=Path, help="a new .json file, or a folder: <folder>/<device>/<date>-<commit>.json")
     add("--html", type=Path, metavar="FILE", help="also write one self-contained page with plots (needs matplotlib)")
     add("--commit", help="what to note as the source, where it is not a git checkout")
@@ -53,24 +40,8 @@ def bench(arguments: argparse.Namespace) -> int:
     """Run `loraxs bench`; returns 0, 1 where some path was wrong or failed, or 130 where the run was stopped."""
     if arguments.html is not None:
         page.check(arguments.html)
-    request = settings.check(
-        questions=arguments.questions,
-        model=arguments.model,
-        shapes=arguments.shape,
-        tokens=arguments.tokens,
-        ranks=arguments.rank,
-        dtype=arguments.dtype,
-        direction=arguments.direction,
-        paths=arguments.paths,
-        modes=arguments.mode,
-        device=arguments.device,
-        seconds=arguments.seconds,
-        blocks=arguments.blocks,
-        sequence=arguments.sequence,
-        batch=arguments.batch,
-        records=arguments.records,
-    )
-    report = run(request, arguments.out, arguments.commit)
+    given = {key: value for key, value in vars(arguments).items() if key in Request.__dataclass_fields__}
+    report = run(questions.check(**given), arguments.out, arguments.commit)
     if arguments.html is not None:
         page.write(report.data, arguments.html)
         print(f"{arguments.html} has the plots")
@@ -79,77 +50,55 @@ def bench(arguments: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "failed" for row in report.data["rows"]) else 0
 
 
-def run(request: Settings, out: Path | None, commit: str | None = None) -> Report:
+def run(asked: Request, out: Path | None, commit: str | None = None) -> Report:
     """Measure everything that was asked for, telling of each point, and print the tables.
 
     Every row is in the report's file as soon as it is known: a run that is stopped (Ctrl-C, kill) loses nothing.
     """
-    report = Report(request, out, commit)
-    print(f"loraxs bench: {', '.join(request.questions)} on {page.machine(report.data)}; writing {report.path}")
-    if request.device.type != "cuda":
+    report = Report(asked, out, commit)
+    print(f"loraxs bench: {', '.join(asked.questions)} on {page.machine(report.data)}; writing {report.path}")
+    if not asked.gpu:
         print("  no GPU in use: a small grid, and ratios alone, since times on a shared CPU mean little")
-    for name, why in request.left_out.items():
+    for name, why in asked.left_out.items():
         print(f"  without {name}: {why}")
     sys.stdout.flush()
     try:
-        with timer.on(request.device), timer.short_collections():
-            if request.device.type == "cuda":
-                _measure_ceilings(report, request)
-            for question in request.questions:
-                _answer(question, request, report)
+        with timer.on(asked.device), timer.short_collections():
+            if asked.gpu:
+                _measure_ceilings(report, asked)
+            for name in asked.questions:
+                _answer(QUESTIONS[name], asked, report)
     except KeyboardInterrupt:
         print("\nstopped; what was measured until now:", file=sys.stderr)
     else:
         report.finish()
-    tables.show(tables.of(report.data))
+    tables.show(questions.tables_of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report
 
 
-def _answer(question: str, request: Settings, report: Report) -> None:
-    """All rows of one question; what breaks it is noted, and the next question has its turn."""
-    module = importlib.import_module(f".{question}", __package__)
-    try:
-        for row in _watched(question, module.rows(request), module.points(request)):
-            report.add(row)
-    except BrokenPipeError:  # of what is printed
-        raise
-    except Exception as error:
-        row = {"question": question} | failure("(the rest)", error)
-        report.add(row)
-        print(f"  {question} broke off: {row['reason']}", file=sys.stderr)
+def _answer(question: Question, asked: Request, report: Report) -> None:
+    """Every row of a question into the report; how far it is: a bar for a person, a line for each point elsewhere."""
+    points = question.plan(asked)
+    with tqdm(total=len(points), desc=question.name, unit="point", disable=None, leave=False) as bar:
+        for i, point in enumerate(points, 1):
+            bar.set_postfix_str(str(point))
+            if bar.disable:
+                print(f"  {question.name} {i}/{len(points)}: {point}", flush=True)
+            for row in question.at(asked, point):
+                if row["status"] == "failed":
+                    tqdm.write(f"  {row['path']} at {point}: {row['reason']}")
+                report.add(row)
+            bar.update()
 
 
-def _measure_ceilings(report: Report, request: Settings) -> None:
+def _measure_ceilings(report: Report, asked: Request) -> None:
     try:
-        report.data["ceilings"] = dataclasses.asdict(timer.ceilings(request.device))
+        report.data["ceilings"] = dataclasses.asdict(timer.ceilings(asked.device))
         report.save()
     except torch.OutOfMemoryError:
         print("  without floors: there is no memory for the copy and the GEMM that give this machine's ceilings")
     release()
-
-
-def _watched(question: str, rows: Iterator[Row], points: int) -> Iterator[Row]:
-    """Show how far it is: a bar for a person, a line for each point elsewhere."""
-    seen: set[tuple] = set()
-    with tqdm(total=points, desc=question, unit="point", disable=None, leave=False) as bar:
-        for row in rows:
-            where = tuple(
-                f"{key} {row[key]}" for key in ("N", "K", "T", "r", "records", "checkpointing", "again") if key in row
-            )
-            if question == "model":
-                where = (row["path"], *where)
-            if question == "experiments":
-                where = (row["experiment"], *where, *([row["direction"]] if "direction" in row else []))
-            if where not in seen:
-                seen.add(where)
-                bar.set_postfix_str(" ".join(where))
-                bar.update()
-                if bar.disable:
-                    print(f"  {question} {len(seen)}/{points}: {' '.join(where)}", flush=True)
-            if row["status"] == "failed":
-                tqdm.write(f"  {row['path']} at {' '.join(where)}: {row['reason']}")
-            yield row
 
 
 def add_roofline(parser: argparse.ArgumentParser) -> None:
@@ -165,9 +114,9 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
 
 def show_roofline(arguments: argparse.Namespace) -> int:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
-    model, shapes = settings.model_or_shapes(arguments.model, arguments.shape)
-    settings.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
-    settings.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
+    model, shapes = request.model_or_shapes(arguments.model, arguments.shape)
+    request.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
+    request.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
     ceilings = _ceilings(arguments)
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 
@@ -209,6 +158,5 @@ def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
     if arguments.gpu is None and torch.cuda.is_available():
         return timer.ceilings(torch.device("cuda"))
     name = arguments.gpu or "H200"
-    if name not in roofline.DATASHEETS:
-        raise BenchError(f"gpu: got {name!r}, must be one of {', '.join(roofline.DATASHEETS)}")
+    request.known("gpu", [name], roofline.DATASHEETS)
     return roofline.DATASHEETS[name]

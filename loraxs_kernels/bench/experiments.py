@@ -32,29 +32,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backends, reference
+from .. import backends
 from ..backends import cuda
 from ..backends import torch as torch_backend
 from ..backends.cuda import config, core
 from ..backends.device import facts
-from . import BenchError, chain, gemm, timer
-from .layer import Row, failure, figures, release
+from . import BenchError, compare, gemm, tables, timer
+from .compare import Candidate, Results, Row, checked, figures, timed
 from .paths import Operands
+from .question import Point, Question
+from .request import DTYPES, Request
 from .roofline import STEP
 from .shapes import Shape, parse
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table
 
 BUDGET = 47.0  # seconds after which no experiment is begun: 60 less what torch's start and the ceilings take
 PROFILER = 20.0  # seconds that the profiler may take
@@ -86,20 +86,20 @@ class Experiment:
     seconds: float = 0.0
 
 
-def plan(settings: Settings) -> list[Experiment]:
+def every(request: Request) -> list[Experiment]:
     """All of them, the most decisive first."""
-    T, few, r = max(settings.tokens), min(settings.tokens), max(settings.ranks)
-    tokens = sorted(set(settings.tokens), reverse=True)
-    ranks = sorted(set(settings.ranks), reverse=True)
-    wide = sorted(settings.shapes, key=lambda shape: -shape.N)  # of which swizzle 1 is predicted to be slow comes first
-    one = settings.shapes[0]
+    T, few, r = max(request.tokens), min(request.tokens), max(request.ranks)
+    tokens = sorted(set(request.tokens), reverse=True)
+    ranks = sorted(set(request.ranks), reverse=True)
+    wide = sorted(request.shapes, key=lambda shape: -shape.N)  # of which swizzle 1 is predicted to be slow comes first
+    one = request.shapes[0]
     found = []
 
     def add(name: str, run: Callable[..., Iterator[Row]], shape: Shape, T: int, r: int | None, *more: object) -> None:
         where = {"N": shape.N, "K": shape.K, "T": T} | ({} if r is None else {"r": r})
         where |= {"direction": more[0]} if more else {}
         arguments = (shape, T) if r is None else (shape, T, r)
-        found.append(Experiment(name, where, partial(run, settings, *arguments, *more)))
+        found.append(Experiment(name, where, partial(run, request, *arguments, *more)))
 
     for shape in wide:
         add("swizzle", _swizzle, shape, T, r, "forward")
@@ -117,7 +117,7 @@ def plan(settings: Settings) -> list[Experiment]:
     for shape in dict.fromkeys((one, wide[0])):
         for rank in ranks:
             add("beside", _beside, shape, T, rank)
-    found.append(Experiment("host", dict(zip("TNKr", HOST, strict=True)), partial(_host, settings)))
+    found.append(Experiment("host", dict(zip("TNKr", HOST, strict=True)), partial(_host, request)))
     add("counters", _counters, wide[0], T, r)
     found[-1] = dataclasses.replace(found[-1], seconds=PROFILER)
     for shape in wide:
@@ -128,26 +128,24 @@ def plan(settings: Settings) -> list[Experiment]:
     return found
 
 
-def points(settings: Settings) -> int:
-    return len(plan(settings))
+def check(request: Request) -> Request:
+    if not request.gpu:
+        raise BenchError("question: 'experiments' needs a GPU, and there is none in use here")
+    if request.dtype == torch.float32:
+        raise BenchError("dtype: got 'fp32', the question experiments takes bf16 or fp16")
+    return request
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """The rows of every experiment; one that raises, or that there is no time for, is a failed row."""
+def plan(request: Request) -> list[Point]:
+    """Every experiment, none of which is begun when there is too little time for it."""
     end = time.perf_counter() + BUDGET
-    for each in plan(settings):
-        where = {"question": "experiments", "experiment": each.name, "dtype": settings.dtype_name, **each.where}
+
+    def rows(each: Experiment) -> Iterator[Row]:
         if (left := end - time.perf_counter()) < each.seconds:
-            yield where | failure(each.name, f"not begun: {left:.0f} of {BUDGET:.0f} s were left")
-            continue
-        try:
-            for row in each.run():
-                yield where | row
-        except BenchError as error:
-            yield where | failure(each.name, str(error))
-        except Exception as error:
-            yield where | failure(each.name, error)
-        release()
+            raise BenchError(f"not begun: {left:.0f} of {BUDGET:.0f} s were left")
+        yield from each.run()
+
+    return [Point({"experiment": each.name, **each.where}, partial(rows, each)) for each in every(request)]
 
 
 def against(measured: Tensor, low: Tensor | float, high: Tensor | float, unit: str, why: str) -> Row:
@@ -236,25 +234,22 @@ def today(case: gemm.Case) -> Cut:
     return dataclasses.replace(cut, raster=1) if across > down else cut
 
 
-def _swizzle(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
+def _swizzle(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     """The library's x W^T and every cut; then, of the best one, what multiprocessors and the rank change."""
-    if why := gemm.missing(settings.dtype, settings.device):
+    if why := gemm.missing(request.dtype, request.device):
         raise BenchError(why)
-    case = gemm.Case(shape, T, r, direction, settings.dtype, settings.device)
-    every, now = facts(settings.device).multiprocessors, today(case)
+    case = gemm.Case(shape, T, r, direction, request.dtype, request.device)
+    many, now = facts(request.device).multiprocessors, today(case)
     cuts = [Cut(tile, swizzle, raster) for tile in config.TILES for raster in RASTERS for swizzle in SWIZZLES]
     cuts = [cut for cut in cuts if cut.distinct(T, case.N)]
-    mode = _mode(settings, T)
+    mode = _mode(request, T)
     paths = {"frozen": gemm.PATHS["frozen"]} | {str(cut): cut for cut in cuts}
-    passes, failed = _ready(case, paths, mode)
-    yield from failed
-    copy, copied = _copy(settings)
-    samples = _time(settings, passes | {"copy": copy})
+    samples = yield from _race(request, mode, _candidates(case, paths) | {"copy": partial(_copy, request)})
     ran = {name: cut for name, cut in paths.items() if name in samples and name != "frozen"}
     for name in [name for name in paths if name in samples]:
-        row = {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen",))
+        row = {"mode": mode} | figures(samples, name, request.device, ("frozen",))
         if name in ran:
-            waves, total = ran[name].reads(T, case.N, case.K, every, settings.dtype.itemsize)
+            waves, total = ran[name].reads(T, case.N, case.K, many, request.dtype.itemsize)
             row |= {"tile": config.TILES[ran[name].tile][:2], "waves": waves, "wave_bytes": total / waves}
         yield row
     if not ran or "frozen" not in samples:
@@ -262,40 +257,35 @@ def _swizzle(settings: Settings, shape: Shape, T: int, r: int, direction: str) -
     best = ran[min(ran, key=lambda name: samples[name].median().item())]
     tail = STEP * -(-r // STEP) / case.K
     if str(now) in ran:
-        _, total = now.reads(T, case.N, case.K, every, settings.dtype.itemsize)
+        _, total = now.reads(T, case.N, case.K, many, request.dtype.itemsize)
         asked = total / ((1 + tail) * samples["frozen"].median().item())
-        share = asked * samples["copy"].median().item() / copied
+        share = asked * _a_byte(request, samples).median().item()
         slow = (1.1, 1.2) if share > 0.8 else (1.0, 1.03)
         why = f"reads {asked / 1e12:.2f} TB/s, {share:.0%} of the copy's; from 80 % on slower by 10 to 20 %"
         yield {"mode": mode} | line(f"{now} over {best}", samples[str(now)] / samples[str(best)], *slow, "x", why)
     why = "one step of u more, and 0.5 to 1.5 % that the library's GEMM is better"
     measured = samples[str(best)] / samples["frozen"]
     yield {"mode": mode} | line(f"{best} over frozen", measured, 1.005 + tail, 1.015 + tail, "x", why)
-    if max(settings.tokens) == T and direction == "forward":
-        del passes, samples
-        yield from _few(settings, shape, case, best, mode)
+    if max(request.tokens) == T and direction == "forward":
+        del samples
+        yield from _few(request, shape, case, best, mode)
 
 
-def _few(settings: Settings, shape: Shape, case: gemm.Case, best: Cut, mode: str) -> Iterator[Row]:
+def _few(request: Request, shape: Shape, case: gemm.Case, best: Cut, mode: str) -> Iterator[Row]:
     """The best cut on FEW multiprocessors, and at the lowest rank."""
-    every, low = facts(settings.device).multiprocessors, min(settings.ranks)
-    passes, failed = _ready(case, {str(best): best}, mode)
+    many, low = facts(request.device).multiprocessors, min(request.ranks)
     fewer = dataclasses.replace(best, multiprocessors=FEW)
-    if every > FEW:
-        more, wrong = _ready(case, {f"on {FEW}": fewer}, mode)
-        passes, failed = passes | more, failed + wrong
+    candidates = _candidates(case, {str(best): best} | ({f"on {FEW}": fewer} if many > FEW else {}))
     if low < case.r:
-        narrow = gemm.Case(shape, case.T, low, "forward", settings.dtype, settings.device)
-        more, wrong = _ready(narrow, {f"r {low}": best}, mode)
-        passes, failed = passes | more, failed + wrong
-    yield from failed
-    samples = _time(settings, passes)
+        narrow = gemm.Case(shape, case.T, low, "forward", request.dtype, request.device)
+        candidates |= _candidates(narrow, {f"r {low}": best})
+    samples = yield from _race(request, mode, candidates)
     if f"on {FEW}" in samples:
-        waves = [cut.reads(case.T, case.N, case.K, every)[0] for cut in (fewer, best)]
+        waves = [cut.reads(case.T, case.N, case.K, many)[0] for cut in (fewer, best)]
         expected, why = waves[0] / waves[1], f"{waves[0]} waves beside {waves[1]}"
         measured = samples[f"on {FEW}"] / samples[str(best)]
         yield {"mode": mode} | line(
-            f"{best}: {FEW} multiprocessors over {every}", measured, expected - 0.01, expected + 0.01, "x", why
+            f"{best}: {FEW} multiprocessors over {many}", measured, expected - 0.01, expected + 0.01, "x", why
         )
     if f"r {low}" in samples:
         steps = [-(-r // STEP) * STEP + case.K for r in (low, case.r)]
@@ -312,19 +302,17 @@ def _few(settings: Settings, shape: Shape, case: gemm.Case, best: Cut, mode: str
 class _Accumulate(gemm.Case):
     """(x, W, y): y = x W^T, or added to y, which is 1 everywhere when it is checked."""
 
-    def __init__(self, settings: Settings, shape: Shape, T: int) -> None:
-        super().__init__(shape, T, 1, "forward", settings.dtype, settings.device)
+    def __init__(self, request: Request, shape: Shape, T: int) -> None:
+        super().__init__(shape, T, 1, "forward", request.dtype, request.device)
         self.sets = [(x, W, x.new_ones(T, self.N)) for x, W, *_ in self.sets]
 
-    def _results(self, path: Callable) -> dict[str, Tensor]:
+    def results(self, path: Callable) -> dict[str, Tensor]:
         x, W, y = self.sets[0]
-        return {"y": path(x, W, y.fill_(1))[self._rows].double() - float(path is _beta_1)}
+        return {"y": path(x, W, y.fill_(1))[self.rows].double() - float(path is _beta_1)}
 
-    @cached_property
-    def _oracle(self) -> dict[str, tuple[Tensor, float]]:
+    def expected(self, dtype: torch.dtype) -> Results:
         x, W, _ = self.sets[0]
-        rounded, exact = (F.linear(x[self._rows].to(dtype), W.to(dtype)) for dtype in (self.dtype, torch.float64))
-        return {"y": (exact, reference.allowed_error(rounded, exact, self.dtype))}
+        return {"y": F.linear(x[self.rows].to(dtype), W.to(dtype))}
 
 
 def _beta_0(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
@@ -335,27 +323,25 @@ def _beta_1(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     return y.addmm_(x, W.t())
 
 
-def _beta(settings: Settings, shape: Shape, T: int) -> Iterator[Row]:
-    case, mode = _Accumulate(settings, shape, T), _mode(settings, T)
-    passes, failed = _ready(case, {"beta 0": _beta_0, "beta 1": _beta_1}, mode)
-    yield from failed
-    copy, copied = _copy(settings)
-    samples = _time(settings, passes | {"copy": copy})
-    for name in passes:
-        row = {"path": name, "mode": mode} | figures(samples, name, settings.device, ("beta 0",))
+def _beta(request: Request, shape: Shape, T: int) -> Iterator[Row]:
+    case, mode = _Accumulate(request, shape, T), _mode(request, T)
+    candidates = _candidates(case, {"beta 0": _beta_0, "beta 1": _beta_1})
+    samples = yield from _race(request, mode, candidates | {"copy": partial(_copy, request)})
+    for name in (name for name in candidates if name in samples):
+        row = {"mode": mode} | figures(samples, name, request.device, ("beta 0",))
         if name == "beta 1" and "beta 0" in samples:
-            more = T * shape.N * settings.dtype.itemsize
-            expected = 1 + more * samples["copy"] / copied / samples["beta 0"]
+            more = T * shape.N * request.dtype.itemsize
+            expected = 1 + more * _a_byte(request, samples) / samples["beta 0"]
             measured, why = samples[name] / samples["beta 0"], f"{more / 1e6:.1f} MB of y read at the copy's rate"
             row |= {"bytes": more} | against(measured, expected, expected, "x", why)
         yield row
 
 
-class _Narrow(chain.Case):
+class _Narrow(compare.Case):
     """(x, A, R, s, other) for z = x A^T alone, or with u = s z R^T and the gram; backward on views, as chain.Case."""
 
-    def __init__(self, settings: Settings, shape: Shape, T: int, r: int, direction: str) -> None:
-        dtype, device = settings.dtype, settings.device
+    def __init__(self, request: Request, shape: Shape, T: int, r: int, direction: str) -> None:
+        dtype, device = request.dtype, request.device
         self.device, self.T, self.r = device, T, r
         self.K = shape.K if direction == "forward" else shape.N
         self.itemsize = dtype.itemsize
@@ -378,30 +364,19 @@ class _Narrow(chain.Case):
                 found += 4 * self.T * self.r + 4 * self.r**2 * -(-self.T // config.SHRINK_ROWS)
         return found
 
-    def wrong(self, path: Callable) -> list[str]:
-        """Which of the results, where a path has all of them or z alone, break the accuracy rule."""
+    def results(self, path: Callable) -> dict[str, Tensor | None]:
+        """All of them, or z alone, as the path has it."""
         found = path(*self.sets[0])
         z, u, gram = found if isinstance(found, tuple) else (found, None, None)
-        got = {"z": z[self._rows], "u": None if u is None else u[self._rows]}
-        got["gram"] = gram if gram is None or gram.dim() == 2 else gram.sum(0)
-        return [
-            what
-            for what, value in got.items()
-            if value is not None and not reference.relative_error(value, self._oracle[what][0]) <= self._oracle[what][1]
-        ]
+        gram = gram if gram is None or gram.dim() == 2 else gram.sum(0)
+        return {"z": z[self.rows], "u": None if u is None else u[self.rows], "gram": gram}
 
-    @cached_property
-    def _oracle(self) -> dict[str, tuple[Tensor, float]]:
+    def expected(self, dtype: torch.dtype) -> Results:
         x, A, R, s, other = self.sets[0]
-
-        def expected(dtype: torch.dtype) -> dict[str, Tensor]:
-            z = x[self._rows].to(dtype) @ A.to(dtype).t()
-            found = {"z": z, "u": s * z @ R.to(dtype).t()}
-            whole = {} if other is None else {"gram": s * (x.to(dtype) @ A.to(dtype).t()).t() @ other.to(dtype)}
-            return found | whole
-
-        rounded, exact = expected(x.dtype), expected(torch.float64)
-        return {what: (t, reference.allowed_error(rounded[what], t, x.dtype)) for what, t in exact.items()}
+        z = x[self.rows].to(dtype) @ A.to(dtype).t()
+        found = {"z": z, "u": s * z @ R.to(dtype).t()}
+        whole = {} if other is None else {"gram": s * (x.to(dtype) @ A.to(dtype).t()).t() @ other.to(dtype)}
+        return found | whole
 
 
 def _mm_fp32(x: Tensor, A: Tensor, *_: object) -> Tensor:
@@ -413,18 +388,18 @@ def _mm_rounded(x: Tensor, A: Tensor, *_: object) -> Tensor:
     return F.linear(x, A)
 
 
-def _mm(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
-    case = _Narrow(settings, shape, T, r, "forward")
-    yield from _narrow(settings, case, {"mm fp32": _mm_fp32, "mm": _mm_rounded}, "mm fp32", "mm", _floor)
+def _mm(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
+    case = _Narrow(request, shape, T, r, "forward")
+    yield from _narrow(request, case, {"mm fp32": _mm_fp32, "mm": _mm_rounded}, "mm fp32", "mm", _floor)
 
 
-def _shrink(settings: Settings, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
+def _shrink(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     if reason := backends.unavailable("cuda"):
         raise BenchError(reason)
-    case = _Narrow(settings, shape, T, r, direction)
-    split = config.split(T, case.K, facts(settings.device).multiprocessors)
+    case = _Narrow(request, shape, T, r, direction)
+    split = config.split(T, case.K, facts(request.device).multiprocessors)
     paths = {"cuda shrink": partial(_cuda_shrink, split), "mm fp32": _mm_fp32}
-    yield from _narrow(settings, case, paths, "cuda shrink", "mm fp32", partial(_by_shrink, split))
+    yield from _narrow(request, case, paths, "cuda shrink", "mm fp32", partial(_by_shrink, split))
 
 
 def _cuda_shrink(split: int, x: Tensor, A: Tensor, R: Tensor, s: float, other: Tensor | None) -> tuple:
@@ -443,19 +418,16 @@ def _by_shrink(split: int, floor: Tensor) -> tuple[Tensor, Tensor, str]:
 
 
 def _narrow(
-    settings: Settings, case: _Narrow, paths: dict[str, Callable], name: str, other: str, predict: Callable
+    request: Request, case: _Narrow, paths: dict[str, Callable], name: str, other: str, predict: Callable
 ) -> Iterator[Row]:
     """Rows of two paths to z; the first one has a prediction."""
-    mode = _mode(settings)
-    passes, failed = _ready(case, paths, mode)
-    yield from failed
-    copy, copied = _copy(settings)
-    samples = _time(settings, passes | {"copy": copy})
-    for each in passes:
+    mode = _mode(request)
+    samples = yield from _race(request, mode, _candidates(case, paths) | {"copy": partial(_copy, request)})
+    for each in (each for each in paths if each in samples):
         size = case.bytes_of(u=each == "cuda shrink")
-        row = {"path": each, "mode": mode, "bytes": size} | figures(samples, each, settings.device, (other,))
+        row = {"mode": mode, "bytes": size} | figures(samples, each, request.device, (other,))
         if each == name:
-            low, high, why = predict(size * samples["copy"] / copied)
+            low, high, why = predict(size * _a_byte(request, samples))
             row |= against(samples[each], low, high, "s", f"{size / 1e6:.1f} MB {why}")
         yield row
 
@@ -463,29 +435,29 @@ def _narrow(
 # --- z on the multiprocessors that the GEMM leaves free
 
 
-def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) -> Iterator[Row]:
+def _beside(request: Request, shape: Shape, T: int, r: int, rounds: int = 21) -> Iterator[Row]:
     """The GEMM on FEW multiprocessors alone, and with launches of a shrink on a second stream for as long as it takes.
 
     A launch has 64 rows for each multiprocessor that is free.  The GEMM is begun first, so that its clusters of two
     find their places; the shrinks follow 20 us later.
     """
-    if why := gemm.missing(settings.dtype, settings.device):
+    if why := gemm.missing(request.dtype, request.device):
         raise BenchError(why)
-    free = facts(settings.device).multiprocessors - FEW
+    free = facts(request.device).multiprocessors - FEW
     if free < 1:
         raise BenchError(f"the GPU has {FEW + free} multiprocessors, more than {FEW} are needed")
-    case = gemm.Case(shape, T, r, "forward", settings.dtype, settings.device)
+    case = gemm.Case(shape, T, r, "forward", request.dtype, request.device)
     cut = Cut(0, 4, 2, FEW)
-    narrow = _Narrow(settings, shape, config.SHRINK_ROWS * free, r, "forward")
+    narrow = _Narrow(request, shape, config.SHRINK_ROWS * free, r, "forward")
     _, A, R, s, _ = narrow.sets[0]
-    wrong = case.wrong(cut) + narrow.wrong(partial(_cuda_shrink, 1))
+    wrong = case.candidate(cut).wrong + narrow.candidate(partial(_cuda_shrink, 1)).wrong
     if wrong:
         raise BenchError(f"not timed, it is wrong: {', '.join(wrong)}")
     x = case.sets[0][0]
     blocks = [block for block in x.split(config.SHRINK_ROWS * free) if len(block) == config.SHRINK_ROWS * free]
     if not blocks:
         raise BenchError(f"tokens: got {T}, must be at least {config.SHRINK_ROWS * free}")
-    every = [
+    groups = [
         timer.prepare(
             lambda some=some: [partial(_cuda_shrink, 1, block, A, R, s, None) for block in some],
             case.device,
@@ -508,7 +480,7 @@ def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) 
             torch.cuda._sleep(40_000)
             first.record()
             for i in range(launches):
-                every[i % len(every)].run()
+                groups[i % len(groups)].run()
             last.record()
         torch.cuda.synchronize()
         del y
@@ -520,20 +492,16 @@ def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) 
     once(launches)
     pairs = [(once(0)[0], *once(launches)) for _ in range(rounds)]
     alone, beside, lasted = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    rows_read = sum(config.SHRINK_ROWS * free * every[i % len(every)].length for i in range(launches))
-    rate = rows_read * shape.K * settings.dtype.itemsize / lasted
-    needed = T * shape.K * settings.dtype.itemsize / alone.median().item()
+    rows_read = sum(config.SHRINK_ROWS * free * groups[i % len(groups)].length for i in range(launches))
+    rate = rows_read * shape.K * request.dtype.itemsize / lasted
+    needed = T * shape.K * request.dtype.itemsize / alone.median().item()
     samples = {"alone": alone, "beside": beside}
     more = {"mode": "eager", "groups": launches, "rows": rows_read}
-    yield more | {"path": f"{cut} on {FEW}, alone"} | figures(samples, "alone", settings.device, ())
+    yield more | figures(samples, "alone", request.device, ()) | {"path": f"{cut} on {FEW}, alone"}
     why = "the shrink has multiprocessors of its own, and takes little of the memory's speed"
     what = f"{cut} on {FEW}, beside a shrink"
-    yield (
-        more
-        | {"path": what}
-        | figures(samples, "beside", settings.device, ("alone",))
-        | against(beside / alone, 1.0, 1.02, "x", why)
-    )
+    row = more | figures(samples, "beside", request.device, ("alone",)) | {"path": what}
+    yield row | against(beside / alone, 1.0, 1.02, "x", why)
     most = free * (32e9 if r > 32 else 48e9)  # bytes of x under way on a multiprocessor, each for a microsecond
     why = f"at most {most / 1e9:.0f} GB/s by the copies under way; the GEMM needs {needed / 1e9:.0f}"
     what = f"shrink's rate beside it, {needed / 1e9:.0f} GB/s needed"
@@ -547,10 +515,10 @@ def _beside(settings: Settings, shape: Shape, T: int, r: int, rounds: int = 21) 
 # --- the host
 
 
-def _host(settings: Settings) -> Iterator[Row]:
+def _host(request: Request) -> Iterator[Row]:
     """Issuing each launch to an idle device."""
     T, N, K, r = HOST
-    o = Operands.random(T, N, K, r, settings.dtype, settings.device, seed=0)
+    o = Operands.random(T, N, K, r, request.dtype, request.device, seed=0)
     x, W, A, R, B = o.x.detach(), o.W, o.A, o.R, o.B
     u, y = x[:, :r].contiguous(), x.new_zeros(T, N)
     calls: dict[str, tuple[Callable, str | None]] = {
@@ -558,42 +526,40 @@ def _host(settings: Settings) -> Iterator[Row]:
         "cuda shrink": (lambda: cuda.shrink(x, A, R, o.s, None, 1, False), backends.unavailable("cuda")),
         "cuda gemm_tail": (
             lambda: cuda.gemm_tail(x, W, u, B, None, 0, False),
-            gemm.missing(settings.dtype, settings.device),
+            gemm.missing(request.dtype, request.device),
         ),
         "cuda decode": (lambda: cuda.decode(x, A, R, B, o.s), backends.unavailable("cuda")),
         "F.linear": (lambda: F.linear(x, W), None),
         "addmm": (lambda: y.addmm_(x, W.t()), None),
     }
-    passes = {}
-    for name, (call, reason) in calls.items():
+
+    def candidate(call: Callable, reason: str | None) -> Candidate:
         if reason:
-            yield failure(name, reason)
-            continue
-        try:
-            passes[name] = timer.prepare(lambda call=call: [call], settings.device)
-        except Exception as error:
-            yield failure(name, error)
-    samples = timer.interleave(passes, settings.device, settings.seconds, issue=True)
-    for name in passes:
+            raise BenchError(reason)
+        return Candidate(lambda: [call])
+
+    candidates = {name: partial(candidate, *each) for name, each in calls.items()}
+    samples = yield from _race(request, "eager", candidates, issue=True)
+    for name in samples:
         low, high = (each * 1e-6 for each in HOST_PREDICTED[name])
-        row = {"path": name, "mode": "eager"} | figures(samples, name, settings.device, ("F.linear",))
+        row = {"mode": "eager"} | figures(samples, name, request.device, ("F.linear",))
         yield row | against(samples[name], low, high, "s", "partly counted without a GPU, partly guessed")
 
 
 # --- the profiler
 
 
-def _counters(settings: Settings, shape: Shape, T: int, r: int) -> Iterator[Row]:
+def _counters(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
     """Bytes from memory at swizzle 1 and 8; where the profiler is not here or may not count, a row that says so."""
-    if why := gemm.missing(settings.dtype, settings.device):
+    if why := gemm.missing(request.dtype, request.device):
         raise BenchError(why)
-    swizzles, every = (1, 8), facts(settings.device).multiprocessors
-    found = _profiled(["launch", str(shape), str(T), str(r), settings.dtype_name, *map(str, swizzles)])
+    swizzles, many = (1, 8), facts(request.device).multiprocessors
+    found = _profiled(["launch", str(shape), str(T), str(r), request.dtype_name, *map(str, swizzles)])
     if isinstance(found, str):
         yield {"path": "counters", "status": "ok", "not_read": found}
         return
     for swizzle, counters in zip(swizzles, found, strict=True):
-        waves, total = Cut(0, swizzle, 2).reads(T, shape.N, shape.K, every, settings.dtype.itemsize)
+        waves, total = Cut(0, swizzle, 2).reads(T, shape.N, shape.K, many, request.dtype.itemsize)
         why = f"{waves} waves that keep nothing would read {total / 1e9:.2f} GB, half of it may stay in the cache"
         measured = torch.tensor([counters["dram__bytes_read.sum"]], dtype=torch.float64)
         what = f"swizzle {swizzle}: bytes from memory"
@@ -639,8 +605,6 @@ def counted(text: str, launches: int) -> list[dict[str, float]] | str:
 
 def launch(shape: str, T: str, r: str, dtype: str, *swizzles: str) -> None:
     """One GEMM for each swizzle, 128 x 256 along N, for the profiler to see."""
-    from .settings import DTYPES
-
     case = gemm.Case(parse(shape), int(T), int(r), "forward", DTYPES[dtype], torch.device("cuda"))
     for swizzle in swizzles:
         Cut(0, int(swizzle), 2)(*case.sets[0])
@@ -650,35 +614,112 @@ def launch(shape: str, T: str, r: str, dtype: str, *swizzles: str) -> None:
 # --- what they share
 
 
-def _mode(settings: Settings, T: int = 0) -> str:
+def _mode(request: Request, T: int = 0) -> str:
     """Graphs on a GPU, but where there is so much to do that the host is ahead anyway."""
-    return "graph" if settings.device.type == "cuda" and T <= 1024 else "eager"
+    return "graph" if request.gpu and T <= 1024 else "eager"
 
 
-def _ready(case: chain.Case, paths: dict[str, Callable], mode: str) -> tuple[dict[str, timer.Pass], list[Row]]:
-    """(the paths that are right, warmed up; the rows of the others)."""
-    passes, failed = {}, []
-    for name, path in paths.items():
-        try:
-            if wrong := case.wrong(path):
-                failed.append({"mode": mode} | failure(name, f"not timed, it is wrong: {', '.join(wrong)}"))
-            else:
-                passes[name] = case.prepare(path, mode == "graph")
-        except Exception as error:
-            failed.append({"mode": mode} | failure(name, error))
-    return passes, failed
+def _candidates(case: compare.Case, paths: dict[str, Callable]) -> dict[str, Callable[[], Candidate]]:
+    return {name: partial(case.candidate, path) for name, path in paths.items()}
 
 
-def _copy(settings: Settings) -> tuple[timer.Pass, int]:
-    """A copy past every cache, and the bytes that it reads and writes."""
-    words = 1 << (26 if settings.device.type == "cuda" else 16)
-    source = torch.randn(words, device=settings.device)
-    target = torch.empty_like(source)
-    return timer.prepare(lambda: [lambda: target.copy_(source)], settings.device), 8 * words
+def _race(
+    request: Request, mode: str, candidates: dict[str, Callable[[], Candidate]], **how: Any
+) -> Generator[Row, None, dict[str, Tensor]]:
+    """The times of the paths that are right, in turn; it yields the rows of the others."""
+    right = yield from checked(candidates, lambda: lambda name: candidates[name]())
+    return (yield from timed(request, right, mode, **how))
 
 
-def _time(settings: Settings, passes: dict[str, timer.Pass]) -> dict[str, Tensor]:
-    return timer.interleave(passes, settings.device, settings.seconds)
+def _copy(request: Request) -> Candidate:
+    """A copy past every cache."""
+    source = torch.randn(_copied(request) // 8, device=request.device)
+    return Candidate(lambda: [partial(torch.empty_like(source).copy_, source)])
+
+
+def _copied(request: Request) -> int:
+    """The bytes that it reads and writes."""
+    return 8 << (26 if request.gpu else 16)
+
+
+def _a_byte(request: Request, samples: dict[str, Tensor]) -> Tensor:
+    """Seconds that the copy takes for each of them."""
+    return samples["copy"] / _copied(request)
+
+
+# --- what is shown
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    """A line for each prediction; then the GEMM with a tail, by the order of its tiles, over the library's x W^T."""
+    lines = [[f"{what}: {where}", *cells] for what, where, *cells in predictions(rows)]
+    if lines:
+        whys = dict.fromkeys(row["not_read"] for row in rows if "not_read" in row)
+        notes = ("Quartiles in brackets.", *(f"Not read: {why}." for why in whys), *tables.noise(lines))
+        yield Table("What was predicted", ["", "predicted", "measured", "measured / predicted"], lines, notes)
+    points: dict[str, dict[str, Row]] = {}
+    for row in (row for row in rows if "wave_bytes" in row):
+        tile, cut = row["path"].split(" ", 1)
+        where = f"{row['N']}x{row['K']} T {row['T']} r {row['r']} {row['direction']}, {tile}"
+        points.setdefault(where, {})[cut] = row
+    if points:
+        names = sorted({cut for point in points.values() for cut in point}, key=lambda cut: (cut[10:], cut))
+        lines = [[where, *(_wave(report, point.get(name)) for name in names)] for where, point in points.items()]
+        notes = (
+            "Time over x W^T by the library; in brackets TB/s that each wave of tiles would ask of memory, at the time "
+            "measured, if nothing stayed in the cache from the one before.",
+            *tables.noise(lines),
+        )
+        yield Table("x W^T + u B^T by the order of tiles", ["", *names], lines, notes)
+
+
+def predictions(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]:
+    """(experiment, what of it, predicted, measured, measured / predicted), in the order they were made."""
+    for row in rows:
+        if row["question"] != "experiments" or row["status"] != "ok" or not {"predicted", "not_read"} & set(row):
+            continue
+        sizes = [f"{row['N']}x{row['K']}", *(f"{key} {row[key]}" for key in ("T", "r") if key in row)]
+        where = " ".join([*sizes, *([row["direction"]] if "direction" in row else []), row["path"]])
+        if "not_read" in row:
+            yield row["experiment"], where, tables.NO_FIGURE, "not read", tables.NO_FIGURE
+            continue
+        scale, unit = {"s": (1e6, " us"), "x": (1, ""), "B/s": (1e-9, " GB/s"), "B": (1e-9, " GB")}[row["unit"]]
+        expected = [_figure(scale * row["predicted"][end]) for end in ("low", "high")]
+        low, found, high = (_figure(scale * row["measured"][quartile]) for quartile in ("low", "median", "high"))
+        yield (
+            *(row["experiment"], where, " to ".join(dict.fromkeys(expected)) + unit),
+            tables.figure(found, row.get("noisy", False), f" ({low} to {high}){unit}"),
+            f"{row['ratio']['median']:.2f}",
+        )
+
+
+def in_short(rows: Iterable[Row]) -> list[str]:
+    """A line for each experiment: its first prediction / what was measured / their ratio; the range of all ratios."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, *cells in predictions(rows):
+        found.setdefault(name, []).append(tuple(cells))
+    lines = []
+    for name, each in found.items():
+        ratios = sorted((float(ratio) for *_, ratio in each if ratio != tables.NO_FIGURE))
+        rest = f"; all {len(ratios)}: {ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
+        where, *cells = each[0]
+        lines.append(f"{name}: {where}: {' / '.join(cells)}{rest}")
+    return lines
+
+
+def _figure(value: float) -> str:
+    """To three digits or hundredths, what is more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def _wave(report: dict[str, Any], row: Row | None) -> str:
+    if row is None or "frozen" not in row["over"]:
+        return tables.NO_FIGURE
+    asked = f" ({row['waves'] * row['wave_bytes'] / row['seconds']['median'] / 1e12:.1f})" if tables.gpu(report) else ""
+    return tables.figure(f"{row['over']['frozen']['median']:.3f}", row["noisy"], asked)
+
+
+QUESTION = Question(name="experiments", plan=plan, tables=show, check=check)
 
 
 if __name__ == "__main__":

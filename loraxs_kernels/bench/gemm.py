@@ -7,32 +7,33 @@ does on each backend, are the questions chain and layer.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import reference
 from ..backends import cuda
 from ..backends.cuda import config, core
 from ..backends.device import facts
 from ..padding import padded_rows
-from . import chain, timer
-from .layer import Row, failure, release
+from . import compare, paths, plots, tables, tax, timer
+from .compare import Build, Candidate, Results, Row, failure
 from .paths import Operands
+from .question import Point, Question, colour, grid
+from .request import Request
 from .roofline import STEP
 from .shapes import Shape
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table, over
 
 Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The tiles by the names of their paths.
 TILES = {f"cuda-{rows}x{columns}": number for number, (rows, columns, *_) in config.TILES.items()}
+TILE_COLOURS = ("#98df8a", "#006d2c", "#2ca02c", "#74c476")
 
 
 def _frozen(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ PATHS: dict[str, Tail] = {
 }
 
 
-class Case(chain.Case):
+class Case(compare.Case):
     """Operands of one shape in one direction: (x, W, u, B), u and B in rows as shrink and attach lay them.
 
     backward: x is gY, W is W^T, B is A^T, as views.  N and K are columns of y and x here, exchanged for the backward.
@@ -94,23 +95,18 @@ class Case(chain.Case):
         tile = None if plan is None else plan.tile
         return next((name for name, number in TILES.items() if number == tile), "torch")
 
-    def _results(self, path: Tail) -> dict[str, Tensor]:
+    def results(self, path: Tail) -> dict[str, Tensor]:
         """y on some rows; the floor lacks u B^T, which is added to it here."""
-        y = path(*self.sets[0])[self._rows]
+        y = path(*self.sets[0])[self.rows]
         if path is _frozen:
             _, _, u, B = self.sets[0]
-            y = y.double() + u[self._rows].double() @ B.double().t()
+            y = y.double() + u[self.rows].double() @ B.double().t()
         return {"y": y}
 
-    @cached_property
-    def _oracle(self) -> dict[str, tuple[Tensor, float]]:
-        def expected(dtype: torch.dtype) -> Tensor:
-            x, W, u, B = self.sets[0]
-            x, W, u, B = (t.to(dtype) for t in (x[self._rows], W, u[self._rows], B))
-            return F.linear(x, W) + F.linear(u, B)
-
-        exact = expected(torch.float64)
-        return {"y": (exact, reference.allowed_error(expected(self.dtype), exact, self.dtype))}
+    def expected(self, dtype: torch.dtype) -> Results:
+        x, W, u, B = self.sets[0]
+        x, W, u, B = (t.to(dtype) for t in (x[self.rows], W, u[self.rows], B))
+        return {"y": F.linear(x, W) + F.linear(u, B)}
 
 
 def missing(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -124,40 +120,144 @@ def missing(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def points(settings: Settings) -> int:
-    return chain.points(settings)
+def check(request: Request) -> Request:
+    if "cuda" in request.paths and (why := missing(request.dtype, request.device)):
+        left_out = request.left_out | {"cuda, of the question gemm": why}
+        return dataclasses.replace(request, left_out=left_out)
+    return request
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each path, direction and mode at each point of the grid."""
-    tiles = "cuda" in settings.paths and missing(settings.dtype, settings.device) is None
-    names = [name for name in PATHS if name in settings.paths or (tiles and name in TILES)]
-    directions = ("forward", "backward") if settings.direction == "both" else (settings.direction,)
-    for T in settings.tokens:
-        for r in settings.ranks:
-            for shape in settings.shapes:
-                for direction in directions:
-                    yield from _point(settings, names, shape, T, r, direction)
-                    release()
+def plan(request: Request) -> list[Point]:
+    return grid(request, _rows, direction=request.directions)
 
 
-def _point(settings: Settings, names: list[str], shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
-    where: Row = {
-        **{"question": "gemm", "model": settings.model, "layers": shape.names, "count": shape.count},
-        **{"N": shape.N, "K": shape.K, "T": T, "r": r, "dtype": settings.dtype_name, "direction": direction},
-    }
+def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
+    tiles = "cuda" in request.paths and missing(request.dtype, request.device) is None
+    names = [name for name in PATHS if name in request.paths or (tiles and name in TILES)]
     if shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT:
         why = f"N and K must be multiples of {config.ALIGNMENT}"
-        yield from (where | failure(name, why) for name in names if name in TILES)
+        yield from (failure(name, why) for name in names if name in TILES)
         names = [name for name in names if name not in TILES]
-    try:
-        case = Case(shape, T, r, direction, settings.dtype, settings.device)
-    except torch.OutOfMemoryError:
-        yield from (where | failure(name, "out of memory: the operands alone") for name in names)
-        return
-    paths = {name: partial(PATHS.get, name) for name in names}
-    picked = case.picked() if "cuda" in settings.paths else None
-    for row in chain.side_by_side(case, paths, where, settings):
-        if row["status"] == "ok":
-            row |= case.facts(row["path"]) | {"picked": row["path"] == picked}
-        yield row
+
+    def operands() -> Build:
+        case = Case(shape, T, r, direction, request.dtype, request.device)
+        picked = case.picked() if "cuda" in request.paths else None
+
+        def build(name: str) -> Candidate:
+            return case.candidate(PATHS[name], **case.facts(name), picked=name == picked)
+
+        return build
+
+    yield from compare.compare(request, names, operands, ("frozen", "torch"))
+
+
+# --- what is shown
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    """On a GPU the speed of each path and the time it adds to the library's x W^T, else ratios to that."""
+    others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
+    others += ["cuda"] if any(row["picked"] for row in rows) else []
+    for mode, group in tables.by_mode(rows).items():
+        points = _points(group)
+        head, notes, why = ["", *(f"{name} over frozen" for name in others)], ["Quartiles in brackets."], []
+        cells: dict[str, tuple[Callable, ...]] = {name: (partial(over, other="frozen"),) for name in others}
+        if tables.gpu(report):
+            cells = {name: (_added,) if name in ("addmm", "torch") else (_flops, _added) for name in others}
+            words = {_flops: "TFLOP/s", _added: "% added"}
+            head = ["", "frozen, TFLOP/s", *(f"{name}, {words[cell]}" for name in others for cell in cells[name])]
+            cells = {"frozen": (_flops,), **cells}
+            notes = [
+                "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
+                "% added: time added to the floor's, quartiles in brackets."
+            ]
+            why = ["its quartiles are too far apart"]
+        if any("tile" in row for row in rows):
+            notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
+        if "cuda" in others:
+            notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
+        lines = [
+            [where, *(cell(point.get(name)) for name, each in cells.items() for cell in each)]
+            for where, point in points.items()
+        ]
+        yield Table(f"x W^T + u B^T, u given, {mode}", head, lines, (*notes, *tables.noise(lines, *why)))
+
+
+def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by path, and under "cuda" what that backend would use: of blocks of several shapes, then of each shape."""
+    points: dict[str, dict[str, Row]] = {}
+    for at, found in tax.points(rows).items():
+        found["cuda"] = picked(found)
+        if len(found["frozen"]) > 1:
+            where = f"{at.dtype} {at.direction} T {at.T} r {at.r}, the linears of {at.model or 'all shapes'}"
+            points[where] = {name: _block(found, name) for name in found if tax.measured(found, name)}
+    for row in rows:
+        where = f"{row['dtype']} {row['direction']} T {row['T']} r {row['r']}, {row['N']} x {row['K']}"
+        point = points.setdefault(where, {})
+        point[row["path"]] = row
+        if row["picked"]:
+            point["cuda"] = row
+    return points
+
+
+def picked(found: tax.Paths) -> dict[Shape, Row]:
+    """Of each shape the row of the path that the cuda backend would use."""
+    return {shape: row for each in found.values() for shape, row in each.items() if row["picked"]}
+
+
+def _block(found: tax.Paths, name: str) -> Row:
+    """The rows of a path as one, each as often as its shape occurs."""
+    added, own = tax.measured(found, name), found[name]
+    floor = sum(shape.count * row["seconds"]["median"] for shape, row in found["frozen"].items())
+    ratio = {"low": 1 + added.low, "median": 1 + added.median, "high": 1 + added.high}
+    return {
+        "flops": sum(shape.count * row["flops"] for shape, row in own.items()),
+        "floor_flops": sum(shape.count * row["floor_flops"] for shape, row in own.items()),
+        "seconds": {"median": floor * ratio["median"]},
+        "over": {"frozen": ratio},
+        "noisy": added.noisy,
+    }
+
+
+def _flops(row: Row | None) -> str:
+    """Achieved, and as a share of the floor's, by the ratio of times within rounds."""
+    if row is None:
+        return tables.NO_FIGURE
+    speed = f"{row['flops'] / row['seconds']['median'] / 1e12:.0f}"
+    if "frozen" not in row["over"] or row["flops"] == row["floor_flops"]:
+        return speed
+    return f"{speed} ({row['flops'] / row['floor_flops'] / row['over']['frozen']['median']:.1%})"
+
+
+def _added(row: Row | None) -> str:
+    if row is None or "frozen" not in row["over"]:
+        return tables.NO_FIGURE
+    return tables.percent(tax.Tax(*(row["over"]["frozen"][quartile] - 1 for quartile in ("low", "median", "high"))))
+
+
+def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
+    """What u B^T adds to the library's x W^T over a block, on a GPU."""
+    modes: dict[str, dict[str, list[tuple[str, str, dict[str, float]]]]] = {}
+    for at, found in tax.points(rows).items():
+        found["cuda"] = picked(found)
+        for path in found:
+            if path != "frozen" and (added := tax.measured(found, path)):
+                spread = {name: 100 * value for name, value in dataclasses.asdict(added).items()}
+                where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
+                group = modes.setdefault(at.mode, {}).setdefault(where, [])
+                group.append((_colour(path), f"{path}, {at.direction}", spread))
+    for mode, groups in modes.items():
+        title = f"u B^T, u given: time added to the library's x W^T, {mode} mode"
+        yield plots.panels(f"gemm-{mode}", title, groups, _panel, legend=False)
+
+
+def _panel(axes: Any, found: list[tuple[str, str, dict[str, float]]]) -> None:
+    plots.bars(axes, found)
+    axes.set_xlabel("% of the frozen linears' time")
+
+
+def _colour(path: str) -> str:
+    return TILE_COLOURS[TILES[path] % len(TILE_COLOURS)] if path in TILES else colour(paths.PATHS, path)
+
+
+QUESTION = Question(name="gemm", plan=plan, tables=show, plots=draw, paths=paths.PATHS, check=check)

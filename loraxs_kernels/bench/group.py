@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
 from ..linear import LoRAXSLinear, forward_together
-from . import timer
-from .layer import Row, failure, figures, release, timed
+from . import tables, timer
+from .compare import Build, Candidate, Row, compare, errors
 from .paths import Operands, fused
+from .question import Point, Question
+from .request import Request
 from .shapes import MODELS, Shape
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table, over
 
 SHARING = (("q", "k", "v"), ("gate", "up"))
+
+Set = tuple[Tensor, list[LoRAXSLinear], list[Tensor]]  # x, the layers, gY of each
 
 
 def _separate(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -34,72 +36,52 @@ PATHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def groups(settings: Settings) -> list[tuple[Shape, ...]]:
+def groups(request: Request) -> list[tuple[Shape, ...]]:
     """The shapes that share an input in the model's block; for shapes given one by one, three layers of each."""
-    if settings.model not in MODELS:
-        return [(shape,) * 3 for shape in settings.shapes]
-    by_name = {name: shape for shape in settings.shapes for name in shape.names.split()}
+    if request.model not in MODELS:
+        return [(shape,) * 3 for shape in request.shapes]
+    by_name = {name: shape for shape in request.shapes for name in shape.names.split()}
     return [tuple(by_name[name] for name in names) for names in SHARING if set(names) <= set(by_name)]
 
 
-def points(settings: Settings) -> int:
-    return len(groups(settings)) * len(settings.tokens) * len(settings.ranks)
+def plan(request: Request) -> list[Point]:
+    return [
+        Point(
+            {"N": [shape.N for shape in shapes], "K": shapes[0].K, "T": T, "r": r, "direction": "both"},
+            partial(_rows, request, shapes, T, r),
+        )
+        for T in request.tokens
+        for r in request.ranks
+        for shapes in groups(request)
+    ]
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each path and mode at each point of the grid."""
-    for T in settings.tokens:
-        for r in settings.ranks:
-            for shapes in groups(settings):
-                yield from _point(settings, shapes, T, r)
-                release()
+def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterator[Row]:
+    def prepare() -> Build:
+        sets = operands(request, shapes, T, r)
+
+        def build(name: str) -> Candidate:
+            found = check(*sets[0]) if name == "together" else {}
+            return Candidate(lambda: [partial(step, name, *each) for each in sets], found)
+
+        return build
+
+    return compare(request, list(PATHS), prepare, ("frozen", "separate"))
 
 
-def _point(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> Iterator[Row]:
-    where = {
-        **{"question": "group", "model": settings.model, "N": [shape.N for shape in shapes], "K": shapes[0].K},
-        **{"T": T, "r": r, "dtype": settings.dtype_name, "direction": "both"},
-    }
-    try:
-        sets = operands(settings, shapes, T, r)
-    except torch.OutOfMemoryError:
-        yield from (where | failure(name, "out of memory: the operands alone") for name in PATHS)
-        return
-    try:
-        broken = wrong(*sets[0])
-    except Exception as error:
-        yield where | failure("together", error)
-        return
-    if broken:
-        yield where | failure("together", f"not timed, it is wrong: {', '.join(broken)}")
-        return
-    for mode in settings.modes:
-        passes = {}
-        for name in PATHS:
-            try:
-                calls = [partial(step, name, *each) for each in sets]
-                passes[name] = timer.prepare(lambda calls=calls: calls, settings.device, mode == "graph")
-            except Exception as error:
-                yield where | {"mode": mode} | failure(name, error)
-        samples, lost = timed(passes, settings)
-        yield from (where | {"mode": mode} | failure(name, lost) for name in passes if lost)
-        for name in samples:
-            yield where | {"path": name, "mode": mode} | figures(samples, name, settings.device, ("frozen", "separate"))
+def operands(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> list[Set]:
+    """In as many sets as leave the cache."""
 
-
-def operands(settings: Settings, shapes: tuple[Shape, ...], T: int, r: int) -> list[tuple]:
-    """(x, layers, gYs), in as many sets as leave the cache."""
-
-    def make(seed: int) -> tuple[Tensor, list[LoRAXSLinear], list[Tensor]]:
+    def make(seed: int) -> Set:
         each = [
-            Operands.random(T, shape.N, shape.K, r, settings.dtype, settings.device, seed + i)
+            Operands.random(T, shape.N, shape.K, r, request.dtype, request.device, seed + i)
             for i, shape in enumerate(shapes)
         ]
         return each[0].x, [fused(o) for o in each], [o.gY for o in each]
 
     first = make(0)
     size = sum(t.numel() * t.element_size() for t in (first[0], *first[2], *(layer.weight for layer in first[1])))
-    return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(settings.device, size)))]
+    return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(request.device, size)))]
 
 
 def step(name: str, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -108,11 +90,14 @@ def step(name: str, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) ->
     return torch.autograd.grad(PATHS[name](x, *layers), (x, *trained), gYs)
 
 
-def wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]:
-    """Which results of `forward_together` break the accuracy rule, with the separate layers as the chain."""
+def check(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> dict[str, dict[str, float]]:
+    """The errors of `forward_together`, with the separate layers as the chain in x's dtype."""
+    each = range(len(layers))
+    names = (*(f"y of layer {i}" for i in each), "gX", *(f"gR of layer {i}" for i in each))
 
-    def results(name: str) -> list[Tensor]:
-        return [*(y.detach() for y in PATHS[name](x, *layers)), *step(name, x, layers, gYs)]
+    def results(name: str) -> dict[str, Tensor]:
+        ys = (y.detach() for y in PATHS[name](x, *layers))
+        return dict(zip(names, (*ys, *step(name, x, layers, gYs)), strict=True))
 
     ys, gX, gRs = [], 0, []
     for layer, gY in zip(layers, gYs, strict=True):
@@ -122,12 +107,22 @@ def wrong(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> list[str]
         ys.append(y)
         gX = gX + share
         gRs.append(layer.scaling * v.T @ z)
-    each = range(len(layers))
-    names = (*(f"y of layer {i}" for i in each), "gX", *(f"gR of layer {i}" for i in each))
-    return [
-        name
-        for name, own, rounded, oracle in zip(
-            names, results("together"), results("separate"), (*ys, gX, *gRs), strict=True
-        )
-        if not reference.relative_error(own, oracle) <= reference.allowed_error(rounded, oracle, x.dtype)
-    ]
+    exact = dict(zip(names, (*ys, gX, *gRs), strict=True))
+    return errors(results("together"), results("separate"), exact, x.dtype)
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    times = ["ms"] if tables.gpu(report) else []
+    lines = []
+    for row in (row for row in rows if row["path"] != "frozen"):
+        sizes = " + ".join(map(str, row["N"]))
+        line = [f"{row['path']}, {row['dtype']} {row['mode']} T {row['T']}, {sizes} x {row['K']}, r {row['r']}"]
+        line += [f"{1e3 * row['seconds']['median']:.3f}"] if times else []
+        lines.append([*line, *(over(row, name) for name in ("frozen", "separate"))])
+    if lines:
+        head = ["", *times, "over their frozen linears", "over separate layers"]
+        title = "Layers that share their input, together or one by one, forward + backward"
+        yield Table(title, head, lines, ("Quartiles in brackets.", *tables.noise(lines)))
+
+
+QUESTION = Question(name="group", plan=plan, tables=show)

@@ -8,14 +8,16 @@ a frozen twin takes a step after every step.
 from __future__ import annotations
 
 import copy
-import dataclasses
+import importlib.util
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,12 @@ from torch import Tensor, nn
 from .. import attach, backends, detach
 from ..linear import LoRAXSLinear
 from ..reference import UnfusedLinear, relative_error
-from . import BenchError, timer
-from .layer import Row, failure, release
+from . import BenchError, paths, plots, tables, timer
+from .compare import Row, failure, figures, release
+from .question import Point, Question, colour
+from .request import Request
 from .shapes import MODELS
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .tables import Table, over
 
 # Half precision accumulates over a whole model; this finds another function.  The fine check is the question layer's.
 GROSS = 0.1  # relative difference of the first step's gR, over all layers, from the reference layers'
@@ -36,80 +38,123 @@ DRIFT = 0.03  # of the frozen model between start and end: more, and the run is 
 STEPS = 7
 
 
-def points(settings: Settings) -> int:
-    return sum(1 for _ in _plan(settings))
+@dataclass
+class Steps:
+    """What the ways share: the model, made at the first of them, and the time of the frozen one."""
+
+    request: Request
+    floors: dict[tuple[str, bool], timer.Spread] = field(default_factory=dict)  # its first, plain and compiled
+    expected: dict[int, Tensor] = field(default_factory=dict)  # the reference layers' gR, by rank
+    lost: str = ""  # why there is no model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return build(self.request)
+
+    @cached_property
+    def twin(self) -> nn.Module | None:
+        return None if self.request.gpu else copy.deepcopy(self.model)
+
+    def row(self, name: str, r: int, checkpointing: bool) -> Iterator[Row]:
+        first = self.floors.get((name, checkpointing))
+        row: Row = {"again": first is not None}
+        try:
+            if self.lost:
+                raise BenchError(self.lost)
+            row["blocks"] = self.model.config.num_hidden_layers
+            if r and r not in self.expected:
+                self.expected[r] = reference_gR(self.model, r, self.request)
+            expected = self.expected.get(r)
+            samples, beside, facts = steps(self.model, name, r, checkpointing, self.request, expected, self.twin)
+        except Exception as error:
+            lost = failure(name, error)
+            if "blocks" not in row:
+                self.lost = lost["reason"]
+            yield row | lost
+            return
+        own = timer.Spread.of(samples)
+        if name.startswith("frozen"):
+            self.floors.setdefault((name, checkpointing), own)
+        others = {"frozen": beside}
+        if self.request.gpu:
+            floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
+            others = {floor: torch.full_like(samples, its.median) for floor, its in floors if its}
+        row |= figures({"this": samples, **others}, "this", self.request.device, list(others)) | facts
+        row["noisy"] |= self.request.gpu and first is not None and abs(own.median / first.median - 1) > DRIFT
+        yield row | {"path": name}
 
 
-def _plan(settings: Settings) -> Iterator[tuple[str, int, bool]]:
-    """(way, rank, checkpointing) in the order of what matters most; rank 0: none.
+def check(request: Request) -> Request:
+    """A model it must be, and no longer a sequence than it takes."""
+    if importlib.util.find_spec("transformers") is None:
+        raise BenchError("question: 'model' needs the package transformers: pip install transformers")
+    if request.shapes:
+        raise BenchError("question: 'model' needs a model, not shapes")
+    model = request.model or ("mistral-7b" if request.gpu else "tiny")
+    longest = _longest_sequence(model)
+    if request.sequence and longest and request.sequence > longest:
+        raise BenchError(f"sequence: got {request.sequence}, must be at most {longest}, what {model} takes")
+    sequence = request.sequence or min(2048 if request.gpu else 64, longest or 2048)
+    return replace(request, model=model, sequence=sequence, batch=request.batch or (4 if request.gpu else 2))
+
+
+def _longest_sequence(model: str) -> int | None:
+    """How many positions the model takes, where it says."""
+    if model in MODELS:
+        config = {"model_type": MODELS[model].model_type, **MODELS[model].config}
+    else:
+        try:
+            config = json.loads((Path(model) / "config.json").read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise BenchError(f"model: {model}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict) or "num_hidden_layers" not in config:
+        raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
+    longest = config.get("max_position_embeddings")
+    if not isinstance(longest, (int, type(None))):
+        raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
+    return longest and longest - 2 * (config.get("model_type") == "roberta")  # whose positions start at 2
+
+
+def plan(request: Request) -> list[Point]:
+    """In the order of what matters most; rank 0: none.
 
     When the path `compile` is asked for, every way follows once more with compiled blocks.
     """
-    ways = [name for name in settings.paths if name in ADAPTERS or name in backends.NAMES]
-    for suffix in ("", "+compile") if "compile" in settings.paths else ("",):
-        for checkpointing in (False, True):
-            for name in (*ways, "frozen"):
-                if not (suffix and name == "peft-lora"):
-                    for r in settings.ranks if name != "frozen" else (0,):
-                        yield name + suffix, r, checkpointing
+    shared = Steps(request)
+    where: Row = {"sequence": request.sequence, "T": request.sequence * request.batch, "direction": "step"}
+    ways = [name for name in request.paths if name in ADAPTERS or name in backends.NAMES]
+    return [
+        Point(
+            {**where, "path": name + suffix, "r": r, "checkpointing": checkpointing},
+            partial(shared.row, name + suffix, r, checkpointing),
+        )
+        for suffix in (("", "+compile") if "compile" in request.paths else ("",))
+        for checkpointing in (False, True)
+        for name in (*ways, "frozen")
+        if not (suffix and name == "peft-lora")
+        for r in (request.ranks if name != "frozen" else (0,))
+    ]
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """A row for each way to adapt, rank, and with and without activation checkpointing."""
-    where: Row = {"question": "model", "model": settings.model, "dtype": settings.dtype_name, "direction": "step"}
-    where |= {"sequence": settings.sequence, "T": settings.sequence * settings.batch}
-    try:
-        model = build(settings)
-        expected = {r: reference_gR(model, r, settings) for r in settings.ranks}
-    except torch.OutOfMemoryError as error:
-        yield where | failure("frozen", error)
-        return
-    where["blocks"] = model.config.num_hidden_layers
-    gpu = settings.device.type == "cuda"
-    twin = None if gpu else copy.deepcopy(model)
-    floors: dict[tuple[str, bool], timer.Spread] = {}  # the frozen model's first time, plain and compiled
-    for name, r, checkpointing in _plan(settings):
-        first = floors.get((name, checkpointing))
-        row = where | {"path": name, "r": r, "checkpointing": checkpointing, "again": first is not None}
-        try:
-            samples, beside, facts = steps(model, name, r, checkpointing, settings, expected.get(r), twin)
-        except Exception as error:
-            yield row | failure(name, error)
-            continue
-        own = timer.Spread.of(samples)
-        if name.startswith("frozen"):
-            floors.setdefault((name, checkpointing), own)
-        row |= {"status": "ok", "rounds": len(samples), "noisy": own.noisy, "over": {}} | facts
-        if gpu:
-            row["seconds"] = dataclasses.asdict(own)
-            for floor in ("frozen", "frozen+compile"):
-                if measured := floors.get((floor, checkpointing)):
-                    row["over"][floor] = dataclasses.asdict(timer.Spread.of(samples / measured.median))
-            row["noisy"] |= first is not None and abs(own.median / first.median - 1) > DRIFT
-        else:
-            row["over"]["frozen"] = dataclasses.asdict(timer.Spread.of(samples / beside))
-        yield row
-
-
-def build(settings: Settings) -> nn.Module:
+def build(request: Request) -> nn.Module:
     """The model, on the device, frozen."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     torch.manual_seed(0)
-    if settings.model in MODELS:
-        known = MODELS[settings.model]
+    if request.model in MODELS:
+        known = MODELS[request.model]
         config = AutoConfig.for_model(known.model_type, **known.config)
-        config.num_hidden_layers = settings.blocks or known.blocks
+        config.num_hidden_layers = request.blocks or known.blocks
     else:
-        config = AutoConfig.from_pretrained(Path(settings.model))
-        config.num_hidden_layers = settings.blocks or config.num_hidden_layers
+        config = AutoConfig.from_pretrained(Path(request.model))
+        config.num_hidden_layers = request.blocks or config.num_hidden_layers
     kind = AutoModelForMaskedLM if config.model_type == "roberta" else AutoModelForCausalLM
-    with settings.device:
-        if settings.model in MODELS:
-            model = kind.from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
+    with request.device:
+        if request.model in MODELS:
+            model = kind.from_config(config, dtype=request.dtype, attn_implementation="sdpa")
         else:
-            model = kind.from_pretrained(Path(settings.model), config=config, dtype=settings.dtype)
-    return model.to(settings.device).requires_grad_(False)
+            model = kind.from_pretrained(Path(request.model), config=config, dtype=request.dtype)
+    return model.to(request.device).requires_grad_(False)
 
 
 @contextmanager
@@ -214,12 +259,12 @@ def _restore_hooks(embeddings: nn.Module, hooks: dict) -> None:
 class Trainer:
     """Training steps on random input: forward, backward (down to the input, in the frozen model too), AdamW."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        device, size = settings.device, (settings.batch, settings.sequence)
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        device, size = request.device, (request.batch, request.sequence)
         g = torch.Generator(device).manual_seed(0)
         self.model = model
         embeds = torch.randn(*size, model.config.hidden_size, generator=g, device=device)
-        self.embeds = embeds.to(settings.dtype).requires_grad_()
+        self.embeds = embeds.to(request.dtype).requires_grad_()
         self.labels = torch.randint(model.config.vocab_size, size, generator=g, device=device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4) if self.trained else None
@@ -241,10 +286,10 @@ class Trainer:
             self.optimizer.zero_grad()
 
 
-def reference_gR(model: nn.Module, r: int, settings: Settings) -> Tensor:
+def reference_gR(model: nn.Module, r: int, request: Request) -> Tensor:
     """gR of every layer in one vector, as the reference layers compute it; checkpointed, to take little memory."""
     with adapted(model, "reference", r, checkpointing=True) as changed:
-        trainer = Trainer(changed, settings)
+        trainer = Trainer(changed, request)
         trainer.backward()
         return trainer.gR()
 
@@ -254,7 +299,7 @@ def steps(
     name: str,
     r: int,
     checkpointing: bool,
-    settings: Settings,
+    request: Request,
     expected: Tensor | None,
     twin: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -262,9 +307,9 @@ def steps(
 
     `expected` is `reference_gR`; a LoRA-XS way that strays from it is refused.
     """
-    gpu = settings.device.type == "cuda"
+    gpu = request.gpu
     with ExitStack() as stack:
-        trainer = Trainer(stack.enter_context(adapted(model, name, r, checkpointing)), settings)
+        trainer = Trainer(stack.enter_context(adapted(model, name, r, checkpointing)), request)
         facts: dict[str, Any] = {"loss": trainer.backward().item()}
         facts["trained"] = sum(p.numel() for p in trainer.trained)
         if not math.isfinite(facts["loss"]):
@@ -275,14 +320,82 @@ def steps(
                 raise BenchError(f"not timed, it is wrong: gR differs by {facts['gR_difference']:.2g}")
         runs = [trainer.step]
         if twin is not None:
-            runs.append(Trainer(stack.enter_context(adapted(twin, "frozen", 0, checkpointing)), settings).step)
+            runs.append(Trainer(stack.enter_context(adapted(twin, "frozen", 0, checkpointing)), request).step)
         for run in runs:
             run()
         if gpu:
-            torch.cuda.reset_peak_memory_stats(settings.device)
+            torch.cuda.reset_peak_memory_stats(request.device)
         samples = torch.tensor([[timer.once(run) for run in runs] for _ in range(STEPS)], dtype=torch.float64)
         if gpu:
-            facts["peak_bytes"] = torch.cuda.max_memory_allocated(settings.device)
+            facts["peak_bytes"] = torch.cuda.max_memory_allocated(request.device)
         del trainer, runs
     release()
     return samples[:, 0], samples[:, -1], facts
+
+
+# --- what is shown
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    for with_it, group in _by_checkpointing(rows).items():
+        first = group[0]
+        compiled = ["over it compiled"] if any("frozen+compile" in row["over"] for row in group) else []
+        cost = ["tokens/s", "peak GiB"] if tables.gpu(report) else []
+        lines = []
+        for row in group:
+            line = [row["path"] + ", again" * row["again"], str(row["r"] or tables.NO_FIGURE), f"{row['trained']:,}"]
+            if cost:
+                line += [f"{row['T'] / row['seconds']['median']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+            lines.append([*line, over(row, "frozen"), *([over(row, "frozen+compile")] if compiled else [])])
+        yield Table(
+            f"A training step of {first['model']}, {first['blocks']} blocks, random weights, {first['dtype']}, "
+            f"{first['T']} tokens in sequences of {first['sequence']}, {with_it} activation checkpointing",
+            ["", "r", "trained", *cost, "time over the frozen model", *compiled],
+            lines,
+            (
+                "One way after another, by the host's clock. The frozen model: forward, and gradients for its input. "
+                "Quartiles in brackets.",
+                *tables.noise(lines),
+            ),
+        )
+
+
+def _by_checkpointing(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {"without": [], "with": []}
+    for row in rows:
+        found["with" if row["checkpointing"] else "without"].append(row)
+    return {with_it: group for with_it, group in found.items() if group}
+
+
+def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
+    """Time and, on a GPU, memory."""
+    rows = [row for row in rows if "frozen" in row["over"] and not row["again"]]
+    for with_it, group in _by_checkpointing(rows).items():
+        first, times, memory = group[0], [], []
+        for row in group:
+            name = f"{row['path']}, r {row['r']}" if row["r"] else row["path"]
+            own = (colour(paths.PATHS, row["path"].partition("+")[0]), name)
+            times.append((*own, row["over"]["frozen"]))
+            if "peak_bytes" in row:
+                memory.append((*own, dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)))
+        title = f"A training step of {first['model']} ({first['dtype']}, T = {first['T']}), {with_it} checkpointing"
+        groups: dict[str, Any] = {"time, as a multiple of the frozen model's": (times, 1)}
+        groups |= {"peak memory, GiB": (memory, None)} if memory else {}
+        yield plots.panels(f"step-{with_it}-checkpointing", title, groups, _panel, legend=False)
+
+
+def _panel(axes: Any, group: tuple[list, float | None]) -> None:
+    plots.bars(axes, *group)
+
+
+QUESTION = Question(
+    name="model",
+    plan=plan,
+    tables=show,
+    plots=draw,
+    paths=paths.PATHS,
+    options=("blocks", "sequence", "batch"),
+    folders=True,
+    check=check,
+    how="Steps: gR of the first step is compared with the reference layers' over the whole model.",
+)

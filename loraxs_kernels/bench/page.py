@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import write_atomically
 from . import BenchError, plots, tables
+from .questions import QUESTIONS, plots_of, tables_of
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,9 +40,9 @@ def page(report: dict[str, Any]) -> str:
     figures = "\n".join(
         f'<h2>{html.escape(plot.title)}</h2>\n<img alt="{html.escape(plot.title)}" id="{plot.name}" '
         f'src="data:image/svg+xml;base64,{base64.b64encode(plot.svg()).decode()}">'
-        for plot in plots.of(report)
+        for plot in plots_of(report)
     )
-    body = "\n".join(table.html() for table in tables.of(report))
+    body = "\n".join(table.html() for table in tables_of(report))
     facts = "\n".join(f"<p class=note>{html.escape(line)}</p>" for line in provenance(report))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -78,10 +79,5 @@ def provenance(report: dict[str, Any]) -> list[str]:
             f"Layers: random data, outputs checked against an fp64 oracle first{cold}, warm-up apart, all paths in "
             f"turn within each round; {clock}. The host's question is timed by the host's clock, with the device idle."
         )
-    if "svd" in questions:
-        lines.append("SVD: random weights, a decaying head over a Gaussian bulk; the truth is an fp64 eigensolver's.")
-    if "bank" in questions:
-        lines.append("Banks: random R; every path is checked against an fp64 oracle first, and all take turns.")
-    if "model" in questions:
-        lines.append("Steps: gR of the first step is compared with the reference layers' over the whole model.")
+    lines += [each.how for name, each in QUESTIONS.items() if each.how and name in questions]
     return lines

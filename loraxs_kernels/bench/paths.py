@@ -1,4 +1,4 @@
-"""The ways to compute one adapted layer, side by side: who they are, how they are built, and whether they are right.
+"""The ways to compute one adapted layer, side by side: what they are, how they are built, and whether they are right.
 
 Every path gets the same operands and is checked against an fp64 oracle, by the accuracy rule of
 `loraxs_kernels/reference.py`, before it is timed.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,9 +24,9 @@ from ..backends.torch import scaled_mm
 from ..linear import LoRAXSLinear
 from ..ops import LowRankLinear
 from ..padding import padded_rows
+from . import question
+from .compare import errors, some
 from .timer import Call
-
-ROWS = 64  # of y and gX that are compared with the oracle; gR is compared whole
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,12 @@ class Layer:
     s: float = 1.0
 
 
-@dataclass(frozen=True)
-class Path:
+@dataclass(frozen=True, kw_only=True)
+class Path(question.Path):
     """`build` makes one layer for each set of operands; `within` is open while they run."""
 
-    name: str
-    what: str
     build: Callable[[list[Operands]], list[Layer]]
-    default: bool = True  # part of a run that names no paths
-    missing: Callable[[], str | None] = lambda: None  # why it cannot be built here
-    within: Callable[[], AbstractContextManager] = field(default=nullcontext)
+    within: Callable[[], AbstractContextManager] = nullcontext
 
 
 def _each(build: Callable[[Operands], Layer]) -> Callable[[list[Operands]], list[Layer]]:
@@ -178,13 +175,18 @@ def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
     return [layer(o) for o in sets]
 
 
+def _peft_layer(o: Operands, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
+    return get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+
+
 def _peft_lora(o: Operands) -> Layer:
     """PEFT's own LoRA layer with its defaults: A and B train, in fp32.  It starts with lora_A = R A, lora_B = B."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     r = o.R.shape[0]
-    config = LoraConfig(r=r, lora_alpha=o.s * r, target_modules=["0"])
-    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    layer = _peft_layer(o, LoraConfig(r=r, lora_alpha=o.s * r, target_modules=["0"]))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data.copy_(o.R @ o.A.float())
     B.data.copy_(o.B)
@@ -193,7 +195,7 @@ def _peft_lora(o: Operands) -> Layer:
 
 def _peft_tinylora(o: Operands) -> Layer:
     """PEFT's own TinyLoRA layer with its defaults: R = sum v_i P_i and v trains, in fp32; A and B are the operands'."""
-    from peft import TinyLoraConfig, get_peft_model
+    from peft import TinyLoraConfig
     from peft.tuners.tinylora.layer import TinyLoraLayer
 
     def given(layer: TinyLoraLayer, adapter: str, r: int, *_: object) -> None:  # in place of a full SVD of W
@@ -201,7 +203,7 @@ def _peft_tinylora(o: Operands) -> Layer:
 
     config = TinyLoraConfig(r=o.R.shape[0], target_modules=["0"], init_v_bound=0.2)
     with mock.patch.object(TinyLoraLayer, "_init_svd", given):
-        layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+        layer = _peft_layer(o, config)
     v = next(p for p in layer.parameters() if p.requires_grad)
     factors = (layer.tinylora_A["default"], layer._compute_R("default").detach(), layer.tinylora_B["default"])
     return Layer(layer, (v,), factors)
@@ -212,10 +214,9 @@ def _vera(o: Operands) -> Layer:
 
     The adapter is diag(b) B diag(d) A, with random A and B that all layers share; here they are the operands'.
     """
-    from peft import VeraConfig, get_peft_model
+    from peft import VeraConfig
 
-    config = VeraConfig(r=o.R.shape[0], target_modules=["0"])
-    layer = get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
+    layer = _peft_layer(o, VeraConfig(r=o.R.shape[0], target_modules=["0"]))
     for shared, own in ((layer.vera_A, o.A), (layer.vera_B, o.B)):
         shared["default"] = own.to(shared["default"].dtype)
     d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
@@ -232,65 +233,55 @@ def _peft(config: str) -> str | None:
     return None if hasattr(peft, config) else f"peft {peft.__version__} has no {config}"
 
 
-HOW = {"torch": ": expand first, then the base GEMM accumulates"}
-
-PATHS = {
-    path.name: path
-    for path in (
-        Path("frozen", "the frozen linear alone: the floor", _each(_frozen)),
-        Path(
-            "reference-fp32",
-            "the reference layer as PEFT runs it: four ops, adapters upcast to fp32",
-            _each(partial(_reference, dtype=torch.float32)),
-        ),
-        Path("reference", "the reference layer: four ops, adapters in the weight's dtype", _each(_reference)),
-        Path("addmm", "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)", _each(_addmm)),
-        Path("compile", "torch.compile of the reference chain", partial(_compiled, mode="default"), default=False),
-        Path(
-            "compile-max",
-            "torch.compile of the reference chain, max-autotune",
-            partial(_compiled, mode="max-autotune-no-cudagraphs"),
-            default=False,
-        ),
-        Path("peft-lora", "PEFT's LoRA layer (A and B train)", _each(_peft_lora), missing=lambda: _peft("LoraConfig")),
-        Path(
-            "peft-tinylora",
-            "PEFT's TinyLoRA layer (R = sum v_i P_i)",
-            _each(_peft_tinylora),
-            missing=lambda: _peft("TinyLoraConfig"),
-        ),
-        Path(
-            "vera",
-            "PEFT's VeRA layer (random A and B, vectors d and b train)",
-            _each(_vera),
-            default=False,
-            missing=lambda: _peft("VeraConfig"),
-        ),
-        *(
-            Path(
-                name,
-                f"LoRAXSLinear on the {name} backend{HOW.get(name, '')}",
-                _each(_backend),
-                missing=partial(backends.unavailable, name),
-                within=partial(backends.backend, name),
-            )
-            for name in backends.NAMES
-        ),
-        Path("chosen", "LoRAXSLinear as it is, on the backend that is chosen for each call", _each(_backend), False),
-        Path("operator", "the same through the torch.library operator, called eagerly", _each(_operator), False),
-        Path("two", "two LoRAXSLinear layers on one x", partial(_two, layer=fused, compiled=False), False),
-        Path("two-compile", "the same two by torch.compile", partial(_two, layer=fused, compiled=True), False),
-        Path(
-            "two-frozen-compile",
-            "two frozen linears by torch.compile: its floor",
-            partial(_two, layer=Operands.linear, compiled=True),
-            False,
-        ),
-    )
-}
+def _path(name: str, colour: str, what: str, build: Callable, run: str = "default", **more: Any) -> Path:
+    return Path(name=name, colour=colour, what=what, build=build, run=run, **more)
 
 
-HOST_ONLY = ("operator", "two", "two-compile", "two-frozen-compile")  # paths that only the question host is about
+def _on(name: str) -> Path:
+    what = f"LoRAXSLinear on the {name} backend{_HOW.get(name, '')}"
+    more = {"missing": partial(backends.unavailable, name), "within": partial(backends.backend, name)}
+    return _path(name, _OURS.get(name, question.Path.colour), what, _each(_backend), **more)
+
+
+_HOW = {"torch": ": expand first, then the base GEMM accumulates"}
+# Ours in blues and greens, what people run today in warm colours, the floor black.
+_OURS = {"torch": "#1f77b4", "triton": "#17a398", "cuda": "#2ca02c"}
+_FP32 = "the reference layer as PEFT runs it: four ops, adapters upcast to fp32"
+_ADDMM = "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)"
+_VERA = "PEFT's VeRA layer (random A and B, vectors d and b train)"
+_CHOSEN = "LoRAXSLinear as it is, on the backend that is chosen for each call"
+_OPERATOR = "the same through the torch.library operator, called eagerly"
+_TWICE = partial(_two, layer=fused, compiled=True)
+_FLOOR = partial(_two, layer=Operands.linear, compiled=True)
+_MOST = "max-autotune-no-cudagraphs"
+_WAYS = (
+    _path("frozen", "#000000", "the frozen linear alone: the floor", _each(_frozen)),
+    _path("reference-fp32", "#a63603", _FP32, _each(partial(_reference, dtype=torch.float32))),
+    _path("reference", "#e6550d", "the reference layer: four ops, adapters in the weight's dtype", _each(_reference)),
+    _path("addmm", "#b8860b", _ADDMM, _each(_addmm)),
+    _path("compile", "#8c6bb1", "torch.compile of the reference chain", partial(_compiled, mode="default"), "all"),
+    _path(
+        *("compile-max", "#4d004b", "torch.compile of the reference chain, max-autotune"),
+        *(partial(_compiled, mode=_MOST), "all"),
+    ),
+    _path(
+        *("peft-lora", "#d6616b", "PEFT's LoRA layer (A and B train)", _each(_peft_lora)),
+        missing=partial(_peft, "LoraConfig"),
+    ),
+    _path(
+        *("peft-tinylora", "#e7969c", "PEFT's TinyLoRA layer (R = sum v_i P_i)", _each(_peft_tinylora)),
+        missing=partial(_peft, "TinyLoraConfig"),
+    ),
+    _path("vera", "#7b4173", _VERA, _each(_vera), "all", missing=partial(_peft, "VeraConfig")),
+    *map(_on, backends.NAMES),
+    _path("chosen", "#08519c", _CHOSEN, _each(_backend), "all"),
+    # What only the question host is about.
+    _path("operator", "#9ecae1", _OPERATOR, _each(_operator), "named"),
+    _path("two", "#6baed6", "two LoRAXSLinear layers on one x", partial(_two, layer=fused, compiled=False), "named"),
+    _path("two-compile", "#2171b5", "the same two by torch.compile", _TWICE, "named"),
+    _path("two-frozen-compile", "#525252", "two frozen linears by torch.compile: its floor", _FLOOR, "named"),
+)
+PATHS = {path.name: path for path in _WAYS}
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
@@ -315,28 +306,17 @@ def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Cal
     return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
 
 
-def errors(layer: Layer, o: Operands) -> dict[str, tuple[float, float]]:
-    """{"y", "gX" and, where R itself trains, "gR": (relative error against the fp64 oracle, what is allowed)}.
+def layer_errors(layer: Layer, o: Operands) -> dict[str, dict[str, float]]:
+    """Of y, gX and, where R itself trains, gR: the relative error against the fp64 oracle, and what is allowed.
 
     y and gX are compared on rows spread over all of x, gR whole: its oracle is low-rank and costs little.
     """
-    inputs = (o.x, *layer.trained)
     y = layer.call(o.x)
-    gX, *trained = torch.autograd.grad(y, inputs, o.gY)
-    T, dtype = o.x.shape[0], o.x.dtype
-    rows = torch.linspace(0, T - 1, min(T, ROWS), device=o.x.device).round().long()
-    got = {"y": y.detach()[rows], "gX": gX[rows]}
-    r = o.R.shape[0]
-    if layer.factors and len(trained) == 1 and trained[0].shape == (r, r):
-        got["gR"] = trained[0]
-    chain, oracle = (_expected(layer, o, rows, dt) for dt in (dtype, torch.float64))
-    return {
-        name: (
-            reference.relative_error(value, oracle[name]),
-            reference.allowed_error(chain[name], oracle[name], dtype),
-        )
-        for name, value in got.items()
-    }
+    gX, *trained = torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+    rows, r = some(o.x), o.R.shape[0]
+    R_trains = layer.factors and len(trained) == 1 and trained[0].shape == (r, r)
+    got = {"y": y.detach()[rows], "gX": gX[rows], "gR": trained[0] if R_trains else None}
+    return errors(got, *(_expected(layer, o, rows, dtype) for dtype in (o.x.dtype, torch.float64)), o.x.dtype)
 
 
 def _expected(layer: Layer, o: Operands, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

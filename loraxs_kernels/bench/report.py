@@ -17,34 +17,33 @@
     ladder                   of bench/gpu_suite.py only: how many rungs of bench/first_light.py passed, failed, crashed,
                              timed out, were not run or not reached, and which and why (bad)
 
-Every row has `question`, `path`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low, median, high}:
-quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.
+Every row has `question`, `path`, `model`, `dtype`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low,
+median, high}: quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.  Rows that
+loraxs_kernels/bench/compare.py has timed say besides, where it applies: mode; errors {result: error, and what the
+accuracy rule allows}; rounds; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept); over {other path:
+spread of the ratio}; noisy; gauges before and after (MHz, C, W).  And of each question:
 
-    layer, host  model, layers, count (of this shape in a block), N, K, T, r, dtype, direction, mode; errors, and
-                 what the accuracy rule allows; seconds (a spread; on a GPU alone: on a shared CPU ratios are kept);
-                 over: {frozen, reference, peft-lora, torch, of host also two: spread of the ratio}; rounds, noisy;
-                 layer on a GPU: sets, peak_bytes, gauges before and after (MHz, C, W); host on a GPU: kernels {forward,
-                 backward}
-    chain        model, N, K, T, r, dtype, direction, mode, bytes (that must move); seconds and over as above
-    gemm         layers, count and the rest as above, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
+    layer, host  layers, count (of this shape in a block), N, K, T, r, direction; over {frozen, reference, peft-lora,
+                 torch, of host also two}; sets, peak_bytes (on a GPU); host on a GPU: kernels {forward, backward}
+    chain        N, K, T, r, direction, bytes (that must move)
+    gemm         layers, count, N, K, T, r, direction, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
                  tile (rows, columns of y), picked (the cuda backend would use this path here)
-    group        model, N (a list), K, T, r, dtype, direction, mode; seconds and over {frozen, separate} as above
-    choice       layers, count and the rest as above, weight (whether there is a W), over {torch}; directions are of the
+    group        N (a list), K, T, r, over {frozen, separate}
+    choice       layers, count, N, K, T, r, weight (whether there is a W), over {torch}; directions are of the
                  primitive: backward makes gX and gR
-    model        model, blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); seconds
-                 and over as above; peak_bytes; loss, trained (parameters), gR_difference (from the reference layers')
-    svd          N, K, r, dtype; seconds and over {path: spread} as above; sigma_error (largest relative error of a
-                 singular value), excess (of the reconstruction's squared error over the best of that rank, relative);
-                 bytes (of every read of W, ours alone), peak_bytes (on a GPU, beyond weights and results); for a whole
-                 model matrices in place of N and K, and the errors of the last
-    bank         model, N, K, T, r, dtype, direction, mode; seconds and over {one} as above.  Of banks with `records`:
-                 paths warm and cold, over {fewest, warm}: the bank with the fewest records, and warm with as many;
-                 read (r alone, one record; over {fewest}) and adapter (modules): bytes of a record, and seconds on a
-                 CPU, too
-    experiments  experiment, the sizes it has (N, K, T, r, direction), dtype, mode; seconds and over {path: spread} as
-                 above; where there is a prediction unit ("s", "x": a ratio, "B/s", "B"), measured (a spread),
-                 predicted {low, high, why} and ratio (of measured to the middle of predicted, a spread); swizzle: tile,
-                 waves, wave_bytes (of x and W that a wave asks of memory); counters, or not_read (why there are none)
+    model        blocks, r, T (a step's tokens), sequence, checkpointing, again (the floor once more); peak_bytes; loss,
+                 trained (parameters), gR_difference (from the reference layers')
+    svd          N, K, r, over {loraxs-svd}; sigma_error (largest relative error of a singular value), excess (of the
+                 reconstruction's squared error over the best of that rank, relative); bytes (of every read of W, ours
+                 alone), peak_bytes (on a GPU, beyond weights and results); for a whole model matrices in place of N and
+                 K, and the errors of the last
+    bank         N, K, T, r, direction, over {one}.  Of banks with `records`: paths warm and cold, over {fewest, warm}:
+                 the bank with the fewest records, and warm with as many; read (r alone, one record; over {fewest}) and
+                 adapter (modules): bytes of a record, and seconds on a CPU, too
+    experiments  experiment, the sizes it has (N, K, T, r, direction), over {path}; where there is a prediction unit
+                 ("s", "x": a ratio, "B/s", "B"), measured (a spread), predicted {low, high, why} and ratio (of measured
+                 to the middle of predicted, a spread); swizzle: tile, waves, wave_bytes (of x and W that a wave asks of
+                 memory); counters, or not_read (why there are none)
 
 Files are added, never changed: a name that is taken gets a number.
 """
@@ -65,7 +64,8 @@ from ..backends import tuned
 from ..files import write_atomically
 from ..info import environment
 from . import BenchError
-from .settings import QUESTIONS, Settings
+from .questions import QUESTIONS
+from .request import Request
 
 FORMAT, VERSION = "loraxs-bench", 2
 _FIELDS = ("date", "machine", "versions", "commit", "settings", "ceilings", "complete", "seconds", "rows")
@@ -74,33 +74,12 @@ _FIELDS = ("date", "machine", "versions", "commit", "settings", "ceilings", "com
 class Report:
     """A run in the making; every `add` is on the disk when it returns."""
 
-    def __init__(self, settings: Settings, out: Path | None, commit: str | None = None) -> None:
+    def __init__(self, request: Request, out: Path | None, commit: str | None = None) -> None:
         self.started = time.perf_counter()
-        found = source()
         self.data: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            **environment(settings.device),
-            "commit": commit or found[0],
-            "dirty": None if commit else found[1],
+            **head(FORMAT, VERSION, request.device, commit),
             "kernels": {name: tuned.kernels(name) for name in ("triton", "cuda")},
-            "settings": {
-                "questions": settings.questions,
-                "model": settings.model,
-                "shapes": [str(shape) for shape in settings.shapes],
-                "tokens": settings.tokens,
-                "ranks": settings.ranks,
-                "dtype": settings.dtype_name,
-                "direction": settings.direction,
-                "paths": [*settings.paths, *settings.svd_paths],
-                "left_out": settings.left_out,
-                "modes": settings.modes,
-                "seconds": settings.seconds,
-                "blocks": settings.blocks,
-                "sequence": settings.sequence,
-                "batch": settings.batch,
-                "records": settings.records,
-            },
+            "settings": request.plain(),
             "ceilings": None,
             "complete": False,
             "seconds": 0.0,
@@ -123,6 +102,19 @@ class Report:
     def save(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self.started, 1)
         save(self.data, self.path)
+
+
+def head(format: str, version: int = 1, device: Any = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """What every report begins with: its format, when and where it is made, with what, and from which source."""
+    found = (commit, None) if commit else source()
+    return {"format": format, "version": version, **environment(device), "commit": found[0], "dirty": found[1]}
+
+
+def keep(data: dict[str, Any], out: Path, what: str) -> None:
+    """Write <out>/<date>-<commit>-<what>.json, and print its name."""
+    path = free(out / f"{data['date'][:10]}-{data['commit']}-{what}.json")
+    save(data, path)
+    print(path)
 
 
 def save(data: dict[str, Any], path: Path) -> None:

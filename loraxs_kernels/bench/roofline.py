@@ -87,7 +87,9 @@ def _one_way(path: str, T: int, N: int, K: int, r: int, backward: bool) -> list[
         return [Step(2 * X + A, shrink), _gemm(T, N, K, more=Step(B, 2 * T * N * STEP * -(-r // STEP)))]
     if path == "one-pass":  # x read once, for W and A together
         return [_gemm(T, N, K, more=Step(A + B, shrink + expand))]
-    return [base]
+    if path == "frozen":
+        return [base]
+    raise KeyError(f"{path} has no floor: count its steps here")
 
 
 # What each path with a floor is, in words.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from . import BenchError
 
@@ -19,6 +20,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.N}x{self.K}"
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What the rows of a report say of it."""
+        return {"layers": self.names, "count": self.count, "N": self.N, "K": self.K}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from .. import basis
 from ..basis import Factors
 from ..model import attach, detach
-from ..svd import basis_size, plan, truncated_svd
-from . import timer
-from .layer import Row, failure, release
+from ..svd import basis_size, truncated_svd
+from ..svd import plan as svd_plan
+from . import plots, tables, timer
+from .compare import Candidate, Row, compare, failure, figures
+from .question import Path, Point, Question, colour
+from .request import Request
 from .shapes import MODELS, Shape
+from .tables import Table, over, pivot
 
-if TYPE_CHECKING:
-    from .settings import Settings
-
+OURS = "loraxs-svd"
 SPIKES = 256
 WHOLE_ROUNDS = 2
 MIN_ROUNDS = 5  # a full decomposition may take minutes
@@ -29,14 +31,11 @@ MIN_ROUNDS = 5  # a full decomposition may take minutes
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Method:
-    """`run(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
+@dataclass(frozen=True, kw_only=True)
+class Method(Path):
+    """`compute(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
 
-    what: str
-    run: Callable[[Tensor, int], Triplets]
-    default: bool = True
-    missing: Callable[[], str | None] = lambda: None
+    compute: Callable[[Tensor, int], Triplets]
 
 
 def _sklearn(W: Tensor, r: int) -> Triplets:
@@ -46,6 +45,10 @@ def _sklearn(W: Tensor, r: int) -> Triplets:
     svd = TruncatedSVD(n_components=r, n_iter=10, random_state=42)
     U = svd.fit_transform(W.float().cpu().numpy()) / svd.singular_values_
     return tuple(torch.from_numpy(t).to(W.device) for t in (U, svd.singular_values_, svd.components_))
+
+
+def _no_sklearn() -> str | None:
+    return None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed"
 
 
 def _ours(**options: Any) -> Callable[[Tensor, int], Triplets]:
@@ -65,76 +68,86 @@ def _full(W: Tensor, r: int) -> Triplets:
     return U[:, :r], S[:r], Vh[:r]
 
 
+def _method(name: str, colour: str, what: str, compute: Callable, run: str = "default", **more: Any) -> Method:
+    return Method(name=name, colour=colour, what=what, compute=compute, run=run, **more)
+
+
 METHODS = {
-    "loraxs-svd": Method("truncated_svd", truncated_svd),
-    "loraxs-krylov": Method("truncated_svd, krylov", _ours(method="krylov"), default=False),
-    "loraxs-subspace": Method("truncated_svd, subspace", _ours(method="subspace"), default=False),
-    "sklearn": Method(
-        "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)",
-        _sklearn,
-        missing=lambda: None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed",
+    method.name: method
+    for method in (
+        _method(OURS, "#1f77b4", "truncated_svd", truncated_svd),
+        _method("loraxs-krylov", "#6baed6", "truncated_svd, krylov", _ours(method="krylov"), "all"),
+        _method("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", _ours(method="subspace"), "all"),
+        _method(
+            "sklearn",
+            "#e6550d",
+            "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)",
+            _sklearn,
+            missing=_no_sklearn,
+        ),
+        _method("svd-lowrank", "#b8860b", "torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
+        _method(
+            "svd-lowrank-2", "#f2c14e", "torch.svd_lowrank, niter = 2 (its default), q = r + 10", _svd_lowrank(2, 10)
+        ),
+        _method("svd-lowrank-4", "#d9a441", "torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
+        _method("svd-lowrank-r", "#8c6d31", "torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0), "all"),
+        _method("svd-lowrank-4-r", "#e7cb94", "torch.svd_lowrank, niter = 4, q = r", _svd_lowrank(4, 0), "all"),
+        _method("svd-full", "#000000", "torch.linalg.svd", _full, "all"),
+    )
+}
+# Those of all reports; the first can only be found in a report of an earlier version.
+EVER = {
+    "loraxs-eigh-gpu": Path(
+        name="loraxs-eigh-gpu", colour="#9e9ac8", what="truncated_svd, its eigenproblem on the GPU"
     ),
-    "svd-lowrank": Method("torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
-    "svd-lowrank-2": Method("torch.svd_lowrank, niter = 2 (its default), q = r + 10", _svd_lowrank(2, 10)),
-    "svd-lowrank-4": Method("torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
-    "svd-lowrank-r": Method("torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0), default=False),
-    "svd-lowrank-4-r": Method("torch.svd_lowrank, niter = 4, q = r", _svd_lowrank(4, 0), default=False),
-    "svd-full": Method("torch.linalg.svd", _full, default=False),
-}
-# What the paths of all reports are; the first can only be found in a report of an earlier version.
-WHAT = {"loraxs-eigh-gpu": "truncated_svd, its eigenproblem on the GPU"} | {
-    name: method.what for name, method in METHODS.items()
+    **METHODS,
 }
 
 
-def points(settings: Settings) -> int:
-    return len(settings.shapes) * len(settings.ranks) + (len(settings.ranks) if _whole(settings) else 0)
+def plan(request: Request) -> list[Point]:
+    """On a GPU first the linears of the whole model, by each of WHOLE; then each shape, at every rank."""
+    every = request.model in MODELS and (request.gpu or request.model == "tiny")
+    whole = [Point({"r": r}, partial(_whole, request, r)) for r in request.ranks if every]
+    return whole + [Point(shape.where, partial(_one, request, shape)) for shape in request.shapes]
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """On a GPU the linears of the whole model, by each of WHOLE; then one row for each method, shape and rank."""
-    if _whole(settings):
-        for r in settings.ranks:
-            yield from whole(settings, r)
-    for shape in settings.shapes:
-        highest = min(shape.N, shape.K)
-        for r in (r for r in settings.ranks if r > highest):
-            lost = f"rank {r} is above min(N, K) = {highest}"
-            yield from (_where(settings, shape, r) | failure(name, lost) for name in settings.svd_paths)
-        ranks = [r for r in settings.ranks if r <= highest]
-        try:
-            W = weight(shape, settings)
-            sigma, energy = truth(W)
-        except torch.OutOfMemoryError as error:
-            lost = failure("", error)["reason"]
-            yield from (_where(settings, shape, r) | failure(name, lost) for r in ranks for name in settings.svd_paths)
-            continue
-        for r in ranks:
-            yield from point(settings, shape, W, r, sigma, energy)
-        del W
-        release()
+def _one(request: Request, shape: Shape) -> Iterator[Row]:
+    """A row for each method and rank, on one weight."""
+    names = [name for name in METHODS if name in request.paths]
+    highest = min(shape.N, shape.K)
+    for r in request.ranks:
+        if r > highest:
+            yield from ({"r": r} | failure(name, f"rank {r} is above min(N, K) = {highest}") for name in names)
+    try:
+        W = weight(shape, request)
+        sigma, energy = truth(W)
+    except torch.OutOfMemoryError:
+        yield from (failure(name, "out of memory: the weight and its singular values alone") for name in names)
+        return
+    for r in (r for r in request.ranks if r <= highest):
+
+        def build(name: str, r: int = r) -> Candidate:
+            call = partial(METHODS[name].compute, W, r)
+            made, peak = _peak(call, request)
+            facts = accuracy(W, *made, sigma, energy) | peak
+            facts |= {"bytes": bytes_read(W, r)} if name == OURS else {}
+            return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
+
+        rows = compare(request, names, lambda build=build: build, (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
+        yield from ({"r": r} | row for row in rows)
 
 
-def _where(settings: Settings, shape: Shape, r: int) -> Row:
-    where = {"question": "svd", "model": settings.model, "layers": shape.names, "count": shape.count}
-    return where | {"N": shape.N, "K": shape.K, "r": r, "dtype": settings.dtype_name}
-
-
-def _whole(settings: Settings) -> bool:
-    return settings.model in MODELS and (settings.device.type == "cuda" or settings.model == "tiny")
-
-
-def weight(shape: Shape, settings: Settings, seed: int = 0) -> Tensor:
+def weight(shape: Shape, request: Request, seed: int = 0) -> Tensor:
     """A random matrix with the spectrum of a trained weight: a slowly decaying head over a Gaussian bulk."""
-    g = torch.Generator(settings.device).manual_seed(seed)
+    g = torch.Generator(request.device).manual_seed(seed)
     k = min(SPIKES, shape.N, shape.K)
 
     def rand(rows: int, columns: int, over: int) -> Tensor:
-        return torch.randn(rows, columns, generator=g, device=settings.device) / over**0.5
+        return torch.randn(rows, columns, generator=g, device=request.device) / over**0.5
 
     U, V, bulk = rand(shape.N, k, shape.N), rand(shape.K, k, shape.K), rand(shape.N, shape.K, shape.K)
-    head = 10 / (1 + torch.arange(k, device=settings.device)) ** 0.5
-    return (bulk + (U * head) @ V.T).to(settings.dtype)
+    head = 10 / (1 + torch.arange(k, device=request.device)) ** 0.5
+    return (bulk + (U * head) @ V.T).to(request.dtype)
 
 
 def truth(W: Tensor) -> tuple[Tensor, float]:
@@ -145,53 +158,23 @@ def truth(W: Tensor) -> tuple[Tensor, float]:
     return squares.sqrt(), squares.sum().item()
 
 
-def point(settings: Settings, shape: Shape, W: Tensor, r: int, sigma: Tensor, energy: float) -> Iterator[Row]:
-    where, passes, facts = _where(settings, shape, r), {}, {}
-    for name in settings.svd_paths:
-
-        def call(method: Method = METHODS[name]) -> Triplets:
-            return method.run(W, r)
-
-        try:
-            made, peak = _peak(call, settings)
-            facts[name] = accuracy(W, *made, sigma, energy) | peak
-            del made
-            passes[name] = timer.Pass(call, 1)
-        except Exception as error:
-            yield where | failure(name, error)
-    if "loraxs-svd" in facts:
-        facts["loraxs-svd"]["bytes"] = bytes_read(W, r)
-    try:
-        samples = timer.interleave(passes, settings.device, settings.seconds, MIN_ROUNDS)
-    except Exception as error:
-        lost = failure("", error)["reason"]
-        yield from (where | failure(name, lost) for name in passes)
-        return
-    for name, own in samples.items():
-        row = where | {"path": name, "status": "ok", "rounds": len(own)} | facts[name]
-        if settings.device.type == "cuda":
-            row["seconds"] = dataclasses.asdict(timer.Spread.of(own))
-        row["over"] = {other: dataclasses.asdict(timer.Spread.of(own / samples[other])) for other in samples}
-        yield row | {"noisy": timer.Spread.of(own).noisy}
-
-
 def bytes_read(W: Tensor, r: int) -> int:
     """Every read of W by truncated_svd: for its peak, and twice a step or, where Q is all of its smaller side, once."""
-    how, m = plan(r, W.shape), min(W.shape)
+    how, m = svd_plan(r, W.shape), min(W.shape)
     return W.nbytes * (2 if basis_size(m, how) == m else 1 + 2 * (how.n_iter + 1))
 
 
-def _peak(call: Callable[[], Any], settings: Settings) -> tuple[Any, Row]:
+def _peak(call: Callable[[], Any], request: Request) -> tuple[Any, Row]:
     """What a call makes, and on a GPU the memory it took beyond that."""
-    if settings.device.type != "cuda":
+    if not request.gpu:
         return call(), {}
-    torch.cuda.synchronize(settings.device)
-    held = torch.cuda.memory_allocated(settings.device)
-    torch.cuda.reset_peak_memory_stats(settings.device)
+    torch.cuda.synchronize(request.device)
+    held = torch.cuda.memory_allocated(request.device)
+    torch.cuda.reset_peak_memory_stats(request.device)
     made = call()
-    torch.cuda.synchronize(settings.device)
-    results = torch.cuda.memory_allocated(settings.device) - held
-    return made, {"peak_bytes": torch.cuda.max_memory_allocated(settings.device) - held - results}
+    torch.cuda.synchronize(request.device)
+    results = torch.cuda.memory_allocated(request.device) - held
+    return made, {"peak_bytes": torch.cuda.max_memory_allocated(request.device) - held - results}
 
 
 def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy: float) -> Row:
@@ -206,58 +189,41 @@ def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy:
     }
 
 
-def whole(settings: Settings, r: int) -> Iterator[Row]:
+def _whole(request: Request, r: int) -> Iterator[Row]:
     """Every linear of the model, resident in its dtype: `attach` and a fingerprint of each layer, beside a loop.
 
     The accuracy is that of the last of them.
     """
-    model = MODELS[settings.model]
-    where = {"question": "svd", "model": model.name, "r": r, "dtype": settings.dtype_name}
-    blocks = settings.blocks or model.blocks
-    linears = None
-    try:
-        linears = nn.ModuleList()
-        for i in range(blocks):
-            for shape in model.shapes:
-                for j in range(shape.count):
-                    linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
-                    linear.weight = nn.Parameter(weight(shape, settings, 7 * i + j), requires_grad=False)
-                    linears.append(linear)
-        where["matrices"] = len(linears)
-        last = linears[-1].weight
-        sigma, energy = truth(last)
-        samples: dict[str, Tensor] = {}
-        for name in (name for name in WHOLE if name in settings.svd_paths):
-
-            def call(make: Callable[..., list[Factors]] = WHOLE[name]) -> list[Factors]:
-                return make(linears, r)
-
-            try:
-                WHOLE[name](linears[: len(linears) // blocks], r)  # warm-up: one block
-                made, peak = _peak(call, settings)
-                A, B = made[-1]
-                del made
-                S = A.float().norm(dim=1)
-                facts = accuracy(last, B.float(), S, A.float() / S[:, None], sigma, energy) | peak
-                rounds = WHOLE_ROUNDS if name == "loraxs-svd" else 1
-                samples[name] = torch.tensor([timer.once(call) for _ in range(rounds)])
-            except Exception as error:
-                yield where | failure(name, error)
-                continue
-            row = where | {"path": name, "status": "ok", "rounds": rounds, "over": {}} | facts
-            if settings.device.type == "cuda":
-                row["seconds"] = dataclasses.asdict(timer.Spread.of(samples[name]))
-            if name == "loraxs-svd":
-                row["bytes"] = sum(bytes_read(each.weight, r) for each in linears)
-            if "loraxs-svd" in samples:
-                ours = timer.Spread.of(samples["loraxs-svd"]).median
-                row["over"]["loraxs-svd"] = dataclasses.asdict(timer.Spread.of(samples[name] / ours))
-            yield row | {"noisy": timer.Spread.of(samples[name]).noisy}
-    except Exception as error:
-        yield where | failure("loraxs-svd", error)
-    finally:
-        linears = None
-        release()
+    model = MODELS[request.model]
+    blocks = request.blocks or model.blocks
+    linears = nn.ModuleList()
+    for i in range(blocks):
+        for shape in model.shapes:
+            for j in range(shape.count):
+                linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
+                linear.weight = nn.Parameter(weight(shape, request, 7 * i + j), requires_grad=False)
+                linears.append(linear)
+    last = linears[-1].weight
+    sigma, energy = truth(last)
+    samples: dict[str, Tensor] = {}
+    for name in (name for name in WHOLE if name in request.paths):
+        call = partial(WHOLE[name], linears, r)
+        try:
+            WHOLE[name](linears[: len(linears) // blocks], r)  # warm-up: one block
+            made, peak = _peak(call, request)
+            A, B = made[-1]
+            del made
+            S = A.float().norm(dim=1)
+            facts = accuracy(last, B.float(), S, A.float() / S[:, None], sigma, energy) | peak
+            took = [timer.once(call) for _ in range(WHOLE_ROUNDS if name == OURS else 1)]
+        except Exception as error:
+            yield {"matrices": len(linears)} | failure(name, error)
+            continue
+        samples[name] = torch.tensor(took, dtype=torch.float64)
+        beside = {"this": samples[name]} | ({OURS: samples[OURS].quantile(0.5)} if OURS in samples else {})
+        row = figures(beside, "this", request.device, (OURS,)) | {"path": name} | facts
+        row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
+        yield {"matrices": len(linears)} | row
 
 
 def _attached(linears: nn.ModuleList, r: int) -> list[Factors]:
@@ -275,7 +241,7 @@ def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
     def run(linears: nn.ModuleList, r: int) -> list[Factors]:
         made = []
         for W in (linear.weight for linear in linears):
-            U, S, Vh = method.run(W, r)
+            U, S, Vh = method.compute(W, r)
             made.append(((S[:, None] * Vh).to(W.dtype), U.to(W.dtype)))
         return made
 
@@ -283,6 +249,84 @@ def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
 
 
 # How the factors of a whole model are made.
-WHOLE = {"loraxs-svd": _attached} | {
-    name: _looped(METHODS[name]) for name in ("svd-lowrank", "svd-lowrank-2", "svd-lowrank-4")
-}
+WHOLE = {OURS: _attached} | {name: _looped(METHODS[name]) for name in ("svd-lowrank", "svd-lowrank-2", "svd-lowrank-4")}
+
+
+# --- what is shown
+
+
+def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
+    """How long the factors take, and how exact they are: of one weight, and of all of a model."""
+    one, all_of_them = ([row for row in rows if whole == ("matrices" in row)] for whole in (False, True))
+    if one:
+        points = pivot(one, "N", "K", "dtype", "r")
+        where = {f"{N} x {K}, {dtype}, r {r}": point for (N, K, dtype, r), point in points.items()}
+        yield _table(report, "Truncated SVD of one weight", where, ".")
+    if all_of_them:
+        points = pivot(all_of_them, "matrices", "dtype", "r")
+        where = {f"{many} linears, {dtype}, r {r}": point for (many, dtype, r), point in points.items()}
+        title = f"Factors of every linear of {all_of_them[-1]['model']}"
+        yield _table(report, title, where, "; both of the last linear.")
+
+
+def _table(report: dict[str, Any], title: str, points: dict[str, dict[str, Row]], which: str) -> Table:
+    rivals = [name for name in tables.present(EVER, points) if name != OURS]
+    cost = tables.gpu(report)
+    head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if cost else []), "error", "excess"]
+    head += [f"{name}: {what}" for name in rivals for what in ("time", "error", "excess")]
+    lines = []
+    for where, point in points.items():
+        line = [where, *(_cost(report, point.get(OURS)) if cost else []), *_errors(point.get(OURS))]
+        for name in rivals:
+            line += [over(point.get(name), OURS), *_errors(point.get(name))]
+        lines.append(line)
+    notes = [
+        "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
+        f"value; excess: squared reconstruction error beyond the best of that rank, relative{which}"
+    ]
+    if cost:
+        notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
+    notes += [f"{name}: {EVER[name].what}." for name in rivals]
+    return Table(title, head, lines, (*notes, *tables.noise(lines)))
+
+
+def _cost(report: dict[str, Any], row: Row | None) -> list[str]:
+    if row is None:
+        return [tables.NO_FIGURE] * 3
+    milliseconds = tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
+    return [milliseconds, f"{row['peak_bytes'] / 2**20:,.0f}", tables.bandwidth(report, row)]
+
+
+def _errors(row: Row | None) -> list[str]:
+    if row is None:
+        return [tables.NO_FIGURE] * 2
+    return [f"{row['sigma_error']:.1e}", tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"]
+
+
+def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "matrices" not in row:
+            groups.setdefault(f"{row['N']} x {row['K']} {row['dtype']}, r = {row['r']}", []).append(row)
+    if groups:
+        yield plots.panels("svd", "Truncated SVD: time against error", groups, _panel)
+
+
+def _panel(axes: Any, rows: list[Row]) -> None:
+    for row in rows:
+        if time := row["over"].get(OURS):
+            style = {"color": colour(EVER, row["path"]), "label": row["path"], "markersize": 8}
+            axes.plot(time["median"], max(row["sigma_error"], 1e-9), "o", **style)
+    axes.set(xscale="log", yscale="log", xlabel="time over truncated_svd")
+    axes.set_ylabel("largest relative error of a singular value")
+
+
+QUESTION = Question(
+    name="svd",
+    plan=plan,
+    tables=show,
+    plots=draw,
+    paths=METHODS,
+    options=("blocks",),
+    how="SVD: random weights, a decaying head over a Gaussian bulk; the truth is an fp64 eigensolver's.",
+)

@@ -7,12 +7,12 @@ paired one, taken within rounds.  A point of the grid that lacks a shape has no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import roofline
-from .layer import Row
+from .compare import Row
 from .shapes import MODELS, Shape
+from .timer import Spread
 
 Paths = dict[str, dict[Shape, Row]]
 
@@ -29,25 +29,20 @@ class Point(NamedTuple):
     r: int
 
 
-@dataclass(frozen=True)
-class Tax:
+class Tax(Spread):
     """A fraction of the frozen linears' time, with quartiles; goals are hundredths apart, so noise is told early."""
-
-    low: float
-    median: float
-    high: float
 
     @property
     def noisy(self) -> bool:
         return self.high - self.low > max(0.01, 0.25 * abs(self.median))
 
 
-def points(rows: Iterable[Row], question: str = "layer") -> dict[Point, Paths]:
-    """A question's rows with absolute times (a GPU's), by point, path and shape; separate runs stay apart."""
+def points(rows: Iterable[Row]) -> dict[Point, Paths]:
+    """Rows of layer or gemm with absolute times (a GPU's), by point, path and shape; separate runs stay apart."""
     found: dict[Point, Paths] = {}
     shapes: dict[tuple[str, str], set[Shape]] = {}
     for row in rows:
-        if row["question"] == question and row["status"] == "ok" and "seconds" in row:
+        if row["status"] == "ok" and "seconds" in row:
             at = Point(row.get("run", ""), *(row[name] for name in Point._fields[1:]))
             shape = Shape(row["N"], row["K"], row["count"], row["layers"])
             found.setdefault(at, {}).setdefault(row["path"], {})[shape] = row

@@ -171,9 +171,10 @@ def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
         return low_rank(cut, x, *more)
 
     try:
-        if case.wrong(chain):
+        candidate = case.candidate(chain)
+        if candidate.wrong:
             return math.inf
-        each = case.prepare(chain, graph=case.device.type == "cuda")
+        each = candidate.ready(case.device, "graph" if case.device.type == "cuda" else "eager")
         return timer.interleave({"": each}, case.device, seconds)[""].median().item()
     except Exception:  # does not compile, or does not fit: others will
         timer.synchronize()  # raises where the device itself is lost

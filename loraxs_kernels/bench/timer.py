@@ -1,5 +1,8 @@
 """Timing: several calls side by side, in turn, so that whatever drifts drifts for all of them.
 
+That is why there is a timer of our own: those of torch.utils.benchmark and pytest-benchmark time one call to its end
+and then the next, on one set of operands, which a GPU finds in its cache.
+
 A sample is the time of one call, averaged over a pass through all sets of operands; a round takes one sample of every
 call.  Figures are medians and quartiles over rounds, and ratios are taken within a round.
 
@@ -70,13 +73,14 @@ def prepare(
     device: torch.device,
     graph: bool = False,
     within: Callable[[], AbstractContextManager] = nullcontext,
+    warm: bool = True,
 ) -> Pass:
     """Make the calls and warm up, apart from every measurement; with `graph` (CUDA), capture a pass over all sets."""
     with on(device), within():
         if graph:
             return Pass(*_captured(make))
         calls = make()
-        for call in (*calls, *calls):
+        for call in (*calls, *calls) if warm else ():
             call()
 
         def run() -> None:

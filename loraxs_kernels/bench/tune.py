@@ -35,9 +35,9 @@ from ..linear import LoRAXSLinear, check_rank, label_of
 from ..weights import weight_of, weight_view
 from . import BenchError, tables, tiles, timer
 from . import choice as question
-from .chain import LOST
-from .layer import Row, failure, release
-from .settings import DTYPES, MODES, Settings, at_least_one, check, model_or_shapes
+from .compare import Row, failure, release
+from .questions import check
+from .request import DTYPES, MODES, Request, at_least_one, model_or_shapes
 from .shapes import MODELS, Shape
 
 # Buckets of rows, the most valuable first: training's, a step of decoding, then what lies between.
@@ -208,7 +208,7 @@ def _install(result: Result) -> None:
 
 @dataclass
 class _Run:
-    request: Settings
+    request: Request
     shapes: dict[int, tuple[Shape, ...]]
     path: Path
     end: float  # on the clock
@@ -323,7 +323,7 @@ class _Run:
         for shape in shapes:
             entry: dict[str, Any] = {**point._asdict(), "dtype": self.request.dtype_name}
             entry |= {"N": shape.N, "K": shape.K, "count": shape.count}
-            found = list(question.measure(self.request, shape, point.T, point.r, point.direction, point.weight))
+            found = list(question.measure(self.request, shape, point.T, point.r, point.weight, point.direction))
             failed = {row["path"]: row["reason"] for row in found if row["status"] == "failed"}
             if "torch" in failed:
                 if not _passing(failed["torch"]):
@@ -427,7 +427,7 @@ def _checked(entry: dict[str, Any]) -> None:
 
 def _passing(reason: str) -> bool:
     """Whether another time may go better: other programs take memory and time now."""
-    return reason.startswith(("out of memory", LOST))
+    return reason.startswith(("out of memory", question.LOST))
 
 
 def _key(entry: dict[str, Any]) -> tuple:
