@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -297,7 +298,12 @@ def cuobjdump(built):
     path = os.pathsep.join([str(here), os.environ["PATH"]])
     if shutil.which("cuobjdump", path=path) is None:
         pytest.skip("needs cuobjdump, which Triton and the CUDA toolkit have")
-    return lambda option: passed(run(shutil.which("cuobjdump", path=path), option, built, cwd=ROOT, PATH=path))
+
+    @functools.cache  # one call disassembles the whole core, which takes some 10 seconds
+    def said(option: str) -> str:
+        return passed(run(shutil.which("cuobjdump", path=path), option, built, cwd=ROOT, PATH=path))
+
+    return said
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(cuobjdump):
