@@ -67,8 +67,9 @@ def with_an_index(config: Config, x, A, R, B, s, bias, out, other):
 def jobs() -> list[Job]:
     """Each row of the table, in one launch and in two; the paper's ranks below their tile; fp16; `out`.
 
-    A row is compiled for the first GPU that takes it, and at the widest rank for all.  A rank below its tile, and what
-    is special, is compiled for one GPU: what is masked and how wide the copies are does not depend on the GPU.
+    A row is compiled for the first GPU that takes it with the same instruction, and at the widest rank for all.  A rank
+    below its tile, and what is special, is compiled for one GPU: what is masked and how wide the copies are does not
+    depend on the GPU.
     """
     found, rows = [], set()
     for i, capability in enumerate(CAPABILITIES):
@@ -76,7 +77,7 @@ def jobs() -> list[Job]:
             tiles, below = TILES[precision], BELOW[precision][i :: len(CAPABILITIES)]
             for T, r, layout in product((8, 500, 100_000), (*tiles, *below), FORWARD_AND_BACKWARD):
                 job = Job(capability, precision, Problem(T, 4096, 14336, r, dtype, layout, matmul))
-                row = job.row, T, layout
+                row = job.row, T, layout, T > 8 and OWN.get(capability)
                 if T > 8 if r in below else r == tiles[-1] or row not in rows:
                     found.append(job)
                 rows.add(row)
