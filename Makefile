@@ -33,6 +33,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
 INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
+# The inner loop: the tests of the modules of the package and of its backends, which have their names.
+QUICK := $(wildcard $(patsubst %.py,tests/test_%.py,$(notdir $(wildcard loraxs_kernels/*.py loraxs_kernels/backends/*.py))))
 # What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
 NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
 NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py glue.py)
@@ -42,7 +44,7 @@ SERVE := $(VENV)-serve
 VLLM := 0.32.0
 SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-serve newest lint bench results gpu-kit clean
+.PHONY: demo test quick test-serve newest lint bench results gpu-kit clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
@@ -53,6 +55,9 @@ test: $(VENV)/.test lint
 	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
 	$(PYTEST) bench --quiet --benchmark-disable
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite.py -n $(WORKERS)
+
+quick: $(VENV)/.test
+	$(PYTEST) -q --quick -m "not gpu" $(QUICK) $(ARGS)
 
 test-serve: $(SERVE)/.wheel
 	@if [ -s $(SERVE)/skipped ]; then echo "test-serve: SKIPPED: $$(cat $(SERVE)/skipped)"; else \

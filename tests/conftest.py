@@ -26,8 +26,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORAXS_TUNED"] = os.devnull + "/none"  # not the table of whoever runs the tests
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked gpu("component") skip, visibly, where there is none."""
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one case of each test that starts no process")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu("component") skip, visibly, where there is none; --quick leaves one case of each quick test."""
+    if config.getoption("quick"):
+        alone = [item for item in items if not {"child", "on_ranks", "subprocess"} & {*item.obj.__code__.co_names}]
+        first = {(item.path, item.originalname): item for item in reversed(alone)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = reversed(first.values())
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import itertools
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -315,7 +316,12 @@ def on_ranks(n: int, function: Callable[..., None], *args: object, limit: float 
     if not dist.is_available():
         pytest.skip("this torch has no distributed package")
     with tempfile.TemporaryDirectory() as folder:
-        ranks = torch.multiprocessing.spawn(_rank, (n, f"{folder}/store", function, args), nprocs=n, join=False)
+        # Forked from a process of their own that has imported what takes seconds, once for all tests.
+        imported = ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "peft"]
+        multiprocessing.set_forkserver_preload(imported)
+        ranks = torch.multiprocessing.start_processes(
+            _rank, (n, f"{folder}/store", function, args), nprocs=n, join=False, start_method="forkserver"
+        )
         end = time.monotonic() + limit
         try:
             while not ranks.join(timeout=1):

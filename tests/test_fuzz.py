@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from loraxs_kernels import reference
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
 
-EXAMPLES = 300 if INTERPRETED else 800 if EMULATED else 3000
+EXAMPLES = 200 if INTERPRETED else 500 if EMULATED else 1200
 KERNELS = INTERPRETED or EMULATED
 
 ROWS = [0, 1, 2, 3, 5, 17, 64, 70, 130]

@@ -142,7 +142,7 @@ def _change(tensors: dict[str, torch.Tensor], key: str, change: str) -> None:
         tensors[f"{key}.x" if change == "renamed" else key] = changed[change]().contiguous()
 
 
-@fuzzing.cases(1500)
+@fuzzing.cases(700)
 @given(damages(), st.booleans())
 def test_a_damaged_file_is_loaded_right_or_refused(files, tmp_path_factory, damage, attached):
     kind, version = damage["kind"]
@@ -220,7 +220,7 @@ def folder_damages(draw) -> dict[str, Any]:
     return damage | {"value": draw(st.one_of(st.just("removed"), VALUES))} | draw(PLACES)
 
 
-@fuzzing.cases(1000)
+@fuzzing.cases(500)
 @given(folder_damages())
 def test_a_damaged_folder_is_loaded_right_or_refused(folders, tmp_path_factory, damage):
     import peft

@@ -286,7 +286,7 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
                 torch.testing.assert_close(safe_get_full_grad(p), q.grad, atol=1e-6, rtol=1e-5)
             engine.step()
 
-    train(0, 10)
+    train(0, 3)
     own, file = f"{folder}/{rank}.safetensors", f"{folder}/both.safetensors"
     lx.save_adapter(model, own)
     lx.save_adapter(model, file)
@@ -311,7 +311,7 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
     assert Path(own).read_bytes() == zeros and not any(safe_get_full_fp32_param(p).any() for p in trained(model))
     for each in (model, alone.model):
         lx.load_adapter(each, file)
-    train(10, 3)
+    train(3, 2)
     through_peft_and_zero3(rank, folder, engine_of)
     config["bf16"] = {"enabled": True}
     model = attached(torch.bfloat16)

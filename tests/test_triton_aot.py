@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from typing import NamedTuple
 from unittest import mock
 
@@ -19,13 +17,15 @@ from loraxs_kernels.backends import triton as triton_backend  # noqa: E402
 from loraxs_kernels.backends import triton_indexed  # noqa: E402
 from loraxs_kernels.backends.triton import config  # noqa: E402
 from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
-from loraxs_kernels.backends.triton.config import Config, Device  # noqa: E402
+from loraxs_kernels.backends.triton.config import Config, Device, Row  # noqa: E402
 from loraxs_kernels.bench.tiles import SETTING  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
 FORWARD_AND_BACKWARD = ("forward", "backward")
-RANKS = (4, 8, 12, 16, 20, 25, 32, 64, 100, 128)  # the paper's, and two more
+TILES = {"half": (16, 32, 64, 128), "tf32": (16, 32, 64)}  # ranks that fill a tile
+BELOW = {"half": (4, 8, 12, 20, 25, 100), "tf32": (12,)}  # the paper's ranks that do not, and one more
 MATRIX = {"wgmma.mma_async", "mma.sync", "tcgen05.mma"}
+OWN = {(9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}  # what Hopper and Blackwell have instead of mma.sync
 
 
 class Job(NamedTuple):
@@ -33,6 +33,12 @@ class Job(NamedTuple):
     precision: str
     problem: Problem
     indexed: bool = False  # whether each row has an R of its own
+
+    @property
+    def row(self) -> Row:
+        """What is picked of the table for it."""
+        p, device = self.problem, Device(self.capability, 132)
+        return config.pick_row(config.committed_table(), p.T, config.padded(p.r), self.precision, p.layout, device)
 
     @property
     def config(self) -> Config:
@@ -59,93 +65,83 @@ def with_an_index(config: Config, x, A, R, B, s, bias, out, other):
 
 
 def jobs() -> list[Job]:
-    """Each row of the table, in one launch and in two; the paper's ranks below their tile; fp16; `out`."""
-    found = []
-    for capability in CAPABILITIES:
+    """Each row of the table, in one launch and in two; the paper's ranks below their tile; fp16; `out`.
+
+    A row is compiled for the first GPU that takes it with the same instruction, and at the widest rank for all.  A rank
+    below its tile, and what is special, is compiled for one GPU: what is masked and how wide the copies are does not
+    depend on the GPU.
+    """
+    found, rows = [], set()
+    for i, capability in enumerate(CAPABILITIES):
         for precision, (dtype, matmul) in SETTING.items():
-            problems = [
-                Problem(T, 4096, 14336, r, dtype, layout, matmul)
-                for r in (RANKS if precision == "half" else (12, 16, 32, 64))
-                for layout in FORWARD_AND_BACKWARD
-                for T in ((8, 500, 100_000) if r in (16, 32, 64, 128) else (500, 100_000))
-            ]
-            found += [Job(capability, precision, problem) for problem in problems]
-        half = [
-            Problem(500, 4096, 4096, 25, torch.float16),
-            Problem(500, 4096, 4096, 64, out=True),
-            Problem(500, 4096, 4096, 64, bias=True),
-            Problem(100_000, 4096, 4096, 16, out=True),
-            *(Problem(500, 4096, 4096, 12, layout=layout, padded=False) for layout in FORWARD_AND_BACKWARD),
-        ]
-        found += [Job(capability, "half", problem) for problem in half]
-    return found
+            tiles, below = TILES[precision], BELOW[precision][i :: len(CAPABILITIES)]
+            for T, r, layout in product((8, 500, 100_000), (*tiles, *below), FORWARD_AND_BACKWARD):
+                job = Job(capability, precision, Problem(T, 4096, 14336, r, dtype, layout, matmul))
+                row = job.row, T, layout, T > 8 and OWN.get(capability)
+                if T > 8 if r in below else r == tiles[-1] or row not in rows:
+                    found.append(job)
+                rows.add(row)
+        found.append(Job(capability, "half", Problem(500, 4096, 4096, 25, torch.float16)))
+    special = [
+        Problem(500, 4096, 4096, 64, out=True),
+        Problem(500, 4096, 4096, 64, bias=True),
+        Problem(100_000, 4096, 4096, 16, out=True),
+        *(Problem(500, 4096, 4096, 12, layout=layout, padded=False) for layout in FORWARD_AND_BACKWARD),
+    ]
+    return found + [Job(CAPABILITIES[0], "half", problem) for problem in special]
 
 
 def indexed_jobs() -> list[Job]:
-    """Each row with an R of its own: in one launch and in three, the widest ranks of both."""
+    """Each row with an R of its own: in one launch and in three, the widest ranks of both; one below its tile."""
+    grid = [(each, "half", *rank) for each in CAPABILITIES for rank in ((64, 100_000), (128, 8), (128, 100_000))]
+    few = [("half", 20, 8), ("half", 20, 1000), ("half", 20, 100_000), ("half", 64, 8), ("tf32", 64, 8)]
+    grid += [(CAPABILITIES[0], *each) for each in (*few, ("tf32", 64, 100_000))]
     found = []
-    for capability in CAPABILITIES:
-        for precision, ranks in (("half", (20, 64, 128)), ("tf32", (64,))):
-            dtype, matmul = SETTING[precision]
-            for r, layout in product(ranks, FORWARD_AND_BACKWARD):
-                for T in (8, 1000, 100_000) if r == 20 else (8, 100_000):
-                    problem = Problem(T, 4096, 14336, r, dtype, layout, matmul)
-                    found.append(Job(capability, precision, problem, indexed=True))
+    for (capability, precision, r, T), layout in product(grid, FORWARD_AND_BACKWARD):
+        dtype, matmul = SETTING[precision]
+        found.append(Job(capability, precision, Problem(T, 4096, 14336, r, dtype, layout, matmul), indexed=True))
     return found
 
 
-@pytest.fixture(scope="module")
-def compiling():
-    """{job: what will have been compiled for it}, on every core."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield {job: pool.submit(job.compiled) for job in jobs() + indexed_jobs()}
-
-
 @pytest.mark.parametrize("job", jobs() + indexed_jobs(), ids=str)
-def test_compiles_for_a_gpu_that_is_not_here(compiling, job):
+def test_compiles_for_a_gpu_that_is_not_here(job):
     """No spilled registers, matrix instructions, no address in fewer than 64 bits, and copies of 16 bytes alone.
 
     Nothing is read by two bytes at a time, but for a bias and for a B that is not a layer's own and whose rank is no
-    multiple of 16.  mix_kernel copies nothing in the background: most of its programs read one R.
+    multiple of 16.  mix_kernel copies nothing in the background: most of its programs read one R.  A row of the table
+    that understates its shared memory would be picked where it cannot run.
     """
-    room = config.shared_memory(job.capability)
-    kernels = compiling[job].result()
+    p, room = job.problem, config.shared_memory(job.capability)
+    kernels = job.compiled()
     assert kernels
     for each in kernels:
         assert each.spilled == 0, each
         assert each.shared <= room, each
         assert not each.narrow, each
         assert {word for word, count in each.instructions.items() if count} & MATRIX, each
-        assert set(each.copies) == (set() if each.kernel == "mix_kernel" else {128}) or not job.problem.padded, each
-    if not job.problem.bias:
-        assert any(each.short_reads for each in kernels) == (not job.problem.padded), kernels
-
-
-def test_hopper_and_blackwell_use_their_own_matrix_instructions(compiling):
-    for job, own in (((9, 0), "wgmma.mma_async"), ((10, 0), "tcgen05.mma")):
-        (chain,) = compiling[next(j for j in jobs() if j.capability == job and j.problem.T == 100_000)].result()
-        assert chain.kernel == "chain_kernel" and chain.instructions[own] > 0
-
-
-def test_an_index_takes_one_launch_or_three(compiling):
-    for job in indexed_jobs():
-        one = job.problem.T == 100_000 and job.problem.r <= 64
+        assert set(each.copies) == (set() if each.kernel == "mix_kernel" else {128}) or not p.padded, each
+    if not p.bias:
+        assert any(each.short_reads for each in kernels) == (not p.padded), kernels
+    names = [each.kernel for each in kernels]
+    if job.indexed:
         three = ["shrink_kernel", "mix_kernel", "expand_mixed_kernel"]
-        assert [each.kernel for each in compiling[job].result()] == (["chain_indexed_kernel"] if one else three)
+        assert names == (["chain_indexed_kernel"] if p.T == 100_000 and p.r <= 64 else three)
+        return
+    assert max(each.shared for each in kernels) <= job.row.shared, job.row
+    if p.T == 100_000 and job.precision == "half" and job.capability in OWN:
+        assert names == ["chain_kernel"] and kernels[0].instructions[OWN[job.capability]] > 0
 
 
-def test_every_row_of_the_table_is_reached_and_tells_its_shared_memory(compiling):
-    """A row nobody picks is dead; one that understates its memory would be picked where it cannot run."""
-    table, needed = config.committed_table(), {}
+def test_every_row_of_the_table_is_reached():
+    """A row nobody picks is dead."""
+    table, reached = config.committed_table(), {job.row for job in jobs()}
     for job in jobs():
-        p, device = job.problem, Device(job.capability, 132)
-        row = config.pick_row(table, p.T, config.padded(p.r), job.precision, p.layout, device)
-        assert config.split(row.tiles, p.T, p.N, p.K, 132) == job.config
-        needed[row] = max([needed.get(row, 0), *(each.shared for each in compiling[job].result())])
+        p = job.problem
+        assert config.split(job.row.tiles, p.T, p.N, p.K, 132) == job.config
     layouts: dict[tuple, set[str]] = {}
     for row in table:
         layouts.setdefault((row.family, row.precision, row.rank, row.tokens), set()).add(row.layout)
     measured = {key for key, found in layouts.items() if found >= set(FORWARD_AND_BACKWARD)}
     for row in table:
         hidden = row.layout == "any" and (row.family, row.precision, row.rank, row.tokens) in measured
-        assert hidden or needed[row] <= row.shared, row
+        assert row in reached or hidden, row
