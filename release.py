@@ -1,7 +1,7 @@
 """Builds what is uploaded to PyPI, checks it and tries it: `make wheels`.  RELEASING.md says when.
 
-    python release.py                              the sdist, the wheel without the CUDA core and, where nvcc is, with it
-    python release.py python3.11 python3.12 ...    where nvcc is, a wheel with it for each of these Pythons
+    python release.py                          the sdist, the wheel without the CUDA core and, where nvcc is, with it
+    python release.py python3.11 python3.12    where nvcc is, a wheel with it for each of these Pythons
 
 Everything lands in dist/, which is emptied first.  The files are those of the last commit.  The core is compiled in
 build/core, as by every install of this checkout: what is compiled already, also for another Python, is not compiled

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 COMPILERS = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS")  # CMake reads them once
-ANEW = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
+FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
 _lock = None
 
 
@@ -86,7 +86,7 @@ def find_nvcc() -> str:
     if wanted not in ("auto", "1", "0"):
         raise BadSetting(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
     if wanted == "0":
-        raise NoCore(f"LORAXS_BUILD_CUDA was 0 when this was built; without that, where nvcc is, build it anew: {ANEW}")
+        raise NoCore(f"it was switched off (LORAXS_BUILD_CUDA=0); to build it where nvcc is: {FROM_SOURCE}")
     if sys.platform != "linux":
         raise NoCore("it is for Linux")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
