@@ -91,7 +91,8 @@ def check_sdist(sdist: Path, files: set[str]) -> None:
 
 def check_wheel(wheel: Path, files: set[str]) -> None:
     """It holds every file of loraxs_kernels/ and no other, but the record and the core.  Raises ReleaseError."""
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    entries = zipfile.ZipFile(wheel).infolist()
+    names = {entry.filename for entry in entries if ".dist-info/" not in entry.filename and not entry.is_dir()}
     cores = {name for name in names if CORE.fullmatch(name)}
     if len(cores) != ("none-any" not in wheel.name):
         raise ReleaseError(f"{wheel.name}: got {sorted(cores) or 'no core'}, which its name denies")
