@@ -24,6 +24,8 @@ from email import message_from_bytes
 from importlib.metadata import distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parent
 DIST = ROOT / "dist"
 LEFT_OUT = {".ci/run": "runs in a checkout alone", ".gitignore": "is for git"}  # of the sdist
@@ -126,8 +128,6 @@ def make_wheel(python: str, source: Path, folder: Path, **settings: str) -> Path
 
 def required(requirements: list[str]) -> set[str]:
     """The names of these, and of all that they require, as they are installed here."""
-    from packaging.requirements import Requirement
-
     found: set[tuple[str, str]] = set()  # with the extra that is wanted of it
     ahead = [(each, "") for each in requirements]
     while ahead:
