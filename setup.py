@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 COMPILERS = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS")  # CMake reads them once
+FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
 _lock = None
 
 
@@ -85,7 +86,7 @@ def find_nvcc() -> str:
     if wanted not in ("auto", "1", "0"):
         raise BadSetting(f"LORAXS_BUILD_CUDA: got {wanted!r}, must be auto, 1 or 0")
     if wanted == "0":
-        raise NoCore("it was switched off (LORAXS_BUILD_CUDA=0); without that, install again")
+        raise NoCore(f"it was switched off (LORAXS_BUILD_CUDA=0); to build it where nvcc is: {FROM_SOURCE}")
     if sys.platform != "linux":
         raise NoCore("it is for Linux")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -214,5 +215,37 @@ class Build(build_ext):
             old.unlink(missing_ok=True)
 
 
+def readme(text: str, repository: str | None, version: str) -> str:
+    """README.md for a page outside the repository, as on PyPI, where a relative link leads nowhere.
+
+    With the address of a repository (in GitHub's form) such links and images are those of the version's tag.  Without
+    one, a link becomes its words, and an image goes.  Code is left alone.
+    """
+
+    def absolute(found: re.Match) -> str:
+        image, words, path = found.groups()
+        if path is None:  # code
+            return found[0]
+        if repository is None:
+            return "" if image else words
+        return f"{image}[{words}]({repository}/{'raw' if image else 'blob'}/v{version}/{path})"
+
+    relative = r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)"
+    return re.sub(rf"^```.*?^```|`[^`\n]*`|{relative}", absolute, text, flags=re.M | re.S)
+
+
+def assigned(name: str, file: str) -> str | None:
+    """The string that a line of a file assigns to a name."""
+    found = re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(), re.M)
+    return found and found[1]
+
+
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("loraxs_kernels._core", [])], cmdclass={"build_ext": Build})
+    version = assigned("__version__", "loraxs_kernels/__init__.py")
+    setup(
+        version=version,
+        long_description=readme((ROOT / "README.md").read_text(), assigned("Repository", "pyproject.toml"), version),
+        long_description_content_type="text/markdown",
+        ext_modules=[Extension("loraxs_kernels._core", [])],
+        cmdclass={"build_ext": Build},
+    )
