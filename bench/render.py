@@ -1,11 +1,10 @@
 """Make everything that is taken from the reports in bench/results/: documents, and the table of backends.
 
     python bench/render.py            README.md and its plots and STATUS.md in bench/results, the figures in
-                                      README.md and docs/paper.md, and loraxs_kernels/backends/choices.json
-                                      (bench/choices.py)
+                                      docs/, and loraxs_kernels/backends/choices.json (bench/choices.py)
     python bench/render.py --check    write nothing; exit 1 and name the documents that are not what the reports say
 
-In README.md and docs/paper.md a block of figures lies between two comments, the first of which names its report (below
+In a page of docs/ a block of figures lies between two comments, the first of which names its report (below
 bench/results/) and, for a report of `loraxs bench`, the questions whose tables are wanted:
 
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
@@ -105,7 +104,7 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
 
 
 def readme(text: str, benches: Reports, others: Reports) -> str:
-    """README.md, or another document, with its blocks of figures as the reports have them."""
+    """A document with its blocks of figures as the reports have them."""
 
     def block(match: re.Match) -> str:
         name, questions = match.group(2), match.group(3).split()
@@ -170,7 +169,7 @@ def _image(name: str, plot: plots.Plot) -> str:
 def documents() -> Iterator[tuple[Path, str]]:
     """Every document with a figure in it, and what it should say."""
     benches, others = read()
-    for path in (ROOT / "README.md", ROOT / "docs" / "paper.md"):
+    for path in sorted((ROOT / "docs").glob("*.md")):
         try:
             text = readme(path.read_text(), benches, others)
         except BenchError as error:

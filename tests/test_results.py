@@ -30,13 +30,13 @@ SAMPLE = Path(__file__).parent / "data" / "bench-report.json"
 
 
 def test_every_document_says_what_the_reports_say(capsys):
-    """README.md, bench/results/README.md and STATUS.md; if this fails: make results."""
+    """docs/, bench/results/README.md and STATUS.md; if this fails: make results."""
     assert render.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_an_edited_figure_is_found_out():
     benches, demos = render.read()
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "performance.md").read_text()
     assert text.count("<!-- figures: ") >= 2
     for block in render.BLOCK.finditer(text):
         figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
