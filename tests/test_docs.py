@@ -27,6 +27,7 @@ from test_reference_repo import CONFIG, restated
 
 import loraxs_kernels as lx
 from loraxs_kernels import cli
+from loraxs_kernels.integrations.reference_repo import replace_reference_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -128,19 +129,26 @@ def page_folder(tmp_path, monkeypatch, fresh_accelerate):
     return tmp_path
 
 
-def the_reference(space):
-    """What a training script of the reference implementation has when its initialisation begins."""
-    import peft
+def the_reference(space: dict) -> None:
+    """What a training script of the reference implementation has when its initialisation begins, and its checkpoint."""
     from peft import LoraConfig, get_peft_model
 
-    base = transformers.AutoModelForCausalLM.from_pretrained("base")
-    space["model"] = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
-    space["peft_config_dict"] = {"default": space["model"].peft_config["default"]}
-    space["reconstr_config"] = CONFIG
-    space["find_and_initialize"] = lambda model, peft_config, name, kind, config, writer: restated(
-        model, peft_config, config
-    )
-    space |= {"adapter_name": "default", "reconstr_type": "svd", "writer": None, "peft": peft}
+    def find_and_initialize(model, peft_config, adapter_name, reconstr_type, reconstr_config, writer):
+        restated(model, peft_config, reconstr_config)
+
+    def model():
+        base = transformers.AutoModelForCausalLM.from_pretrained("base")
+        return get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+
+    space |= {"find_and_initialize": find_and_initialize, "model": model(), "reconstr_config": CONFIG}
+    space |= {"peft_config_dict": space["model"].peft_config, "adapter_name": "default", "reconstr_type": "svd"}
+    space["writer"] = None
+    trained = model()
+    restated(trained, trained.peft_config, CONFIG)
+    for p in trained.parameters():
+        p.data = p.data.contiguous()
+    trained.save_pretrained("output/ft")
+    replace_reference_layers(trained).save_pretrained("output/replaced")
 
 
 SETUPS = {"docs/migration.md": the_reference}
@@ -244,9 +252,7 @@ def test_blocks_run(page, page_folder, monkeypatch, capsys):
 def test_every_command_is_on_its_page():
     page = (ROOT / "docs" / "command-line.md").read_text()
     (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    assert re.findall(r"^\| `loraxs (\w+)` \|", page, re.M) and {*re.findall(r"^\| `loraxs (\w+)` \|", page, re.M)} == {
-        *commands.choices
-    }
+    assert {*re.findall(r"^\| `loraxs (\w+)` \|", page, re.M)} == {*commands.choices}
     called = " ".join(block.text for block in blocks("docs/command-line.md"))
     assert all(f"loraxs {name}" in called for name in commands.choices)
 
