@@ -11,7 +11,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/results/*.md", "bench/results/*/*")
+RESULTS = ("bench/results/README.md", "bench/results/STATUS.md", "bench/results/NOTES.md", "bench/results/*/*")
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", *RESULTS)
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 
 

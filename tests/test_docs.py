@@ -307,6 +307,16 @@ def test_errors_of_the_troubleshooting_page_are_raised_somewhere():
             assert part.strip() in texts, f"no error text has {part.strip()!r}"
 
 
+def test_links_of_the_front_page_lead_somewhere():
+    """mkdocs checks those of all other pages."""
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    for target, anchor in links:
+        assert (ROOT / target).exists(), f"README.md links to {target}"
+        headings = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(), re.M) if anchor else ()
+        assert anchor in ("", *(re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings)), anchor
+
+
 def test_the_front_page_quotes_figures_of_reports():
     """Every number below "Why" stands in a table that bench/render.py has made of a report."""
     figures = "".join(
