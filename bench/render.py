@@ -106,7 +106,7 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
 
 
 def readme(text: str, benches: Reports, others: Reports) -> str:
-    """README.md, or another document, with its blocks of figures as the reports have them."""
+    """A document with its blocks of figures as the reports have them."""
 
     def block(match: re.Match) -> str:
         name, questions = match.group(2), match.group(3).split()

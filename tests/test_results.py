@@ -32,7 +32,7 @@ SAMPLE = Path(__file__).parent / "data" / "bench-report.json"
 
 
 def test_every_document_says_what_the_reports_say(capsys):
-    """README.md, bench/results/README.md and STATUS.md; if this fails: make results."""
+    """docs/, bench/results/README.md and STATUS.md; if this fails: make results."""
     assert render.main(["--check"]) == 0, capsys.readouterr().err
 
 
