@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ("bench/results/README.md", "bench/results/STATUS.md", "bench/results/NOTES.md", "bench/results/*/*")
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", *RESULTS)
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "bench/README.md", *RESULTS)
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 
 

@@ -7,7 +7,8 @@ from .adapter_file import load_adapter, push_to_hub, save_adapter
 from .backends import BackendUnavailable, backend
 from .bank import AdapterBank
 from .info import info
-from .linear import LoRAXSLinear, forward_together
+from .linear import LoRAXSLinear as LoRAXSLinear  # its earlier spelling
+from .linear import LoraXSLinear, forward_together
 from .model import attach, detach, merge, unmerge
 from .svd import truncated_svd
 from .tuning import tune
@@ -19,7 +20,7 @@ __all__ = [
     "AdapterBank",
     "AdapterMismatch",
     "BackendUnavailable",
-    "LoRAXSLinear",
+    "LoraXSLinear",
     "attach",
     "backend",
     "count_parameters",

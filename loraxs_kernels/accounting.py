@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .linear import LoRAXSLinear, check_rank, label_of
+from .linear import LoraXSLinear, check_rank, label_of
 from .matching import (
     adapted_layers,
     choose,
@@ -106,7 +106,7 @@ def count_parameters(
     """
     if not isinstance(model, nn.Module):
         model = from_config(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)}
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinear)}
     if adapted:
         asked = dict(rank=rank, target_modules=target_modules, exclude_modules=exclude_modules)
         asked |= dict(rank_pattern=rank_pattern, modules_to_save=modules_to_save)
@@ -204,7 +204,7 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _skipped(model: nn.Module, adapted: Mapping[str, LoRAXSLinear], saved: Sequence[str]) -> dict[str, str]:
+def _skipped(model: nn.Module, adapted: Mapping[str, LoraXSLinear], saved: Sequence[str]) -> dict[str, str]:
     """The linear layers without an adapter, and why."""
     inside = {id(m) for layer in adapted.values() for m in layer.modules()}
     trained = {id(m) for name in saved for m in model.get_submodule(name).modules()}
@@ -287,7 +287,7 @@ def _model_class(transformers: ModuleType, name: str) -> type[nn.Module] | None:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def _trained(layer: LoRAXSLinear) -> list[nn.Parameter]:
+def _trained(layer: LoraXSLinear) -> list[nn.Parameter]:
     """R of an adapter, or what its parametrization makes R of."""
     return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
 

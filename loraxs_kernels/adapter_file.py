@@ -48,7 +48,7 @@ from .files import (
     write_atomically,
 )
 from .hub import FILE, Token, local_file, upload
-from .linear import LoRAXSLinear, label_of
+from .linear import LoraXSLinear, label_of
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
 from .naming import aliases, as_dtype
@@ -189,7 +189,7 @@ def _packed_adapter(
     return parts, card.card(model, base, descriptions, whole, where)
 
 
-def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
+def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
     """`adapted_layers`; ValueError for one that is not in memory, or whose name no other model has."""
     for name, layer in adapted_layers(model):
         if layer.seat is not None and layer.seat.put_on:
@@ -207,7 +207,7 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
         yield name, layer
 
 
-def whole_R(layer: LoRAXSLinear) -> Tensor:
+def whole_R(layer: LoraXSLinear) -> Tensor:
     """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
 
     Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has, but not where the
@@ -310,11 +310,11 @@ def load_adapter(
     The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
     """
     given, model = model, unwrapped(model)
-    if any(isinstance(m, LoRAXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):
+    if any(isinstance(m, LoraXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):
         raise ValueError(f"model: {HAS_BANK}; add(name, path) of the bank takes the file in")
     path = local_file(path, revision, token)
     entries, modules_to_save, saved = read(path)
-    fresh = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+    fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: must be None for a model with adapters, which have their A and B already")
     devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
@@ -353,7 +353,7 @@ def load_adapter(
     return given
 
 
-def _makers_of_R(layer: LoRAXSLinear) -> list[nn.Parameter]:
+def _makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
     """R, or the parameters that a parametrization makes it of."""
     return [p for name, p in layer.named_parameters() if name == "R" or name.startswith("parametrizations.R.")]
 
@@ -367,7 +367,7 @@ def named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
-def description(layer: LoRAXSLinear, name: str) -> dict[str, Any]:
+def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
     for key in NUMBERS:
         basis.check(key, getattr(layer, key), f"module {name!r}")
@@ -400,8 +400,8 @@ def attach_as(
             raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
         if not name:
             raise ValueError(
-                "model: is a layer without an adapter, but the file holds the adapter of a single LoRAXSLinear; pass "
-                "LoRAXSLinear.from_linear(model, rank)"
+                "model: is a layer without an adapter, but the file holds the adapter of a single LoraXSLinear; pass "
+                "LoraXSLinear.from_linear(model, rank)"
             )
     options = {}
     for name, entry in entries.items():
@@ -419,7 +419,7 @@ def attach_as(
     install(model, options, modules_to_save, basis=opened, **how)
 
 
-def _settle(layers: dict[str, LoRAXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
+def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
     """R for every layer, aligned to its A and B if need be, and the worst relative error of a delta."""
     if layers.keys() != entries.keys():
         only = sorted(layers.keys() ^ entries.keys())

@@ -24,7 +24,7 @@ from .bank_layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn
 from .bank_store import Store
 from .bank_training import Training
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
-from .linear import LoRAXSLinear
+from .linear import LoraXSLinear
 from .model import adapted_layers, detach, unwrapped
 from .naming import aliases
 from .transaction import keep, transaction
@@ -72,7 +72,7 @@ class AdapterBank(Store):
         self._lock = threading.RLock()
         self._slots: Slots | None = None
         self._training: Training | None = None
-        self._models: weakref.WeakKeyDictionary[nn.Module, list[LoRAXSLinear]] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[nn.Module, list[LoraXSLinear]] = weakref.WeakKeyDictionary()
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []  # in all threads
         self._in_graphs: weakref.WeakSet[Selection | Unselected] = weakref.WeakSet()
@@ -123,7 +123,7 @@ class AdapterBank(Store):
             raise RuntimeError("model: adapters of this bank train on another one; close() the training first")
         if len(self._models) and self._slots.n != slots:
             raise ValueError(f"slots: got {slots}, must be {self._slots.n} as on the model that has this bank already")
-        put_on = not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        put_on = not any(isinstance(m, LoraXSLinear) for m in model.modules())
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
         devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .indexed import NONE, RowIndex, plain_tensors
-from .linear import LoRAXSLinear
+from .linear import LoraXSLinear
 from .route import layer_output
 from .weights import held
 
@@ -285,7 +285,7 @@ def _named(names: Iterable[str | None]) -> list[str]:
 
 
 class Seat:
-    """What a bank puts on a LoRAXSLinear: within a selection each sample uses the R of its own adapter.
+    """What a bank puts on a LoraXSLinear: within a selection each sample uses the R of its own adapter.
 
     put_on: whether the layer is the bank's own, so that R of the layer itself is not anybody's.
     """
@@ -296,7 +296,7 @@ class Seat:
     def __deepcopy__(self, memo: dict) -> Seat:
         return self
 
-    def output(self, layer: LoRAXSLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def output(self, layer: LoraXSLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y of the layer, for the samples of the selection that this call belongs to, or by the layer's own R."""
         if torch.compiler.is_compiling():
             return _uncompiled(self, layer, x, *args, **kwargs)
@@ -317,13 +317,13 @@ class Seat:
             self.bank.remember(y, selection)
         return y
 
-    def check_merge(self, layer: LoRAXSLinear) -> None:
+    def check_merge(self, layer: LoraXSLinear) -> None:
         if self.bank.is_open():
             raise RuntimeError(
                 f"{layer.label}: adapters of its bank are selected; leave bank.select(...) before merging"
             )
 
-    def refuse_merged(self, layer: LoRAXSLinear) -> None:
+    def refuse_merged(self, layer: LoraXSLinear) -> None:
         if layer.merged:
             raise RuntimeError(f"{layer.label}: is merged; lx.unmerge(model) before adapters are selected")
 
@@ -400,7 +400,7 @@ def why_not_mixed(model: nn.Module) -> str | None:
     if kind in SEQUENCE_FIRST:
         return f"a model of type {kind} has layers whose first dimension is not the batch"
     for name, module in model.named_modules():
-        seated = any(isinstance(m, LoRAXSLinear) and m.seat is not None for m in module.modules())
+        seated = any(isinstance(m, LoraXSLinear) and m.seat is not None for m in module.modules())
         if seated and name.rpartition(".")[2] == "experts":
             return f"module {name!r} gives each expert tokens of any samples"
         if seated and isinstance(module, TORCH_LAYERS) and not getattr(module, "batch_first", True):

@@ -40,7 +40,7 @@ from .acceptance import HOW, AdapterMismatch, fitted_to, mismatch
 from .bank_environment import DATA, LOCK, Environment, identity_of, load_lmdb
 from .basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from .files import damaged, is_finite, sha256_of, tensors_of, unsealed, write_atomically
-from .linear import LoRAXSLinear
+from .linear import LoraXSLinear
 from .model import unwrapped
 from .naming import as_dtype
 from .weights import FLOATS, whole
@@ -589,7 +589,7 @@ class Store:
         write_atomically(path, *adapter_file.packed("loraxs", header, descriptions, records, factors, *saved))
 
     @torch.no_grad()
-    def check_basis(self, layers: Mapping[str, LoRAXSLinear]) -> None:
+    def check_basis(self, layers: Mapping[str, LoraXSLinear]) -> None:
         """Check that a model's layers, by their names, have the bank's modules and ranks, and its A and B.
 
         Raises ValueError for other modules or ranks, AdapterMismatch for other A and B, by the rules of adapter files.

@@ -15,7 +15,7 @@ from .indexed import plain_tensors
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
-    from .linear import LoRAXSLinear
+    from .linear import LoraXSLinear
 
 
 class Training(AbstractContextManager):
@@ -32,7 +32,7 @@ class Training(AbstractContextManager):
     GradScaler looks at all together: where one has gradients that are not finite, none makes that step.
     """
 
-    def __init__(self, bank: AdapterBank, layers: Sequence[LoRAXSLinear], names: Sequence[str], create: bool) -> None:
+    def __init__(self, bank: AdapterBank, layers: Sequence[LoraXSLinear], names: Sequence[str], create: bool) -> None:
         self.bank, self.names, self.n = bank, tuple(names), len(names)
         devices = {layer.A.device for layer in layers}
         if len(devices) > 1:

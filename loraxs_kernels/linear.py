@@ -1,4 +1,4 @@
-"""LoRAXSLinear: a frozen linear layer with its LoRA-XS adapter, as an nn.Module."""
+"""LoraXSLinear: a frozen linear layer with its LoRA-XS adapter, as an nn.Module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_o
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 
 
-class LoRAXSLinear(PaddedB):
+class LoraXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
     Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
@@ -95,7 +95,7 @@ class LoRAXSLinear(PaddedB):
         dtype: torch.dtype | str | None = None,
         name: str = "",
         fill: bool = True,
-    ) -> LoRAXSLinear:
+    ) -> LoraXSLinear:
         """Adapt one linear layer; it is frozen and kept as `base_layer`.
 
         Args:
@@ -123,7 +123,7 @@ class LoRAXSLinear(PaddedB):
         for argument, value in {"alpha": alpha, "dropout": dropout, "init_std": init_std, "seed": seed}.items():
             check(argument, value, label)
         dtype = as_dtype("dtype", dtype, FLOATS, label)
-        if isinstance(linear, LoRAXSLinear):
+        if isinstance(linear, LoraXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
@@ -284,7 +284,7 @@ class LoRAXSLinear(PaddedB):
             shown["dropout"] = f"{self.dropout:g}"
         return ", ".join(f"{key}={value}" for key, value in shown.items()) + (", merged" if self.merged else "")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LoRAXSLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinear:
         dtype = self.A.dtype
         super()._apply(sparing_what_trains(fn, self.base_layer, self), recurse)
         if self.A.dtype != dtype:
@@ -307,7 +307,7 @@ class LoRAXSLinear(PaddedB):
         theirs = (f"{prefix}lora_", f"{prefix}default_lora_latent")
         if key := next((key for key in state_dict if key.startswith(theirs)), None):
             raise ValueError(
-                f"module {prefix[:-1]!r}: got a state dict with {key!r}, must have A, R and B of a LoRAXSLinear. A "
+                f"module {prefix[:-1]!r}: got a state dict with {key!r}, must have A, R and B of a LoraXSLinear. A "
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
@@ -328,6 +328,9 @@ class LoRAXSLinear(PaddedB):
             return None
         rounded = torch.finfo(self._coarsest).eps > max(torch.finfo(DTYPES[made]).eps, torch.finfo(torch.float32).eps)
         return f"were made from weights in {made}, rounded to {dtype_name(self._coarsest)} since" if rounded else None
+
+
+LoRAXSLinear = LoraXSLinear  # its earlier spelling, which pickles and code of users have
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:
@@ -360,7 +363,7 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """
     joined = []
     if not torch.compiler.is_compiling():
-        joined = [i for i, layer in enumerate(layers) if type(layer) is LoRAXSLinear and layer._joins(x)]
+        joined = [i for i, layer in enumerate(layers) if type(layer) is LoraXSLinear and layer._joins(x)]
     if len(joined) < 2:
         return tuple(layer(x) for layer in layers)
     operands = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .linear import LoRAXSLinear
+from .linear import LoraXSLinear
 from .weights import is_linear, is_unread_linear, unread
 
 
@@ -260,9 +260,9 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAXSLinear]]:
-    """Every LoRAXSLinear of a model with its name, in order, each once; ValueError if there are none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)]
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
+    """Every LoraXSLinear of a model with its name, in order, each once; ValueError if there are none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
     if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
         raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
     if not found:

@@ -19,7 +19,7 @@ from .accounting import summary
 from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
-from .linear import LoRAXSLinear
+from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
 from .transaction import transaction
@@ -69,7 +69,7 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-        layers = [m for m in self.modules() if isinstance(m, LoRAXSLinear)] if isinstance(self, nn.Module) else []
+        layers = [m for m in self.modules() if isinstance(m, LoraXSLinear)] if isinstance(self, nn.Module) else []
         if not layers:
             return save(self, *args, **options)
         given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
@@ -101,7 +101,7 @@ def _tying(model: nn.Module) -> list[Any]:
     """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
     config = getattr(model, "config", None)
     head = embeddings(model, "output")
-    if config is None or not isinstance(head, LoRAXSLinear):
+    if config is None or not isinstance(head, LoraXSLinear):
         return []
     weight = head.base_layer._parameters.get("weight")
     if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:
@@ -147,7 +147,7 @@ def attach(
         exclude_modules: names, name endings or a regular expression, likewise.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: s = alpha / r; None: s = 1 everywhere.  `lora_alpha` means the same.
-        dropout, init_std, n_iter, dtype: as in LoRAXSLinear.from_linear.
+        dropout, init_std, n_iter, dtype: as in LoraXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
         seed: of everything random; two layers never share their random numbers.
         modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
@@ -227,17 +227,17 @@ def install(
     workspace: int = WORKSPACE,
     progress: bool = True,
 ) -> M:
-    """Adapt the named modules, each with its own options of LoRAXSLinear.from_linear; all of them or none."""
+    """Adapt the named modules, each with its own options of LoraXSLinear.from_linear; all of them or none."""
     _check_unadapted(model)
     modules = dict(model.named_modules())
     trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, m in modules.items():  # what an earlier `attach` froze, whose adapters `detach` took off part by part
         if attachment := m.__dict__.get("loraxs"):
             trainable_before |= {f"{name}.{each}".removeprefix(".") for each in attachment.trainable_before}
-    layers: dict[int, LoRAXSLinear] = {}
+    layers: dict[int, LoraXSLinear] = {}
     with transaction(model):
         for name in options:
-            layers[id(modules[name])] = LoRAXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
+            layers[id(modules[name])] = LoraXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
         fill(model, list(layers.values()), basis, devices, workspace, progress)
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
@@ -259,7 +259,7 @@ def install(
 def _check_unadapted(model: nn.Module) -> None:
     """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
     for m in model.modules():
-        if isinstance(m, LoRAXSLinear):
+        if isinstance(m, LoraXSLinear):
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
         if hasattr(m, "loraxs_R"):  # a layer of integrations.peft, told without importing it
             raise ValueError(
@@ -274,7 +274,7 @@ def _check_unadapted(model: nn.Module) -> None:
 
 def fill(
     model: nn.Module,
-    layers: Sequence[LoRAXSLinear],
+    layers: Sequence[LoraXSLinear],
     basis: Basis | None,
     devices: Sequence[torch.device] | None,
     workspace: int,
@@ -283,8 +283,8 @@ def fill(
     """A, B and R of new layers for a model: from the basis file, or by the SVD, all together."""
     fsdp = parallel.below_fsdp(model)
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
-    first: dict[tuple, LoRAXSLinear] = {}  # a weight that two layers share is factored once
-    others: list[tuple[LoRAXSLinear, LoRAXSLinear]] = []
+    first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
+    others: list[tuple[LoraXSLinear, LoraXSLinear]] = []
     for layer in layers:
         if layer.A.is_meta:
             continue
@@ -339,8 +339,8 @@ def detach(model: M, *, merge: bool = False) -> M:
             "merge: the adapters are merged; detach(model, merge=True) keeps the merged weights, "
             "unmerge(model) before detach gives the original ones back"
         )
-    if isinstance(model, LoRAXSLinear):
-        raise ValueError("model: is itself a LoRAXSLinear; its base_layer is what detach would give back")
+    if isinstance(model, LoraXSLinear):
+        raise ValueError("model: is itself a LoraXSLinear; its base_layer is what detach would give back")
     with transaction(model) as undo:
         if merge:
             untied = []
@@ -359,7 +359,7 @@ def detach(model: M, *, merge: bool = False) -> M:
                     head.bias = nn.Parameter(head.bias.detach().clone(), head.bias.requires_grad)
         for parent in list(model.modules()):
             for child_name, child in list(parent._modules.items()):
-                if isinstance(child, LoRAXSLinear):
+                if isinstance(child, LoraXSLinear):
                     child.unmerge()
                     parent._modules[child_name] = child.base_layer
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts

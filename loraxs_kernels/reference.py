@@ -41,7 +41,7 @@ def lowrank_linear(
 class UnfusedLinear(nn.Module):
     """The layer as the LoRA-XS reference runs it on PEFT: a frozen linear, three small linears, a scale, an add.
 
-    For comparison only.  It shares the tensors of `layer` (a LoRAXSLinear), R included, in the dtypes they have.
+    For comparison only.  It shares the tensors of `layer` (a LoraXSLinear), R included, in the dtypes they have.
     """
 
     def __init__(self, layer: nn.Module) -> None:

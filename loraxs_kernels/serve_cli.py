@@ -20,7 +20,7 @@ GROUPS = tuple(f"vllm.{each}_plugins" for each in ("general", "io_processor", "p
 ABOUT = f"""Serve a model and all adapters of a bank with vLLM (tested: {", ".join(TESTED)}), each by its name as the
 name of the model in a request. All other options are those of `vllm serve` and come after MODEL; defaults here:
 {" ".join(f"{option} {value}" for option, value in DEFAULTS.items())}, where --config is not given. With {TOKEN} in the
-environment, 16 characters or more, clients that say it in the header LoRAXS-Token may write adapters: POST
+environment, 16 characters or more, clients that say it in the header LoraXS-Token may write adapters: POST
 /v1/loraxs/adapters/NAME, the body a file of lx.save_adapter."""
 
 

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
-from loraxs_kernels import AdapterMismatch, LoRAXSLinear, basis
+from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
 from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.model import adapted_layers
@@ -316,7 +316,7 @@ def test_the_factors_of_a_loaded_adapter_can_be_computed_elsewhere(trained):
     model = mlp()
     with pytest.raises(ValueError, match="device: got 'meta'"):
         lx.load_adapter(model, trained[1], device="meta")
-    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules())
+    assert not any(isinstance(m, LoraXSLinear) for m in model.modules())
 
 
 @pytest.mark.parametrize("how", [dict(portable=True), dict(save_factors=True)], ids=str)
@@ -599,7 +599,7 @@ def test_damaged_files_are_refused_by_name_and_nothing_changes(trained, case, ve
     with pytest.raises(ValueError, match=message) as refusal:
         lx.load_adapter(model, path)
     assert str(path) in str(refusal.value) and unchanged(model, state)
-    assert any(isinstance(m, LoRAXSLinear) for m in model.modules()) is attached
+    assert any(isinstance(m, LoraXSLinear) for m in model.modules()) is attached
 
 
 def test_every_flipped_bit_is_seen(trained):
@@ -738,14 +738,14 @@ def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
             lx.load_adapter(base, path)
     assert unchanged(base, state) and all(p.requires_grad for p in base.parameters())
 
-    layer = LoRAXSLinear.from_linear(nn.Linear(6, 5), 2)
+    layer = LoraXSLinear.from_linear(nn.Linear(6, 5), 2)
     nn.init.normal_(layer.R)
     lx.save_adapter(layer, path)
     linear = copy.deepcopy(layer.base_layer)
-    with pytest.raises(ValueError, match="the file holds the adapter of a single LoRAXSLinear"):
+    with pytest.raises(ValueError, match="the file holds the adapter of a single LoraXSLinear"):
         lx.load_adapter(linear.requires_grad_(True), path)
     assert linear.weight.requires_grad and "loraxs" not in vars(linear)
-    again = lx.load_adapter(LoRAXSLinear.from_linear(linear, 2), path)
+    again = lx.load_adapter(LoraXSLinear.from_linear(linear, 2), path)
     assert torch.equal(again.R, layer.R)
 
 

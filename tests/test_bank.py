@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels.linear import LoRAXSLinear
+from loraxs_kernels.linear import LoraXSLinear
 from loraxs_kernels.model import adapted_layers
 
 transformers = pytest.importorskip("transformers")
@@ -305,7 +305,7 @@ def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tune
             model(IDS, adapter_ids=["alice", None, "bob", None]).logits, alone(tuned, ["alice", None, "bob", None])
         )
     bank.detach(model)
-    assert all(type(layer) is LoRAXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
+    assert all(type(layer) is LoraXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
 
 
 def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
@@ -314,7 +314,7 @@ def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
         other.model.layers[1].mlp.down_proj.weight.add_(torch.randn_like(other.model.layers[1].mlp.down_proj.weight))
     with pytest.raises(lx.AdapterMismatch, match=r"layers\.1\.mlp\.down_proj"):
         bank.attach(other, progress=False)
-    assert not any(isinstance(m, LoRAXSLinear) for m in other.modules()) and type(other) is type(base)
+    assert not any(isinstance(m, LoraXSLinear) for m in other.modules()) and type(other) is type(base)
 
 
 @pytest.mark.parametrize("slots", [0, True, 1.5, "4"])

@@ -21,7 +21,7 @@ from loraxs_kernels import basis_file
 from loraxs_kernels.basis_file import make_basis, read_basis
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
-from loraxs_kernels.linear import LoRAXSLinear
+from loraxs_kernels.linear import LoraXSLinear
 
 
 def model() -> nn.Module:
@@ -64,7 +64,7 @@ def test_a_basis_file_gives_what_attach_computes(checkpoint, tmp_path, capsys):
     assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
     # The adapter trained on it needs the base model alone.
     for layer in read.modules():
-        if isinstance(layer, LoRAXSLinear):
+        if isinstance(layer, LoraXSLinear):
             layer.R.data.normal_()
     lx.save_adapter(read, tmp_path / "adapter.safetensors")
     loaded = lx.load_adapter(model(), tmp_path / "adapter.safetensors")
@@ -208,7 +208,7 @@ def test_a_basis_in_bf16_serves_the_model_in_any_dtype(minilm, tmp_path, dtype):
     targets = ["query", "intermediate.dense"]
     m = lx.attach(copy.deepcopy(base), 16, target_modules=targets, basis=tmp_path / "basis.safetensors")
     for layer in m.modules():
-        if isinstance(layer, LoRAXSLinear):
+        if isinstance(layer, LoraXSLinear):
             assert layer.A.dtype == dtype and torch.equal(layer.A, layer.A.bfloat16().to(dtype))
             layer.R.data.normal_()
     lx.save_adapter(m, tmp_path / "adapter.safetensors")
@@ -333,7 +333,7 @@ def test_damaged_basis_files_are_refused_by_name(checkpoint, tmp_path, case, ver
     with pytest.raises(ValueError, match=message) as refusal:
         lx.attach(m, 2, target_modules=["0.up", "1.down"], basis=path)
     assert str(path) in str(refusal.value)
-    assert not any(isinstance(layer, LoRAXSLinear) for layer in m.modules())
+    assert not any(isinstance(layer, LoraXSLinear) for layer in m.modules())
 
 
 def test_every_flipped_bit_of_a_basis_is_seen(checkpoint, tmp_path):

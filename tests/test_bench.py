@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loraxs_kernels import LoRAXSLinear, indexed, reference
+from loraxs_kernels import LoraXSLinear, indexed, reference
 from loraxs_kernels.bench import (
     BenchError,
     bank,
@@ -506,8 +506,8 @@ def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
     _, _, first = model.steps(tiny_model, "reference", 4, False, request, expected)
     _, _, second = model.steps(tiny_model, "torch", 4, False, request, expected)
     assert first["gR_difference"] < 1e-4 and 0 < second["gR_difference"] < 1e-4
-    forward = LoRAXSLinear.forward
-    monkeypatch.setattr(LoRAXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
+    forward = LoraXSLinear.forward
+    monkeypatch.setattr(LoraXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
     with pytest.raises(BenchError, match="it is wrong: gR differs"):
         model.steps(tiny_model, "torch", 4, False, request, expected)
 

@@ -18,7 +18,7 @@ import torch
 from helpers import EMULATED, Operands, assert_accurate, assert_primitive, backward, gradients, guard, operands, unfused
 from torch import Tensor, nn
 
-from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels import LoraXSLinear
 from loraxs_kernels.functional import lora_xs_linear
 
 if not EMULATED:
@@ -342,7 +342,7 @@ def test_what_the_core_refuses_is_an_error():
 
 def test_a_layer_trains_on_it(plans):
     """Rank 12: B lives in padded rows, which neither a move nor a state dict shows, and is read as it lies."""
-    layer = LoRAXSLinear.from_linear(nn.Linear(96, 64).bfloat16(), 12, sigma=0.3)
+    layer = LoraXSLinear.from_linear(nn.Linear(96, 64).bfloat16(), 12, sigma=0.3)
     layer.load_state_dict(layer.state_dict())
     for moved in (layer, copy.deepcopy(layer).to("meta").to_empty(device="cpu"), layer.to(torch.bfloat16)):
         assert backend.lies(moved.B) == 0 and moved.B.shape == (64, 12)

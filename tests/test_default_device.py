@@ -81,7 +81,7 @@ def merged(tmp_path: Path, base: nn.Module):
 
 def given(tmp_path: Path, base: nn.Module):
     A, B = (torch.full(size, 0.5, device="cpu") for size in ((4, 20), (30, 4)))
-    return lx.LoRAXSLinear.from_linear(base[0], 4, init=(A, B))
+    return lx.LoraXSLinear.from_linear(base[0], 4, init=(A, B))
 
 
 def saved(tmp_path: Path, base: nn.Module):

@@ -35,7 +35,7 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from loraxs_kernels import LoRAXSLinear, backends, forward_together, functional, ops, reference
+from loraxs_kernels import LoraXSLinear, backends, forward_together, functional, ops, reference
 from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.device import _Runs
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
@@ -1006,7 +1006,7 @@ TRANSFORMED = {
     "lora_xs_delta": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s),
     "lora_xs_delta into out": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s, out=torch.zeros_like(o.gY)),
     "together": lambda o: lambda x, R: torch.cat(functional.together(x, [(o.W, o.A, R, o.B, o.s, o.bias, "")] * 2)),
-    "LoRAXSLinear": lambda o: layer_of(o),
+    "LoraXSLinear": lambda o: layer_of(o),
     "forward_together": lambda o: layer_of(o, twice=True),
 }
 
@@ -1015,7 +1015,7 @@ def layer_of(o: Operands, twice: bool = False):
     """The operands as a layer, called with x and an R in place of its parameter; twice: by forward_together."""
     linear = torch.nn.Linear(o.W.shape[1], o.W.shape[0])
     linear.weight, linear.bias = torch.nn.Parameter(o.W), torch.nn.Parameter(o.bias)
-    layer = LoRAXSLinear.from_linear(linear, len(o.R), alpha=o.s * len(o.R), init=(o.A, o.B))
+    layer = LoraXSLinear.from_linear(linear, len(o.R), alpha=o.s * len(o.R), init=(o.A, o.B))
     del layer.R
 
     def call(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""LoRAXSLinear: one layer, over nn.Linear and Conv1D, through everything that happens to a module."""
+"""LoraXSLinear: one layer, over nn.Linear and Conv1D, through everything that happens to a module."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
 import loraxs_kernels.route
-from loraxs_kernels import LoRAXSLinear, attach, forward_together
+from loraxs_kernels import LoraXSLinear, attach, forward_together
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
-def make(kind: str = "linear", dtype: torch.dtype = torch.float32, N: int = 24, K: int = 40, **options) -> LoRAXSLinear:
+def make(kind: str = "linear", dtype: torch.dtype = torch.float32, N: int = 24, K: int = 40, **options) -> LoraXSLinear:
     """A layer with an R large enough to matter."""
     linear = Conv1D(N, K) if kind == "conv1d" else nn.Linear(K, N, bias=kind != "no bias")
     nn.init.normal_(linear.weight, std=K**-0.5)
-    layer = LoRAXSLinear.from_linear(linear.to(dtype), options.pop("rank", 6), **options)
+    layer = LoraXSLinear.from_linear(linear.to(dtype), options.pop("rank", 6), **options)
     nn.init.normal_(layer.R, std=0.3)
     return layer
 
 
-def dense(layer: LoRAXSLinear) -> torch.Tensor:
+def dense(layer: LoraXSLinear) -> torch.Tensor:
     """W + s B R A in fp64."""
     W = layer.base_layer.weight.double()
     W = W.T if isinstance(layer.base_layer, Conv1D) else W
@@ -42,7 +42,7 @@ def test_factors_are_the_svd_of_the_weight():
     U, S, Vh = torch.linalg.svd(layer.base_layer.weight.double(), full_matrices=False)
     torch.testing.assert_close(layer.B.double().abs(), U[:, :6].abs(), atol=1e-4, rtol=0)
     torch.testing.assert_close(layer.A.double().abs(), (S[:6, None] * Vh[:6]).abs(), atol=1e-4, rtol=0)
-    fresh = LoRAXSLinear.from_linear(nn.Linear(40, 24), 24, init_std=1e-5)
+    fresh = LoraXSLinear.from_linear(nn.Linear(40, 24), 24, init_std=1e-5)
     assert layer.scaling == 2.0 and fresh.scaling == 1.0
     assert 0.7e-5 < fresh.R.std() < 1.3e-5 and fresh.R.dtype == torch.float32 and fresh.R.requires_grad
 
@@ -96,7 +96,7 @@ def test_opaque_bases_get_the_delta_on_top():
             return x @ (self.weight.to(x.dtype) / 100).T
 
     base = Quantised(layer.base_layer)
-    opaque = LoRAXSLinear.from_linear(base, 6, init=(layer.A, layer.B))
+    opaque = LoraXSLinear.from_linear(base, 6, init=(layer.A, layer.B))
     nn.init.normal_(opaque.R)
     x.requires_grad_()
     y = opaque(x)
@@ -108,7 +108,7 @@ def test_opaque_bases_get_the_delta_on_top():
     with pytest.raises(TypeError, match=r"linear: got a Quantised with a Tensor weight of shape .* dtype torch\.int8"):
         opaque.merge()
     with pytest.raises(TypeError, match=r"module 'q': got a Quantised .* lx\.register_weight_reader can"):
-        LoRAXSLinear.from_linear(base, 6, name="q")
+        LoraXSLinear.from_linear(base, 6, name="q")
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ class PassesNoGradient(nn.Linear):
 
 @pytest.mark.parametrize("how", ["eager", "bias trains", "dropout", "compiled", "checkpointed", "reentrant"])
 def test_a_base_that_passes_no_gradient_is_refused(how):
-    layer = LoRAXSLinear.from_linear(PassesNoGradient(12, 8), 2, name="a.b", dropout=0.1 if how == "dropout" else 0.0)
+    layer = LoraXSLinear.from_linear(PassesNoGradient(12, 8), 2, name="a.b", dropout=0.1 if how == "dropout" else 0.0)
     x = torch.randn(3, 12)
     layer(x).sum().backward()  # nothing before it wants a gradient
     assert layer.R.grad is not None
@@ -319,7 +319,7 @@ def test_a_base_that_passes_its_gradient_compiles_in_one_graph():
         def forward(self, x):
             return super().forward(x).tanh()
 
-    layer, x = LoRAXSLinear.from_linear(Own(12, 8), 2), torch.randn(3, 12, requires_grad=True)
+    layer, x = LoraXSLinear.from_linear(Own(12, 8), 2), torch.randn(3, 12, requires_grad=True)
     nn.init.normal_(layer.R)
     layer.bias.requires_grad_(True)
     assert layer(2 * x).grad_fn is not None
@@ -339,7 +339,7 @@ def test_unfrozen_base_weight_still_gets_its_gradient():
 
 def test_adapter_dtype_other_than_the_base():
     base = nn.Linear(40, 24).bfloat16()
-    mixed = LoRAXSLinear.from_linear(base, 6, dtype=torch.float32)
+    mixed = LoraXSLinear.from_linear(base, 6, dtype=torch.float32)
     nn.init.normal_(mixed.R)
     assert mixed.A.dtype == torch.float32
     x = torch.randn(3, 40).bfloat16()
@@ -383,7 +383,7 @@ def test_merge_and_exact_restoration(kind, dtype):
 
 
 def test_a_merge_that_is_not_finite_is_refused():
-    layer = LoRAXSLinear.from_linear(nn.Linear(8, 8), 2, name="block.proj")
+    layer = LoraXSLinear.from_linear(nn.Linear(8, 8), 2, name="block.proj")
     nn.init.constant_(layer.R, float("inf"))
     with pytest.raises(ValueError, match=r"module 'block\.proj': the merged weight has NaN or Inf"):
         layer.merge()
@@ -450,12 +450,12 @@ def test_moves_keep_R_in_full_precision():
 
 def test_meta_device_then_real_weights():
     with torch.device("meta"):
-        layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+        layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
     assert layer.A.is_meta and layer.R.is_meta
     linear = nn.Linear(40, 24)
     layer.to_empty(device="cpu").base_layer.load_state_dict(linear.state_dict())
     layer.reset_parameters()
-    expected = LoRAXSLinear.from_linear(linear, 6)
+    expected = LoraXSLinear.from_linear(linear, 6)
     assert all(
         torch.equal(a, b) for a, b in zip(layer.state_dict().values(), expected.state_dict().values(), strict=True)
     )
@@ -465,7 +465,7 @@ def test_meta_device_then_real_weights():
 def test_rank_deficient_weights_train_all_the_same(true_rank):
     linear = nn.Linear(40, 24)
     linear.weight.data = torch.randn(24, true_rank) @ torch.randn(true_rank, 40)
-    layer = LoRAXSLinear.from_linear(linear, 6)
+    layer = LoraXSLinear.from_linear(linear, 6)
     torch.testing.assert_close(layer.B.T @ layer.B, torch.eye(6), atol=1e-5, rtol=0)
     assert layer.A[true_rank:].abs().max() == 0 and layer(torch.randn(3, 40)).isfinite().all()
     torch.testing.assert_close(layer.B @ layer.A, linear.weight.data, atol=1e-4, rtol=0)
@@ -475,7 +475,7 @@ def test_seed_decides_everything_random():
     linear = nn.Linear(40, 24)
 
     def state(**options):
-        return LoRAXSLinear.from_linear(linear, 6, **options)
+        return LoraXSLinear.from_linear(linear, 6, **options)
 
     for init in ("svd", "random"):
         a, b = state(init=init, seed=1, name="a"), state(init=init, seed=1, name="a")
@@ -485,7 +485,7 @@ def test_seed_decides_everything_random():
 
 
 def test_random_init_is_kaiming_uniform():
-    layer = LoRAXSLinear.from_linear(nn.Linear(4000, 3000), 16, init="random")
+    layer = LoraXSLinear.from_linear(nn.Linear(4000, 3000), 16, init="random")
     for factor, fan_in in ((layer.A, 4000), (layer.B, 16)):
         bound = fan_in**-0.5
         assert factor.abs().max() <= bound and abs(factor.std() / (bound / 3**0.5) - 1) < 0.02
@@ -503,7 +503,7 @@ class TinyLoRA(nn.Module):
         return R + torch.einsum("u,urq->rq", self.v, self.P)
 
 
-def train(layer: LoRAXSLinear, steps: int = 60) -> tuple[float, float]:
+def train(layer: LoraXSLinear, steps: int = 60) -> tuple[float, float]:
     """First and last loss of fitting another layer's output."""
     x, target = torch.randn(64, 40), torch.randn(64, 24)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=3e-2)
@@ -518,7 +518,7 @@ def train(layer: LoRAXSLinear, steps: int = 60) -> tuple[float, float]:
 
 
 def test_tinylora_by_parametrization():
-    layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+    layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
     parametrize.register_parametrization(layer, "R", TinyLoRA(13, 6))
     layer.parametrizations.R.original.requires_grad_(False)
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 13
@@ -532,7 +532,7 @@ def test_tinylora_by_parametrization():
 
 def test_psoft_by_parametrization():
     """PSOFT: R is orthogonal; the adapter starts at the identity's delta and stays on the group."""
-    layer = LoRAXSLinear.from_linear(nn.Linear(40, 24), 6)
+    layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
     layer.R.data = torch.eye(6)
     nn.utils.parametrizations.orthogonal(layer, "R", orthogonal_map="cayley")
     first, last = train(layer)
@@ -601,7 +601,7 @@ def test_bad_arguments_are_named(case):
     options, error, message = BAD[case]
     linear = nn.Linear(12, 8)
     with pytest.raises(error, match=message):
-        LoRAXSLinear.from_linear(linear, **(dict(rank=2, name="a.b") | options))
+        LoraXSLinear.from_linear(linear, **(dict(rank=2, name="a.b") | options))
     assert linear.weight.requires_grad
 
 
@@ -618,19 +618,19 @@ def test_bad_layers_are_named():
     nan = nn.Linear(12, 8)
     nan.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"module 'a\.b': W: has a largest magnitude of nan, must be finite"):
-        LoRAXSLinear.from_linear(nan, 2, name="a.b")
+        LoraXSLinear.from_linear(nan, 2, name="a.b")
     with pytest.raises(TypeError, match=r"module 'norm': got a LayerNorm .* must be an nn\.Linear or Conv1D"):
-        LoRAXSLinear.from_linear(nn.LayerNorm(8), 2, name="norm")
+        LoraXSLinear.from_linear(nn.LayerNorm(8), 2, name="norm")
     sharded = nn.Linear(12, 8)
     sharded.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(TypeError, match=r"module 'z': got a Linear with a Parameter weight of shape \(0,\)"):
-        LoRAXSLinear.from_linear(sharded, 2, name="z")
+        LoraXSLinear.from_linear(sharded, 2, name="z")
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
-        LoRAXSLinear.from_linear(make(), 2)
+        LoraXSLinear.from_linear(make(), 2)
 
 
 def test_bad_x_is_named():
-    layer = LoRAXSLinear.from_linear(nn.Linear(12, 8), 2, name="a.b")
+    layer = LoraXSLinear.from_linear(nn.Linear(12, 8), 2, name="a.b")
     with pytest.raises(ValueError, match=r"x: got shape \(3, 11\) and torch\.float32 for module 'a\.b', must be"):
         layer(torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"torch\.float64 for module"):
@@ -640,7 +640,7 @@ def test_bad_x_is_named():
 # --- layers that share their input
 
 
-def siblings(dtype: torch.dtype = torch.float32) -> list[LoRAXSLinear]:
+def siblings(dtype: torch.dtype = torch.float32) -> list[LoraXSLinear]:
     """Of other sizes, ranks, scales, kinds and biases."""
     return [
         make("linear", dtype, N=24, rank=6),
@@ -709,7 +709,7 @@ def test_together_keeps_no_weight_where_x_needs_no_gradient():
 def test_together_calls_what_it_cannot_join():
     """A merged layer, a dropping one, one with a hook, a plain linear, one of a subclass; the rest are still joined."""
 
-    class Own(LoRAXSLinear):
+    class Own(LoraXSLinear):
         pass
 
     a, b, merged, dropping, hooked, plain = *siblings()[:2], make(), make(dropout=0.5), make(), nn.Linear(40, 3)
@@ -724,7 +724,7 @@ def test_together_calls_what_it_cannot_join():
     for y, right in zip(forward_together(x, *layers), expected, strict=True):
         torch.testing.assert_close(y, right)
     assert calls == [hooked, hooked]
-    assert [layer._joins(x) for layer in layers if isinstance(layer, LoRAXSLinear)] == [
+    assert [layer._joins(x) for layer in layers if isinstance(layer, LoraXSLinear)] == [
         *(True, False, False, True, False),
         True,  # of a subclass: left to its own forward all the same
     ]
@@ -762,7 +762,7 @@ def test_together_lets_outputs_change_in_place():
     torch.testing.assert_close(got, x.grad)
 
 
-def unfused(layer: LoRAXSLinear):
+def unfused(layer: LoraXSLinear):
     """The layer in separate torch ops."""
     W = layer.weight.t() if isinstance(layer.base_layer, Conv1D) else layer.weight
     return lambda x: lowrank_linear(x, W, layer.A, layer.R, layer.B, layer.scaling, layer.bias)[0]
@@ -792,7 +792,7 @@ def test_a_gradient_penalty_of_a_real_model(minilm):
     today = copy.deepcopy(model)
     for parent in list(today.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, LoRAXSLinear):
+            if isinstance(child, LoraXSLinear):
                 parent._modules[name] = UnfusedLinear(child)
     embeddings = model.embeddings(torch.randint(1000, 5000, (2, 12))).detach().requires_grad_()
 
@@ -807,6 +807,6 @@ def test_a_gradient_penalty_of_a_real_model(minilm):
 
 
 def test_together_names_the_layer_that_x_does_not_fit():
-    layers = [make(), LoRAXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
+    layers = [make(), LoraXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
     with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must be \(\.\.\., 7\)"):
         forward_together(torch.randn(5, 40), *layers)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import loraxs_kernels as lx
-from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels import LoraXSLinear
 from loraxs_kernels.matching import _READ_BY_PARENT, match
 from loraxs_kernels.model import unwrapped
 
@@ -46,8 +46,8 @@ def gpt2():
 IDS = torch.arange(12).view(2, 6)
 
 
-def adapters(model: nn.Module) -> dict[str, LoRAXSLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRAXSLinear)}
+def adapters(model: nn.Module) -> dict[str, LoraXSLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinear)}
 
 
 def snapshot(model: nn.Module):
@@ -462,7 +462,7 @@ def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     y, weight = model(x), model.a.weight
     lx.attach(model, 4, target_modules="all-linear")
     assert len(calls) == 1 and len(adapters(model)) == 2
-    assert model.a is model.b is model.blocks[0] and isinstance(model.a, LoRAXSLinear)
+    assert model.a is model.b is model.blocks[0] and isinstance(model.a, LoraXSLinear)
     assert torch.equal(model.a.A, model.blocks[1].A) and not torch.equal(model.a.R, model.blocks[1].R)
     torch.testing.assert_close(model(x), y, atol=1e-4, rtol=0)
     adapted = randomise(model)(x)
@@ -729,7 +729,7 @@ def test_training_a_real_model_follows_the_unfused_formula(minilm):
     unfused = copy.deepcopy(minilm)
     for parent in list(unfused.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoRAXSLinear):
+            if isinstance(child, LoraXSLinear):
                 setattr(parent, name, UnfusedLinear(child))
     histories = []
     for model in (minilm, unfused):

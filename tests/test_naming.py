@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels import LoRAXSLinear
+from loraxs_kernels import LoraXSLinear
 from loraxs_kernels.naming import Former, aliases, as_dtype
 
 
@@ -59,7 +59,7 @@ def test_attach_as_pefts_users_write_it():
 
 def test_earlier_names_still_work():
     with pytest.warns(FutureWarning, match="sigma is now called init_std"):
-        layer = LoRAXSLinear.from_linear(nn.Linear(20, 30), 4, sigma=0.5)
+        layer = LoraXSLinear.from_linear(nn.Linear(20, 30), 4, sigma=0.5)
     assert layer.init_std == 0.5
     with pytest.warns(FutureWarning, match="sigma is now called init_std"):
         assert layer.sigma == 0.5

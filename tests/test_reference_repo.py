@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels import AdapterMismatch, LoRAXSLinear
+from loraxs_kernels import AdapterMismatch, LoraXSLinear
 from loraxs_kernels.basis import Recipe
 from loraxs_kernels.integrations import reference_repo
 from loraxs_kernels.integrations.reference_repo import (
@@ -562,7 +562,7 @@ def test_a_warning_raised_as_an_error_changes_nothing(tmp_path):
         warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match="its A and B are rounded"):
             load_reference_adapter(model, folder)
-    assert not any(isinstance(m, LoRAXSLinear) for m in model.modules()) and torch.equal(model.classifier.weight, head)
+    assert not any(isinstance(m, LoraXSLinear) for m in model.modules()) and torch.equal(model.classifier.weight, head)
 
 
 def test_arguments_and_models_that_do_not_fit(tmp_path):
@@ -682,7 +682,7 @@ def test_an_export_that_fails_writes_nothing(tmp_path):
     layer = dict(adapted_layers(model))["bert.encoder.layer.1.attention.self.value"]
     with pytest.raises(ValueError, match="has no LoRA-XS adapters"):
         export_as_lora(bert(), tmp_path / "lora")
-    with pytest.raises(ValueError, match="is itself a LoRAXSLinear"):
+    with pytest.raises(ValueError, match="is itself a LoraXSLinear"):
         export_as_lora(layer, tmp_path / "lora")
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
         export_as_lora(model, tmp_path / "lora", dtype=torch.int8)
@@ -732,7 +732,7 @@ def test_a_checkpoint_becomes_plain_lora(tmp_path):
     export_as_lora(load_reference_adapter(bert(), saved(theirs, tmp_path)), tmp_path / "lora", task_type="SEQ_CLS")
     loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "lora")
     assert relative_error(loaded(IDS).logits, theirs(IDS).logits) < 1e-5
-    assert not any(isinstance(m, LoRAXSLinear) for m in loaded.modules())
+    assert not any(isinstance(m, LoraXSLinear) for m in loaded.modules())
 
 
 def test_loading_and_exporting_need_no_peft(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def gathered_state(model: nn.Module, cpu_offload: bool = True) -> dict[str, torc
 
 def in_bf16(model: nn.Module) -> nn.Module:
     for layer in model.modules():
-        if isinstance(layer, lx.LoRAXSLinear):
+        if isinstance(layer, lx.LoraXSLinear):
             layer.R.data = layer.R.data.bfloat16()
     return model
 

@@ -15,7 +15,7 @@ import torch
 from helpers import INTERPRETED, assert_primitive, backward, guard, operands
 from torch import nn
 
-from loraxs_kernels import LoRAXSLinear, backends
+from loraxs_kernels import LoraXSLinear, backends
 
 if not INTERPRETED:
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
@@ -80,7 +80,7 @@ def test_zeros_beside_a_layers_own_B_are_read_and_nothing_beside_anothers(monkey
 
     monkeypatch.setattr(launcher, "launch", launch)
     o, wide = operands(70, 40, 48, r, torch.bfloat16), r + -r % 16
-    layer = LoRAXSLinear.from_linear(nn.Linear(48, 40).bfloat16(), r, init=(o.A, o.B))
+    layer = LoraXSLinear.from_linear(nn.Linear(48, 40).bfloat16(), r, init=(o.A, o.B))
     foreign = torch.full((40, wide), math.nan, dtype=torch.bfloat16)[:, :r].copy_(o.B)
     for o.B, width in ((layer.B, wide), (copy.deepcopy(layer).B, wide), (foreign, r), (layer.B[:, :3], 3)):
         o.A, o.R = o.A[: o.B.shape[1]], o.R[: o.B.shape[1], : o.B.shape[1]]

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
-from loraxs_kernels import LoRAXSLinear, adapter_file
+from loraxs_kernels import LoraXSLinear, adapter_file
 from loraxs_kernels.matching import match
 from loraxs_kernels.weights import assign, weight_of
 
@@ -95,8 +95,8 @@ def effective(layer: nn.Module) -> torch.Tensor:
     return (layer(eye) - layer(torch.zeros_like(eye).requires_grad_())).detach().t().float()
 
 
-def adapters(model: nn.Module) -> list[LoRAXSLinear]:
-    return [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
+def adapters(model: nn.Module) -> list[LoraXSLinear]:
+    return [m for m in model.modules() if isinstance(m, LoraXSLinear)]
 
 
 def snapshot(model: nn.Module):
@@ -160,12 +160,12 @@ def test_layers_that_are_not_as_they_will_be_are_refused(bnb):
         with pytest.raises(
             TypeError, match=r"module 'q': got a Linear\dbit\w* .* no scales yet, must be quantised first"
         ):
-            LoRAXSLinear.from_linear(layer, 4, name="q")
+            LoraXSLinear.from_linear(layer, 4, name="q")
     packed = linear4bit(nn.Linear(K, N))
     # What Linear4bit.forward does in eval mode where the CPU has AVX512-BF16, here wherever the test runs.
     packed.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(packed.weight.data, packed.weight.quant_state)
     with pytest.raises(TypeError, match=r"module 'q': .* packed anew and rounded .* load the model again"):
-        LoRAXSLinear.from_linear(packed, 4, name="q")
+        LoraXSLinear.from_linear(packed, 4, name="q")
 
 
 def test_shapes_are_known_on_the_meta_device(bnb):
@@ -173,7 +173,7 @@ def test_shapes_are_known_on_the_meta_device(bnb):
         bnb.nn.Linear4bit(K, N, compute_dtype=torch.bfloat16, device="meta"),
         bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False, device="meta"),
     ):
-        adapted = LoRAXSLinear.from_linear(layer, 4)
+        adapted = LoraXSLinear.from_linear(layer, 4)
         assert adapted.A.is_meta and adapted.A.shape == (4, K) and adapted.B.shape == (N, 4)
         assert adapted.A.dtype == weight_of(layer).dtype
 
@@ -266,10 +266,10 @@ def test_the_adapter_file_of_a_quantised_model(kind, tmp_path):
 
 def test_given_factors_take_the_dtype_a_quantised_layer_computes_in():
     layer = linear4bit(nn.Linear(K, N))
-    adapted = LoRAXSLinear.from_linear(layer, 4, init=(torch.randn(4, K), torch.randn(N, 4)))
+    adapted = LoraXSLinear.from_linear(layer, 4, init=(torch.randn(4, K), torch.randn(N, 4)))
     assert adapted.A.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=rf"must be \(4, {K}\) and \({N}, 4\)"):
-        LoRAXSLinear.from_linear(layer, 4, init=(torch.randn(4, K + 1), torch.randn(N, 4)))
+        LoraXSLinear.from_linear(layer, 4, init=(torch.randn(4, K + 1), torch.randn(N, 4)))
 
 
 # Layers that only their author knows.
@@ -322,7 +322,7 @@ def test_a_registered_layer_is_adapted_like_any_other(register):
     reads = []
     register(Halved, lambda layer: reads.append(layer) or whole(layer))
     lx.attach(model, 4, target_modules="all-linear")
-    expected = LoRAXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
+    expected = LoraXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
     assert torch.equal(model[0].A, expected.A) and torch.equal(model[0].B, expected.B) and len(reads) == 1
     nn.init.normal_(model[0].R)
     x = torch.randn(3, K)
@@ -405,11 +405,11 @@ def test_a_registered_layers_shape_dtype_and_device(register):
 
     register(Odd, lambda layer: layer.codes.t().half())
     with pytest.raises(TypeError, match=r"module 'q': .* an? Odd's, is given as \(None, None\), must be two integers"):
-        LoRAXSLinear.from_linear(Odd(), 4, name="q")
+        LoraXSLinear.from_linear(Odd(), 4, name="q")
     register(Odd, lambda layer: layer.codes.t().half(), shape=lambda layer: layer.codes.t().shape)
     W = weight_of(Odd())
     assert (W.shape, W.dtype, W.read().shape) == ((N, K), torch.float16, (N, K))
-    assert LoRAXSLinear.from_linear(Odd("meta"), 4).A.is_meta
+    assert LoraXSLinear.from_linear(Odd("meta"), 4).A.is_meta
     del Odd.compute_dtype
     assert weight_of(Odd()).dtype == torch.float32
 
@@ -496,7 +496,7 @@ def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():
     plain.load_state_dict(model[1].state_dict())
     before, x = snapshot(model), torch.randn(3, K)
     lx.attach(model, 4, target_modules="all-linear", alpha=8)
-    expected = LoRAXSLinear.from_linear(plain, 4, name="1")
+    expected = LoraXSLinear.from_linear(plain, 4, name="1")
     layer = model[1]
     assert torch.equal(layer.A, expected.A) and torch.equal(layer.B, expected.B)
     nn.init.normal_(layer.R)
@@ -517,7 +517,7 @@ def test_a_quantised_class_derived_from_linear_is_refused(dtype):
     with pytest.raises(
         TypeError, match=rf"module 'q': got a {name} .* If it is quantised, lx\.register_weight_reader can"
     ):
-        LoRAXSLinear.from_linear(layer, 4, name="q")
+        LoraXSLinear.from_linear(layer, 4, name="q")
 
 
 # Weights that are sharded over ranks.
@@ -540,7 +540,7 @@ def test_dtensor_weights_are_gathered(mesh):
     sharded = copy.deepcopy(linear)
     for dim in (0, 1):
         sharded.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)]))
-        layer, expected = (LoRAXSLinear.from_linear(each, 4) for each in (sharded, linear))
+        layer, expected = (LoraXSLinear.from_linear(each, 4) for each in (sharded, linear))
         assert type(layer.A) is torch.Tensor and torch.equal(layer.A, expected.A) and torch.equal(layer.B, expected.B)
         with pytest.raises(TypeError, match=r"got a Linear with a DTensor weight .* to merge into"):
             layer.merge()
@@ -600,7 +600,7 @@ def two_ranks(rank: int, store: str) -> None:
     try:
         torch.manual_seed(0)
         linear = nn.Linear(40, 25)
-        expected = LoRAXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
+        expected = LoraXSLinear.from_linear(copy.deepcopy(linear), 4, name="0")
 
         def check(model: nn.Sequential) -> None:
             lx.attach(model, 4, target_modules=["0"])
@@ -681,7 +681,7 @@ def zero3(monkeypatch):
 
 @pytest.mark.parametrize("layer", [nn.Linear(K, N), Conv1D(N, K)], ids=["linear", "conv1d"])
 def test_zero3_weights_are_gathered_one_at_a_time(zero3, layer):
-    expected = LoRAXSLinear.from_linear(copy.deepcopy(layer), 4, name="0")
+    expected = LoraXSLinear.from_linear(copy.deepcopy(layer), 4, name="0")
     model = nn.Sequential(zero3.partition(copy.deepcopy(layer)))
     assert weight_of(model[0]).shape == (N, K) and zero3.gathered == []
     lx.attach(model, 4, target_modules=["0"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..linear import LoRAXSLinear, forward_together
+from ..linear import LoraXSLinear, forward_together
 from . import tables, timer
 from .compare import Build, Candidate, Row, compare, errors
 from .paths import Operands, fused
@@ -21,7 +21,7 @@ from .tables import Table, over
 
 SHARING = (("q", "k", "v"), ("gate", "up"))
 
-Set = tuple[Tensor, list[LoRAXSLinear], list[Tensor]]  # x, the layers, gY of each
+Set = tuple[Tensor, list[LoraXSLinear], list[Tensor]]  # x, the layers, gY of each
 
 
 def _separate(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -84,13 +84,13 @@ def operands(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> lis
     return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(request.device, size)))]
 
 
-def step(name: str, x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> tuple[Tensor, ...]:
+def step(name: str, x: Tensor, layers: list[LoraXSLinear], gYs: list[Tensor]) -> tuple[Tensor, ...]:
     """Forward, and gradients for x and each R."""
     trained = [layer.R for layer in layers if name != "frozen"]
     return torch.autograd.grad(PATHS[name](x, *layers), (x, *trained), gYs)
 
 
-def check(x: Tensor, layers: list[LoRAXSLinear], gYs: list[Tensor]) -> dict[str, dict[str, float]]:
+def check(x: Tensor, layers: list[LoraXSLinear], gYs: list[Tensor]) -> dict[str, dict[str, float]]:
     """The errors of `forward_together`, with the separate layers as the chain in x's dtype."""
     each = range(len(layers))
     names = (*(f"y of layer {i}" for i in each), "gX", *(f"gR of layer {i}" for i in each))

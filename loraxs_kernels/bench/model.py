@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attach, backends, detach
-from ..linear import LoRAXSLinear
+from ..linear import LoraXSLinear
 from ..reference import UnfusedLinear, relative_error
 from . import BenchError, paths, plots, tables, timer
 from .compare import Row, failure, figures, release
@@ -159,7 +159,7 @@ def build(request: Request) -> nn.Module:
 
 @contextmanager
 def _fused(model: nn.Module, r: int, name: str | None) -> Iterator[nn.Module]:
-    attach(model, r, target_modules="all-linear", init="random", sigma=r**-0.5, progress=False)
+    attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, progress=False)
     try:
         with backends.backend(name):
             yield model
@@ -169,8 +169,8 @@ def _fused(model: nn.Module, r: int, name: str | None) -> Iterator[nn.Module]:
 
 @contextmanager
 def _unfused(model: nn.Module, r: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    attach(model, r, target_modules="all-linear", init="random", sigma=r**-0.5, dtype=dtype, progress=False)
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRAXSLinear)}
+    attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, dtype=dtype, progress=False)
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraXSLinear)}
     try:
         for name, layer in adapted.items():
             unfused = UnfusedLinear(layer)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .. import backends, ops, reference
 from ..backends.torch import scaled_mm
-from ..linear import LoRAXSLinear
+from ..linear import LoraXSLinear
 from ..ops import LowRankLinear
 from ..padding import padded_rows
 from . import question
@@ -85,8 +85,8 @@ def _each(build: Callable[[Operands], Layer]) -> Callable[[list[Operands]], list
     return lambda sets: [build(o) for o in sets]
 
 
-def fused(o: Operands, dtype: torch.dtype | None = None) -> LoRAXSLinear:
-    layer = LoRAXSLinear.from_linear(o.linear(), o.R.shape[0], alpha=o.s * o.R.shape[0], init=(o.A, o.B), dtype=dtype)
+def fused(o: Operands, dtype: torch.dtype | None = None) -> LoraXSLinear:
+    layer = LoraXSLinear.from_linear(o.linear(), o.R.shape[0], alpha=o.s * o.R.shape[0], init=(o.A, o.B), dtype=dtype)
     layer.R.data.copy_(o.R)
     return layer
 
@@ -238,7 +238,7 @@ def _path(name: str, colour: str, what: str, build: Callable, run: str = "defaul
 
 
 def _on(name: str) -> Path:
-    what = f"LoRAXSLinear on the {name} backend{_HOW.get(name, '')}"
+    what = f"LoraXSLinear on the {name} backend{_HOW.get(name, '')}"
     more = {"missing": partial(backends.unavailable, name), "within": partial(backends.backend, name)}
     return _path(name, _OURS.get(name, question.Path.colour), what, _each(_backend), **more)
 
@@ -249,7 +249,7 @@ _OURS = {"torch": "#1f77b4", "triton": "#17a398", "cuda": "#2ca02c"}
 _FP32 = "the reference layer as PEFT runs it: four ops, adapters upcast to fp32"
 _ADDMM = "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)"
 _VERA = "PEFT's VeRA layer (random A and B, vectors d and b train)"
-_CHOSEN = "LoRAXSLinear as it is, on the backend that is chosen for each call"
+_CHOSEN = "LoraXSLinear as it is, on the backend that is chosen for each call"
 _OPERATOR = "the same through the torch.library operator, called eagerly"
 _TWICE = partial(_two, layer=fused, compiled=True)
 _FLOOR = partial(_two, layer=Operands.linear, compiled=True)
@@ -277,7 +277,7 @@ _WAYS = (
     _path("chosen", "#08519c", _CHOSEN, _each(_backend), "all"),
     # What only the question host is about.
     _path("operator", "#9ecae1", _OPERATOR, _each(_operator), "named"),
-    _path("two", "#6baed6", "two LoRAXSLinear layers on one x", partial(_two, layer=fused, compiled=False), "named"),
+    _path("two", "#6baed6", "two LoraXSLinear layers on one x", partial(_two, layer=fused, compiled=False), "named"),
     _path("two-compile", "#2171b5", "the same two by torch.compile", _TWICE, "named"),
     _path("two-frozen-compile", "#525252", "two frozen linears by torch.compile: its floor", _FLOOR, "named"),
 )

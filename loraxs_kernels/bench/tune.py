@@ -31,7 +31,7 @@ from ..backends import choice, tuned
 from ..backends.device import Device, facts
 from ..backends.triton import config
 from ..backends.triton.config import padded
-from ..linear import LoRAXSLinear, check_rank, label_of
+from ..linear import LoraXSLinear, check_rank, label_of
 from ..weights import weight_of, weight_view
 from . import BenchError, tables, tiles, timer
 from . import choice as question
@@ -474,7 +474,7 @@ def of_model(model: nn.Module, ranks: Sequence[int]) -> Found:
     dense = 0
     for m in model.modules():
         each: list[tuple[int, torch.dtype, float]] = []
-        if isinstance(m, LoRAXSLinear):
+        if isinstance(m, LoraXSLinear):
             each = [(m.rank, m.A.dtype, m.dropout)]
         elif hasattr(m, "loraxs_R"):  # the PEFT method's layer, told without importing peft
             each = [(r, m.loraxs_A[name].dtype, m.config[name].loraxs_dropout) for name, r in m.r.items()]

@@ -48,7 +48,7 @@ from .vllm import BANK, TOKEN, Version, name_of, token
 
 LISTED = 1000  # names in /v1/models
 PATH = "/v1/loraxs/adapters/{name:path}"
-HEADER = "LoRAXS-Token"
+HEADER = "LoraXS-Token"
 RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # makes vLLM ask `resolve_lora` for names that it does not know
 
 T = TypeVar("T")

@@ -177,7 +177,7 @@ def test_a_damaged_record_is_refused_and_no_other(server, ours, writer):
 def sent(server, name: str, body: bytes | None, token: str | None = SECRET, method: str = "POST") -> int:
     """The status of a request to the endpoint that writes."""
     url = f"{server.url}/v1/loraxs/adapters/{name}"
-    headers = {} if token is None else {"LoRAXS-Token": token}
+    headers = {} if token is None else {"LoraXS-Token": token}
     return requests.request(method, url, data=body, headers=headers, timeout=PATIENCE).status_code
 
 

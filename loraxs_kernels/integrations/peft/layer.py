@@ -17,7 +17,7 @@ from ...adapter_file import fitted, mismatch
 from ...basis import Recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoRAXSLinear, label_of, sparing_what_trains
+from ...linear import LoraXSLinear, label_of, sparing_what_trains
 from ...ops import autocast_on
 from ...route import layer_output, only_moves, plus_delta
 from ...weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, whole
@@ -71,11 +71,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Unmerged | None = None
         self._samples: Samples | None = None  # during a call with adapter_names
-        self.shares: Any = None  # as that of LoRAXSLinear
+        self.shares: Any = None  # as that of LoraXSLinear
         self.register_load_state_dict_post_hook(_check_what_was_loaded)
         self.train(base_layer.training)
 
-    def add(self, name: str, adapter: LoRAXSLinear, config: LoraXSConfig) -> None:
+    def add(self, name: str, adapter: LoraXSLinear, config: LoraXSConfig) -> None:
         """Take over the tensors of an adapter that was made for base_layer."""
         self.r[name], self.lora_alpha[name], self.scaling[name] = adapter.rank, adapter.alpha, adapter.scaling
         self.recipe[name], self.config[name] = adapter.recipe, config
@@ -92,11 +92,11 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             if name in (by_name := getattr(self, attribute)):
                 del by_name[name]
 
-    def adapter(self, name: str) -> LoRAXSLinear:
-        """One adapter as a LoRAXSLinear that shares base_layer and all tensors with this layer."""
+    def adapter(self, name: str) -> LoraXSLinear:
+        """One adapter as a LoraXSLinear that shares base_layer and all tensors with this layer."""
         A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
         p, std = self.config[name].loraxs_dropout, self.config[name].init_std
-        return LoRAXSLinear(
+        return LoraXSLinear(
             self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, init_std=std, recipe=self.recipe[name]
         )
 

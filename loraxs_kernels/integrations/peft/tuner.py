@@ -20,7 +20,7 @@ from torch import nn
 
 from ...basis import Recipe
 from ...factors import WORKSPACE
-from ...linear import LoRAXSLinear, label_of
+from ...linear import LoraXSLinear, label_of
 from ...matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
 from ...model import fill
 from ...svd import plan
@@ -67,12 +67,12 @@ class LoraXSModel(BaseTuner):
             if loaded:
                 model._hf_peft_config_loaded = True
             _check_name(adapter_name)
-            if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+            if any(isinstance(m, LoraXSLinear) for m in model.modules()):
                 raise ValueError(
                     "model: already has LoRA-XS adapters that lx.attach put on, which PEFT would freeze; take them off "
                     "with lx.detach(model), or start from a fresh model"
                 )
-            self._new: list[LoRAXSLinear] = []  # those that still need A, B and R
+            self._new: list[LoraXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             fill(model, self._new, None, None, WORKSPACE, progress=True)
@@ -261,7 +261,7 @@ class LoraXSModel(BaseTuner):
             layer.reset_parameters()
 
 
-def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLinear:
+def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLinear:
     """An adapter for one layer, still without A, B and R; how its SVD will be computed is noted in the config."""
     r = pattern_value(config.rank_pattern, name, config.r)
     options = {
@@ -276,7 +276,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
     if config.init == "given":
         N, K = weight.shape
         factors = (torch.zeros(*size, dtype=weight.dtype, device=weight.device) for size in ((r, K), (N, r)))
-        adapter = LoRAXSLinear.from_linear(base, r, init=tuple(factors), **options)
+        adapter = LoraXSLinear.from_linear(base, r, init=tuple(factors), **options)
         nn.init.zeros_(adapter.R)
         return adapter
     recipe = Recipe(config.init, config.svd_seed, name)
@@ -288,7 +288,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoRAXSLine
         if known is None or any(value not in (None, known[key]) for key, value in asked.items()):
             config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
         recipe = replace(recipe, **config.svd_recipe[at])
-    return LoRAXSLinear.from_linear(base, r, init=recipe, **options)
+    return LoraXSLinear.from_linear(base, r, init=recipe, **options)
 
 
 def _backend_of(base: nn.Module, model: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from ...adapter_file import AdapterMismatch, saved_values
 from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
 from ...factors import WORKSPACE, compute_devices
 from ...files import read_json
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 from ...matching import matches, pattern_value
 from ...model import adapted_layers, detach, install
 from ...transaction import keep, transaction
@@ -58,7 +58,7 @@ def load_reference_adapter(
 ) -> M:
     """Load a checkpoint of the reference implementation into the base model it was trained on, in place.
 
-    Afterwards the model is as after `attach`: it has LoRAXSLinear layers, whose R train, and the modules_to_save of the
+    Afterwards the model is as after `attach`: it has LoraXSLinear layers, whose R train, and the modules_to_save of the
     checkpoint (a classifier head) with their values.
 
     Args:
@@ -94,7 +94,7 @@ def load_reference_adapter(
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
-    if any(isinstance(m, LoRAXSLinear) for m in model.modules()):
+    if any(isinstance(m, LoraXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
     if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...adapter_file import AdapterMismatch, fitted
 from ...basis import ACCEPT, ALIGNED, Recipe, dtype_name, probes, singular_values
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 from ...matching import targets_for
 from ...transaction import transaction
 from ...weights import weight_of
@@ -206,20 +206,20 @@ def _reference_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _as_adapter(layer: nn.Module, name: str, dropout: float) -> LoRAXSLinear:
-    """The reference's layer as a LoRAXSLinear with the same tensors, except that R is in fp32 at least."""
+def _as_adapter(layer: nn.Module, name: str, dropout: float) -> LoraXSLinear:
+    """The reference's layer as a LoraXSLinear with the same tensors, except that R is in fp32 at least."""
     A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     R = layer.default_lora_latent_mapping.weight.detach()
     R = R.to(torch.promote_types(torch.promote_types(R.dtype, A.dtype), torch.float32))
     rank, s, alpha = R.shape[0], layer.scaling["default"], layer.lora_alpha["default"]
     alpha = alpha if alpha / rank == s else s * rank  # rsLoRA, a scale that was set
     recipe = Recipe("given", name=name)
-    return LoRAXSLinear(
+    return LoraXSLinear(
         layer.base_layer, A.contiguous(), R, B.contiguous(), alpha=alpha, dropout=dropout, recipe=recipe
     )
 
 
-def _as_loraxs(kind: type, inner: nn.Module, lora: Any, adapters: Mapping[str, LoRAXSLinear]) -> Any:
+def _as_loraxs(kind: type, inner: nn.Module, lora: Any, adapters: Mapping[str, LoraXSLinear]) -> Any:
     """The LoraXSConfig of these adapters, with init="given"."""
     (rank, alpha), _ = Counter((a.rank, a.alpha) for a in adapters.values()).most_common(1)[0]
     dtypes = {a.A.dtype for a in adapters.values()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...adapter_file import saved_modules
 from ...files import write_atomically
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 from ...matching import targets_for
 from ...model import adapted_layers, unwrapped
 from ...weights import FLOATS, is_conv1d, whole
@@ -44,7 +44,7 @@ def export_as_lora(
     The folder has no R: training that goes on from it is that of LoRA.
 
     Args:
-        model: with LoRAXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
+        model: with LoraXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
             has sharded R, every rank must call.
         folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
             this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
@@ -58,8 +58,8 @@ def export_as_lora(
     is not finite in that dtype.
     """
     model = unwrapped(model)
-    if isinstance(model, LoRAXSLinear):
-        raise ValueError("model: is itself a LoRAXSLinear, must be a model that contains such layers")
+    if isinstance(model, LoraXSLinear):
+        raise ValueError("model: is itself a LoraXSLinear, must be a model that contains such layers")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         layers, saved = _parts_of_peft(model, adapter)
         task_type = task_type or model.peft_config[adapter].task_type

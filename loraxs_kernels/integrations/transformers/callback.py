@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...adapter_file import save_adapter
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 from ...transaction import transaction
 from ...weights import is_dtensor
 from .checkpoints import ADAPTER_NAME, changing, check_checkpoint, forgive_the_frozen, save_pretrained
@@ -63,7 +63,7 @@ class LoraXSCallback(TrainerCallback):
     ) -> None:
         """Hook the loading of checkpoints already now: Trainer loads the one it resumes from before training begins."""
         root = extract_model_from_parallel(model, keep_torch_compile=False)
-        if any(isinstance(m, LoRAXSLinear) for m in root.modules()):
+        if any(isinstance(m, LoraXSLinear) for m in root.modules()):
             self._hook(root)
 
     def on_train_begin(
@@ -72,7 +72,7 @@ class LoraXSCallback(TrainerCallback):
         self._clean()  # after a training that was broken off
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         adapters = adapters_of(model)
-        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        attached = any(isinstance(m, LoraXSLinear) for m in model.modules())
         _check(model, adapters, attached, args)
         self._sizes = Sizes(adapters)
         self._unchecked = not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
@@ -117,7 +117,7 @@ class LoraXSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        attached = any(isinstance(m, LoRAXSLinear) for m in model.modules())
+        attached = any(isinstance(m, LoraXSLinear) for m in model.modules())
         if args.should_save and attached and not isinstance(model, PreTrainedModel):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # a hyperparameter search has folders of its own

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ... import basis
 from ...adapter_file import AdapterMismatch, save_adapter
 from ...files import write_atomically
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 
 ADAPTER_NAME = "adapter.safetensors"
 FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
@@ -36,14 +36,14 @@ def save_pretrained(
     """model.save_pretrained during training: only R into a checkpoint of this run, the whole model anywhere else."""
     folder = Path(save_directory).absolute()
     of_run = run in folder.parents and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)
-    if not of_run or not any(isinstance(m, LoRAXSLinear) for m in model.modules()):  # detached after a broken-off run
+    if not of_run or not any(isinstance(m, LoraXSLinear) for m in model.modules()):  # detached after a broken-off run
         return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
     if is_main_process:
         # The names must be those of Trainer's model, which a user may have compiled.
         compiled = state_dict is not None and all(key.startswith("_orig_mod.") for key in state_dict)
         tensors = {name: t.detach().cpu().contiguous() for name, t in changing(model)}
         for name, layer in model.named_modules():
-            if isinstance(layer, LoRAXSLinear):
+            if isinstance(layer, LoraXSLinear):
                 tensors[f"{name}.{FINGERPRINT}"] = basis.probes(
                     layer.A, basis.mixing(layer.rank, layer.A.device), layer.B
                 ).cpu()
@@ -55,7 +55,7 @@ def save_pretrained(
 
 def changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that training may change, each once: trained parameters, and all buffers except A and B."""
-    frozen = {id(b) for layer in model.modules() if isinstance(layer, LoRAXSLinear) for b in layer.buffers()}
+    frozen = {id(b) for layer in model.modules() if isinstance(layer, LoraXSLinear) for b in layer.buffers()}
     saved = model.state_dict().keys()  # without the buffers that are not persistent
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in model.named_buffers() if id(b) not in frozen and name in saved)
@@ -79,7 +79,7 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
                 f"must be finite and have shape {tuple(p.shape)}"
             )
     for name, layer in module.named_modules():
-        if not isinstance(layer, LoRAXSLinear):
+        if not isinstance(layer, LoraXSLinear):
             continue
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if expected is None:  # the checkpoint is a whole model, with A and B

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...linear import LoRAXSLinear
+from ...linear import LoraXSLinear
 from ...weights import weight_of, whole
 
 
@@ -19,7 +19,7 @@ class Adapter:
     """One adapter, from `attach` or of the PEFT method."""
 
     name: str
-    layer: LoRAXSLinear
+    layer: LoraXSLinear
     R: Callable[[], Tensor]  # as it is now
     trained: list[nn.Parameter]  # R, or what a parametrization makes it of
 
@@ -27,7 +27,7 @@ class Adapter:
 def adapters_of(model: nn.Module) -> list[Adapter]:
     found = []
     for name, m in model.named_modules():
-        if isinstance(m, LoRAXSLinear):
+        if isinstance(m, LoraXSLinear):
             trained = [p for p in m.parameters() if p.requires_grad]
             found.append(Adapter(name, m, functools.partial(getattr, m, "R"), trained))
         elif hasattr(m, "loraxs_R"):  # LoraXSLinearLayer, told without importing peft
