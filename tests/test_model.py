@@ -542,7 +542,7 @@ def test_calls_out_of_order_say_what_to_do(bert):
     before = [
         p.requires_grad for p in peft.get_peft_model(bert, peft.LoraConfig(target_modules=["query"])).parameters()
     ]
-    with pytest.raises(ValueError, match=r"model: has adapters of PEFT \(in a Linear\); merge_and_unload\(\)"):
+    with pytest.raises(ValueError, match=r"model: has adapters of PEFT \(in a Linear\); call merge_and_unload\(\)"):
         lx.attach(bert, 4, target_modules=["value"])
     assert [p.requires_grad for p in bert.parameters()] == before
 
