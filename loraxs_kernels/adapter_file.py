@@ -316,7 +316,7 @@ def load_adapter(
     entries, modules_to_save, saved = read(path)
     fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
-        raise ValueError("basis: got a file for a model that has adapters already, with A and B of their own; must be None")
+        raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
     devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
