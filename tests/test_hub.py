@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hubstub
 import pytest
@@ -107,6 +108,17 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     assert asked == ({"name": name, "dtype": "float32", "num_labels": 3} if name else {})
     ids = torch.arange(6)[None]
     assert torch.equal(made["model"](ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["/odd|name\n---\nlicense: mit", "/no utf-8: \udcff", "a" * 300 + "/b"])
+def test_any_name_of_a_base_model_can_be_saved(name, trained, tmp_path):
+    trained.config = SimpleNamespace(_name_or_path=name)
+    lx.save_adapter(trained, tmp_path / "plain.safetensors")
+    lx.save_adapter(trained, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("\n---\n") == 1 and "\nlicense" not in text
+    assert all(line.count("|") == 3 for line in text.splitlines() if line.startswith("|"))
+    assert same(lx.load_adapter(mlp(), tmp_path), trained)
 
 
 def test_an_edited_card_stays(trained, tmp_path, recwarn):
