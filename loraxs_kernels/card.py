@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 NAME = "README.md"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")  # else it is a file
 # The last line of a card, by which it is known that nobody has changed it since.
 SEAL = "<!-- Written by loraxs_kernels, SHA-256 {}: a card that was edited is not replaced. -->\n"
 

@@ -226,6 +226,18 @@ def test_the_hub_refuses_a_wrong_token(hub, trained):
     assert not hub.repos
 
 
+@pytest.mark.parametrize("name", ["name", "user/name.safetensors", "./user/name", "user\\name"])
+def test_what_load_adapter_would_not_find_is_not_uploaded(hub, trained, name):
+    with pytest.raises(ValueError, match=r"repo_id: got .* must be \"user/name\""):
+        lx.push_to_hub(trained, name, token=hubstub.TOKEN)
+    assert not hub.requests and not hub.repos
+
+
+def test_a_name_with_an_underscore_in_front_goes_to_the_hub_and_comes_back(hub, trained):
+    lx.push_to_hub(trained, "user/_name", token=hubstub.TOKEN)
+    assert same(lx.load_adapter(mlp(), "user/_name"), trained)
+
+
 def test_nothing_is_uploaded_of_an_adapter_that_cannot_be_saved(hub, trained):
     trained[0].R.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="R has NaN"):

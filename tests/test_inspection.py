@@ -39,7 +39,8 @@ def inspected(capsys, *arguments: str) -> dict | str:
 def test_a_file_of_somebody_elses_prints_no_lines_of_its_own(model, capsys):
     model.config = SimpleNamespace(_name_or_path="bert\n  checksum           ok\x1b[2J é \udcff")
     lx.save_adapter(model, "a.safetensors")
-    assert "  base model         bert\\n  checksum           ok\\x1b[2J é \\udcff\n" in inspected(capsys, "a.safetensors")
+    text = inspected(capsys, "a.safetensors")
+    assert "  base model         bert\\n  checksum           ok\\x1b[2J é \\udcff\n" in text
 
 
 def test_an_adapter_file(model, capsys):
