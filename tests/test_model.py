@@ -549,7 +549,7 @@ def test_calls_out_of_order_say_what_to_do(bert):
 
 def test_no_target_modules_are_refused_by_name():
     with pytest.raises(TypeError, match='target_modules: got None, must be "all-linear", names or a regular expressi'):
-        attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)
+        lx.attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)
 
 
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
