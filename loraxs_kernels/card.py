@@ -86,8 +86,10 @@ def card(
 def _example(model: nn.Module, base_model: str, dtype: str | None) -> Sequence[str]:
     """The lines of Python that make the base model."""
     kind, config = type(model).__name__, getattr(model, "config", None)
-    if not (base_model and type(model).__module__.startswith("transformers.")):
-        return "import loraxs_kernels as lx", "", "model = ...  # the base model that the adapter was trained on"
+    quantised = hasattr(config, "quantization_config")  # perhaps as it was loaded: A and B of others do not fit
+    if not (base_model and type(model).__module__.startswith("transformers.")) or quantised:
+        like = ", quantised as it was then" if quantised else ""
+        return "import loraxs_kernels as lx", "", f"model = ...  # the base model that the adapter was trained on{like}"
     options = [json.dumps(base_model)]
     if dtype is not None:
         options.append(f"dtype={json.dumps(dtype)}")

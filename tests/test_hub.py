@@ -108,6 +108,10 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     assert asked == ({"name": name, "dtype": "float32", "num_labels": 3} if name else {})
     ids = torch.arange(6)[None]
     assert torch.equal(made["model"](ids).logits, model(ids).logits)
+    model.config.quantization_config = {"load_in_4bit": True}
+    lx.save_adapter(model, "out/")
+    text = Path("out/README.md").read_text()
+    assert "from_pretrained" not in text and "was trained on, quantised as it was then\n" in text
 
 
 @pytest.mark.parametrize("name", ["/odd|name\n---\nlicense: mit", "/no utf-8: \udcff", "a" * 300 + "/b"])
