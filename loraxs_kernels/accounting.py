@@ -106,6 +106,7 @@ def count_parameters(
     """
     if not isinstance(model, nn.Module):
         model = from_config(model)
+    model = unwrapped(model)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinear)}
     if adapted:
         asked = dict(rank=rank, target_modules=target_modules, exclude_modules=exclude_modules)

@@ -140,6 +140,9 @@ def push_to_hub(
     Raises what `save_adapter` raises, before anything is uploaded; ImportError without huggingface_hub, PermissionError
     where the Hub wants another token, ConnectionError where it cannot be reached.
     """
+    # The Hub also takes a bare name, by which `load_adapter` would not find the adapter.
+    if not (isinstance(repo_id, str) and card.HUB_ID.fullmatch(repo_id)):
+        raise ValueError(f'repo_id: got {repo_id!r}, must be "user/name", which does not end in .safetensors')
     parts, text = _packed_adapter(model, repo_id, dtype, portable, save_factors)
     if dist.is_available() and dist.is_initialized() and dist.get_rank():
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 NAME = "README.md"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")  # else it is a file
 # The last line of a card, by which it is known that nobody has changed it since.
 SEAL = "<!-- Written by loraxs_kernels, SHA-256 {}: a card that was edited is not replaced. -->\n"
 
@@ -36,12 +37,14 @@ def card(
     """
     from . import __version__
 
-    public = base_model if HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else ""
+    # A folder's name may hold line breaks or bytes that are no UTF-8; os.path.exists takes names too long for a file.
+    shown = " ".join(base_model.encode(errors="replace").decode().split())
+    public = base_model if HUB_ID.fullmatch(base_model) and not os.path.exists(base_model) else ""
     ranks = sorted({each["rank"] for each in modules.values()})
     scales = sorted({each["alpha"] / each["rank"] for each in modules.values()})
     kinds = Counter(name.rpartition(".")[2] or "the model itself" for name in modules)
     facts = {
-        "base model": f"[{public}](https://huggingface.co/{public})" if public else base_model or "not known",
+        "base model": f"[{public}](https://huggingface.co/{public})" if public else shown or "not known",
         "adapted modules": f"{len(modules)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}",
         "rank r": ", ".join(map(str, ranks)),
         "scaling s = alpha / r": ", ".join(f"{s:g}" for s in scales),
@@ -52,12 +55,12 @@ def card(
     }
     front = ["---", *([f"base_model: {json.dumps(public)}"] if public else []), "library_name: loraxs_kernels"]
     front += ["tags:", "- lora-xs", "- loraxs_kernels", "---"]
-    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+    table = ["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in facts.items())]
     dtypes = {each["weight_dtype"] for each in modules.values()} - {None}
     lines = [
         *front,
         "",
-        f"# LoRA-XS adapter{f' for {base_model}' if base_model else ''}",
+        f"# LoRA-XS adapter{f' for {shown}' if shown else ''}",
         "",
         "[LoRA-XS](https://arxiv.org/abs/2405.17604) fine-tunes a model by training one small matrix R (r x r) for "
         "each adapted weight W. The layer computes y = W x + s B R A x, where A and B are frozen and, by default, made "
@@ -83,8 +86,10 @@ def card(
 def _example(model: nn.Module, base_model: str, dtype: str | None) -> Sequence[str]:
     """The lines of Python that make the base model."""
     kind, config = type(model).__name__, getattr(model, "config", None)
-    if not (base_model and type(model).__module__.startswith("transformers.")):
-        return "import loraxs_kernels as lx", "", "model = ...  # the base model that the adapter was trained on"
+    quantised = hasattr(config, "quantization_config")  # perhaps as it was loaded: A and B of others do not fit
+    if not (base_model and type(model).__module__.startswith("transformers.")) or quantised:
+        like = ", quantised as it was then" if quantised else ""
+        return "import loraxs_kernels as lx", "", f"model = ...  # the base model that the adapter was trained on{like}"
     options = [json.dumps(base_model)]
     if dtype is not None:
         options.append(f"dtype={json.dumps(dtype)}")

@@ -30,7 +30,7 @@ def local_file(path: str | os.PathLike, revision: str | None = None, token: Toke
     for something here, ConnectionError where the Hub cannot be reached, ImportError without huggingface_hub.
     """
     here = Path(path)
-    if not here.exists() and isinstance(path, str) and card.HUB_ID.fullmatch(path) and here.suffix != ".safetensors":
+    if not here.exists() and isinstance(path, str) and card.HUB_ID.fullmatch(path):
         return download(path, FILE, revision, token)
     if revision is not None:
         raise ValueError(f"revision: got {revision!r} for the local path {here}; only a repository on the Hub has one")

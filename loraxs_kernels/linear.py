@@ -79,6 +79,11 @@ class LoraXSLinear(PaddedB):
 
     sigma = renamed_attribute("sigma", "init_std")
 
+    def __setstate__(self, state: dict) -> None:
+        if "sigma" in state:  # a pickle of an earlier version
+            state = {"init_std" if key == "sigma" else key: value for key, value in state.items()}
+        super().__setstate__(state)
+
     @classmethod
     @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"))
     def from_linear(

@@ -69,6 +69,8 @@ def match(
     list entry that matches nothing is a warning, since lists are shared between architectures, and so are layers that
     "all-linear" has to leave out.
     """
+    if target_modules is None:
+        raise TypeError('target_modules: got None, must be "all-linear", names or a regular expression')
     modules = dict(model.named_modules())
     everything = _is_everything(target_modules)
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}

@@ -93,8 +93,10 @@ def _integer(name: str, value: Any) -> int:
 
 def _past_rank(block: Any, given: Mapping[str, Any]) -> Any:
     """The oversampling that a block is, as `truncated_svd` was once told."""
-    rank = given.get("rank")
-    return block - rank if isinstance(block, int) and isinstance(rank, int) else block
+    try:
+        return operator.index(block) - operator.index(given["rank"])
+    except (TypeError, KeyError):  # None, or what truncated_svd refuses
+        return block
 
 
 def basis_size(m: int, how: Plan) -> int:

@@ -120,6 +120,14 @@ def test_counts_what_peft_trains_as_vera(bert, targets):
     assert trained(peft.get_peft_model(bert, peft.VeraConfig(r=4, target_modules=targets))) == count.vera
 
 
+def test_a_wrapped_model_is_counted_as_it_is_adapted():
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=8)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    for targets in ("all-linear", r"transformer\.h\.0\.attn\.c_\w+"):
+        counts = lx.count_parameters(nn.DataParallel(model), 4, target_modules=targets)
+        assert counts == lx.count_parameters(model, 4, target_modules=targets)
+
+
 def test_a_transposed_layer_has_the_shape_of_its_map():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50))
     peft = pytest.importorskip("peft")

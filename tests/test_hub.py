@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hubstub
 import pytest
@@ -107,6 +108,21 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     assert asked == ({"name": name, "dtype": "float32", "num_labels": 3} if name else {})
     ids = torch.arange(6)[None]
     assert torch.equal(made["model"](ids).logits, model(ids).logits)
+    model.config.quantization_config = {"load_in_4bit": True}
+    lx.save_adapter(model, "out/")
+    text = Path("out/README.md").read_text()
+    assert "from_pretrained" not in text and "was trained on, quantised as it was then\n" in text
+
+
+@pytest.mark.parametrize("name", ["/odd|name\n---\nlicense: mit", "/no utf-8: \udcff", "a" * 300 + "/b"])
+def test_any_name_of_a_base_model_can_be_saved(name, trained, tmp_path):
+    trained.config = SimpleNamespace(_name_or_path=name)
+    lx.save_adapter(trained, tmp_path / "plain.safetensors")
+    lx.save_adapter(trained, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("\n---\n") == 1 and "\nlicense" not in text
+    assert all(line.count("|") == 3 for line in text.splitlines() if line.startswith("|"))
+    assert same(lx.load_adapter(mlp(), tmp_path), trained)
 
 
 def test_an_edited_card_stays(trained, tmp_path, recwarn):
@@ -212,6 +228,18 @@ def test_the_hub_refuses_a_wrong_token(hub, trained):
     with pytest.raises((PermissionError, FileNotFoundError), match=r"^user/name: .*log in \(hf auth login\) or pass"):
         lx.push_to_hub(trained, "user/name", token="hf_wrong")
     assert not hub.repos
+
+
+@pytest.mark.parametrize("name", ["name", "user/name.safetensors", "./user/name", "user\\name"])
+def test_what_load_adapter_would_not_find_is_not_uploaded(hub, trained, name):
+    with pytest.raises(ValueError, match=r"repo_id: got .* must be \"user/name\""):
+        lx.push_to_hub(trained, name, token=hubstub.TOKEN)
+    assert not hub.requests and not hub.repos
+
+
+def test_a_name_with_an_underscore_in_front_goes_to_the_hub_and_comes_back(hub, trained):
+    lx.push_to_hub(trained, "user/_name", token=hubstub.TOKEN)
+    assert same(lx.load_adapter(mlp(), "user/_name"), trained)
 
 
 def test_nothing_is_uploaded_of_an_adapter_that_cannot_be_saved(hub, trained):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import hubstub
 import pytest
@@ -33,6 +34,13 @@ def inspected(capsys, *arguments: str) -> dict | str:
     assert main(["inspect", *arguments]) == 0
     out = capsys.readouterr().out
     return json.loads(out) if "--json" in arguments else out
+
+
+def test_a_file_of_somebody_elses_prints_no_lines_of_its_own(model, capsys):
+    model.config = SimpleNamespace(_name_or_path="bert\n  checksum           ok\x1b[2J é \udcff")
+    lx.save_adapter(model, "a.safetensors")
+    text = inspected(capsys, "a.safetensors")
+    assert "  base model         bert\\n  checksum           ok\\x1b[2J é \\udcff\n" in text
 
 
 def test_an_adapter_file(model, capsys):

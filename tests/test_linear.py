@@ -433,6 +433,16 @@ def test_copies(way, merged):
     assert layer.R.any()
 
 
+def test_a_pickle_of_an_earlier_version_keeps_its_sigma(tmp_path):
+    layer = make(init_std=0.5)
+    state = layer.__dict__.copy()
+    state["sigma"] = state.pop("init_std")
+    earlier = LoraXSLinear.__new__(LoraXSLinear)
+    earlier.__setstate__(state)
+    assert earlier.init_std == 0.5 and "sigma" not in earlier.__dict__
+    lx.save_adapter(nn.Sequential(earlier), tmp_path / "a.safetensors")
+
+
 def test_moves_keep_R_in_full_precision():
     layer = make()
     R = layer.R.detach().clone()

@@ -547,6 +547,11 @@ def test_calls_out_of_order_say_what_to_do(bert):
     assert [p.requires_grad for p in bert.parameters()] == before
 
 
+def test_no_target_modules_are_refused_by_name():
+    with pytest.raises(TypeError, match='target_modules: got None, must be "all-linear", names or a regular expressi'):
+        lx.attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)
+
+
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
     with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):

@@ -57,6 +57,15 @@ def test_attach_as_pefts_users_write_it():
         lx.attach(mlp(), 4, alpha=8, lora_alpha=8)
 
 
+@pytest.mark.parametrize("integer", [int, torch.tensor])
+def test_a_block_of_any_integer_type_is_the_rank_and_the_oversampling(integer):
+    W = torch.randn(64, 48)
+    with pytest.warns(FutureWarning, match="block is now called oversample"):
+        former = lx.truncated_svd(W, integer(4), method="subspace", block=integer(6), n_iter=1)
+    for a, b in zip(former, lx.truncated_svd(W, 4, method="subspace", oversample=2, n_iter=1), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_earlier_names_still_work():
     with pytest.warns(FutureWarning, match="sigma is now called init_std"):
         layer = LoraXSLinear.from_linear(nn.Linear(20, 30), 4, sigma=0.5)
