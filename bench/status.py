@@ -18,7 +18,12 @@ SANITIZER = "compute-sanitizer"
 # Its files or folders, and what is known of it beyond its tests.
 COMPONENTS = {
     "torch backend": (
-        ["loraxs_kernels/backends/torch.py", "loraxs_kernels/ops.py", "loraxs_kernels/functional.py"],
+        [
+            "loraxs_kernels/backends/torch.py",
+            "loraxs_kernels/ops.py",
+            "loraxs_kernels/functional.py",
+            "loraxs_kernels/route.py",
+        ],
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
     "triton backend": (
@@ -43,7 +48,10 @@ COMPONENTS = {
         [f"loraxs_kernels/{name}.py" for name in ("svd", "svd_math", "exact_matmul", "rademacher", "factors")],
         "split products, groups, streams from the host, several GPUs",
     ),
-    "adapter files": (["loraxs_kernels/adapter_file.py", "loraxs_kernels/basis.py"], "across devices"),
+    "adapter files": (
+        ["loraxs_kernels/adapter_file.py", "loraxs_kernels/acceptance.py", "loraxs_kernels/basis.py"],
+        "across devices",
+    ),
     "neighbours": (
         ["loraxs_kernels/integrations"],
         "PEFT's method, Trainer's checkpoints, the reference implementation",

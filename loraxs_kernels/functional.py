@@ -194,8 +194,10 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
         return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
     if autocast_on(x):
         (h,) = _autocast(x, x)
-        casts = [(*_autocast(x, W, A, B, bias), R, s, name) for W, A, R, B, s, bias, name in layers]
-        layers = [(W, A, R, B, s, bias, name) for W, A, B, bias, R, s, name in casts]
+        layers = [
+            (*_autocast(x, W, A), R, *_autocast(x, B), s, *_autocast(x, bias), name)
+            for W, A, R, B, s, bias, name in layers
+        ]
         with no_autocast(x):
             return together(h, layers)
     for _, A, *_, name in layers:

@@ -161,7 +161,7 @@ def as_text(found: Mapping[str, Any]) -> Iterator[str]:
         facts["portable"] = f"yes, {how}" if found["portable"] else "no: loads only where A and B are the same"
         facts["checked by"] = f"{found['probes']} probes of delta W and the singular values of each module"
     for key, value in facts.items():
-        # A file of somebody else's may hold line breaks, as if it said more, and what a terminal takes for commands.
+        # A file from a stranger may hold line breaks that forge a line, or commands to the terminal.
         yield f"  {key:18} {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in value)}"
 
 

@@ -42,7 +42,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 class _Off(AbstractContextManager):
-    """Autocast off, switched and not entered, at a tenth of the cost.
+    """Autocast off, by its switch and not by a block of torch's.
 
     If Ctrl-C comes while torch enters or leaves a block of its own, torch never again drops the casts of weights that
     it keeps during autocast, and training goes on with stale ones.
