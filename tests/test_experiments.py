@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from loraxs_kernels.bench import compare, experiments, question, questions, report, timer
+from loraxs_kernels.bench import BenchError, compare, experiments, question, questions, report, timer
 from loraxs_kernels.bench.experiments import Cut
 from loraxs_kernels.bench.request import Request
-from loraxs_kernels.bench.shapes import Shape
 from loraxs_kernels.cli import main
 
 SIZES = dict(shapes=["768x64", "64x768"], tokens=[1024, 256], ranks=[8, 16], seconds=1e-4)
@@ -40,12 +38,10 @@ def kernels(monkeypatch):
     """Stand-ins for the core, which are fast: T x N x K is multiplied in fp32 on a CPU."""
     monkeypatch.setattr(experiments.gemm, "missing", lambda dtype, device: None)
     monkeypatch.setattr(experiments.core, "architectures", lambda: ("90a",))
-    monkeypatch.setattr(experiments.backends, "unavailable", lambda name: "no triton" if name == "triton" else None)
     for kernel in (gemm_tail, shrink):
         real = getattr(experiments.cuda, kernel.__name__)
         assert list(inspect.signature(kernel).parameters) == list(inspect.signature(real).parameters)
         monkeypatch.setattr(experiments.cuda, kernel.__name__, kernel)
-    monkeypatch.setattr(experiments.cuda, "decode", lambda x, A, R, B, s: None)
     monkeypatch.setattr(timer, "MIN_ROUNDS", 2)
     monkeypatch.setattr(timer, "SAMPLE", 1e-6)
     for module in (compare, question):  # a collection takes longer than all else
@@ -63,9 +59,12 @@ def taking(monkeypatch, cost) -> None:
 
 
 def only(name: str, asked: Request, **where) -> list[dict]:
-    found = [each for each in experiments.every(asked) if each.name == name]
-    (each,) = (each for each in found if where.items() <= each.where.items())
-    return [each.where | row for row in each.run()]
+    (each,) = (
+        each
+        for each in experiments.plan(asked)
+        if each.where["experiment"] == name and where.items() <= each.where.items()
+    )
+    return [each.where | row for row in each.rows()]
 
 
 # --- what is counted
@@ -96,27 +95,6 @@ def test_a_swizzle_reads_less_and_every_tile_once():
             assert total == 2 * 64 * (8 * 8) * (256 + 128)
     assert [Cut(0, 4, 2, few).reads(T, 4096, K, 132)[0] for few in (None, 128)] == [8, 8]
     assert Cut(0, 1, 2).reads(T, 1024, K, 132)[0] == 2 and not Cut(0, 8, 2).distinct(T, 1024)
-
-
-def test_predictions_of_bytes(kernels):
-    asked = request()
-    taking(kernels, lambda name: {"copy": 8 * 65536 / 1e9, "beta 0": 1e-3, "beta 1": 3e-3}.get(name, 5e-5))  # 1 GB/s
-    (row,) = (row for row in only("beta", asked, T=1024, N=768) if row["path"] == "beta 1")
-    y = 2 * 1024 * 768
-    assert row["bytes"] == y and row["unit"] == "x" and row["measured"]["median"] == pytest.approx(3)
-    assert row["predicted"]["low"] == row["predicted"]["high"] == pytest.approx(1 + y / 1e9 / 1e-3)
-    assert row["ratio"]["median"] == pytest.approx(3 / (1 + y / 1e6))
-    for name, path, u in (("mm", "mm fp32", 0), ("shrink", "cuda shrink", 2)):
-        (row,) = (
-            row
-            for row in only(name, asked, T=1024, r=8, **({"direction": "forward"} if u else {}))
-            if row["path"] == path
-        )
-        moved = 2 * 64 * (1024 + 8) + (4 + u) * 1024 * 8
-        assert row["bytes"] == moved and row["predicted"]["low"] >= moved / 1e9 * (1 - 1e-9)
-        assert row["unit"] == "s" and row["ratio"]["median"] <= 5e-5 / (moved / 1e9) * (1 + 1e-9)
-    (back,) = (row for row in only("shrink", asked, T=1024, r=8, direction="backward") if row["path"] == "cuda shrink")
-    assert back["bytes"] == 2 * 768 * (1024 + 8) + 10 * 1024 * 8 + 4 * 8 * 8 * 16  # other, and 16 parts of the gram
 
 
 @pytest.mark.parametrize("bandwidth, slow", [(1e12, (1.0, 1.03)), (1e6, (1.1, 1.2))])
@@ -196,54 +174,42 @@ def test_the_gemm_beside_a_shrink(kernels, slower):
 # --- what is checked
 
 
-@pytest.mark.parametrize("wrong", ["swizzle", "y", "z", "gram"])
-def test_a_wrong_product_is_not_timed(kernels, wrong):
+def test_a_wrong_product_is_not_timed(kernels):
     def tail(*operands, swizzle=1, **more):
         return gemm_tail(*operands, **more) * (1.1 if swizzle == 2 else 1)
 
-    def narrow(x, A, R, s, other, split, overlap):
-        z, u, gram = shrink(x, A, R, s, other, split, overlap)
-        return (z * 1.1 if wrong == "z" else z), u, (gram * 1.1 if wrong == "gram" and gram is not None else gram)
+    kernels.setattr(experiments.cuda, "gemm_tail", tail)
+    rows = only("swizzle", request(), N=64, T=1024, direction="backward")
+    failed = {row["path"]: row["reason"] for row in rows if row["status"] == "failed"}
+    assert len(failed) == 4 and all("swizzle 2" in path for path in failed)
+    assert set(failed.values()) == {"not timed, it is wrong: y"}
 
-    asked = request()
-    if wrong == "swizzle":
-        kernels.setattr(experiments.cuda, "gemm_tail", tail)
-        rows = only("swizzle", asked, N=64, T=1024, direction="backward")
-        failed = {row["path"]: row["reason"] for row in rows if row["status"] == "failed"}
-        assert len(failed) == 4 and all("swizzle 2" in path for path in failed)
-        assert set(failed.values()) == {"not timed, it is wrong: y"}
-    elif wrong == "y":
-        kernels.setattr(experiments, "_beta_1", lambda x, W, y: torch.mm(x, W.t(), out=y))  # forgets what was there
-        rows = only("beta", asked, T=256, N=768)
-        assert {row["path"]: row["status"] for row in rows} == {"beta 0": "ok", "beta 1": "failed"}
-    else:
-        kernels.setattr(experiments.cuda, "shrink", narrow)
-        rows = only("shrink", asked, T=256, r=8, direction="backward")
-        why = {row["path"]: row.get("reason") for row in rows}
-        assert why == {"cuda shrink": f"not timed, it is wrong: {wrong}", "mm fp32": None}
+
+@pytest.mark.parametrize("wrong", ["z", "u"])
+def test_a_wrong_shrink_is_not_timed(kernels, wrong):
+    def narrow(*operands):
+        z, u, _ = shrink(*operands)
+        return (z * 1.1, u, None) if wrong == "z" else (z, u * 1.1, None)
+
+    kernels.setattr(experiments.cuda, "shrink", narrow)
+    with pytest.raises(BenchError, match=f"not timed, it is wrong: {wrong}$"):
+        only("beside", request(), N=768, r=16)
 
 
 def test_one_failure_costs_one_experiment(kernels):
     def broken(*_):
         raise RuntimeError("CUDA error: planted\nmore")
 
-    kernels.setattr(experiments, "_beta", broken)
-    kernels.setattr(experiments.cuda, "decode", broken)
-    kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
-    taking(kernels, lambda name: 1e-3)
-    asked = request(tokens=[256])
-    rows = list(experiments.QUESTION.rows(asked))
-    bad = [(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"]
-    assert bad == [
-        ("beta", "(the rest)", "RuntimeError: CUDA error: planted"),
-        *[("beside", "(the rest)", bad[i][2]) for i in range(1, len(bad) - 2)],  # no stand-in: it needs a GPU's streams
-        ("host", "triton chain", "no triton"),
-        ("host", "cuda decode", "RuntimeError: CUDA error: planted"),
-    ]
-    assert {row["experiment"] for row in rows} == {each.name for each in experiments.every(asked)}
+    kernels.setattr(experiments, "today", broken)
+    kernels.setattr(experiments, "_beside", lambda *_: iter([{"path": "alone", "status": "ok"}]))
+    rows = list(experiments.QUESTION.rows(request()))
+    bad = {(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"}
+    assert bad == {("swizzle", "(the rest)", "RuntimeError: CUDA error: planted")}
     assert all(row["question"] == "experiments" and row["path"] for row in rows)
-    order = list(dict.fromkeys(row["experiment"] for row in rows))
-    assert order == ["swizzle", "beta", "mm", "shrink", "beside", "host", "counters"]
+    order = [(row["experiment"], row["T"], row["direction"]) for row in rows]
+    few = [("swizzle", 256, way) for way in ("forward", "backward")]
+    wide, back = ("swizzle", 1024, "forward"), ("swizzle", 1024, "backward")
+    assert order == [*[wide] * 2, *[("beside", 1024, "forward")] * 2, *[back] * 2, *few * 2]
 
 
 def test_what_there_is_no_time_for_is_said(kernels):
@@ -252,91 +218,36 @@ def test_what_there_is_no_time_for_is_said(kernels):
     rows = list(experiments.QUESTION.rows(asked))
     assert len(rows) == len(experiments.plan(asked))
     assert {(row["status"], row["reason"].split(":")[0]) for row in rows} == {("failed", "not begun")}
-    kernels.setattr(experiments, "BUDGET", experiments.PROFILER / 2)  # too little for the profiler, which may hang
-    counters = [each for each in experiments.every(asked) if each.name == "counters"]
-    kernels.setattr(experiments, "every", lambda request: counters)
-    (row,) = experiments.QUESTION.rows(asked)
-    assert row["experiment"] == "counters" and row["reason"] == "not begun: 10 of 10 s were left"
 
 
-def test_a_missing_core_is_said_and_the_library_is_measured(monkeypatch):
-    asked = request(tokens=[64], shapes=["64x64"])
-    known = {"swizzle", "beta", "counters"}
-    found = [each for each in experiments.every(asked) if each.name in known]
-    monkeypatch.setattr(experiments, "every", lambda request: found)
-    rows = list(experiments.QUESTION.rows(asked))
-    assert {row["status"] for row in rows if row["experiment"] == "beta"} == {"ok"}
-    why = {row["reason"] for row in rows if row["experiment"] != "beta"}
-    assert why == {"the GEMM with a tail runs on a GPU"}
-
-
-# --- the profiler
-
-
-CSV = """==PROF== Connected to process 7
-==PROF== Disconnected
-"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-""" + "".join(
-    f'"{i}","7","device_kernel","{metric}","byte","{value:,}"\n'
-    for i, value in enumerate((3_300_000_000, 1_000_000_000))
-    for metric in experiments.METRICS
-)
-
-
-def test_counters_are_read_from_the_profilers_table():
-    found = experiments.counted(CSV, 2)
-    assert [each["dram__bytes_read.sum"] for each in found] == [3.3e9, 1e9]
-    assert "no output" in experiments.counted("", 2)
-    refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n==WARNING== No kernels were profiled"
-    assert experiments.counted(refused, 2) == "ncu: ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
-    assert isinstance(experiments.counted(CSV, 3), str)
-
-
-def test_a_profiler_that_hangs_is_left(kernels, tmp_path):
-    ncu = tmp_path / "ncu"
-    ncu.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
-    ncu.chmod(0o755)
-    kernels.setenv("PATH", str(tmp_path))
-    kernels.setattr(experiments, "PROFILER", 0.2)
-    (row,) = only("counters", request())
-    assert row["status"] == "ok" and row["not_read"] == "ncu was not done after 0 s"
-    ncu.unlink()
-    kernels.setenv("PATH", "/none")
-    kernels.setattr(experiments.shutil, "which", lambda name, path: None)
-    (row,) = only("counters", request())
-    assert row["not_read"] == "there is no ncu here"
-
-
-def test_counters_stand_beside_what_the_waves_read(kernels):
-    kernels.setattr(experiments, "_profiled", lambda arguments: experiments.counted(CSV, 2))
-    rows = only("counters", dataclasses.replace(request(), shapes=(Shape(14336, 4096),), tokens=(8192,)))
-    assert [row["path"] for row in rows] == ["swizzle 1: bytes from memory", "swizzle 8: bytes from memory"]
-    assert [row["measured"]["median"] for row in rows] == pytest.approx([3.3e9, 1e9])
-    assert [row["predicted"]["high"] for row in rows] == pytest.approx([3.31e9, 1.03e9], rel=0.01)
+def test_a_missing_core_is_said():
+    rows = list(experiments.QUESTION.rows(request(tokens=[64], shapes=["64x64"])))
+    assert {row.get("reason") for row in rows} == {"the GEMM with a tail runs on a GPU"}
 
 
 # --- what is shown
 
 
 def test_the_tables(kernels):
-    kernels.setattr(experiments, "_profiled", lambda arguments: "there is no ncu here")
     taking(kernels, lambda name: 1e-3)
-    rows = list(experiments.QUESTION.rows(request(tokens=[1024])))
+    kernels.setattr(experiments, "_beside", lambda *_: iter(()))
+    host = experiments.against(torch.full((4,), 1e-3), 4e-6, 8e-6, "s", "guessed")  # as in reports of before
+    host |= {"question": "experiments", "experiment": "host", "N": 64, "K": 64, "T": 64, "r": 16}
+    rows = [*experiments.QUESTION.rows(request(tokens=[1024])), host | {"path": "F.linear", "status": "ok"}]
     data = {"rows": rows, "machine": {"device": "cpu"}, "ceilings": None}
     decided, cuts = questions.tables_of(data, ["experiments"])
     assert decided.head == ["", "predicted", "measured", "measured / predicted"]
-    assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "beta", "mm", "shrink", "host", "counters"}
-    one = next(row for row in decided.rows if row[0].startswith("host") and "F.linear" in row[0])
-    assert one == ["host: 64x64 T 64 r 16 F.linear", "4.000 to 8.000 us", "1000 (1000 to 1000) us", "166.67"]
-    assert "Not read: there is no ncu here." in decided.notes
+    assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "host"}
+    assert decided.rows[-1] == [
+        *("host: 64x64 T 64 r 16 F.linear", "4.000 to 8.000 us", "1000 (1000 to 1000) us", "166.67")
+    ]
     assert cuts.head[1:] == [f"swizzle {n} {way}" for way in ("along N", "along T") for n in (1, 2, 4, 8)]
     assert len(cuts.rows) == 8 and cuts.rows[0][1] == "1.000" and "-" in cuts.rows[0]
     assert decided.plain() and cuts.markdown()
     short = dict(each.split(": ", 1) for each in experiments.in_short(rows))
-    assert list(short) == ["swizzle", "beta", "mm", "shrink", "host", "counters"]
-    assert short["counters"].endswith("counters: - / not read / -")
-    assert short["beta"].startswith("768x64 T 1024 beta 1: 4.000 / 1.000 (1.000 to 1.000) / 0.25")  # y: three copies
-    assert short["host"].endswith("; all 5: 68.97 to 166.67")  # 1 ms, where 12 to 17 us and 4 to 8 us were predicted
+    assert list(short) == ["swizzle", "host"]
+    assert short["host"].endswith("F.linear: 4.000 to 8.000 us / 1000 (1000 to 1000) us / 166.67")
+    assert "; all 12: " in short["swizzle"]
 
 
 def test_a_gpu_is_needed(capsys):
@@ -357,7 +268,6 @@ def test_the_experiments_on_a_gpu(tmp_path):
     rows = report.load(out)["rows"]
     bad = [(row["experiment"], row["path"], row["reason"]) for row in rows if row["status"] == "failed"]
     missing = experiments.gemm.missing(torch.bfloat16, torch.device("cuda"))
-    reasons = {missing, *map(experiments.backends.unavailable, ("cuda", "triton"))} - {None}
-    assert [each for each in bad if each[2] not in reasons] == []
+    assert [each for each in bad if each[2] != missing] == []
     assert all(row["measured"]["median"] > 0 for row in rows if "predicted" in row)
-    assert {"beta", "mm", "host"} <= {row["experiment"] for row in rows if row["status"] == "ok"}
+    assert missing or {row["experiment"] for row in rows if row["status"] == "ok"} == {"swizzle", "beside"}
