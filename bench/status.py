@@ -38,7 +38,15 @@ COMPONENTS = {
         [
             *(
                 f"loraxs_kernels/{name}.py"
-                for name in ("indexed", "bank_environment", "bank_store", "bank", "bank_layers", "bank_training")
+                for name in (
+                    "indexed",
+                    "bank_environment",
+                    "bank_records",
+                    "bank_store",
+                    "bank",
+                    "bank_layers",
+                    "bank_training",
+                )
             ),
             "loraxs_kernels/backends/triton_indexed",
         ],
@@ -49,7 +57,7 @@ COMPONENTS = {
         "split products, groups, streams from the host, several GPUs",
     ),
     "adapter files": (
-        ["loraxs_kernels/adapter_file.py", "loraxs_kernels/acceptance.py", "loraxs_kernels/basis.py"],
+        [f"loraxs_kernels/{name}.py" for name in ("adapter_file", "adapter_format", "acceptance", "basis")],
         "across devices",
     ),
     "neighbours": (

@@ -49,7 +49,7 @@ from transformers import (
 )
 
 import loraxs_kernels as lx
-from loraxs_kernels import adapter_file
+from loraxs_kernels import adapter_format
 from loraxs_kernels.files import read_json, sha256_of, target_of, write_atomically
 
 TASKS = ("gsm8k", "math")
@@ -146,7 +146,7 @@ def check_adapter(path: Path) -> None:
         if importlib.util.find_spec("peft") is None:
             raise ValueError(f"adapter: the folder {path} is PEFT's, which is not installed; pip install peft")
     elif path.is_file():
-        adapter_file.read(path)
+        adapter_format.read(path)
     else:
         raise FileNotFoundError(f"adapter: there is no file or folder {path}")
 

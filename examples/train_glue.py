@@ -36,7 +36,7 @@ from transformers import AutoModelForSequenceClassification as Model
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import loraxs_kernels as lx
-from loraxs_kernels import adapter_file, paper
+from loraxs_kernels import adapter_format, paper
 from loraxs_kernels.files import read_json, sha256_of, write_atomically
 from loraxs_kernels.integrations.reference_repo import load_reference_adapter
 from loraxs_kernels.integrations.transformers import LoraXSCallback
@@ -306,7 +306,7 @@ def check_start(task: Task) -> None:
             raise ValueError(f"mnli_adapter: {path} is of PEFT's type {kind}; the reference implementation's are LORA")
         found = {(config.get("r", 8), config.get("lora_alpha", 8), "svd")}
     else:
-        layers = adapter_file.read(path)[0].values()
+        layers = adapter_format.read(path)[0].values()
         inits = {"given": "svd", "sklearn": "svd"}  # of the reference
         found = {(e["rank"], e["alpha"], inits.get(e["recipe"].init, e["recipe"].init)) for e in layers}
     for r, alpha, init in found - {asked}:

@@ -1,27 +1,13 @@
-"""Adapter files: R alone, in one safetensors file, with what it takes to know its A and B again.
-
-Layout, format version 3.  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without a checksum
-(files.py) and without `rounded` and `weight_dtype` in the recipe.  Header: one JSON object under "loraxs".  Tensors,
-stacked over the modules of one rank r in the order of the header's list:
-
-    R/r        (n, r, r)  as trained, fp32 or the dtype asked for
-    S/r        (n, r)     fp32 norms of the rows of A: for the SVD init the singular values
-    probe/r    (n, 8)     fp32 bilinear probes of B R A, from R as stored (basis.probes)
-    U/r, V/r   (n, r, 8)  fp32 sketches of the singular vectors, with portable=True (basis.sketch)
-    A/i, B/i              the factors of module i, with save_factors=True
-    model/NAME            every tensor of the modules_to_save, by its name in the model
-
-Stacking keeps the header small: 224 modules of r = 16 in bf16 are 112 KiB of R.
-"""
+"""Adapter files, saved, uploaded and loaded: R alone, with what it takes to know its A and B again."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,32 +17,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import basis, card
-from .acceptance import AdapterMismatch as AdapterMismatch  # for the integrations, which take it from here
 from .acceptance import can_align, fitted, mismatch
 from .accounting import summary
-from .basis import ACCEPT, ALIGNED, PROBES, Recipe
+from .adapter_format import NUMBERS, described, packed, read
+from .basis import ACCEPT, ALIGNED
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
-from .files import (
-    check_finite,
-    damaged,
-    has_shape,
-    is_finite,
-    sealed,
-    target_of,
-    tensors_of,
-    unsealed,
-    write_atomically,
-)
+from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, label_of
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
 from .naming import aliases, as_dtype
+from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
-from .weights import FLOATS, assign, check_writable, gathered, is_gathered, weight_of, whole, written
+from .weights import weight_of
 
-# Of a module, beside its recipe: {its name here: in a file}.
-NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "sigma"}
 SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
@@ -244,29 +219,6 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     return names, tensors
 
 
-def packed(
-    kind: str,
-    header: dict[str, Any],
-    descriptions: Mapping[str, Mapping[str, Any]],
-    records: Mapping[str, Mapping[str, Tensor]],
-    factors: Mapping[str, basis.Factors],
-    modules_to_save: Sequence[str],
-    saved: Mapping[str, Tensor],
-) -> tuple[bytes | memoryview, ...]:
-    """The parts of a file of what is known of each module: `records` are stacked by rank, as `unpacked` takes them."""
-    stacks: dict[str, list[Tensor]] = {}
-    for name, record in records.items():
-        for key, t in record.items():
-            stacks.setdefault(f"{key}/{descriptions[name]['rank']}", []).append(t)
-    tensors = {key: torch.stack(stack) for key, stack in stacks.items()}
-    for i, name in enumerate(descriptions):
-        if name in factors:
-            tensors[f"A/{i}"], tensors[f"B/{i}"] = factors[name]
-    tensors |= {f"model/{key}": t for key, t in saved.items()}
-    header = {**header, "modules_to_save": list(modules_to_save), **basis.as_header(descriptions, "layer")}
-    return sealed(tensors, kind, header)
-
-
 @aliases(workspace=WORKSPACE_IN_BYTES)
 @torch.no_grad()
 def load_adapter(
@@ -383,12 +335,6 @@ def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
     return described(vars(layer), recipe, name)
 
 
-def described(numbers: Mapping[str, Any], recipe: Recipe, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one module, by its name, as a header has them."""
-    recipe = {k: v for k, v in asdict(recipe).items() if k != "name" or v != name}
-    return {there: numbers[here] for here, there in NUMBERS.items()} | recipe
-
-
 def attach_as(
     model: nn.Module,
     entries: dict[str, dict],
@@ -477,75 +423,6 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
             if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:
                 raise ValueError(f"model: has no tensor {key!r}, which the adapter file has a value for")
     return pairs
-
-
-def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
-    """What `unpacked` finds in an adapter file."""
-    return read_opened(*unsealed(path, "loraxs", "LoRA-XS adapter"), path)
-
-
-def read_opened(
-    header: dict[str, Any], f: Any, path: Path
-) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
-    """`read` of a file that `unsealed` has opened."""
-    tensors = tensors_of(f, path)
-
-    def stacked(rank: int) -> dict[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]:
-        sizes = {"R": (rank, rank), "S": (rank,), "probe": (PROBES,)}
-        if f"U/{rank}" in tensors or f"V/{rank}" in tensors:
-            sizes |= {"U": (rank, PROBES), "V": (rank, PROBES)}
-        return {key: (size, FLOATS if key == "R" else (torch.float32,)) for key, size in sizes.items()}
-
-    return unpacked(header, tensors, stacked, path)
-
-
-def unpacked(
-    header: dict[str, Any],
-    tensors: dict[str, Tensor],
-    stacked: Callable[[int], Mapping[str, tuple[tuple[int, ...], Sequence[torch.dtype]]]],
-    path: Path,
-) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, Tensor]]:
-    """Everything about each module by its name, the modules_to_save, and their tensors, of a file that `packed` made.
-
-    stacked: the shape and the dtypes, for one module, of each tensor that is stacked over the modules of a rank.  Every
-    tensor of the file has a place in these, and is of the dtype and shape that the header says.
-    """
-    saved = header.pop("modules_to_save", None)
-    names = isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)
-    if not (names and len(set(saved)) == len(saved)):
-        damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
-    entries, stacks = {}, {}
-    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", [*NUMBERS.values()], path)):
-        entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe}
-        entry |= {here: numbers[there] for here, there in NUMBERS.items()}
-        stacks.setdefault(entry["rank"], []).append(entry)
-        factors = {"A": (entry["rank"], None), "B": (None, entry["rank"])}
-        if recipe.init == "given" or any(f"{key}/{i}" in tensors for key in factors):
-            for key, size in factors.items():
-                entry[key] = _taken(tensors, f"{key}/{i}", size, FLOATS, path)
-    for rank, stack in stacks.items():
-        for key, (size, dtypes) in stacked(rank).items():
-            rows = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
-            for entry, row in zip(stack, rows, strict=True):
-                entry[key] = row
-    for key in tensors:
-        if not key.startswith(tuple(f"model/{name}." for name in saved)):
-            damaged(path, f"its header does not mention the tensor {key!r}")
-    return entries, saved, {key.removeprefix("model/"): t for key, t in tensors.items()}
-
-
-def _taken(
-    tensors: dict[str, Tensor], key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype], path: Path
-) -> Tensor:
-    """A tensor of a file, taken out of them all, if it is as the header says (None: any size)."""
-    t = tensors.pop(key, None)
-    if t is None:
-        damaged(path, f"tensor {key!r} is missing")
-    if not has_shape(t.shape, shape) or t.dtype not in dtypes:
-        must = f"{shape} and {' or '.join(map(basis.dtype_name, dtypes))}"
-        damaged(path, f"tensor {key!r} has shape {tuple(t.shape)} and {basis.dtype_name(t.dtype)}, must have {must}")
-    check_finite(t, path, f"tensor {key!r}")
-    return t
 
 
 def plain(t: Tensor) -> Tensor:

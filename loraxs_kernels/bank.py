@@ -27,8 +27,8 @@ from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_b
 from .linear import LoraXSLinear
 from .model import adapted_layers, detach, unwrapped
 from .naming import aliases
+from .sharding import assign
 from .transaction import keep, transaction
-from .weights import assign
 
 M = TypeVar("M", bound=nn.Module)
 # Arguments of a model's forward of which a sample may have any number.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import adapter_file
+from . import adapter_file, adapter_format
 from .bank import AdapterBank
 
 
@@ -60,7 +60,7 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError("reading a model needs the package transformers: pip install transformers") from error
-    entries, _, _ = adapter_file.read(adapter)
+    entries, _, _ = adapter_format.read(adapter)
     dtypes = {entry["recipe"].weight_dtype for entry in entries.values()} - {None}
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors
 
-from .adapter_file import read_opened
+from .adapter_format import read_opened
 from .basis import PROBES, Recipe, dtype_name
 from .basis_file import read_basis
 from .files import WRITER, unsealed

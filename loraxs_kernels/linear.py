@@ -18,8 +18,9 @@ from .functional import label_of, together
 from .naming import Former, aliases, as_dtype, renamed_attribute
 from .padded import PaddedB
 from .route import computed_weight, does_more, layer_output
+from .sharding import assign
 from .svd import NotFinite
-from .weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .functional import Adapter, label_of
-from .weights import held, is_dtensor
+from .sharding import is_dtensor
+from .weights import held
 
 Dropout = Callable[[Tensor, float], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor | None, Sequence[Adapter], Dropout], Tensor]  # of x, W, bias, adapters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .weights import is_gathered
+from .sharding import is_gathered
 
 
 @contextmanager

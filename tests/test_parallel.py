@@ -18,7 +18,7 @@ import loraxs_kernels as lx
 from loraxs_kernels.linear import forward_together
 from loraxs_kernels.model import adapted_layers
 from loraxs_kernels.parallel import piece
-from loraxs_kernels.weights import is_dtensor, whole
+from loraxs_kernels.sharding import is_dtensor, whole
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ import loraxs_kernels as lx
 from loraxs_kernels import route
 from loraxs_kernels.functional import run
 from loraxs_kernels.model import adapted_layers
-from loraxs_kernels.weights import is_dtensor, whole
+from loraxs_kernels.sharding import is_dtensor, whole
 
 TIGHT = 1e-5  # in Frobenius norm, in fp32
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))  # 5: no two ranks have as much of it

@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear, adapter_file
 from loraxs_kernels.matching import match
-from loraxs_kernels.weights import assign, weight_of
+from loraxs_kernels.sharding import assign
+from loraxs_kernels.weights import weight_of
 
 N, K = 32, 64  # whole blocks of every scheme
 

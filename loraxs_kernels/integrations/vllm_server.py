@@ -42,7 +42,7 @@ from vllm.tasks import GENERATION_TASKS, POOLING_TASKS
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import LoRARequestStates
 
-from ..adapter_file import AdapterMismatch
+from ..acceptance import AdapterMismatch
 from ..bank_store import Store
 from .vllm import BANK, TOKEN, Version, name_of, token
 

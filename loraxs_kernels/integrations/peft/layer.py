@@ -13,14 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import basis, parallel
-from ...adapter_file import fitted, mismatch
+from ...acceptance import fitted, mismatch
 from ...basis import Recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, label_of, sparing_what_trains
 from ...ops import autocast_on
 from ...route import layer_output, only_moves, plus_delta
-from ...weights import FLOATS, assign, held, is_conv1d, mergeable_weight, weight_of, whole
+from ...sharding import assign, whole
+from ...weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig

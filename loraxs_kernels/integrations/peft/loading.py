@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ... import basis
 from ...linear import label_of
-from ...weights import FLOATS, is_dtensor
+from ...sharding import is_dtensor
+from ...weights import FLOATS
 from ..peft_files import PREFIX
 from ..reference_repo.layers import translate
 from .config import LoraXSConfig

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import AdapterMismatch, saved_values
+from ...acceptance import AdapterMismatch
+from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
 from ...factors import WORKSPACE, compute_devices
 from ...files import read_json

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import AdapterMismatch, fitted
+from ...acceptance import AdapterMismatch, fitted
 from ...basis import ACCEPT, ALIGNED, Recipe, dtype_name, probes, singular_values
 from ...linear import LoraXSLinear
 from ...matching import targets_for

@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import saved_modules
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import targets_for
+from ...matching import saved_modules, targets_for
 from ...model import adapted_layers, unwrapped
-from ...weights import FLOATS, is_conv1d, whole
+from ...sharding import whole
+from ...weights import FLOATS, is_conv1d
 from ..peft_files import PREFIX
 
 if TYPE_CHECKING:

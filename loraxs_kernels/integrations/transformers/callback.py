@@ -15,8 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
+from ...sharding import is_dtensor
 from ...transaction import transaction
-from ...weights import is_dtensor
 from .checkpoints import ADAPTER_NAME, changing, check_checkpoint, forgive_the_frozen, save_pretrained
 from .monitor import Adapter, Sizes, adapters_of, check_gradients
 

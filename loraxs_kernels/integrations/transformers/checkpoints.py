@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ... import basis
-from ...adapter_file import AdapterMismatch, save_adapter
+from ...acceptance import AdapterMismatch
+from ...adapter_file import save_adapter
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...linear import LoraXSLinear
-from ...weights import weight_of, whole
+from ...sharding import whole
+from ...weights import weight_of
 
 
 @dataclass
