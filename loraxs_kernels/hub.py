@@ -43,18 +43,20 @@ def local_file(path: str | os.PathLike, revision: str | None = None, token: Toke
     return here
 
 
-def download(repo: str, name: str, revision: str | None = None, token: Token = None) -> Path:
-    """One file of a model repository, from the Hub or, where that cannot be reached, from the cache.
+def download(
+    repo: str, name: str, revision: str | None = None, token: Token = None, *, from_cache: bool = True
+) -> Path:
+    """One file of a model repository, from the Hub or, where that cannot be reached and it may be, from the cache.
 
     The first question is asked once and not, as huggingface_hub does, five times within half a minute.
     """
     hub = _huggingface_hub()
-    with _told(repo, name, revision):
+    with _told(repo, name if from_cache else None, revision):
         try:
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision), token=token)
         except Exception as error:
             answer = getattr(error, "response", None)
-            if isinstance(error, ValueError) or (answer is not None and answer.status_code < 500):
+            if not from_cache or isinstance(error, ValueError) or (answer is not None and answer.status_code < 500):
                 raise
             try:
                 return Path(hub.hf_hub_download(repo, name, revision=revision, local_files_only=True))
@@ -85,7 +87,7 @@ def upload(
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         try:
-            there = download(repo, card.NAME, revision, token)
+            there = download(repo, card.NAME, revision, token, from_cache=False)  # which may hold it as it was
         except FileNotFoundError:
             there = None
         if there is not None and not card.is_as_written(there):

@@ -51,7 +51,7 @@ def _handler(hub: Hub):
             if self.path.startswith("/api/agent-harnesses"):  # what huggingface_hub asks on its own account
                 return self.send(404)
             hub.requests.append(f"{self.command} {self.path}")
-            if hub.broken:
+            if hub.broken is True or (hub.broken and self.path.endswith(hub.broken)):
                 return self.send(503)
             if "?expand=xetEnabled" in self.path:  # before 1.0: whether to upload in another way
                 return self.send(200, b'{"id": "user/name", "xetEnabled": false}', Content_Type="application/json")

@@ -197,6 +197,18 @@ def test_an_edited_card_on_the_hub_stays(hub, trained):
     assert is_as_written(download("user/name", "README.md"))
 
 
+def test_a_card_that_cannot_be_seen_now_is_not_replaced(hub, trained):
+    lx.push_to_hub(trained, "user/name", token=hubstub.TOKEN)
+    files = hub.repos["user/name"]["main"]
+    assert is_as_written(download("user/name", "README.md"))  # so the cache says
+    files["README.md"], hub.broken = b"# Mine\n", "README.md"
+    before = dict(files)
+    trained[0].R.data += 1
+    with pytest.raises(ConnectionError, match=r"^user/name: the Hub cannot be reached"):
+        lx.push_to_hub(trained, "user/name", token=hubstub.TOKEN)
+    assert files == before
+
+
 def test_what_exists_here_goes_before_the_hub(hub, trained):
     lx.push_to_hub(trained, "user/name", token=hubstub.TOKEN)
     trained[0].R.data += 1

@@ -210,7 +210,7 @@ class Half(nn.Module):
 def test_a_checkpoint_holds_the_adapter_alone(whole):
     checkpoint = Path(whole.args.output_dir) / "checkpoint-8"
     names = {each.name for each in checkpoint.iterdir()}
-    assert {"adapter.safetensors", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+    assert {"adapter.safetensors", "model.safetensors", "README.md", "optimizer.pt", "trainer_state.json"} <= names
     tensors = load_file(checkpoint / "model.safetensors")
     assert {name.rpartition(".")[2] for name in tensors} == {"R", "loraxs_basis"}
     ids = texts()[0]["input_ids"][None]

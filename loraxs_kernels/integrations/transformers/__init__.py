@@ -6,6 +6,7 @@
 Besides the state of optimizer, schedule and random numbers, a checkpoint then holds:
 
     adapter.safetensors   an adapter file, for `lx.load_adapter`
+    README.md             its model card
     model.safetensors     for Trainer to resume from, by the names in the model: every tensor that training may change,
                           and a fingerprint of A and B for each module, so that R never resumes with another A and B
 
@@ -15,7 +16,7 @@ Trainer saves by `model.save_pretrained` and loads by `model.load_state_dict`.  
 for the checkpoints of this run only; afterwards they are as they were.
 """
 
+from ...hub import FILE as ADAPTER_NAME
 from .callback import LoraXSCallback
-from .checkpoints import ADAPTER_NAME
 
 __all__ = ["ADAPTER_NAME", "LoraXSCallback"]

@@ -17,7 +17,7 @@ from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
 from ...sharding import is_dtensor
 from ...transaction import transaction
-from .checkpoints import ADAPTER_NAME, changing, check_checkpoint, forgive_the_frozen, save_pretrained
+from .checkpoints import changing, check_checkpoint, forgive_the_frozen, save_pretrained
 from .monitor import Adapter, Sizes, adapters_of, check_gradients
 
 
@@ -121,7 +121,7 @@ class LoraXSCallback(TrainerCallback):
         if args.should_save and attached and not isinstance(model, PreTrainedModel):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # a hyperparameter search has folders of its own
-                save_adapter(model, folder / ADAPTER_NAME)
+                save_adapter(model, folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clean()

@@ -21,7 +21,6 @@ from ...adapter_file import save_adapter
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 
-ADAPTER_NAME = "adapter.safetensors"
 FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
 
 
@@ -50,7 +49,7 @@ def save_pretrained(
                 ).cpu()
         tensors = {("_orig_mod." if compiled else "") + name: t for name, t in tensors.items()}
         write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
-        save_adapter(model, folder / ADAPTER_NAME)
+        save_adapter(model, folder)
     return None
 
 
