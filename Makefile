@@ -34,8 +34,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 # Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
 INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
-# The inner loop: the tests of the modules of the package and of its backends, which have their names.
-QUICK := $(wildcard $(patsubst %.py,tests/test_%.py,$(notdir $(wildcard loraxs_kernels/*.py loraxs_kernels/backends/*.py))))
+# The inner loop: the tests of the modules of the package, of its backends and of its bank, which have their names.
+QUICK := $(wildcard tests/test_bank*.py $(patsubst %.py,tests/test_%.py,$(notdir $(wildcard loraxs_kernels/*.py loraxs_kernels/backends/*.py))))
 # What `make newest` installs the newest releases of, in an environment that lies over $(VENV), and the tests it runs.
 NEWEST := accelerate bitsandbytes datasets huggingface-hub peft safetensors torchao transformers trl
 NEIGHBOURS := $(addprefix tests/test_,peft.py integration_transformers.py reference_repo.py examples.py glue.py)

@@ -36,18 +36,8 @@ COMPONENTS = {
     ),
     "adapter bank": (
         [
-            *(
-                f"loraxs_kernels/{name}.py"
-                for name in (
-                    "indexed",
-                    "bank_environment",
-                    "bank_records",
-                    "bank_store",
-                    "bank",
-                    "bank_layers",
-                    "bank_training",
-                )
-            ),
+            "loraxs_kernels/indexed.py",
+            "loraxs_kernels/bank",
             "loraxs_kernels/backends/triton_indexed",
         ],
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",

@@ -128,7 +128,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it."""
-    from . import bank_cli, serve_cli
+    from . import serve_cli
+    from .bank import cli as bank_cli
     from .bench import command, tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
@@ -249,7 +250,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _bank(arguments: argparse.Namespace) -> int:
-    from . import bank_cli
+    from .bank import cli as bank_cli
 
     with _told_in_lines("loraxs bank"), _quiet_transformers():
         return bank_cli.command(arguments)

@@ -88,7 +88,7 @@ def _basis_file(file: Path) -> dict[str, Any]:
 
 
 def _bank(path: str | os.PathLike) -> dict[str, Any]:
-    from .bank_store import Store
+    from .bank import Store
 
     with Store(path) as bank:
         return {

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from .bank_store import Store
+from .bank import Store
 from .basis_file import read_basis
 from .integrations.vllm import BANK, BASIS, TESTED, TOKEN, token
 

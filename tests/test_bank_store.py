@@ -21,7 +21,9 @@ from test_fuzz_files import _change, _set, changed_bytes, damages
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels import AdapterMismatch, bank_environment, bank_store
+from loraxs_kernels import AdapterMismatch
+from loraxs_kernels.bank import environment as bank_environment
+from loraxs_kernels.bank import store as bank_store
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed
 from loraxs_kernels.model import adapted_layers

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels.bank_store import DATA
+from loraxs_kernels.bank.environment import DATA
 from loraxs_kernels.model import adapted_layers
 
 from . import DemoError, Settings, minilm, report

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from ..bank_store import Store
+    from ..bank import Store
 
 BANK = "LORAXS_BANK"  # the folder of the bank that is served
 BASIS = "LORAXS_BASIS"  # a basis file of the base model, so that A and B are not computed at the start
@@ -189,6 +189,6 @@ def _id(version: Version) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _store(path: str) -> Store:
-    from ..bank_store import Store
+    from ..bank import Store
 
     return Store(path)

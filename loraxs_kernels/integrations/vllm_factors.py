@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
 from .. import adapter_file
-from ..bank_store import Store
+from ..bank import Store
 from ..basis import Factors
 from ..model import adapted_layers
 

@@ -43,7 +43,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import LoRARequestStates
 
 from ..acceptance import AdapterMismatch
-from ..bank_store import Store
+from ..bank import Store
 from .vllm import BANK, TOKEN, Version, name_of, token
 
 LISTED = 1000  # names in /v1/models

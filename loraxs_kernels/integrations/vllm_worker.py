@@ -31,7 +31,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import supports_multimodal
 
 from ..backends.torch import cast, shrink
-from ..bank_store import Store
+from ..bank import Store
 from ..basis import Factors
 from ..indexed import NONE, Blocks, RowIndex, mix
 from .vllm import BANK, BASIS, Version, check_config

@@ -9,7 +9,7 @@ vllm = pytest.importorskip("vllm")
 
 from vllm.lora.request import LoRARequest  # noqa: E402
 
-from loraxs_kernels.bank_store import Store  # noqa: E402
+from loraxs_kernels.bank import Store  # noqa: E402
 from loraxs_kernels.integrations import vllm as ours  # noqa: E402
 from loraxs_kernels.integrations import vllm_worker as worker  # noqa: E402
 

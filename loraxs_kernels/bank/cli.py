@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from . import adapter_file, adapter_format
-from .bank import AdapterBank
+from .. import adapter_file, adapter_format
+from .adapter_bank import AdapterBank
 
 
 def add_bank(parser: argparse.ArgumentParser) -> None:

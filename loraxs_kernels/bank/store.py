@@ -1,7 +1,7 @@
 """The files of an adapter bank: very many R on one basis, by name.
 
-A bank is a folder.  `basis.safetensors` is written once (bank_records.py).  `data.mdb` and `lock.mdb` are an LMDB
-environment: a key is the name of an adapter in UTF-8, its value a record (bank_records.py).  One more key, which cannot
+A bank is a folder.  `basis.safetensors` is written once (records.py).  `data.mdb` and `lock.mdb` are an LMDB
+environment: a key is the name of an adapter in UTF-8, its value a record (records.py).  One more key, which cannot
 be a name, holds the version of a record's layout, little-endian, and the digest of basis.safetensors.  It is written
 last: a folder without it is no bank.
 """
@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import adapter_format
-from .bank_environment import DATA, LOCK, Environment, identity_of, load_lmdb
-from .bank_records import BASIS, DIGEST, DTYPES, KIND, LAYOUT, Records, key_of, packed_basis
-from .files import damaged, is_finite, sha256_of, unsealed, write_atomically
-from .matching import unwrapped
-from .naming import as_dtype
+from .. import adapter_format
+from ..files import damaged, is_finite, sha256_of, unsealed, write_atomically
+from ..matching import unwrapped
+from ..naming import as_dtype
+from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
+from .records import BASIS, DIGEST, DTYPES, KIND, LAYOUT, Records, key_of, packed_basis
 
 TIE = b"\0loraxs_bank"
 PAGE = 1000  # names read in one transaction

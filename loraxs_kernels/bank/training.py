@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .bank_layers import Source, split
-from .basis import is_number
-from .indexed import plain_tensors
+from ..basis import is_number
+from ..indexed import plain_tensors
+from .layers import Source, split
 
 if TYPE_CHECKING:
-    from .bank import AdapterBank
-    from .linear import LoraXSLinear
+    from ..linear import LoraXSLinear
+    from .adapter_bank import AdapterBank
 
 
 class Training(AbstractContextManager):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .files import damaged
+from ..files import damaged
 
 try:
     import fcntl
@@ -202,7 +202,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """LMDB allows a child nothing but to open the file anew, which Store._run of bank_store.py does."""
+    """LMDB allows a child nothing but to open the file anew, which Store._run of store.py does."""
     global _gate, _lock
     for each in list(_environments.values()):
         each.lmdb.close()

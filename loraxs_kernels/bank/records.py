@@ -1,4 +1,4 @@
-"""What an adapter bank knows of its A and B, and the records of adapters on them; bank_store.py keeps those by name.
+"""What an adapter bank knows of its A and B, and the records of adapters on them; store.py keeps those by name.
 
 `basis.safetensors` is written once: what is known of A and B (basis.Fingerprint), sealed as
 files.py does.  Header: {"base_model", "dtype", "modules_to_save", "layer", "modules"} under "loraxs_bank".  Tensors:
@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapter_file, adapter_format, basis
-from .acceptance import HOW, AdapterMismatch, fitted_to, mismatch
-from .basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
-from .files import damaged, is_finite, sha256_of, tensors_of, unsealed
-from .linear import LoraXSLinear
-from .matching import unwrapped
-from .sharding import whole
-from .weights import FLOATS
+from .. import adapter_file, adapter_format, basis
+from ..acceptance import HOW, AdapterMismatch, fitted_to, mismatch
+from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
+from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
+from ..linear import LoraXSLinear
+from ..matching import unwrapped
+from ..sharding import whole
+from ..weights import FLOATS
 
 KIND = "loraxs_bank"
 BASIS = "basis.safetensors"

@@ -1,8 +1,8 @@
 """AdapterBank: very many adapters on one base model, mixed in one batch.
 
 A and B depend on the base model alone, so samples that use different adapters share every large product; only the
-r x r matrix between A and B is a sample's own (indexed.py).  The adapters lie in a folder (bank_store.py).  A model has
-a table of a few of them on its device, into which those of a batch are copied when they are not there (bank_layers.py).
+r x r matrix between A and B is a sample's own (indexed.py).  The adapters lie in a folder (store.py).  A model has
+a table of a few of them on its device, into which those of a batch are copied when they are not there (layers.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import adapter_file
-from .bank_layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
-from .bank_store import Store
-from .bank_training import Training
-from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
-from .linear import LoraXSLinear
-from .model import adapted_layers, detach, unwrapped
-from .naming import aliases
-from .sharding import assign
-from .transaction import keep, transaction
+from .. import adapter_file
+from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from ..linear import LoraXSLinear
+from ..model import adapted_layers, detach, unwrapped
+from ..naming import aliases
+from ..sharding import assign
+from ..transaction import keep, transaction
+from .layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
+from .store import Store
+from .training import Training
 
 M = TypeVar("M", bound=nn.Module)
 # Arguments of a model's forward of which a sample may have any number.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .indexed import NONE, RowIndex, plain_tensors
-from .linear import LoraXSLinear
-from .route import layer_output
-from .weights import held
+from ..indexed import NONE, RowIndex, plain_tensors
+from ..linear import LoraXSLinear
+from ..route import layer_output
+from ..weights import held
 
 if TYPE_CHECKING:
-    from .bank import AdapterBank
+    from .adapter_bank import AdapterBank
 
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
