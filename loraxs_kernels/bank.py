@@ -98,21 +98,23 @@ class AdapterBank(Store):
         """Put the bank's layers on a model, in place, and freeze all of it.
 
         Args:
-            model: the base model, or one that has adapters for the same modules and ranks already.  A and B are made as
-                the bank says and checked against it, once for all adapters.  A base model's modules_to_save get the
-                bank's values.
-            slots: how many adapters a device holds at a time, at least as many as one batch mixes; each takes 4 bytes
-                for an element of R.  A bank has as many on all models it is attached to.
+            model: the base model, or a model that already has adapters for the same modules and ranks.  A and B are
+                made by the bank's recipe and checked against its fingerprint, once for all adapters.  The
+                modules_to_save of a base model get the bank's values.
+            slots: how many adapters a device holds at a time, at least as many as there are different ones in a
+                batch; a slot takes 4 bytes for each element of R.  A bank has the same number of slots on all its
+                models.
             basis, device, workspace_gib, progress: as in `load_adapter`.
 
         Returns:
-            `model`.  Its call takes `adapter_ids`, a list with one name a sample (None: the base model), and so does
-            `generate` of transformers' models, for each prompt.  Without it, and outside of `select`, each layer
-            computes with an R of its own: zero, so the base model, where the layers were put on here.
+            `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
+            does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
+            of `select`, the model computes as before: as the base model, or with the adapters that it had.
 
         Raises:
-            TypeError, ValueError: an argument or a module does not fit, or the model has a bank already.
-            AdapterMismatch: A and B of this model are not the bank's.  The model is then as it was.
+            TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
+            AdapterMismatch: A and B of this model are not the bank's.
+            After an error the model is as it was.
         """
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots: got {slots!r}, must be an integer of at least 1")
@@ -173,7 +175,7 @@ class AdapterBank(Store):
         return given
 
     def detach(self, model: M) -> M:
-        """Take the bank off a model, in place, with the layers that it put there; what trained before does again."""
+        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again."""
         given, model = model, unwrapped(model)
         attached = model.__dict__.get("loraxs_bank")
         if attached is None or attached.bank is not self or not attached.whole:
@@ -204,25 +206,25 @@ class AdapterBank(Store):
     def select(
         self, names: Sequence[str | None], *, tokens: Sequence[int] | Tensor | None = None, fixed: bool = False
     ) -> Selection:
-        """The adapters of the samples in a batch, for the calls of the model inside a `with` block.
+        """Select the adapters of the samples in a batch, for the calls of the model inside a `with` block.
 
             with bank.select(["alice", None, "bob"]):
                 model(input_ids)                        # three samples; None: the base model
 
         Args:
-            names: one for each sample, None for the base model; or, with `tokens`, one for each number in there.
-            tokens: for packed sequences, which name each row of x uses: integers, -1 for the base model.
-            fixed: let the shapes of all that runs depend on the batch alone and not on the names, so that a CUDA graph
-                recorded in the block can be replayed for others, given by `change` of what `with` returns.
+            names: one for each sample, None for the base model.  With `tokens`: the names that its numbers refer to.
+            tokens: for packed sequences, the name of each row of x, as an index into `names`; -1: the base model.
+            fixed: all shapes depend only on the batch, not on the names.  So a CUDA graph that is recorded in the block
+                can be replayed for other names, after `change(names)` of the object that `with` returns.
 
-        A block counts for the thread, or asyncio task, that opened it.  A thread that is started inside does not
-        inherit it, and a generator must not yield inside: there, give each call its `adapter_ids`.  Inside of a block
-        those of a call go before the block's.
+        A block is for the thread, or asyncio task, that opened it.  A thread that is started inside does not inherit
+        it, and a generator must not yield inside it: there, pass `adapter_ids` to each call.  Inside a block, the
+        `adapter_ids` of a call take precedence over the block's names.
 
         Raises:
-            KeyError: a name that the bank does not have; nothing has run.
-            ValueError: more different names than slots; tokens that no name has.
-            RuntimeError: the bank is on no model, the model is merged, or another block is open in this thread.
+            KeyError: the bank does not have one of the names; nothing has run.
+            ValueError: there are more different names than slots, or an entry of tokens is not an index into names.
+            RuntimeError: the bank is on no model, the model is merged, or a block is open in this thread already.
         """
         names = self._names(names)
         if fixed and self._training is not None:
@@ -246,7 +248,7 @@ class AdapterBank(Store):
         return Selection(self, source, names, tokens, fixed)
 
     def train(self, names: Sequence[str], *, create: bool = False) -> Training:
-        """Train these adapters at once: Parameters of their R, in place of the slots, until `close`.
+        """Train these adapters together, with Parameters for their R in the place of the slots, until `close`.
 
             with bank.train(["alice", "bob"]) as training:
                 optimizer = training.optimizer(lr=1e-3)
@@ -254,9 +256,13 @@ class AdapterBank(Store):
                 loss.backward(); optimizer.step(); optimizer.zero_grad()
                 training.commit()
 
-        create: names that the bank does not have begin with an R as `lx.attach` draws it; else they are a KeyError.
-        While it is open, selections of these names, and None, use the Parameters; others are a ValueError.  See
-        `Training`.
+        Args:
+            names: of the adapters.
+            create: a name that the bank does not have begins with an R as `lx.attach` draws it; if False, such a name
+                is a KeyError.
+
+        Returns a `Training`.  While it is open, selections of these names and of None use the Parameters; other names
+        are a ValueError.
         """
         if self.mode != "a":
             raise ValueError(f"names: the bank {self.path} was opened with mode {self.mode!r}, must be 'a' to train")

@@ -165,13 +165,14 @@ def token() -> bytes | None:
 
 
 def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
-    """An adapter as its record is now, for `LLM.generate(..., lora_request=adapter("alice"))`.
+    """A request for an adapter of a bank, for `LLM.generate(..., lora_request=adapter("alice"))`.
 
     Args:
         name: of the adapter.
-        bank: its folder, the one that the engine was started with; None: that of LORAXS_BANK.
+        bank: the folder of the bank that the engine was started with; None: the one that LORAXS_BANK names.
 
-    Raises KeyError where there is no adapter of that name.
+    The request is for the version of the adapter that the bank has now.  If the adapter is replaced or removed before
+    the engine has read it, the engine ends with an error.  Raises KeyError if there is no adapter of that name.
     """
     from vllm.lora.request import LoRARequest
 
