@@ -54,7 +54,7 @@ class Unselected:
 
 
 class AdapterBank(Store):
-    """Adapters by name on one base model, in a folder; any of them in one batch.
+    """A folder of adapters by name for one base model; a batch may mix any of them.
 
         bank = lx.AdapterBank.create("bank", model)         # a model with adapters from lx.attach
         bank.add("alice", "alice.safetensors")
@@ -63,7 +63,7 @@ class AdapterBank(Store):
         bank.attach(base_model, slots=64)
         base_model(input_ids, adapter_ids=["alice", None, "bob"])     # None: the base model
 
-    `Store` says what is in the folder.
+    The methods that add, remove and read adapters are those of `Store`.
     """
 
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
