@@ -229,7 +229,7 @@ class AdapterBank(Store):
         names = self._names(names)
         if fixed and self._training is not None:
             raise ValueError(
-                "fixed: got True while adapters train, must be False: their steps follow no recorded graph"
+                "fixed: got True while adapters train, must be False: a CUDA graph cannot replay training steps"
             )
         if not len(self._models):
             raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
@@ -275,8 +275,8 @@ class AdapterBank(Store):
             self.check_name(name)
         if any(layer.shares is not None for layers in self._models.values() for layer in layers):
             raise RuntimeError(
-                "train: FSDP2 shares out the batch over ranks, which each select other adapters; must be the model of "
-                "one process, or of tensor parallelism"
+                "model: is sharded by FSDP2, so that each rank has different samples and adapters; to train, a bank "
+                "must be on a model of one process or of tensor parallelism"
             )
         if len(self._models) != 1:
             raise RuntimeError(
@@ -388,22 +388,22 @@ class AdapterBank(Store):
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             raise RuntimeError(
-                "gradient checkpointing: a backward pass calls a layer again, as with use_reentrant=True, which cannot "
-                "tell the adapters of its forward; must be use_reentrant=False"
+                "gradient checkpointing: a backward pass calls a layer again and does not know which adapters its "
+                "forward pass had, as with use_reentrant=True; must be use_reentrant=False"
             )
         found = list(self._in_graphs)
         if len(found) != 1:
             raise RuntimeError(
                 "gradient checkpointing: a backward pass calls a layer again, and "
-                f"the graphs of {len(found)} selections are there, must be of one: run backward for each call before "
-                "the next, and keep no loss or output of an earlier one"
+                f"there are graphs of {len(found)} selections, must be of only one: run the backward pass of each call "
+                "before the next call, and keep no loss or output of an earlier call"
             )
         if isinstance(found[0], Unselected):
             return None
         if not found[0].can_be_used_again():
             raise RuntimeError(
-                "gradient checkpointing: adapters of the batch have given their slots to others; run the backward pass "
-                "inside bank.select(...)"
+                "gradient checkpointing: the slots of the batch's adapters hold different ones by now; run the "
+                "backward pass inside the block of bank.select(...)"
             )
         return found[0]
 
@@ -427,9 +427,9 @@ class AdapterBank(Store):
                 has = {name for name, given in kwargs.items() if given is not None}
                 if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
                     raise ValueError(
-                        "adapter_ids: got different adapters for one batch with images or sounds, of which samples may "
-                        f"have any number, and module {attached.beside!r} is no part of the text decoder; leave it out "
-                        "of the bank (exclude_modules)"
+                        "adapter_ids: got different adapters for one batch with images or sounds, and module "
+                        f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
+                        "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
                     )
             expected = (samples, samples and samples * selection.factor)
             told = batch is not None and samples is not None and (attached.whole or selection.mixed)
@@ -455,8 +455,8 @@ class AdapterBank(Store):
                 return
             if selection.mixed and not (standard and kwargs.get("custom_generate") is None):
                 raise ValueError(
-                    "adapter_ids: got different adapters for one batch, and this generate is not the one that all "
-                    "models of transformers share, so that it may bring samples into another order"
+                    "adapter_ids: got different adapters for one batch, must be the same for all samples: "
+                    "custom_generate, or a generate that is the model's own, may change the order of the samples"
                 )
             prompts = kwargs.get("inputs", args[0] if args else None)
             prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})

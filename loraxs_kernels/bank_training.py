@@ -47,8 +47,8 @@ class Training(AbstractContextManager):
                 stored, alphas = bank.record(name)
                 if alphas != bank.alphas:
                     raise ValueError(
-                        f"names: adapter {name!r} has an alpha other than the bank's, by which its gradients would be "
-                        "scaled otherwise than alone; must have the bank's to train"
+                        f"names: adapter {name!r} has a different alpha than the bank, so that its gradients would be "
+                        "scaled wrongly; must have the bank's alpha to be trained in it"
                     )
                 matrices = stored.values()
             elif create:
@@ -124,7 +124,10 @@ class Training(AbstractContextManager):
             return self
         if any(here.values()):
             other = next(name for name, is_here in here.items() if not is_here)
-            raise ValueError(f"adapter_ids: {other!r} is not trained and others of the batch are; must be all or none")
+            raise ValueError(
+                f"adapter_ids: got {other!r}, which is not in training, beside adapters that are; must be only "
+                "adapters in training, or none of them"
+            )
         return slots
 
     def bring(self, names: Sequence[str]) -> dict[str, int]:

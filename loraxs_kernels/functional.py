@@ -291,14 +291,14 @@ def _check_in_place(out: Tensor, grad: bool) -> None:
     grad: whether a gradient will pass from what is added.
     """
     if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be another: .clone() it")
+        raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be none: clone it first")
     if not (grad or (in_grad_mode() and out.requires_grad)):
         return
     base = out._base if out._is_view() else out
     if out.requires_grad and base.is_leaf:
-        raise ValueError("out: got a leaf that requires grad, or a view of one, must be a result: .clone() it")
+        raise ValueError("out: got a leaf that requires grad, or a view of one, must be neither: clone it first")
     if out._is_view() and torch._C._autograd._get_creation_meta(out) != torch._C._autograd.CreationMeta.DEFAULT:
         raise ValueError(
             "out: got a view made under no_grad, or one of several that one operation made (chunk, split, unbind), "
-            "must be a view by itself, such as a slice"
+            "must be the only view that its operation made, with gradients on, such as a slice"
         )

@@ -75,8 +75,8 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     if W is None or "weight" not in layer._parameters:  # a parametrization or pruning makes it anew
         raise TypeError(
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
-            "2-dimensional floating-point weight, which must be a parameter and not made from others (parametrize, "
-            "weight_norm, prune), to merge into; the adapter stays beside it"
+            "2-dimensional floating-point weight that is a parameter, not made from others (parametrize, weight_norm, "
+            "prune), to merge into; the adapter stays unmerged"
         )
     if W.is_meta:
         raise TypeError(

@@ -121,8 +121,8 @@ def check_vllm() -> None:
 
     if vllm.__version__.partition("+")[0] not in TESTED:
         raise RuntimeError(
-            f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: what "
-            "loraxs_kernels replaces in vLLM was tried there alone"
+            f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: "
+            "loraxs_kernels replaces parts of vLLM, and was tried only with that"
         )
     for module, name, _ in NAMES:
         found: Any = importlib.import_module(module)

@@ -48,7 +48,7 @@ def replace_reference_layers(model: P) -> P:
     from ..peft import LoraXSConfig, LoraXSLinearLayer, LoraXSModel
 
     if LoraXSModel.tuner_layer_cls is not LoraXSLinearLayer:
-        raise ValueError("model: this PEFT has a LORAXS of its own, which this function cannot make layers of")
+        raise ValueError("model: the installed PEFT has its own method LORAXS, must be a PEFT without one")
     layers = _reference_layers(model)
     inner, lora = model.get_base_model(), model.peft_config["default"]
     adapters = {name: _as_adapter(layer, name, lora.lora_dropout) for name, layer in layers.items()}
