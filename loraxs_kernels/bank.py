@@ -114,7 +114,7 @@ class AdapterBank(Store):
         Raises:
             TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
             AdapterMismatch: A and B of this model are not the bank's.
-            After an error the model is as it was.
+        After an error the model is as it was.
         """
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots: got {slots!r}, must be an integer of at least 1")

@@ -71,7 +71,8 @@ class Store:
     opens the bank again by itself.  Needs the package lmdb.
 
     Attributes:
-        path, mode, base_model (its name).
+        path, mode: as given.
+        base_model: the name of the base model.
         dtype: of R in the file.
         modules: (name, rank) of each module, in the order in which a record has them.
         places: for each module, the slice of a record that is its R.

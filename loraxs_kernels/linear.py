@@ -37,7 +37,7 @@ class LoraXSLinear(PaddedB):
     Attributes:
         A (r, K), B (N, r): frozen buffers, by default in the dtype of W.
         R (r, r): the Parameter that trains, or what a parametrization (torch.nn.utils.parametrize) makes.
-        rank, alpha, scaling = alpha / rank, dropout, init_std, recipe.
+        rank, alpha, dropout, init_std, recipe: as given; scaling: alpha / rank.
         weight, bias: those that the layer computes with, in base_layer's layout; weight is W + s B R A while merged.
 
     `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  If r is not a multiple

@@ -169,7 +169,7 @@ def attach(
     Raises:
         TypeError, ValueError: an argument is wrong, or a layer cannot be adapted; the message names it.
         RuntimeError: a different rank could not read its weights or compute their SVD.
-        After an error the model is as it was.
+    After an error the model is as it was.
     """
     given, model = model, unwrapped(model)
     _check_unadapted(model)

@@ -86,7 +86,7 @@ def load_reference_adapter(
         ValueError: it is damaged, was not written by the reference, or is for another model.  The reference writes no
             checksum: a flipped bit that leaves R finite is not noticed.
         AdapterMismatch: A is not B^T W, so the base model is a different one; or the tolerance is exceeded.
-        After an error the model is as it was.
+    After an error the model is as it was.
     """
     if basis is not None:
         warnings.warn("load_reference_adapter: basis is now called factors", FutureWarning, stacklevel=3)
