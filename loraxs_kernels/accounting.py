@@ -88,21 +88,26 @@ def count_parameters(
     rank_pattern: Mapping[str, int] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> Parameters:
-    """How many parameters `attach` would train on a model, and LoRA and VeRA on the same modules.
+    """Count the parameters that `attach` would train on a model, and those of LoRA and VeRA on the same modules.
 
         config = AutoConfig.from_pretrained("mistralai/Mistral-7B-v0.1")
         lx.count_parameters(config, 16).loraxs  # 57,344
 
     Args:
-        model: an nn.Module, on the meta device or any other, or a transformers configuration, whose model is made on
-            the meta device: by the first of its `architectures` that transformers has, else with the head of its kind
-            (masked, sequence-to-sequence or causal language model), else without one.  Nothing is allocated, changed
-            or downloaded.  A model that has adapters is counted as it is: leave out all that follows.
+        model: an nn.Module on any device (the meta device, too), or a transformers configuration.  The model of a
+            configuration is made on the meta device: of the first class in its `architectures` that transformers has,
+            otherwise with a language model's head (masked, sequence-to-sequence or causal), otherwise without a head.
+            Nothing is allocated, changed or downloaded.  If the model has adapters, these are counted: then leave out
+            the other arguments.
         rank, target_modules, exclude_modules, rank_pattern, modules_to_save: as in `attach`; target_modules None:
             "all-linear".
 
-    Raises TypeError or ValueError where `attach` would with init="svd", where a model with adapters comes with
-    arguments for others, and where transformers can make no model of the configuration.
+    Returns the numbers of parameters as attributes: `loraxs`, `lora` and `vera` that the adapters train, `saved` in
+    modules_to_save, `base` in the whole model without adapters; and `modules`, how many layers are adapted.  Its
+    `nbytes(dtype, method)` is the size of one adapter.
+
+    Raises TypeError or ValueError if `attach` with init="svd" would for these arguments, if a model with adapters is
+    counted with other arguments, or if transformers cannot make a model of the configuration.
     """
     if not isinstance(model, nn.Module):
         model = from_config(model)
@@ -144,7 +149,7 @@ def count_parameters(
 
 @dataclass(frozen=True)
 class Summary:
-    """What LoRA-XS has made of a model; `str` of it is one line.
+    """What `summary` returns; `str` of it is one line.
 
     ranks: {name of an adapted module: its rank}.
     skipped: {name of a linear layer that has no adapter: why}.
@@ -181,12 +186,12 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What LoRA-XS has made of a model: which layers it adapts and which not, and how many parameters train.
+    """Say which layers of a model have adapters and which do not, with the reasons, and how many parameters train.
 
         print(lx.summary(model))
 
-    `attach` logs the same line at level INFO.  Nothing is read from the weights.  Raises ValueError where the model has
-    no adapters from `attach`.
+    `attach` logs the same at level INFO.  No weight is read.  Raises ValueError if the model has no adapters from
+    `attach`.
     """
     model = unwrapped(model)
     adapted, saved, sizes = dict(adapted_layers(model)), saved_modules(model), _sizes(model)
@@ -237,8 +242,8 @@ def _counts(numbers: Mapping[str, int]) -> list[str]:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, as PEFT does, and in a second line what trains beside R, if anything does.
 
-    A quantised weight counts by its shape, a parameter that is shared once.  Raises ValueError where the model has no
-    adapters from `attach`.
+    A quantised weight counts with the number of elements of its dense shape.  A shared parameter counts once.  Raises
+    ValueError if the model has no adapters from `attach`.
     """
     found = summary(model)
     share = 100 * found.trainable / found.total

@@ -49,25 +49,26 @@ def save_adapter(
     portable: bool = False,
     save_factors: bool = False,
 ) -> None:
-    """Write the adapter of a model: every R, the modules_to_save, and a fingerprint of A and B.
+    """Save the adapter of a model: every R, the modules_to_save, and a fingerprint of A and B.
 
     Args:
-        model: with adapters from `attach`, merged or not, bare or inside torch.compile or DistributedDataParallel.
-            Where FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are
-            gathered one by one, and each rank then writes the file at the path it was given.  Inside a
-            GatheredParameters of all that trains, one rank may call alone.
-        path: the file, by convention *.safetensors.  Or a folder, one that exists or a path that ends in "/": it gets
-            adapter.safetensors and a model card, README.md, for Hugging Face's Hub.  A README.md that was edited stays
-            as it is, with a warning.  Each file is replaced in one step: a reader finds the old file or the new one,
-            whole, whatever stops this process.  So ranks may give the same path.
-        dtype: of R in the file, fp32 or bf16; None: as trained.
-        portable: add a sketch of the singular vectors (8 columns for each side), with which `load_adapter` can align
-            R to a slightly different basis, such as one from the weights in another dtype.
-        save_factors: add A and B themselves (large).  Always so for factors that were given and not computed.
+        model: with adapters from `attach`, merged or not, as it is or inside torch.compile or DistributedDataParallel.
+            If FSDP2 or DeepSpeed's ZeRO-3 has sharded R, every rank must call: R and the modules_to_save are gathered
+            one by one, and each rank then writes the file at the path it was given.  Inside a GatheredParameters of all
+            parameters that train, it is enough if one rank calls.
+        path: a file, by convention *.safetensors, or a folder: one that exists, or a path that ends in "/".  The folder
+            gets adapter.safetensors and a model card, README.md, for the Hugging Face Hub.  A README.md that was edited
+            stays as it is, with a warning.  Each file is replaced in one step: whatever stops this process, a reader
+            finds the whole old file or the whole new one.  So all ranks may give the same path.
+        dtype: of R in the file, fp32 or bf16; None: the dtype that R has.
+        portable: add random projections of the singular vectors (8 columns for each side).  With them `load_adapter`
+            can align R to slightly different A and B, such as those of the same weights in a different dtype.
+        save_factors: add A and B themselves (large).  A and B that were given to `attach`, not computed, are always in
+            the file.
 
-    Raises ValueError, before anything is written, where the model has no adapters, or where R or a parameter of the
+    Raises ValueError, before anything is written, if the model has no adapters, or if R or a parameter of the
     modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
-    even if moved back): the file then loads only where the weights are as they were before.
+    even if moved back): the file then loads only into a model whose weights are as they were before.
     """
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
     if folder is None:
@@ -95,25 +96,25 @@ def push_to_hub(
     portable: bool = False,
     save_factors: bool = False,
 ) -> str:
-    """Upload the adapter of a model to Hugging Face's Hub: adapter.safetensors and a model card, in one commit.
+    """Upload the adapter of a model to the Hugging Face Hub: adapter.safetensors and a model card, in one commit.
 
         lx.push_to_hub(model, "user/name")
         lx.load_adapter(fresh, "user/name")
 
     Args:
-        model: as for `save_adapter`.  Where torch.distributed runs several processes every rank must call, and rank 0
+        model: as for `save_adapter`.  If torch.distributed runs several processes, every rank must call; rank 0
             uploads.
-        repo_id: "user/name".  The repository is made if it does not exist.
-        private: whether a repository that is made is private; None: as the account has it.
-        token: None: that of `hf auth login`.
-        revision: the branch to commit to, made if it does not exist; None: main.
+        repo_id: "user/name".  The repository is created if it does not exist.
+        private: whether a repository that is created is private; None: the account's default.
+        token: for the Hub; None: that of `hf auth login`.
+        revision: the branch to commit to, created if it does not exist; None: main.
         commit_message: None: "Upload a LoRA-XS adapter".
         dtype, portable, save_factors: as for `save_adapter`.
 
-    Returns the address of the commit.  A model card that was edited on the Hub stays as it is, with a warning.
+    Returns the URL of the commit.  A model card that was edited on the Hub stays as it is, with a warning.
 
-    Raises what `save_adapter` raises, before anything is uploaded; ImportError without huggingface_hub, PermissionError
-    where the Hub wants another token, ConnectionError where it cannot be reached.
+    Raises what `save_adapter` raises, before anything is uploaded; ImportError if huggingface_hub is not installed,
+    PermissionError if the Hub refuses the token, ConnectionError if the Hub cannot be reached.
     """
     # The Hub also takes a bare name, by which `load_adapter` would not find the adapter.
     if not (isinstance(repo_id, str) and card.HUB_ID.fullmatch(repo_id)):
@@ -232,37 +233,38 @@ def load_adapter(
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> M:
-    """Load an adapter into a model, in place; the adapters are attached first where the model has none.
+    """Load an adapter into a model, in place; if the model has no adapters, they are attached first.
 
         lx.load_adapter(model, "adapter.safetensors")
-        lx.load_adapter(model, "folder")  # that has an adapter.safetensors
-        lx.load_adapter(model, "user/name")  # of Hugging Face's Hub
+        lx.load_adapter(model, "folder")  # with an adapter.safetensors
+        lx.load_adapter(model, "user/name")  # from the Hugging Face Hub
 
     A and B are recomputed from the model's own weights by the recipe in the file and checked: the estimated relative
-    error of delta W must be at most 1e-3.  If it is larger and the file was saved with portable=True or
-    save_factors=True, R is aligned to the recomputed A and B; up to 3e-2 is then accepted, with a warning that gives
-    the figure.  Everything else is refused.
+    error of delta W = s B R A must be at most 1e-3.  If it is larger and the file was saved with portable=True or
+    save_factors=True, R is aligned to the recomputed A and B.  An error of up to 3e-2 is then accepted, with a warning
+    that gives it.  Otherwise the file is refused.
 
     Args:
-        model: the base model the adapter was trained on, without adapters or with ones for the same modules and ranks.
-            Where FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and the values are those of rank 0.
-            Before deepspeed.initialize rank 0 may call alone inside a GatheredParameters(..., modifier_rank=0) of all
-            that trains, but not later: that would not reach the optimizer, a RuntimeError.
-        path: the file, a folder with an adapter.safetensors, or a repository "user/name" on the Hub.  A file or folder
-            of that name goes before the Hub.
-        revision, token: of the repository: a branch, tag or commit, and what to log in with where `hf auth login` was
-            not called.
-        basis: a file from `loraxs init`, as in `attach`, from which A and B are read and not computed; only for
-            a model without adapters.
-        device, workspace_gib, progress: of the SVD, as in `attach`, where the adapters are attached here.
+        model: the base model the adapter was trained on, without adapters, or with adapters for the same modules and
+            ranks.  If FSDP2 or DeepSpeed's ZeRO-3 has sharded it, every rank must call, and all get the values that
+            rank 0 reads.  Before deepspeed.initialize it is enough if rank 0 calls inside a GatheredParameters(...,
+            modifier_rank=0) of all parameters that train; later that is a RuntimeError, because the values would not
+            reach the optimizer.
+        path: the file, a folder with an adapter.safetensors, or a repository "user/name" on the Hub.  If there is a
+            file or folder of that name, it is read, and not the Hub.
+        revision: a branch, tag or commit of the repository.
+        token: for the Hub; None: that of `hf auth login`.
+        basis: a file from `loraxs init`, as in `attach`.  A and B are then read, not computed.  Only for a model
+            without adapters.
+        device, workspace_gib, progress: for the SVD, as in `attach`, if the adapters are attached by this call.
 
     Raises:
         FileNotFoundError: there is no such file, folder or repository.
         ConnectionError, PermissionError: the Hub cannot be reached, or refuses.
-        ImportError: the Hub is meant, and huggingface_hub is not installed.
+        ImportError: the path names a repository on the Hub, and huggingface_hub is not installed.
         ValueError: the file is damaged, its version is not supported, or its modules are not the model's.
         AdapterMismatch: A and B of this model are not those that the adapter was trained with.
-    The model is then as it was; to that end memory holds old values of modules_to_save until all is done.
+    After an error the model is as it was.  For that, memory holds the old values of modules_to_save until the end.
     """
     given, model = model, unwrapped(model)
     if any(isinstance(m, LoraXSLinear) and m.seat is not None and m.seat.put_on for m in model.modules()):

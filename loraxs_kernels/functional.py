@@ -33,27 +33,27 @@ def lora_xs_linear(
 
     Args:
         x: (..., K), bf16, fp16, fp32 or fp64; any strides, any number of leading dimensions, empty ones too.
-        weight: W (N, K) in x's dtype, frozen; a transposed view is as good as a contiguous one.
+        weight: W (N, K) in x's dtype, frozen; it may be a transposed view.
         A: (r, K) and B: (N, r), in x's dtype, frozen: A = S_r V_r^T, B = U_r of W = U S V^T.
-        R: (r, r), the trained matrix, usually fp32 whatever the other dtypes.
+        R: (r, r), the trained matrix, usually in fp32, whatever dtype the others have.
         scale: s = alpha / r, a number.
-        bias: (N,), added to y; the only frozen operand that may also train.
-        index: R is a stack (n, r, r), and a row x_t gets R[index_t], or no adapter where that is -1.  Integers: one for
-            each sample, the entries of x's first dimension, or one for each row of x; or a RowIndex, which several
-            layers can share.  They are checked on the host; those on a GPU are copied there first.
+        bias: (N,), added to y; it may be frozen or train.
+        index: with an index, R is a stack (n, r, r), and row t of x uses R[index_t], or no adapter if index_t is -1.
+            Either integers, one for each sample (entry of x's first dimension) or one for each row of x, or a RowIndex,
+            which several layers can share.  Integers are checked on the host; those on a GPU are copied there first.
 
     Returns:
-        y (..., N) in x's dtype.  Gradients reach x, R and bias, and without `index` can be differentiated again
+        y (..., N) in x's dtype.  Gradients reach x, R and bias.  Without `index` they can be differentiated again
         (create_graph=True).
-        Between forward and backward only z = x A^T (T x r, fp32) and the operands (under autocast their copies) are
-        kept, as autograd keeps tensors, so that checkpointing and hooks see them; x is never kept.
+        For the backward pass only z = x A^T (T x r, fp32) and W, A, R and B (under autocast their copies) are kept, by
+        autograd's own means, so that checkpointing and hooks of saved tensors see them; x is never kept.
 
     Under torch.autocast, x, weight, A, B and bias are cast to the autocast dtype, as F.linear does.
 
     Raises:
-        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above; it is named.
-        RuntimeError: under torch.func (vmap, jvp, grad, ...) or on tangents of forward-mode AD, where a kernel runs or
-            x or R requires a gradient.  loraxs_kernels.reference.lowrank_linear can be transformed.
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not as above; the message names it.
+        RuntimeError: the call is under torch.func (vmap, jvp, grad, ...) or has tangents of forward-mode AD, and a
+            kernel would run or x or R requires a gradient.  loraxs_kernels.reference.lowrank_linear can be transformed.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
@@ -63,23 +63,23 @@ def lora_xs_linear(
 def lora_xs_delta(
     x: Tensor, A: Tensor, R: Tensor, B: Tensor, scale: float, out: Tensor | None = None, index: Index = None
 ) -> Tensor:
-    """The adapter alone: scale (x A^T) R^T B^T, added in place to `out` when one is given.
+    """Only the adapter's part: scale (x A^T) R^T B^T, added in place to `out` if that is given.
 
-    For a base layer that cannot hand over a dense weight (quantised, wrapped, hooked) and for dropout on the
-    adapter's input: base(x) + lora_xs_delta(dropout(x), ...).
+    Use it if the base layer has no dense weight to pass (quantised, wrapped, hooked), or with dropout on the adapter's
+    input: base(x) + lora_xs_delta(dropout(x), ...).
 
     Args:
         x, A, R, B, scale, index: as in `lora_xs_linear`.
-        out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.  It
-            shares no memory with A, R and B, nor with x, unless it is x itself, and is nothing that autograd would not
-            let an in-place operation write, such as a leaf that requires grad.
+        out: (..., N) in x's dtype, or None.  It is written in place and returned; gradients pass through it.  It must
+            not share memory with A, R or B, nor with x unless it is x itself.  It must be a tensor that autograd lets
+            in-place operations write: not a leaf that requires grad, for example.
 
     Returns:
         (..., N): the delta, or out + delta.
 
     Raises:
-        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not the above, or out overlaps
-            itself or another operand, or cannot be written; it is named, and out is as it was.
+        TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not as above, or out overlaps
+            itself or a different operand, or cannot be written.  The message names the operand, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
     return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R))
@@ -291,14 +291,14 @@ def _check_in_place(out: Tensor, grad: bool) -> None:
     grad: whether a gradient will pass from what is added.
     """
     if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be another: .clone() it")
+        raise ValueError("out: got an inference tensor outside of torch.inference_mode(), must be none: clone it first")
     if not (grad or (in_grad_mode() and out.requires_grad)):
         return
     base = out._base if out._is_view() else out
     if out.requires_grad and base.is_leaf:
-        raise ValueError("out: got a leaf that requires grad, or a view of one, must be a result: .clone() it")
+        raise ValueError("out: got a leaf that requires grad, or a view of one, must be neither: clone it first")
     if out._is_view() and torch._C._autograd._get_creation_meta(out) != torch._C._autograd.CreationMeta.DEFAULT:
         raise ValueError(
             "out: got a view made under no_grad, or one of several that one operation made (chunk, split, unbind), "
-            "must be a view by itself, such as a slice"
+            "must be the only view that its operation made, with gradients on, such as a slice"
         )

@@ -121,7 +121,7 @@ class RowIndex:
     def change(self, index: Sequence[int] | Tensor) -> None:
         """Other R for the same samples, written into the tensors that recorded graphs read; only with `fixed`."""
         if not self.fixed:
-            raise ValueError("index: was not made with fixed=True, so that no recorded graph could follow a change")
+            raise ValueError("index: was made with fixed=False, must be made with fixed=True to be changed")
         new = _checked(index, self.n)
         if len(new) != len(self.index):
             raise ValueError(f"index: got {len(new)} samples, must be {len(self.index)} as before")

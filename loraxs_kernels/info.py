@@ -22,10 +22,10 @@ NOT_INSTALLED = "not installed"
 
 
 def info() -> dict[str, str]:
-    """Versions and devices; of the CUDA core and each backend that it is there, or why not; what is chosen where.
+    """Versions and devices; whether the CUDA core and each backend can run here, or why not; which backend is chosen.
 
-    For each kind of GPU here: the backend of common calls (bf16, 4096 x 4096, with W), and where that comes from.
-    Prints nothing.
+    For each kind of GPU in this machine, the result says which backend common calls get (bf16, 4096 x 4096, with W),
+    and which table that choice is from.  `loraxs info` prints it; this function prints nothing.
     """
     from .backends.cuda import core
 

@@ -28,20 +28,23 @@ _FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
 class LoraXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
-    Wraps the layer it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer with the same map from
-    (..., K) to (..., N)).  `base_layer` is never changed, so taking the wrapper off gives the very same layer back.
-    The primitive computes the whole where W is a frozen dense tensor; where it is not (a quantised weight, a hooked or
-    overridden forward, an unfrozen W) or where dropout is active, the delta is added to base_layer's own output.
-    Hooks of accelerate's device_map that only move x and y between devices are no hindrance.
+    Wraps the layer that it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer that maps (..., K)
+    to (..., N) linearly).  `base_layer` is never changed: it is the same layer as before when the wrapper is taken
+    off.  One operation computes the whole layer if W is a frozen dense tensor.  Otherwise (a quantised weight, a
+    hooked or overridden forward, a W that trains, active dropout) base_layer computes its own output, and the delta
+    is added to it.  Hooks of accelerate's device_map that only move x and y between devices do not prevent the one
+    operation.
 
     Attributes:
-        A (r, K), B (N, r): frozen buffers in the dtype of W.  R: the Parameter that trains, or whatever
-            torch.nn.utils.parametrize makes of it.  rank, alpha, scaling = alpha / rank, dropout, init_std, recipe.
-        weight, bias: what the layer computes with, in base_layer's own layout; merged into weight while `merged`.
+        A (r, K), B (N, r): frozen buffers, by default in the dtype of W.
+        R (r, r): the Parameter that trains, or what a parametrization (torch.nn.utils.parametrize) makes.
+        rank, alpha, dropout, init_std, recipe: as given; scaling: alpha / rank.
+        weight, bias: those that the layer computes with, in base_layer's layout; weight is W + s B R A while merged.
 
-    `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  Where r is no multiple
-    of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of it: write to the
-    buffer, not there.  While merged, the state dict of the layer is `weight` and `bias` alone.
+    `.to()` and `.half()` leave R in fp32 (or fp64): its steps are smaller than bf16 can hold.  If r is not a multiple
+    of 16, B is a view of wider storage (padding.py), and a state dict holds a contiguous copy of B.  To change B, write
+    to the buffer, not to the tensor in a state dict.  While merged, the state dict of the layer has only `weight` and
+    `bias`.
     """
 
     base_layer: nn.Module
@@ -105,23 +108,25 @@ class LoraXSLinear(PaddedB):
         """Adapt one linear layer; it is frozen and kept as `base_layer`.
 
         Args:
-            linear: nn.Linear or transformers' Conv1D, dense, quantised or sharded as `weights.weight_of` lists it, or
-                of a type that `register_weight_reader` knows; with init=(A, B) any layer from (..., K) to (..., N).
-            rank: r, 1 <= r <= min(N, K) (any r >= 1 when A and B are not from the SVD).
+            linear: nn.Linear or transformers' Conv1D, dense, quantised or sharded (`weights.weight_of` lists the
+                kinds), or of a type that `register_weight_reader` was called for; with init=(A, B) any layer that
+                maps (..., K) to (..., N) linearly.
+            rank: r, 1 <= r <= min(N, K) (any r >= 1 if A and B are not from the SVD).
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
-            dropout: on the adapter's input, while training.
-            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which brings its own
-                seed and n_iter, and a dtype where none is given here.
+            dropout: the probability of dropout on the adapter's input, while training.
+            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which has its own seed
+                and n_iter, and a dtype that is used if none is given here.
             init_std: R ~ N(0, init_std^2) at the start.
-            seed: of the SVD's start, R and random factors; the layer's `name` tells layers of one seed apart.
-            n_iter: of `truncated_svd`.
-            dtype: of A and B; None: the weight's, for a quantised layer the one it computes in.  A dtype other than
-                the weight's costs a separate pass.
+            seed: for the SVD's start, R, and random A and B; layers with the same seed and different names get
+                different random numbers.
+            n_iter: as in `truncated_svd`.
+            dtype: of A and B; None: the weight's, or for a quantised layer the dtype in which it computes.  With a
+                dtype that differs from the weight's, the delta costs one more pass over y.
             name: the layer's name in its model, also used in errors.
-            fill: False leaves A, B and R to `reset_parameters`, as `attach` does to make those of many layers together.
+            fill: False leaves A, B and R empty until `reset_parameters` is called.
 
-        On the meta device only shapes are made; `reset_parameters` fills them once the weight is there.
-        Raises TypeError or ValueError, naming the layer, before anything is changed.
+        If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
+        loaded.  Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
         label = label_of(name)
         check_rank(rank, label)
@@ -170,10 +175,11 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def reset_parameters(self, factors: Factors | None = None) -> None:
-        """Make A and B again from the weight as it is now, by the layer's recipe, and draw R again.
+        """Compute A and B again from the weight as it is now, by the layer's recipe, and draw R again.
 
-        A quantised weight is dequantised, a sharded one gathered (all ranks must call alike), for this call only.
-        `factors` are A and B where they have been made already; those that were given to `from_linear` stay.
+        A quantised weight is dequantised, and a sharded one gathered, for this call only; if the weight is sharded, all
+        ranks must call.  If `factors` is given, it is the pair (A, B), and nothing is computed.  A and B that were
+        given to `from_linear` stay as they are.
         """
         if factors is None and self.recipe.init != "given":
             weight = weight_of(self.base_layer, self.label)
@@ -248,7 +254,7 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """s B R A (N, K), in fp32 (fp64 for fp64 layers)."""
+        """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers)."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
 
@@ -256,8 +262,8 @@ class LoraXSLinear(PaddedB):
     def merge(self) -> None:
         """Compute with W + s B R A from now on; W itself is kept, so that `unmerge` restores it to the bit.
 
-        Holds a second copy of the weight while merged.  Raises ValueError where the merged weight is not finite, and
-        TypeError where W is not a dense tensor; the layer is then as it was.
+        Holds a second copy of the weight while merged.  Raises ValueError if the merged weight would not be finite, and
+        TypeError if W is not a dense tensor; the layer is then as it was.
         """
         if not self.merged:
             if self.seat is not None:
@@ -268,7 +274,7 @@ class LoraXSLinear(PaddedB):
             self.register_buffer("merged_weight", merged, persistent=False)
 
     def unmerge(self) -> None:
-        """Back to the base weight and a separate adapter."""
+        """Compute with the original weight and a separate adapter again."""
         self._buffers.pop("merged_weight", None)
 
     @torch.no_grad()
@@ -350,22 +356,22 @@ def _coarser(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None
 
 
 def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """(layer(x) for each layer), reading x once: for projections of one input, such as q, k, v or gate and up.
+    """(layer(x) for each layer), with one read of x: for layers with the same input, such as q, k, v or gate and up.
 
         q, k, v = forward_together(x, attention.q_proj, attention.k_proj, attention.v_proj)
 
     Args:
         x: (..., K), as for each layer.
-        layers: any modules.  LoRA-XS layers that compute their whole output themselves are made together; merged,
-            hooked, quantised or dropping ones, and modules of other kinds, are called one by one, as are all under
-            torch.compile, which fuses on its own terms.
+        layers: any modules.  LoRA-XS layers that one operation computes whole share the read of x.  Other modules, and
+            LoRA-XS layers that are merged, hooked or quantised or have active dropout, are called one after the other.
+            Under torch.compile, which fuses by itself, all layers are called one after the other.
 
     Returns:
-        One y (..., N_i) a layer, in order.  Gradients, and what is kept for them, are those of the separate calls.
-        All joined outputs require grad where x or any R does.
+        One y (..., N_i) for each layer, in order.  Gradients, and the tensors that are kept for them, are the same as
+        those of separate calls.  If x or any R requires grad, all outputs that share the read of x do.
 
     Raises:
-        ValueError: x does not fit a layer; it is named.
+        ValueError: x has the wrong shape or dtype for a layer; the message names the layer.
     """
     joined = []
     if not torch.compiler.is_compiling():

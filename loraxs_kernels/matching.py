@@ -95,14 +95,14 @@ def match(
             raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
         if not is_linear(module):
             raise TypeError(
-                f"target_modules: matches module {name!r}, a {type(module).__name__}; must match linear layers alone"
+                f"target_modules: matches module {name!r}, a {type(module).__name__}; must match only linear layers"
             )
         if why := no_adapter.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
     if not names and left_out:
         name, module = left_out[0]
-        raise TypeError(f"target_modules: 'all-linear' finds no linear layer but such as {name!r}, {unread(module)}")
+        raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r}, {unread(module)}")
     if not names:
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"

@@ -135,39 +135,41 @@ def attach(
     """Put a LoRA-XS adapter on the linear layers of a model, in place, and freeze everything else.
 
     Args:
-        model: any nn.Module with nn.Linear or transformers Conv1D layers below it, dense or quantised (bitsandbytes,
-            torchao), or of a type that `register_weight_reader` knows.  Weights that are sharded over ranks (tensor
-            parallelism, FSDP2, ZeRO-3) are gathered one at a time, and the ranks take turns at the SVD: every rank must
-            then call with the same arguments.
-        rank: r of every adapter, unless `rank_pattern` says otherwise.  `r` means the same.
+        model: any nn.Module that contains nn.Linear or transformers Conv1D layers, dense or quantised (bitsandbytes,
+            torchao), or layers of a type that `register_weight_reader` was called for.  Weights that are sharded over
+            ranks (tensor parallelism, FSDP2, ZeRO-3) are gathered one at a time, and the ranks take turns at the SVD:
+            every rank must then call with the same arguments.
+        rank: r of every adapter that `rank_pattern` does not match.  `r` means the same.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
-            regular expression that matches the whole name, or "all-linear": every linear layer but the output
-            embeddings and, in a transformers model for classification, its head, which then trains whole, as if named
-            in `modules_to_save`.
-        exclude_modules: names, name endings or a regular expression, likewise.
+            regular expression that matches the whole name, or "all-linear": every linear layer except the output
+            embeddings.  In a transformers model for classification "all-linear" leaves out the head, too; all weights
+            of the head then train, as if it were named in `modules_to_save`.
+        exclude_modules: names, name endings or a regular expression of modules that get no adapter.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
-        alpha: s = alpha / r; None: s = 1 everywhere.  `lora_alpha` means the same.
+        alpha: the scale is s = alpha / r; None: alpha = r, so s = 1 everywhere.  `lora_alpha` means the same.
         dropout, init_std, n_iter, dtype: as in LoraXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
-        seed: of everything random; two layers never share their random numbers.
-        modules_to_save: names or name endings of modules that train whole (a classifier head); they are saved in the
-            adapter file beside R.  []: nothing but R trains, whatever target_modules is.
-        basis: a file from `loraxs init` with A and B for every target, which are then read and not computed; each
-            pair is checked against its weight.  The recipe is the file's, its seed included: seed and n_iter given
-            here are ignored.
-        device: to compute the SVD on, one device or several that share the layers; A and B end up on the layer's.
-            Weights on a CPU, larger than the GPU's memory in sum, are streamed through it.  None: each on its own.
-        workspace_gib: GiB the SVD may take on each GPU beside the weights that are there already.
-        progress: show a bar when it takes more than a second.
+        seed: for all random numbers (the SVD's start, random A and B, R); each layer draws different ones.
+        modules_to_save: names or name endings of modules all of whose weights train (a classifier head).  They have no
+            adapter, and are saved in the adapter file beside R.  []: only R trains, whatever target_modules is.
+        basis: a file from `loraxs init` with A and B for every target.  A and B are then read, not computed, and each
+            pair is checked against its weight.  The file has a recipe of its own: `seed` and `n_iter` given here are
+            ignored.
+        device: where the SVD runs: one device, or several that share the layers.  A and B end up on their layer's
+            device.  Weights on a CPU are streamed through the GPU, also if they are larger than its memory in sum.
+            None: the SVD of each weight runs on the weight's own device.
+        workspace_gib: how many GiB the SVD may use on each GPU, beside the weights that are there already.
+        progress: show a bar if this takes more than a second.
 
     Returns:
-        `model`.  A module or weight that stands in several places is adapted once.  Inside the wrappers of
-        torch.compile and DataParallel the names are those of the base model.  What was done is logged at level INFO by
-        the logger "loraxs_kernels"; `lx.summary(model)` says the same at any time.
+        `model`.  A module or weight that is used in several places gets one adapter.  In a model inside the wrappers of
+        torch.compile or DataParallel, names are those of the base model.  What was done is logged at level INFO by the
+        logger "loraxs_kernels"; `lx.summary(model)` says the same at any time.
 
     Raises:
-        TypeError, ValueError: an argument or a layer is not fit, named in the message; the model is then as it was.
-        RuntimeError: another rank has failed with its weights.
+        TypeError, ValueError: an argument is wrong, or a layer cannot be adapted; the message names it.
+        RuntimeError: a different rank could not read its weights or compute their SVD.
+    After an error the model is as it was.
     """
     given, model = model, unwrapped(model)
     _check_unadapted(model)
@@ -317,17 +319,23 @@ def fill(
 
 
 def detach(model: M, *, merge: bool = False) -> M:
-    """Take the adapters off, in place: every base layer comes back as it was, and trains again if it did before.
+    """Take the adapters off, in place: every base layer is back as it was, and trains again if it did before.
 
-    With merge=True the adapter is added to the weight first.  All merged weights are made before the first one takes
-    its place, so that nothing is lost if one of them cannot be made: while this runs, memory holds a second copy of the
-    adapted weights, as `merge` does.  A weight that another module shares stays as it is there.  If the adapted head of
-    a transformers model was tied to its embeddings, config.tie_word_embeddings becomes False.  A model that is merged
-    at the time needs merge=True to keep the merged weights, or `unmerge` first to get the old ones: losing either by
-    accident is an error.  modules_to_save keep their trained values.
+    modules_to_save keep their trained values.
 
-    Raises ValueError where a merged weight would not be finite or the choice above was not made; TypeError where
-    a base layer has no dense weight to merge into.  The model is then as it was.
+    Args:
+        model: with adapters from `attach`.
+        merge: first add each adapter to its weight, W + s B R A.  All merged weights are computed before the first one
+            takes its place, so that nothing is lost if one of them cannot be computed; meanwhile memory holds a second
+            copy of the adapted weights.  A module that shares a weight with an adapted layer keeps the weight without
+            the adapter.  If the adapted head of a transformers model was tied to its embeddings,
+            config.tie_word_embeddings becomes False.
+
+    If the model is merged when you call this, say which weights you want: merge=True keeps the merged ones; call
+    `unmerge` first to get the original ones.
+
+    Returns `model`.  Raises ValueError if a merged weight would not be finite, or if the model is merged and merge is
+    False; TypeError if a base layer has no dense weight to merge into.  The model is then as it was.
     """
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
@@ -374,12 +382,14 @@ def detach(model: M, *, merge: bool = False) -> M:
 
 
 def merge(model: M) -> M:
-    """Add every adapter to its layer's weight, so that the model runs at the speed of the base model.
+    """Put W + s B R A in the place of every adapted weight W, so that the model runs at the speed of the base model.
 
-    The original weights are kept (a second copy of the adapted ones while merged) and `unmerge` restores them to the
-    bit.  While merged, the state dict of every adapted layer is its merged weight and bias alone, without A, B and R:
-    save_pretrained writes what from_pretrained loads.  Raises ValueError, naming the layer, where a merged weight would
-    not be finite, TypeError where a base layer has no dense weight; the model is then as it was.
+    The original weights are kept, so that memory holds two copies of the adapted weights; `unmerge` restores them to
+    the bit.  While the model is merged, the state dict of every adapted layer holds only its merged weight and bias,
+    without A, B and R: save_pretrained writes what from_pretrained loads.
+
+    Returns `model`.  Raises ValueError, naming the layer, if a merged weight would not be finite; TypeError if a base
+    layer has no dense weight.  The model is then as it was.
     """
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):
@@ -389,7 +399,7 @@ def merge(model: M) -> M:
 
 
 def unmerge(model: M) -> M:
-    """Undo `merge`: the original weights and separate adapters."""
+    """Undo `merge`: restore the original weights, to the bit, with separate adapters.  Returns `model`."""
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):
             layer.unmerge()

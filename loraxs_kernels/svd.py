@@ -117,38 +117,40 @@ def truncated_svd(
 ) -> Triplets:
     """The `rank` largest singular triplets of W: W ~ U diag(S) Vh.
 
-    Block Krylov iteration (Musco and Musco, arXiv 1504.05477) or, where that would take most of the space, subspace
-    iteration with a Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007), from a start of +-1 that
-    is a hash of (seed, row, column).  Neither autocast nor the user's TF32 settings reach in.  The same call gives the
-    same bits again with the same device, libraries and number of threads.  Another device, another number of threads or
-    other weights beside this one change the rounding alone: U S Vh by 1e-5, B R A by less than 1e-4, or as far as the
-    spectrum tells the vectors apart.  Singular values that are zero to working precision get orthonormal vectors all
-    the same.
+    The algorithm is block Krylov iteration (Musco and Musco, arXiv 1504.05477).  If its basis would span most of the
+    space, it is subspace iteration with a Chebyshev polynomial (Zhou and Saad, SIAM J. Matrix Anal. Appl. 29, 2007).
+    The start is a matrix of +1 and -1 that are a hash of (seed, row, column).  Autocast and the user's TF32 settings
+    have no effect.  The same call gives the same bits with the same device, libraries and number of threads.  A
+    different device, a different number of threads, or other weights in the batch change only the rounding: U S Vh by
+    1e-5, B R A by less than 1e-4, or more if singular values are so close that their vectors are not determined better.
+    Singular values that are zero to working precision get orthonormal vectors, too.
 
     Args:
-        W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  With CUDA and torch 2.8 or later half precision is never
-            upcast: the other factor of each product is split into terms of W's dtype and the products are summed in
-            fp32.  Elsewhere a matrix is upcast while it is used.
+        W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  With CUDA and torch 2.8 or later a W in half precision is
+            never upcast: the other factor of each product is split into terms of W's dtype, and the products are summed
+            in fp32.  Otherwise a matrix is upcast while it is used.
         rank: r, 1 <= r <= min(m, n).
-        method: "krylov", "subspace", or "auto": krylov where its (q + 1) b vectors are at most 512 and at most a
-            third of min(m, n), or where min(m, n) is at most 128 or twice the block of subspace; else subspace.
-        oversample: how many vectors the start, the block, has past r; None: 8 for krylov, 16 + max(8, r / 4) for
-            subspace.
-        n_iter: q; each is two more reads of W.  None: for krylov 5 below rank 32 and 4 from there on, for subspace 6
-            below rank 64 and 5 from there on.
-        seed: of the start.
+        method: "krylov", "subspace", or "auto".  With b vectors in the block and q iterations, "auto" is krylov if its
+            (q + 1) b vectors are at most 512 and at most a third of min(m, n), or if min(m, n) is at most 128 or at
+            most twice the block of subspace; otherwise it is subspace.
+        oversample: b - r, how many more vectors than r the block (the start) has; None: 8 for krylov, 16 + max(8, r /
+            4) for subspace.
+        n_iter: q, the number of iterations, each of which reads W twice.  None: for krylov 5 if r < 32, otherwise 4;
+            for subspace 6 if r < 64, otherwise 5.
+        seed: for the start.
 
     Returns:
-        U (..., m, r) and Vh (..., r, n) with orthonormal columns and rows (to 1e-6; 1e-12 in fp64), S (..., r)
-        descending; fp32, or fp64 for fp64 W.  S is exact to some tens of eps of the largest where the iteration has
-        converged, and what is below 8 eps of it is 0.  Each column of U has a positive inner product with a hashed +-1
-        vector, so signs are the same everywhere but for the rare vector nearly orthogonal to it; vectors of equal
-        singular values are any basis of their span.
+        U (..., m, r) with orthonormal columns, S (..., r) in descending order, and Vh (..., r, n) with orthonormal rows
+        (to 1e-6; to 1e-12 in fp64), in fp32, or in fp64 for a W in fp64.  Once the iteration has converged, the error
+        of S is some tens of eps times the largest singular value; values below 8 eps times the largest are 0.  Each
+        column of U has a positive inner product with a hashed vector of +1 and -1.  So signs are the same everywhere,
+        except for the rare column that is nearly orthogonal to that vector.  The vectors of equal singular values are
+        any orthonormal basis of their span.
 
     Raises:
         TypeError: W is not a dense tensor of one of these dtypes; rank, oversample, n_iter or seed is not an integer.
-        ValueError: W has fewer than 2 dimensions, holds NaN or Inf or has singular values past the range of the result,
-        or another argument is out of range.
+        ValueError: W has fewer than 2 dimensions, has NaN or Inf values, or has singular values too large for the
+            result's dtype; or a different argument is out of range.
     """
     if not isinstance(W, Tensor) or W.dtype not in DTYPES or W.layout != torch.strided:
         what = type(W).__name__ if not isinstance(W, Tensor) else f"dtype {W.dtype}, layout {W.layout}"

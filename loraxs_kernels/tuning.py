@@ -28,29 +28,30 @@ def tune(
 ) -> list[Row]:
     """Measure on the current GPU which backend is fastest for a model's layers, and use it from then on.
 
-    What is measured are the shapes of the layers, on operands of their own: the model is only read, may be on any
-    device, and needs no memory for it.  The result is the table that `loraxs tune` makes, in force in this process at
-    once and in later ones on this kind of GPU, until the package, torch or Triton changes.  A later call goes on where
-    this one stopped.  A call for another model adds its layers: for each kind of call the table has one backend for
-    all its layers together, and before it one for each single layer that another backend computes at least 3 % faster.
-    Where torch.distributed runs several processes all must call; rank 0 measures and writes, and its table is
-    everybody's.
+    Only the shapes and dtypes of the layers are used; the operands are made for the measurement.  So the model may be
+    on any device and is not changed.  The resulting table is the one that `loraxs tune` makes.  It is used at once in
+    this process, and in later processes on this kind of GPU, until the package, torch or Triton changes.  A later
+    call continues where this one stopped.  A call for a different model adds that model's layers.  For each kind of
+    call the table has the backend that is fastest for all layers together, and exceptions for single layers that a
+    different backend computes at least 3 % faster.  If torch.distributed runs several processes, all must call; rank
+    0 measures and writes, and all use its table.
 
     Args:
-        model: with adapters (`attach`, or PEFT's), whose layers, ranks and dtype are taken; or without, and then all
-            linear layers that "all-linear" means to `attach`.
-        rank: one or several, the most valuable first; for a model without adapters, which needs it.
-        tokens: how many rows x has, one number or several; each counts as the power of two above it.  Default: all,
-            training's and decoding's first.
-        dtype: torch.bfloat16 or torch.float16, where that is not the layers': under autocast.
-        budget: seconds, imports and compilation included; exceeded by one point at most.
-        path: of the file; default: the one that is used from then on.
-        again: measure anew what the file has.
-        progress: whether to show it on stderr.
+        model: with adapters (of `attach` or PEFT), whose layers, ranks and dtype are used; or without adapters, and
+            then the linear layers are used that `attach` adapts by "all-linear".
+        rank: one or several, the most important first; only for a model without adapters, which needs it.
+        tokens: how many rows x has, one number or several; each is rounded up to a power of two.  None: all, first
+            those of training and decoding.
+        dtype: torch.bfloat16 or torch.float16, if calls do not have the layers' own dtype (under autocast).
+        budget: seconds, with imports and compilation; exceeded by at most one measurement.
+        path: the file of the table; None: the one that is used by default.
+        again: measure again what the file has already.
+        progress: show the progress on stderr.
 
-    Returns the rows of the table: for which calls which backend, and how many times as fast as torch's it is.  Raises
-    RuntimeError where there is no GPU or nothing to choose from, ValueError or TypeError for wrong arguments, and
-    OSError for a file that cannot be written, before anything is measured.
+    Returns the rows of the table: for which calls, which backend, and how many times as fast as the torch backend it
+        is.
+    Raises RuntimeError if there is no GPU or no backend to choose from, ValueError or TypeError for wrong arguments,
+    and OSError if the file cannot be written, before anything is measured.
     """
     from .bench.tune import tune_model
 

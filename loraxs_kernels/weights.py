@@ -75,8 +75,8 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     if W is None or "weight" not in layer._parameters:  # a parametrization or pruning makes it anew
         raise TypeError(
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
-            "2-dimensional floating-point weight, which must be a parameter and not made from others (parametrize, "
-            "weight_norm, prune), to merge into; the adapter stays beside it"
+            "2-dimensional floating-point weight that is a parameter, not made from others (parametrize, weight_norm, "
+            "prune), to merge into; the adapter stays unmerged"
         )
     if W.is_meta:
         raise TypeError(
@@ -112,19 +112,22 @@ def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
 
 
 def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, shape: ShapeOf | None = None) -> None:
-    """Teach loraxs_kernels to read the weight of one more type of linear layer, so that `attach` can adapt it.
+    """Teach loraxs_kernels to read the weight of one more type of linear layer, so that `attach` can adapt such layers.
 
         lx.register_weight_reader(HQQLinear, lambda layer: layer.dequantize())
 
     Args:
-        layer_type: the class.  Its subclasses are read the same way unless they have a reader of their own, and it goes
-            before what is known here: a reader for nn.Linear reads every kind of nn.Linear.
-        read: layer -> W (N, K), a dense bf16, fp16, fp32 or fp64 tensor; None takes the reader back.  It is called once
-            for the layer's A and B, never by the forward, which calls the layer and adds the delta.
-        shape: layer -> (N, K) without reading W; None: (layer.out_features, layer.in_features).
+        layer_type: the class.  The reader is also used for subclasses that have no reader of their own.  It takes
+            precedence over the readers of this library: a reader for nn.Linear reads every kind of nn.Linear.
+        read: a function of the layer that returns W (N, K), a dense bf16, fp16, fp32 or fp64 tensor; None removes the
+            reader.  It is called when A and B of the layer are made, and never in the forward pass, which calls the
+            layer and adds the delta.
+        shape: a function of the layer that returns (N, K) without reading W; None: (layer.out_features,
+            layer.in_features).
 
-    A and B take the layer's `compute_dtype`, else the dtype of its first floating-point parameter or buffer.
-    Raises TypeError where layer_type is no class of modules or read cannot be called.
+    A and B get the dtype `layer.compute_dtype`, or if there is none, that of the layer's first floating-point parameter
+    or buffer.  Raises TypeError if layer_type is not a subclass of nn.Module, or if read is neither a function nor
+    None.
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise TypeError(f"layer_type: got {layer_type!r}, must be a subclass of nn.Module")

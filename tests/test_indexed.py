@@ -145,7 +145,7 @@ def test_a_fixed_index_changes_in_place():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, should, strict=True))
     with pytest.raises(ValueError, match="got 3 samples, must be 4"):
         fixed.change([0, 1, 2])
-    with pytest.raises(ValueError, match="not made with fixed=True"):
+    with pytest.raises(ValueError, match="must be made with fixed=True"):
         expected.change([0, 1, 2, 3])
 
 

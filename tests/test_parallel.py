@@ -421,7 +421,7 @@ def fsdp_first(rank: int, folder: Path) -> None:
 
     bank = lx.AdapterBank.create(folder / f"bank-{rank}", model)
     bank.attach(model)
-    with pytest.raises(RuntimeError, match="FSDP2 shares out the batch over ranks"):
+    with pytest.raises(RuntimeError, match="is sharded by FSDP2, so that each rank"):
         bank.train(["alice"], create=True)
 
 

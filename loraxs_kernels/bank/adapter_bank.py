@@ -54,7 +54,7 @@ class Unselected:
 
 
 class AdapterBank(Store):
-    """Adapters by name on one base model, in a folder; any of them in one batch.
+    """A folder of adapters by name for one base model; a batch may mix any of them.
 
         bank = lx.AdapterBank.create("bank", model)         # a model with adapters from lx.attach
         bank.add("alice", "alice.safetensors")
@@ -63,7 +63,7 @@ class AdapterBank(Store):
         bank.attach(base_model, slots=64)
         base_model(input_ids, adapter_ids=["alice", None, "bob"])     # None: the base model
 
-    `Store` says what is in the folder.
+    The methods that add, remove and read adapters are those of `Store`.
     """
 
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
@@ -98,21 +98,23 @@ class AdapterBank(Store):
         """Put the bank's layers on a model, in place, and freeze all of it.
 
         Args:
-            model: the base model, or one that has adapters for the same modules and ranks already.  A and B are made as
-                the bank says and checked against it, once for all adapters.  A base model's modules_to_save get the
-                bank's values.
-            slots: how many adapters a device holds at a time, at least as many as one batch mixes; each takes 4 bytes
-                for an element of R.  A bank has as many on all models it is attached to.
+            model: the base model, or a model that already has adapters for the same modules and ranks.  A and B are
+                made by the bank's recipe and checked against its fingerprint, once for all adapters.  The
+                modules_to_save of a base model get the bank's values.
+            slots: how many adapters a device holds at a time, at least as many as there are different ones in a
+                batch; a slot takes 4 bytes for each element of R.  A bank has the same number of slots on all its
+                models.
             basis, device, workspace_gib, progress: as in `load_adapter`.
 
         Returns:
-            `model`.  Its call takes `adapter_ids`, a list with one name a sample (None: the base model), and so does
-            `generate` of transformers' models, for each prompt.  Without it, and outside of `select`, each layer
-            computes with an R of its own: zero, so the base model, where the layers were put on here.
+            `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
+            does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
+            of `select`, the model computes as before: as the base model, or with the adapters that it had.
 
         Raises:
-            TypeError, ValueError: an argument or a module does not fit, or the model has a bank already.
-            AdapterMismatch: A and B of this model are not the bank's.  The model is then as it was.
+            TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
+            AdapterMismatch: A and B of this model are not the bank's.
+        After an error the model is as it was.
         """
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"slots: got {slots!r}, must be an integer of at least 1")
@@ -173,7 +175,7 @@ class AdapterBank(Store):
         return given
 
     def detach(self, model: M) -> M:
-        """Take the bank off a model, in place, with the layers that it put there; what trained before does again."""
+        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again."""
         given, model = model, unwrapped(model)
         attached = model.__dict__.get("loraxs_bank")
         if attached is None or attached.bank is not self or not attached.whole:
@@ -204,30 +206,30 @@ class AdapterBank(Store):
     def select(
         self, names: Sequence[str | None], *, tokens: Sequence[int] | Tensor | None = None, fixed: bool = False
     ) -> Selection:
-        """The adapters of the samples in a batch, for the calls of the model inside a `with` block.
+        """Select the adapters of the samples in a batch, for the calls of the model inside a `with` block.
 
             with bank.select(["alice", None, "bob"]):
                 model(input_ids)                        # three samples; None: the base model
 
         Args:
-            names: one for each sample, None for the base model; or, with `tokens`, one for each number in there.
-            tokens: for packed sequences, which name each row of x uses: integers, -1 for the base model.
-            fixed: let the shapes of all that runs depend on the batch alone and not on the names, so that a CUDA graph
-                recorded in the block can be replayed for others, given by `change` of what `with` returns.
+            names: one for each sample, None for the base model.  With `tokens`: the names that its numbers refer to.
+            tokens: for packed sequences, the name of each row of x, as an index into `names`; -1: the base model.
+            fixed: all shapes depend only on the batch, not on the names.  So a CUDA graph that is recorded in the block
+                can be replayed for other names, after `change(names)` of the object that `with` returns.
 
-        A block counts for the thread, or asyncio task, that opened it.  A thread that is started inside does not
-        inherit it, and a generator must not yield inside: there, give each call its `adapter_ids`.  Inside of a block
-        those of a call go before the block's.
+        A block is for the thread, or asyncio task, that opened it.  A thread that is started inside does not inherit
+        it, and a generator must not yield inside it: there, pass `adapter_ids` to each call.  Inside a block, the
+        `adapter_ids` of a call take precedence over the block's names.
 
         Raises:
-            KeyError: a name that the bank does not have; nothing has run.
-            ValueError: more different names than slots; tokens that no name has.
-            RuntimeError: the bank is on no model, the model is merged, or another block is open in this thread.
+            KeyError: the bank does not have one of the names; nothing has run.
+            ValueError: there are more different names than slots, or an entry of tokens is not an index into names.
+            RuntimeError: the bank is on no model, the model is merged, or a block is open in this thread already.
         """
         names = self._names(names)
         if fixed and self._training is not None:
             raise ValueError(
-                "fixed: got True while adapters train, must be False: their steps follow no recorded graph"
+                "fixed: got True while adapters train, must be False: a CUDA graph cannot replay training steps"
             )
         if not len(self._models):
             raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
@@ -246,7 +248,7 @@ class AdapterBank(Store):
         return Selection(self, source, names, tokens, fixed)
 
     def train(self, names: Sequence[str], *, create: bool = False) -> Training:
-        """Train these adapters at once: Parameters of their R, in place of the slots, until `close`.
+        """Train these adapters together, with Parameters for their R in the place of the slots, until `close`.
 
             with bank.train(["alice", "bob"]) as training:
                 optimizer = training.optimizer(lr=1e-3)
@@ -254,9 +256,13 @@ class AdapterBank(Store):
                 loss.backward(); optimizer.step(); optimizer.zero_grad()
                 training.commit()
 
-        create: names that the bank does not have begin with an R as `lx.attach` draws it; else they are a KeyError.
-        While it is open, selections of these names, and None, use the Parameters; others are a ValueError.  See
-        `Training`.
+        Args:
+            names: of the adapters.
+            create: a name that the bank does not have begins with an R as `lx.attach` draws it; if False, such a name
+                is a KeyError.
+
+        Returns a `Training`.  While it is open, selections of these names and of None use the Parameters; other names
+        are a ValueError.
         """
         if self.mode != "a":
             raise ValueError(f"names: the bank {self.path} was opened with mode {self.mode!r}, must be 'a' to train")
@@ -269,8 +275,8 @@ class AdapterBank(Store):
             self.check_name(name)
         if any(layer.shares is not None for layers in self._models.values() for layer in layers):
             raise RuntimeError(
-                "train: FSDP2 shares out the batch over ranks, which each select other adapters; must be the model of "
-                "one process, or of tensor parallelism"
+                "model: is sharded by FSDP2, so that each rank has different samples and adapters; to train, a bank "
+                "must be on a model of one process or of tensor parallelism"
             )
         if len(self._models) != 1:
             raise RuntimeError(
@@ -382,22 +388,22 @@ class AdapterBank(Store):
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             raise RuntimeError(
-                "gradient checkpointing: a backward pass calls a layer again, as with use_reentrant=True, which cannot "
-                "tell the adapters of its forward; must be use_reentrant=False"
+                "gradient checkpointing: a backward pass calls a layer again and does not know which adapters its "
+                "forward pass had, as with use_reentrant=True; must be use_reentrant=False"
             )
         found = list(self._in_graphs)
         if len(found) != 1:
             raise RuntimeError(
                 "gradient checkpointing: a backward pass calls a layer again, and "
-                f"the graphs of {len(found)} selections are there, must be of one: run backward for each call before "
-                "the next, and keep no loss or output of an earlier one"
+                f"there are graphs of {len(found)} selections, must be of only one: run the backward pass of each call "
+                "before the next call, and keep no loss or output of an earlier call"
             )
         if isinstance(found[0], Unselected):
             return None
         if not found[0].can_be_used_again():
             raise RuntimeError(
-                "gradient checkpointing: adapters of the batch have given their slots to others; run the backward pass "
-                "inside bank.select(...)"
+                "gradient checkpointing: the slots of the batch's adapters hold different ones by now; run the "
+                "backward pass inside the block of bank.select(...)"
             )
         return found[0]
 
@@ -421,9 +427,9 @@ class AdapterBank(Store):
                 has = {name for name, given in kwargs.items() if given is not None}
                 if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
                     raise ValueError(
-                        "adapter_ids: got different adapters for one batch with images or sounds, of which samples may "
-                        f"have any number, and module {attached.beside!r} is no part of the text decoder; leave it out "
-                        "of the bank (exclude_modules)"
+                        "adapter_ids: got different adapters for one batch with images or sounds, and module "
+                        f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
+                        "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
                     )
             expected = (samples, samples and samples * selection.factor)
             told = batch is not None and samples is not None and (attached.whole or selection.mixed)
@@ -449,8 +455,8 @@ class AdapterBank(Store):
                 return
             if selection.mixed and not (standard and kwargs.get("custom_generate") is None):
                 raise ValueError(
-                    "adapter_ids: got different adapters for one batch, and this generate is not the one that all "
-                    "models of transformers share, so that it may bring samples into another order"
+                    "adapter_ids: got different adapters for one batch, must be the same for all samples: "
+                    "custom_generate, or a generate that is the model's own, may change the order of the samples"
                 )
             prompts = kwargs.get("inputs", args[0] if args else None)
             prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})

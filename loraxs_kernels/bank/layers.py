@@ -81,8 +81,8 @@ class Slots:
         if len(missing) > len(self._free) + len(idle):
             left = self.n - sum(name not in wanted for name in self._users)
             raise RuntimeError(
-                f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: of {self.n} slots the "
-                "others are in use by selections that are open"
+                f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
+                f"{self.n - left} of {self.n} slots are in use by open selections"
             )
         for name in missing:
             if not self._free:

@@ -35,26 +35,31 @@ T = TypeVar("T")
 
 
 class Store(Records):
-    """Adapters by name on one basis, in a folder; what the file says at its top.
+    """A folder of adapters by name, which all have the same A and B.  The files are described above.
 
     Args:
-        path: of a bank that `create` has made.
+        path: the folder of a bank that `create` has made.
         mode: "r" to read, "a" to add and remove, too.
 
-    Any number of processes and threads may read while one writes; writers wait for each other.  What a call has
-    written is on the disk when it returns, and a call that fails or is killed has written nothing.  A process made by
-    fork opens the bank anew by itself.  Needs the package lmdb.
+    Any number of processes and threads may read while one writes; writers wait for each other.  When a call returns,
+    what it has written is on the disk; a call that fails or is killed has written nothing.  A process made by fork
+    opens the bank again by itself.  Needs the package lmdb.
 
     Attributes:
-        path, mode, dtype (of R in the file), base_model.
-        modules: (name, rank) of each, in the order of a record.  places: the slice of a record that is a module's R.
-        size: of a record, in numbers.  alphas: of the bank, by module: to these `read` scales R.
-        entries: by module what the bank knows of it, as for an adapter file: its rank, alpha, dropout, init_std and
-            recipe, given A and B, and R = basis.mixing(rank) with its probe.
-        modules_to_save: their names.  saved: their tensors.
+        path, mode: as given.
+        base_model: the name of the base model.
+        dtype: of R in the file.
+        modules: (name, rank) of each module, in the order in which a record has them.
+        places: for each module, the slice of a record that is its R.
+        size: how many numbers a record has.
+        alphas: {module: alpha} of the bank; `read` scales R to these.
+        entries: {module: what the bank knows of it}, as for an adapter file: its rank, alpha, dropout, init_std and
+            recipe, A and B if they were given, and R = basis.mixing(rank) with its probe.
+        modules_to_save: their names.
+        saved: their tensors.
 
-    Raises FileNotFoundError where there is no bank, ValueError where its files are damaged or do not belong together,
-    ImportError without lmdb.
+    Raises FileNotFoundError if there is no bank at path, ValueError if its files are damaged or do not belong together,
+    ImportError if lmdb is not installed.
     """
 
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
@@ -80,16 +85,16 @@ class Store(Records):
     @classmethod
     @torch.no_grad()
     def create(cls: type[T], path: str | os.PathLike, model: nn.Module, *, dtype: torch.dtype | str | None = None) -> T:
-        """Make a bank of no adapters, and open it to add some.
+        """Make a bank without adapters, and open it to add some.
 
         Args:
-            path: of the folder, which is made where there is none.
-            model: with adapters from `attach`; its A and B are the bank's, its alpha is the one that `read` scales to,
-                and its modules_to_save are those of all adapters.  Its R is not stored; `add` does that.
+            path: the folder, which is made if it does not exist.
+            model: with adapters from `attach`.  The bank gets its A and B, its alphas (to which `read` scales R) and
+                its modules_to_save, which all adapters share.  Its R is not stored: call `add` for that.
             dtype: of R in the bank, fp32 or bf16; None: fp32.
 
-        Raises ValueError where there is a bank already or the model has no adapters, before anything is written.  A
-        call that does not come to its end leaves no bank, and can be made again.  Warns, as `save_adapter` does, if the
+        Raises ValueError, before anything is written, if there is a bank at path already or the model has no adapters.
+        If the call is interrupted, there is no bank, and you can call again.  Warns, as `save_adapter` does, if the
         base weights were rounded since A and B were made.
         """
         dtype = as_dtype("dtype", dtype, DTYPES) or torch.float32
@@ -119,7 +124,7 @@ class Store(Records):
         return cls(path, "a")
 
     def close(self) -> None:
-        """Give up the files; every later call is refused, and a second `close` does nothing."""
+        """Close the files.  Every later call raises ValueError; a second `close` does nothing."""
         self._environment = None
 
     def __enter__(self: T) -> T:
@@ -192,15 +197,15 @@ class Store(Records):
             damaged(self.path / DATA, f"has a name that is not in UTF-8, {key!r}", error)
 
     def read(self, name: str, out: Tensor | None = None, *, digest: bytes | None = None) -> Tensor:
-        """R of all modules of an adapter, one after another (`places`), fp32, scaled to the alphas of the bank.
+        """R of all modules of an adapter in one fp32 tensor of shape (size,), scaled to the alphas of the bank.
 
         Args:
             name: of the adapter.
-            out: a tensor of shape (size,), fp32, to write to and return; on any device.
-            digest: the SHA-256 that its record must have, as `digests` said before; None: whichever is there.
+            out: a tensor of shape (size,), fp32, on any device, which is written and returned; None: a new one.
+            digest: the SHA-256 that its record must have, from an earlier call of `digests`; None: any.
 
-        Raises KeyError where there is no adapter of that name, or another record than asked for, ValueError where its
-        record is damaged.
+        `places` has the slice of each module.  Raises KeyError if there is no adapter of that name, or if its record
+        does not have the SHA-256 `digest`; ValueError if its record is damaged.
         """
         if out is not None and not (
             isinstance(out, Tensor) and out.shape == (self.size,) and out.dtype == torch.float32
@@ -239,7 +244,7 @@ class Store(Records):
         return self._run(lambda txn: {name: digest(txn, name) for name in keys})
 
     def record(self, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """R of each module of an adapter as it is stored, and the adapter's own alphas; raises as `read` does."""
+        """{module: R} of an adapter as it is stored, and {module: alpha} of its own alphas.  Raises as `read` does."""
         R, alphas = self._opened(name, self._value(name))
         stored = {module: R[self.places[module]].view(rank, rank) for module, rank in self.modules}
         return stored, self.alphas | alphas
@@ -255,7 +260,7 @@ class Store(Records):
         return KeyError(f"{self.path}: has no adapter {name!r}")
 
     def verify(self) -> dict[str, str]:
-        """Read every record; what is wrong with it, for each that is damaged, by its name."""
+        """Read every record; return {name: what is wrong} of those that are damaged."""
         wrong = {}
         for key in self._keys():
             name = key.decode("utf-8", "surrogateescape")
@@ -280,12 +285,13 @@ class Store(Records):
 
         Args:
             name: 1 to 511 bytes in UTF-8, without a null byte.
-            what: the path of an adapter file; or a model with adapters; or R of each module, by the modules' names.
-                R of a file or a model is checked: on the bank's A and B it must make the same delta W (to 1e-3).  R
-                in a mapping is taken as it is, as trained on the bank's own A, B and alpha.
-            replace: an adapter of that name; otherwise it is an error if there is one.
+            what: the path of an adapter file, a model with adapters, or {module: R}.  R of a file or a model is
+                checked: with the bank's A and B it must make the same delta W = s B R A, to a relative error of
+                1e-3.  R in a mapping is not checked: it must have been trained with the bank's own A, B and alpha.
+            replace: whether to replace an adapter of that name; if False, such an adapter is an error.
 
-        Raises ValueError, or AdapterMismatch for other A and B, naming the file and the module; nothing is stored then.
+        Raises ValueError, or AdapterMismatch if A and B are not the bank's, naming the file and the module; nothing is
+        stored then.
         """
         self.add_many([(name, what)], replace=replace)
 
@@ -296,15 +302,16 @@ class Store(Records):
         *,
         replace: bool = False,
     ) -> int:
-        """Store many adapters in one transaction: all of them or, where anything is wrong, none.
+        """Store many adapters in one transaction: all of them or, if anything is wrong, none.
 
         Args:
-            items: (name, what) as for `add`, in a mapping or one after another; or a folder, whose *.safetensors are
-                adapter files and are stored by their names without that ending.
+            items: a mapping {name: what}, or an iterable of pairs (name, what), with `what` as for `add`; or a
+                folder: its *.safetensors are adapter files, and their names without .safetensors are the adapters'
+                names.
             replace: as for `add`.
 
-        Records wait in a temporary file in the bank's folder where they are many, but LMDB keeps a whole transaction in
-        memory while it is committed: what is larger than that goes in several calls.  Returns the number of adapters.
+        Returns the number of adapters.  LMDB keeps a whole transaction in memory while it is committed: if the adapters
+        are larger than that, split them into several calls.
         """
         self._check_open(write=True)
         places: dict[bytes, tuple[int, int]] = {}
@@ -329,7 +336,7 @@ class Store(Records):
         return len(places)
 
     def remove(self, name: str) -> None:
-        """Delete an adapter; KeyError where there is none of that name."""
+        """Delete an adapter.  Raises KeyError if there is none of that name."""
         key = key_of(name)
         if not self._run(lambda txn: txn.delete(key), write=True):
             raise self._unknown(name)
@@ -352,10 +359,10 @@ class Store(Records):
 
     @torch.no_grad()
     def export(self, name: str, path: str | os.PathLike) -> None:
-        """Write an adapter as a file for `load_adapter`, as `save_adapter` writes it: R and alpha as they are stored.
+        """Write an adapter to a file for `load_adapter`, as `save_adapter` does: R and alpha as they are stored.
 
-        Raises KeyError where there is no adapter of that name, ValueError where its record is damaged, or the path is
-        one of the bank's own files.
+        Raises KeyError if there is no adapter of that name, ValueError if its record is damaged or the path is one of
+        the bank's own files.
         """
         own = {os.path.realpath(self.path / file) for file in (BASIS, DATA, LOCK)}
         if os.path.realpath(path) in own:

@@ -22,14 +22,15 @@ class Training(AbstractContextManager):
     """The adapters that `AdapterBank.train` trains, until `close`, which the end of a `with` block calls.
 
     Attributes:
-        names: of the adapters, in the order of the first dimension of everything here.
-        parameters: for each module of the bank, in order, a Parameter (n, r, r) fp32 with R of every adapter.  They can
-            be handed to any optimizer, but one that treats all elements alike changes adapters that no sample used, by
-            weight decay and by moments that go on.  `optimizer` makes one that does not.
+        names: of the n adapters, in the order in which `parameters` have them.
+        parameters: for each module of the bank, in order, a Parameter (n, r, r), fp32, with R of every adapter.  Any
+            optimizer takes them.  But an ordinary optimizer also changes adapters that no sample of the batch used, by
+            weight decay and by their moments.  The optimizer that `optimizer` makes does not.
 
-    A sample's gradient reaches the R of its own adapter alone.  For each adapter to train as it would alone, the loss
-    must be a sum over adapters of what each would have alone: the mean over its own samples, where that was a mean.  A
-    GradScaler looks at all together: where one has gradients that are not finite, none makes that step.
+    A sample's gradient reaches only the R of its own adapter.  An adapter trains as it would if it were trained alone
+    if the loss is a sum over the adapters, each term of which is the loss of that adapter's own samples (their mean,
+    if the loss of a batch is a mean).  A GradScaler looks at all adapters together: if one of them has gradients that
+    are not finite, the step is skipped for all.
     """
 
     def __init__(self, bank: AdapterBank, layers: Sequence[LoraXSLinear], names: Sequence[str], create: bool) -> None:
@@ -46,8 +47,8 @@ class Training(AbstractContextManager):
                 stored, alphas = bank.record(name)
                 if alphas != bank.alphas:
                     raise ValueError(
-                        f"names: adapter {name!r} has an alpha other than the bank's, by which its gradients would be "
-                        "scaled otherwise than alone; must have the bank's to train"
+                        f"names: adapter {name!r} has a different alpha than the bank, so that its gradients would be "
+                        "scaled wrongly; must have the bank's alpha to be trained in it"
                     )
                 matrices = stored.values()
             elif create:
@@ -69,13 +70,23 @@ class Training(AbstractContextManager):
         weight_decay: float = 0.0,
         max_norm: float | None = None,
     ) -> AdapterAdamW:
-        """AdamW as torch has it, for each adapter by itself; see `AdapterAdamW`."""
+        """torch's AdamW, with moments, step count, learning rate and clipping for each adapter by itself.
+
+        Args:
+            lr: for all adapters, or {name: lr} for each.  A scheduler of torch changes the largest; the others keep
+                their ratio to it.
+            betas, eps, weight_decay: as in torch.optim.AdamW.
+            max_norm: the gradient of each adapter, over all modules, is scaled down to at most this 2-norm; None:
+                never.
+
+        A step changes only the adapters that have a gradient.
+        """
         return AdapterAdamW(self, lr, betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm)
 
     def commit(self, names: Sequence[str] | None = None) -> None:
         """Write these adapters, or all, to the bank as they are now, in one transaction, rounded to the bank's dtype.
 
-        Raises ValueError, naming adapter and module, where R has NaN or Inf values; nothing is written then.
+        Raises ValueError, naming the adapter and the module, if R has NaN or Inf values; nothing is written then.
         """
         self.check_open()
         if isinstance(names, str):
@@ -93,7 +104,7 @@ class Training(AbstractContextManager):
             raise RuntimeError("this training is closed, and its adapters are those of the bank again")
 
     def close(self) -> None:
-        """End: selections use what the bank has again.  What was not committed is given up."""
+        """End the training: selections use the bank's records again.  What was not committed is lost."""
         self.bank._end(self)
 
     def __exit__(self, *_: Any) -> None:
@@ -113,7 +124,10 @@ class Training(AbstractContextManager):
             return self
         if any(here.values()):
             other = next(name for name, is_here in here.items() if not is_here)
-            raise ValueError(f"adapter_ids: {other!r} is not trained and others of the batch are; must be all or none")
+            raise ValueError(
+                f"adapter_ids: got {other!r}, which is not in training, beside adapters that are; must be only "
+                "adapters in training, or none of them"
+            )
         return slots
 
     def bring(self, names: Sequence[str]) -> dict[str, int]:

@@ -121,8 +121,8 @@ def check_vllm() -> None:
 
     if vllm.__version__.partition("+")[0] not in TESTED:
         raise RuntimeError(
-            f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: what "
-            "loraxs_kernels replaces in vLLM was tried there alone"
+            f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: "
+            "loraxs_kernels replaces parts of vLLM, and was tried only with that"
         )
     for module, name, _ in NAMES:
         found: Any = importlib.import_module(module)
@@ -165,13 +165,14 @@ def token() -> bytes | None:
 
 
 def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
-    """An adapter as its record is now, for `LLM.generate(..., lora_request=adapter("alice"))`.
+    """A request for an adapter of a bank, for `LLM.generate(..., lora_request=adapter("alice"))`.
 
     Args:
         name: of the adapter.
-        bank: its folder, the one that the engine was started with; None: that of LORAXS_BANK.
+        bank: the folder of the bank that the engine was started with; None: the one that LORAXS_BANK names.
 
-    Raises KeyError where there is no adapter of that name.
+    The request is for the version of the adapter that the bank has now.  If the adapter is replaced or removed before
+    the engine has read it, the engine ends with an error.  Raises KeyError if there is no adapter of that name.
     """
     from vllm.lora.request import LoRARequest
 

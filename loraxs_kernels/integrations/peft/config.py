@@ -161,14 +161,14 @@ def _without_tier(config: LoraXSConfig, given: dict[str, Any]) -> dict[str, Any]
 class LoraXSConfig(PeftConfig):
     """The settings of a LoRA-XS adapter for PEFT: y = W x + s B R A x, s = lora_alpha / r, where only R (r x r) trains.
 
-    The names that lx.attach has for these settings are accepted too: rank, alpha, dropout, sigma, seed, n_iter and
-    oversample.
+    The names that `lx.attach` and `lx.truncated_svd` have for these settings are accepted too: rank, alpha, dropout,
+    seed, n_iter and oversample; so is sigma, the earlier name of init_std.
 
     Args:
         r: rank of every adapter, unless rank_pattern says otherwise.
         target_modules: "all-linear", as in the paper: every linear layer except the output embeddings and a
-            classification head, which then trains whole; or names, name endings or a regular expression; or None for
-            PEFT's choice for LoRA on that architecture (often only the query and value projections).
+            classification head, all of whose weights then train; or names, name endings or a regular expression; or
+            None for PEFT's choice for LoRA on that architecture (often only the query and value projections).
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for LoRA in PEFT.
         lora_alpha: s = lora_alpha / r; None: s = 1.
         rank_pattern, alpha_pattern: {regular expression for the end of a module's name: value}.
@@ -177,13 +177,14 @@ class LoraXSConfig(PeftConfig):
         init: where A and B come from: "svd" (A = S_r V_r^T, B = U_r of W), "random" (the paper's ablation), or "given",
             for adapters whose A and B are in the file.
         init_std: R ~ N(0, init_std^2).
-        svd_n_iter, svd_oversample, svd_seed: of lx.truncated_svd, whose block is r + svd_oversample; None: chosen by
-            rank and shape.  svd_seed also draws R and random factors.
-        svd_recipe: what was chosen, by rank and shape of a weight; filled in when the adapter is made, so that the file
-            means the same tomorrow.  Do not set it.
-        dtype: of A and B: torch.bfloat16, "bfloat16" or "bf16", and likewise fp16 and fp32; None: the weight's.  A
-            dtype that is not the weight's costs a separate pass.
-        save_factors: keep A and B in the file (large) and take them from there, rounded to the base's dtype.
+        svd_n_iter, svd_oversample, svd_seed: n_iter, oversample and seed of lx.truncated_svd; None: chosen by rank and
+            shape.  svd_seed also determines R at the start, and random A and B.
+        svd_recipe: the method, block and n_iter that were chosen for each rank and shape of a weight.  It is filled in
+            when the adapter is made, so that later versions compute the same A and B.  Do not set it.
+        dtype: of A and B: torch.bfloat16, "bfloat16" or "bf16", and likewise fp16 and fp32; None: the weight's.  With a
+            dtype that differs from the weight's, the delta costs one more pass over y.
+        save_factors: save A and B in the file, too (large), and read them from there when the adapter is loaded,
+            rounded to the base's dtype.
         check_fingerprint: refuse a saved adapter if A and B recomputed here change its delta W, or if its file has no
             fingerprints to compare with.
         sha256: checksums of the weights beside the file, and of the fields that decide what the adapter computes.

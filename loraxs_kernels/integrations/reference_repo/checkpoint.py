@@ -73,20 +73,21 @@ def load_reference_adapter(
             again, that SVD is used, on the CPU; loading such a file needs scikit-learn too.  Otherwise (other weights
             than those of the training, or a model in bf16) the SVD is that of `attach`.  Then delta W changes, often
             by more than the tolerance, because the reference's last singular vectors have not converged.
-        tolerance: the largest relative error of delta W that rounding or recomputing A and B may cause.  It is
-            estimated for every layer, as for adapter files; above 1e-3 a warning states it.
-        dtype: of A and B; None: the weight's.  The reference trains with A and B in fp32.  A model in bf16 rounds them:
-            a relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them, at the cost of a
-            separate pass.
-        device, workspace, progress: of the SVD, as in `attach`.
+        tolerance: the largest relative error of delta W that rounding or recomputing A and B may cause.  The error is
+            estimated for every layer, as for adapter files; if it is above 1e-3, a warning states it.
+        dtype: of A and B; None: the weight's.  The reference trains with A and B in fp32.  A model in bf16 rounds them,
+            with a relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them in fp32; the
+            delta then costs one more pass over y.
+        device, progress: for the SVD, as in `attach`.
+        workspace: how many bytes the SVD may use on each GPU, beside the weights that are there already.
         basis: the earlier name of factors.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, was not written by the reference, or is for another model.  The reference writes no
             checksum: a flipped bit that leaves R finite is not noticed.
-        AdapterMismatch: A is not B^T W, so the base model is another one; or the tolerance is exceeded.
-        The model is then as it was.
+        AdapterMismatch: A is not B^T W, so the base model is a different one; or the tolerance is exceeded.
+    After an error the model is as it was.
     """
     if basis is not None:
         warnings.warn("load_reference_adapter: basis is now called factors", FutureWarning, stacklevel=3)

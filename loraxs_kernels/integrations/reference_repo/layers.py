@@ -31,11 +31,13 @@ P = TypeVar("P", bound="PeftModel")
 def replace_reference_layers(model: P) -> P:
     """Turn a PeftModel that the reference has initialised, trained or not, into one of our PEFT method, in place.
 
-    The layers get faster and need less memory, and PEFT knows what they are: the adapter's type is LORAXS,
-    save_pretrained writes R with its A and B (init="given"), and disable_adapter() leaves A and B frozen, while the
-    reference's would train afterwards.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R is
-    the same Parameter as before, so an optimizer keeps its state.  Only an R in half precision is converted to fp32, in
-    place, and needs a new optimizer.
+    The layers are faster and need less memory.  The adapter's type becomes LORAXS, so PEFT treats it as what it is:
+    save_pretrained writes R with its A and B (init="given"), and A and B stay frozen after disable_adapter(), while
+    those of the reference would train.  A, R, B, base layers, scales and modules_to_save stay as they are.  Every R
+    is the same Parameter as before, so an optimizer keeps its state.  There is one exception: an R in half precision
+    is converted to fp32, in place, and needs a new optimizer.
+
+    Returns `model`.
 
     Raises TypeError or ValueError, naming the module, if a LoRA layer was not initialised by the reference, or is
     merged, inactive or shared; if there are other adapters than "default"; or if LoRA has options that the reference's
@@ -46,7 +48,7 @@ def replace_reference_layers(model: P) -> P:
     from ..peft import LoraXSConfig, LoraXSLinearLayer, LoraXSModel
 
     if LoraXSModel.tuner_layer_cls is not LoraXSLinearLayer:
-        raise ValueError("model: this PEFT has a LORAXS of its own, which this function cannot make layers of")
+        raise ValueError("model: the installed PEFT has its own method LORAXS, must be a PEFT without one")
     layers = _reference_layers(model)
     inner, lora = model.get_base_model(), model.peft_config["default"]
     adapters = {name: _as_adapter(layer, name, lora.lora_dropout) for name, layer in layers.items()}

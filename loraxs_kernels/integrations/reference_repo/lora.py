@@ -40,19 +40,18 @@ def export_as_lora(
 
         lora_A = A (r x K),  lora_B = s B R (N x r),  lora_alpha = r
 
-    in every layer.  LoRA's own scaling is then 1 and the delta is s B R A, even for readers that ignore rank_pattern.
-    The folder has no R: training that goes on from it is that of LoRA.
+    in every layer.  LoRA's own scaling, lora_alpha / r, is then 1, so that the delta is s B R A, even for software that
+    ignores rank_pattern.  The folder has no R: training that continues from it trains LoRA.
 
     Args:
-        model: with LoraXSLinear layers of any init, or a PeftModel with our PEFT method; merged or not.  Where FSDP2
-            has sharded R, every rank must call.
+        model: a model from `attach`, or a PeftModel with LoraXSConfig; merged or not.  If FSDP2 has sharded R, every
+            rank must call.
         folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
             this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
-        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 is half the size, at a relative error of
-            delta W of about 2e-3.  s B R is computed in fp64 either way.
-        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), for AutoPeftModel and the like; None: a PeftModel's own,
-            else none.
-        adapter: which one of a PeftModel.
+        dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 halves the size, with a relative error of
+            delta W of about 2e-3.  s B R is computed in fp64 in both cases.
+        task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), needed by AutoPeftModel; None: a PeftModel's own, or none.
+        adapter: the name of the adapter, if model is a PeftModel.
 
     PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
     is not finite in that dtype.

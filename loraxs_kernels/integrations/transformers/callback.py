@@ -30,15 +30,15 @@ class LoraXSCallback(TrainerCallback):
 
     A run resumed from such a checkpoint continues as if it had not been interrupted: to the bit, if the device's
     results are reproducible.  A model that is not a PreTrainedModel keeps Trainer's whole checkpoints, and the adapter
-    file is written beside them.  With LoRA-XS as a PEFT method, PEFT itself saves only R, and this logs the figures.
+    file is written beside them.  In a PeftModel, PEFT itself saves only R, and the callback only logs the figures.
 
     With reentrant gradient checkpointing no R would get a gradient, so the output of the frozen embeddings is made to
     require grad during training.  If no R has a gradient after the first step, that is an error.
 
     When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
-    or if safetensors are switched off; warns of trained parameters that an adapter file would not hold.
-    When a run is resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was
-    trained with other A and B.
+    or if safetensors are switched off; warns if parameters train that an adapter file does not hold.  When a run is
+    resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was trained with
+    different A and B.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class LoraXSCallback(TrainerCallback):
     def add_to(self, trainer: Any) -> None:
         """Put this callback first in a Trainer, instead of passing `callbacks=[LoraXSCallback()]`.
 
-        Trainer calls its reporters (`report_to`) before the callbacks that it was given, so only this way do they get
-        the three figures.  `trainer.state.log_history` and the printed logs have them either way.
+        Trainer calls its loggers (`report_to`) before the callbacks that it was given.  So the loggers get the three
+        figures only if this callback is first.  `trainer.state.log_history` and the printed logs always have them.
         """
         others = [c for c in trainer.callback_handler.callbacks if c is not self]
         known = len(others) < len(trainer.callback_handler.callbacks)
