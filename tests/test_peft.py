@@ -630,7 +630,9 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
 def test_names_of_attach_mean_the_same(dtype, tmp_path):
-    short = LoraXSConfig(rank=3, alpha=6, dropout=0.1, sigma=0.2, seed=5, n_iter=2, oversample=7, dtype=dtype)
+    with pytest.warns(FutureWarning, match="sigma is now called init_std") as warned:
+        short = LoraXSConfig(rank=3, alpha=6, dropout=0.1, sigma=0.2, seed=5, n_iter=2, oversample=7, dtype=dtype)
+    assert warned[0].filename == __file__
     fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
     assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
     short.save_pretrained(tmp_path)

@@ -236,9 +236,15 @@ def test_a_basis_of_our_own(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = load_reference_adapter(bert(), folder, factors="recompute")
-    with pytest.warns(FutureWarning, match="basis is now called factors") as warned:
-        former = load_reference_adapter(bert(), folder, basis="recompute")
-    assert warned[0].filename == __file__ and torch.equal(former(IDS).logits, model(IDS).logits)
+    with pytest.warns(FutureWarning, match="is now called") as warned:
+        former = load_reference_adapter(bert(), folder, basis="recompute", workspace=2**31)
+    assert {str(each.message).partition(": ")[2] for each in warned} == {
+        *("basis is now called factors", "workspace is now called workspace_gib")
+    }
+    assert all(each.filename == __file__ for each in warned)
+    with pytest.raises(ValueError, match="workspace_gib: got 0, must be a number of GiB"):
+        load_reference_adapter(bert(), folder, workspace_gib=0)
+    assert torch.equal(former(IDS).logits, model(IDS).logits)
     assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-4
     lx.save_adapter(model, tmp_path / "a.safetensors")
     assert not any(key.startswith("A/") for key in safetensors.torch.load_file(tmp_path / "a.safetensors"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -125,6 +126,8 @@ def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
         for name in ATTACH.keys() & given:
             if (field := ATTACH[name]) in given:
                 raise ValueError(f"{name}: got {given[name]!r} beside {field}={given[field]!r}, must be one of the two")
+            if name == "sigma":
+                warnings.warn("LoraXSConfig: sigma is now called init_std", FutureWarning, stacklevel=2)
             given[field] = given.pop(name)
         if "peft_type" in given:  # which a file has, and no caller passes
             given = _without_tier(self, given)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ...acceptance import AdapterMismatch
 from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
-from ...factors import WORKSPACE, compute_devices
+from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from ...files import read_json
 from ...linear import LoraXSLinear
 from ...matching import matches, pattern_value
 from ...model import adapted_layers, detach, install
+from ...naming import Former, aliases
 from ...transaction import keep, transaction
 from ...weights import FLOATS, weight_of
 from ..peft_files import PREFIX, read_tensors
@@ -44,6 +45,7 @@ class Trained:
     alpha: float
 
 
+@aliases(workspace=WORKSPACE_IN_BYTES, basis=Former("factors"))
 @torch.no_grad()
 def load_reference_adapter(
     model: M,
@@ -53,9 +55,8 @@ def load_reference_adapter(
     tolerance: float = ALIGNED,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
-    workspace: int = WORKSPACE,
+    workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
-    basis: str | None = None,
 ) -> M:
     """Load a checkpoint of the reference implementation into the base model it was trained on, in place.
 
@@ -78,9 +79,7 @@ def load_reference_adapter(
         dtype: of A and B; None: the weight's.  The reference trains with A and B in fp32.  A model in bf16 rounds them,
             with a relative error of delta W of about 2e-3, less than that of W.  torch.float32 keeps them in fp32; the
             delta then costs one more pass over y.
-        device, progress: for the SVD, as in `attach`.
-        workspace: how many bytes the SVD may use on each GPU, beside the weights that are there already.
-        basis: the earlier name of factors.
+        device, workspace_gib, progress: for the SVD, as in `attach`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -89,9 +88,6 @@ def load_reference_adapter(
         AdapterMismatch: A is not B^T W, so the base model is a different one; or the tolerance is exceeded.
     After an error the model is as it was.
     """
-    if basis is not None:
-        warnings.warn("load_reference_adapter: basis is now called factors", FutureWarning, stacklevel=3)
-        factors = basis
     if factors not in ("file", "recompute"):
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
     if dtype not in (None, *FLOATS):
@@ -115,7 +111,7 @@ def load_reference_adapter(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     dropout = _dropout(config, folder)
-    devices = None if device is None else compute_devices(device)
+    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
 
     def errors_with(recipe: Recipe | None) -> dict[str, float]:
         """Attach, with A and B by this recipe or from the checkpoint; return the relative error of every delta W."""
@@ -157,7 +153,7 @@ def load_reference_adapter(
         for target, value in head:
             target.copy_(value)
         if errors[worst] > ACCEPT and not (factors == "file" and dtype):
-            warnings.warn(f"{found}: {why}", stacklevel=3)  # past torch.no_grad
+            warnings.warn(f"{found}: {why}", stacklevel=4)  # past the wrappers of no_grad and `aliases`
     return model
 
 
@@ -305,7 +301,7 @@ def _check_base(
     warnings.warn(
         f"{found}, and there is no reconstr_config.json to say whether A and B are random. If they are not, load the "
         "weights that the adapter was trained on",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
