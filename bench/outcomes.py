@@ -34,6 +34,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         if test := event.get("start"):
             of[test] = event["component"]
             state[test] = ended(Path(f"{path}.{event['pid']}"), event["pid"])
+        if test := event.get("late"):
+            state[test] = state[test][0], state[test][1] + event["story"]
         if test := event.get("end"):
             state[test] = event["outcome"], event["reason"]
         for name in event.get("components", ()):
