@@ -1,13 +1,13 @@
 """What becomes of every test marked `gpu`, on the disk as it happens: `pytest -p recorder`.
 
 Every process that runs tests appends lines of JSON to the file LORAXS_OUTCOMES: the tests collected, the start of each
-and its end; each process that begins, and each file that cannot be collected, with the components that it names.  What
-has no end is a crash, or ran longer than its limit, of which <file>.<pid> has the traceback.  A test
-may take LORAXS_TEST_LIMIT seconds, or those of its mark, `gpu("component", limit=90)`; then its process ends, also
-inside C code that keeps the interpreter to itself.  After each test the GPU is waited for: a sticky CUDA error fails
-that test, and its process ends, so that it fails no other.  With a core built by `LORAXS_TRACE=1 python setup.py
-build_ext --inplace`, both also tell what the programs of the last launches were at (bench/kernel_trace.py).  Where several of one test, or of one component, have cost
-their processes, the rest of it is not run: it would only take the others' time.
+and its end, and each file that cannot be collected, with the components that it names.  What has no end is a crash, or
+ran longer than its limit, of which <file>.<pid> has the traceback.  A test may take LIMIT seconds, or those of its
+mark, `gpu("component", limit=90)`; then its process ends, also inside C code that keeps the interpreter to
+itself.  After each test the GPU is waited for: a sticky CUDA error fails that test, and its process ends, so that it
+fails no other.  Of both is told what the programs of the last launches were at, where the core says it: one built by
+`LORAXS_TRACE=1 python setup.py build_ext --inplace` (bench/kernel_trace.py).  Where several of one test, or of one
+component, have cost their processes, the rest of it is not run: it would only take the others' time.
 
 LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE
 (seconds of the epoch) are not run again.  pytest-xdist puts a new process in the place of one that ended; without it
@@ -47,7 +47,6 @@ class Recorder:
         self.hopeless = ""
         self.story: Callable[[], str] | None = None  # of the kernels, where the core traces them
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with pytest, and pytest with the suite
-        self.note(began=os.getpid())
 
     def note(self, **facts: Any) -> None:
         os.write(self.file, f"{json.dumps(facts)}\n".encode())  # at once, and in one piece
@@ -145,7 +144,7 @@ def component(item: pytest.Item) -> str | None:
 
 def limit(item: pytest.Item) -> float:
     mark = item.get_closest_marker("gpu")
-    return (mark and mark.kwargs.get("limit")) or float(os.environ.get("LORAXS_TEST_LIMIT", LIMIT))
+    return (mark and mark.kwargs.get("limit")) or LIMIT
 
 
 def wait() -> str | None:

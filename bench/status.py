@@ -14,9 +14,14 @@ from typing import Any
 import outcomes
 
 ROOT = Path(__file__).parents[1]
-SANITIZER = "compute-sanitizer"
+FIRST_LIGHT, SANITIZER = "first light", "compute-sanitizer"  # which gpu_suite runs first and last
 # Its files or folders, and what is known of it beyond its tests.
 COMPONENTS = {
+    FIRST_LIGHT: (
+        [f"loraxs_kernels/backends/{name}" for name in ("cuda", "triton", "device.py")] + ["csrc"],
+        "every kernel on small problems; a wrong result names the element that was read. Reports to 2026-11-27 have it "
+        "as `ladder`, which ran in processes of its own",
+    ),
     "torch backend": (
         [
             "loraxs_kernels/backends/torch.py",
