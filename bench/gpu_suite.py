@@ -38,6 +38,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it must run where nothing is installed
 
+import gpu_kit  # noqa: E402
 import outcomes  # noqa: E402
 import status  # noqa: E402
 import torch  # noqa: E402
@@ -102,10 +103,7 @@ STEPS: dict[str, float] = {
 PLANS: dict[str, tuple[float, dict[str, float]]] = {
     "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
     "second": (210, {"tests": 85, "tax": 75, "sanitizer": 35}),
-    "third": (
-        330,
-        {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35},
-    ),
+    "third": (330, {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35}),
     "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
 SIDE_BY_SIDE = [name for name, each in QUESTIONS.items() if each.paths is PATHS]  # the questions that time those
@@ -125,7 +123,7 @@ class Suite:
             "ceilings": None,
             "complete": False,
             "seconds": 0.0,
-            "build": built(),
+            "build": {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text()),
             "tests": {},
             "rows": [],
         }
@@ -280,13 +278,6 @@ class Suite:
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
         self.save()
 
-    def late(self, step: str) -> bool:
-        """Whether there is no time to start it; said, and noted."""
-        if late := self.left < LEAST + GRACE:
-            self.say(f"{step}: not started, the budget is spent")
-            self.cut = True
-        return late
-
 
 def show_text(text: str) -> None:
     """Print it; where nobody reads any more, neither this nor what follows."""
@@ -305,11 +296,6 @@ def deaf() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def built() -> dict[str, Any]:
-    """What is known of the core that is there, or why there is none."""
-    return {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text())
 
 
 def with_paths(arguments: list[str], left_out: dict[str, str]) -> list[str]:
@@ -352,14 +338,7 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--plan", help=f"steps that fit into one call: {', '.join(PLANS)}")
     add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
     add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
-    add(
-        "--after",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="REPORT",
-        help="earlier ones: what passed is not tested again",
-    )
+    add("--after", type=Path, nargs="+", default=[], metavar="REPORT", help="what passed in these is not tested again")
     add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
     add("--commit", help="what to note as the source, where it is not a git checkout")
     add("--device", default="cuda")
@@ -397,36 +376,24 @@ def earlier(paths: list[Path]) -> list[dict[str, dict[str, Any]]]:
 
 
 def untested(after: list[dict[str, dict[str, Any]]]) -> list[str]:
-    """The components, the checker's aside, of whose files, as they are, the last verdict is not that they passed."""
+    """The components, the checker's aside, but for those whose last verdict, on the files as they are, was that all
+    their tests passed; one that was skipped, say without a core, has not."""
 
     def good(name: str) -> bool:
-        records = [tests[name] for tests in after if name in tests]
-        same = [each for each in records if each["sources"] == status.sources(name)]
-        verdicts = [outcomes.passed(each) for each in same if outcomes.passed(each) or outcomes.bad(each)]
-        return verdicts[-1:] == [True]
+        same = [tests[name] for tests in after if name in tests and tests[name]["sources"] == status.sources(name)]
+        last = [each for each in same if outcomes.passed(each) or outcomes.bad(each)][-1:]
+        return all(outcomes.passed(each) and not each.get("skipped") for each in last) and bool(last)
 
     return [name for name in status.COMPONENTS if name != status.SANITIZER and not good(name)]
-
-
-def install(kit: Path | None) -> dict[str, Any]:
-    """What bench/gpu_kit.py says of a kit whose core is now the one used here.  Raises BenchError."""
-    if kit is None:
-        return {}
-    import gpu_kit
-
-    try:
-        return {"kit": gpu_kit.use(kit)}
-    except gpu_kit.KitError as error:
-        raise BenchError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         asked, steps = request(argv)
-        kit = install(asked.kit)
+        kit = {"kit": gpu_kit.use(asked.kit)} if asked.kit else {}
         asked.out.mkdir(parents=True, exist_ok=True)
         suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
-    except (BenchError, OSError) as error:
+    except (BenchError, gpu_kit.KitError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
     for each in STOPS[1:]:
@@ -438,7 +405,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for step, seconds in steps.items():
             suite.waiting = sum(waiting := waiting[1:])
-            if suite.late(step):
+            if suite.left < LEAST + GRACE:
+                suite.cut = True
+                suite.say(f"{step}: not started, the budget is spent")
                 continue
             untried = [name for name in untested(asked.earlier) if name not in suite.data["tests"]]
             if step == "ladder":

@@ -467,9 +467,10 @@ def test_a_backend_of_which_a_test_hung_or_crashed_is_left_out_of_the_benches(tm
 def test_what_passed_in_an_earlier_report_is_not_tested_again():
     other = {"sources": "0", "passed": 3, "failed": 0}
     good, bad = (outcome("demo", 3, failed)["tests"]["demo"] for failed in (0, 1))
-    cut = good | {"not reached": 1}
+    cut, partly = good | {"not reached": 1}, good | {"skipped": 1}
     everything = [name for name in status.COMPONENTS if name != status.SANITIZER]
-    assert gpu_suite.untested([]) == gpu_suite.untested([{"demo": each} for each in (other, bad, cut)]) == everything
+    for runs in ([], [other, bad, cut, partly], [good, partly]):
+        assert gpu_suite.untested([{"demo": each} for each in runs]) == everything
     assert gpu_suite.untested([{"demo": each} for each in (good, bad, cut)]) == everything
     for runs in ([good], [good, cut], [bad, good], [bad, good, other]):
         assert gpu_suite.untested([{"demo": each} for each in runs]) == [name for name in everything if name != "demo"]
@@ -495,7 +496,7 @@ def test_earlier_reports_are_read_in_the_order_of_their_dates(tmp_path):
     ],
 )
 def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, change):
-    monkeypatch.setattr(gpu_suite, "install", lambda _: pytest.fail("it is too late"))
+    monkeypatch.setattr(gpu_suite, "Suite", lambda *_: pytest.fail("it is too late"))
     path, out = tmp_path / "a.json", tmp_path / "out"
     path.write_text(json.dumps(report.load(SAMPLE) | change))
     assert gpu_suite.main(["--device", "cpu", "--out", str(out), "--after", str(path)]) == 1
@@ -622,15 +623,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 
 
 def test_a_kit_is_used_or_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    class KitError(ValueError):
-        pass
-
     def use(folder):
         if folder.name != "kit":
-            raise KitError("kit: of another Python")
+            raise gpu_suite.gpu_kit.KitError("kit: of another Python")
         return {"commit": "1234567"}
 
-    monkeypatch.setitem(sys.modules, "gpu_kit", SimpleNamespace(use=use, KitError=KitError))
+    monkeypatch.setattr(gpu_suite.gpu_kit, "use", use)
     monkeypatch.setattr(gpu_suite.core, "missing", lambda: "it was not built")
     monkeypatch.setattr(gpu_suite.Suite, "tests", lambda *_: None)
     arguments = ["--device", "cpu", "--only", "tests", "--out", str(tmp_path / "out"), "--kit"]
