@@ -3,11 +3,11 @@
 Every process that runs tests appends lines of JSON to the file LORAXS_OUTCOMES: the tests collected, the start of each
 and its end, and each file that cannot be collected, with the components that it names.  What has no end is a crash, or
 ran longer than its limit, of which <file>.<pid> has the traceback.  A test may take LIMIT seconds, or those of its
-mark, `gpu("component", limit=90)`; then its process ends, also inside C code that keeps the interpreter to
-itself.  After each test the GPU is waited for: a sticky CUDA error fails that test, and its process ends, so that it
-fails no other.  Of both is told what the programs of the last launches were at, where the core says it: one built by
-`LORAXS_TRACE=1 python setup.py build_ext --inplace` (bench/kernel_trace.py).  Where several of one test, or of one
-component, have cost their processes, the rest of it is not run: it would only take the others' time.
+mark, `gpu("component", limit=90)`; then its process ends, also inside C code that keeps the interpreter to itself.
+After each test the GPU is waited for: a sticky CUDA error fails that test, and its process ends, so that it fails no
+other.  With a core built by `LORAXS_TRACE=1 python setup.py build_ext --inplace`, either reason also says what the
+programs of the last launches were doing (bench/kernel_trace.py).  Where several of one test, or of one component, have
+cost their processes, the rest of it is not run: it would only take the others' time.
 
 LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE
 (seconds of the epoch) are not run again.  pytest-xdist puts a new process in the place of one that ended; without it

@@ -107,8 +107,8 @@ def poisoned(request, monkeypatch):
     """All that the backends allocate starts as NaN, written before the test, so that launches still overlap."""
     from loraxs_kernels.backends import cuda, triton
 
-    words, device = (1 << 28, "cuda") if request.node.get_closest_marker("gpu") else (1 << 22, "cpu")
-    left = torch.full((words,), -1, dtype=torch.int32, device=device)  # NaN in every dtype
+    pool, device = (1 << 28, "cuda") if request.node.get_closest_marker("gpu") else (1 << 22, "cpu")
+    left = torch.full((pool,), -1, dtype=torch.int32, device=device)  # NaN in every dtype
 
     def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         nonlocal left

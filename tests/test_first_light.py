@@ -188,6 +188,7 @@ FAULTS = {
     "another column's": (tail, "gemm_tail", column_off, r"it is B\[4, 0\], must be B\[3, 0\]"),
     "no tail beside W": (tail, "gemm_tail", without_tail, r"beside W = 0 .*it is nothing, must be B\[0, 0\]"),
     "the tail twice": (tail, "gemm_tail", tail_twice, r"it is twice B\[0, 0\]"),
+    "the tail twice, among random numbers": (tail, "gemm_tail", tail_twice, r"^y, random, with W: relative error"),
     "not written": (tail, "gemm_tail", unwritten, r"at \[69, 0\].* memory that nobody wrote"),
     "a bias that lies elsewhere": (
         lambda kernels: rungs.tail_bias(kernels, SMALL_TAILS[0], 0),
@@ -201,6 +202,12 @@ FAULTS = {
         lambda y, plan, x, A, R, *more: decode(plan, x, A, R.mT, *more)[0],
         r"y of R.*it is R\[0, 1\], must be R\[1, 0\]",
     ),
+    "s left out": (
+        lambda kernels: rungs.decode(kernels, (33, 24, 40, 12), Decode(1, 1)),
+        "decode",
+        lambda y, plan, x, A, R, B, s, *more: decode(plan, x, A, R, B, 1.0, *more)[0],
+        r"^y, random: relative error",
+    ),
     "another token's R": (
         lambda kernels: rungs.decode(kernels, (33, 24, 40, 12), Decode(8, 1), 7),
         "decode",
@@ -213,12 +220,19 @@ FAULTS = {
         lambda z, x, A, *_: x.float() @ A.float().roll(1, 1).T,
         r"^z at .* it is A\[0, 191\], must be A\[0, 0\]",
     ),
+    "z of half precision": (
+        lambda kernels: rungs.shrink(kernels, (70, 0, 192, 64)),
+        "shrink",
+        lambda z, *_: z.bfloat16().float(),
+        r"^z, random: relative error .*, allowed 1\.00e-05; at \[",
+    ),
 }
 
 
 @plain_only
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_wrong_result_names_what_was_read(kernels, what):
+    """And how far off it is, where the numbers are random."""
     rung, kernel, change, message = FAULTS[what]
     own = getattr(kernels, kernel)
 
