@@ -217,7 +217,7 @@ class Suite:
         bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
         """
         if not components:
-            self.say(f"{name}: all have passed before")
+            self.say(f"{name}: nothing is left to test")
             return
         path, until = self.folder / f"{name}.jsonl", time.monotonic() + self.allowed(seconds)
         workers = min(WORKERS, len(os.sched_getaffinity(0)))

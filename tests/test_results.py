@@ -181,7 +181,9 @@ def test_on_a_cpu(): raise AssertionError
 """
 
 
-def planted(tmp_path, monkeypatch, text: str, *arguments: str, more=(), workers: int = 2) -> tuple[int, dict]:
+def planted(
+    tmp_path, monkeypatch, text: str, *arguments: str, more=(), workers: int = 2, only=("tests",)
+) -> tuple[int, dict]:
     """The suite on planted tests, of the components that `text` names: its exit status, and its report."""
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "test_planted.py").write_text(text)
@@ -189,10 +191,10 @@ def planted(tmp_path, monkeypatch, text: str, *arguments: str, more=(), workers:
         (tmp_path / "planted" / name).write_text(other)
     monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
     monkeypatch.setattr(gpu_suite, "WORKERS", workers)
-    only = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
-    monkeypatch.setattr(status, "COMPONENTS", only)
+    named = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
+    monkeypatch.setattr(status, "COMPONENTS", named)
     out = tmp_path / "out"
-    code = gpu_suite.main(["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--only", "tests", *arguments])
+    code = gpu_suite.main(["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--only", *only, *arguments])
     (path,) = out.glob("*.json")
     return code, report.load(path)
 
@@ -302,16 +304,16 @@ sys.modules["loraxs_kernels.backends.cuda.core"] = core
 def test_hang(): time.sleep(3600)
 
 @pytest.mark.gpu("first light")
-def test_good(): pass
+def test_right(): pass
 """
 
 
 def test_first_light_comes_first_and_a_traced_core_tells_what_a_kernel_that_hangs_was_at(tmp_path, monkeypatch):
     text = GOOD.replace('"bench"', '"first light"')
-    more = {"test_first_light.py": LADDER}
-    code, data = planted(tmp_path, monkeypatch, text, "ladder", "--budget", "3000", more=more, workers=1)
+    how = {"more": {"test_first_light.py": LADDER}, "workers": 1, "only": ("ladder", "tests")}
+    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000", **how)
     assert code == 1 and data["complete"]
-    assert told(data) == {"demo": "1 passed", "first light": "1 passed, 1 timed out"}  # not once more by its own step
+    assert told(data) == {"first light": "1 passed, 1 timed out", "demo": "1 passed"}  # and not once more by "tests"
     (reason,) = data["tests"]["first light"]["names"]["timed out"].values()
     assert reason.startswith("Timeout (0:00:01)! at test_first_light.py:")
     assert "; launch 1, tail GEMM: 1 programs, 1 started, 1 wait, 0 ended, 2 tiles;   program 3 on SM 77: " in reason
