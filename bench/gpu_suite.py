@@ -5,10 +5,10 @@
 
 The most valuable steps come first, until the budget is spent: tests/test_first_light.py (the step "ladder"), the other
 tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last), and the benches.  A plan is
-a choice of steps that fits into one call.  A backend of which a test hung or crashed is left out of the benches; one
-whose results are wrong they find out by themselves.  With --after, components that passed in an earlier report, and
-whose files are the same, are not tested again.  The CUDA core must be there: --kit takes the one that `make gpu-kit`
-made, `python setup.py build_ext --inplace` makes one.
+a choice of steps that fits into one call.  The benches leave out a backend of which a test hung or crashed; wrong
+results they find out before they time them.  With --after, components that passed in an earlier report, and whose files
+are the same, are not tested again.  The CUDA core must have been built: by `make gpu-kit`, whose folder --kit names, or
+here by `python setup.py build_ext --inplace`.
 
 DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows of all benches and what became of
 the tests; DIR/suite.log has every line that was printed, and the tables of the benches; DIR/<date>-<commit>/ what each
