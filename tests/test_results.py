@@ -182,7 +182,7 @@ def test_on_a_cpu(): raise AssertionError
 
 
 def planted(
-    tmp_path, monkeypatch, text: str, *arguments: str, more=(), workers: int = 2, only=("tests",)
+    tmp_path, monkeypatch, text: str, *arguments: str, more=(), only=("tests",), workers: int = 2, parallel: bool = True
 ) -> tuple[int, dict]:
     """The suite on planted tests, of the components that `text` names: its exit status, and its report."""
     (tmp_path / "planted").mkdir()
@@ -191,6 +191,8 @@ def planted(
         (tmp_path / "planted" / name).write_text(other)
     monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
     monkeypatch.setattr(gpu_suite, "WORKERS", workers)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found(name) if parallel or name != "xdist" else None)
     named = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
     monkeypatch.setattr(status, "COMPONENTS", named)
     out = tmp_path / "out"
@@ -207,10 +209,7 @@ def told(data: dict) -> dict[str, str]:
 def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, capsys, parallel):
     if parallel:
         pytest.importorskip("xdist")
-    else:
-        found = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
-    code, data = planted(tmp_path, monkeypatch, PLANTED, "--budget", "3000")
+    code, data = planted(tmp_path, monkeypatch, PLANTED, "--budget", "3000", parallel=parallel)
     assert code == 1
     spared = data["tests"]["demo"]["not reached"]  # after two that hang the others are, but for those begun by then
     assert spared == 2 if not parallel else 0 <= spared <= 2
@@ -246,13 +245,10 @@ def test_too(): pass
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["xdist", "serial"])
 def test_a_file_that_cannot_be_imported_has_failed(tmp_path, monkeypatch, parallel):
-    found = importlib.util.find_spec
-    if not parallel:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
     mark = '\npytestmark = pytest.mark.gpu("demo")'
     more = {"test_broken.py": f"import no_such_module, pytest{mark}"}
     more["test_without.py"] = f"import pytest; pytest.importorskip('no_such_module'){mark}"
-    code, data = planted(tmp_path, monkeypatch, GOOD, "--budget", "3000", more=more)
+    code, data = planted(tmp_path, monkeypatch, GOOD, "--budget", "3000", more=more, parallel=parallel)
     assert code == 1 and told(data) == {"demo": "1 passed, 1 failed, 1 skipped", "bench": "1 passed"}
     ((file, why),) = data["tests"]["demo"]["names"]["failed"].items()
     assert file.endswith("test_broken.py")
@@ -276,7 +272,7 @@ def test_a_file_of_tests_names_its_components():
 
 
 def test_a_component_without_a_record_makes_the_run_cut(tmp_path, monkeypatch):
-    code, data = planted(tmp_path, monkeypatch, f'{GOOD}# "neighbours"', "--budget", "3000")
+    code, data = planted(tmp_path, monkeypatch, f'{GOOD}# "neighbours"', "--budget", "3000", parallel=False)
     assert code == 1 and not data["complete"] and set(data["tests"]) == {"demo", "bench"}
 
 
@@ -310,7 +306,7 @@ def test_right(): pass
 
 def test_first_light_comes_first_and_a_traced_core_tells_what_a_kernel_that_hangs_was_at(tmp_path, monkeypatch):
     text = GOOD.replace('"bench"', '"first light"')
-    how = {"more": {"test_first_light.py": LADDER}, "workers": 1, "only": ("ladder", "tests")}
+    how = {"more": {"test_first_light.py": LADDER}, "parallel": False, "only": ("ladder", "tests")}
     code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000", **how)
     assert code == 1 and data["complete"]
     assert told(data) == {"first light": "1 passed, 1 timed out", "demo": "1 passed"}  # and not once more by "tests"
