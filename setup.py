@@ -7,7 +7,7 @@ for only where a core will be built.
     LORAXS_CUDA_ARCHS   80;90a unless it is set
     CUTLASS_DIR         a checkout of CUTLASS, or its include folder; else the wheel nvidia-cutlass
     CUDACXX, CUDA_HOME, CUDA_PATH   nvcc, or the toolkit; else PATH, /usr/local/cuda
-    LORAXS_TRACE        1: kernels that note what each program does, for bench/first_light.py --trace
+    LORAXS_TRACE        1: kernels that note what each program does, for bench/kernel_trace.py
     MAX_JOBS            how many compilers run at once
 
 _build.json, beside the core or in its place, says what came of it (loraxs_kernels/backends/cuda/core.py).

@@ -3,16 +3,17 @@
     python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--kit gpu-kit] [--commit NAME]
                               [--after REPORT ...] [--budget SECONDS]
 
-The most valuable steps come first, until the budget is spent: the CUDA core where it must be built, the ladder of
-bench/first_light.py, the tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last),
-and the benches.  A plan is a choice of steps that fits into one call.  A backend whose tests did not pass is left out
-of the benches and measured at the very end, in processes of its own.  With --after, components that passed in an
-earlier report, and whose files are the same, are not tested again.  --kit takes the core that `make gpu-kit` made.
+The most valuable steps come first, until the budget is spent: tests/test_first_light.py (the step "ladder"), the other
+tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last), and the benches.  A plan is
+a choice of steps that fits into one call.  The benches leave out a backend of which a test hung or crashed; wrong
+results they find out before they time them.  With --after, components that passed in an earlier report, and whose files
+are the same, are not tested again.  The CUDA core must have been built: by `make gpu-kit`, whose folder --kit names, or
+here by `python setup.py build_ext --inplace`.
 
 DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows of all benches and what became of
-the tests; DIR/suite.log has every line that was printed, DIR/<date>-<commit>/ what each step wrote.  The report on the
-disk is never older than a few seconds: stop at any moment, by Ctrl-C, kill or pulling the plug.  Copy it to
-bench/results/<device>/ and run bench/render.py.
+the tests; DIR/suite.log has every line that was printed, and the tables of the benches; DIR/<date>-<commit>/ what each
+step wrote.  The report on the disk is never older than a few seconds: stop at any moment, by Ctrl-C, kill or pulling
+the plug.  Copy it to bench/results/<device>/ and run bench/render.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -38,13 +38,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it must run where nothing is installed
 
+import gpu_kit  # noqa: E402
 import outcomes  # noqa: E402
 import status  # noqa: E402
 import torch  # noqa: E402
 
 from loraxs_kernels.backends import NAMES as OURS  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
-from loraxs_kernels.bench import BenchError, experiments, report, tax  # noqa: E402
+from loraxs_kernels.bench import BenchError, experiments, report  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.bench.questions import QUESTIONS  # noqa: E402
 from loraxs_kernels.bench.request import known, one_of  # noqa: E402
@@ -53,8 +54,8 @@ GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running step has written
 TAIL = 25  # lines of a command's output that are shown when it broke
 LEAST = 20.0  # seconds under which nothing more is started
-SHOWN, WIDTH = 40, 200  # lines of the ladder, and of the tests that did not pass; characters of one of those
-WORKERS = 8  # processes that run tests, at most
+SHOWN, WIDTH = 40, 200  # tests that did not pass whose lines are shown; characters of such a line
+WORKERS, RESTARTS = 8, 32  # processes that run tests, at most; that may end before pytest is started again
 TESTS = ROOT / "tests"
 LIBC = ctypes.CDLL(None)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -94,7 +95,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
 }
 # {step: seconds it may take where others wait}, in the order of a run that names none.
 STEPS: dict[str, float] = {
-    **{"build": 300, "ladder": 120, "tests": 240},
+    **{"ladder": 60, "tests": 240},
     **{name: seconds for name, (seconds, _) in BENCHES.items()},
     "sanitizer": 180,
 }
@@ -102,10 +103,7 @@ STEPS: dict[str, float] = {
 PLANS: dict[str, tuple[float, dict[str, float]]] = {
     "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
     "second": (210, {"tests": 85, "tax": 75, "sanitizer": 35}),
-    "third": (
-        330,
-        {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35},
-    ),
+    "third": (330, {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35}),
     "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
 }
 SIDE_BY_SIDE = [name for name, each in QUESTIONS.items() if each.paths is PATHS]  # the questions that time those
@@ -117,7 +115,6 @@ class Suite:
     def __init__(self, out: Path, budget: float, commit: str | None, device: str) -> None:
         self.started, self.device, self.cut = time.monotonic(), device, False
         self.end, self.waiting = self.started + budget, 0.0
-        self.benches: list[str] = []
         self.after: dict[str, dict[str, Any]] = {}  # what became of the tests in an earlier report
         self.data: dict[str, Any] = {
             **report.head(report.FORMAT, report.VERSION, device, commit),
@@ -126,7 +123,7 @@ class Suite:
             "ceilings": None,
             "complete": False,
             "seconds": 0.0,
-            "build": built(),
+            "build": {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text()),
             "tests": {},
             "rows": [],
         }
@@ -160,16 +157,14 @@ class Suite:
         name: str,
         command: list[str],
         seconds: float,
-        look: Callable[[], str | None] = lambda: None,
+        look: Callable[[], None] = lambda: None,
         more: dict[str, str] | None = None,
-        show: int = 0,
         ask: bool = True,
     ) -> int:
         """Run one command in a session of its own, its output into the log, with a look at what it writes now and then.
 
-        When its time is up, or `look` says why it is no use to go on, it is asked to stop, where it would save
-        something, and made to; nothing that it started outlives it, nor does it outlive this process.  Returns its exit
-        status.
+        When its time is up it is asked to stop, where it would save something, and made to; nothing that it started
+        outlives it, nor does it outlive this process.  Returns its exit status.
         """
         seconds = self.allowed(seconds)
         began = time.monotonic()
@@ -187,17 +182,17 @@ class Suite:
             start_new_session=True,
             preexec_fn=partial(LIBC.prctl, 1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )
-        late, why = True, None
+        late = True
         try:
-            while process.poll() is None and time.monotonic() - began < seconds and not why:
+            while process.poll() is None and time.monotonic() - began < seconds:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(min(EVERY, max(0.1, seconds - (time.monotonic() - began))))
-                why = look()
+                look()
         finally:
             try:
                 if late := process.poll() is None:
                     self.cut = True
-                    self.say(f"  {name}: {why or 'its time is up'}")
+                    self.say(f"  {name}: its time is up")
                     look()
                     if ask:
                         process.send_signal(signal.SIGINT)
@@ -213,48 +208,8 @@ class Suite:
                         look()
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
         if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
-            show = max(show, TAIL)
-        if show:
-            show_text("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-show:]))
+            show_text("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-TAIL:]))
         return process.returncode
-
-    def build(self, seconds: float) -> None:
-        """The CUDA core in place, unless it is there: setup.py's record of what came of it, and how long it took."""
-        if core.missing() is None:
-            self.say("build: the core is there, nothing is built")
-            return
-        noted, whole = ROOT / "loraxs_kernels" / "_build.json", not (ROOT / "build" / "core").exists()
-        began = time.monotonic()
-        code = self.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], seconds)
-        self.cut |= code != 0
-        took = round(time.monotonic() - began, 1)
-        found = {"built": False, "why": f"setup.py ended with {code} and left no record, see suite.log"}
-        if code == 0 and noted.exists():  # else it is an earlier build's
-            found = json.loads(noted.read_text())
-        machine = {"cores": len(os.sched_getaffinity(0)), "MAX_JOBS": os.environ.get("MAX_JOBS")}
-        self.data["build"] = found | {"seconds": took, "whole": whole} | machine
-        importlib.invalidate_caches()  # the core is asked for below, in this process too
-        core.missing.cache_clear()
-        core.architectures.cache_clear()
-        self.save()
-
-    def ladder(self, seconds: float) -> None:
-        """bench/first_light.py, a line for each rung; what it saved is in the folder."""
-        out = self.folder / "ladder.json"
-        command = [sys.executable, "bench/first_light.py", "--jobs", str(WORKERS), "--out", str(out)]
-        command += ["--device", self.device, "--commit", self.data["commit"]]
-        code = self.run("ladder", command, seconds, partial(self.take_ladder, out), show=SHOWN)
-        self.cut |= code not in (0, 1) or self.data.get("ladder", {"not reached": True}).get("not reached", 0) > 0
-
-    def take_ladder(self, out: Path) -> None:
-        """What has become of its rungs until now."""
-        if not out.exists():
-            return
-        rows = json.loads(out.read_text())["rows"]
-        bad = [row for row in rows if row["outcome"] in outcomes.BAD]
-        why = {row["name"]: outcomes.short(f"{row['outcome']}: {row.get('why', '')}") for row in bad}
-        self.data["ladder"] = {**Counter(row["outcome"] for row in rows), "bad": why}
-        self.save()
 
     def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
         """The tests of some components, in processes side by side; again from where it broke off, should pytest crash.
@@ -262,7 +217,7 @@ class Suite:
         bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
         """
         if not components:
-            self.say(f"{name}: all have passed before")
+            self.say(f"{name}: nothing is left to test")
             return
         path, until = self.folder / f"{name}.jsonl", time.monotonic() + self.allowed(seconds)
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
@@ -270,7 +225,7 @@ class Suite:
         command += ["-p", "recorder", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
         command.append("--continue-on-collection-errors")  # the others run, and the recorder tells of it
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "1000"]
+            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(RESTARTS)]
         else:
             self.say(f"{name}: one after another, as there is no pytest-xdist")
         paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -283,40 +238,34 @@ class Suite:
             more["LORAXS_SINCE"] = str(time.time())
             self.run(name, [*command, *files], until - time.monotonic(), look, more, ask=False)
             before, rest = rest, outcomes.unstarted(path)
-            if rest in (set(), before) or outcomes.fruitless(path) or until - time.monotonic() < LEAST:
+            if rest in (set(), before) or until - time.monotonic() < LEAST:
                 break
         found = [self.data["tests"].get(each, {"not reached": True}) for each in components]
         self.cut |= any(each["not reached"] for each in found)
 
-    def take_outcomes(self, path: Path) -> str:
-        """What has become of the tests until now; why it is no use to go on, if it is not."""
+    def take_outcomes(self, path: Path) -> None:
+        """What has become of the tests until now."""
         for component, record in outcomes.read(path).items():
             self.data["tests"][component] = {"sources": status.sources(component)} | record
         self.save()
-        return outcomes.fruitless(path)
 
     def left_out(self) -> dict[str, str]:
-        """{backend: what became of its tests} where some of them failed, crashed or took too long."""
+        """{backend: what became of its tests} where some of them hung or crashed."""
         known = outcomes.newest([self.after, self.data["tests"]])
         records = {backend: known.get(f"{backend} backend", {}) for backend in OURS}
-        bad = {backend: each for backend, each in records.items() if outcomes.bad(each)}
-        return {
-            backend: f"measured apart, at the end; its tests: {outcomes.told(each)}" for backend, each in bad.items()
-        }
+        lost = {name: each for name, each in records.items() if each.get("crashed") or each.get("timed out")}
+        return {name: f"its tests: {outcomes.told(each)}" for name, each in lost.items()}
 
-    def bench(self, name: str, seconds: float, alone: str | None = None) -> int:
-        """One bench without the backends whose tests did not pass, or beside the floor a backend alone."""
-        arguments = with_paths(BENCHES[name][1], self.left_out(), alone)
-        name = f"{name}-{alone}" if alone else name
+    def bench(self, name: str, seconds: float) -> None:
+        """One bench, without the backends that are left out."""
+        arguments = with_paths(BENCHES[name][1], self.left_out())
         part = self.folder / f"{name}.json"
         self.data["settings"]["suite"].append(arguments)
         self.data["settings"]["left_out"] |= self.left_out()
-        self.benches.append(name)
         command = [sys.executable, "-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
         command += ["--device", self.device, "--commit", self.data["commit"]]
         code = self.run(name, command, seconds, partial(self.take, name, part, list(self.data["rows"])))
         self.cut |= code not in (0, 1)
-        return code
 
     def take(self, name: str, part: Path, rows: list[dict]) -> None:
         """The rows before this bench and those it has written until now."""
@@ -328,22 +277,6 @@ class Suite:
         self.data["kernels"] |= found["kernels"]
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
         self.save()
-
-    def apart(self) -> None:
-        """The benches that were done, once more for each backend that was left out, until it is late or breaks off."""
-        self.waiting = math.inf  # each its own time, and no more
-        done = [name for name in self.benches if BENCHES[name][1][0] in SIDE_BY_SIDE]
-        for backend in self.left_out():
-            for name in done:
-                if self.late(f"{name}-{backend}") or self.bench(name, BENCHES[name][0], backend) not in (0, 1):
-                    break
-
-    def late(self, step: str) -> bool:
-        """Whether there is no time to start it; said, and noted."""
-        if late := self.left < LEAST + GRACE:
-            self.say(f"{step}: not started, the budget is spent")
-            self.cut = True
-        return late
 
 
 def show_text(text: str) -> None:
@@ -365,57 +298,23 @@ def deaf() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def built() -> dict[str, Any]:
-    """What is known of the core that is there, or why there is none."""
-    return {"built": False, "why": why} if (why := core.missing()) else json.loads(core.RECORD.read_text())
-
-
-def with_paths(arguments: list[str], left_out: dict[str, str], alone: str | None) -> list[str]:
-    """Arguments of a bench with its paths named, where it names some or must do without some; `alone`: for that one."""
-    if arguments[0] not in SIDE_BY_SIDE:
-        return arguments
-    named = "--paths" in arguments
-    at = arguments.index("--paths") if named else len(arguments)
-    if not (named or left_out or alone):
+def with_paths(arguments: list[str], left_out: dict[str, str]) -> list[str]:
+    """Arguments of a bench with its paths named, where it names some or must do without some."""
+    if arguments[0] not in SIDE_BY_SIDE or not ("--paths" in arguments or left_out):
         return arguments
     there = [name for name, path in PATHS.items() if path.missing() is None]
-    others = (
-        arguments[at + 1 :] if named else [name for name in there if PATHS[name].run == "default" and name not in OURS]
-    )
     ours = [name for name in OURS if name in there and name not in left_out]
-    return [*arguments[:at], "--paths", *(["frozen", alone] if alone else [*others, *ours])]
+    others = [name for name in there if PATHS[name].run == "default" and name not in OURS]
+    return [*arguments, *([] if "--paths" in arguments else ["--paths", *others]), *ours]
 
 
 def summary(data: dict[str, Any]) -> str:
-    """A few lines: what passed, and the figures that goals are set for; the tests that did not pass come last."""
+    """A few lines: what passed, what the experiments say, what failed; the tests that did not pass come last."""
     lines = [f"{name}: {outcomes.told(each)}" for name, each in data["tests"].items()] or ["no test ran"]
     lines += [f"{name}: {why}" for name, each in data["tests"].items() for why in each.get("skips", ())]
-    if ladder := data.get("ladder"):
-        lines.append(f"ladder: {', '.join(f'{n} {what}' for what, n in ladder.items() if what != 'bad')}")
-        lines += [f"ladder, {rung}: {why}"[:WIDTH] for rung, why in ladder["bad"].items()]
     if build := data.get("build"):
-        took = f", {build['seconds']:.0f} s" if "seconds" in build else ""
-        lines.append(f"core: {build.get('why') or build['architectures']}{took}")
+        lines.append(f"core: {build.get('why') or build['architectures']}")
     lines += [f"without {name}: {why}" for name, why in data["settings"]["left_out"].items()]
-    for question, direction in (("layer", ("both",)), ("gemm", ("forward", "backward"))):
-        for at, paths in tax.points(row for row in data["rows"] if row["question"] == question).items():
-            if at.T in (512, 8192) and at.r in (16, 64) and at.direction in direction:
-                found = {path: tax.measured(paths, path) for path in paths if path != "frozen"}
-                cells = ", ".join(f"{path} {100 * t.median:.1f}{'~' * t.noisy}" for path, t in found.items() if t)
-                what = "tax %" if question == "layer" else f"u B^T, % added {at.direction}"
-                lines.append(f"{at.run}: {what} T {at.T} r {at.r} {at.dtype} {at.mode}: {cells}")
-    for row in data["rows"]:
-        if row["status"] != "ok" or "seconds" not in row:
-            continue
-        if row["question"] == "host" and row["r"] == 16:
-            cost = f"{1e6 * row['seconds']['median']:.0f} us, kernels {row.get('kernels')}"
-            lines.append(f"host r 16 {row['path']}: {cost}")
-        if row["question"] == "model":
-            speed = f"{row['T'] / row['seconds']['median']:,.0f} tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB"
-            lines.append(f"step {row['path']} r {row['r']} checkpointing {row['checkpointing']}: {speed}")
-        if "matrices" in row:
-            size = f"{row['matrices']} matrices r {row['r']} {row['path']}"
-            lines.append(f"svd {size}: {row['seconds']['median']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
     lines += experiments.in_short(data["rows"])
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
@@ -439,14 +338,7 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     add("--plan", help=f"steps that fit into one call: {', '.join(PLANS)}")
     add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
     add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
-    add(
-        "--after",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="REPORT",
-        help="earlier ones: what passed is not tested again",
-    )
+    add("--after", type=Path, nargs="+", default=[], metavar="REPORT", help="what passed in these is not tested again")
     add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
     add("--commit", help="what to note as the source, where it is not a git checkout")
     add("--device", default="cuda")
@@ -461,7 +353,7 @@ def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float
     if asked.out.exists() and not asked.out.is_dir():
         raise BenchError(f"out: {asked.out} is a file, must be a folder, or not there yet")
     asked.earlier = earlier(asked.after)
-    if {"tests", "sanitizer"} & set(steps) and importlib.util.find_spec("pytest") is None:
+    if {"ladder", "tests", "sanitizer"} & set(steps) and importlib.util.find_spec("pytest") is None:
         raise BenchError("the tests need pytest: pip install pytest")
     if asked.device != "cpu" and not torch.cuda.is_available():
         raise BenchError("no GPU here; on a CPU use `loraxs bench`")
@@ -484,36 +376,24 @@ def earlier(paths: list[Path]) -> list[dict[str, dict[str, Any]]]:
 
 
 def untested(after: list[dict[str, dict[str, Any]]]) -> list[str]:
-    """The components, the checker's aside, of whose files, as they are, the last verdict is not that they passed."""
+    """The components, the checker's aside, but for those whose last verdict, on the files as they are, was that all
+    their tests passed; one that was skipped, say without a core, has not."""
 
     def good(name: str) -> bool:
-        records = [tests[name] for tests in after if name in tests]
-        same = [each for each in records if each["sources"] == status.sources(name)]
-        verdicts = [outcomes.passed(each) for each in same if outcomes.passed(each) or outcomes.bad(each)]
-        return verdicts[-1:] == [True]
+        same = [tests[name] for tests in after if name in tests and tests[name]["sources"] == status.sources(name)]
+        last = [each for each in same if outcomes.passed(each) or outcomes.bad(each)][-1:]
+        return all(outcomes.passed(each) and not each.get("skipped") for each in last) and bool(last)
 
     return [name for name in status.COMPONENTS if name != status.SANITIZER and not good(name)]
-
-
-def install(kit: Path | None) -> dict[str, Any]:
-    """What bench/gpu_kit.py says of a kit whose core is now the one used here.  Raises BenchError."""
-    if kit is None:
-        return {}
-    import gpu_kit
-
-    try:
-        return {"kit": gpu_kit.use(kit)}
-    except gpu_kit.KitError as error:
-        raise BenchError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         asked, steps = request(argv)
-        kit = install(asked.kit)
+        kit = {"kit": gpu_kit.use(asked.kit)} if asked.kit else {}
         asked.out.mkdir(parents=True, exist_ok=True)
         suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
-    except (BenchError, OSError) as error:
+    except (BenchError, gpu_kit.KitError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
     for each in STOPS[1:]:
@@ -525,27 +405,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for step, seconds in steps.items():
             suite.waiting = sum(waiting := waiting[1:])
-            if suite.late(step):
+            if suite.left < LEAST + GRACE:
+                suite.cut = True
+                suite.say(f"{step}: not started, the budget is spent")
                 continue
-            if step == "build":
-                suite.build(seconds)
-            elif step == "ladder":
-                suite.ladder(seconds)
+            untried = [name for name in untested(asked.earlier) if name not in suite.data["tests"]]
+            if step == "ladder":
+                first = [name for name in untried if name == status.FIRST_LIGHT]
+                suite.tests(step, first, "test_first_light.py", seconds)
             elif step == "tests":
-                suite.tests(step, untested(asked.earlier), "test_*.py", seconds)
+                suite.tests(step, untried, "test_*.py", seconds)
             elif step == "sanitizer":
                 suite.tests(step, [status.SANITIZER], "test_sanitizer.py", seconds)
             else:
                 suite.bench(step, seconds)
-        suite.apart()
         suite.data["complete"] = not suite.cut
     except KeyboardInterrupt:
         suite.say("stopped")
     with deaf():
         suite.save()
         suite.say(f"\n{suite.path}\n{summary(suite.data)}")
-    bad = any(map(outcomes.bad, suite.data["tests"].values())) or suite.data.get("ladder", {}).get("bad")
-    return 1 if suite.cut or bad else 0
+    return 1 if suite.cut or any(map(outcomes.bad, suite.data["tests"].values())) else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 BAD = ("failed", "crashed", "timed out")
 WORDS = ("passed", *BAD, "not reached", "skipped")
 LONGEST = 300  # characters of a reason
-FRUITLESS = 16  # processes that end before their first test, one after another: then none will come to it
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -34,6 +33,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         if test := event.get("start"):
             of[test] = event["component"]
             state[test] = ended(Path(f"{path}.{event['pid']}"), event["pid"])
+        if test := event.get("late"):
+            state[test] = state[test][0], state[test][1] + event["story"]
         if test := event.get("end"):
             state[test] = event["outcome"], event["reason"]
         for name in event.get("components", ()):
@@ -58,18 +59,6 @@ def unstarted(path: Path) -> set[str]:
     """The tests that were collected, and that no process has begun."""
     found = events(path)
     return {test for event in found for test, _ in event.get("collected", ())} - {event.get("start") for event in found}
-
-
-def fruitless(path: Path) -> str:
-    """Why none will come to a test, where many processes have ended since the last one began: what they import."""
-    since: list[int] = []
-    for event in events(path):
-        since = [] if "start" in event else [*since, *([event["began"]] if "began" in event else [])]
-    dead = [pid for pid in since if not alive(pid)]
-    if len(dead) < FRUITLESS:
-        return ""
-    why = ended(Path(f"{path}.{dead[-1]}"), dead[-1])[1]
-    return f"{len(dead)} processes have ended before their first test, the last: {why}"
 
 
 def named(text: str, asked: Iterable[str]) -> list[str]:

@@ -1,12 +1,13 @@
 """What becomes of every test marked `gpu`, on the disk as it happens: `pytest -p recorder`.
 
 Every process that runs tests appends lines of JSON to the file LORAXS_OUTCOMES: the tests collected, the start of each
-and its end; each process that begins, and each file that cannot be collected, with the components that it names.  What
-has no end is a crash, or ran longer than its limit, of which <file>.<pid> has the traceback.  A test
-may take LORAXS_TEST_LIMIT seconds, or those of its mark, `gpu("component", limit=90)`; then its process ends, also
-inside C code that keeps the interpreter to itself.  After each test the GPU is waited for: a sticky CUDA error fails
-that test, and its process ends, so that it fails no other.  Where several of one test, or of one component, have cost
-their processes, the rest of it is not run: it would only take the others' time.
+and its end, and each file that cannot be collected, with the components that it names.  What has no end is a crash, or
+ran longer than its limit, of which <file>.<pid> has the traceback.  A test may take LIMIT seconds, or those of its
+mark, `gpu("component", limit=90)`; then its process ends, also inside C code that keeps the interpreter to itself.
+After each test the GPU is waited for: a sticky CUDA error fails that test, and its process ends, so that it fails no
+other.  With a core built by `LORAXS_TRACE=1 python setup.py build_ext --inplace`, either reason also says what the
+programs of the last launches were doing (bench/kernel_trace.py).  Where several of one test, or of one component, have
+cost their processes, the rest of it is not run: it would only take the others' time.
 
 LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE
 (seconds of the epoch) are not run again.  pytest-xdist puts a new process in the place of one that ended; without it
@@ -21,8 +22,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,8 @@ class Recorder:
         self.trace = open(f"{path}.{os.getpid()}", "w")  # noqa: SIM115 - as long as the process
         self.reports: list[pytest.TestReport] = []
         self.hopeless = ""
+        self.story: Callable[[], str] | None = None  # of the kernels, where the core traces them
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with pytest, and pytest with the suite
-        self.note(began=os.getpid())
 
     def note(self, **facts: Any) -> None:
         os.write(self.file, f"{json.dumps(facts)}\n".encode())  # at once, and in one piece
@@ -74,6 +76,12 @@ class Recorder:
         items[:] = [each for each in items if each in keep]
         if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others find the same
             self.note(collected=[[each.nodeid, component(each)] for each in items])
+        core = sys.modules.get("loraxs_kernels.backends.cuda.core")
+        if core and not core.missing() and hasattr(core.load(), "trace"):
+            import kernel_trace  # and so numpy, for which other processes do not wait
+
+            records = kernel_trace.begin(core.load())
+            self.story = lambda: "; ".join(["", *kernel_trace.story(records.copy())])
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -81,12 +89,16 @@ class Recorder:
         self.hopeless = self.why_not(item)
         self.note(start=item.nodeid, component=component(item), pid=os.getpid(), time=time.time())
         faulthandler.dump_traceback_later(limit(item), exit=True, file=self.trace)
+        late = threading.Timer(0.9 * limit(item), lambda: self.note(late=item.nodeid, story=self.story()))
+        if self.story:  # no test has a thread beside it for nothing
+            late.start()
         result = yield
         sticky = wait()
+        late.cancel()
         faulthandler.cancel_dump_traceback_later()
         outcome, reason = verdict(self.reports)
         if sticky:
-            outcome, reason = "failed", f"a sticky CUDA error: {sticky}"
+            outcome, reason = "failed", f"a sticky CUDA error: {sticky}{self.story() if self.story else ''}"
         elif self.hopeless:
             outcome = "not reached"
         seconds = round(time.monotonic() - began, 2)
@@ -132,7 +144,7 @@ def component(item: pytest.Item) -> str | None:
 
 def limit(item: pytest.Item) -> float:
     mark = item.get_closest_marker("gpu")
-    return (mark and mark.kwargs.get("limit")) or float(os.environ.get("LORAXS_TEST_LIMIT", LIMIT))
+    return (mark and mark.kwargs.get("limit")) or LIMIT
 
 
 def wait() -> str | None:

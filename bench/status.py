@@ -14,55 +14,51 @@ from typing import Any
 import outcomes
 
 ROOT = Path(__file__).parents[1]
-SANITIZER = "compute-sanitizer"
+FIRST_LIGHT, SANITIZER = "first light", "compute-sanitizer"  # which gpu_suite runs first and last
+
+
+def _package(*names: str) -> list[str]:
+    return [f"loraxs_kernels/{name}" for name in names]
+
+
 # Its files or folders, and what is known of it beyond its tests.
 COMPONENTS = {
+    FIRST_LIGHT: (
+        [*_package("backends/cuda", "backends/triton", "backends/device.py"), "csrc"],
+        "every kernel on small problems; a wrong result names the element that was read. Reports to 2026-11-27 have it "
+        "as `ladder`, which ran in processes of its own",
+    ),
     "torch backend": (
-        [
-            "loraxs_kernels/backends/torch.py",
-            "loraxs_kernels/ops.py",
-            "loraxs_kernels/functional.py",
-            "loraxs_kernels/route.py",
-        ],
+        _package("backends/torch.py", "ops.py", "functional.py", "route.py"),
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
     "triton backend": (
-        ["loraxs_kernels/backends/triton", "loraxs_kernels/backends/device.py", "loraxs_kernels/padding.py"],
+        _package("backends/triton", "backends/device.py", "padding.py"),
         "interpreted and compiled ahead of time on a CPU; its tiles are counted, not measured; never run on an AMD GPU",
     ),
     "cuda backend": (
-        ["loraxs_kernels/backends/cuda", "loraxs_kernels/backends/device.py", "csrc"],
+        [*_package("backends/cuda", "backends/device.py"), "csrc"],
         "on Hopper; for other GPUs compiled (sm_80), and shrink and decode emulated on a CPU",
     ),
     "adapter bank": (
-        [
-            "loraxs_kernels/indexed.py",
-            "loraxs_kernels/bank",
-            "loraxs_kernels/backends/triton_indexed",
-        ],
+        _package("indexed.py", "bank", "backends/triton_indexed"),
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",
     ),
     "truncated_svd": (
-        [f"loraxs_kernels/{name}.py" for name in ("svd", "svd_math", "exact_matmul", "rademacher", "factors")],
+        _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py"),
         "split products, groups, streams from the host, several GPUs",
     ),
-    "adapter files": (
-        [f"loraxs_kernels/{name}.py" for name in ("adapter_file", "adapter_format", "acceptance", "basis")],
-        "across devices",
-    ),
-    "neighbours": (
-        ["loraxs_kernels/integrations"],
-        "PEFT's method, Trainer's checkpoints, the reference implementation",
-    ),
+    "adapter files": (_package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py"), "across devices"),
+    "neighbours": (_package("integrations"), "PEFT's method, Trainer's checkpoints, the reference implementation"),
     "parallel": (
-        ["loraxs_kernels/parallel.py"],
+        _package("parallel.py"),
         "tensor parallelism and FSDP2 with several ranks: on CPUs alone, by gloo; a test marked `gpu` has one rank. "
         "NCCL between GPUs has not been tried",
     ),
-    "demo": (["loraxs_kernels/demo"], ""),
-    "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
+    "demo": (_package("demo"), ""),
+    "bench": (_package("bench"), "CUDA events, graph mode, kernel counts, ceilings"),
     SANITIZER: (
-        ["loraxs_kernels/backends", "loraxs_kernels/padding.py", "csrc"],
+        [*_package("backends", "padding.py"), "csrc"],
         "NVIDIA's memcheck, initcheck and, where TMA is not used, racecheck, over one small run of every kernel",
     ),
 }

@@ -102,6 +102,25 @@ def as_on_a_gpu(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def poisoned(request, monkeypatch):
+    """All that the backends allocate starts as NaN, written before the test, so that launches still overlap."""
+    from loraxs_kernels.backends import cuda, triton
+
+    pool, device = (1 << 28, "cuda") if request.node.get_closest_marker("gpu") else (1 << 22, "cpu")
+    left = torch.full((pool,), -1, dtype=torch.int32, device=device)  # NaN in every dtype
+
+    def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        nonlocal left
+        numbers = torch.Size(shape).numel()
+        words = -(-numbers * dtype.itemsize // 256) * 64
+        taken, left = left[:words], left[words:]
+        return taken.view(dtype)[:numbers].view(shape)
+
+    monkeypatch.setattr(cuda, "empty", empty)
+    monkeypatch.setattr(triton, "empty", empty)
+
+
 @pytest.fixture(scope="session")
 def _driver(tmp_path_factory):
     if reason := stubdriver.unavailable():

@@ -29,19 +29,6 @@ def hopper():
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Everything the backend allocates starts as NaN, written before the test, so that launches still overlap."""
-    left = [torch.full((1 << 28,), -1, dtype=torch.int32, device="cuda")]  # NaN in every dtype
-
-    def empty(like, shape, dtype):
-        bytes_ = torch.Size(shape).numel() * dtype.itemsize
-        taken, left[0] = left[0].split([-(-bytes_ // 256) * 64, len(left[0]) - -(-bytes_ // 256) * 64])
-        return taken.view(dtype)[: torch.Size(shape).numel()].view(shape)
-
-    monkeypatch.setattr(backend, "empty", empty)
-
-
-@pytest.fixture
 def tails(monkeypatch):
     """How the GEMM with a tail was called."""
     found, own = [], backend.gemm_tail
