@@ -16,10 +16,10 @@ from tqdm import tqdm
 from loraxs_kernels import backends
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton.config import TABLE, WIDEST, padded, read
-from loraxs_kernels.bench import tiles
 from loraxs_kernels.bench.compare import release
 from loraxs_kernels.bench.request import model_or_shapes
 from loraxs_kernels.bench.shapes import MODELS
+from loraxs_kernels.tuning import tiles
 
 
 def main() -> None:

@@ -129,7 +129,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it."""
     from . import bank_cli, serve_cli
-    from .bench import command, tune
+    from .bench import command
+    from .tuning import run as tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -306,8 +307,8 @@ def _params(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from .accounting import from_config
-    from .bench import tune
     from .bench.shapes import MODELS
+    from .tuning import run as tune
 
     shapes = None
     if arguments.model not in (None, *MODELS) and not arguments.shape:

@@ -12,7 +12,7 @@ import torch
 from loraxs_kernels.backends import tuned
 from loraxs_kernels.backends.triton import config
 from loraxs_kernels.backends.triton.config import Config, Device, Row, pick_config
-from loraxs_kernels.bench import tiles
+from loraxs_kernels.tuning import tiles
 
 H200, SMALL, FUTURE = Device((9, 0), 132), Device((8, 6), 20), Device((13, 0), 300)
 

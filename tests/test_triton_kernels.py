@@ -22,8 +22,8 @@ if not INTERPRETED:
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import config, launcher
-from loraxs_kernels.bench import tiles
 from loraxs_kernels.bench.shapes import Shape
+from loraxs_kernels.tuning import tiles
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32}
 ROWS = [row for row in config.committed_table() if row.layout in ("any", "forward")]

@@ -27,10 +27,12 @@ from loraxs_kernels.backends import choice, tuned
 from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton import config
-from loraxs_kernels.bench import BenchError, chain, tiles, timer, tune
+from loraxs_kernels.bench import BenchError, chain, timer
 from loraxs_kernels.bench import choice as question
 from loraxs_kernels.bench.shapes import Shape
 from loraxs_kernels.cli import main
+from loraxs_kernels.tuning import run as tune
+from loraxs_kernels.tuning import tiles
 
 CPU = torch.device("cpu")
 SHAPES = {16: (Shape(24, 40, 2), Shape(40, 24))}

@@ -31,14 +31,15 @@ from ..backends import choice, tuned
 from ..backends.device import Device, facts
 from ..backends.triton import config
 from ..backends.triton.config import padded
+from ..bench import BenchError, tables, timer
+from ..bench import choice as question
+from ..bench.compare import Row, failure, release
+from ..bench.questions import check
+from ..bench.request import DTYPES, MODES, Request, at_least_one, model_or_shapes
+from ..bench.shapes import MODELS, Shape
 from ..linear import LoraXSLinear, check_rank, label_of
 from ..weights import weight_of, weight_view
-from . import BenchError, tables, tiles, timer
-from . import choice as question
-from .compare import Row, failure, release
-from .questions import check
-from .request import DTYPES, MODES, Request, at_least_one, model_or_shapes
-from .shapes import MODELS, Shape
+from . import tiles
 
 # Buckets of rows, the most valuable first: training's, a step of decoding, then what lies between.
 TOKENS = (8192, 16, 2048, 512, 64, 4096, 1024, 32768, 256, 128, 16384, 32)

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from ..backends.triton import config, low_rank
 from ..backends.triton.config import Config, Device, Row
+from ..bench import BenchError, timer
+from ..bench.chain import Case
+from ..bench.shapes import Shape
 from ..files import write_atomically
-from . import BenchError, timer
-from .chain import Case
-from .shapes import Shape
 
 # From how many rows of x on a row of the table is meant, and with how many it is timed.
 TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .naming import as_dtype
+from ..naming import as_dtype
 
 if TYPE_CHECKING:
-    from .backends.choice import Row
+    from ..backends.choice import Row
 
 
 def tune(
@@ -52,7 +52,7 @@ def tune(
     RuntimeError where there is no GPU or nothing to choose from, ValueError or TypeError for wrong arguments, and
     OSError for a file that cannot be written, before anything is measured.
     """
-    from .bench.tune import tune_model
+    from .run import tune_model
 
     dtype = as_dtype("dtype", dtype, (torch.bfloat16, torch.float16))
     return tune_model(model, rank, tokens, dtype, budget, path, again, progress)
