@@ -1,20 +1,26 @@
-"""Which tiles the Triton kernels run fastest with: the end of `loraxs tune` (tune.py), and bench/tune.py, which makes
-the committed table.
+"""Which tiles the Triton kernels run fastest with: the end of `loraxs tune` (run.py), and the committed table of them.
 
-For each layout, rank and number of rows: begin with tiles that were counted on paper (START), change one of their sizes
-at a time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs,
-on operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
+In a checkout, this makes loraxs_kernels/backends/triton/configs.json; it needs no GPU:
+
+    python -m loraxs_kernels.tuning.tiles               of the tiles of START, compiled ahead of time
+    python -m loraxs_kernels.tuning.tiles FILE ...      and of those that `loraxs tune --out FILE` has found on a GPU
+
+For each layout, rank and number of rows: begin with the tiles of the committed table, change one of their sizes at a
+time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs, on
+operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
 fastest that spills no register is taken.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backends import tuned
+from ..backends.device import facts
 from ..backends.triton import config, low_rank
 from ..backends.triton.config import Config, Device, Row
 from ..bench import BenchError, timer
@@ -32,6 +40,8 @@ from ..files import write_atomically
 
 # From how many rows of x on a row of the table is meant, and with how many it is timed.
 TYPICAL = {1: 32, 257: 512, 2049: 8192, 16385: 32768}
+LAYOUTS = ("forward", "backward")
+SECONDS = 0.02  # for each size tried
 OPTIONS = {
     "block_t": (16, 32, 64, 128),
     "block_k": (32, 64, 128),
@@ -45,7 +55,7 @@ OPTIONS = {
 # GPU; and stages that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2
 # cache with 64 rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
 _MANY = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
-START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
+_COUNTED: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
     ("wgmma", "half"): {257: _MANY, 16385: {64: (128, 64, 128, 8, 3)}},
     ("tcgen05", "half"): {257: _MANY},
     ("mma", "half"): {
@@ -58,8 +68,13 @@ START: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
         257: {16: (64, 32, 32, 4, 3), 32: (64, 32, 32, 8, 3), 64: (32, 32, 32, 8, 3)},
     },
 }
-# Who may pick a family's rows.
-FOR = {"mma": [(8, 0), (9, 0), (10, 0), (12, 0)], "wgmma": [(9, 0)], "tcgen05": [(10, 0)]}
+START = [
+    Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
+    for (family, precision), by_tokens in _COUNTED.items()
+    for tokens, by_rank in by_tokens.items()
+    for rank, tiles in by_rank.items()
+]
+CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]  # one of each generation of GPUs
 SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high")}
 
 
@@ -67,27 +82,69 @@ class Spills(RuntimeError):
     """A kernel needs more registers than there are."""
 
 
-def counted() -> tuple[Row, ...]:
-    """START as a table, each row compiled ahead of time for all that may pick it; needs no GPU.  Raises Spills."""
-    rows = [
-        Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
-        for (family, precision), by_tokens in START.items()
-        for tokens, by_rank in by_tokens.items()
-        for rank, tiles in by_rank.items()
-    ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        return tuple(tqdm(pool.map(_compiled, rows), total=len(rows), desc="compiling", unit="row"))
+def can_be_measured() -> bool:
+    """Whether this Triton can compile ahead of time, as `shared` needs it."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
-def _compiled(row: Row) -> Row:
-    def has_its_own(capability: tuple[int, int]) -> bool:
-        """Whether a GPU has a row of its own family, which it picks instead of this one."""
-        family = config.family(capability)
-        own = START.get((family, row.precision), {}) if family != row.family else {}
-        return any(tokens <= row.tokens and row.rank in by_rank for tokens, by_rank in own.items())
+def measured(
+    shapes: Iterable[Shape],
+    rank: int,
+    tokens: int,
+    layout: str,
+    device: torch.device,
+    enough: Callable[[], bool] = lambda: False,
+) -> Row:
+    """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on.
 
-    capabilities = [capability for capability in FOR[row.family] if not has_its_own(capability)]
-    return row._replace(shared=shared(row, capabilities, ("forward", "backward")))
+    Once `enough` says so, no more tiles are tried, and the best of those that were is taken.
+    """
+    gpu = facts(device)
+    cases = [(shape.count, Case(shape, TYPICAL[tokens], rank, layout, torch.bfloat16, device)) for shape in shapes]
+
+    def cost(tiles: Config) -> float:
+        return math.inf if enough() else sum(count * time(case, tiles, gpu) for count, case in cases)
+
+    start = config.pick_row(config.committed_table(), tokens, rank, "half", layout, gpu)
+    times = search(start.tiles, cost)
+    for tiles in sorted(times, key=times.__getitem__):
+        row = Row(config.family(gpu.capability), "half", layout, rank, tokens, tiles, 0, source(device))
+        with suppress(Spills):
+            return row._replace(shared=shared(row, [gpu.capability], [layout]))
+    raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
+
+
+def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float]:
+    """{tiles: seconds} of those that ran: one size is changed at a time, the best kept, until no change helps."""
+    times, before = {tiles: cost(tiles)}, None
+    while tiles != before:
+        before = tiles
+        for name, options in OPTIONS.items():
+            others = [dataclasses.replace(tiles, **{name: option}) for option in options]
+            times |= {other: cost(other) for other in others if other not in times}
+            tiles = min(times, key=times.__getitem__)
+    return {each: t for each, t in times.items() if t < math.inf}
+
+
+def time(case: Case, tiles: Config, gpu: Device) -> float:
+    """Seconds of one call; infinite where the tiles do not run or are wrong."""
+    x, _, A, _, B, *_ = case.sets[0]
+    cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], gpu.multiprocessors)
+
+    def chain(x: Tensor, W: None, *more: Any) -> tuple:
+        return low_rank(cut, x, *more)
+
+    try:
+        candidate = case.candidate(chain)
+        if candidate.wrong:
+            return math.inf
+        each = candidate.ready(case.device, "graph" if case.device.type == "cuda" else "eager")
+        return timer.interleave({"": each}, case.device, SECONDS)[""].median().item()
+    except Exception:  # does not compile, or does not fit: others will
+        timer.synchronize()  # raises where the device itself is lost
+        return math.inf
 
 
 def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[str]) -> int:
@@ -109,76 +166,10 @@ def shared(row: Row, capabilities: Iterable[tuple[int, int]], layouts: Iterable[
     return max(found)
 
 
-def measured(
-    shapes: Iterable[Shape],
-    rank: int,
-    tokens: int,
-    layout: str,
-    device: torch.device,
-    facts: Device,
-    source: str,
-    seconds: float,
-    enough: Callable[[], bool] = lambda: False,
-) -> Row:
-    """The row of this GPU, in half precision (timed in bf16), for a padded rank, from so many rows on.
-
-    Once `enough` says so, no more tiles are tried, and the best of those that were is taken.
-    """
-    family = config.family(facts.capability)
-    cases = [(shape.count, Case(shape, TYPICAL[tokens], rank, layout, torch.bfloat16, device)) for shape in shapes]
-
-    def cost(tiles: Config) -> float:
-        if enough():
-            return math.inf
-        return sum(count * time(case, tiles, facts, seconds) for count, case in cases)
-
-    times = search(start(family, rank, tokens), cost)
-    for tiles in sorted(times, key=times.__getitem__):
-        row = Row(family, "half", layout, rank, tokens, tiles, 0, source)
-        with suppress(Spills):
-            return row._replace(shared=shared(row, [facts.capability], [layout]))
-    raise BenchError(f"no tiles run without spilling for rank {rank}, {tokens} rows, {layout}")
-
-
-def start(family: str, rank: int, tokens: int) -> Config:
-    """Where the search begins: the counted tiles of the GPU's family, or else those that every GPU can run."""
-    for name in (family, "mma"):
-        by_tokens = START[name, "half"]
-        for rows in sorted(by_tokens, reverse=True):
-            if rows <= tokens and rank in by_tokens[rows]:
-                return Config(*by_tokens[rows][rank])
-    raise KeyError(rank)
-
-
-def search(tiles: Config, cost: Callable[[Config], float]) -> dict[Config, float]:
-    """{tiles: seconds} of those that ran: one size is changed at a time, the best kept, until no change helps."""
-    times, before = {tiles: cost(tiles)}, None
-    while tiles != before:
-        before = tiles
-        for name, options in OPTIONS.items():
-            others = [dataclasses.replace(tiles, **{name: option}) for option in options]
-            times |= {other: cost(other) for other in others if other not in times}
-            tiles = min(times, key=times.__getitem__)
-    return {each: t for each, t in times.items() if t < math.inf}
-
-
-def time(case: Case, tiles: Config, facts: Device, seconds: float) -> float:
-    """Seconds of one call; infinite where the tiles do not run or are wrong."""
-    x, _, A, _, B, *_ = case.sets[0]
-    cut = config.split(tiles, x.shape[0], B.shape[0], A.shape[1], facts.multiprocessors)
-
-    def chain(x: Tensor, W: None, *more: Any) -> tuple:
-        return low_rank(cut, x, *more)
-
-    try:
-        candidate = case.candidate(chain)
-        if candidate.wrong:
-            return math.inf
-        each = candidate.ready(case.device, "graph" if case.device.type == "cuda" else "eager")
-        return timer.interleave({"": each}, case.device, seconds)[""].median().item()
-    except Exception:  # does not compile, or does not fit: others will
-        timer.synchronize()  # raises where the device itself is lost
-        return math.inf
+def source(device: torch.device) -> str:
+    """What a row says of where it comes from."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    return f"measured on {name}, {datetime.now(timezone.utc):%Y-%m-%d}"
 
 
 def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
@@ -188,5 +179,26 @@ def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
     return [*new, *(row for row in old if row[:5] not in keys)]
 
 
-def write(table: Iterable[Row], path: Path) -> None:
-    write_atomically(path, config.text(table).encode())
+def counted() -> list[Row]:
+    """START, each row compiled ahead of time for all GPUs that pick it; needs none.  Raises Spills."""
+
+    def pickers(row: Row) -> list[tuple[int, int]]:
+        wanted = (START, row.tokens, row.rank, row.precision, "forward")
+        return [each for each in CAPABILITIES if config.pick_row(*wanted, Device(each, 1)) is row]
+
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        found = pool.map(shared, START, map(pickers, START), itertools.repeat(LAYOUTS))
+        sizes = tqdm(found, total=len(START), desc="compiling", unit="row")
+        return [row._replace(shared=size) for row, size in zip(START, sizes, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", type=Path, help="made by `loraxs tune --out FILE` on a GPU")
+    new = [config.parse(entry) for path in parser.parse_args(argv).tables for entry in tuned.read(path)["tiles"]]
+    measured = [row for row in config.committed_table() if row.source.startswith("measured")]
+    write_atomically(config.TABLE, config.text(merged(merged(new, measured), counted())).encode())
+
+
+if __name__ == "__main__":
+    main()
