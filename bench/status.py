@@ -62,7 +62,7 @@ COMPONENTS = {
         "NCCL between GPUs has not been tried",
     ),
     "demo": (["loraxs_kernels/demo"], ""),
-    "bench": (["loraxs_kernels/bench"], "CUDA events, graph mode, kernel counts, ceilings"),
+    "bench": (["loraxs_kernels/bench", "loraxs_kernels/tuning"], "CUDA events, graph mode, kernel counts, ceilings"),
     SANITIZER: (
         ["loraxs_kernels/backends", "loraxs_kernels/padding.py", "csrc"],
         "NVIDIA's memcheck, initcheck and, where TMA is not used, racecheck, over one small run of every kernel",
