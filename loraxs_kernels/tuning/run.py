@@ -90,8 +90,10 @@ def run(
         raise ValueError(f"budget: got {budget!r}, must be a number of seconds above 0")
     end = clock() + budget
     at_least_one(tokens=tokens, rank=[*shapes])
+    names = _backends()
     device = _gpu()
-    names = _backends(device, max(map(padded, shapes)))
+    if max(shapes) > WIDEST and not ("cuda" in names and facts(device).capability == (9, 0)):
+        raise BenchError(f"rank: got {max(shapes)}, must be at most {WIDEST}: wider ones run on the torch backend here")
     request = check(["choice"], dtype=dtype, paths=names, device=str(device), seconds=SECONDS)
 
     def say(line: str) -> None:
@@ -113,25 +115,18 @@ def run(
     return this.table
 
 
-def _gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        raise BenchError(
-            "torch finds no GPU here, and on a CPU there is nothing to choose: run it on the machine and in the "
-            "environment in which the layers will run"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _backends(device: torch.device, rank: int) -> list[str]:
+def _backends() -> list[str]:
     """Those to choose from."""
     reasons = {name: backends.unavailable(name) for name in backends.NAMES}
     names = [name for name, reason in reasons.items() if reason is None]
     if names == ["torch"]:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise BenchError(f"there is nothing to choose, only the torch backend can run here ({why})")
-    if rank > WIDEST and not ("cuda" in names and facts(device).capability == (9, 0)):
-        raise BenchError(f"rank: got {rank}, must be at most {WIDEST}: wider ones run on the torch backend here")
     return names
+
+
+def _gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _table(path: Path | None, made_on: dict[str, Any], say: Callable[[str], None]) -> Table:

@@ -1,14 +1,20 @@
 """Which tiles the Triton kernels run fastest with: the end of `loraxs tune` (run.py), and the committed table of them.
 
-In a checkout, this makes loraxs_kernels/backends/triton/configs.json; it needs no GPU:
-
-    python -m loraxs_kernels.tuning.tiles               of the tiles of START, compiled ahead of time
-    python -m loraxs_kernels.tuning.tiles FILE ...      and of those that `loraxs tune --out FILE` has found on a GPU
-
 For each layout, rank and number of rows: begin with the tiles of the committed table, change one of their sizes at a
 time, and keep what is fastest over the shapes of a model.  What is timed is the chain without W, from CUDA graphs, on
 operands rotated past the L2 cache.  What does not compile, does not fit or is not right is left out; of the rest the
 fastest that spills no register is taken.
+
+In a checkout, this works on the committed table, loraxs_kernels/backends/triton/configs.json; it needs no GPU:
+
+    python -m loraxs_kernels.tuning.tiles             compile its rows that were not measured, note their shared memory
+    python -m loraxs_kernels.tuning.tiles FILE ...    and take over the tiles that `loraxs tune --out FILE` has found
+
+Tiles that were not measured were counted on paper and are changed by hand in that file.  For few rows: the least that a
+matrix instruction takes, and enough columns of x that a thread copies 16 bytes of them.  For more: as many rows as
+registers hold without spilling, since each block of rows reads A and B anew, while the blocks fill a GPU; and stages
+that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2 cache with 64
+rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
 """
 
 from __future__ import annotations
@@ -49,31 +55,6 @@ OPTIONS = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
-# By family, precision and least number of rows: block_t, block_k, block_n, warps and stages for each padded rank.
-# Few rows: the least a matrix instruction takes, and enough columns of x that a thread copies 16 bytes of them.
-# More: as many as registers hold without spilling, since each block of rows reads A and B anew, while the blocks fill a
-# GPU; and stages that keep the memory busy.  At T = 8192, N = K = 4096 and r = 128 these are 0.27 GB of reads of the L2
-# cache with 64 rows a block, 1.07 GB with 16.  Up to r = 32 they are few beside x.
-_MANY = {16: (64, 128, 128, 4, 4), 32: (64, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3), 128: (64, 64, 64, 8, 3)}
-_COUNTED: dict[tuple[str, str], dict[int, dict[int, tuple[int, ...]]]] = {
-    ("wgmma", "half"): {257: _MANY, 16385: {64: (128, 64, 128, 8, 3)}},
-    ("tcgen05", "half"): {257: _MANY},
-    ("mma", "half"): {
-        1: {16: (16, 128, 64, 4, 4), 32: (16, 64, 64, 4, 4), 64: (16, 64, 64, 4, 3), 128: (16, 128, 64, 8, 2)},
-        257: {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 8, 3), 64: (64, 64, 64, 8, 3), 128: (64, 64, 128, 8, 3)},
-        16385: {64: (128, 32, 64, 8, 3)},
-    },
-    ("mma", "tf32"): {
-        1: {16: (16, 32, 32, 4, 3), 32: (16, 32, 32, 4, 3), 64: (16, 32, 32, 4, 3)},
-        257: {16: (64, 32, 32, 4, 3), 32: (64, 32, 32, 8, 3), 64: (32, 32, 32, 8, 3)},
-    },
-}
-START = [
-    Row(family, precision, "any", rank, tokens, Config(*tiles), 0, "counted, not measured")
-    for (family, precision), by_tokens in _COUNTED.items()
-    for tokens, by_rank in by_tokens.items()
-    for rank, tiles in by_rank.items()
-]
 CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]  # one of each generation of GPUs
 SETTING = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high")}
 
@@ -179,25 +160,28 @@ def merged(new: Iterable[Row], old: Iterable[Row]) -> list[Row]:
     return [*new, *(row for row in old if row[:5] not in keys)]
 
 
-def counted() -> list[Row]:
-    """START, each row compiled ahead of time for all GPUs that pick it; needs none.  Raises Spills."""
+def compiled(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the shared memory that they need, each compiled for all GPUs that pick it.  Raises Spills."""
+    rows = [row._replace(shared=0) for row in rows]
 
     def pickers(row: Row) -> list[tuple[int, int]]:
-        wanted = (START, row.tokens, row.rank, row.precision, "forward")
+        wanted = (rows, row.tokens, row.rank, row.precision, "forward")
         return [each for each in CAPABILITIES if config.pick_row(*wanted, Device(each, 1)) is row]
 
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = pool.map(shared, START, map(pickers, START), itertools.repeat(LAYOUTS))
-        sizes = tqdm(found, total=len(START), desc="compiling", unit="row")
-        return [row._replace(shared=size) for row, size in zip(START, sizes, strict=True)]
+        found = pool.map(shared, rows, map(pickers, rows), itertools.repeat(LAYOUTS))
+        sizes = tqdm(found, total=len(rows), desc="compiling", unit="row")
+        return [row._replace(shared=size) for row, size in zip(rows, sizes, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", type=Path, help="made by `loraxs tune --out FILE` on a GPU")
+    parser.add_argument("tables", nargs="*", type=Path, metavar="FILE")
     new = [config.parse(entry) for path in parser.parse_args(argv).tables for entry in tuned.read(path)["tiles"]]
-    measured = [row for row in config.committed_table() if row.source.startswith("measured")]
-    write_atomically(config.TABLE, config.text(merged(merged(new, measured), counted())).encode())
+    old = config.read(config.TABLE)
+    measured = [row for row in old if row.source.startswith("measured")]
+    counted = compiled([row for row in old if row not in measured])
+    write_atomically(config.TABLE, config.text([*merged(new, measured), *counted]).encode())
 
 
 if __name__ == "__main__":
