@@ -26,7 +26,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=[16, 64, 32],
         metavar="r",
-        help="default: 16 64 32; the first comes first",
+        help="most valuable first; default: 16 64 32",
     )
     add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: the powers of two to 32768")
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: bf16")

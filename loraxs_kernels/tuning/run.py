@@ -46,7 +46,7 @@ NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make
 BETTER = 1.01  # times as fast: from there on new tiles are kept
 LEAST, MOST = 30.0, 120.0  # seconds of a search: not begun with less; so that others have their turn, too
 REST, AFTER = 15.0, 3.0  # seconds that the end of a search takes, and then each kind of call that is measured again
-KEPT = ("path", "mode", "status", "over", "seconds")  # of a row, beside where it was measured: what `decide` reads
+KEPT = {"path", "mode", "status", "over", "seconds"}  # of a row, beside where it was measured: what `decide` reads
 PASSING = ("out of memory", question.LOST)  # how reasons begin that another run may not find
 
 Shapes = Mapping[int, Sequence[Shape]]  # by rank, the most valuable first
@@ -126,6 +126,8 @@ def _backends() -> list[str]:
 
 
 def _gpu() -> torch.device:
+    if not torch.cuda.is_available():  # a backend may be interpreted
+        raise BenchError("torch finds no GPU here, and on a CPU there is nothing to choose")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -234,8 +236,8 @@ class _Run:
                 self.say(f"  {name} is left out at {kind}, {shape}: {why}")
             if "torch" not in failed:
                 where = {**kind._asdict(), "dtype": self.request.dtype_name, **shape.where}
-                ok = [row for row in found if row["status"] == "ok"]
-                rows += [where | {name: row[name] for name in KEPT if name in row} for row in ok]
+                ok = (row for row in found if row["status"] == "ok")
+                rows += [where | {key: value for key, value in row.items() if key in KEPT} for row in ok]
             elif not failed["torch"].startswith(PASSING):
                 raise BenchError(f"the torch backend failed at {kind}, {shape}: {failed['torch']}")
         release()
