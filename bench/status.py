@@ -56,7 +56,7 @@ COMPONENTS = {
         "NCCL between GPUs has not been tried",
     ),
     "demo": (_package("demo"), ""),
-    "bench": (_package("bench"), "CUDA events, graph mode, kernel counts, ceilings"),
+    "bench": (_package("bench", "tuning"), "CUDA events, graph mode, kernel counts, ceilings"),
     SANITIZER: (
         [*_package("backends", "padding.py"), "csrc"],
         "NVIDIA's memcheck, initcheck and, where TMA is not used, racecheck, over one small run of every kernel",

@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it."""
     from . import serve_cli
     from .bank import cli as bank_cli
-    from .bench import command, tune
+    from .bench import command
+    from .tuning import command as tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -307,8 +308,9 @@ def _params(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from .accounting import from_config
-    from .bench import tune
     from .bench.shapes import MODELS
+    from .tuning.command import command
+    from .tuning.model import of_model
 
     shapes = None
     if arguments.model not in (None, *MODELS) and not arguments.shape:
@@ -316,10 +318,10 @@ def _tune(arguments: argparse.Namespace) -> int:
             model = from_config(_configuration(arguments.model))
         with _told_in_lines("loraxs tune"):
             try:
-                shapes = tune.of_model(model, arguments.rank).shapes
+                shapes = of_model(model, arguments.rank).shapes
             except TypeError as error:  # that there are linear layers, but none that can have an adapter
                 raise ValueError(str(error)) from error
-    return tune.command(arguments, shapes)
+    return command(arguments, shapes)
 
 
 @contextmanager

@@ -229,6 +229,8 @@ def test_what_is_not_worth_it_or_loses_somewhere_gets_no_row():
     assert decide(measured(T=500), H100, HASHES, "") == []
     slow_one_by_one = measured({"triton": 0.8, "cuda": 0.9}, eager={"triton": 1.1, "cuda": 1.0})
     assert [row.backend for row in decide(slow_one_by_one, H100, HASHES, "")] == ["cuda"]
+    fails_one_by_one = measured(eager={"cuda": 0.9})
+    assert [row.backend for row in decide(fails_one_by_one, H100, HASHES, "")] == ["cuda"]
     one_layer_loses = measured(shapes=SHAPES[:2]) + measured({"triton": 1.05, "cuda": 1.0}, shapes=SHAPES[2:])
     assert decide(one_layer_loses, H100, HASHES, "")[-1].backend == "cuda"
     not_everywhere = measured(shapes=SHAPES[:2]) + measured({"cuda": 0.9}, shapes=SHAPES[2:])

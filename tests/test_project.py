@@ -27,7 +27,8 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}
 optional = {"transformers", "peft", "matplotlib", "sklearn", "triton", "rich", "bitsandbytes", "torchao", "deepspeed",
     "lmdb"}
 assert not new & optional, new
-assert "loraxs_kernels.bench" not in sys.modules and "loraxs_kernels.demo" not in sys.modules
+lazy = {"loraxs_kernels.bench", "loraxs_kernels.demo", "loraxs_kernels.tuning.run", "loraxs_kernels.tuning.tiles"}
+assert not lazy & set(sys.modules)
 assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules), "a compiler was loaded"
 assert not torch.cuda.is_initialized()
 assert torch.get_float32_matmul_precision() == "highest"

@@ -18,7 +18,7 @@ from loraxs_kernels.backends import triton_indexed  # noqa: E402
 from loraxs_kernels.backends.triton import config  # noqa: E402
 from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config, Device, Row  # noqa: E402
-from loraxs_kernels.bench.tiles import SETTING  # noqa: E402
+from loraxs_kernels.tuning.tiles import SETTING  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
 FORWARD_AND_BACKWARD = ("forward", "backward")

@@ -12,7 +12,7 @@ import torch
 from loraxs_kernels.backends import tuned
 from loraxs_kernels.backends.triton import config
 from loraxs_kernels.backends.triton.config import Config, Device, Row, pick_config
-from loraxs_kernels.bench import tiles
+from loraxs_kernels.tuning import tiles
 
 H200, SMALL, FUTURE = Device((9, 0), 132), Device((8, 6), 20), Device((13, 0), 300)
 
@@ -113,23 +113,38 @@ def test_a_row_that_does_not_fit_is_not_picked(no_table_of_the_users):
 
 
 def test_a_table_reads_as_it_was_written(tmp_path):
-    path = tmp_path / "deep" / "table.json"
-    tiles.write(config.committed_table(), path)
+    path = tmp_path / "table.json"
+    path.write_text(config.text(config.committed_table()))
     assert config.read(path) == config.committed_table()
     assert path.read_text() == config.TABLE.read_text()
 
 
-def test_the_committed_table_is_what_was_counted_or_measured():
-    """Rows without a measurement are those of tiles.START; test_triton_aot.py checks what they say of shared memory."""
-    counted = {row[:6] for row in config.committed_table() if row.source == "counted, not measured"}
-    started = {
-        (family, precision, "any", rank, tokens, Config(*cut))
-        for (family, precision), by_tokens in tiles.START.items()
-        for tokens, by_rank in by_tokens.items()
-        for rank, cut in by_rank.items()
-    }
-    assert counted == started
-    assert all(row.source.startswith("measured on ") for row in config.committed_table() if row[:6] not in counted)
+def test_the_committed_table_is_made_anew_without_losing_what_was_measured(monkeypatch, tmp_path):
+    """Rows that were counted are compiled for all GPUs that would pick them; test_triton_aot.py does so for real."""
+    counted = [row for row in config.committed_table() if row.source == "counted, not measured"]
+    capabilities = {}
+
+    def shared(row, found, layouts):
+        capabilities[row[:5]] = list(found)
+        return 7
+
+    class Here:  # in place of other processes
+        __init__ = __exit__ = lambda self, *_, **__: None
+        __enter__, map = lambda self: self, map
+
+    monkeypatch.setattr(tiles, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(tiles, "shared", shared)
+    monkeypatch.setattr(config, "TABLE", tmp_path / "configs.json")
+    mine, old, new = (OWN._replace(rank=rank, source="measured on an H100") for rank in (16, 32, 32))
+    config.TABLE.write_text(config.text([mine, old, *counted]))
+    write(tmp_path / "tuned.json", H200, new._replace(shared=2))
+    tiles.main([str(tmp_path / "tuned.json")])
+    assert config.read(config.TABLE) == (new._replace(shared=2), mine, *(row._replace(shared=7) for row in counted))
+    assert capabilities["mma", "half", "any", 16, 1] == [(8, 0), (9, 0), (10, 0), (12, 0)]
+    assert capabilities["mma", "half", "any", 64, 16385] == [(8, 0), (12, 0)]
+    assert capabilities["mma", "tf32", "any", 64, 257] == [(8, 0), (9, 0), (10, 0), (12, 0)]
+    assert capabilities["wgmma", "half", "any", 64, 16385] == [(9, 0)]
+    assert all(row.source.startswith("measured on ") for row in config.committed_table() if row not in counted)
 
 
 def test_the_search_finds_what_is_fastest_and_leaves_out_what_fails():
@@ -140,7 +155,7 @@ def test_the_search_finds_what_is_fastest_and_leaves_out_what_fails():
             return float("inf")
         return 1.0 + sum(a != b for a, b in zip(dataclasses.astuple(cut), dataclasses.astuple(best), strict=True))
 
-    times = tiles.search(tiles.start("wgmma", 64, 2049), cost)
+    times = tiles.search(OWN.tiles, cost)
     assert min(times, key=times.__getitem__) == best and times[best] == 1.0
     assert all(each.block_k != 128 for each in times)
 

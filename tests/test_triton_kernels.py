@@ -22,8 +22,8 @@ if not INTERPRETED:
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import config, launcher
-from loraxs_kernels.bench import tiles
 from loraxs_kernels.bench.shapes import Shape
+from loraxs_kernels.tuning import tiles
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32}
 ROWS = [row for row in config.committed_table() if row.layout in ("any", "forward")]
@@ -181,9 +181,10 @@ def test_tune_leaves_out_tiles_that_fail_or_are_wrong(monkeypatch):
     monkeypatch.setattr(tiles, "OPTIONS", {"block_t": (16, 24), "block_n": (16, spoiled), "block_k": (16, 32)})
     real = tiles.search
     monkeypatch.setattr(tiles, "search", lambda *args: times.update(real(*args)) or times)
-    facts, device = config.Device((9, 0), 8), torch.device("cpu")
-    row = tiles.measured([Shape(40, 48)], 16, 1, "backward", device, facts, "measured here", 1e-3)
+    monkeypatch.setattr(tiles, "facts", lambda device: config.Device((9, 0), 8))
+    monkeypatch.setattr(tiles, "SECONDS", 1e-3)
+    row = tiles.measured([Shape(40, 48)], 16, 1, "backward", torch.device("cpu"))
     assert row.tiles == min(times, key=times.__getitem__)
     assert all(each.block_t == 16 and each.block_n != spoiled for each in times)  # 24 is no power of two
     assert len(times) >= 4 and row.shared == 1000 + row.tiles.block_k
-    assert row[:5] == ("wgmma", "half", "backward", 16, 1) and row.source == "measured here"
+    assert row[:5] == ("wgmma", "half", "backward", 16, 1) and row.source.startswith("measured on this CPU, ")

@@ -4,7 +4,7 @@
      "made_on": {...},      what the figures depend on, see `machine`
      "tiles": [...],        of the Triton kernels, rows of triton/config.py
      "choices": [...],      of backends, rows of choice.py
-     "measured": [...]}     what was measured, so that a run can go on where the last one stopped (bench/tune.py)
+     "measured": [...]}     what was measured, so that a run can go on where the last one stopped (tuning/run.py)
 
 The rows of a file go before those that come with the package.
 """
@@ -95,10 +95,11 @@ def _table(device: Device) -> dict[str, Any]:
     return _tables[device]
 
 
-def install(device: Device, table: dict[str, Any]) -> None:
-    """Use a table in this process from now on, whatever the user's file has."""
+def install(table: dict[str, Any]) -> None:
+    """Use a table, which names its file at "path", in this process from now on, whatever the user's file has."""
+    made_on = table["made_on"]
     with _lock:
-        _tables[device] = table
+        _tables[Device(tuple(made_on["capability"]), made_on["multiprocessors"])] = table
         _changed()
 
 

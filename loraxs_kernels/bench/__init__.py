@@ -1,4 +1,4 @@
-"""`loraxs bench`, `roofline` and `tune`: what LoRA-XS costs, measured side by side, and what it must cost at least.
+"""`loraxs bench` and `roofline`: what LoRA-XS costs, measured side by side, and what it must cost at least.
 
 A question is a file, which has its grid, its paths, its rows, its table and its plot, and ends with its QUESTION:
 
@@ -18,9 +18,6 @@ What they share, each file above those that it uses:
     timer.py          timing several calls in turn; the machine's ceilings
     request.py        the options of a run
     roofline.py shapes.py          floors from counted bytes and flops; the linear layers of real models
-
-    tune.py           `loraxs tune` and `lx.tune`: the fastest backend for each kind of call, on the user's own GPU
-    tiles.py          the fastest tiles of the Triton kernels
 
 Nothing here is imported by `import loraxs_kernels`.
 """

@@ -115,9 +115,7 @@ def decide(
     """
     found = []
     for key, measured in kinds(rows, device).items():
-        mode = _best_mode(measured)
-        base = [row for row in measured if row["path"] == "torch" and row["mode"] == mode]
-        sizes = dict.fromkeys((row["N"], row["K"]) for row in base)
+        sizes = dict.fromkeys((N, K) for N, K, _ in _layers(measured, "torch"))
         everywhere, gain = _best(measured, kernels)
         for size in sizes if len(sizes) > 1 else ():
             alone = [row for row in measured if (row["N"], row["K"]) == size]
@@ -155,42 +153,33 @@ def kinds(rows: Iterable[Row], device: Device) -> dict[tuple, list[Row]]:
     return found
 
 
-def speed(measured: list[Row], name: str) -> float:
+def speed(measured: list[Row], name: str, mode: str | None = None) -> float:
     """How many times as fast as torch's a backend is over all layers, chosen or not; 0.0 where one was not measured."""
-    overs, base = _over(measured, name, _best_mode(measured))
-    return _speed(overs, base) if base and overs.keys() == base.keys() else 0.0
-
-
-def _best_mode(measured: list[Row]) -> str:
-    return "graph" if any(row["mode"] == "graph" for row in measured) else "eager"  # a CPU has no graphs
+    layers = _layers(measured, name, mode).values()
+    return sum(time for time, _ in layers) / sum(time * over for time, over in layers) if layers else 0.0
 
 
 def _gain(measured: list[Row], name: str) -> float:
-    """Time of torch's backend over that of another, over all layers in CUDA graphs; 0.0 where it may not be chosen."""
-    overs, base = _over(measured, name, _best_mode(measured))
-    if not base or overs.keys() != base.keys() or max(overs.values()) > WORST:
-        return 0.0
-    if 1 / _speed(*_over(measured, name, "eager")) > EAGER:
-        return 0.0
-    return _speed(overs, base)
+    """`speed` of a backend, or 0.0 where it may not be chosen."""
+    slowest = max((over for _, over in _layers(measured, name).values()), default=math.inf)
+    one_by_one = speed(measured, name, "eager") if _layers(measured, name, "eager") else 1.0
+    return speed(measured, name) if slowest <= WORST and one_by_one * EAGER >= 1 else 0.0
 
 
-def _over(measured: list[Row], name: str, mode: str) -> tuple[dict[tuple, float], dict[tuple, float]]:
-    """Time over torch's for each layer, and torch's own of all layers of its shape (on a CPU: how many those are)."""
-    own, base = {}, {}
+def _layers(measured: list[Row], name: str, mode: str | None = None) -> dict[tuple, tuple[float, float]]:
+    """{(N, K, r): torch's time for all such layers, and a backend's over it}; infinite where it was not measured.
+
+    mode: default: "graph", or on a CPU "eager"; there the number of the layers stands for torch's time.
+    """
+    mode = mode or ("graph" if any(row["mode"] == "graph" for row in measured) else "eager")
+    times, overs = {}, {}
     for row in measured:
         layer = (row["N"], row["K"], row["r"])
-        if row["mode"] == mode and row["path"] == name and (over := row["over"].get("torch")):
-            own[layer] = over["high"]
-        if row["mode"] == mode and row["path"] == "torch":
-            base[layer] = row["count"] * row.get("seconds", {}).get("median", 1.0)
-    return own, base
-
-
-def _speed(overs: dict[tuple, float], base: dict[tuple, float]) -> float:
-    """Torch's time for these layers over the other backend's; 1.0 where there are none."""
-    both = overs.keys() & base.keys()
-    return sum(base[layer] for layer in both) / sum(base[layer] * overs[layer] for layer in both) if both else 1.0
+        if (row["path"], row["mode"]) == ("torch", mode):
+            times[layer] = row["count"] * row.get("seconds", {"median": 1.0})["median"]
+        if (row["path"], row["mode"]) == (name, mode) and "torch" in row["over"]:
+            overs[layer] = row["over"]["torch"]["high"]
+    return {layer: (time, overs.get(layer, math.inf)) for layer, time in times.items()}
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:

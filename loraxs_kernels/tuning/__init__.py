@@ -1,18 +1,27 @@
-"""`tune`: measure on this GPU which backend is fastest for a model's layers.  The work is done by bench/tune.py."""
+"""`tune` and `loraxs tune`: measure on this GPU which backend is fastest for a model's layers, and use it from then on.
+
+    model.py      a model's layers
+    run.py        measuring all backends on them, within a budget, and keeping the table
+    tiles.py      the fastest tiles of the Triton kernels
+    command.py    the command line
+
+`import loraxs_kernels` imports none of these.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .naming import as_dtype
+from ..naming import as_dtype
 
 if TYPE_CHECKING:
-    from .backends.choice import Row
+    from ..backends.choice import Row
 
 
 def tune(
@@ -43,7 +52,7 @@ def tune(
         tokens: how many rows x has, one number or several; each is rounded up to a power of two.  None: all, first
             those of training and decoding.
         dtype: torch.bfloat16 or torch.float16, if calls do not have the layers' own dtype (under autocast).
-        budget: seconds, with imports and compilation; exceeded by at most one measurement.
+        budget: seconds, with imports and compilation; what has begun by then is finished.
         path: the file of the table; None: the one that is used by default.
         again: measure again what the file has already.
         progress: show the progress on stderr.
@@ -53,7 +62,35 @@ def tune(
     Raises RuntimeError if there is no GPU or no backend to choose from, ValueError or TypeError for wrong arguments,
     and OSError if the file cannot be written, before anything is measured.
     """
-    from .bench.tune import tune_model
+    from ..backends import choice
+    from .model import of_model, together
+    from .run import Table, run
 
     dtype = as_dtype("dtype", dtype, (torch.bfloat16, torch.float16))
-    return tune_model(model, rank, tokens, dtype, budget, path, again, progress)
+
+    def work(step: Callable[[], None]) -> Table:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}, must be an nn.Module")
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
+            raise TypeError(f"path: got {path!r}, must be the path of a file, or None")
+        rows_of_x = _integers("tokens", tokens)
+        found = of_model(model, _integers("rank", rank))
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or found.dtype)
+        if name is None:
+            raise ValueError(
+                f"dtype: got {found.dtype}, that of the layers, must be torch.bfloat16 or torch.float16: in others "
+                "there is nothing to choose. Name the one that autocast computes in, if it is used"
+            )
+        file, weights = path and Path(path), (True, False) if found.dense else (False, True)
+        more = dict(weights=weights, again=again, progress=progress, step=step)
+        return run(found.shapes, rows_of_x, name, budget, file, **more)
+
+    return [choice.parse(row) for row in together(work)["choices"]]
+
+
+def _integers(name: str, value: Any) -> list[int]:
+    """One or several integers, or none, as a list."""
+    found = [value] if isinstance(value, int) else [] if value is None else value
+    if not (isinstance(found, Sequence) and all(type(n) is int for n in found)):
+        raise TypeError(f"{name}: got {value!r}, must be an integer, several of them, or None")
+    return list(found)
