@@ -351,7 +351,11 @@ def _exported_before(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     return operator(*operands, "forward", backend)
 
 
-exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
+def exporting() -> bool:
+    """Whether torch.export is at work.  torch.compiler.is_exporting says so of torch.compile, too, before torch 2.13."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # torch 2.7 and later
+
+
 # Up to how many rows compiled code consists of plain operators.
 FEW = 64
 # Names what AOTAutograd traces: torch keeps compiled graphs on disk by the calls that dynamo has recorded.

@@ -1114,14 +1114,19 @@ def test_forward_mode_elsewhere_changes_nothing():
 
 @pytest.mark.parametrize("T", [17, 70])
 @pytest.mark.parametrize("before", [False, True])
-def test_compiled_code_refuses_tangents(T, before):
-    """torch would run the operator, and code compiled before there were any, without them."""
+def test_compiled_code_drops_no_tangents(T, before):
+    """torch would run the operator, and code compiled before there were any, without them: refused, or right."""
     o = operands(T, 33, 65, 12)
     call = torch.compile(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s), fullgraph=True, backend="aot_eager")
     if before:
         call(o.x)
-    with forward_ad.dual_level(), pytest.raises(Exception, match=ADVICE):
-        call(forward_ad.make_dual(o.x, o.x))
+    with forward_ad.dual_level():
+        try:
+            y, tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(o.x, o.x)))
+        except Exception as error:  # torch 2.14 also has words of its own
+            assert re.search(f"{ADVICE}|dual tensor input", str(error))
+        else:  # torch 2.14 takes code that was compiled without tangents no more
+            torch.testing.assert_close(tangent, y)
     assert torch.equal(call(o.x), lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s))
 
 
