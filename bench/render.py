@@ -11,9 +11,8 @@ In README.md and the documents below docs a block of figures lies between two co
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
 
-Reports of five kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
-they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), of bench/build_time.py, of bench/accuracy.py, and those of
-0.1.0's first days (no `format`), which are kept but shown nowhere.
+The reports shown are those of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what they
+hold), `loraxs demo` (loraxs_kernels/demo/report.py), `bench/costs.py build` and bench/accuracy.py; others are listed.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import accuracy  # noqa: E402
-import build_time  # noqa: E402
 import choices  # noqa: E402
+import costs  # noqa: E402
 import status  # noqa: E402
 
 from loraxs_kernels.backends import choice  # noqa: E402
@@ -52,7 +51,7 @@ def read() -> tuple[Reports, Reports]:
         data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
         if report.is_report(data):
             benches[name] = report.load(path)
-        elif data.get("format") in (build_time.FORMAT, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
+        elif data.get("format") in (costs.BUILD, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
             others[name] = data
     by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, others)]
     return by_date[0], by_date[1]
@@ -80,7 +79,7 @@ def build_block(name: str, data: dict[str, Any]) -> str:
 
 
 def other_block(name: str, data: dict[str, Any]) -> str:
-    makers = {build_time.FORMAT: build_block, accuracy.FORMAT: accuracy.block}
+    makers = {costs.BUILD: build_block, accuracy.FORMAT: accuracy.block}
     return makers.get(data.get("format"), demo_block)(name, data)
 
 

@@ -63,7 +63,7 @@ RASTERS = {1: "along T", 2: "along N"}
 FEW = 128  # multiprocessors that the tiles of T = 8192 fill in whole waves; the others are free for z
 HOST = (64, 64, 64, 16)  # T, N, K, r of the question what a launch costs
 # Microseconds.  Triton: the 44 that an H100's host took, less what is no longer done, which takes two to three times as
-# long there as by bench/launch_cost.py.  The core's: our Python 6, 3.4 and 9, timed on a CPU; guessed: binding 1.5,
+# long there as by bench/costs.py.  The core's: our Python 6, 3.4 and 9, timed on a CPU; guessed: binding 1.5,
 # memory and stream 1, five descriptors of the GEMM 2.5, driver 2.5.  The library's: guessed.
 HOST_PREDICTED = {
     "triton chain": (24, 32),
