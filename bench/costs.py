@@ -157,11 +157,8 @@ def checked(name: str, device: torch.device, T: int, N: int, K: int) -> Row:
     row: Row = {"T": T, "N": N, "K": K, "r": 16, "dtype": "bf16", "call": without}
     row |= {"later": later - without} if many > 1 else {}
     row["first"] = milliseconds([anew() for _ in range(TIMES)])
-    for what, call in {"call_bytes": plain, "first_bytes": anew()}.items() if device.type == "cuda" else ():
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        row[what] = torch.cuda.max_memory_allocated(device) - held
+    if device.type == "cuda":
+        row |= {"call_bytes": timer.peak(plain, device)[1], "first_bytes": timer.peak(anew(), device)[1]}
     return row
 
 

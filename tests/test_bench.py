@@ -87,11 +87,11 @@ def compiled_in_python(monkeypatch):
 # --- the paths
 
 
-NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "vera", "two", "two-compile", "two-frozen-compile")
+NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("name", [name for name, path in paths.PATHS.items() if isinstance(path, paths.Path)])
 def test_every_path_agrees_with_the_oracle(name, dtype, compiled_in_python):
     path = paths.PATHS[name]
     if reason := path.missing():
@@ -112,14 +112,14 @@ def test_a_wrong_path_is_found_out_and_not_timed(monkeypatch, wrong):
         A = o.A * 0 if wrong == "no adapter" else o.A
         return paths.Layer(lambda x: reference.lowrank_linear(x, o.W, A, used, o.B, s)[0], (R,), (o.A, R, o.B), o.s)
 
-    monkeypatch.setitem(paths.PATHS, "addmm", planted(paths._each(build)))
+    monkeypatch.setitem(paths.PATHS, "addmm", planted(build))
     rows = {row["path"]: row for row in rows_of(tiny(questions=["layer"], paths=["addmm", "reference"]))}
     assert rows["addmm"]["status"] == "failed" and rows["addmm"]["reason"] == "not timed, it is wrong: y, gX, gR"
     assert rows["reference"]["status"] == rows["frozen"]["status"] == "ok"
 
 
 def test_one_path_out_of_memory_costs_the_others_nothing(monkeypatch):
-    def build(sets):
+    def build(o):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
     monkeypatch.setitem(paths.PATHS, "addmm", planted(build))
@@ -145,7 +145,7 @@ def test_a_point_too_large_is_skipped_and_said(monkeypatch):
 def test_directions_do_what_they_say(direction):
     request = tiny(direction=direction)
     sets = layer.operands(request, Shape(48, 64), 33, 4)
-    (built,) = paths.PATHS["torch"].build(sets)
+    built = paths.PATHS["torch"].build(sets[0])
     (call,) = paths.calls([built], sets, direction)
     got = call()
     if direction == "forward":
@@ -385,14 +385,11 @@ def test_a_tail_that_cannot_run_is_said(monkeypatch):
     assert {row["path"] for row in rows_of(request)} == {"frozen"}
 
 
-def test_host_measures_each_path_and_the_operator(compiled_in_python):
+def test_host_measures_each_path():
     rows = {row["path"]: row for row in rows_of(tiny(questions=["host"], paths=["reference", "torch"]))}
-    assert set(rows) == {"frozen", "reference", "torch", "operator"}
+    assert set(rows) == {"frozen", "reference", "torch"}
     assert all(row["status"] == "ok" and "seconds" not in row for row in rows.values())  # ratios alone on a CPU
     assert rows["reference"]["over"]["reference"] == {"low": 1.0, "median": 1.0, "high": 1.0}
-    compiled = tiny(questions=["host"], paths=["two", "two-compile", "two-frozen-compile"])
-    rows = {row["path"]: row for row in rows_of(compiled)}
-    assert {name for name, row in rows.items() if row["over"]["two"]["median"] > 0} == set(rows) >= {"two-compile"}
 
 
 @pytest.mark.parametrize("shape", [Shape(96, 64), Shape(64, 96)], ids=str)
@@ -640,7 +637,7 @@ def test_paths_of_one_question_leave_another_its_own(tmp_path):
 
 
 def test_a_failed_path_shows_in_the_exit_status_and_the_table(tmp_path, monkeypatch, capsys):
-    def build(sets):
+    def build(o):
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setitem(paths.PATHS, "addmm", planted(build))
@@ -840,17 +837,6 @@ def test_the_build_of_the_core_is_told():
     assert ["the CUDA core", "its build", "nvcc was not found"] in tables_of(data)[-1].rows
 
 
-def test_a_person_gets_the_tables_with_rich(monkeypatch, capsys):
-    pytest.importorskip("rich")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "200")
-    made = tables_of(report.load(SAMPLE))
-    tables.show(made)
-    printed = capsys.readouterr().out
-    for table in made:
-        assert table.head[1] in printed and table.rows[0][1] in printed
-
-
 @pytest.mark.parametrize("threads, named", [(1, ", 1 thread"), (3, ", 3 threads"), (4, "")])
 def test_a_cpu_is_named_with_the_threads_that_were_used(threads, named):
     machine = {"device": "cpu", "cpu": "AMD EPYC", "cores": 4, "threads": threads}
@@ -861,7 +847,7 @@ def test_the_page_is_self_contained_and_has_every_plot():
     data = report.load(SAMPLE)
     text = page.page(data)
     names = [plot.name for plot in plots_of(data)]
-    assert {"tax-by-T-graph", "tax-by-r-graph", "achieved", "gemm-graph", "host", "svd"} <= set(names)
+    assert {"tax-by-T-graph", "tax-by-r-graph", "gemm-graph", "host", "svd"} <= set(names)
     assert re.findall(r'<img alt="[^"]+" id="([^"]+)"', text) == names
     assert not re.search(r"(src|href)=[\"'](?!data:)", text) and "@import" not in text
     for encoded in re.findall(r"base64,([^\"]+)", text):
@@ -1020,7 +1006,7 @@ def test_a_failed_capture_leaves_the_others_on_a_gpu(monkeypatch):
     def build(o: paths.Operands) -> paths.Layer:
         return paths.Layer(lambda x: (x.sum().item(), o.linear()(x))[1])  # waits for the device: cannot be captured
 
-    monkeypatch.setitem(paths.PATHS, "addmm", planted(paths._each(build)))
+    monkeypatch.setitem(paths.PATHS, "addmm", planted(build))
     rows = rows_of(tiny(**ON_A_GPU, questions=["layer"], tokens=[33, 5], paths=["addmm", "torch"]))
     states = {(row["path"], row["mode"], row["T"]): row["status"] for row in rows}
     for T in (33, 5):

@@ -24,7 +24,7 @@ import sys, torch
 before = set(sys.modules)
 import loraxs_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-optional = {"transformers", "peft", "matplotlib", "sklearn", "triton", "rich", "bitsandbytes", "torchao", "deepspeed",
+optional = {"transformers", "peft", "matplotlib", "sklearn", "triton", "bitsandbytes", "torchao", "deepspeed",
     "lmdb"}
 assert not new & optional, new
 assert "loraxs_kernels.bench" not in sys.modules and "loraxs_kernels.demo" not in sys.modules

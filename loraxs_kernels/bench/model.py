@@ -371,21 +371,18 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Time and, on a GPU, memory."""
     rows = [row for row in rows if "frozen" in row["over"] and not row["again"]]
     for with_it, group in _by_checkpointing(rows).items():
-        first, times, memory = group[0], [], []
+        times, memory = "time, as a multiple of the frozen model's", "peak memory, GiB"
+        panels: dict[str, list[plots.Bar]] = {times: []}
         for row in group:
             name = f"{row['path']}, r {row['r']}" if row["r"] else row["path"]
             own = (colour(paths.PATHS, row["path"].partition("+")[0]), name)
-            times.append((*own, row["over"]["frozen"]))
+            panels[times].append((*own, row["over"]["frozen"]))
             if "peak_bytes" in row:
-                memory.append((*own, dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)))
+                spread = dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)
+                panels.setdefault(memory, []).append((*own, spread))
+        first = group[0]
         title = f"A training step of {first['model']} ({first['dtype']}, T = {first['T']}), {with_it} checkpointing"
-        groups: dict[str, Any] = {"time, as a multiple of the frozen model's": (times, 1)}
-        groups |= {"peak memory, GiB": (memory, None)} if memory else {}
-        yield plots.panels(f"step-{with_it}-checkpointing", title, groups, _panel, legend=False)
-
-
-def _panel(axes: Any, group: tuple[list, float | None]) -> None:
-    plots.bars(axes, *group)
+        yield plots.bars(f"step-{with_it}-checkpointing", title, panels, {times: 1})
 
 
 QUESTION = Question(

@@ -36,6 +36,11 @@ class Path:
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
 
 
+def earlier(name: str, colour: str, what: str) -> Path:
+    """A path that can only be found in reports of earlier versions."""
+    return Path(name=name, what=what, colour=colour, run="named", missing=lambda: "it is measured no more")
+
+
 def colour(paths: Mapping[str, Path], name: str) -> str:
     """Of a path, or of what a report has that is none of today's."""
     return paths[name].colour if name in paths else Path.colour

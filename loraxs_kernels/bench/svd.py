@@ -294,7 +294,7 @@ def _cost(report: dict[str, Any], row: Row | None) -> list[str]:
     if row is None:
         return [tables.NO_FIGURE] * 3
     milliseconds = tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
-    return [milliseconds, f"{row['peak_bytes'] / 2**20:,.0f}", tables.bandwidth(report, row)]
+    return [milliseconds, f"{row['peak_bytes'] / 2**20:,.0f}", (tables.bandwidth(row, report) if row else "-")]
 
 
 def _errors(row: Row | None) -> list[str]:
