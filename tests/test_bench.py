@@ -284,7 +284,7 @@ def test_bank_rows_are_checked_and_timed(small_bank):
     assert banks["cold", 200]["over"].keys() == {"fewest", "warm"} and banks["read", 200]["over"].keys() == {"fewest"}
     assert (banks["read", 1]["bytes"], banks["adapter", 5]["bytes"]) == (4 * 4**2, 3 * 2 * 4**2)
     assert banks["adapter", 5]["seconds"]["median"] > 0
-    assert len(bank.QUESTION.plan(small_bank)) == 3
+    assert len(bank.QUESTION.plan(small_bank)) == 4
 
 
 def test_the_rows_of_a_mix(small_bank):
@@ -454,7 +454,7 @@ def test_shapes_are_those_of_the_models(name):
     assert found == expected
 
 
-def test_a_model_from_a_folder(tmp_path, capsys):
+def test_a_model_from_a_folder(tmp_path, monkeypatch):
     """A real one's configuration and weights, in the dtype asked for, as many blocks as asked for."""
     transformers = pytest.importorskip("transformers")
     sizes = MODELS["tiny"].config | {"num_hidden_layers": 3, "max_position_embeddings": 32}
@@ -466,7 +466,8 @@ def test_a_model_from_a_folder(tmp_path, capsys):
     weight = built.model.layers[1].mlp.up_proj.weight
     assert len(built.model.layers) == 2 and not weight.requires_grad
     assert torch.equal(weight, saved.model.layers[1].mlp.up_proj.weight.bfloat16())
-    rows = rows_of(dataclasses.replace(request, paths=("frozen", "torch")))
+    monkeypatch.setattr(model, "STEPS", 2)
+    rows = rows_of(dataclasses.replace(request, paths=("frozen", "torch"), dtype=torch.float32))  # bf16 is slow here
     assert {(row["path"], row["status"]) for row in rows} == {("frozen", "ok"), ("torch", "ok")}
     with pytest.raises(BenchError, match="sequence: got 33, must be at most 32"):
         tiny(**asked | {"sequence": 33})
@@ -500,8 +501,8 @@ def test_a_model_is_as_it_was_after_each_way(tiny_model, name):
 def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
     request = dataclasses.replace(tiny(questions=["model"], model="tiny", shapes=[]), sequence=8, paths=())
     expected = model.reference_gR(tiny_model, 4, request)
-    _, _, first = model.steps(tiny_model, "reference", 4, False, request, expected)
-    _, _, second = model.steps(tiny_model, "torch", 4, False, request, expected)
+    _, first = model.steps(tiny_model, "reference", 4, False, request, expected)
+    _, second = model.steps(tiny_model, "torch", 4, False, request, expected)
     assert first["gR_difference"] < 1e-4 and 0 < second["gR_difference"] < 1e-4
     forward = LoraXSLinear.forward
     monkeypatch.setattr(LoraXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
@@ -509,12 +510,11 @@ def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
         model.steps(tiny_model, "torch", 4, False, request, expected)
 
 
-def test_on_a_gpu_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
+def test_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
     times = {"frozen": [1.0, 1.1], "torch": [2.0]}
 
     def steps(model, name, *_):
-        samples = torch.full((7,), times[name].pop(0), dtype=torch.float64)
-        return samples, samples, {"loss": 1.0}
+        return torch.full((7,), times[name].pop(0), dtype=torch.float64), {"loss": 1.0}
 
     built = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 3})})
     for name, fake in {"build": lambda request: built, "steps": steps, "reference_gR": lambda *_: None}.items():

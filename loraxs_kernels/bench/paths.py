@@ -247,28 +247,36 @@ def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Cal
     return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
 
 
+def forward_and_backward(layer: Layer, o: Operands) -> tuple[Tensor, ...]:
+    """y, gX, and the gradient of each that trains."""
+    y = layer.call(o.x)
+    return y.detach(), *torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+
+
 def layer_errors(layer: Layer, o: Operands) -> dict[str, dict[str, float]]:
     """Of y, gX and, where R itself trains, gR: the relative error against the fp64 oracle, and what is allowed.
 
     y and gX are compared on rows spread over all of x, gR whole: its oracle is low-rank and costs little.
     """
-    y = layer.call(o.x)
-    gX, *trained = torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+    y, gX, *trained = forward_and_backward(layer, o)
     rows, r = some(o.x), o.R.shape[0]
     R_trains = layer.factors and len(trained) == 1 and trained[0].shape == (r, r)
-    got = {"y": y.detach()[rows], "gX": gX[rows], "gR": trained[0] if R_trains else None}
-    return errors(got, *(_expected(layer, o, rows, dtype) for dtype in (o.x.dtype, torch.float64)), o.x.dtype)
+    got = {"y": y[rows], "gX": gX[rows], "gR": trained[0] if R_trains else None}
+    A_R_B, s = layer.factors, layer.s
+    return errors(got, *(expected(o, A_R_B, s, rows, dtype) for dtype in (o.x.dtype, torch.float64)), o.x.dtype)
 
 
-def _expected(layer: Layer, o: Operands, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def expected(
+    o: Operands, factors: tuple[Tensor, Tensor, Tensor] | None, s: float, rows: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """y and gX on some rows, and gR, from the specification, with every operand in `dtype`."""
     x, gY, W = (t.detach().to(dtype) for t in (o.x[rows], o.gY[rows], o.W))
-    if layer.factors is None:
+    if factors is None:
         return {"y": x @ W.T, "gX": gY @ W}
-    A, R, B = (t.detach().to(dtype) for t in layer.factors)
+    A, R, B = (t.detach().to(dtype) for t in factors)
     z, v = o.x.detach().to(dtype) @ A.T, o.gY.to(dtype) @ B
     return {
-        "y": reference.lowrank_linear(x, W, A, R, B, layer.s)[0],
-        "gX": reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.s)[0],
-        "gR": layer.s * (v.T @ z),
+        "y": reference.lowrank_linear(x, W, A, R, B, s)[0],
+        "gX": reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, s)[0],
+        "gR": s * (v.T @ z),
     }
