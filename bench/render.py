@@ -57,13 +57,16 @@ def read() -> tuple[Reports, Reports]:
     return by_date[0], by_date[1]
 
 
+def where(name: str, data: dict[str, Any]) -> str:
+    return f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
+
+
 def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
     """Where it was measured, and the tables of some questions."""
     found = tables_of(data, questions or QUESTIONS)
     if not found:
         raise BenchError(f"{name} has nothing on {', '.join(questions)}")
-    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
-    return "\n\n".join([where, *(table.markdown() for table in found)])
+    return "\n\n".join([where(name, data), *(table.markdown() for table in found)])
 
 
 def build_block(name: str, data: dict[str, Any]) -> str:
@@ -74,8 +77,7 @@ def build_block(name: str, data: dict[str, Any]) -> str:
         lines.append([row["architectures"].replace(";", ", "), *times, f"{row['largest_bytes'] / 2**30:.1f}"])
     title = f"Compiling the CUDA core, nvcc {data['nvcc']}, {data['jobs']} at once"
     head = ["LORAXS_CUDA_ARCHS", "minutes", "minutes of one processor", "memory of the largest compiler, GiB"]
-    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
-    return f"{where}\n\n{tables.Table(title, head, lines).markdown()}"
+    return f"{where(name, data)}\n\n{tables.Table(title, head, lines).markdown()}"
 
 
 def other_block(name: str, data: dict[str, Any]) -> str:
@@ -192,28 +194,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document is out of date")
     check = parser.parse_args(argv).check
     try:
-        wanted = list(documents())
+        wanted = dict(documents())
     except BenchError as error:
         print(f"render: {error}", file=sys.stderr)
         return 1
-    stale = [path for path, text in wanted if not path.exists() or path.read_text() != text]
     if check:
-        images = re.findall(r"\]\(([^)]+\.png)\)", dict(wanted)[RESULTS / "README.md"])
-        stale += [RESULTS / image for image in images if not (RESULTS / image).exists()]
-        for path in stale:
+        named = [RESULTS / each for each in re.findall(r"\]\(([^)]+\.png)\)", wanted[RESULTS / "README.md"])]
+        stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+        for path in (stale := [*stale, *(path for path in named if not path.exists())]):
             print(f"render: {path.relative_to(ROOT)} is out of date; run python bench/render.py", file=sys.stderr)
         return 1 if stale else 0
-    for path, text in wanted:
+    for path, text in wanted.items():
         path.write_text(text)
     benches, others = read()
-    drawn = {name: plots_of(data) for name, data in _newest(benches).items()}
-    drawn |= {name: _other_plots(data) for name, data in _newest_others(others).items()}
-    images = {RESULTS / _image(name, plot): plot for name, found in drawn.items() for plot in found}
+    drawn = {(name, plot) for name, data in _newest(benches).items() for plot in plots_of(data)}
+    drawn |= {(name, plot) for name, data in _newest_others(others).items() for plot in _other_plots(data)}
+    images = {RESULTS / _image(name, plot): plot for name, plot in drawn}
     for path, plot in images.items():
         path.write_bytes(plot.png())
-    superseded = [*benches, *(name for name, data in others.items() if _other_plots(data))]
-    for stem in (name.removesuffix(".json") for name in superseded):  # what newer reports have taken the place of
-        for path in set(RESULTS.glob(f"{stem}-*.png")) - set(images):
+    for path in set(RESULTS.glob("*/*.png")) - set(images):
+        if not path.with_suffix(".json").exists():  # else a demo's own; these are of what newer reports superseded
             path.unlink()
     return 0
 
