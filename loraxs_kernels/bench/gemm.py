@@ -21,8 +21,8 @@ from ..backends import cuda
 from ..backends.cuda import config, core
 from ..backends.device import facts
 from ..padding import padded_rows
-from . import compare, paths, plots, tables, tax, timer
-from .compare import Build, Candidate, Results, Row, failure
+from . import BenchError, compare, paths, plots, tables, tax, timer
+from .compare import Build, Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, colour, grid
 from .request import Request
@@ -135,21 +135,19 @@ def plan(request: Request) -> list[Point]:
 def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     tiles = "cuda" in request.paths and missing(request.dtype, request.device) is None
     names = [name for name in PATHS if name in request.paths or (tiles and name in TILES)]
-    if shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT:
-        why = f"N and K must be multiples of {config.ALIGNMENT}"
-        yield from (failure(name, why) for name in names if name in TILES)
-        names = [name for name in names if name not in TILES]
 
     def operands() -> Build:
         case = Case(shape, T, r, direction, request.dtype, request.device)
         picked = case.picked() if "cuda" in request.paths else None
 
         def build(name: str) -> Candidate:
+            if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
+                raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
             return case.candidate(PATHS[name], **case.facts(name), picked=name == picked)
 
         return build
 
-    yield from compare.compare(request, names, operands, ("frozen", "torch"))
+    return compare.compare(request, names, operands, ("frozen", "torch"))
 
 
 # --- what is shown
