@@ -18,7 +18,7 @@ SMALLER = {"bank": {"tokens": [16]}, "svd": {"shapes": ["512x512"], "tokens": []
 DEFAULT = [name for name, path in PATHS.items() if path.run == "default"]
 NAMES = {
     ("layer", "both"): DEFAULT,
-    ("host", "both"): [*DEFAULT, "operator"],
+    ("host", "both"): DEFAULT,
     ("chain", "forward"): chain.PATHS,
     ("chain", "backward"): chain.PATHS,
     ("gemm", "forward"): gemm.PATHS,

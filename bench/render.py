@@ -11,9 +11,8 @@ In README.md and the documents below docs a block of figures lies between two co
     <!-- figures: cpu/2026-11-22-abc1234.json layer host -->
     <!-- end of figures -->
 
-Reports of five kinds are known: of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what
-they hold), of `loraxs demo` (loraxs_kernels/demo/report.py), of bench/build_time.py, of bench/accuracy.py, and those of
-0.1.0's first days (no `format`), which are kept but shown nowhere.
+The reports shown are those of `loraxs bench` and bench/gpu_suite.py (loraxs_kernels/bench/report.py says what they
+hold), `loraxs demo` (loraxs_kernels/demo/report.py), `bench/costs.py build` and bench/accuracy.py; others are listed.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import accuracy  # noqa: E402
-import build_time  # noqa: E402
 import choices  # noqa: E402
+import costs  # noqa: E402
 import status  # noqa: E402
 
 from loraxs_kernels.backends import choice  # noqa: E402
@@ -52,10 +51,14 @@ def read() -> tuple[Reports, Reports]:
         data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
         if report.is_report(data):
             benches[name] = report.load(path)
-        elif data.get("format") in (build_time.FORMAT, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
+        elif data.get("format") in (costs.BUILD, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
             others[name] = data
     by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, others)]
     return by_date[0], by_date[1]
+
+
+def where(name: str, data: dict[str, Any]) -> str:
+    return f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
 
 
 def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
@@ -63,8 +66,7 @@ def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
     found = tables_of(data, questions or QUESTIONS)
     if not found:
         raise BenchError(f"{name} has nothing on {', '.join(questions)}")
-    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
-    return "\n\n".join([where, *(table.markdown() for table in found)])
+    return "\n\n".join([where(name, data), *(table.markdown() for table in found)])
 
 
 def build_block(name: str, data: dict[str, Any]) -> str:
@@ -75,12 +77,11 @@ def build_block(name: str, data: dict[str, Any]) -> str:
         lines.append([row["architectures"].replace(";", ", "), *times, f"{row['largest_bytes'] / 2**30:.1f}"])
     title = f"Compiling the CUDA core, nvcc {data['nvcc']}, {data['jobs']} at once"
     head = ["LORAXS_CUDA_ARCHS", "minutes", "minutes of one processor", "memory of the largest compiler, GiB"]
-    where = f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
-    return f"{where}\n\n{tables.Table(title, head, lines).markdown()}"
+    return f"{where(name, data)}\n\n{tables.Table(title, head, lines).markdown()}"
 
 
 def other_block(name: str, data: dict[str, Any]) -> str:
-    makers = {build_time.FORMAT: build_block, accuracy.FORMAT: accuracy.block}
+    makers = {costs.BUILD: build_block, accuracy.FORMAT: accuracy.block}
     return makers.get(data.get("format"), demo_block)(name, data)
 
 
@@ -193,28 +194,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document is out of date")
     check = parser.parse_args(argv).check
     try:
-        wanted = list(documents())
+        wanted = dict(documents())
     except BenchError as error:
         print(f"render: {error}", file=sys.stderr)
         return 1
-    stale = [path for path, text in wanted if not path.exists() or path.read_text() != text]
     if check:
-        images = re.findall(r"\]\(([^)]+\.png)\)", dict(wanted)[RESULTS / "README.md"])
-        stale += [RESULTS / image for image in images if not (RESULTS / image).exists()]
-        for path in stale:
+        named = [RESULTS / each for each in re.findall(r"\]\(([^)]+\.png)\)", wanted[RESULTS / "README.md"])]
+        stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+        for path in (stale := [*stale, *(path for path in named if not path.exists())]):
             print(f"render: {path.relative_to(ROOT)} is out of date; run python bench/render.py", file=sys.stderr)
         return 1 if stale else 0
-    for path, text in wanted:
+    for path, text in wanted.items():
         path.write_text(text)
     benches, others = read()
-    drawn = {name: plots_of(data) for name, data in _newest(benches).items()}
-    drawn |= {name: _other_plots(data) for name, data in _newest_others(others).items()}
-    images = {RESULTS / _image(name, plot): plot for name, found in drawn.items() for plot in found}
+    drawn = {(name, plot) for name, data in _newest(benches).items() for plot in plots_of(data)}
+    drawn |= {(name, plot) for name, data in _newest_others(others).items() for plot in _other_plots(data)}
+    images = {RESULTS / _image(name, plot): plot for name, plot in drawn}
     for path, plot in images.items():
         path.write_bytes(plot.png())
-    superseded = [*benches, *(name for name, data in others.items() if _other_plots(data))]
-    for stem in (name.removesuffix(".json") for name in superseded):  # what newer reports have taken the place of
-        for path in set(RESULTS.glob(f"{stem}-*.png")) - set(images):
+    for path in set(RESULTS.glob("*/*.png")) - set(images):
+        if not path.with_suffix(".json").exists():  # else a demo's own; these are of what newer reports superseded
             path.unlink()
     return 0
 

@@ -352,7 +352,7 @@ def _exported_before(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exporting() -> bool:
-    """Whether torch.export is at work.  torch.compiler.is_exporting says so of torch.compile, too, before torch 2.13."""
+    """Whether torch.export is at work; before torch 2.13 torch.compiler.is_exporting says so of torch.compile, too."""
     return getattr(torch.compiler, "_is_exporting_flag", False)  # torch 2.7 and later
 
 

@@ -24,7 +24,7 @@ import sys, torch
 before = set(sys.modules)
 import loraxs_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-optional = {"transformers", "peft", "matplotlib", "sklearn", "triton", "rich", "bitsandbytes", "torchao", "deepspeed",
+optional = {"transformers", "peft", "matplotlib", "sklearn", "triton", "bitsandbytes", "torchao", "deepspeed",
     "lmdb"}
 assert not new & optional, new
 lazy = {"loraxs_kernels.bench", "loraxs_kernels.demo", "loraxs_kernels.tuning.run", "loraxs_kernels.tuning.tiles"}

@@ -23,6 +23,7 @@ from loraxs_kernels.bench import BenchError, command, gemm, question, questions,
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import costs  # noqa: E402
 import gpu_suite  # noqa: E402
 import kernel_trace  # noqa: E402
 import outcomes  # noqa: E402
@@ -654,3 +655,21 @@ def test_the_suite_needs_a_gpu(tmp_path):
 
 def test_a_reason_names_no_path_of_the_machine():
     assert outcomes.short(f"File {ROOT}/tests/rungs.py,\n  line 3") == "File tests/rungs.py, line 3"
+
+
+@pytest.mark.parametrize("cost", ["first-use", "bank-store"])
+def test_a_cost_has_a_report_of_its_own(tmp_path, monkeypatch, cost):
+    pytest.importorskip("lmdb")
+    for name, few in {"POINTS": [(1, 64, 64), (3, 96, 80)], "MANY": 3, "TIMES": 2, "MODULES": 2, "RECORDS": 3}.items():
+        monkeypatch.setattr(costs, name, few)
+    costs.main([cost, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob(f"*-{cost}.json")
+    data = json.loads(path.read_text())
+    assert data["format"] == f"loraxs-{cost}" and data["machine"]["device"] == "cpu"
+    if cost == "first-use":
+        assert [(row["N"], "later" in row) for row in data["rows"]] == [(64, True), (96, False)]
+        assert all(row["first"] > 0 and row["call"] > 0 for row in data["rows"])
+    else:
+        read = [row for row in data["rows"] if row["what"].startswith("read")]
+        assert len(read) == 4 and all(0 < row["microseconds"] <= row["percentile_99"] for row in read)
+        assert {row["of_R"] for row in data["rows"] if "of_R" in row} == {3 * 2 * 16 * 16 * 2}

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from ..indexed import RowIndex
 from ..model import attach
 from . import tables, timer
 from .compare import Build, Candidate, Results, Row, compare, errors, failure, figures, some
-from .paths import Layer, Operands, calls
+from .paths import Layer, Operands, calls, forward_and_backward
 from .question import Point, Question, grid
 from .request import Request
 from .roofline import DIRECTIONS
 from .shapes import Shape
-from .tables import Table, over, pivot
+from .tables import Table, over
 
 SHAPES, TOKENS = (Shape(4096, 4096), Shape(11008, 4096)), (1, 16, 64, 512)  # where none are asked for
 RECORDS = (1, 1_000, 100_000)
@@ -124,56 +125,39 @@ def check(request: Request) -> Request:
 def plan(request: Request) -> list[Point]:
     """Layers first; then banks by their records, on the first shape, and one with adapters of many modules."""
     where = {"r": request.ranks[0], "direction": "forward", "mode": "eager"}
-    return [
-        *grid(request, _mixed),
-        Point(where, partial(_by_records, request)),
-        Point(where, partial(_whole_adapter, request)),
-    ]
+    directions = ("forward", "both") if request.direction == "both" else (request.direction,)
+    banks = (_by_records, _whole_adapter)
+    return [*grid(request, _mixed, direction=directions), *(Point(where, partial(each, request)) for each in banks)]
 
 
-def _mixed(request: Request, shape: Shape, T: int, r: int) -> Iterator[Row]:
-    """Rows of different adapters in one layer, each way in both directions."""
-    names = [name for name in PATHS if name != "peft" or (T <= PEFT_TOKENS and importlib.util.find_spec("peft"))]
-    sets: list[tuple[Operands, Tensor]] = []
+def _mixed(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
+    """Rows of different adapters in one layer, each way."""
+    make = partial(operands, shape=shape, T=T, r=r, request=request)
 
-    @cache
-    def built(name: str) -> tuple[list[Layer], dict]:
-        which, make, _ = PATHS[name]
-        index = mix(which, T)
-        layers = [make(o, Rs, index) for o, Rs in sets]
-        return layers, check_layer(layers[0], sets[0][0], known(which, name in APART))
-
-    @cache
-    def known(which: str, apart: bool) -> tuple[Results, Results]:
-        return expected(*sets[0], mix(which, T), apart)
-
-    def prepare(direction: str) -> Build:
-        sets[:] = sets or operands(request, shape, T, r)
+    def prepare() -> Build:
+        sets = timer.in_sets(make, request.device, lambda each: each[0].bytes)
+        known = cache(lambda which, apart: expected(*sets[0], mix(which, T), apart))
 
         def build(name: str) -> Candidate:
-            layers, found = built(name)
+            which, make, _ = PATHS[name]
+            layers = [make(o, Rs, mix(which, T)) for o, Rs in sets]
+            found = check_layer(layers[0], sets[0][0], known(which, name in APART))
             return Candidate(partial(calls, layers, [o for o, _ in sets], direction), found)
 
         return build
 
-    for direction in ("forward", "both") if request.direction == "both" else (request.direction,):
-        for mode in request.modes:
-            able = direction == "forward" and mode == "eager"  # PEFT's: it trains no R, and no graph has what it does
-            ways = [name for name in names if able or name != "peft"]
-            rows = compare(request, ways, partial(prepare, direction), ("one",), modes=(mode,))
-            yield from ({"direction": direction, "mode": mode} | row for row in rows)
+    for mode in request.modes:
+        # PEFT's layer trains no R, no graph has what it does, and it holds a LoRA for each row.
+        able = direction == "forward" and mode == "eager" and T <= PEFT_TOKENS and importlib.util.find_spec("peft")
+        names = [name for name in PATHS if name != "peft" or able]
+        yield from ({"mode": mode} | row for row in compare(request, names, prepare, ("one",), modes=(mode,)))
 
 
-def operands(request: Request, shape: Shape, T: int, r: int) -> list[tuple[Operands, Tensor]]:
-    """Operands, and T random R (T, r, r), in as many sets as leave the cache."""
-
-    def make(seed: int) -> tuple[Operands, Tensor]:
-        o = Operands.random(T, shape.N, shape.K, r, request.dtype, request.device, seed)
-        g = torch.Generator(request.device).manual_seed(seed)
-        return o, torch.randn(T, r, r, generator=g, device=request.device) / r**0.5
-
-    first = make(0)
-    return [first, *map(make, range(1, timer.sets_needed(request.device, first[0].bytes)))]
+def operands(seed: int, shape: Shape, T: int, r: int, request: Request) -> tuple[Operands, Tensor]:
+    """Operands, and T random R (T, r, r)."""
+    g = torch.Generator(request.device).manual_seed(seed)
+    Rs = torch.randn(T, r, r, generator=g, device=request.device) / r**0.5
+    return Operands.random(T, shape.N, shape.K, r, request.dtype, request.device, seed), Rs
 
 
 def expected(o: Operands, Rs: Tensor, index: list[int], apart: bool = False) -> tuple[Results, Results]:
@@ -199,9 +183,8 @@ def expected(o: Operands, Rs: Tensor, index: list[int], apart: bool = False) -> 
 
 def check_layer(layer: Layer, o: Operands, known: tuple[Results, Results]) -> dict[str, dict[str, float]]:
     """The errors of y and gX on some rows, and of gR."""
-    y = layer.call(o.x)
-    gX, *gR = torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
-    got = {"y": y.detach()[some(o.x)], "gX": gX[some(o.x)]}
+    y, gX, *gR = forward_and_backward(layer, o)
+    got = {"y": y[some(o.x)], "gX": gX[some(o.x)]}
     if gR:
         got["gR"] = gR[0].view(-1, *gR[0].shape[-2:])
     rounded, exact = ({what: each[what][: len(t)] for what, t in got.items()} for each in known)
@@ -228,42 +211,43 @@ def _by_records(request: Request) -> Iterator[Row]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             names = _filled(folder, nn.Sequential(o.linear()), r, n, torch.float32)
             if n in request.records:
-                bank, name, R = stack.enter_context(AdapterBank(folder)), cycle(names), torch.empty(r * r)
-                reads["read", n] = partial(lambda bank, name, R: bank.read(next(name), R), bank, name, R)
+                bank, R = stack.enter_context(AdapterBank(folder)), torch.empty(r * r)
+                reads["read", n] = partial(_each, lambda name, bank=bank, R=R: bank.read(name, R), names)
             for path in ("warm", "cold") if n == _enough(n) else ():
                 bank = stack.enter_context(AdapterBank(folder))
                 model = bank.attach(nn.Sequential(o.linear()), SAMPLES, progress=False)
-                if broken := _wrong_batch(bank, model, x, names[-SAMPLES:]):
+                if broken := _wrong_batch(bank, model, o, names[-SAMPLES:]):
                     yield layer | {"records": n} | failure(path, f"not timed, it is wrong: {broken}")
                     continue
                 last = SAMPLES if path == "warm" else n - n % SAMPLES
-                groups = cycle([names[i : i + SAMPLES] for i in range(0, last, SAMPLES)])
-                batches[path, n] = partial(lambda model, groups: model(x, adapter_ids=next(groups)), model, groups)
-        for device, calls, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
-            samples = _samples(calls, device, request)
+                groups = [names[i : i + SAMPLES] for i in range(0, last, SAMPLES)]
+                batches[path, n] = partial(_each, lambda ids, model=model: model(x, adapter_ids=ids), groups)
+        for device, ways, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
+            samples = _samples(ways, device, request)
             for (path, n), own in samples.items():
                 beside = {path: own, "fewest": samples[path, min(m for p, m in samples if p == path)]}
                 beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
-                read = {"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {}
-                yield where | {"records": n} | figures(beside, path, device, ("fewest", "warm")) | read
+                row = where | {"records": n} | figures(beside, path, device, ("fewest", "warm"))
+                yield row | ({"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {})
 
 
-def _samples(calls: dict[Any, Callable], device: torch.device, request: Request) -> dict[Any, Tensor]:
-    passes = {key: timer.prepare(lambda call=call: [call], device) for key, call in calls.items()}
+def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
+    """What calls with one of the things after another, again and again."""
+    things = cycle(things)
+    return lambda: call(next(things))
+
+
+def _samples(ways: dict[Any, Callable[[], timer.Call]], device: torch.device, request: Request) -> dict[Any, Tensor]:
+    passes = {key: timer.prepare(lambda make=make: [make()], device) for key, make in ways.items()}
     return timer.interleave(passes, device, FLAT_SECONDS * request.seconds)
 
 
-def _wrong_batch(bank: AdapterBank, model: nn.Sequential, x: Tensor, names: list[str]) -> str:
+def _wrong_batch(bank: AdapterBank, model: nn.Sequential, o: Operands, names: list[str]) -> str:
     """What breaks the accuracy rule in a batch of different adapters, each read for itself; "": nothing."""
-    (layer,), y = model, model(x, adapter_ids=names)
-    R = torch.stack([bank.read(name) for name in names]).view(len(names), layer.rank, layer.rank).to(x.device)
-
-    def expected(dtype: torch.dtype) -> Results:
-        operands = (t.to(dtype) for t in (x, layer.weight, layer.A, R, layer.B))
-        index = torch.arange(len(x), device=x.device)
-        return {"y": reference.lowrank_linear(*operands, layer.scaling, index=index)[0]}
-
-    found = errors({"y": y}, expected(x.dtype), expected(torch.float64), x.dtype)
+    (layer,), y = model, model(o.x, adapter_ids=names)
+    Rs = torch.stack([bank.read(name) for name in names]).view(len(names), layer.rank, layer.rank).to(y.device)
+    known = expected(replace(o, A=layer.A, B=layer.B, s=layer.scaling), Rs, list(range(len(names))))
+    found = errors({"y": y[some(y)]}, *known, y.dtype)
     return ", ".join(Candidate(list, found).wrong)
 
 
@@ -275,13 +259,13 @@ def _whole_adapter(request: Request) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         names = _filled(Path(folder), _copies(linear), r, ADAPTERS, torch.bfloat16)
         with AdapterBank(folder) as bank:
-            model, name = bank.attach(_copies(linear), 1, progress=False), cycle(names)
+            model = bank.attach(_copies(linear), 1, progress=False)
 
-            def call() -> None:
-                with bank.select([next(name)]):
+            def call(name: str) -> None:
+                with bank.select([name]):
                     pass
 
-            samples = _samples({"adapter": call}, request.device, request)
+            samples = _samples({"adapter": partial(_each, call, names)}, request.device, request)
             bank.detach(model)
     seconds = timer.Spread.of(samples["adapter"])
     found = figures(samples, "adapter", request.device, ())
@@ -313,26 +297,24 @@ def _filled(folder: Path, model: nn.Module, r: int, records: int, dtype: torch.d
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Many adapters in one batch, over one adapter; then what depends on how many records a bank has."""
     mixed, banks = ([row for row in rows if of_banks == ("records" in row)] for of_banks in (False, True))
-    names = [name for name in PATHS if name != "one" and any(row["path"] == name for row in mixed)]
+    mixed = sorted(mixed, key=itemgetter("direction", "T", "N", "K", "r"))
+    names = tables.present(PATHS, {"": {row["path"]: row for row in mixed}})
     for mode, group in tables.by_mode(mixed).items():
-        points = pivot(group, "dtype", "direction", "T", "N", "K", "r")
-        lines = [
-            [f"{dtype} {DIRECTIONS[direction]}, T {T}, {N} x {K}, r {r}", *(over(point.get(n), "one") for n in names)]
-            for (dtype, direction, T, N, K, r), point in sorted(points.items(), key=lambda item: item[0][1:])
+        said = (row | {"direction": DIRECTIONS[row["direction"]]} for row in group)
+        columns = [(name, name, partial(over, other="one")) for name in names if name != "one"]
+        notes = [
+            *(f"{name}: {PATHS[name][2]}." for name in names),
+            "one is 1; below 1 is faster. Quartiles in brackets.",
         ]
-        notes = [f"{name}: {PATHS[name][2]}." for name in ("one", *names)]
-        notes += ["one is 1; below 1 is faster. Quartiles in brackets.", *tables.noise(lines)]
-        yield Table(f"One layer, T rows of different adapters, {mode}", ["", *names], lines, tuple(notes))
+        points = tables.labelled(said, "{dtype} {direction}, T {T}, {N} x {K}, r {r}")
+        yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, notes)
     lines = []
     for row in banks:
         size = f" of {row['bytes'] / 1024:g} KiB" if "bytes" in row else ""
-        which = row["dtype"] if row["path"] in ("warm", "cold") else ""
-        milliseconds = tables.NO_FIGURE
-        if "seconds" in row:
-            low, median, high = (1e3 * row["seconds"][quartile] for quartile in ("low", "median", "high"))
-            milliseconds = f"{median:.3f} ({low:.3f} to {high:.3f})"
-        what = " ".join(filter(None, (row["path"], which))) + f", {row['records']:,} records{size}"
-        lines.append([what, milliseconds, *(over(row, other) for other in ("fewest", "warm"))])
+        which = f" {row['dtype']}" if row["path"] in ("warm", "cold") else ""
+        took = tables.quartiles(row["seconds"], 3, scale=1e3) if "seconds" in row else tables.NO_FIGURE
+        what = f"{row['path']}{which}, {row['records']:,} records{size}"
+        lines.append([what, took, *(over(row, other) for other in ("fewest", "warm"))])
     if lines:
         notes = (
             f"warm, cold: select {SAMPLES} names and run one layer, all of them in the slots or none. read: one "

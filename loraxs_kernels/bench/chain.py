@@ -20,7 +20,7 @@ from .paths import Operands
 from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
-from .tables import Table, over, pivot
+from .tables import Table
 
 Chain = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
@@ -97,20 +97,15 @@ def _rows(request: Request, *where: Any) -> Iterator[Row]:
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Ratios to the reference's four ops, and on a GPU the bandwidth achieved."""
     for mode, group in tables.by_mode(rows).items():
-        points = pivot(group, "dtype", "direction", "T", "N", "K", "r")
+        points = tables.labelled(group, "{dtype} {direction} T {T}, {N} x {K}, r {r}")
         names = tables.present(PATHS, points)
-        others = [name for name in names if name != "reference"]
-        fast = names if tables.gpu(report) else []
-        lines = [
-            [f"{dtype} {direction} T {T}, {N} x {K}, r {r}"]
-            + [tables.bandwidth(report, point.get(name)) for name in fast]
-            + [over(point.get(name), "reference") for name in others]
-            for (dtype, direction, T, N, K, r), point in points.items()
-        ]
-        head = ["", *(f"{name}, TB/s" for name in fast), *(f"{name} over reference" for name in others)]
-        notes = ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
-        notes += ["TB/s: x once and y once, over the time; in brackets, of this GPU's copy."] if fast else []
-        yield Table(f"x, A, R, B without W, {mode}", head, lines, (*notes, *tables.noise(lines)))
+        columns, notes = [], ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
+        if tables.gpu(report):
+            columns = [(f"{name}, TB/s", name, partial(tables.bandwidth, report=report)) for name in names]
+            notes.append("TB/s: x once and y once, over the time; in brackets, of this GPU's copy.")
+        over = partial(tables.over, other="reference")
+        columns += [(f"{name} over reference", name, over) for name in names if name != "reference"]
+        yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, notes)
 
 
 QUESTION = Question(name="chain", plan=plan, tables=show, paths=paths.PATHS)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from . import BenchError, page, questions, request, roofline, tables, timer
+from . import page, questions, request, roofline, tables, timer
 from .compare import release
 from .question import Question
 from .questions import DEFAULT, QUESTIONS
-from .report import Report, load
+from .report import Report
 from .request import Request
 from .shapes import MODELS
 
@@ -78,18 +76,14 @@ def run(asked: Request, out: Path | None, commit: str | None = None) -> Report:
 
 
 def _answer(question: Question, asked: Request, report: Report) -> None:
-    """Every row of a question into the report; how far it is: a bar for a person, a line for each point elsewhere."""
+    """Every row of a question into the report, with a line for each point, and for what failed."""
     points = question.plan(asked)
-    with tqdm(total=len(points), desc=question.name, unit="point", disable=None, leave=False) as bar:
-        for i, point in enumerate(points, 1):
-            bar.set_postfix_str(str(point))
-            if bar.disable:
-                print(f"  {question.name} {i}/{len(points)}: {point}", flush=True)
-            for row in question.at(asked, point):
-                if row["status"] == "failed":
-                    tqdm.write(f"  {row['path']} at {point}: {row['reason']}")
-                report.add(row)
-            bar.update()
+    for i, point in enumerate(points, 1):
+        print(f"  {question.name} {i}/{len(points)}: {point}", flush=True)
+        for row in question.at(asked, point):
+            if row["status"] == "failed":
+                print(f"  {row['path']} at {point}: {row['reason']}", flush=True)
+            report.add(row)
 
 
 def _measure_ceilings(report: Report, asked: Request) -> None:
@@ -104,7 +98,6 @@ def _measure_ceilings(report: Report, asked: Request) -> None:
 def add_roofline(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpu", help=f"ceilings by the datasheet: {', '.join(roofline.DATASHEETS)}; default: this GPU's, measured")
-    add("--ceilings", type=Path, metavar="FILE", help="ceilings measured in a run: the .json that loraxs bench wrote")
     add("--model", help=f"{', '.join(MODELS)}; default mistral-7b")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--tokens", nargs="+", type=int, default=[512, 8192], metavar="T")
@@ -115,9 +108,13 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
 def show_roofline(arguments: argparse.Namespace) -> int:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
     model, shapes = request.model_or_shapes(arguments.model, arguments.shape)
-    request.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
     request.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
-    ceilings = _ceilings(arguments)
+    if arguments.gpu is None and torch.cuda.is_available():
+        ceilings = timer.ceilings(torch.device("cuda"))
+    else:
+        name = arguments.gpu or "H200"
+        request.known("gpu", [name], roofline.DATASHEETS)
+        ceilings = roofline.DATASHEETS[name]
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 
     def floor(path: str, T: int, r: int) -> float:
@@ -140,23 +137,3 @@ def show_roofline(arguments: argparse.Namespace) -> int:
     direction = roofline.DIRECTIONS[arguments.direction]
     tables.show([tables.Table(f"Floors for {what}, 16-bit weights, {direction}", head, lines, notes)])
     return 0
-
-
-def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
-    if arguments.ceilings is not None:
-        found = load(arguments.ceilings)["ceilings"]
-        if found is None:
-            raise BenchError(f"ceilings: {arguments.ceilings} has none, it was not measured on a GPU")
-        try:
-            ceilings = roofline.Ceilings(**found)
-            sensible = all(0 < each < math.inf for each in (ceilings.bandwidth, ceilings.half, ceilings.single))
-        except TypeError:
-            sensible = False
-        if not sensible:
-            raise BenchError(f"ceilings: those in {arguments.ceilings} are damaged: {found!r}")
-        return ceilings
-    if arguments.gpu is None and torch.cuda.is_available():
-        return timer.ceilings(torch.device("cuda"))
-    name = arguments.gpu or "H200"
-    request.known("gpu", [name], roofline.DATASHEETS)
-    return roofline.DATASHEETS[name]

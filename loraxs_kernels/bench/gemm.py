@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from ..backends import cuda
 from ..backends.cuda import config, core
 from ..backends.device import facts
 from ..padding import padded_rows
-from . import compare, paths, plots, tables, tax, timer
-from .compare import Build, Candidate, Results, Row, failure
+from . import BenchError, compare, paths, plots, tables, tax, timer
+from .compare import Build, Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, colour, grid
 from .request import Request
 from .roofline import STEP
 from .shapes import Shape
-from .tables import Table, over
+from .tables import Table
 
 Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -134,21 +135,19 @@ def plan(request: Request) -> list[Point]:
 def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     tiles = "cuda" in request.paths and missing(request.dtype, request.device) is None
     names = [name for name in PATHS if name in request.paths or (tiles and name in TILES)]
-    if shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT:
-        why = f"N and K must be multiples of {config.ALIGNMENT}"
-        yield from (failure(name, why) for name in names if name in TILES)
-        names = [name for name in names if name not in TILES]
 
     def operands() -> Build:
         case = Case(shape, T, r, direction, request.dtype, request.device)
         picked = case.picked() if "cuda" in request.paths else None
 
         def build(name: str) -> Candidate:
+            if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
+                raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
             return case.candidate(PATHS[name], **case.facts(name), picked=name == picked)
 
         return build
 
-    yield from compare.compare(request, names, operands, ("frozen", "torch"))
+    return compare.compare(request, names, operands, ("frozen", "torch"))
 
 
 # --- what is shown
@@ -158,29 +157,24 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """On a GPU the speed of each path and the time it adds to the library's x W^T, else ratios to that."""
     others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
     others += ["cuda"] if any(row["picked"] for row in rows) else []
-    for mode, group in tables.by_mode(rows).items():
-        points = _points(group)
-        head, notes, why = ["", *(f"{name} over frozen" for name in others)], ["Quartiles in brackets."], []
-        cells: dict[str, tuple[Callable, ...]] = {name: (partial(over, other="frozen"),) for name in others}
-        if tables.gpu(report):
-            cells = {name: (_added,) if name in ("addmm", "torch") else (_flops, _added) for name in others}
-            words = {_flops: "TFLOP/s", _added: "% added"}
-            head = ["", "frozen, TFLOP/s", *(f"{name}, {words[cell]}" for name in others for cell in cells[name])]
-            cells = {"frozen": (_flops,), **cells}
-            notes = [
-                "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
-                "% added: time added to the floor's, quartiles in brackets."
-            ]
-            why = ["its quartiles are too far apart"]
-        if any("tile" in row for row in rows):
-            notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
-        if "cuda" in others:
-            notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
-        lines = [
-            [where, *(cell(point.get(name)) for name, each in cells.items() for cell in each)]
-            for where, point in points.items()
+    columns = [(f"{name} over frozen", name, partial(tables.over, other="frozen")) for name in others]
+    notes, why = ["Quartiles in brackets."], []
+    if tables.gpu(report):
+        columns = [("frozen, TFLOP/s", "frozen", _flops)]
+        for name in others:
+            columns += [] if name in ("addmm", "torch") else [(f"{name}, TFLOP/s", name, _flops)]
+            columns.append((f"{name}, % added", name, _added))
+        notes = [
+            "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
+            "% added: time added to the floor's, quartiles in brackets."
         ]
-        yield Table(f"x W^T + u B^T, u given, {mode}", head, lines, (*notes, *tables.noise(lines, *why)))
+        why = ["its quartiles are too far apart"]
+    if any("tile" in row for row in rows):
+        notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
+    if "cuda" in others:
+        notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
+    for mode, group in tables.by_mode(rows).items():
+        yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, notes, *why)
 
 
 def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -191,13 +185,8 @@ def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:
         if len(found["frozen"]) > 1:
             where = f"{at.dtype} {at.direction} T {at.T} r {at.r}, the linears of {at.model or 'all shapes'}"
             points[where] = {name: _block(found, name) for name in found if tax.measured(found, name)}
-    for row in rows:
-        where = f"{row['dtype']} {row['direction']} T {row['T']} r {row['r']}, {row['N']} x {row['K']}"
-        point = points.setdefault(where, {})
-        point[row["path"]] = row
-        if row["picked"]:
-            point["cuda"] = row
-    return points
+    choices = [row | {"path": "cuda"} for row in rows if row["picked"]]
+    return points | tables.labelled([*rows, *choices], "{dtype} {direction} T {T} r {r}, {N} x {K}")
 
 
 def picked(found: tax.Paths) -> dict[Shape, Row]:
@@ -207,53 +196,43 @@ def picked(found: tax.Paths) -> dict[Shape, Row]:
 
 def _block(found: tax.Paths, name: str) -> Row:
     """The rows of a path as one, each as often as its shape occurs."""
-    added, own = tax.measured(found, name), found[name]
-    floor = sum(shape.count * row["seconds"]["median"] for shape, row in found["frozen"].items())
-    ratio = {"low": 1 + added.low, "median": 1 + added.median, "high": 1 + added.high}
-    return {
-        "flops": sum(shape.count * row["flops"] for shape, row in own.items()),
-        "floor_flops": sum(shape.count * row["floor_flops"] for shape, row in own.items()),
-        "seconds": {"median": floor * ratio["median"]},
-        "over": {"frozen": ratio},
-        "noisy": added.noisy,
-    }
+
+    def total(path: str, what: Callable[[Row], float]) -> float:
+        return sum(shape.count * what(row) for shape, row in found[path].items())
+
+    added = tax.measured(found, name)
+    ratio = {end: 1 + value for end, value in dataclasses.asdict(added).items()}
+    floor = total("frozen", lambda row: row["seconds"]["median"])
+    row: Row = {what: total(name, itemgetter(what)) for what in ("flops", "floor_flops")}
+    return row | {"seconds": {"median": floor * ratio["median"]}, "over": {"frozen": ratio}, "noisy": added.noisy}
 
 
-def _flops(row: Row | None) -> str:
+def _flops(row: Row) -> str:
     """Achieved, and as a share of the floor's, by the ratio of times within rounds."""
-    if row is None:
-        return tables.NO_FIGURE
     speed = f"{row['flops'] / row['seconds']['median'] / 1e12:.0f}"
     if "frozen" not in row["over"] or row["flops"] == row["floor_flops"]:
         return speed
     return f"{speed} ({row['flops'] / row['floor_flops'] / row['over']['frozen']['median']:.1%})"
 
 
-def _added(row: Row | None) -> str:
-    if row is None or "frozen" not in row["over"]:
-        return tables.NO_FIGURE
-    return tables.percent(tax.Tax(*(row["over"]["frozen"][quartile] - 1 for quartile in ("low", "median", "high"))))
+def _added(row: Row) -> str:
+    return tables.percent(tax.Tax.of_ratio(row["over"]["frozen"])) if "frozen" in row["over"] else tables.NO_FIGURE
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """What u B^T adds to the library's x W^T over a block, on a GPU."""
-    modes: dict[str, dict[str, list[tuple[str, str, dict[str, float]]]]] = {}
+    modes: dict[str, dict[str, list[plots.Bar]]] = {}
     for at, found in tax.points(rows).items():
         found["cuda"] = picked(found)
+        where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
         for path in found:
             if path != "frozen" and (added := tax.measured(found, path)):
                 spread = {name: 100 * value for name, value in dataclasses.asdict(added).items()}
-                where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
                 group = modes.setdefault(at.mode, {}).setdefault(where, [])
                 group.append((_colour(path), f"{path}, {at.direction}", spread))
     for mode, groups in modes.items():
         title = f"u B^T, u given: time added to the library's x W^T, {mode} mode"
-        yield plots.panels(f"gemm-{mode}", title, groups, _panel, legend=False)
-
-
-def _panel(axes: Any, found: list[tuple[str, str, dict[str, float]]]) -> None:
-    plots.bars(axes, found)
-    axes.set_xlabel("% of the frozen linears' time")
+        yield plots.bars(f"gemm-{mode}", title, groups, xlabel="% of the frozen linears' time")
 
 
 def _colour(path: str) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..linear import LoraXSLinear, forward_together
 from . import tables, timer
 from .compare import Build, Candidate, Row, compare, errors
-from .paths import Operands, fused
+from .paths import Operands, expected, fused
 from .question import Point, Question
 from .request import Request
 from .shapes import MODELS, Shape
@@ -21,7 +21,7 @@ from .tables import Table, over
 
 SHARING = (("q", "k", "v"), ("gate", "up"))
 
-Set = tuple[Tensor, list[LoraXSLinear], list[Tensor]]  # x, the layers, gY of each
+Set = tuple[list[Operands], list[LoraXSLinear]]  # x is the same in all
 
 
 def _separate(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -57,8 +57,14 @@ def plan(request: Request) -> list[Point]:
 
 
 def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterator[Row]:
+    def make(seed: int) -> Set:
+        seeds = enumerate(shapes, len(shapes) * seed)
+        each = [Operands.random(T, s.N, s.K, r, request.dtype, request.device, seed) for seed, s in seeds]
+        each = [replace(o, x=each[0].x) for o in each]
+        return each, [fused(o) for o in each]
+
     def prepare() -> Build:
-        sets = operands(request, shapes, T, r)
+        sets = timer.in_sets(make, request.device, lambda each: sum(o.bytes for o in each[0]))
 
         def build(name: str) -> Candidate:
             found = check(*sets[0]) if name == "together" else {}
@@ -69,46 +75,27 @@ def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterat
     return compare(request, list(PATHS), prepare, ("frozen", "separate"))
 
 
-def operands(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> list[Set]:
-    """In as many sets as leave the cache."""
-
-    def make(seed: int) -> Set:
-        each = [
-            Operands.random(T, shape.N, shape.K, r, request.dtype, request.device, seed + i)
-            for i, shape in enumerate(shapes)
-        ]
-        return each[0].x, [fused(o) for o in each], [o.gY for o in each]
-
-    first = make(0)
-    size = sum(t.numel() * t.element_size() for t in (first[0], *first[2], *(layer.weight for layer in first[1])))
-    return [first, *(make(len(shapes) * i) for i in range(1, timer.sets_needed(request.device, size)))]
-
-
-def step(name: str, x: Tensor, layers: list[LoraXSLinear], gYs: list[Tensor]) -> tuple[Tensor, ...]:
+def step(name: str, each: list[Operands], layers: list[LoraXSLinear]) -> tuple[Tensor, ...]:
     """Forward, and gradients for x and each R."""
     trained = [layer.R for layer in layers if name != "frozen"]
-    return torch.autograd.grad(PATHS[name](x, *layers), (x, *trained), gYs)
+    x = each[0].x
+    return torch.autograd.grad(PATHS[name](x, *layers), (x, *trained), [o.gY for o in each])
 
 
-def check(x: Tensor, layers: list[LoraXSLinear], gYs: list[Tensor]) -> dict[str, dict[str, float]]:
+def check(each: list[Operands], layers: list[LoraXSLinear]) -> dict[str, dict[str, float]]:
     """The errors of `forward_together`, with the separate layers as the chain in x's dtype."""
-    each = range(len(layers))
-    names = (*(f"y of layer {i}" for i in each), "gX", *(f"gR of layer {i}" for i in each))
+    x, layered = each[0].x, range(len(layers))
+    names = (*(f"y of layer {i}" for i in layered), "gX", *(f"gR of layer {i}" for i in layered))
 
     def results(name: str) -> dict[str, Tensor]:
         ys = (y.detach() for y in PATHS[name](x, *layers))
-        return dict(zip(names, (*ys, *step(name, x, layers, gYs)), strict=True))
+        return dict(zip(names, (*ys, *step(name, each, layers)), strict=True))
 
-    ys, gX, gRs = [], 0, []
-    for layer, gY in zip(layers, gYs, strict=True):
-        W, A, R, B, gY = (t.detach().double() for t in (layer.weight, layer.A, layer.R, layer.B, gY))
-        y, z = reference.lowrank_linear(x.detach().double(), W, A, R, B, layer.scaling)
-        share, v = reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.scaling)
-        ys.append(y)
-        gX = gX + share
-        gRs.append(layer.scaling * v.T @ z)
-    exact = dict(zip(names, (*ys, gX, *gRs), strict=True))
-    return errors(results("together"), results("separate"), exact, x.dtype)
+    exact = [expected(o, (o.A, o.R, o.B), o.s, torch.arange(len(x), device=x.device), torch.float64) for o in each]
+    ys, gXs, gRs = ([found[what] for found in exact] for what in ("y", "gX", "gR"))
+    return errors(
+        results("together"), results("separate"), dict(zip(names, (*ys, sum(gXs), *gRs), strict=True)), x.dtype
+    )
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:

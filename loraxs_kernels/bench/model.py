@@ -1,22 +1,18 @@
 """What does a whole training step cost?  A model of real shapes, random weights, with every linear adapted.
 
 One model is adapted in one way after another.  The frozen model (forward, and gradients for its input alone) is the
-floor: on a GPU it is timed first and once more at the end, which tells how far the machine drifted meanwhile; on a CPU
-a frozen twin takes a step after every step.
+floor: it is timed first, and once more at the end, which tells how far the machine drifted meanwhile.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +39,7 @@ class Steps:
     """What the ways share: the model, made at the first of them, and the time of the frozen one."""
 
     request: Request
-    floors: dict[tuple[str, bool], timer.Spread] = field(default_factory=dict)  # its first, plain and compiled
+    floors: dict[bool, Tensor] = field(default_factory=dict)  # its first, by checkpointing
     expected: dict[int, Tensor] = field(default_factory=dict)  # the reference layers' gR, by rank
     lost: str = ""  # why there is no model
 
@@ -51,36 +47,28 @@ class Steps:
     def model(self) -> nn.Module:
         return build(self.request)
 
-    @cached_property
-    def twin(self) -> nn.Module | None:
-        return None if self.request.gpu else copy.deepcopy(self.model)
-
     def row(self, name: str, r: int, checkpointing: bool) -> Iterator[Row]:
-        first = self.floors.get((name, checkpointing))
-        row: Row = {"again": first is not None}
+        row: Row = {"again": name == "frozen" and checkpointing in self.floors}
         try:
             if self.lost:
                 raise BenchError(self.lost)
             row["blocks"] = self.model.config.num_hidden_layers
             if r and r not in self.expected:
                 self.expected[r] = reference_gR(self.model, r, self.request)
-            expected = self.expected.get(r)
-            samples, beside, facts = steps(self.model, name, r, checkpointing, self.request, expected, self.twin)
+            samples, facts = steps(self.model, name, r, checkpointing, self.request, self.expected.get(r))
         except Exception as error:
             lost = failure(name, error)
             if "blocks" not in row:
                 self.lost = lost["reason"]
             yield row | lost
             return
-        own = timer.Spread.of(samples)
-        if name.startswith("frozen"):
-            self.floors.setdefault((name, checkpointing), own)
-        others = {"frozen": beside}
-        if self.request.gpu:
-            floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
-            others = {floor: torch.full_like(samples, its.median) for floor, its in floors if its}
-        row |= figures({"this": samples, **others}, "this", self.request.device, list(others)) | facts
-        row["noisy"] |= self.request.gpu and first is not None and abs(own.median / first.median - 1) > DRIFT
+        if name == "frozen":
+            self.floors.setdefault(checkpointing, samples)
+        beside = {"this": samples}
+        if checkpointing in self.floors:
+            beside["frozen"] = self.floors[checkpointing].median()
+        row |= figures(beside, "this", self.request.device, ("frozen",)) | facts
+        row["noisy"] |= row["again"] and abs(row["over"]["frozen"]["median"] - 1) > DRIFT
         yield row | {"path": name}
 
 
@@ -91,47 +79,26 @@ def check(request: Request) -> Request:
     if request.shapes:
         raise BenchError("question: 'model' needs a model, not shapes")
     model = request.model or ("mistral-7b" if request.gpu else "tiny")
-    longest = _longest_sequence(model)
+    longest = MODELS[model].config.get("max_position_embeddings")
+    longest = longest and longest - 2 * (model == "roberta-large")  # whose positions start at 2
     if request.sequence and longest and request.sequence > longest:
         raise BenchError(f"sequence: got {request.sequence}, must be at most {longest}, what {model} takes")
     sequence = request.sequence or min(2048 if request.gpu else 64, longest or 2048)
     return replace(request, model=model, sequence=sequence, batch=request.batch or (4 if request.gpu else 2))
 
 
-def _longest_sequence(model: str) -> int | None:
-    """How many positions the model takes, where it says."""
-    if model in MODELS:
-        config = {"model_type": MODELS[model].model_type, **MODELS[model].config}
-    else:
-        try:
-            config = json.loads((Path(model) / "config.json").read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise BenchError(f"model: {model}/config.json cannot be read: {error}") from error
-    if not isinstance(config, dict) or "num_hidden_layers" not in config:
-        raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
-    longest = config.get("max_position_embeddings")
-    if not isinstance(longest, (int, type(None))):
-        raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
-    return longest and longest - 2 * (config.get("model_type") == "roberta")  # whose positions start at 2
-
-
 def plan(request: Request) -> list[Point]:
-    """In the order of what matters most; rank 0: none.
-
-    When the path `compile` is asked for, every way follows once more with compiled blocks.
-    """
+    """In the order of what matters most; rank 0: none."""
     shared = Steps(request)
     where: Row = {"sequence": request.sequence, "T": request.sequence * request.batch, "direction": "step"}
     ways = [name for name in request.paths if name in ADAPTERS or name in backends.NAMES]
     return [
         Point(
-            {**where, "path": name + suffix, "r": r, "checkpointing": checkpointing},
-            partial(shared.row, name + suffix, r, checkpointing),
+            {**where, "path": name, "r": r, "checkpointing": checkpointing},
+            partial(shared.row, name, r, checkpointing),
         )
-        for suffix in (("", "+compile") if "compile" in request.paths else ("",))
         for checkpointing in (False, True)
         for name in (*ways, "frozen")
-        if not (suffix and name == "peft-lora")
         for r in (request.ranks if name != "frozen" else (0,))
     ]
 
@@ -141,25 +108,18 @@ def build(request: Request) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     torch.manual_seed(0)
-    if request.model in MODELS:
-        known = MODELS[request.model]
-        config = AutoConfig.for_model(known.model_type, **known.config)
-        config.num_hidden_layers = request.blocks or known.blocks
-    else:
-        config = AutoConfig.from_pretrained(Path(request.model))
-        config.num_hidden_layers = request.blocks or config.num_hidden_layers
-    kind = AutoModelForMaskedLM if config.model_type == "roberta" else AutoModelForCausalLM
+    known = MODELS[request.model]
+    config = AutoConfig.for_model(known.model_type, **known.config)
+    config.num_hidden_layers = request.blocks or known.blocks
+    kind = AutoModelForMaskedLM if known.model_type == "roberta" else AutoModelForCausalLM
     with request.device:
-        if request.model in MODELS:
-            model = kind.from_config(config, dtype=request.dtype, attn_implementation="sdpa")
-        else:
-            model = kind.from_pretrained(Path(request.model), config=config, dtype=request.dtype)
-    return model.to(request.device).requires_grad_(False)
+        model = kind.from_config(config, dtype=request.dtype, attn_implementation="sdpa")
+    return model.requires_grad_(False)
 
 
 @contextmanager
-def _fused(model: nn.Module, r: int, name: str | None) -> Iterator[nn.Module]:
-    attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, progress=False)
+def _fused(model: nn.Module, r: int, name: str | None = None, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, dtype=dtype, progress=False)
     try:
         with backends.backend(name):
             yield model
@@ -169,18 +129,17 @@ def _fused(model: nn.Module, r: int, name: str | None) -> Iterator[nn.Module]:
 
 @contextmanager
 def _unfused(model: nn.Module, r: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, dtype=dtype, progress=False)
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraXSLinear)}
-    try:
-        for name, layer in adapted.items():
-            unfused = UnfusedLinear(layer)
-            unfused.lora_latent.to(layer.A.dtype)
-            model.set_submodule(name, unfused)
-        yield model
-    finally:
-        for name, layer in adapted.items():
-            model.set_submodule(name, layer)
-        detach(model)
+    with _fused(model, r, dtype=dtype):
+        adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraXSLinear)}
+        try:
+            for name, layer in adapted.items():
+                unfused = UnfusedLinear(layer)
+                unfused.lora_latent.to(layer.A.dtype)
+                model.set_submodule(name, unfused)
+            yield model
+        finally:
+            for name, layer in adapted.items():
+                model.set_submodule(name, layer)
 
 
 @contextmanager
@@ -205,24 +164,8 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "reference-fp32": partial(_unfused, dtype=torch.float32),
     "reference": _unfused,
     "peft-lora": _peft_lora,
-    "chosen": partial(_fused, name=None),
+    "chosen": _fused,
 }
-
-
-@contextmanager
-def _compiled(model: nn.Module) -> Iterator[None]:
-    """Every block under torch.compile: they share one compilation."""
-    torch._dynamo.reset()
-    blocks = next(
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
-    )
-    for block in blocks:
-        block.compile()
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
 
 
 @contextmanager
@@ -237,17 +180,13 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def adapted(model: nn.Module, name: str, r: int, checkpointing: bool) -> Iterator[nn.Module]:
     """The model, adapted one way, in training mode; afterwards it is as it was."""
-    way, _, compiled = name.partition("+")
     with ExitStack() as stack:
         stack.callback(_restore_hooks, model.get_input_embeddings(), dict(model.get_input_embeddings()._forward_hooks))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         if checkpointing:
             stack.enter_context(_checkpointed(model))
-        changed = stack.enter_context((ADAPTERS.get(way) or partial(_fused, name=way))(model, r))
-        if compiled:
-            stack.enter_context(_compiled(model))
-        yield changed.train()
+        yield stack.enter_context((ADAPTERS.get(name) or partial(_fused, name=name))(model, r)).train()
 
 
 def _restore_hooks(embeddings: nn.Module, hooks: dict) -> None:
@@ -295,21 +234,14 @@ def reference_gR(model: nn.Module, r: int, request: Request) -> Tensor:
 
 
 def steps(
-    model: nn.Module,
-    name: str,
-    r: int,
-    checkpointing: bool,
-    request: Request,
-    expected: Tensor | None,
-    twin: nn.Module | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Time training steps of the model adapted one way: seconds of each, those of the frozen twin, what else is known.
+    model: nn.Module, name: str, r: int, checkpointing: bool, request: Request, expected: Tensor | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Time training steps of the model adapted one way: seconds of each, and what else is known.
 
     `expected` is `reference_gR`; a LoRA-XS way that strays from it is refused.
     """
-    gpu = request.gpu
-    with ExitStack() as stack:
-        trainer = Trainer(stack.enter_context(adapted(model, name, r, checkpointing)), request)
+    with adapted(model, name, r, checkpointing) as changed:
+        trainer = Trainer(changed, request)
         facts: dict[str, Any] = {"loss": trainer.backward().item()}
         facts["trained"] = sum(p.numel() for p in trainer.trained)
         if not math.isfinite(facts["loss"]):
@@ -318,19 +250,15 @@ def steps(
             facts["gR_difference"] = relative_error(trainer.gR(), expected)
             if not facts["gR_difference"] <= GROSS:
                 raise BenchError(f"not timed, it is wrong: gR differs by {facts['gR_difference']:.2g}")
-        runs = [trainer.step]
-        if twin is not None:
-            runs.append(Trainer(stack.enter_context(adapted(twin, "frozen", 0, checkpointing)), request).step)
-        for run in runs:
-            run()
-        if gpu:
+        trainer.step()
+        if request.gpu:
             torch.cuda.reset_peak_memory_stats(request.device)
-        samples = torch.tensor([[timer.once(run) for run in runs] for _ in range(STEPS)], dtype=torch.float64)
-        if gpu:
+        samples = torch.tensor([timer.once(trainer.step) for _ in range(STEPS)], dtype=torch.float64)
+        if request.gpu:
             facts["peak_bytes"] = torch.cuda.max_memory_allocated(request.device)
-        del trainer, runs
+        del trainer
     release()
-    return samples[:, 0], samples[:, -1], facts
+    return samples, facts
 
 
 # --- what is shown
@@ -371,21 +299,18 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Time and, on a GPU, memory."""
     rows = [row for row in rows if "frozen" in row["over"] and not row["again"]]
     for with_it, group in _by_checkpointing(rows).items():
-        first, times, memory = group[0], [], []
+        times, memory = "time, as a multiple of the frozen model's", "peak memory, GiB"
+        panels: dict[str, list[plots.Bar]] = {times: []}
         for row in group:
             name = f"{row['path']}, r {row['r']}" if row["r"] else row["path"]
             own = (colour(paths.PATHS, row["path"].partition("+")[0]), name)
-            times.append((*own, row["over"]["frozen"]))
+            panels[times].append((*own, row["over"]["frozen"]))
             if "peak_bytes" in row:
-                memory.append((*own, dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)))
+                spread = dict.fromkeys(("low", "median", "high"), row["peak_bytes"] / 2**30)
+                panels.setdefault(memory, []).append((*own, spread))
+        first = group[0]
         title = f"A training step of {first['model']} ({first['dtype']}, T = {first['T']}), {with_it} checkpointing"
-        groups: dict[str, Any] = {"time, as a multiple of the frozen model's": (times, 1)}
-        groups |= {"peak memory, GiB": (memory, None)} if memory else {}
-        yield plots.panels(f"step-{with_it}-checkpointing", title, groups, _panel, legend=False)
-
-
-def _panel(axes: Any, group: tuple[list, float | None]) -> None:
-    plots.bars(axes, *group)
+        yield plots.bars(f"step-{with_it}-checkpointing", title, panels, {times: 1})
 
 
 QUESTION = Question(
@@ -395,7 +320,6 @@ QUESTION = Question(
     plots=draw,
     paths=paths.PATHS,
     options=("blocks", "sequence", "batch"),
-    folders=True,
     check=check,
     how="Steps: gR of the first step is compared with the reference layers' over the whole model.",
 )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from types import FunctionType
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import backends, ops, reference
+from .. import backends, reference
 from ..backends.torch import scaled_mm
 from ..linear import LoraXSLinear
 from ..ops import LowRankLinear
@@ -75,14 +74,32 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Path(question.Path):
-    """`build` makes one layer for each set of operands; `within` is open while they run."""
+    """`build` makes a layer on operands; `within` is open while it runs."""
 
-    build: Callable[[list[Operands]], list[Layer]]
+    build: Callable[[Operands], Layer]
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
-def _each(build: Callable[[Operands], Layer]) -> Callable[[list[Operands]], list[Layer]]:
-    return lambda sets: [build(o) for o in sets]
+# Ours in blues and greens, what people run today in warm colours, the floor black.
+PATHS: dict[str, question.Path] = {}
+
+
+def _path(name: str, colour: str, what: str, **more: Any) -> Callable[[Callable], Callable]:
+    """The function below it is how the path is built."""
+
+    def register(build: Callable) -> Callable:
+        PATHS[name] = Path(name=name, colour=colour, what=what, build=build, **more)
+        return build
+
+    return register
+
+
+def _peft_has(config: str) -> str | None:
+    if importlib.util.find_spec("peft") is None:
+        return "the package peft is not installed"
+    import peft
+
+    return None if hasattr(peft, config) else f"peft {peft.__version__} has no {config}"
 
 
 def fused(o: Operands, dtype: torch.dtype | None = None) -> LoraXSLinear:
@@ -91,10 +108,17 @@ def fused(o: Operands, dtype: torch.dtype | None = None) -> LoraXSLinear:
     return layer
 
 
+@_path("frozen", "#000000", "the frozen linear alone: the floor")
 def _frozen(o: Operands) -> Layer:
     return Layer(o.linear())
 
 
+@_path("reference-fp32", "#a63603", "the reference layer as PEFT runs it: four ops, adapters upcast to fp32")
+def _reference_fp32(o: Operands) -> Layer:
+    return _reference(o, torch.float32)
+
+
+@_path("reference", "#e6550d", "the reference layer: four ops, adapters in the weight's dtype")
 def _reference(o: Operands, dtype: torch.dtype | None = None) -> Layer:
     layer = reference.UnfusedLinear(fused(o, dtype))
     layer.lora_latent.to(dtype or o.x.dtype)
@@ -102,77 +126,39 @@ def _reference(o: Operands, dtype: torch.dtype | None = None) -> Layer:
     return Layer(layer, (R,), (layer.lora_A.weight, R, layer.lora_B.weight), o.s)
 
 
+@_path("addmm", "#b8860b", "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)")
 def _addmm(o: Operands) -> Layer:
-    """What unsloth does for LoRA, for R: the base GEMM, then the adapter added by a second, in one autograd node."""
+    """In one autograd node."""
     R = o.R.to(o.x.dtype).requires_grad_()
 
-    def primitive(
-        x: Tensor,
-        W: Tensor,
-        A: Tensor,
-        R: Tensor,
-        B: Tensor,
-        s: float,
-        bias: None = None,
-        out: None = None,
-        other: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        z = x @ A.t()
+    def primitive(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float, *more: Tensor | None) -> tuple:
+        z, other = x @ A.t(), (more[2] if len(more) > 2 else None)  # a bias and `out` come first, and are None here
         gram = None if other is None else scaled_mm(z.t(), other, s, R)
         return F.linear(x, W).addmm_(z @ R.t(), B.t(), alpha=s), z, gram
 
     def call(x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return LowRankLinear.apply(x, R, (o.W, o.A, o.B, o.s, None, None, "forward", primitive))[0]
-        return primitive(x, o.W, o.A, R, o.B, o.s, None)[0]
+        return primitive(x, o.W, o.A, R, o.B, o.s)[0]
 
     return Layer(call, (R,), (o.A, R, o.B), o.s)
 
 
-def _backend(o: Operands) -> Layer:
-    layer = fused(o)
-    return Layer(layer, (layer.R,), (o.A, layer.R, o.B), o.s)
-
-
-def _operator(o: Operands) -> Layer:
-    """The torch.library operator, called eagerly."""
-    R = nn.Parameter(o.R.clone())
-
-    def call(x: Tensor) -> Tensor:
-        return ops.operator(x, o.W, o.A, R, o.B, o.s, None, None, "forward", "torch")[0]
-
-    return Layer(call, (R,), (o.A, R, o.B), o.s)
-
-
-def _two(sets: list[Operands], layer: Callable[[Operands], nn.Module], compiled: bool) -> list[Layer]:
-    """Two layers on one x, each with tensors of its own, and the mean of what they give: the same as one of them."""
-
-    def build(o: Operands) -> Layer:
-        each = [layer(o), layer(replace(o, W=o.W.clone(), A=o.A.clone(), B=padded_rows(o.B.clone())))]
-
-        def call(x: Tensor) -> Tensor:
-            return (each[0](x) + each[1](x)) / 2
-
-        Rs = tuple(p for one in each for p in one.parameters() if p.requires_grad)
-        if compiled:  # in code of its own: torch keeps what it compiles with the code, and tries one after another
-            own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
-            call = torch.compile(own, fullgraph=True, dynamic=False)
-        return Layer(call, Rs, (o.A, Rs[0], o.B) if Rs else None, o.s)
-
-    return [build(o) for o in sets]
-
-
-def _compiled(sets: list[Operands], mode: str) -> list[Layer]:
+@cache
+def _chain(mode: str) -> Callable[..., Tensor]:
     # Without cudagraphs of its own: graph mode measures those for every path alike.
-    @partial(torch.compile, mode=mode, dynamic=False)
-    def chain(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float) -> Tensor:
-        return reference.lowrank_linear(x, W, A, R, B, s)[0]
+    return torch.compile(lambda *operands: reference.lowrank_linear(*operands)[0], mode=mode, dynamic=False)
 
-    def layer(o: Operands) -> Layer:
-        R, B = o.R.to(o.x.dtype).requires_grad_(), o.B.contiguous()
-        return Layer(lambda x: chain(x, o.W, o.A, R, B, o.s), (R,), (o.A, R, B), o.s)
 
-    return [layer(o) for o in sets]
+@_path("compile", "#8c6bb1", "torch.compile of the reference chain", run="all")
+def _compiled(o: Operands, mode: str = "default") -> Layer:
+    R, B = o.R.to(o.x.dtype).requires_grad_(), o.B.contiguous()
+    return Layer(lambda x: _chain(mode)(x, o.W, o.A, R, B, o.s), (R,), (o.A, R, B), o.s)
+
+
+@_path("compile-max", "#4d004b", "torch.compile of the reference chain, max-autotune", run="all")
+def _compiled_max(o: Operands) -> Layer:
+    return _compiled(o, "max-autotune-no-cudagraphs")
 
 
 def _peft_layer(o: Operands, config: Any) -> nn.Module:
@@ -181,8 +167,9 @@ def _peft_layer(o: Operands, config: Any) -> nn.Module:
     return get_peft_model(nn.Sequential(o.linear()), config).base_model.model[0]
 
 
+@_path("peft-lora", "#d6616b", "PEFT's LoRA layer (A and B train)", missing=partial(_peft_has, "LoraConfig"))
 def _peft_lora(o: Operands) -> Layer:
-    """PEFT's own LoRA layer with its defaults: A and B train, in fp32.  It starts with lora_A = R A, lora_B = B."""
+    """With PEFT's defaults: A and B are in fp32.  It starts with lora_A = R A, lora_B = B."""
     from peft import LoraConfig
 
     r = o.R.shape[0]
@@ -193,8 +180,12 @@ def _peft_lora(o: Operands) -> Layer:
     return Layer(layer, (A, B), (A, torch.eye(r, device=A.device), B), o.s)
 
 
+_TINY = "PEFT's TinyLoRA layer (R = sum v_i P_i)"
+
+
+@_path("peft-tinylora", "#e7969c", _TINY, missing=partial(_peft_has, "TinyLoraConfig"))
 def _peft_tinylora(o: Operands) -> Layer:
-    """PEFT's own TinyLoRA layer with its defaults: R = sum v_i P_i and v trains, in fp32; A and B are the operands'."""
+    """With PEFT's defaults: v trains, in fp32.  A and B are the operands'."""
     from peft import TinyLoraConfig
     from peft.tuners.tinylora.layer import TinyLoraLayer
 
@@ -209,79 +200,29 @@ def _peft_tinylora(o: Operands) -> Layer:
     return Layer(layer, (v,), factors)
 
 
-def _vera(o: Operands) -> Layer:
-    """PEFT's own VeRA layer with its defaults: vectors d and b train; they, A and B are in fp32.
-
-    The adapter is diag(b) B diag(d) A, with random A and B that all layers share; here they are the operands'.
-    """
-    from peft import VeraConfig
-
-    layer = _peft_layer(o, VeraConfig(r=o.R.shape[0], target_modules=["0"]))
-    for shared, own in ((layer.vera_A, o.A), (layer.vera_B, o.B)):
-        shared["default"] = own.to(shared["default"].dtype)
-    d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
-    d.data.copy_(o.R.diagonal() + 1)
-    b.data.copy_(o.gY[0] + 1)
-    return Layer(layer, (d, b), (o.A, d.detach().diag(), b.detach()[:, None] * o.B))
+def _backend(o: Operands) -> Layer:
+    layer = fused(o)
+    return Layer(layer, (layer.R,), (o.A, layer.R, o.B), o.s)
 
 
-def _peft(config: str) -> str | None:
-    if importlib.util.find_spec("peft") is None:
-        return "the package peft is not installed"
-    import peft
-
-    return None if hasattr(peft, config) else f"peft {peft.__version__} has no {config}"
-
-
-def _path(name: str, colour: str, what: str, build: Callable, run: str = "default", **more: Any) -> Path:
-    return Path(name=name, colour=colour, what=what, build=build, run=run, **more)
-
-
-def _on(name: str) -> Path:
-    what = f"LoraXSLinear on the {name} backend{_HOW.get(name, '')}"
-    more = {"missing": partial(backends.unavailable, name), "within": partial(backends.backend, name)}
-    return _path(name, _OURS.get(name, question.Path.colour), what, _each(_backend), **more)
-
-
-_HOW = {"torch": ": expand first, then the base GEMM accumulates"}
-# Ours in blues and greens, what people run today in warm colours, the floor black.
-_OURS = {"torch": "#1f77b4", "triton": "#17a398", "cuda": "#2ca02c"}
-_FP32 = "the reference layer as PEFT runs it: four ops, adapters upcast to fp32"
-_ADDMM = "y = x W^T, then the adapter added by a second GEMM (unsloth's way with LoRA)"
-_VERA = "PEFT's VeRA layer (random A and B, vectors d and b train)"
-_CHOSEN = "LoraXSLinear as it is, on the backend that is chosen for each call"
-_OPERATOR = "the same through the torch.library operator, called eagerly"
-_TWICE = partial(_two, layer=fused, compiled=True)
-_FLOOR = partial(_two, layer=Operands.linear, compiled=True)
-_MOST = "max-autotune-no-cudagraphs"
-_WAYS = (
-    _path("frozen", "#000000", "the frozen linear alone: the floor", _each(_frozen)),
-    _path("reference-fp32", "#a63603", _FP32, _each(partial(_reference, dtype=torch.float32))),
-    _path("reference", "#e6550d", "the reference layer: four ops, adapters in the weight's dtype", _each(_reference)),
-    _path("addmm", "#b8860b", _ADDMM, _each(_addmm)),
-    _path("compile", "#8c6bb1", "torch.compile of the reference chain", partial(_compiled, mode="default"), "all"),
+_COLOURS = {"torch": "#1f77b4", "triton": "#17a398", "cuda": "#2ca02c"}
+for _name in backends.NAMES:
+    _how = ": expand first, then the base GEMM accumulates" if _name == "torch" else ""
     _path(
-        *("compile-max", "#4d004b", "torch.compile of the reference chain, max-autotune"),
-        *(partial(_compiled, mode=_MOST), "all"),
-    ),
-    _path(
-        *("peft-lora", "#d6616b", "PEFT's LoRA layer (A and B train)", _each(_peft_lora)),
-        missing=partial(_peft, "LoraConfig"),
-    ),
-    _path(
-        *("peft-tinylora", "#e7969c", "PEFT's TinyLoRA layer (R = sum v_i P_i)", _each(_peft_tinylora)),
-        missing=partial(_peft, "TinyLoraConfig"),
-    ),
-    _path("vera", "#7b4173", _VERA, _each(_vera), "all", missing=partial(_peft, "VeraConfig")),
-    *map(_on, backends.NAMES),
-    _path("chosen", "#08519c", _CHOSEN, _each(_backend), "all"),
-    # What only the question host is about.
-    _path("operator", "#9ecae1", _OPERATOR, _each(_operator), "named"),
-    _path("two", "#6baed6", "two LoraXSLinear layers on one x", partial(_two, layer=fused, compiled=False), "named"),
-    _path("two-compile", "#2171b5", "the same two by torch.compile", _TWICE, "named"),
-    _path("two-frozen-compile", "#525252", "two frozen linears by torch.compile: its floor", _FLOOR, "named"),
-)
-PATHS = {path.name: path for path in _WAYS}
+        *(_name, _COLOURS.get(_name, question.Path.colour), f"LoraXSLinear on the {_name} backend{_how}"),
+        **{"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)},
+    )(_backend)
+_path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
+# Of what the question host was also about.
+PATHS |= {
+    path.name: path
+    for path in (
+        question.earlier("operator", "#9ecae1", "the same through the torch.library operator, called eagerly"),
+        question.earlier("two", "#6baed6", "two LoraXSLinear layers on one x"),
+        question.earlier("two-compile", "#2171b5", "the same two by torch.compile"),
+        question.earlier("two-frozen-compile", "#525252", "two frozen linears by torch.compile: its floor"),
+    )
+}
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
@@ -306,28 +247,36 @@ def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Cal
     return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
 
 
+def forward_and_backward(layer: Layer, o: Operands) -> tuple[Tensor, ...]:
+    """y, gX, and the gradient of each that trains."""
+    y = layer.call(o.x)
+    return y.detach(), *torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+
+
 def layer_errors(layer: Layer, o: Operands) -> dict[str, dict[str, float]]:
     """Of y, gX and, where R itself trains, gR: the relative error against the fp64 oracle, and what is allowed.
 
     y and gX are compared on rows spread over all of x, gR whole: its oracle is low-rank and costs little.
     """
-    y = layer.call(o.x)
-    gX, *trained = torch.autograd.grad(y, (o.x, *layer.trained), o.gY)
+    y, gX, *trained = forward_and_backward(layer, o)
     rows, r = some(o.x), o.R.shape[0]
     R_trains = layer.factors and len(trained) == 1 and trained[0].shape == (r, r)
-    got = {"y": y.detach()[rows], "gX": gX[rows], "gR": trained[0] if R_trains else None}
-    return errors(got, *(_expected(layer, o, rows, dtype) for dtype in (o.x.dtype, torch.float64)), o.x.dtype)
+    got = {"y": y[rows], "gX": gX[rows], "gR": trained[0] if R_trains else None}
+    A_R_B, s = layer.factors, layer.s
+    return errors(got, *(expected(o, A_R_B, s, rows, dtype) for dtype in (o.x.dtype, torch.float64)), o.x.dtype)
 
 
-def _expected(layer: Layer, o: Operands, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def expected(
+    o: Operands, factors: tuple[Tensor, Tensor, Tensor] | None, s: float, rows: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """y and gX on some rows, and gR, from the specification, with every operand in `dtype`."""
     x, gY, W = (t.detach().to(dtype) for t in (o.x[rows], o.gY[rows], o.W))
-    if layer.factors is None:
+    if factors is None:
         return {"y": x @ W.T, "gX": gY @ W}
-    A, R, B = (t.detach().to(dtype) for t in layer.factors)
+    A, R, B = (t.detach().to(dtype) for t in factors)
     z, v = o.x.detach().to(dtype) @ A.T, o.gY.to(dtype) @ B
     return {
-        "y": reference.lowrank_linear(x, W, A, R, B, layer.s)[0],
-        "gX": reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, layer.s)[0],
-        "gR": layer.s * (v.T @ z),
+        "y": reference.lowrank_linear(x, W, A, R, B, s)[0],
+        "gX": reference.lowrank_linear(gY, W.T, B.T, R.T, A.T, s)[0],
+        "gR": s * (v.T @ z),
     }

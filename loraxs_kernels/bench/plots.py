@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels
 MOST_PANELS = 12
 
+Bar = tuple[str, str, dict[str, float]]  # colour, label, spread
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -77,14 +79,21 @@ def panels(
     return Plot(name, title, figure)
 
 
-def bars(axes: Axes, found: list[tuple[str, str, dict[str, float]]], line: float | None = None) -> None:
-    """Horizontal bars from the top: (colour, label, spread), the quartiles as whiskers; and a line there."""
-    for i, (colour, _, spread) in enumerate(found):
-        axes.barh(i, spread["median"], color=colour, height=0.7)
-        axes.plot([spread["low"], spread["high"]], [i, i], color="black", linewidth=1)
-        axes.annotate(f" {spread['median']:.2f}", (spread["high"], i), va="center", fontsize=8)
-    axes.set_yticks(range(len(found)), [label for _, label, _ in found])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    if line is not None:
-        axes.axvline(line, color="black", linewidth=0.8)
+def bars(
+    name: str, title: str, groups: dict[str, list[Bar]], lines: dict[str, float] | None = None, xlabel: str = ""
+) -> Plot:
+    """Horizontal bars from the top, the quartiles as whiskers; and for a group a line there."""
+
+    def draw(axes: Axes, group: str) -> None:
+        for i, (colour, _, spread) in enumerate(groups[group]):
+            axes.barh(i, spread["median"], color=colour, height=0.7)
+            axes.plot([spread["low"], spread["high"]], [i, i], color="black", linewidth=1)
+            axes.annotate(f" {spread['median']:.2f}", (spread["high"], i), va="center", fontsize=8)
+        axes.set_yticks(range(len(groups[group])), [label for _, label, _ in groups[group]])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel(xlabel)
+        if group in (lines or {}):
+            axes.axvline(lines[group], color="black", linewidth=0.8)
+
+    return panels(name, title, {group: group for group in groups}, draw, legend=False)

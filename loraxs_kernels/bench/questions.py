@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from . import bank, chain, choice, experiments, gemm, group, host, layer, model, plots, question, svd, tables
+from . import bank, chain, choice, experiments, gemm, group, host, layer, model, plots, question, svd
 from .request import Request, known
 from .tables import Table
 
@@ -24,9 +24,9 @@ def check(questions: Iterable[str] = (), **asked: Any) -> Request:
 
 
 def tables_of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Table]:
-    """Every table of a report that it has rows for; those of all questions end with what was built and not measured."""
+    """Every table of a report that it has rows for; those of all questions end with what was not measured."""
     found = [table for name in questions for table in QUESTIONS[name].tables(report, _rows(report, name))]
-    return found + ([*_builds(report), *_failures(report)] if set(questions) == set(QUESTIONS) else [])
+    return found + (list(_failures(report)) if set(questions) == set(QUESTIONS) else [])
 
 
 def plots_of(report: dict[str, Any]) -> list[plots.Plot]:
@@ -37,18 +37,6 @@ def plots_of(report: dict[str, Any]) -> list[plots.Plot]:
 
 def _rows(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if row["question"] == name and row["status"] == "ok"]
-
-
-def _builds(report: dict[str, Any]) -> Iterable[Table]:
-    """How long the CUDA core took to build, where it was built there."""
-    build = report.get("build", {})
-    if build.get("built") and "seconds" in build:
-        for_what = ", ".join(f"sm_{name}" for name in build["architectures"])
-        cores = f"{build['cores']} cores" + (f", MAX_JOBS {build['MAX_JOBS']}" if build["MAX_JOBS"] else "")
-        cutlass = build["cutlass"] or tables.NO_FIGURE
-        line = [f"{for_what}, on {cores}", f"{build['seconds']:.0f}", build["nvcc"], cutlass]
-        notes = () if build["whole"] else ("Not from nothing: an earlier build had left some of it.",)
-        yield Table("Building the CUDA core", ["", "s", "nvcc", "CUTLASS"], [line], notes)
 
 
 def _failures(report: dict[str, Any]) -> Iterable[Table]:

@@ -24,7 +24,7 @@ accuracy rule allows}; rounds; seconds (a spread; on a GPU alone: on a shared CP
 spread of the ratio}; noisy; gauges before and after (MHz, C, W).  And of each question:
 
     layer, host  layers, count (of this shape in a block), N, K, T, r, direction; over {frozen, reference, peft-lora,
-                 torch, of host also two}; sets, peak_bytes (on a GPU); host on a GPU: kernels {forward, backward}
+                 torch}; sets, peak_bytes (on a GPU); host on a GPU: kernels {forward, backward}
     chain        N, K, T, r, direction, bytes (that must move)
     gemm         layers, count, N, K, T, r, direction, over {frozen}; flops (of the path), floor_flops (of x W^T alone),
                  tile (rows, columns of y), picked (the cuda backend would use this path here)

@@ -113,11 +113,3 @@ def floor(ceilings: Ceilings, path: str, T: int, N: int, K: int, r: int, directi
     if direction in ("both", "backward"):
         steps += _one_way(path, T, K, N, r, backward=True)
     return sum(ceilings.seconds(step.bytes, step.flops, step.single) for step in steps)
-
-
-def needed(T: int, N: int, K: int, r: int, direction: str = "both", adapter: bool = True) -> tuple[float, float]:
-    """(bytes, flops) that any implementation must move and do, of the layer with its adapter or frozen: one pass."""
-    path = "one-pass" if adapter else "frozen"
-    steps = [_one_way(path, T, *sizes, r, False)[0] for sizes in ((N, K), (K, N))]
-    steps = {"both": steps, "forward": steps[:1], "backward": steps[1:]}[direction]
-    return sum(step.bytes for step in steps), sum(step.flops for step in steps)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,16 +16,15 @@ from ..basis import Factors
 from ..model import attach, detach
 from ..svd import basis_size, truncated_svd
 from ..svd import plan as svd_plan
-from . import plots, tables, timer
-from .compare import Candidate, Row, compare, failure, figures
-from .question import Path, Point, Question, colour
+from . import BenchError, plots, tables, timer
+from .compare import Build, Candidate, Row, compare
+from .question import Path, Point, Question, colour, earlier
 from .request import Request
 from .shapes import MODELS, Shape
-from .tables import Table, over, pivot
+from .tables import Table, over
 
 OURS = "loraxs-svd"
 SPIKES = 256
-WHOLE_ROUNDS = 2
 MIN_ROUNDS = 5  # a full decomposition may take minutes
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -51,10 +50,6 @@ def _no_sklearn() -> str | None:
     return None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed"
 
 
-def _ours(**options: Any) -> Callable[[Tensor, int], Triplets]:
-    return lambda W, r: truncated_svd(W, r, **options)
-
-
 def _svd_lowrank(niter: int, more: int) -> Callable[[Tensor, int], Triplets]:
     def run(W: Tensor, r: int) -> Triplets:
         U, S, V = torch.svd_lowrank(W.float(), q=min(r + more, *W.shape), niter=niter)
@@ -68,40 +63,27 @@ def _full(W: Tensor, r: int) -> Triplets:
     return U[:, :r], S[:r], Vh[:r]
 
 
-def _method(name: str, colour: str, what: str, compute: Callable, run: str = "default", **more: Any) -> Method:
-    return Method(name=name, colour=colour, what=what, compute=compute, run=run, **more)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        _method(OURS, "#1f77b4", "truncated_svd", truncated_svd),
-        _method("loraxs-krylov", "#6baed6", "truncated_svd, krylov", _ours(method="krylov"), "all"),
-        _method("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", _ours(method="subspace"), "all"),
-        _method(
-            "sklearn",
-            "#e6550d",
-            "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)",
-            _sklearn,
-            missing=_no_sklearn,
-        ),
-        _method("svd-lowrank", "#b8860b", "torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
-        _method(
-            "svd-lowrank-2", "#f2c14e", "torch.svd_lowrank, niter = 2 (its default), q = r + 10", _svd_lowrank(2, 10)
-        ),
-        _method("svd-lowrank-4", "#d9a441", "torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
-        _method("svd-lowrank-r", "#8c6d31", "torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0), "all"),
-        _method("svd-lowrank-4-r", "#e7cb94", "torch.svd_lowrank, niter = 4, q = r", _svd_lowrank(4, 0), "all"),
-        _method("svd-full", "#000000", "torch.linalg.svd", _full, "all"),
-    )
-}
-# Those of all reports; the first can only be found in a report of an earlier version.
-EVER = {
-    "loraxs-eigh-gpu": Path(
-        name="loraxs-eigh-gpu", colour="#9e9ac8", what="truncated_svd, its eigenproblem on the GPU"
+_HOW: list[tuple[str, str, str, str, Callable[[Tensor, int], Triplets]]] = [
+    (OURS, "#1f77b4", "default", "truncated_svd", truncated_svd),
+    ("loraxs-krylov", "#6baed6", "all", "truncated_svd, krylov", partial(truncated_svd, method="krylov")),
+    ("loraxs-subspace", "#2ca02c", "all", "truncated_svd, subspace", partial(truncated_svd, method="subspace")),
+    ("sklearn", "#e6550d", "default", "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)", _sklearn),
+    ("svd-lowrank", "#b8860b", "default", "torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
+    (
+        "svd-lowrank-2",
+        "#f2c14e",
+        "default",
+        "torch.svd_lowrank, niter = 2 (its default), q = r + 10",
+        _svd_lowrank(2, 10),
     ),
-    **METHODS,
-}
+    ("svd-lowrank-4", "#d9a441", "default", "torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
+    ("svd-lowrank-r", "#8c6d31", "all", "torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0)),
+    ("svd-full", "#000000", "all", "torch.linalg.svd", _full),
+]
+METHODS: dict[str, Path] = {
+    "loraxs-eigh-gpu": earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU")
+} | {name: Method(name=name, colour=c, run=run, what=what, compute=call) for name, c, run, what, call in _HOW}
+METHODS["sklearn"] = replace(METHODS["sklearn"], missing=_no_sklearn)
 
 
 def plan(request: Request) -> list[Point]:
@@ -113,28 +95,32 @@ def plan(request: Request) -> list[Point]:
 
 def _one(request: Request, shape: Shape) -> Iterator[Row]:
     """A row for each method and rank, on one weight."""
-    names = [name for name in METHODS if name in request.paths]
-    highest = min(shape.N, shape.K)
-    for r in request.ranks:
-        if r > highest:
-            yield from ({"r": r} | failure(name, f"rank {r} is above min(N, K) = {highest}") for name in names)
-    try:
-        W = weight(shape, request)
-        sigma, energy = truth(W)
-    except torch.OutOfMemoryError:
-        yield from (failure(name, "out of memory: the weight and its singular values alone") for name in names)
-        return
-    for r in (r for r in request.ranks if r <= highest):
 
-        def build(name: str, r: int = r) -> Candidate:
+    @cache
+    def made() -> tuple[Tensor, Tensor, float]:
+        W = weight(shape, request)
+        return W, *truth(W)
+
+    for r in request.ranks:
+        yield from ({"r": r} | row for row in _at_rank(request, shape, r, made))
+
+
+def _at_rank(request: Request, shape: Shape, r: int, made: Callable[[], tuple[Tensor, Tensor, float]]) -> Iterator[Row]:
+    def prepare() -> Build:
+        W, *true = made()
+
+        def build(name: str) -> Candidate:
+            if r > min(W.shape):
+                raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
             call = partial(METHODS[name].compute, W, r)
-            made, peak = _peak(call, request)
-            facts = accuracy(W, *made, sigma, energy) | peak
-            facts |= {"bytes": bytes_read(W, r)} if name == OURS else {}
+            found, peak = _peak(call, request)
+            facts = accuracy(W, *found, *true) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
             return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
 
-        rows = compare(request, names, lambda build=build: build, (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
-        yield from ({"r": r} | row for row in rows)
+        return build
+
+    names = [name for name in METHODS if name in request.paths]
+    return compare(request, names, prepare, (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
 
 
 def weight(shape: Shape, request: Request, seed: int = 0) -> Tensor:
@@ -168,13 +154,8 @@ def _peak(call: Callable[[], Any], request: Request) -> tuple[Any, Row]:
     """What a call makes, and on a GPU the memory it took beyond that."""
     if not request.gpu:
         return call(), {}
-    torch.cuda.synchronize(request.device)
-    held = torch.cuda.memory_allocated(request.device)
-    torch.cuda.reset_peak_memory_stats(request.device)
-    made = call()
-    torch.cuda.synchronize(request.device)
-    results = torch.cuda.memory_allocated(request.device) - held
-    return made, {"peak_bytes": torch.cuda.max_memory_allocated(request.device) - held - results}
+    made, most, kept = timer.peak(call, request.device)
+    return made, {"peak_bytes": most - kept}
 
 
 def accuracy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, sigma: Tensor, energy: float) -> Row:
@@ -196,34 +177,31 @@ def _whole(request: Request, r: int) -> Iterator[Row]:
     """
     model = MODELS[request.model]
     blocks = request.blocks or model.blocks
-    linears = nn.ModuleList()
-    for i in range(blocks):
-        for shape in model.shapes:
+
+    def prepare() -> Build:
+        linears = nn.ModuleList()
+        for i, shape in ((i, shape) for i in range(blocks) for shape in model.shapes):
             for j in range(shape.count):
                 linear = nn.Linear(shape.K, shape.N, bias=False, device="meta")
                 linear.weight = nn.Parameter(weight(shape, request, 7 * i + j), requires_grad=False)
                 linears.append(linear)
-    last = linears[-1].weight
-    sigma, energy = truth(last)
-    samples: dict[str, Tensor] = {}
-    for name in (name for name in WHOLE if name in request.paths):
-        call = partial(WHOLE[name], linears, r)
-        try:
+        last = linears[-1].weight
+        true = truth(last)
+
+        def build(name: str) -> Candidate:
             WHOLE[name](linears[: len(linears) // blocks], r)  # warm-up: one block
+            call = partial(WHOLE[name], linears, r)
             made, peak = _peak(call, request)
             A, B = made[-1]
-            del made
             S = A.float().norm(dim=1)
-            facts = accuracy(last, B.float(), S, A.float() / S[:, None], sigma, energy) | peak
-            took = [timer.once(call) for _ in range(WHOLE_ROUNDS if name == OURS else 1)]
-        except Exception as error:
-            yield {"matrices": len(linears)} | failure(name, error)
-            continue
-        samples[name] = torch.tensor(took, dtype=torch.float64)
-        beside = {"this": samples[name]} | ({OURS: samples[OURS].quantile(0.5)} if OURS in samples else {})
-        row = figures(beside, "this", request.device, (OURS,)) | {"path": name} | facts
-        row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
-        yield {"matrices": len(linears)} | row
+            facts: Row = {"matrices": len(linears)} | accuracy(last, B.float(), S, A.float() / S[:, None], *true) | peak
+            facts |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
+            return Candidate(lambda: [call], facts=facts, warm=False)
+
+        return build
+
+    names = [name for name in WHOLE if name in request.paths]
+    yield from compare(request, names, prepare, (OURS,), modes=("eager",), min_rounds=1)
 
 
 def _attached(linears: nn.ModuleList, r: int) -> list[Factors]:
@@ -259,63 +237,50 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """How long the factors take, and how exact they are: of one weight, and of all of a model."""
     one, all_of_them = ([row for row in rows if whole == ("matrices" in row)] for whole in (False, True))
     if one:
-        points = pivot(one, "N", "K", "dtype", "r")
-        where = {f"{N} x {K}, {dtype}, r {r}": point for (N, K, dtype, r), point in points.items()}
-        yield _table(report, "Truncated SVD of one weight", where, ".")
+        yield _table(report, "Truncated SVD of one weight", one, "{N} x {K}, {dtype}, r {r}", ".")
     if all_of_them:
-        points = pivot(all_of_them, "matrices", "dtype", "r")
-        where = {f"{many} linears, {dtype}, r {r}": point for (many, dtype, r), point in points.items()}
-        title = f"Factors of every linear of {all_of_them[-1]['model']}"
-        yield _table(report, title, where, "; both of the last linear.")
+        title, what = f"Factors of every linear of {all_of_them[-1]['model']}", "{matrices} linears, {dtype}, r {r}"
+        yield _table(report, title, all_of_them, what, "; both of the last linear.")
 
 
-def _table(report: dict[str, Any], title: str, points: dict[str, dict[str, Row]], which: str) -> Table:
-    rivals = [name for name in tables.present(EVER, points) if name != OURS]
-    cost = tables.gpu(report)
-    head = ["", *(["ms", "peak MiB", "W read at, TB/s"] if cost else []), "error", "excess"]
-    head += [f"{name}: {what}" for name in rivals for what in ("time", "error", "excess")]
-    lines = []
-    for where, point in points.items():
-        line = [where, *(_cost(report, point.get(OURS)) if cost else []), *_errors(point.get(OURS))]
-        for name in rivals:
-            line += [over(point.get(name), OURS), *_errors(point.get(name))]
-        lines.append(line)
+def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which: str) -> Table:
+    points = tables.labelled(rows, what)
+    rivals = [name for name in tables.present(METHODS, points) if name != OURS]
     notes = [
         "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
         f"value; excess: squared reconstruction error beyond the best of that rank, relative{which}"
     ]
-    if cost:
+    cells: list[tuple[str, Callable[[Row], str]]] = []
+    if tables.gpu(report):
+        cells = [("ms", _milliseconds), ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}")]
+        cells.append(("W read at, TB/s", partial(tables.bandwidth, report=report)))
         notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
-    notes += [f"{name}: {EVER[name].what}." for name in rivals]
-    return Table(title, head, lines, (*notes, *tables.noise(lines)))
+    errors = [("error", lambda row: f"{row['sigma_error']:.1e}"), ("excess", _excess)]
+    columns = [(head, OURS, cell) for head, cell in (*cells, *errors)]
+    theirs = (("time", partial(over, other=OURS)), *errors)
+    columns += [(f"{name}: {head}", name, cell) for name in rivals for head, cell in theirs]
+    notes += [f"{name}: {METHODS[name].what}." for name in rivals]
+    return tables.compared(title, points, columns, notes)
 
 
-def _cost(report: dict[str, Any], row: Row | None) -> list[str]:
-    if row is None:
-        return [tables.NO_FIGURE] * 3
-    milliseconds = tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
-    return [milliseconds, f"{row['peak_bytes'] / 2**20:,.0f}", tables.bandwidth(report, row)]
+def _milliseconds(row: Row) -> str:
+    return tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
 
 
-def _errors(row: Row | None) -> list[str]:
-    if row is None:
-        return [tables.NO_FIGURE] * 2
-    return [f"{row['sigma_error']:.1e}", tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"]
+def _excess(row: Row) -> str:
+    return tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if "matrices" not in row:
-            groups.setdefault(f"{row['N']} x {row['K']} {row['dtype']}, r = {row['r']}", []).append(row)
-    if groups:
-        yield plots.panels("svd", "Truncated SVD: time against error", groups, _panel)
+    points = tables.labelled((row for row in rows if "matrices" not in row), "{N} x {K} {dtype}, r = {r}")
+    if points:
+        yield plots.panels("svd", "Truncated SVD: time against error", points, _panel)
 
 
-def _panel(axes: Any, rows: list[Row]) -> None:
-    for row in rows:
+def _panel(axes: Any, point: dict[str, Row]) -> None:
+    for row in point.values():
         if time := row["over"].get(OURS):
-            style = {"color": colour(EVER, row["path"]), "label": row["path"], "markersize": 8}
+            style = {"color": colour(METHODS, row["path"]), "label": row["path"], "markersize": 8}
             axes.plot(time["median"], max(row["sigma_error"], 1e-9), "o", **style)
     axes.set(xscale="log", yscale="log", xlabel="time over truncated_svd")
     axes.set_ylabel("largest relative error of a singular value")

@@ -1,11 +1,10 @@
-"""Tables of a report: made once by the questions, shown as plain text, with rich, as Markdown or as HTML."""
+"""Tables of a report: made once by the questions, shown as plain text, Markdown or HTML."""
 
 from __future__ import annotations
 
 import html
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .compare import Row
@@ -53,26 +52,8 @@ class Table:
 
 
 def show(tables: Iterable[Table]) -> None:
-    """Print: with rich where it is installed and a person is looking, else as plain text."""
-    pretty = None
-    if sys.stdout is not None and sys.stdout.isatty():
-        try:
-            from rich import console, table
-
-            pretty = console.Console()
-        except ImportError:
-            pass
     for each in tables:
-        if pretty is None:
-            print(f"\n{each.plain()}", flush=True)
-            continue
-        notes = "\n".join(each.notes)
-        grid = table.Table(title=each.title, title_justify="left", caption=notes, caption_justify="left")
-        for i, name in enumerate(each.head):
-            grid.add_column(name, justify="right" if i else "left")
-        for cells in each.rows:
-            grid.add_row(*cells)
-        pretty.print(grid)
+        print(f"\n{each.plain()}", flush=True)
 
 
 # --- what the questions make them of
@@ -88,6 +69,30 @@ def pivot(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), {})[row["path"]] = row
     return found
+
+
+def labelled(rows: Iterable[Row], text: str) -> dict[str, dict[str, Row]]:
+    """{what `text` says of rows: {path: row}}, such as "T {T}, r {r}"."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(text.format(**row), {})[row["path"]] = row
+    return found
+
+
+def compared(
+    title: str,
+    points: Mapping[str, Mapping[str, Row]],
+    columns: Iterable[tuple[str, str, Callable[[Row], str]]],
+    notes: Iterable[str],
+    *why: str,
+) -> Table:
+    """A line for each point, with a cell made of the row of a path in each column: (its head, the path, the cell)."""
+    columns = list(columns)
+    lines = [
+        [where, *(cell(point[path]) if path in point else NO_FIGURE for _, path, cell in columns)]
+        for where, point in points.items()
+    ]
+    return Table(title, ["", *(head for head, *_ in columns)], lines, (*notes, *noise(lines, *why)))
 
 
 def present(names: Iterable[str], points: Mapping[Any, Mapping[str, Any]]) -> list[str]:
@@ -111,25 +116,27 @@ def figure(text: str, noisy: bool, rest: str = "") -> str:
     return Noisy(f"{text}~{rest}") if noisy else f"{text}{rest}"
 
 
+def quartiles(found: Mapping[str, float], digits: int, noisy: bool = False, scale: float = 1.0, rest: str = "") -> str:
+    """A spread: its median, and in brackets its quartiles."""
+    low, median, high = (f"{scale * found[each]:.{digits}f}" for each in ("low", "median", "high"))
+    return figure(median, noisy, f" ({low} to {high}){rest}")
+
+
 def over(row: Row | None, other: str) -> str:
     """A ratio with its quartiles."""
     if row is None or other not in row["over"]:
         return NO_FIGURE
     ratio = row["over"][other]
-    if ratio["low"] == ratio["high"] == 1:
-        return "1"
-    return figure(f"{ratio['median']:.2f}", row["noisy"], f" ({ratio['low']:.2f} to {ratio['high']:.2f})")
+    return "1" if ratio["low"] == ratio["high"] == 1 else quartiles(ratio, 2, row["noisy"])
 
 
 def percent(found: Spread, rest: str = "") -> str:
     """A spread in percent, with its quartiles."""
-    return figure(f"{100 * found.median:.1f}", found.noisy, f" ({100 * found.low:.1f} to {100 * found.high:.1f}){rest}")
+    return quartiles(asdict(found), 1, found.noisy, 100, rest)
 
 
-def bandwidth(report: dict[str, Any], row: Row | None) -> str:
+def bandwidth(row: Row, report: dict[str, Any]) -> str:
     """TB/s of a row's bytes, and the share of this GPU's copy."""
-    if row is None:
-        return NO_FIGURE
     speed = row["bytes"] / row["seconds"]["median"]
     of = f" ({speed / report['ceilings']['bandwidth']:.0%})" if report["ceilings"] else ""
     return figure(f"{speed / 1e12:.2f}", row["noisy"], of)

@@ -32,6 +32,11 @@ class Point(NamedTuple):
 class Tax(Spread):
     """A fraction of the frozen linears' time, with quartiles; goals are hundredths apart, so noise is told early."""
 
+    @classmethod
+    def of_ratio(cls, ratio: dict[str, float]) -> Tax:
+        """By the ratio of times to the frozen linear's."""
+        return cls(ratio["low"] - 1, ratio["median"] - 1, ratio["high"] - 1)
+
     @property
     def noisy(self) -> bool:
         return self.high - self.low > max(0.01, 0.25 * abs(self.median))
@@ -60,9 +65,9 @@ def measured(paths: Paths, path: str) -> Tax | None:
 
     def over(quartile: str) -> float:
         each = (weight[shape] * row["over"]["frozen"][quartile] for shape, row in own.items())
-        return sum(each) / sum(weight.values()) - 1
+        return sum(each) / sum(weight.values())
 
-    return Tax(over("low"), over("median"), over("high"))
+    return Tax.of_ratio({quartile: over(quartile) for quartile in ("low", "median", "high")})
 
 
 def least(report: dict[str, Any], at: Point, paths: Paths, path: str) -> float | None:

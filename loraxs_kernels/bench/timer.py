@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 _L2_MULTIPLE = 3  # the sets of operands together, as a multiple of the L2 cache
 
 Call = Callable[[], Any]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def sets_needed(device: torch.device, bytes_each: int) -> int:
         return 1
     L2 = torch.cuda.get_device_properties(device).L2_cache_size
     return 1 if bytes_each > _L2_MULTIPLE * L2 else -(-_L2_MULTIPLE * L2 // bytes_each) + 1
+
+
+def in_sets(make: Callable[[int], Made], device: torch.device, size: Callable[[Made], int]) -> list[Made]:
+    """What `make` makes of 0, 1, ...: as many sets of operands, by the bytes of one, as it takes to leave the cache."""
+    first = make(0)
+    return [first, *map(make, range(1, sets_needed(device, size(first))))]
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,16 @@ def once(run: Call) -> float:
     run()
     synchronize()
     return time.perf_counter() - start
+
+
+def peak(run: Callable[[], Made], device: torch.device) -> tuple[Made, int, int]:
+    """What a run makes, the bytes of a GPU that it took at most beyond what was held before, and those still held."""
+    synchronize()
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    made = run()
+    synchronize()
+    return made, torch.cuda.max_memory_allocated(device) - held, torch.cuda.memory_allocated(device) - held
 
 
 def synchronize() -> None:
