@@ -446,6 +446,25 @@ def test_shapes_are_those_of_the_models(name):
     assert found == expected
 
 
+def test_a_model_from_a_folder(tmp_path, monkeypatch):
+    """A real one's configuration and weights, in the dtype asked for, as many blocks as asked for."""
+    transformers = pytest.importorskip("transformers")
+    sizes = MODELS["tiny"].config | {"num_hidden_layers": 3, "max_position_embeddings": 32}
+    saved = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    saved.save_pretrained(tmp_path)
+    asked = dict(questions=["model"], model=str(tmp_path), shapes=[], dtype="bf16", sequence=8, batch=1, blocks=2)
+    request = tiny(**asked)
+    built = model.build(request)
+    weight = built.model.layers[1].mlp.up_proj.weight
+    assert len(built.model.layers) == 2 and not weight.requires_grad
+    assert torch.equal(weight, saved.model.layers[1].mlp.up_proj.weight.bfloat16())
+    monkeypatch.setattr(model, "STEPS", 2)
+    rows = rows_of(dataclasses.replace(request, paths=("frozen", "torch"), dtype=torch.float32))  # bf16 is slow here
+    assert {(row["path"], row["status"]) for row in rows} == {("frozen", "ok"), ("torch", "ok")}
+    with pytest.raises(BenchError, match="sequence: got 33, must be at most 32"):
+        tiny(**asked | {"sequence": 33})
+
+
 @pytest.fixture(scope="module")
 def tiny_model():
     pytest.importorskip("transformers")
@@ -627,6 +646,7 @@ BAD = {
         "question: got 'quality', must be one of layer, chain, gemm, group, host, choice, svd, model",
     ),
     "an unknown model": (["--model", "gpt-9"], "model: got 'gpt-9', must be one of mistral-7b"),
+    "a folder, for shapes": (["layer", "--model", "{tmp}"], "model: got "),
     "an unknown path": (["--paths", "magic"], "path: got 'magic', must be one of frozen"),
     "a path that cannot run": (["--paths", "triton"], "path: 'triton' cannot run here: "),
     "an unknown dtype": (["--dtype", "fp8"], "dtype: got 'fp8', must be one of bf16, fp16, fp32"),

@@ -183,6 +183,14 @@ def test_arguments_of_params_out_of_range(capsys, arguments):
     assert f": got {arguments[-1]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", ["3", "[" * 100_000, '{"num_hidden_layers": 1, "max_position_embeddings": "x"}'])
+def test_a_config_that_bench_cannot_read(tmp_path, capsys, config):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(config)
+    assert main(["bench", "model", "--model", str(tmp_path), "--device", "cpu"]) == 1
+    assert f"loraxs bench: model: {tmp_path}/config.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--tokens", "--rank", "--shape"])
 def test_sizes_of_roofline_past_any_tensors(capsys, option):
     size = "9" * 400

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,12 +80,30 @@ def check(request: Request) -> Request:
     if request.shapes:
         raise BenchError("question: 'model' needs a model, not shapes")
     model = request.model or ("mistral-7b" if request.gpu else "tiny")
-    longest = MODELS[model].config.get("max_position_embeddings")
-    longest = longest and longest - 2 * (model == "roberta-large")  # whose positions start at 2
+    config = _config(model).to_dict()
+    longest = (MODELS[model].config if model in MODELS else config).get("max_position_embeddings")
+    if not isinstance(longest, (int, type(None))):
+        raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
+    longest = longest and longest - 2 * (config["model_type"] == "roberta")  # whose positions start at 2
     if request.sequence and longest and request.sequence > longest:
         raise BenchError(f"sequence: got {request.sequence}, must be at most {longest}, what {model} takes")
     sequence = request.sequence or min(2048 if request.gpu else 64, longest or 2048)
     return replace(request, model=model, sequence=sequence, batch=request.batch or (4 if request.gpu else 2))
+
+
+def _config(model: str) -> Any:
+    """The model's Hugging Face configuration."""
+    from transformers import AutoConfig
+
+    if model in MODELS:
+        return AutoConfig.for_model(MODELS[model].model_type, **MODELS[model].config)
+    try:
+        config = AutoConfig.from_pretrained(Path(model))
+    except Exception as error:
+        raise BenchError(f"model: {model}/config.json cannot be read: {str(error).splitlines()[0]}") from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
+    return config
 
 
 def plan(request: Request) -> list[Point]:
@@ -105,16 +124,18 @@ def plan(request: Request) -> list[Point]:
 
 def build(request: Request) -> nn.Module:
     """The model, on the device, frozen."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     torch.manual_seed(0)
-    known = MODELS[request.model]
-    config = AutoConfig.for_model(known.model_type, **known.config)
-    config.num_hidden_layers = request.blocks or known.blocks
-    kind = AutoModelForMaskedLM if known.model_type == "roberta" else AutoModelForCausalLM
+    config = _config(request.model)
+    config.num_hidden_layers = request.blocks or config.num_hidden_layers
+    kind = AutoModelForMaskedLM if config.model_type == "roberta" else AutoModelForCausalLM
     with request.device:
-        model = kind.from_config(config, dtype=request.dtype, attn_implementation="sdpa")
-    return model.requires_grad_(False)
+        if request.model in MODELS:
+            model = kind.from_config(config, dtype=request.dtype, attn_implementation="sdpa")
+        else:
+            model = kind.from_pretrained(Path(request.model), config=config, dtype=request.dtype)
+    return model.to(request.device).requires_grad_(False)
 
 
 @contextmanager
@@ -320,6 +341,7 @@ QUESTION = Question(
     plots=draw,
     paths=paths.PATHS,
     options=("blocks", "sequence", "batch"),
+    folders=True,
     check=check,
     how="Steps: gR of the first step is compared with the reference layers' over the whole model.",
 )

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,7 @@ class Question:
     plots: Callable[[dict[str, Any], list[Row]], Iterator[Plot]] = lambda report, rows: iter(())
     paths: Mapping[str, Path] = field(default_factory=dict)  # that may be named
     options: tuple[str, ...] = ()  # of Request's own ones, those that it reads
+    folders: bool = False  # whether its model may be a folder with a Hugging Face model
     check: Callable[[Request], Request] = lambda request: request  # refuses (BenchError), and fills in what is its own
     how: str = ""  # it is measured, in a sentence for the page
 
@@ -107,7 +109,8 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
     known("direction", [request.direction], DIRECTIONS)
     known("mode", request.modes, MODES)
     one_of("model", request.model, "shape", list(request.shapes))
-    known("model", [request.model] if request.model else [], MODELS)
+    if request.model and request.model not in MODELS:
+        _folder(request, questions)
     if "graph" in request.modes and not request.gpu:
         raise BenchError("mode: got 'graph' on a CPU, CUDA graphs need a GPU")
     dtype = request.dtype or ("bf16" if request.gpu else "fp32")
@@ -129,7 +132,7 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
     return replace(
         request,
         model=model,
-        shapes=request.shapes or (MODELS[model].shapes if model else small),
+        shapes=request.shapes or (MODELS[model].shapes if model in MODELS else small),
         tokens=request.tokens or ((512, 8192) if request.gpu else (64, 512)),
         ranks=request.ranks or ((16, 64) if request.gpu else (16,)),
         modes=request.modes or (MODES if request.gpu else MODES[:1]),
@@ -159,6 +162,16 @@ def _with_paths(request: Request, questions: Sequence[Question]) -> Request:
             else:
                 left_out[name] = why
     return replace(request, paths=tuple(runs), left_out=left_out)
+
+
+def _folder(request: Request, questions: Sequence[Question]) -> None:
+    """Refuse a model that is neither known nor a folder, and a folder where a question needs a model's shapes."""
+    if not (File(request.model) / "config.json").is_file():
+        names = ", ".join(MODELS)
+        raise BenchError(f"model: got {request.model!r}, must be one of {names}, or a folder with a Hugging Face model")
+    if others := [question.name for question in questions if not question.folders]:
+        must = f"must be one of {', '.join(MODELS)} for {', '.join(others)}"
+        raise BenchError(f"model: got the folder {request.model!r}, {must}")
 
 
 def _device(name: str | torch.device | None) -> torch.device:

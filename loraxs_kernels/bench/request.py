@@ -33,7 +33,7 @@ class Request:
     """The options of `loraxs bench`; `question.check` makes one of which each is right and none is open."""
 
     questions: tuple[str, ...] = ()
-    model: str = _option(f"whose shapes: {', '.join(MODELS)}")
+    model: str = _option(f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     shapes: tuple[Shape, ...] = _option(
         "shapes instead of a model's, such as 4096x14336", "shape", nargs="+", metavar="NxK"
     )
