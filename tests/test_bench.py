@@ -104,10 +104,13 @@ def test_every_path_agrees_with_the_oracle(name, dtype, compiled_in_python):
     assert ("gR" in candidate.errors) == (name not in NOT_ONE_R)
 
 
-def test_a_wrong_path_is_found_out_and_not_timed(monkeypatch):
+@pytest.mark.parametrize("wrong", ["no scale", "no adapter", "R transposed"])
+def test_a_wrong_path_is_found_out_and_not_timed(monkeypatch, wrong):
     def build(o: paths.Operands) -> paths.Layer:
         R = o.R.clone().requires_grad_()
-        return paths.Layer(lambda x: reference.lowrank_linear(x, o.W, o.A, R.T, o.B, o.s)[0], (R,), (o.A, R, o.B), o.s)
+        s, used = (1.0 if wrong == "no scale" else o.s), (R.T if wrong == "R transposed" else R)
+        A = o.A * 0 if wrong == "no adapter" else o.A
+        return paths.Layer(lambda x: reference.lowrank_linear(x, o.W, A, used, o.B, s)[0], (R,), (o.A, R, o.B), o.s)
 
     monkeypatch.setitem(paths.PATHS, "addmm", planted(build))
     rows = {row["path"]: row for row in rows_of(tiny(questions=["layer"], paths=["addmm", "reference"]))}
@@ -242,14 +245,18 @@ def test_a_wrong_group_is_not_timed(monkeypatch):
     assert why == {"together": wrong, "frozen": None, "separate": None}
 
 
-def test_a_wrong_chain_is_not_timed(monkeypatch):
+@pytest.mark.parametrize("what", ["y", "z", "gram"])
+def test_a_wrong_chain_is_not_timed(monkeypatch, what):
     def wrong(*operands):
-        return tuple(None if result is None else result * 1.1 for result in chain._reference(*operands))
+        results = dict(zip(("y", "z", "gram"), chain._reference(*operands), strict=True))
+        if results[what] is not None:
+            results[what] = results[what] * 1.1
+        return tuple(results.values())
 
     monkeypatch.setitem(chain.PATHS, "torch", lambda: wrong)
     rows = rows_of(tiny(questions=["chain"], direction="backward"))
     assert {row["path"]: row.get("reason") for row in rows} == {
-        "torch": "not timed, it is wrong: y, z, gram",
+        "torch": f"not timed, it is wrong: {what}",
         "reference": None,
     }
 
@@ -288,8 +295,7 @@ def test_the_rows_of_a_mix(small_bank):
 def test_wrong_rows_of_a_bank_are_not_timed(small_bank, monkeypatch):
     mix = indexed.mix
     monkeypatch.setattr(indexed, "mix", lambda z, R, blocks, s: mix(z, R.roll(1, 0), blocks, s))
-    request = dataclasses.replace(small_bank, direction="forward")
-    found = {row["path"]: row.get("reason") for row in rows_of(request) if row["path"] != "peft"}
+    found = {row["path"]: row.get("reason") for row in rows_of(small_bank) if row["path"] != "peft"}
     wrong = "not timed, it is wrong: y"
     assert found == {
         **{"one": None, "loop": None, "read": None, "adapter": None, "warm": wrong, "cold": wrong},
@@ -348,10 +354,12 @@ def test_gemm_times_every_tile_and_says_which_is_picked(monkeypatch, T, picks):
             assert found[name]["tile"] == gemm.config.TILES[gemm.TILES[name]][:2]
 
 
-def test_a_wrong_tail_is_not_timed(monkeypatch):
+@pytest.mark.parametrize("wrong", ["no tail", "a row", "NaN"])
+def test_a_wrong_tail_is_not_timed(monkeypatch, wrong):
     def gemm_tail(x, W, u, B, bias, tile, overlap):
-        y = F.linear(x, W) + F.linear(u, B)
-        y[-1] = torch.nan if tile == 0 else y[-1]
+        y = F.linear(x, W) + (0 if wrong == "no tail" else F.linear(u, B))
+        if wrong != "no tail" and tile == 0:
+            y[-1] = torch.nan if wrong == "NaN" else 0
         return y
 
     why = {row["path"]: row.get("reason") for row in with_tail(monkeypatch, gemm_tail)}
@@ -615,7 +623,7 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
 def test_what_breaks_a_question_leaves_the_others(tmp_path, monkeypatch, capsys):
     break_off(monkeypatch, RuntimeError("a device-side assert"))
     out = tmp_path / "run.json"
-    assert main(["bench", "layer", "host", *TINY, "--paths", "torch", "--out", str(out)]) == 1
+    assert main(["bench", "layer", "host", *TINY, "--out", str(out)]) == 1
     data = report.load(out)
     assert [row["status"] for row in data["rows"] if row["question"] == "layer"] == ["ok", "ok", "failed"] * 2
     assert {row["status"] for row in data["rows"] if row["question"] == "host"} == {"ok"}
@@ -930,11 +938,15 @@ def test_roofline_command(capsys):
     printed = capsys.readouterr().out
     floor = roofline.floor(roofline.DATASHEETS["H200"], "frozen", 8192, 4096, 4096, 64)
     assert f"{1e3 * floor:.3f}" in printed and "datasheet" in printed
+    assert main(["roofline", "--ceilings", str(SAMPLE)]) == 0
+    assert "4.00 TB/s, 800 TFLOP/s" in capsys.readouterr().out
     for bad, message in (
         (["--gpu", "H900"], "gpu: got 'H900', must be one of B200, H200"),
         (["--model", "gpt-9"], "model: got 'gpt-9'"),
         (["--shape", "axb"], "shape: got 'axb'"),
         (["--tokens", "0"], "tokens: got 0, must be at least 1"),
+        (["--gpu", "H200", "--ceilings", "r.json"], "gpu and ceilings: got H200 and r.json"),
+        (["--ceilings", "/no/such/file"], "/no/such/file: cannot be read"),
     ):
         assert main(["roofline", *bad]) == 1
         assert f"loraxs roofline: {message}" in capsys.readouterr().err

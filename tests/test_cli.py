@@ -198,6 +198,17 @@ def test_sizes_of_roofline_past_any_tensors(capsys, option):
     assert f"loraxs roofline: {option[2:]}: got" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spoil", [{"ceilings": 3}, {"ceilings": {"bandwidth": 0}}, {"rows": [3]}, {"rows": 3}])
+def test_a_report_that_roofline_cannot_use(tmp_path, capsys, spoil):
+    report = {"format": "loraxs-bench", "version": 2, "date": "", "machine": {}, "versions": {}, "commit": ""}
+    report |= {"settings": {}, "ceilings": None, "complete": True, "seconds": 0, "rows": []} | spoil
+    if isinstance(report["ceilings"], dict):
+        report["ceilings"] = {"name": "a GPU", "half": 1.0, "single": 1.0, "source": "measured"} | report["ceilings"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main(["roofline", "--ceilings", str(tmp_path / "report.json")]) == 1
+    assert "report.json" in capsys.readouterr().err
+
+
 def test_the_demo_needs_a_device_that_computes():
     from loraxs_kernels import demo
 

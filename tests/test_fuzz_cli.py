@@ -114,7 +114,7 @@ def calls(draw) -> list[str]:
         return ["params", "--model", draw(st.sampled_from([*MODELS, "tiny"])), "-r", rank, *some(options)]
     if command == "roofline":
         shapes = ["4x4", "0x4", "9", "x", f"{'9' * 400}x1"]
-        options = {"--gpu": ["H200", "x"], "--shape": shapes}
+        options = {"--gpu": ["H200", "x"], "--ceilings": [*MODELS, "model/config.json"], "--shape": shapes}
         return ["roofline", *some(options | {"--model": ["tiny", *MODELS], "--tokens": NUMBERS, "--rank": NUMBERS})]
     # These stop before anything is measured or trained.
     others = [["demo", "--device", "meta"], ["demo", "--model", "x"], ["bench", "--seconds", "nan"], ["bench", "x"]]

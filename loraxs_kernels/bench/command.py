@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
 import torch
 
-from . import page, questions, request, roofline, tables, timer
+from . import BenchError, page, questions, request, roofline, tables, timer
 from .compare import release
 from .question import Question
 from .questions import DEFAULT, QUESTIONS
-from .report import Report
+from .report import Report, load
 from .request import Request
 from .shapes import MODELS
 
@@ -98,6 +99,7 @@ def _measure_ceilings(report: Report, asked: Request) -> None:
 def add_roofline(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpu", help=f"ceilings by the datasheet: {', '.join(roofline.DATASHEETS)}; default: this GPU's, measured")
+    add("--ceilings", type=Path, metavar="FILE", help="ceilings measured in a run: the .json that loraxs bench wrote")
     add("--model", help=f"{', '.join(MODELS)}; default mistral-7b")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--tokens", nargs="+", type=int, default=[512, 8192], metavar="T")
@@ -108,13 +110,9 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
 def show_roofline(arguments: argparse.Namespace) -> int:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
     model, shapes = request.model_or_shapes(arguments.model, arguments.shape)
+    request.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
     request.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
-    if arguments.gpu is None and torch.cuda.is_available():
-        ceilings = timer.ceilings(torch.device("cuda"))
-    else:
-        name = arguments.gpu or "H200"
-        request.known("gpu", [name], roofline.DATASHEETS)
-        ceilings = roofline.DATASHEETS[name]
+    ceilings = _ceilings(arguments)
     points = [(T, r) for T in arguments.tokens for r in arguments.rank]
 
     def floor(path: str, T: int, r: int) -> float:
@@ -137,3 +135,23 @@ def show_roofline(arguments: argparse.Namespace) -> int:
     direction = roofline.DIRECTIONS[arguments.direction]
     tables.show([tables.Table(f"Floors for {what}, 16-bit weights, {direction}", head, lines, notes)])
     return 0
+
+
+def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:
+    if arguments.ceilings is not None:
+        found = load(arguments.ceilings)["ceilings"]
+        if found is None:
+            raise BenchError(f"ceilings: {arguments.ceilings} has none, it was not measured on a GPU")
+        try:
+            ceilings = roofline.Ceilings(**found)
+            sensible = all(0 < each < math.inf for each in (ceilings.bandwidth, ceilings.half, ceilings.single))
+        except TypeError:
+            sensible = False
+        if not sensible:
+            raise BenchError(f"ceilings: those in {arguments.ceilings} are damaged: {found!r}")
+        return ceilings
+    if arguments.gpu is None and torch.cuda.is_available():
+        return timer.ceilings(torch.device("cuda"))
+    name = arguments.gpu or "H200"
+    request.known("gpu", [name], roofline.DATASHEETS)
+    return roofline.DATASHEETS[name]
