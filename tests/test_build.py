@@ -200,6 +200,10 @@ def test_in_place_only_what_changed_is_compiled_and_a_broken_build_leaves_no_cor
     package, small, broken = source / "loraxs_kernels", source / "csrc" / "core.cpp", source / "csrc" / "decode.cu"
     command = (PYTHON, "setup.py", "build_ext", "--inplace")
     archs = {"LORAXS_CUDA_ARCHS": "80"}
+    header = source / "csrc" / "device.cuh"  # of with_rank, here for the least rank alone, to compile less
+    text, ranks = re.subn(r"^ +if \(r <= (?:32|64|128)\) return .*\n", "", header.read_text(), flags=re.M)
+    assert ranks == 3
+    header.write_text(text)
 
     def compiled() -> list[str]:
         return re.findall(r"Building \w+ object .*/csrc/(\S+)\.o", passed(run(*command, cwd=source, **archs)))

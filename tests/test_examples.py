@@ -79,10 +79,9 @@ def test_causal_lm(tmp_path, capsys):
     arguments += ["--max_length", "224", "--gradient_accumulation_steps", "2", "--learning_rate", "0.2"]
     arguments += ["--gradient_checkpointing", "true", "--save_steps", "5"]
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "examples" / "train_causal_lm.py"), *arguments, "--output_dir", str(out)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "16 examples; 1 left out" in done.stdout and "896 of " in done.stdout  # 2 layers x 7 modules x 8 x 8
+    script("train_causal_lm").main([*arguments, "--output_dir", str(out)])
+    said = capsys.readouterr().out
+    assert "16 examples; 1 left out" in said and "896 of " in said  # 2 layers x 7 modules x 8 x 8
     fell = losses(out)  # 2 epochs of 16 / (2 x 2)
     assert len(fell) == 8 and fell[-1] < fell[0] - 0.3
     assert not (out / "checkpoint-8" / "tokenizer.json").exists()

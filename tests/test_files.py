@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import stat
-import subprocess
-import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,27 @@ def test_names_may_be_as_long_as_names_can_be(tmp_path):
     assert path.read_bytes() == b"data" and os.listdir(tmp_path) == [path.name]
 
 
-WRITE = """
-import os, signal, sys
-from loraxs_kernels.files import write_atomically
-setattr(os, sys.argv[2], lambda *a: os.kill(os.getpid(), getattr(signal, sys.argv[3])))
-write_atomically(sys.argv[1], b"new" * 1000)
-"""
+def forked(work: Callable[[], object]) -> int:
+    """The id of a process that does this work and ends, with status 1 if it raises."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def writing(path: Path, moment: str, sent: signal.Signals) -> int:
+    """The id of a process that gets this signal while it writes a file, in place of a call of os."""
+
+    def write() -> None:
+        setattr(os, moment, lambda *_: os.kill(os.getpid(), sent))
+        write_atomically(path, b"new" * 1000)
+
+    return forked(write)
 
 
 def test_what_a_kill_leaves_the_next_write_removes(tmp_path):
@@ -75,17 +91,16 @@ def test_what_a_kill_leaves_the_next_write_removes(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     for moment in ("fsync", "replace"):
-        run = subprocess.run([sys.executable, "-c", WRITE, str(path), moment, "SIGKILL"], capture_output=True)
-        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert os.waitpid(writing(path, moment, signal.SIGKILL), 0)[1] == signal.SIGKILL
         assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
-    stopped = subprocess.Popen([sys.executable, "-c", WRITE, str(path), "fsync", "SIGSTOP"])
+    stopped = writing(path, "fsync", signal.SIGSTOP)
     try:
-        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+        assert os.WIFSTOPPED(os.waitpid(stopped, os.WUNTRACED)[1])
         write_atomically(path, b"another")
         assert len(os.listdir(tmp_path)) == 2 and path.read_bytes() == b"another"
     finally:
-        stopped.kill()
-        stopped.wait()
+        os.kill(stopped, signal.SIGKILL)
+        os.waitpid(stopped, 0)
     write_atomically(path, b"new")
     assert os.listdir(tmp_path) == ["a"] and path.read_bytes() == b"new"
 
@@ -94,18 +109,14 @@ def test_what_a_kill_leaves_the_next_write_removes(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    script = """
-import resource, signal, sys
-from loraxs_kernels.files import write_atomically
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    write_atomically(sys.argv[1], b"new" * 10000)
-except OSError as error:
-    print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert f"too large: '{path}'" in run.stdout, run.stderr
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with pytest.raises(OSError, match=f"too large: '{path}'"):
+            write_atomically(path, b"new" * 10000)
+
+    assert os.waitpid(forked(write), 0)[1] == 0
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
 

@@ -264,6 +264,8 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+    # An operator that only inference calls, and that it would compile for a minute wherever it is new.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
