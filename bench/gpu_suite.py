@@ -89,6 +89,7 @@ BENCHES: dict[str, tuple[float, list[str]]] = {
     "svd-sklearn": (120, ["svd", "--rank", "64", "--paths", "loraxs-svd", "sklearn"]),
     "svd-ranks": (200, ["svd", "--rank", "4", "16", "256", "--paths", "loraxs-svd", *LOWRANKS]),
     "svd-paths": (120, ["svd", *ONE, "--rank", "64", "256", "--paths", *SVDS]),
+    "step-compile": (300, ["model", "--rank", "64", "--paths", *MODELS, "compile"]),
     "compile": (90, ["layer", "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile"]),
     "compile-max": (120, ["layer", *ONE, "--tokens", "8192", "--rank", "64", "--paths", "reference", "compile-max"]),
 }

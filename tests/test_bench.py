@@ -87,7 +87,7 @@ def compiled_in_python(monkeypatch):
 # --- the paths
 
 
-NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora")
+NOT_ONE_R = ("frozen", "peft-lora", "peft-tinylora", "vera", "two", "two-compile", "two-frozen-compile")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -385,11 +385,14 @@ def test_a_tail_that_cannot_run_is_said(monkeypatch):
     assert {row["path"] for row in rows_of(request)} == {"frozen"}
 
 
-def test_host_measures_each_path():
+def test_host_measures_each_path(compiled_in_python):
     rows = {row["path"]: row for row in rows_of(tiny(questions=["host"], paths=["reference", "torch"]))}
     assert set(rows) == {"frozen", "reference", "torch"}
     assert all(row["status"] == "ok" and "seconds" not in row for row in rows.values())  # ratios alone on a CPU
     assert rows["reference"]["over"]["reference"] == {"low": 1.0, "median": 1.0, "high": 1.0}
+    compiled = tiny(questions=["host"], paths=["two", "two-compile", "two-frozen-compile"])
+    rows = {row["path"]: row for row in rows_of(compiled)}
+    assert {name for name, row in rows.items() if row["over"]["two"]["median"] > 0} == set(rows) >= {"two-compile"}
 
 
 @pytest.mark.parametrize("shape", [Shape(96, 64), Shape(64, 96)], ids=str)

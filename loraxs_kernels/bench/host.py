@@ -19,6 +19,7 @@ from .shapes import Shape
 from .tables import Table, over
 
 SHAPE, TOKENS = Shape(64, 64), 1
+OVER = ("frozen", "reference", "peft-lora", "two")
 
 
 def plan(request: Request) -> list[Point]:
@@ -32,7 +33,7 @@ def _rows(request: Request) -> Iterator[Row]:
     measured, names = [], [name for name in PATHS if name in request.paths]
     for r in request.ranks:
         make = partial(layer.candidate, request, [_operands(request, r)])
-        rows = compare(request, names, lambda make=make: make, modes=("eager",), issue=True)
+        rows = compare(request, names, lambda make=make: make, OVER, modes=("eager",), issue=True)
         measured += [{"r": r} | row for row in rows]
     counts = {}
     if request.gpu:

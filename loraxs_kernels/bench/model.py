@@ -107,17 +107,22 @@ def _config(model: str) -> Any:
 
 
 def plan(request: Request) -> list[Point]:
-    """In the order of what matters most; rank 0: none."""
+    """In the order of what matters most; rank 0: none.
+
+    When the path `compile` is asked for, every way but PEFT's follows once more with compiled blocks.
+    """
     shared = Steps(request)
     where: Row = {"sequence": request.sequence, "T": request.sequence * request.batch, "direction": "step"}
     ways = [name for name in request.paths if name in ADAPTERS or name in backends.NAMES]
     return [
         Point(
-            {**where, "path": name, "r": r, "checkpointing": checkpointing},
-            partial(shared.row, name, r, checkpointing),
+            {**where, "path": name + suffix, "r": r, "checkpointing": checkpointing},
+            partial(shared.row, name + suffix, r, checkpointing),
         )
+        for suffix in (("", "+compile") if "compile" in request.paths else ("",))
         for checkpointing in (False, True)
         for name in (*ways, "frozen")
+        if not (suffix and name == "peft-lora")
         for r in (request.ranks if name != "frozen" else (0,))
     ]
 
@@ -190,6 +195,22 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 
 
 @contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    """Every block under torch.compile: they share one compilation."""
+    torch._dynamo.reset()
+    blocks = next(
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
+    )
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+@contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -207,7 +228,11 @@ def adapted(model: nn.Module, name: str, r: int, checkpointing: bool) -> Iterato
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         if checkpointing:
             stack.enter_context(_checkpointed(model))
-        yield stack.enter_context((ADAPTERS.get(name) or partial(_fused, name=name))(model, r)).train()
+        way, _, compiled = name.partition("+")
+        changed = stack.enter_context((ADAPTERS.get(way) or partial(_fused, name=way))(model, r))
+        if compiled:
+            stack.enter_context(_compiled(model))
+        yield changed.train()
 
 
 def _restore_hooks(embeddings: nn.Module, hooks: dict) -> None:

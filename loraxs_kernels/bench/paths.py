@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -200,6 +201,40 @@ def _peft_tinylora(o: Operands) -> Layer:
     return Layer(layer, (v,), factors)
 
 
+@_path(
+    *("vera", "#7b4173", "PEFT's VeRA layer (random A and B, vectors d and b train)"),
+    **{"run": "all", "missing": partial(_peft_has, "VeraConfig")},
+)
+def _vera(o: Operands) -> Layer:
+    """With PEFT's defaults: d, b, A and B are in fp32.
+
+    The adapter is diag(b) B diag(d) A, with random A and B that all layers share; here they are the operands'.
+    """
+    from peft import VeraConfig
+
+    layer = _peft_layer(o, VeraConfig(r=o.R.shape[0], target_modules=["0"]))
+    for shared, own in ((layer.vera_A, o.A), (layer.vera_B, o.B)):
+        shared["default"] = own.to(shared["default"].dtype)
+    d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
+    d.data.copy_(o.R.diagonal() + 1)
+    b.data.copy_(o.gY[0] + 1)
+    return Layer(layer, (d, b), (o.A, d.detach().diag(), b.detach()[:, None] * o.B))
+
+
+def _two(o: Operands, layer: Callable[[Operands], nn.Module], compiled: bool = True) -> Layer:
+    """Two layers on one x, each with tensors of its own, and the mean of what they give: the same as one of them."""
+    each = [layer(o), layer(replace(o, W=o.W.clone(), A=o.A.clone(), B=padded_rows(o.B.clone())))]
+
+    def call(x: Tensor) -> Tensor:
+        return (each[0](x) + each[1](x)) / 2
+
+    Rs = tuple(p for one in each for p in one.parameters() if p.requires_grad)
+    if compiled:  # in code of its own: torch keeps what it compiles with the code, and tries one after another
+        own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+        call = torch.compile(own, fullgraph=True, dynamic=False)
+    return Layer(call, Rs, (o.A, Rs[0], o.B) if Rs else None, o.s)
+
+
 def _backend(o: Operands) -> Layer:
     layer = fused(o)
     return Layer(layer, (layer.R,), (o.A, layer.R, o.B), o.s)
@@ -213,16 +248,14 @@ for _name in backends.NAMES:
         **{"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)},
     )(_backend)
 _path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
-# Of what the question host was also about.
-PATHS |= {
-    path.name: path
-    for path in (
-        question.earlier("operator", "#9ecae1", "the same through the torch.library operator, called eagerly"),
-        question.earlier("two", "#6baed6", "two LoraXSLinear layers on one x"),
-        question.earlier("two-compile", "#2171b5", "the same two by torch.compile"),
-        question.earlier("two-frozen-compile", "#525252", "two frozen linears by torch.compile: its floor"),
-    )
-}
+# Of the question host alone.
+_NAMED = {"run": "named"}
+_path("two", "#6baed6", "two LoraXSLinear layers on one x", **_NAMED)(partial(_two, layer=fused, compiled=False))
+_path("two-compile", "#2171b5", "the same two by torch.compile", **_NAMED)(partial(_two, layer=fused))
+_FLOOR = "two frozen linears by torch.compile: its floor"
+_path("two-frozen-compile", "#525252", _FLOOR, **_NAMED)(partial(_two, layer=Operands.linear))
+_OPERATOR = "the same through the torch.library operator, called eagerly"
+PATHS["operator"] = question.earlier("operator", "#9ecae1", _OPERATOR)
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
