@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -15,7 +17,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 
 from loraxs_kernels.backends import triton as triton_backend  # noqa: E402
 from loraxs_kernels.backends import triton_indexed  # noqa: E402
-from loraxs_kernels.backends.triton import config  # noqa: E402
+from loraxs_kernels.backends.triton import aot, config  # noqa: E402
 from loraxs_kernels.backends.triton.aot import Compiled, Problem, compile_problem, fp32_matmul_precision  # noqa: E402
 from loraxs_kernels.backends.triton.config import Config, Device, Row  # noqa: E402
 from loraxs_kernels.tuning.tiles import SETTING  # noqa: E402
@@ -48,13 +50,25 @@ class Job(NamedTuple):
             return config.pick_config(p.T, p.N, p.K, p.r, p.dtype, p.layout, Device(self.capability, 132))
 
     def compiled(self) -> list[Compiled]:
-        with mock.patch.object(triton_backend, "low_rank", with_an_index if self.indexed else triton_backend.low_rank):
+        low_rank = with_an_index if self.indexed else triton_backend.low_rank
+        with mock.patch.object(triton_backend, "low_rank", low_rank), mock.patch.object(aot, "_looked_at", looked_at):
             return compile_problem(self.problem, self.capability, self.config)
 
     def __str__(self) -> str:
         p = self.problem
         text = f"sm_{self.capability[0]}{self.capability[1]}-{self.precision}-{p.T}x{p.N}x{p.K}-r{p.r}-{p.layout}"
         return text + ("" if p.padded else "-as-it-is") + ("-indexed" if self.indexed else "")
+
+
+def looked_at(name: str, compiled: Any, own=aot._looked_at, tool=aot._disassembled) -> Compiled:
+    """As aot.py does it, but for copies and reads, whose widths stand in the PTX and are no choice of ptxas: to
+    disassemble a kernel takes as long as to compile one."""
+    with mock.patch.object(aot, "_disassembled", lambda cubin, what: "" if what == "-sass" else tool(cubin, what)):
+        found, ptx = own(name, compiled), compiled.asm["ptx"]
+    assert not found.copies and not found.short_reads  # from no disassembly
+    copies = Counter(8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\], (\w+)", ptx))
+    reads = re.findall(r"\bld\.global(?!\S*\.v[248]\.)\S*\.[bfsu](?:8|16)\b", ptx)
+    return found._replace(copies=copies, short_reads=len(reads))
 
 
 def with_an_index(config: Config, x, A, R, B, s, bias, out, other):

@@ -114,11 +114,9 @@ def fp32_matmul_precision(name: str) -> Iterator[None]:
 
 
 def _looked_at(name: str, compiled: Any) -> Compiled:
-    """From the PTX where it says what the machine code has: the width of a read or of a copy is no choice of ptxas, and
-    to disassemble a kernel takes as long as to compile one."""
-    ptx, ttir = compiled.asm["ptx"], compiled.asm["ttir"].splitlines()
-    registers, stack, local = _resources(compiled.asm["cubin"])
-    copies = re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\], (\w+)", ptx)
+    cubin, ptx, ttir = compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttir"].splitlines()
+    registers, stack, local = _resources(cubin)
+    code = _disassembled(cubin, "-sass")
     return Compiled(
         kernel=name,
         registers=registers,
@@ -126,17 +124,27 @@ def _looked_at(name: str, compiled: Any) -> Compiled:
         shared=compiled.metadata.shared,
         instructions={word: ptx.count(word) for word in INSTRUCTIONS},
         narrow=[line for line in ttir if "tt.addptr" in line and re.search(r", (tensor<[\dx]*i32>|i32)( loc|$)", line)],
-        copies=Counter(8 * int(size, 0) for size in copies),
-        short_reads=len(re.findall(r"\bld\.global(?!\S*\.v[248]\.)\S*\.[bfsu](?:8|16)\b", ptx)),
+        copies=Counter(_width(suffixes) for suffixes in re.findall(r"\bLDGSTS([.\w]*)", code)),
+        short_reads=len(re.findall(r"\bLDG\.E\.[US](?:8|16)\b", code)),
     )
 
 
+def _width(suffixes: str) -> int:
+    """Of a copy, in bits: ".E.BYPASS.128"."""
+    return next((width for width in (128, 64) if str(width) in suffixes.split(".")), 32)
+
+
 def _resources(cubin: bytes) -> tuple[int, ...]:
-    """(registers, bytes of stack, bytes of local memory) of a thread, by a tool in Triton's own wheel."""
+    """(registers, bytes of stack, bytes of local memory) of a thread."""
+    report = _disassembled(cubin, "-res-usage")
+    found = {name: re.search(rf"{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
+    return tuple(int(each[1]) for each in found.values())
+
+
+def _disassembled(cubin: bytes, what: str) -> str:
+    """What the disassembler in Triton's own wheel says of a kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: re.search(rf"{name}:(\d+)", report) for name in ("REG", "STACK", "LOCAL")}
-    return tuple(int(each[1]) for each in found.values())
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
