@@ -9,8 +9,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 # The versions of all else, also of what pip builds with; empty: the newest.
 CONSTRAINTS ?= constraints.txt
-# Processes that share the tests, each with one thread: two take half the time of one with two threads.
-WORKERS ?= 2
+# Processes that share the tests, each with one thread.  For two cores three: some wait for processes that they started.
+WORKERS ?= 3
 MODEL ?= minilm
 ARGS ?=
 
