@@ -474,9 +474,11 @@ def test_a_killed_create_can_be_made_again(tmp_path, monkeypatch):
         path = tmp_path / f"bank{k}"
         pid = os.fork()
         if pid == 0:
-            setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            lx.AdapterBank.create(path, trained())
-            os._exit(0)
+            try:
+                setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                lx.AdapterBank.create(path, trained())
+            finally:
+                os._exit(0)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         assert (path / "basis.safetensors").exists() == (k == 1)
         with pytest.raises((FileNotFoundError, ValueError), match=r"there is no bank|creation was not finished"):

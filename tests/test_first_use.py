@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_a_wrong_backend_never_gives_a_result_away(plugged_in, fault, dtype):
             "the triton backend failed",
             direction,
             "R (8, 8)",
-            f"torch {torch.__version__}",
+            f"torch {version('torch')}",  # which a build for CUDA says without its "+cu130"
             "'device': 'cpu'",
         ):
             assert part in str(each.message)
@@ -539,9 +540,11 @@ def test_a_fork_during_a_check(plugged_in):
     def primitive(*operands):
         if not children:
             children.append(os.fork())
-            if children == [0]:
-                with torch.enable_grad():
-                    os._exit(step(o)[0].shape != (70, 200))
+            if children == [0]:  # forward alone: torch's builds for CUDA allow no backward after a fork
+                try:
+                    os._exit(lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s).shape != (70, 200))
+                finally:
+                    os._exit(1)  # and never on with pytest
         return torch_backend.lowrank_linear(*operands)
 
     plugged_in(primitive)
