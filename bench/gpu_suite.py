@@ -250,11 +250,15 @@ class Suite:
         self.save()
 
     def left_out(self) -> dict[str, str]:
-        """{backend: what became of its tests} where some of them hung or crashed."""
+        """{backend: what became of its tests, or of those of first light} where some of them hung or crashed."""
         known = outcomes.newest([self.after, self.data["tests"]])
         records = {backend: known.get(f"{backend} backend", {}) for backend in OURS}
         lost = {name: each for name, each in records.items() if each.get("crashed") or each.get("timed out")}
-        return {name: f"its tests: {outcomes.told(each)}" for name, each in lost.items()}
+        why = {name: f"its tests: {outcomes.told(each)}" for name, each in lost.items()}
+        first = known.get(status.FIRST_LIGHT, {}).get("names", {})
+        for test in [test for outcome in ("crashed", "timed out") for test in first.get(outcome, ())]:
+            why.setdefault("triton" if "::test_triton" in test else "cuda", f"first light lost {test}")
+        return why
 
     def bench(self, name: str, seconds: float) -> None:
         """One bench, without the backends that are left out."""

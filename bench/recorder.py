@@ -6,7 +6,8 @@ ran longer than its limit, of which <file>.<pid> has the traceback.  A test may 
 mark, `gpu("component", limit=90)`; then its process ends, also inside C code that keeps the interpreter to itself.
 After each test the GPU is waited for: a sticky CUDA error fails that test, and its process ends, so that it fails no
 other.  With a core built by `LORAXS_TRACE=1 python setup.py build_ext --inplace`, either reason also says what the
-programs of the last launches were doing (bench/kernel_trace.py).  Where several of one test, or of one component, have
+programs of the last launches were doing (bench/kernel_trace.py), unless the process was killed by a signal or hangs in
+C code that keeps the interpreter to itself.  Where several of one test, or of one component, have
 cost their processes, the rest of it is not run: it would only take the others' time.
 
 LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE

@@ -474,6 +474,9 @@ def test_a_model_from_a_folder(tmp_path, monkeypatch):
     assert {(row["path"], row["status"]) for row in rows} == {("frozen", "ok"), ("torch", "ok")}
     with pytest.raises(BenchError, match="sequence: got 33, must be at most 32"):
         tiny(**asked | {"sequence": 33})
+    transformers.GPT2Config(n_positions=32).save_pretrained(tmp_path)  # by another name
+    with pytest.raises(BenchError, match="sequence: got 33, must be at most 32"):
+        tiny(**asked | {"sequence": 33})
 
 
 @pytest.fixture(scope="module")
@@ -504,8 +507,8 @@ def test_a_model_is_as_it_was_after_each_way(tiny_model, name):
 def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
     request = dataclasses.replace(tiny(questions=["model"], model="tiny", shapes=[]), sequence=8, paths=())
     expected = model.reference_gR(tiny_model, 4, request)
-    _, first = model.steps(tiny_model, "reference", 4, False, request, expected)
-    _, second = model.steps(tiny_model, "torch", 4, False, request, expected)
+    *_, first = model.steps(tiny_model, "reference", 4, False, request, expected)
+    *_, second = model.steps(tiny_model, "torch", 4, False, request, expected)
     assert first["gR_difference"] < 1e-4 and 0 < second["gR_difference"] < 1e-4
     forward = LoraXSLinear.forward
     monkeypatch.setattr(LoraXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
@@ -513,24 +516,27 @@ def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
         model.steps(tiny_model, "torch", 4, False, request, expected)
 
 
-def test_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
-    times = {"frozen": [1.0, 1.1], "torch": [2.0]}
+def test_on_a_gpu_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
+    times = {"frozen": [1.0, 1.1], "torch": [2.0], "frozen+compile": [0.5, 0.6], "torch+compile": [1.0]}
 
     def steps(model, name, *_):
-        return torch.full((7,), times[name].pop(0), dtype=torch.float64), {"loss": 1.0}
+        samples = torch.full((7,), times[name].pop(0), dtype=torch.float64)
+        return samples, samples, {"loss": 1.0}
 
     built = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 3})})
     for name, fake in {"build": lambda request: built, "steps": steps, "reference_gR": lambda *_: None}.items():
         monkeypatch.setattr(model, name, fake)
-    request = tiny(questions=["model"], model="tiny", shapes=[], paths=["torch"])
+    request = tiny(questions=["model"], model="tiny", shapes=[], paths=["torch", "compile"])
     on_a_gpu = dataclasses.replace(request, device=torch.device("cuda"))
-    rows = [row for point in model.plan(on_a_gpu)[:3] for row in point.rows()]
+    points = [point for point in model.plan(on_a_gpu) if not point.where["checkpointing"]]
+    rows = [row for point in points for row in point.rows()]
     assert [(row["path"], row["again"], row["noisy"]) for row in rows] == [
-        *(("frozen", False, False), ("torch", False, False)),
-        ("frozen", True, True),
+        *(("frozen", False, False), ("torch", False, False), ("frozen", True, True)),
+        *(("frozen+compile", False, False), ("torch+compile", False, False), ("frozen+compile", True, True)),
     ]
-    assert [row["over"]["frozen"]["median"] for row in rows] == pytest.approx([1.0, 2.0, 1.1])
-    assert [row["seconds"]["median"] for row in rows] == [1.0, 2.0, 1.1] and rows[0]["blocks"] == 3
+    assert [row["over"]["frozen"]["median"] for row in rows] == pytest.approx([1.0, 2.0, 1.1, 0.5, 1.0, 0.6])
+    assert [row["over"]["frozen+compile"]["median"] for row in rows[3:]] == pytest.approx([1.0, 2.0, 1.2])
+    assert [row["seconds"]["median"] for row in rows[:3]] == [1.0, 2.0, 1.1] and rows[0]["blocks"] == 3
 
     def no_room(request):
         raise torch.OutOfMemoryError

@@ -234,18 +234,19 @@ def test_the_tables(kernels):
     host = experiments.against(torch.full((4,), 1e-3), 4e-6, 8e-6, "s", "guessed")  # as in reports of before
     host |= {"question": "experiments", "experiment": "host", "N": 64, "K": 64, "T": 64, "r": 16}
     rows = [*experiments.QUESTION.rows(request(tokens=[1024])), host | {"path": "F.linear", "status": "ok"}]
+    rows[-1:] = [rows[-1], rows[-1] | {"experiment": "counters", "unit": "B"}]
     data = {"rows": rows, "machine": {"device": "cpu"}, "ceilings": None}
     decided, cuts = questions.tables_of(data, ["experiments"])
     assert decided.head == ["", "predicted", "measured", "measured / predicted"]
-    assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "host"}
-    assert decided.rows[-1] == [
+    assert {row[0].split(":")[0] for row in decided.rows} == {"swizzle", "host", "counters"}
+    assert decided.rows[-2] == [
         *("host: 64x64 T 64 r 16 F.linear", "4.000 to 8.000 us", "1000 (1000 to 1000) us", "166.67")
     ]
     assert cuts.head[1:] == [f"swizzle {n} {way}" for way in ("along N", "along T") for n in (1, 2, 4, 8)]
     assert len(cuts.rows) == 8 and cuts.rows[0][1] == "1.000" and "-" in cuts.rows[0]
     assert decided.plain() and cuts.markdown()
     short = dict(each.split(": ", 1) for each in experiments.in_short(rows))
-    assert list(short) == ["swizzle", "host"]
+    assert list(short) == ["swizzle", "host", "counters"]
     assert short["host"].endswith("F.linear: 4.000 to 8.000 us / 1000 (1000 to 1000) us / 166.67")
     assert "; all 12: " in short["swizzle"]
 

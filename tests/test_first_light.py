@@ -20,7 +20,7 @@ from loraxs_kernels.backends import cuda, triton
 from loraxs_kernels.backends import torch as plain
 from loraxs_kernels.backends.cuda.config import TILES, Decode
 
-GPU = pytest.mark.gpu("first light", limit=20)
+GPU = pytest.mark.gpu("first light", limit=60)  # the first of a process also takes what CUDA and Triton take to start
 in_the_core = pytest.mark.skipif(INTERPRETED, reason="runs kernels of the core, not Triton's")
 of_triton = pytest.mark.skipif(EMULATED, reason="runs Triton's kernels, not those of the core")
 plain_only = pytest.mark.skipif(EMULATED or INTERPRETED, reason="runs no kernel")
@@ -103,8 +103,13 @@ def needs(device: str, backend: str = "cuda", hopper: bool = True) -> None:
 
 
 def passes(rung) -> None:
-    """All checks of a rung run, also those after one that fails."""
-    if found := list(filter(None, rung)):
+    """All checks of a rung run, also those after one that fails; what they found is told if a later one raises."""
+    found = []
+    try:
+        found += filter(None, rung)
+    except Exception as error:
+        found.append(f"then {type(error).__name__}: {error}")
+    if found:
         pytest.fail("\n".join(found))
 
 
@@ -228,6 +233,18 @@ FAULTS = {
         r"^z, random: relative error .*, allowed 1\.00e-05; at \[",
     ),
 }
+
+
+@plain_only
+def test_what_was_found_is_told_though_a_later_check_raises():
+    def rung():
+        yield ""
+        yield "y: it is B[4, 0], must be B[3, 0]"
+        raise RuntimeError("CUDA error")
+
+    with pytest.raises(pytest.fail.Exception, match=r"^y: it is B\[4, 0\].*\nthen RuntimeError: CUDA error$"):
+        passes(rung())
+    passes(iter(["", ""]))
 
 
 @plain_only

@@ -461,6 +461,11 @@ def test_a_backend_of_which_a_test_hung_or_crashed_is_left_out_of_the_benches(tm
     suite.data["tests"] = outcome("cuda backend", 4, 0, crashed=1)["tests"]
     suite.bench("tax", 60)
     assert "torch" in seen["tax"] and not {"triton", "cuda"} & set(seen["tax"])
+    suite.after, suite.data["tests"] = {}, outcome("first light", 4, 0, crashed=1)["tests"]
+    suite.data["tests"]["first light"]["names"] = {"crashed": {"test_first_light.py::test_triton[1]": ""}}
+    assert suite.left_out() == {"triton": "first light lost test_first_light.py::test_triton[1]"}
+    suite.data["tests"]["first light"]["names"] = {"timed out": {"test_first_light.py::test_tail[1]": ""}}
+    assert list(suite.left_out()) == ["cuda"]
 
 
 def test_what_passed_in_an_earlier_report_is_not_tested_again():

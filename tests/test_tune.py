@@ -154,6 +154,29 @@ def test_a_shape_that_does_not_fit_is_left_out_and_tried_again(world, monkeypatc
     assert {row.N for row in world.run()} == {(24, 40)} and len(set(world.timed)) == len(world.timed) == 8
 
 
+def test_a_backend_without_memory_is_left_out_and_tried_again(world, monkeypatch):
+    """It is not chosen for the layers, one of which it did not compute, and the next run measures that one again."""
+
+    def full(x, W, A, *more, **named):
+        if A.shape[1] == 24:
+            raise torch.OutOfMemoryError
+        return own(x, W, A, *more, **named)
+
+    module = sys.modules[f"{backends.__name__}.triton"]
+    own = module.lowrank_linear
+    monkeypatch.setattr(module, "lowrank_linear", full)
+    rows = world.run()
+    assert "triton" not in {row.backend for row in rows if row.N == row.K == (24, 40)}
+    failed = [row for row in world.table()["measured"] if row["status"] == "failed"]
+    assert failed and {(row["path"], row["reason"]) for row in failed} == {("triton", "out of memory")}
+    monkeypatch.setattr(module, "lowrank_linear", own)
+    before = len(world.timed)
+    again = world.run()
+    assert 0 < len(world.timed) - before < before
+    assert {row.backend for row in again if row.N == (24, 40)} == {"triton"} and world.run() == again
+    assert all(row["status"] == "ok" for row in world.table()["measured"])
+
+
 def test_where_torch_itself_fails_the_run_ends(world, monkeypatch):
     monkeypatch.setattr(torch_backend, "lowrank_linear", None)
     with pytest.raises(BenchError, match="the torch backend failed at T 16, r 16, forward with W, 24x40: TypeError"):
@@ -504,7 +527,7 @@ def test_tuning_on_a_gpu(monkeypatch, tmp_path, capsys):
         pytest.skip("there is only the torch backend to choose from")
     monkeypatch.setenv("LORAXS_TUNED", str(tmp_path / "tuned.json"))
     tuned.forget()
-    arguments = ["tune", "--shape", "1024x512", "512x1024", "--rank", "16", "--tokens", "64", "1024", "--budget", "12"]
+    arguments = ["tune", "--shape", "1024x512", "--rank", "16", "--tokens", "64", "1024", "--budget", "12"]
     assert main(arguments) == 0
     assert "The fastest backend" in capsys.readouterr().out
     device = torch.device("cuda", torch.cuda.current_device())
@@ -512,8 +535,8 @@ def test_tuning_on_a_gpu(monkeypatch, tmp_path, capsys):
         rows = tuned.rows(facts(device), "choices", choice.parse)
         assert rows and all(row.gain >= 1.0 for row in rows)
         for row in rows:
-            x = torch.empty(row.tokens, 512, dtype=BF16, device=device)
-            assert backends.choose(x, 1024, 16, row.weight, row.direction) == row.backend
+            x = torch.empty(row.tokens, row.K[0], dtype=BF16, device=device)
+            assert backends.choose(x, row.N[0], 16, row.weight, row.direction) == row.backend
         tuned.forget()
     monkeypatch.undo()
     tuned.forget()

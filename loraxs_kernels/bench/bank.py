@@ -134,10 +134,12 @@ def _mixed(request: Request, shape: Shape, T: int, r: int, direction: str) -> It
     """Rows of different adapters in one layer, each way."""
     make = partial(operands, shape=shape, T=T, r=r, request=request)
 
+    @cache  # for both modes
     def prepare() -> Build:
         sets = timer.in_sets(make, request.device, lambda each: each[0].bytes)
         known = cache(lambda which, apart: expected(*sets[0], mix(which, T), apart))
 
+        @cache
         def build(name: str) -> Candidate:
             which, make, _ = PATHS[name]
             layers = [make(o, Rs, mix(which, T)) for o, Rs in sets]

@@ -78,7 +78,10 @@ def plan(request: Request) -> list[Point]:
         if why := gemm.missing(request.dtype, request.device):
             raise BenchError(why)
         case = gemm.Case(shape, T, r, direction, request.dtype, request.device)
-        yield from (_beside if name == "beside" else _swizzle)(request, case, shape)
+        if name == "beside":
+            yield from _beside(request, case, shape)
+        else:
+            yield from _swizzle(request, case, shape if direction == "forward" and max(request.tokens) == T else None)
 
     return [
         Point({"experiment": name, "N": shape.N, "K": shape.K, "T": T, "r": r, "direction": way}, partial(rows, *each))
@@ -173,8 +176,8 @@ def today(case: gemm.Case) -> Cut:
     return dataclasses.replace(cut, raster=1) if across > down else cut
 
 
-def _swizzle(request: Request, case: gemm.Case, shape: Shape) -> Iterator[Row]:
-    """The library's x W^T and every cut; then, of the best one, what multiprocessors and the rank change."""
+def _swizzle(request: Request, case: gemm.Case, shape: Shape | None) -> Iterator[Row]:
+    """The library's x W^T and every cut; then, where there is a shape, what multiprocessors and the rank change."""
     T, N, K, itemsize = case.T, case.N, case.K, request.dtype.itemsize
     many, now = facts(request.device).multiprocessors, today(case)
     cuts = [Cut(tile, swizzle, raster) for tile in config.TILES for raster in RASTERS for swizzle in SWIZZLES]
@@ -203,7 +206,7 @@ def _swizzle(request: Request, case: gemm.Case, shape: Shape) -> Iterator[Row]:
     why = "one step of u more, and 0.5 to 1.5 % that the library's GEMM is better"
     measured = samples[str(best)] / samples["frozen"]
     yield mode | line(f"{best} over frozen", measured, 1.005 + tail, 1.015 + tail, "x", why)
-    if max(request.tokens) != T or N != shape.N:
+    if shape is None:
         return
     del samples
     fewer, low = dataclasses.replace(best, multiprocessors=FEW), min(request.ranks)
@@ -351,7 +354,7 @@ def predictions(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]
             continue
         sizes = [f"{row['N']}x{row['K']}", *(f"{key} {row[key]}" for key in ("T", "r") if key in row)]
         where = " ".join([*sizes, *([row["direction"]] if "direction" in row else []), row["path"]])
-        scale, unit = {"s": (1e6, " us"), "x": (1, ""), "B/s": (1e-9, " GB/s")}[row["unit"]]
+        scale, unit = {"s": (1e6, " us"), "x": (1, ""), "B/s": (1e-9, " GB/s"), "B": (1e-9, " GB")}[row["unit"]]
         expected = [_figure(scale * row["predicted"][end]) for end in ("low", "high")]
         low, found, high = (_figure(scale * row["measured"][quartile]) for quartile in ("low", "median", "high"))
         yield (

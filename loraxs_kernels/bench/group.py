@@ -64,7 +64,11 @@ def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterat
         return each, [fused(o) for o in each]
 
     def prepare() -> Build:
-        sets = timer.in_sets(make, request.device, lambda each: sum(o.bytes for o in each[0]))
+        def size(each: Set) -> int:
+            x = each[0][0].x  # which all layers share
+            return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
+
+        sets = timer.in_sets(make, request.device, size)
 
         def build(name: str) -> Candidate:
             found = check(*sets[0]) if name == "together" else {}

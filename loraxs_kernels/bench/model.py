@@ -1,11 +1,13 @@
 """What does a whole training step cost?  A model of real shapes, random weights, with every linear adapted.
 
 One model is adapted in one way after another.  The frozen model (forward, and gradients for its input alone) is the
-floor: it is timed first, and once more at the end, which tells how far the machine drifted meanwhile.
+floor: on a GPU it is timed first and once more at the end, which tells how far the machine drifted meanwhile; on a CPU
+a frozen twin takes a step after every step.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import warnings
@@ -40,7 +42,7 @@ class Steps:
     """What the ways share: the model, made at the first of them, and the time of the frozen one."""
 
     request: Request
-    floors: dict[bool, Tensor] = field(default_factory=dict)  # its first, by checkpointing
+    floors: dict[tuple[str, bool], Tensor] = field(default_factory=dict)  # its first, plain and compiled
     expected: dict[int, Tensor] = field(default_factory=dict)  # the reference layers' gR, by rank
     lost: str = ""  # why there is no model
 
@@ -48,28 +50,34 @@ class Steps:
     def model(self) -> nn.Module:
         return build(self.request)
 
+    @cached_property
+    def twin(self) -> nn.Module | None:
+        return None if self.request.gpu else copy.deepcopy(self.model)
+
     def row(self, name: str, r: int, checkpointing: bool) -> Iterator[Row]:
-        row: Row = {"again": name == "frozen" and checkpointing in self.floors}
+        row: Row = {"again": (name, checkpointing) in self.floors}
         try:
             if self.lost:
                 raise BenchError(self.lost)
             row["blocks"] = self.model.config.num_hidden_layers
             if r and r not in self.expected:
                 self.expected[r] = reference_gR(self.model, r, self.request)
-            samples, facts = steps(self.model, name, r, checkpointing, self.request, self.expected.get(r))
+            expected = self.expected.get(r)
+            samples, beside, facts = steps(self.model, name, r, checkpointing, self.request, expected, self.twin)
         except Exception as error:
             lost = failure(name, error)
             if "blocks" not in row:
                 self.lost = lost["reason"]
             yield row | lost
             return
-        if name == "frozen":
-            self.floors.setdefault(checkpointing, samples)
-        beside = {"this": samples}
-        if checkpointing in self.floors:
-            beside["frozen"] = self.floors[checkpointing].median()
-        row |= figures(beside, "this", self.request.device, ("frozen",)) | facts
-        row["noisy"] |= row["again"] and abs(row["over"]["frozen"]["median"] - 1) > DRIFT
+        if name.startswith("frozen"):
+            self.floors.setdefault((name, checkpointing), samples)
+        others = {"frozen": beside}
+        if self.request.gpu:
+            floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
+            others = {floor: its.median() for floor, its in floors if its is not None}
+        row |= figures({"this": samples, **others}, "this", self.request.device, list(others)) | facts
+        row["noisy"] |= self.request.gpu and row["again"] and abs(row["over"][name]["median"] - 1) > DRIFT
         yield row | {"path": name}
 
 
@@ -80,11 +88,12 @@ def check(request: Request) -> Request:
     if request.shapes:
         raise BenchError("question: 'model' needs a model, not shapes")
     model = request.model or ("mistral-7b" if request.gpu else "tiny")
-    config = _config(model).to_dict()
-    longest = (MODELS[model].config if model in MODELS else config).get("max_position_embeddings")
+    config = _config(model)
+    known = model not in MODELS or "max_position_embeddings" in MODELS[model].config
+    longest = getattr(config, "max_position_embeddings", None) if known else None
     if not isinstance(longest, (int, type(None))):
         raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
-    longest = longest and longest - 2 * (config["model_type"] == "roberta")  # whose positions start at 2
+    longest = longest and longest - 2 * (config.model_type == "roberta")  # whose positions start at 2
     if request.sequence and longest and request.sequence > longest:
         raise BenchError(f"sequence: got {request.sequence}, must be at most {longest}, what {model} takes")
     sequence = request.sequence or min(2048 if request.gpu else 64, longest or 2048)
@@ -100,7 +109,8 @@ def _config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(Path(model))
     except Exception as error:
-        raise BenchError(f"model: {model}/config.json cannot be read: {str(error).splitlines()[0]}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise BenchError(f"model: {model}/config.json cannot be read: {why}") from error
     if not hasattr(config, "num_hidden_layers"):
         raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
     return config
@@ -280,14 +290,20 @@ def reference_gR(model: nn.Module, r: int, request: Request) -> Tensor:
 
 
 def steps(
-    model: nn.Module, name: str, r: int, checkpointing: bool, request: Request, expected: Tensor | None
-) -> tuple[Tensor, dict[str, Any]]:
-    """Time training steps of the model adapted one way: seconds of each, and what else is known.
+    model: nn.Module,
+    name: str,
+    r: int,
+    checkpointing: bool,
+    request: Request,
+    expected: Tensor | None,
+    twin: nn.Module | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Time training steps of the model adapted one way: seconds of each, those of the frozen twin, what else is known.
 
     `expected` is `reference_gR`; a LoRA-XS way that strays from it is refused.
     """
-    with adapted(model, name, r, checkpointing) as changed:
-        trainer = Trainer(changed, request)
+    with ExitStack() as stack:
+        trainer = Trainer(stack.enter_context(adapted(model, name, r, checkpointing)), request)
         facts: dict[str, Any] = {"loss": trainer.backward().item()}
         facts["trained"] = sum(p.numel() for p in trainer.trained)
         if not math.isfinite(facts["loss"]):
@@ -296,15 +312,19 @@ def steps(
             facts["gR_difference"] = relative_error(trainer.gR(), expected)
             if not facts["gR_difference"] <= GROSS:
                 raise BenchError(f"not timed, it is wrong: gR differs by {facts['gR_difference']:.2g}")
-        trainer.step()
+        runs = [trainer.step]
+        if twin is not None:
+            runs.append(Trainer(stack.enter_context(adapted(twin, "frozen", 0, checkpointing)), request).step)
+        for run in runs:
+            run()
         if request.gpu:
             torch.cuda.reset_peak_memory_stats(request.device)
-        samples = torch.tensor([timer.once(trainer.step) for _ in range(STEPS)], dtype=torch.float64)
+        samples = torch.tensor([[timer.once(run) for run in runs] for _ in range(STEPS)], dtype=torch.float64)
         if request.gpu:
             facts["peak_bytes"] = torch.cuda.max_memory_allocated(request.device)
-        del trainer
+        del trainer, runs
     release()
-    return samples, facts
+    return samples[:, 0], samples[:, -1], facts
 
 
 # --- what is shown

@@ -145,16 +145,27 @@ def _addmm(o: Operands) -> Layer:
     return Layer(call, (R,), (o.A, R, o.B), o.s)
 
 
+def _in_own_code(call: FunctionType, **how: Any) -> Callable[..., Tensor]:
+    """torch.compile of it in code of its own: torch keeps what it compiles with the code, and so much of it alone."""
+    own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, **how)
+
+
 @cache
-def _chain(mode: str) -> Callable[..., Tensor]:
-    # Without cudagraphs of its own: graph mode measures those for every path alike.
-    return torch.compile(lambda *operands: reference.lowrank_linear(*operands)[0], mode=mode, dynamic=False)
+def _chain(mode: str, *sizes: object) -> Callable[..., Tensor]:
+    """For operands of these sizes."""
+
+    def chain(x: Tensor, W: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float) -> Tensor:
+        return reference.lowrank_linear(x, W, A, R, B, s)[0]
+
+    return _in_own_code(chain, mode=mode)  # without cudagraphs: graph mode measures those for every path alike
 
 
 @_path("compile", "#8c6bb1", "torch.compile of the reference chain", run="all")
 def _compiled(o: Operands, mode: str = "default") -> Layer:
     R, B = o.R.to(o.x.dtype).requires_grad_(), o.B.contiguous()
-    return Layer(lambda x: _chain(mode)(x, o.W, o.A, R, B, o.s), (R,), (o.A, R, B), o.s)
+    chain = _chain(mode, *o.x.shape, *B.shape, o.x.dtype, o.x.device)
+    return Layer(lambda x: chain(x, o.W, o.A, R, B, o.s), (R,), (o.A, R, B), o.s)
 
 
 @_path("compile-max", "#4d004b", "torch.compile of the reference chain, max-autotune", run="all")
@@ -229,10 +240,7 @@ def _two(o: Operands, layer: Callable[[Operands], nn.Module], compiled: bool = T
         return (each[0](x) + each[1](x)) / 2
 
     Rs = tuple(p for one in each for p in one.parameters() if p.requires_grad)
-    if compiled:  # in code of its own: torch keeps what it compiles with the code, and tries one after another
-        own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
-        call = torch.compile(own, fullgraph=True, dynamic=False)
-    return Layer(call, Rs, (o.A, Rs[0], o.B) if Rs else None, o.s)
+    return Layer(_in_own_code(call) if compiled else call, Rs, (o.A, Rs[0], o.B) if Rs else None, o.s)
 
 
 def _backend(o: Operands) -> Layer:

@@ -14,8 +14,7 @@
     build                    of bench/gpu_suite.py only: whether there is a CUDA core, and why not; architectures, nvcc,
                              cutlass; if it was built there: seconds, cores, MAX_JOBS, and whether nothing was there
                              before (whole)
-    ladder                   of bench/gpu_suite.py only: how many rungs of bench/first_light.py passed, failed, crashed,
-                             timed out, were not run or not reached, and which and why (bad)
+    ladder                   of bench/gpu_suite.py until 2026-11-27: what became of first light, in the words of `tests`
 
 Every row has `question`, `path`, `model`, `dtype`, and `status`: "ok" or "failed" with a `reason`.  Spreads are {low,
 median, high}: quartiles over rounds.  Sizes are in elements, times in seconds, memory in bytes.  Rows that
@@ -43,7 +42,7 @@ spread of the ratio}; noisy; gauges before and after (MHz, C, W).  And of each q
     experiments  experiment, the sizes it has (N, K, T, r, direction), over {path}; where there is a prediction unit
                  ("s", "x": a ratio, "B/s", "B"), measured (a spread), predicted {low, high, why} and ratio (of measured
                  to the middle of predicted, a spread); swizzle: tile, waves, wave_bytes (of x and W that a wave asks of
-                 memory); counters, or not_read (why there are none)
+                 memory)
 
 Files are added, never changed: a name that is taken gets a number.
 """

@@ -46,7 +46,14 @@ NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make
 BETTER = 1.01  # times as fast: from there on new tiles are kept
 LEAST, MOST = 30.0, 120.0  # seconds of a search: not begun with less; so that others have their turn, too
 REST, AFTER = 15.0, 3.0  # seconds that the end of a search takes, and then each kind of call that is measured again
-KEPT = {"path", "mode", "status", "over", "seconds"}  # of a row, beside where it was measured: what `decide` reads
+KEPT = {
+    "path",
+    "mode",
+    "status",
+    "reason",
+    "over",
+    "seconds",
+}  # of a row, beside where it was measured: what `decide` reads
 PASSING = ("out of memory", question.LOST)  # how reasons begin that another run may not find
 
 Shapes = Mapping[int, Sequence[Shape]]  # by rank, the most valuable first
@@ -207,13 +214,16 @@ class _Run:
 
     def speeds(self, rows: list[Row]) -> dict[str, float]:
         """How many times as fast as torch's each backend is over these rows of one kind, or 0.0: it did not run."""
-        return {name: question.speed(rows, name) for name in self.names}
+        ran = [row for row in rows if row["status"] == "ok"]
+        return {name: question.speed(ran, name) for name in self.names}
 
     def choices(self, kinds: list[Kind], progress: bool) -> bool:
         """Measure the kinds of calls, as far as an earlier run has not; False where the budget does not last."""
         left = {}
         for kind in kinds:
-            there = set() if self.again else {(row["N"], row["K"]) for row in self.rows(kind)}
+            known = [] if self.again else self.rows(kind)
+            there = {(row["N"], row["K"]) for row in known}
+            there -= {(row["N"], row["K"]) for row in known if row["status"] == "failed"}
             if shapes := [shape for shape in self.shapes[kind.r] if (shape.N, shape.K) not in there]:
                 left[kind] = shapes
         bar = tqdm(left.items(), desc="loraxs tune", unit="kind", disable=None if progress else True)
@@ -227,7 +237,7 @@ class _Run:
         return True
 
     def measured(self, kind: Kind, shapes: Sequence[Shape]) -> list[Row]:
-        """The rows of the backends that ran, of each shape that fits the GPU."""
+        """The rows of the backends that ran, of each shape that fits the GPU, and of those that may run next time."""
         rows = []
         for shape in shapes:
             found = list(question.measure(self.request, shape, *kind))
@@ -236,8 +246,8 @@ class _Run:
                 self.say(f"  {name} is left out at {kind}, {shape}: {why}")
             if "torch" not in failed:
                 where = {**kind._asdict(), "dtype": self.request.dtype_name, **shape.where}
-                ok = (row for row in found if row["status"] == "ok")
-                rows += [where | {key: value for key, value in row.items() if key in KEPT} for row in ok]
+                may = (row for row in found if row["status"] == "ok" or row["reason"].startswith(PASSING))
+                rows += [where | {key: value for key, value in row.items() if key in KEPT} for row in may]
             elif not failed["torch"].startswith(PASSING):
                 raise BenchError(f"the torch backend failed at {kind}, {shape}: {failed['torch']}")
         release()

@@ -89,6 +89,8 @@ def measured(
         return math.inf if enough() else sum(count * time(case, tiles, gpu) for count, case in cases)
 
     start = config.pick_row(config.committed_table(), tokens, rank, "half", layout, gpu)
+    if start is None:
+        raise BenchError(f"no committed tiles to begin with for rank {rank}, {tokens} rows, {layout}")
     times = search(start.tiles, cost)
     for tiles in sorted(times, key=times.__getitem__):
         row = Row(config.family(gpu.capability), "half", layout, rank, tokens, tiles, 0, source(device))
