@@ -46,14 +46,8 @@ NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make
 BETTER = 1.01  # times as fast: from there on new tiles are kept
 LEAST, MOST = 30.0, 120.0  # seconds of a search: not begun with less; so that others have their turn, too
 REST, AFTER = 15.0, 3.0  # seconds that the end of a search takes, and then each kind of call that is measured again
-KEPT = {
-    "path",
-    "mode",
-    "status",
-    "reason",
-    "over",
-    "seconds",
-}  # of a row, beside where it was measured: what `decide` reads
+# Of a row, beside where it was measured: what `decide` reads, and why a backend did not run.
+KEPT = {"path", "mode", "status", "reason", "over", "seconds"}
 PASSING = ("out of memory", question.LOST)  # how reasons begin that another run may not find
 
 Shapes = Mapping[int, Sequence[Shape]]  # by rank, the most valuable first
