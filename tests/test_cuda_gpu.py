@@ -177,9 +177,15 @@ def test_same_bits_every_time_also_where_launches_overlap(T):
             assert all(torch.equal(a, b) for a, b in zip(gradients(o, lora_xs_linear), first, strict=True))
 
 
-@pytest.mark.parametrize("T, N", [(2048, 1024), (40, 1024), (4096, 4096)])
-def test_in_a_graph_and_on_another_stream(T, N):
-    """The last one, on Hopper, makes u beside the GEMM: replays find the flags of the replay before."""
+@pytest.mark.parametrize(
+    "T, N, tile", [(2048, 1024, None), (40, 1024, None), (4096, 4096, None), *((2048, 1024, tile) for tile in TILES)]
+)
+def test_in_a_graph_and_on_another_stream(T, N, tile, request, monkeypatch):
+    """With what is picked, which for the largest, on Hopper, makes u beside the GEMM: replays find the flags of the
+    replay before.  And with each tile."""
+    if tile is not None:
+        request.getfixturevalue("hopper")
+        monkeypatch.setattr(backend, "pick", lambda *_: Rows(3, tile, True))
     o = operands(T, N, 4096 if N < 4096 else 14336, 12, torch.bfloat16, device="cuda")
     operand = (o.x, o.W, o.A, o.R, o.B, o.s, o.bias)
     expected = backend.lowrank_linear(*operand)[0]
