@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 # The versions of all else, also of what pip builds with; empty: the newest.
 CONSTRAINTS ?= constraints.txt
-# Processes that share the tests, each with one thread.  For two cores three: some wait for processes that they started.
+# Processes that share the tests, each with one thread: three for two cores, since some tests wait for other processes.
 WORKERS ?= 3
 MODEL ?= minilm
 ARGS ?=

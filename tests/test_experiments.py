@@ -120,6 +120,15 @@ def test_swizzle_1_is_predicted_slow_where_it_asks_too_much_of_the_memory(kernel
     assert fourth == f"{best}: r 8 over r 16" and lines[fourth]["ratio"]["median"] == pytest.approx(0.9)
 
 
+def test_ranks_and_multiprocessors_are_compared_in_the_forward_alone(kernels):
+    """Of a square layer both directions have the same N and K, but W lies another way."""
+    taking(kernels, lambda name: 1e-3)
+    kernels.setattr(experiments, "_beside", lambda *_: iter(()))
+    rows = list(experiments.QUESTION.rows(request(shapes=["256x256"], tokens=[1024])))
+    assert {row["direction"] for row in rows} == {"forward", "backward"}
+    assert {row["direction"] for row in rows if ": r 8 over r 16" in row["path"]} == {"forward"}
+
+
 @pytest.mark.parametrize("slower", [1.0, 1.5])
 def test_the_gemm_beside_a_shrink(kernels, slower):
     """On a clock of its own, by which the GEMM takes 1 ms and a launch of the shrink, 256 rows, 10 us."""

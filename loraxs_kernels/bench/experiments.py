@@ -81,7 +81,9 @@ def plan(request: Request) -> list[Point]:
         if name == "beside":
             yield from _beside(request, case, shape)
         else:
-            yield from _swizzle(request, case, shape if direction == "forward" and max(request.tokens) == T else None)
+            best = yield from _swizzle(request, case)
+            if best is not None and direction == "forward" and max(request.tokens) == T:
+                yield from _few(request, case, shape, best)
 
     return [
         Point({"experiment": name, "N": shape.N, "K": shape.K, "T": T, "r": r, "direction": way}, partial(rows, *each))
@@ -176,13 +178,13 @@ def today(case: gemm.Case) -> Cut:
     return dataclasses.replace(cut, raster=1) if across > down else cut
 
 
-def _swizzle(request: Request, case: gemm.Case, shape: Shape | None) -> Iterator[Row]:
-    """The library's x W^T and every cut; then, where there is a shape, what multiprocessors and the rank change."""
+def _swizzle(request: Request, case: gemm.Case) -> Generator[Row, None, Cut | None]:
+    """The library's x W^T and every cut; returns the fastest cut."""
     T, N, K, itemsize = case.T, case.N, case.K, request.dtype.itemsize
     many, now = facts(request.device).multiprocessors, today(case)
     cuts = [Cut(tile, swizzle, raster) for tile in config.TILES for raster in RASTERS for swizzle in SWIZZLES]
     found = {str(cut): cut for cut in cuts if cut.distinct(T, N)}
-    mode = {"mode": "graph" if request.gpu and T <= 1024 else "eager"}  # eager: so much to do that the host is ahead
+    mode = _mode(request, T)
     paths = {"frozen": gemm.PATHS["frozen"], **found}
     made = {name: partial(case.candidate, path) for name, path in paths.items()}
     samples = yield from _race(request, mode, made | {"copy": partial(_copy, request)})
@@ -194,7 +196,7 @@ def _swizzle(request: Request, case: gemm.Case, shape: Shape | None) -> Iterator
         read = {"tile": config.TILES[cut.tile][:2], "waves": waves, "wave_bytes": total / waves}
         yield mode | figures(samples, name, request.device, ("frozen",)) | read
     if not ran or "frozen" not in samples:
-        return
+        return None
     best = ran[min(ran, key=lambda name: samples[name].median().item())]
     tail = STEP * -(-case.r // STEP) / K
     if str(now) in ran and "copy" in samples:
@@ -206,9 +208,18 @@ def _swizzle(request: Request, case: gemm.Case, shape: Shape | None) -> Iterator
     why = "one step of u more, and 0.5 to 1.5 % that the library's GEMM is better"
     measured = samples[str(best)] / samples["frozen"]
     yield mode | line(f"{best} over frozen", measured, 1.005 + tail, 1.015 + tail, "x", why)
-    if shape is None:
-        return
-    del samples
+    return best
+
+
+def _mode(request: Request, T: int) -> Row:
+    """Eager where there is so much to do that the host is ahead."""
+    return {"mode": "graph" if request.gpu and T <= 1024 else "eager"}
+
+
+def _few(request: Request, case: gemm.Case, shape: Shape, best: Cut) -> Iterator[Row]:
+    """What fewer multiprocessors, and the lowest rank, change for the fastest cut."""
+    T, N, K, mode = case.T, case.N, case.K, _mode(request, case.T)
+    many = facts(request.device).multiprocessors
     fewer, low = dataclasses.replace(best, multiprocessors=FEW), min(request.ranks)
     made = {str(best): partial(case.candidate, best)}
     if many > FEW:

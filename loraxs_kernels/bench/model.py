@@ -89,8 +89,8 @@ def check(request: Request) -> Request:
         raise BenchError("question: 'model' needs a model, not shapes")
     model = request.model or ("mistral-7b" if request.gpu else "tiny")
     config = _config(model)
-    known = model not in MODELS or "max_position_embeddings" in MODELS[model].config
-    longest = getattr(config, "max_position_embeddings", None) if known else None
+    stated = model not in MODELS or "max_position_embeddings" in MODELS[model].config  # else it is a class's default
+    longest = getattr(config, "max_position_embeddings", None) if stated else None
     if not isinstance(longest, (int, type(None))):
         raise BenchError(f"model: {model}/config.json has {longest!r} max_position_embeddings, must be an integer")
     longest = longest and longest - 2 * (config.model_type == "roberta")  # whose positions start at 2

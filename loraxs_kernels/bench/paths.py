@@ -146,7 +146,10 @@ def _addmm(o: Operands) -> Layer:
 
 
 def _in_own_code(call: FunctionType, **how: Any) -> Callable[..., Tensor]:
-    """torch.compile of it in code of its own: torch keeps what it compiles with the code, and so much of it alone."""
+    """torch.compile of a function with a code object of its own.
+
+    torch keeps its compilations by code object and only a few for each: calls of further sizes would run eagerly.
+    """
     own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False, **how)
 
@@ -212,10 +215,10 @@ def _peft_tinylora(o: Operands) -> Layer:
     return Layer(layer, (v,), factors)
 
 
-@_path(
-    *("vera", "#7b4173", "PEFT's VeRA layer (random A and B, vectors d and b train)"),
-    **{"run": "all", "missing": partial(_peft_has, "VeraConfig")},
-)
+_VERA = "PEFT's VeRA layer (random A and B, vectors d and b train)"
+
+
+@_path("vera", "#7b4173", _VERA, run="all", missing=partial(_peft_has, "VeraConfig"))
 def _vera(o: Operands) -> Layer:
     """With PEFT's defaults: d, b, A and B are in fp32.
 
@@ -250,20 +253,18 @@ def _backend(o: Operands) -> Layer:
 
 _COLOURS = {"torch": "#1f77b4", "triton": "#17a398", "cuda": "#2ca02c"}
 for _name in backends.NAMES:
-    _how = ": expand first, then the base GEMM accumulates" if _name == "torch" else ""
-    _path(
-        *(_name, _COLOURS.get(_name, question.Path.colour), f"LoraXSLinear on the {_name} backend{_how}"),
-        **{"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)},
-    )(_backend)
+    _what = f"LoraXSLinear on the {_name} backend"
+    _what += ": expand first, then the base GEMM accumulates" * (_name == "torch")
+    _where = {"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)}
+    _path(_name, _COLOURS.get(_name, question.Path.colour), _what, **_where)(_backend)
 _path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
-# Of the question host alone.
-_NAMED = {"run": "named"}
-_path("two", "#6baed6", "two LoraXSLinear layers on one x", **_NAMED)(partial(_two, layer=fused, compiled=False))
-_path("two-compile", "#2171b5", "the same two by torch.compile", **_NAMED)(partial(_two, layer=fused))
-_FLOOR = "two frozen linears by torch.compile: its floor"
-_path("two-frozen-compile", "#525252", _FLOOR, **_NAMED)(partial(_two, layer=Operands.linear))
-_OPERATOR = "the same through the torch.library operator, called eagerly"
-PATHS["operator"] = question.earlier("operator", "#9ecae1", _OPERATOR)
+# Only for the question host.
+_WHAT = "two frozen linears by torch.compile: its floor"
+_path("two", "#6baed6", "two LoraXSLinear layers on one x", run="named")(partial(_two, layer=fused, compiled=False))
+_path("two-compile", "#2171b5", "the same two by torch.compile", run="named")(partial(_two, layer=fused))
+_path("two-frozen-compile", "#525252", _WHAT, run="named")(partial(_two, layer=Operands.linear))
+_WHAT = "the same through the torch.library operator, called eagerly"
+PATHS["operator"] = question.earlier("operator", "#9ecae1", _WHAT)
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
