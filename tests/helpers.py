@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import itertools
 import multiprocessing
 import os
@@ -199,29 +200,17 @@ def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], metho
     Scikit-learn, which has no bf16, gets fp32; it also gets W scaled by a power of two, so that only `truncated_svd`
     meets the ends of the range of a dtype.
     """
-    from sklearn.decomposition import TruncatedSVD
-
-    exponent = int(torch.frexp(W.abs().max().double()).exponent)
-
-    def scaled(t: Tensor) -> Tensor:
-        return torch.from_numpy(np.ldexp(t.double().numpy(), -exponent))
-
     dtype = torch.promote_types(W.dtype, torch.float32)
     eps, near = torch.finfo(dtype).eps, {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
-    exact = scaled(W)
-    values = torch.linalg.svdvals(exact)
+    exact, values = _scaled_and_values(W)
     rounding = svd_rounding(exact, values, eps)
     faults = []
     for rank in ranks:
-        peer = TruncatedSVD(rank, n_iter=10, random_state=42)
-        with np.errstate(divide="ignore", invalid="ignore"):  # it divides by a variance, which may be 0
-            left = torch.from_numpy(peer.fit_transform(exact.to(dtype).numpy())).double()
-        S, right = (torch.from_numpy(each).double() for each in (peer.singular_values_, peer.components_))
-        theirs = svd_errors(exact, values, S, left, right, eps)
+        theirs = _errors_of_scikit_learn(W, rank)
         for method in methods:
             factors = truncated_svd(W, rank, method=method)
             assert all(t.dtype == dtype for t in factors)
-            U, S, Vh = factors[0].double(), scaled(factors[1]), factors[2].double()
+            U, S, Vh = factors[0].double(), _scaled(factors[1], W), factors[2].double()
             ours = svd_errors(exact, values, S, U * S, Vh, eps)
             skew = max((each.mT @ each - torch.eye(rank).double()).abs().max().item() for each in (U, Vh.mT))
             above = ((S - values[:rank]) / rounding[:rank]).max().item()
@@ -235,6 +224,30 @@ def assert_svd_no_worse_than_scikit_learn(W: Tensor, ranks: Iterable[int], metho
                 if not got <= most:
                     faults.append(f"rank {rank}, {method}: {what} {got:.2g}, must be at most {most:.2g}")
     assert not faults, "\n".join(faults)
+
+
+def _scaled(t: Tensor, W: Tensor) -> Tensor:
+    """In fp64, by the power of two that brings the largest entry of W near 1."""
+    return torch.from_numpy(np.ldexp(t.double().numpy(), -int(torch.frexp(W.abs().max().double()).exponent)))
+
+
+@functools.lru_cache(maxsize=1)
+def _scaled_and_values(W: Tensor) -> tuple[Tensor, Tensor]:
+    """W scaled, and its singular values; kept for who asks of the same tensor next."""
+    exact = _scaled(W, W)
+    return exact, torch.linalg.svdvals(exact)
+
+
+@functools.lru_cache(maxsize=4)
+def _errors_of_scikit_learn(W: Tensor, rank: int) -> tuple[float, float]:
+    from sklearn.decomposition import TruncatedSVD
+
+    (exact, values), dtype = _scaled_and_values(W), torch.promote_types(W.dtype, torch.float32)
+    peer = TruncatedSVD(rank, n_iter=10, random_state=42)
+    with np.errstate(divide="ignore", invalid="ignore"):  # it divides by a variance, which may be 0
+        left = torch.from_numpy(peer.fit_transform(exact.to(dtype).numpy())).double()
+    S, right = (torch.from_numpy(each).double() for each in (peer.singular_values_, peer.components_))
+    return svd_errors(exact, values, S, left, right, torch.finfo(dtype).eps)
 
 
 def guard(monkeypatch, backend, written: bool = True):
