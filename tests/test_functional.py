@@ -716,8 +716,11 @@ def test_compiled_code_knows_which_code_it_was_made_of(tmp_path):
     assert [n.args[-1] for n in graphs[0].graph.nodes if "loraxs" in str(n.target)] == [ops.CODE]
 
 
-def test_the_library_can_be_imported_again():
+def test_the_library_can_be_imported_again(monkeypatch):
     """Graphs from before, which hold the operators, then run the new code."""
+    # dynamo keeps the modules that it imported first, of any package: with them it would compile the new code with
+    # guards on the old modules, and torch 2.14 then fails (pytorch's pull request 197046).
+    monkeypatch.setattr(torch._dynamo.symbolic_convert, "_import_module", importlib.import_module, raising=False)
     o = operands(70, 4, 6, 3)
     expected = lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
     compiled = torch.compile(lora_xs_linear, fullgraph=True, backend="aot_eager")
