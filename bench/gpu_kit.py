@@ -179,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
         print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
         commit = json.loads((KIT / "kit.json").read_text())["commit"]
-        print(f"    python bench/gpu_suite.py --kit gpu-kit --commit {commit} --out DIR --plan first")
+        print(
+            f"    python bench/gpu_suite.py --kit gpu-kit --commit {commit} --out DIR --budget 210 --only ladder tests"
+        )
     return 0
 
 

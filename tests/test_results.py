@@ -363,7 +363,8 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
 
     def look(suite, path):
         seen(suite, path)
-        if not sum(clock) and any("hang" in event.get("start", "") for event in outcomes.events(path)):
+        last = outcomes.last(path).values()
+        if not sum(clock) and any("hang" in each["test"] and each["outcome"] == "started" for each in last):
             clock.append(9999)
             if end == "Ctrl-C":
                 raise KeyboardInterrupt
@@ -478,7 +479,7 @@ def test_what_passed_in_an_earlier_report_is_not_tested_again():
     assert gpu_suite.untested([{"demo": each} for each in (good, bad, cut)]) == everything
     for runs in ([good], [good, cut], [bad, good], [bad, good, other]):
         assert gpu_suite.untested([{"demo": each} for each in runs]) == [name for name in everything if name != "demo"]
-    for runs, last in (([good, bad], bad), ([bad, cut], bad), ([bad, good], good), ([good, cut], cut)):
+    for runs, last in (([good, bad], bad), ([bad, cut], bad), ([bad, good], good), ([good, cut], good)):
         assert outcomes.newest({"demo": each} for each in runs) == {"demo": last}
 
 
@@ -486,36 +487,40 @@ def test_earlier_reports_are_read_in_the_order_of_their_dates(tmp_path):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, date in zip(paths, ("2026-01-03", "2026-01-02"), strict=True):
         report.save(outcome("demo", int(date[-1]), date=date), path)
-    assert [each["demo"]["passed"] for each in gpu_suite.earlier(paths)] == [2, 3]
+    asked = gpu_suite.request(["--device", "cpu", "--out", str(tmp_path), "--after", *map(str, paths)])
+    assert [each["demo"]["passed"] for each in asked.earlier] == [2, 3] and asked.known["demo"]["passed"] == 3
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"tests": None},
-        {"tests": {"demo": 3}},
-        {"tests": {"demo": {"passed": 3}}},
-        {"tests": {"demo": {"sources": "0", "passed": "3"}}},
-        {"rows": [3]},
-    ],
+    "change", [{"tests": None}, {"tests": {"demo": 3}}, {"tests": {"demo": {"failed": 3}}}, {"rows": [3]}]
 )
 def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, change):
-    monkeypatch.setattr(gpu_suite, "Suite", lambda *_: pytest.fail("it is too late"))
     path, out = tmp_path / "a.json", tmp_path / "out"
     path.write_text(json.dumps(report.load(SAMPLE) | change))
-    assert gpu_suite.main(["--device", "cpu", "--out", str(out), "--after", str(path)]) == 1
-    why = f"after: got {path}, must be a report that this suite wrote"
-    if "rows" in change:
-        why = f"{path}: rows must be a list of JSON objects"
-    assert capsys.readouterr().err == f"gpu_suite: {why}\n"
+    why = (
+        f"{path}: rows must be a list of JSON objects" if "rows" in change else f"--after: got {path}, must be reports"
+    )
+    assert why in refused(capsys, out, "--device", "cpu", "--after", str(path))
+
+
+def refused(capsys, out: Path, *arguments: str) -> str:
+    """What the suite says of arguments that it refuses, before anything is written."""
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--out", str(out), *arguments])
     assert not out.exists()
+    printed = capsys.readouterr()
+    assert not printed.out
+    return printed.err
 
 
-def test_a_folder_in_the_place_of_the_reports_own_gives_it_another_name(tmp_path):
-    date = report.head("")["date"][:10]
-    (tmp_path / f"{date}-abc1234").mkdir()
-    path = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu").path
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d-abc1234(-2)?\.json", path.name) and path.with_suffix("").is_dir()
+def test_what_earlier_runs_have_left_is_not_overwritten(tmp_path):
+    taken = [tmp_path / f"{report.head('')['date'][:10]}-abc1234{end}" for end in ("", "-2", ".json")]
+    for path in taken[:2]:
+        path.mkdir()
+    taken[2].write_text("of yesterday")
+    suite = gpu_suite.Suite(tmp_path, 100, "abc1234", "cpu")
+    assert {suite.folder, suite.path}.isdisjoint(taken) and taken[2].read_text() == "of yesterday"
+    assert suite.folder.is_dir() and report.load(suite.path)
 
 
 # A step that hears no Ctrl-C, and has a process of its own.
@@ -549,7 +554,7 @@ def test_a_second_signal_leaves_nothing_running(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "send_signal", asked)
     with pytest.raises(KeyboardInterrupt):
-        suite.run("deaf", [sys.executable, "-c", DEAF], 900, lambda: None if found else look())
+        suite.run("deaf", ["-c", DEAF], 900, lambda: None if found else look())
     assert len(found) == 2 and all(gone(int(pid)) for pid in found)
 
 
@@ -558,7 +563,7 @@ SUITE += "suite = gpu_suite.Suite(Path(sys.argv[1]), 3000, 'abc1234', 'cpu'); "
 
 
 def test_a_step_ends_with_a_suite_that_is_killed(tmp_path):
-    script = f"{SUITE}suite.run('step', [sys.executable, '-c', sys.argv[2]], 900)"
+    script = f"{SUITE}suite.run('step', ['-c', sys.argv[2]], 900)"
     step = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(3600)"
     suite = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), step], cwd=ROOT)
     log = tmp_path / "suite.log"
@@ -600,30 +605,44 @@ def test_every_bench_of_the_suite_is_a_request_that_is_taken(monkeypatch):
                 assert ("triton" in request.paths) == (not left_out)
 
 
-def test_every_plan_fits_its_budget():
-    for budget, steps in gpu_suite.PLANS.values():
-        assert set(steps) <= set(gpu_suite.STEPS) and sum(steps.values()) + gpu_suite.GRACE <= budget
-        assert min(steps.values()) >= gpu_suite.LEAST
-    assert list(gpu_suite.STEPS)[-1] == "sanitizer"
+def test_steps_that_are_named_share_the_budget(tmp_path):
+    def steps(*arguments: str) -> dict[str, float]:
+        return gpu_suite.request(["--device", "cpu", "--out", str(tmp_path), *arguments]).steps
+
+    assert steps() == gpu_suite.STEPS and [*gpu_suite.STEPS][-1] == "sanitizer"
+    assert steps("--only", "step", "tax", "--budget", "900") == {"step": 150, "tax": 140}
+    assert steps("--only", "step", "tax", "--budget", "160") == {"step": 75, "tax": 70}
+
+
+def test_a_step_may_take_what_no_other_waits_for(tmp_path, monkeypatch, clock):
+    seen = {}
+
+    def bench(suite, name, seconds):
+        seen[name] = round(seconds)
+        clock.append(10)
+
+    monkeypatch.setattr(gpu_suite.Suite, "bench", bench)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--only", "tax", "host", "svd", "--budget"]
+    assert gpu_suite.main([*arguments, "815"]) == 0
+    assert seen == {"tax": 660, "host": 710, "svd": 780}  # 800 seconds, less those of what waits
+    assert gpu_suite.main([*arguments, "45"]) == 1
+    assert seen == {"tax": 15, "host": 710, "svd": 780}  # 30 seconds, of which the first step took 10
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--plan", "fifth"], "plan: got 'fifth', must be one of first, second, third, fourth"),
-        (["--only", "tests", "nothing"], "only: got 'nothing', must be one of ladder, tests, tax"),
-        (["--plan", "first", "--only", "tests"], "plan and only: got first and ['tests'], give one of the two"),
-        (["--budget", "5"], "budget: got 5, must be at least 35 seconds"),
+        (["--only", "tests", "nothing"], "--only: invalid choice: 'nothing' (choose from "),
+        (["--budget", "5"], "--budget: got 5, must be at least 35 seconds"),
+        (["--budget", "nan"], "--budget: got nan, must be at least 35 seconds"),
         (["--after", "/no/such/file"], "/no/such/file: cannot be read as a report"),
         ([], "no GPU here"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, said):
+    device = ["--device", "cpu"] if arguments else []
     monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
-    assert gpu_suite.main(["--out", str(tmp_path / "out"), *arguments]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.startswith(f"gpu_suite: {said}") and printed.err.count("\n") == 1 and not printed.out
-    assert not (tmp_path / "out").exists()
+    assert said in refused(capsys, tmp_path / "out", *device, *arguments)
 
 
 def test_a_kit_is_used_or_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
@@ -645,16 +664,19 @@ def test_a_kit_is_used_or_refused_before_anything_is_written(tmp_path, monkeypat
 
 def test_a_file_in_the_place_of_the_folder_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    for out in ("out", "out/deeper"):
-        assert gpu_suite.main(["--device", "cpu", "--out", str(tmp_path / out), "--only", "host"]) == 1
-        assert capsys.readouterr().err.startswith("gpu_suite: ")
+    arguments = ["--device", "cpu", "--only", "host", "--out"]
+    assert gpu_suite.main([*arguments, str(tmp_path / "out" / "deeper")]) == 1
+    assert capsys.readouterr().err.startswith("gpu_suite: ")
+    with pytest.raises(SystemExit):
+        gpu_suite.main([*arguments, str(tmp_path / "out")])
+    assert "out is a file, must be a folder, or not there yet" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_the_suite_needs_a_gpu(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--out", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}, cwd="/")
-    assert run.returncode == 1 and "gpu_suite: no GPU here" in run.stderr
+    assert run.returncode == 2 and "gpu_suite: error: no GPU here" in run.stderr
     assert not (tmp_path / "out").exists()
 
 
