@@ -39,7 +39,7 @@ def test_every_document_says_what_the_reports_say(capsys):
 
 
 def test_an_edited_figure_is_found_out():
-    benches, demos = render.read()
+    reports = render.read()
     texts = [path.read_text() for path in render.quoting()]
     assert texts and ROOT / "docs" / "paper.md" in render.quoting()
     for text in texts:
@@ -47,21 +47,21 @@ def test_an_edited_figure_is_found_out():
         for block in render.BLOCK.finditer(text):
             figure = re.compile(r"\d\.\d").search(text, text.index("\n|", block.start()))
             edited = text[: figure.start()] + "9.9" + text[figure.end() :]
-            assert render.readme(edited, benches, demos) == text
+            assert render.filled(edited, reports) == text
 
 
 def test_a_block_without_its_report_is_refused():
     text = "<!-- figures: cpu/none.json -->\n<!-- end of figures -->"
     with pytest.raises(BenchError, match=r"there is no report bench/results/cpu/none\.json"):
-        render.readme(text, {}, {})
-    with pytest.raises(BenchError, match="has nothing on model"):
+        render.filled(text, {})
+    with pytest.raises(BenchError, match="^a.json has nothing on model"):
         data = report.load(SAMPLE) | {"rows": []}
-        render.readme("<!-- figures: a.json model -->\n<!-- end of figures -->", {"a.json": data}, {})
+        render.filled("<!-- figures: a.json model -->\n<!-- end of figures -->", {"a.json": data})
 
 
 def test_a_report_renders_into_a_readme():
     text = "before\n<!-- figures: gpu/a.json layer host -->\nold 1.23\n<!-- end of figures -->\nafter"
-    made = render.readme(text, {"gpu/a.json": report.load(SAMPLE)}, {})
+    made = render.filled(text, {"gpu/a.json": report.load(SAMPLE)})
     assert "old 1.23" not in made and "Adapter tax" in made and "Host: issuing" in made and "Truncated" not in made
     assert "commit 0000000, `bench/results/gpu/a.json`" in made and made.startswith("before") and made.endswith("after")
 
@@ -82,10 +82,10 @@ def test_newer_results_take_the_place_of_older_ones_only_where_they_have_them():
         return {"date": date, "complete": complete, "rows": rows}
 
     a, b = of("tax", "host", date="1"), of("host", date="2")
-    assert set(render._newest({"gpu/a": a, "gpu/b": b})) == {"gpu/a", "gpu/b"}
-    assert set(render._newest({"gpu/a": b, "gpu/b": a})) == {"gpu/b"}
-    assert set(render._newest({"gpu/a": b, "cpu/b": a})) == {"gpu/a", "cpu/b"}
-    assert set(render._newest({"gpu/a": b, "gpu/b": of("host", date="3", complete=False)})) == {"gpu/a", "gpu/b"}
+    assert set(render.newest({"gpu/a": a, "gpu/b": b})) == {"gpu/a", "gpu/b"}
+    assert set(render.newest({"gpu/a": b, "gpu/b": a})) == {"gpu/b"}
+    assert set(render.newest({"gpu/a": b, "cpu/b": a})) == {"gpu/a", "cpu/b"}
+    assert set(render.newest({"gpu/a": b, "gpu/b": of("host", date="3", complete=False)})) == {"gpu/a", "gpu/b"}
 
 
 def test_status_is_not_flattering():
