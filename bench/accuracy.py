@@ -205,13 +205,14 @@ def missing(report: dict[str, Any]) -> list[tuple[str, int, int, int, bool]]:
     time, and when all are, every seed of every way and rank."""
     runs, seeds = report["runs"], report["seeds"]
     rates = {(way, rank): rate(runs, way, rank) for way in report["ways"] for rank in WAYS[way].ranks}
-    searches: dict[str, list[tuple]] = {}
+    first: dict[str, tuple[int, list[int]]] = {}  # of each way, the rank that is not searched yet
     for (way, rank), (_, untried) in rates.items():
         if untried:
-            searches.setdefault(way, [(way, rank, k, seeds[0], False) for k in untried])
+            first.setdefault(way, (rank, untried))
+    searches = [(way, rank, k, seeds[0], False) for way, (rank, untried) in first.items() for k in untried]
     tested = {(run["way"], run["rank"], run["seed"]) for run in runs if "test" in run}
     finals = [(way, rank, k, seed, True) for seed in seeds for (way, rank), (k, _) in rates.items()]
-    return sum(searches.values(), []) or [each for each in finals if (*each[:2], each[3]) not in tested]
+    return searches or [each for each in finals if (*each[:2], each[3]) not in tested]
 
 
 def measure(report: dict[str, Any], out: Path, pool: Executor) -> None:
