@@ -170,18 +170,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.what == "keep":
             keep(arguments.folder)
+        elif arguments.what == "use":
+            print(json.dumps(use(arguments.folder)))
         else:
-            print(json.dumps(make() if arguments.what == "make" else use(arguments.folder)))
+            kit, size = make(), sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
+            print(f"{json.dumps(kit)}\ngpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
+            commit = f"--commit {kit['commit']}"
+            print(f"    python bench/gpu_suite.py --kit gpu-kit {commit} --out DIR --budget 210 --only ladder tests")
     except KitError as error:
         print(f"gpu_kit: {error}", file=sys.stderr)
         return 1
-    if arguments.what == "make":
-        size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
-        print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
-        commit = json.loads((KIT / "kit.json").read_text())["commit"]
-        print(
-            f"    python bench/gpu_suite.py --kit gpu-kit --commit {commit} --out DIR --budget 210 --only ladder tests"
-        )
     return 0
 
 

@@ -53,9 +53,11 @@ EVERY = 3.0  # seconds between two looks at what a running step has written
 TAIL = 25  # lines of a command's output that are shown when it broke
 LEAST = 20.0  # seconds under which nothing more is started
 SHOWN, WIDTH = 40, 200  # tests that did not pass whose lines are shown; characters of such a line
-WORKERS, RESTARTS = 8, 32  # processes that run tests, at most; that may end before pytest is started again
+WORKERS, RESTARTS = 8, 100  # processes that run tests, at most; that may end, more than outcomes.TRIES allow
 TESTS = ROOT / "tests"
-PYTEST = "-m pytest -c pyproject.toml -m gpu -q --tb=short -p recorder -p no:cacheprovider -o faulthandler_timeout=0"
+PYTEST = ["-m", "pytest", "-c", "pyproject.toml", "-m", "gpu", "-q", "--tb=short", "-p", "recorder"]
+PYTEST += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", "--dist", "worksteal"]
+PYTEST += ["--continue-on-collection-errors"]  # the others run, and the recorder tells of it
 LIBC = ctypes.CDLL(None)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
@@ -187,34 +189,24 @@ class Suite:
         return process.returncode
 
     def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
-        """The tests of some components, in processes side by side; again from where it broke off, should pytest crash.
+        """The tests of some components, in processes side by side.
 
         bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
         """
         if not components:
             self.say(f"{name}: nothing is left to test")
             return
-        path, until = self.folder / f"{name}.jsonl", time.monotonic() + seconds
-        workers = min(WORKERS, len(os.sched_getaffinity(0)))
-        command = [*PYTEST.split(), "--continue-on-collection-errors"]  # the others run, and the recorder tells of it
-        if importlib.util.find_spec("xdist"):
-            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(RESTARTS)]
-        else:
-            self.say(f"{name}: one after another, as there is no pytest-xdist")
-        command += [str(file) for file in sorted(TESTS.glob(pattern)) if "mark.gpu(" in file.read_text()]
+        path, cores = self.folder / f"{name}.jsonl", len(os.sched_getaffinity(0))
+        workers = min(WORKERS, cores)
+        files = [str(file) for file in sorted(TESTS.glob(pattern)) if "mark.gpu(" in file.read_text()]
         more = {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)),
+            "OMP_NUM_THREADS": str(cores // workers),
             "LORAXS_OUTCOMES": str(path),
             "LORAXS_COMPONENTS": ",".join(components),
         }
-        rest, look = None, partial(self.take_outcomes, path)
-        while True:
-            since = {"LORAXS_SINCE": str(time.time())}
-            self.run(name, command, until - time.monotonic(), look, more | since, ask=False)
-            before, rest = rest, outcomes.unstarted(path)
-            if rest in (set(), before) or until - time.monotonic() < LEAST:
-                break
+        how = ["-n", str(workers), "--max-worker-restart", str(RESTARTS)]
+        self.run(name, [*PYTEST, *how, *files], seconds, partial(self.take_outcomes, path), more, ask=False)
         found = [self.data["tests"].get(each, {"not reached": True}) for each in components]
         self.cut |= any(each["not reached"] for each in found)
 
@@ -339,8 +331,8 @@ def request(argv: list[str] | None) -> argparse.Namespace:
         asked.steps = {name: share * seconds for name, seconds in asked.steps.items()}
     if asked.out.exists() and not asked.out.is_dir():
         parser.error(f"--out: {asked.out} is a file, must be a folder, or not there yet")
-    if {"ladder", "tests", "sanitizer"} & set(asked.steps) and importlib.util.find_spec("pytest") is None:
-        parser.error("the tests need pytest: pip install pytest")
+    if {"ladder", "tests", "sanitizer"} & set(asked.steps) and importlib.util.find_spec("xdist") is None:
+        parser.error("the tests need pytest-xdist: pip install pytest-xdist")
     if asked.device != "cpu" and not torch.cuda.is_available():
         parser.error("no GPU here; on a CPU use `loraxs bench`")
     try:

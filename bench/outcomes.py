@@ -53,14 +53,6 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def unstarted(path: Path) -> set[str]:
-    """The tests that were collected, and that no process has begun."""
-    collected, started = (
-        {each["test"] for each in events(path) if each["outcome"] == outcome} for outcome in ("not reached", "started")
-    )
-    return collected - started
-
-
 def why_not(path: Path, component: str, test: str) -> str:
     """Why a test is not worth running, if it is not: too many of it, or of its component, have cost their processes."""
     own = [each for each in last(path).values() if each["component"] == component]

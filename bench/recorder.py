@@ -11,9 +11,7 @@ the last launches were doing (bench/kernel_trace.py), unless the process was kil
 keeps the interpreter to itself.  Where several of one test, or of one component, have cost their processes, the rest of
 it is not run: it would only take the others' time.
 
-LORAXS_COMPONENTS (names between commas) chooses tests, and those that the file says to have started before LORAXS_SINCE
-(seconds of the epoch) are not run again.  pytest-xdist puts a new process in the place of one that ended; without it
-bench/gpu_suite.py does.
+LORAXS_COMPONENTS (names between commas) chooses tests.  pytest-xdist puts a new process in the place of one that ended.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,8 +45,7 @@ class Recorder:
 
     def note(self, test: str, component: str, outcome: str, reason: str = "", lost: bool = False) -> None:
         facts = {"test": test, "component": component, "outcome": outcome, "reason": reason, "lost": lost}
-        line = json.dumps(facts | {"pid": os.getpid(), "time": time.time()})
-        os.write(self.file, f"{line}\n".encode())  # at once, and in one piece
+        os.write(self.file, f"{json.dumps(facts | {'pid': os.getpid()})}\n".encode())  # at once, and in one piece
 
     def pytest_sessionstart(self) -> None:
         faulthandler.enable(self.trace)  # pytest's own writes to stderr
@@ -66,13 +62,9 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)  # after -m and conftest.py
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        since = float(os.environ["LORAXS_SINCE"])
-        known = outcomes.events(self.path)
-        before = {each["test"] for each in known if each["outcome"] == "started" and each["time"] < since}
-        keep = {each for each in items if each.nodeid not in before and component(each) in self.wanted}
-        config.hook.pytest_deselected(items=[each for each in items if each not in keep])
-        items[:] = [each for each in items if each in keep]
-        if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others find the same, and none has begun
+        config.hook.pytest_deselected(items=[each for each in items if component(each) not in self.wanted])
+        items[:] = [each for each in items if component(each) in self.wanted]
+        if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":  # the others find the same, and none has begun
             for each in items:
                 self.note(each.nodeid, component(each), "not reached")
         core = sys.modules.get("loraxs_kernels.backends.cuda.core")

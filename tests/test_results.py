@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import re
 import signal
@@ -54,7 +53,7 @@ def test_a_block_without_its_report_is_refused():
     text = "<!-- figures: cpu/none.json -->\n<!-- end of figures -->"
     with pytest.raises(BenchError, match=r"there is no report bench/results/cpu/none\.json"):
         render.filled(text, {})
-    with pytest.raises(BenchError, match="^a.json has nothing on model"):
+    with pytest.raises(BenchError, match=r"^a\.json has nothing on model"):
         data = report.load(SAMPLE) | {"rows": []}
         render.filled("<!-- figures: a.json model -->\n<!-- end of figures -->", {"a.json": data})
 
@@ -182,22 +181,20 @@ def test_on_a_cpu(): raise AssertionError
 """
 
 
-def planted(
-    tmp_path, monkeypatch, text: str, *arguments: str, more=(), only=("tests",), workers: int = 2, parallel: bool = True
-) -> tuple[int, dict]:
+def planted(tmp_path, monkeypatch, text: str, more=(), only=("tests",), workers: int = 1) -> tuple[int, dict]:
     """The suite on planted tests, of the components that `text` names: its exit status, and its report."""
+    pytest.importorskip("xdist")
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "test_planted.py").write_text(text)
     for name, other in dict(more).items():
         (tmp_path / "planted" / name).write_text(other)
     monkeypatch.setattr(gpu_suite, "TESTS", tmp_path / "planted")
     monkeypatch.setattr(gpu_suite, "WORKERS", workers)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found(name) if parallel or name != "xdist" else None)
     named = {name: each for name, each in status.COMPONENTS.items() if f'"{name}"' in text}
     monkeypatch.setattr(status, "COMPONENTS", named)
     out = tmp_path / "out"
-    code = gpu_suite.main(["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--only", *only, *arguments])
+    arguments = ["--device", "cpu", "--out", str(out), "--commit", "abc1234", "--budget", "3000", "--only", *only]
+    code = gpu_suite.main(arguments)
     (path,) = out.glob("*.json")
     return code, report.load(path)
 
@@ -206,14 +203,11 @@ def told(data: dict) -> dict[str, str]:
     return {name: outcomes.told(each) for name, each in data["tests"].items()}
 
 
-@pytest.mark.parametrize("parallel", [True, False], ids=["xdist", "serial"])
-def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, capsys, parallel):
-    if parallel:
-        pytest.importorskip("xdist")
-    code, data = planted(tmp_path, monkeypatch, PLANTED, "--budget", "3000", parallel=parallel)
+def test_a_test_that_hangs_or_crashes_costs_only_itself(tmp_path, monkeypatch, capsys):
+    code, data = planted(tmp_path, monkeypatch, PLANTED, workers=2)
     assert code == 1
     spared = data["tests"]["demo"]["not reached"]  # after two that hang the others are, but for those begun by then
-    assert spared == 2 if not parallel else 0 <= spared <= 2
+    assert 0 <= spared <= 2
     assert data["complete"] is not bool(spared)
     assert told(data) == {
         "demo": f"6 passed, {4 - spared} timed out, {spared} not reached".replace(", 0 not reached", ""),
@@ -244,12 +238,11 @@ def test_too(): pass
 """
 
 
-@pytest.mark.parametrize("parallel", [True, False], ids=["xdist", "serial"])
-def test_a_file_that_cannot_be_imported_has_failed(tmp_path, monkeypatch, parallel):
+def test_a_file_that_cannot_be_imported_has_failed(tmp_path, monkeypatch):
     mark = '\npytestmark = pytest.mark.gpu("demo")'
     more = {"test_broken.py": f"import no_such_module, pytest{mark}"}
     more["test_without.py"] = f"import pytest; pytest.importorskip('no_such_module'){mark}"
-    code, data = planted(tmp_path, monkeypatch, GOOD, "--budget", "3000", more=more, parallel=parallel)
+    code, data = planted(tmp_path, monkeypatch, GOOD, more, workers=2)
     assert code == 1 and told(data) == {"demo": "1 passed, 1 failed, 1 skipped", "bench": "1 passed"}
     ((file, why),) = data["tests"]["demo"]["names"]["failed"].items()
     assert file.endswith("test_broken.py")
@@ -273,15 +266,14 @@ def test_a_file_of_tests_names_its_components():
 
 
 def test_a_component_without_a_record_makes_the_run_cut(tmp_path, monkeypatch):
-    code, data = planted(tmp_path, monkeypatch, f'{GOOD}# "neighbours"', "--budget", "3000", parallel=False)
+    code, data = planted(tmp_path, monkeypatch, f'{GOOD}# "neighbours"')
     assert code == 1 and not data["complete"] and set(data["tests"]) == {"demo", "bench"}
 
 
 def test_processes_that_end_before_their_first_test_do_not_take_all_the_time(tmp_path, monkeypatch):
-    pytest.importorskip("xdist")
     monkeypatch.setattr(gpu_suite, "RESTARTS", 2)
     text = GOOD.replace("import pytest", "import os, pytest\nos.abort()")
-    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000")
+    code, data = planted(tmp_path, monkeypatch, text)
     assert code == 1 and not data["complete"] and data["tests"] == {}
 
 
@@ -307,8 +299,7 @@ def test_right(): pass
 
 def test_first_light_comes_first_and_a_traced_core_tells_what_a_kernel_that_hangs_was_at(tmp_path, monkeypatch):
     text = GOOD.replace('"bench"', '"first light"')
-    how = {"more": {"test_first_light.py": LADDER}, "parallel": False, "only": ("ladder", "tests")}
-    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000", **how)
+    code, data = planted(tmp_path, monkeypatch, text, {"test_first_light.py": LADDER}, ("ladder", "tests"))
     assert code == 1 and data["complete"]
     assert told(data) == {"first light": "1 passed, 1 timed out", "demo": "1 passed"}  # and not once more by "tests"
     (reason,) = data["tests"]["first light"]["names"]["timed out"].values()
@@ -373,7 +364,7 @@ def test_the_end_of_the_time_costs_only_what_was_running(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(gpu_suite.Suite, "take_outcomes", look)
     text = PLANTED.replace("limit=1)", "limit=3600)").replace("range(6)", "range(3)")
-    code, data = planted(tmp_path, monkeypatch, text, "--budget", "3000", workers=1)
+    code, data = planted(tmp_path, monkeypatch, text)
     assert code == 1 and not data["complete"]
     assert told(data) == {"demo": "3 passed, 4 not reached", "bench": "2 not reached", "neighbours": "6 not reached"}
     assert list(data["tests"]["neighbours"]["names"]["not reached"].values()) == [1, 1, 1, 3]
