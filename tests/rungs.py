@@ -81,13 +81,7 @@ def exact(what: str, got: Tensor, expected: Tensor, holds: Coded, tile: tuple[in
     return f"{what} at {list(at)}: {meant} (got {found}, must be {wanted}){_tiles(bad, tile)}"
 
 
-def rule(
-    what: str,
-    got: Tensor,
-    formula: Callable[..., Tensor],
-    operands: tuple[Tensor | None, ...],
-    tile: tuple[int, int] = TILE,
-) -> str:
+def rule(what: str, got: Tensor, formula: Callable[..., Tensor], operands: tuple, tile: tuple[int, int] = TILE) -> str:
     """The accuracy rule: at most twice the error of the formula on these operands, against that in fp64."""
     chain, oracle = formula(*operands), formula(*(t if t is None else t.double() for t in operands))
     return within(what, got, oracle, reference.allowed_error(chain, oracle, chain.dtype), tile)
@@ -142,13 +136,7 @@ def _tail(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor, bias: Tensor | None
     return y if bias is None else y + bias
 
 
-def tail(
-    device: str,
-    shape: Shape,
-    tile: int,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-) -> Iterator[str]:
+def tail(device: str, shape: Shape, tile: int, dtype=torch.bfloat16, transposed=False) -> Iterator[str]:
     """Coded B without W and beside a W of zeros, coded W, then random operands with and without W."""
     (T, N, K, r), size, of = shape, TILES[tile][:2], {"dtype": dtype, "device": device}
     (x, k), (u, i) = hot(T, K, **of), hot(T, r, **of)
@@ -191,17 +179,9 @@ Call = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # (x, A, R, B, s, bi
 
 
 def chain(
-    device: str,
-    call: Call,
-    shape: Shape,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-    slots: int = 0,
-    narrow: bool = False,
-    gram: bool = False,
-    more: bool = False,
-) -> Iterator[str]:
+    device: str, call: Call, shape: Shape, *,
+    dtype=torch.bfloat16, transposed=False, slots=0, narrow=False, gram=False, more=False,
+) -> Iterator[str]:  # fmt: skip
     """Coded A (seen in z), R and B (in y) and `other` (in the gram), then random operands.
 
     slots: each token has one of so many R, or none.  narrow: y is u, as if B were the identity.  gram: whether it is
@@ -215,10 +195,7 @@ def chain(
         index = ((5 * torch.arange(T, device=device)) % (slots + 1) - 1).int()
         live, slot = (index >= 0)[:, None], (index.clamp(min=0).long()[:, None],)
 
-    def run(
-        x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float = 1.0, bias: Tensor | None = None,
-        out: Tensor | None = None, other: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    def run(x, A, R, B, s=1.0, bias=None, out=None, other=None) -> tuple[Tensor, Tensor, Tensor | None]:
         R = R.mT.contiguous().mT if transposed else R
         return call(x, laid(A, transposed), R, laid(B, transposed), s, bias, out, index, other)
 
@@ -270,39 +247,23 @@ def chain(
             yield rule(f"gram, {way}", made.sum(0) if made.dim() == 3 else made, product, (x, A, other))
 
 
-def decode(
-    device: str,
-    shape: Shape,
-    plan: Decode,
-    slots: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-) -> Iterator[str]:
+def decode(device: str, shape: Shape, plan: Decode, slots=0, **how) -> Iterator[str]:
     """One launch for few rows, with one R for all and with one for each token."""
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
         return *cuda._decode(plan, x, A, R, B, s, bias, out, index), None
 
-    return chain(device, call, shape, dtype=dtype, transposed=transposed, slots=slots, more=True)
+    return chain(device, call, shape, slots=slots, more=True, **how)
 
 
-def shrink(
-    device: str,
-    shape: Shape,
-    dtype: torch.dtype = torch.bfloat16,
-    split: int = 1,
-    transposed: bool = False,
-    gram: bool = False,
-    overlap: bool = False,
-    programs: int = 0,
-) -> Iterator[str]:
+def shrink(device: str, shape: Shape, split=1, overlap=False, programs=0, **how) -> Iterator[str]:
     """z, u and the gram of many rows, in one launch (split 1) or two, or by programs that take the rows in turn."""
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
         z, u, gram = cuda.shrink(x, A, R, s, other, split, overlap, programs)
         return u, z, gram
 
-    return chain(device, call, shape, dtype=dtype, narrow=True, transposed=transposed, gram=gram)
+    return chain(device, call, shape, narrow=True, **how)
 
 
 def triton_chain(device: str, shape: Shape, splits: int, transposed: bool) -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_decode(device, shape, how, cluster):
 )
 def test_shrink(device, shape, how):
     needs(device, hopper=bool({"overlap", "programs"} & set(how)))
-    passes(rungs.shrink(device, shape, torch.float16 if shape[3] == 12 else torch.bfloat16, **how))
+    passes(rungs.shrink(device, shape, dtype=torch.float16 if shape[3] == 12 else torch.bfloat16, **how))
 
 
 @on(TAILS, SMALL_TAILS)
