@@ -112,7 +112,7 @@ class Suite:
         self.data: dict[str, Any] = {
             **report.head(report.FORMAT, report.VERSION, device, commit),
             "kernels": {},
-            "settings": {"suite": [], "left_out": {}},
+            "settings": {"left_out": {}},
             "ceilings": None,
             "complete": False,
             "seconds": 0.0,
@@ -140,18 +140,12 @@ class Suite:
         report.save(self.data, self.path)
 
     def run(
-        self,
-        name: str,
-        command: list[str],
-        seconds: float,
-        look: Callable[[], None] = lambda: None,
-        more: dict[str, str] | None = None,
-        ask: bool = True,
+        self, name: str, command: list[str], seconds: float, look: Callable[[], None], ask: bool = True, **more: str
     ) -> int:
         """Run Python in a session of its own, its output into the log, with a look at what it writes now and then.
 
         When its time is up it is asked to stop, where it would save something, and made to; nothing that it started
-        outlives it, nor does it outlive this process.  Returns its exit status.
+        outlives it, nor does it outlive this process.  more: variables of its environment.  Returns its exit status.
         """
         began = time.monotonic()
         self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command)} (at most {seconds:.0f} s)")
@@ -163,7 +157,7 @@ class Suite:
             cwd=ROOT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env=inherited | {"PYTHONUNBUFFERED": "1"} | (more or {}),
+            env=inherited | {"PYTHONUNBUFFERED": "1"} | more,
             start_new_session=True,
             preexec_fn=partial(LIBC.prctl, 1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )
@@ -206,7 +200,7 @@ class Suite:
             "LORAXS_COMPONENTS": ",".join(components),
         }
         how = ["-n", str(workers), "--max-worker-restart", str(RESTARTS)]
-        self.run(name, [*PYTEST, *how, *files], seconds, partial(self.take_outcomes, path), more, ask=False)
+        self.run(name, [*PYTEST, *how, *files], seconds, partial(self.take_outcomes, path), ask=False, **more)
         found = [self.data["tests"].get(each, {"not reached": True}) for each in components]
         self.cut |= any(each["not reached"] for each in found)
 
@@ -231,7 +225,6 @@ class Suite:
         """One bench, without the backends that are left out."""
         left_out, part = self.left_out(), self.folder / f"{name}.json"
         arguments = with_paths(BENCHES[name][1], left_out)
-        self.data["settings"]["suite"].append(arguments)
         self.data["settings"]["left_out"] |= left_out
         command = ["-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
         command += ["--device", self.device, "--commit", self.data["commit"]]

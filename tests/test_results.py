@@ -540,7 +540,7 @@ SUITE += "suite = gpu_suite.Suite(Path(sys.argv[1]), 3000, 'abc1234', 'cpu'); "
 
 
 def test_a_step_ends_with_a_suite_that_is_killed(tmp_path):
-    script = f"{SUITE}suite.run('step', ['-c', sys.argv[2]], 900)"
+    script = f"{SUITE}suite.run('step', ['-c', sys.argv[2]], 900, dir)"
     step = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(3600)"
     suite = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), step], cwd=ROOT)
     log = tmp_path / "suite.log"
