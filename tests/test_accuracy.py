@@ -118,6 +118,8 @@ def test_the_best_rate_is_found_and_every_seed_trains_at_it(measured):
         assert own == [("vera", rank, peak("vera", rank), seed) for seed in (0, 1, 2)]
     assert len(finals) == 3 * (1 + 7) and len(set(asked)) == len(asked)
     assert {each[3] for each in asked if not each[4]} == {0}
+    searched = [rank for way, rank, *_, tested in asked if way == "vera" and not tested]
+    assert searched == sorted(searched)
     assert next(each for each in asked if each[0] == "head") == ("head", 0, -5, 0, False)
     rows = {(row["way"], row["rank"]): row for row in accuracy.rows(report)}
     assert rows["vera", 256]["mean"] == pytest.approx(0.901) and rows["vera", 256]["deviation"] == pytest.approx(0.001)
