@@ -41,7 +41,8 @@ class KitError(ValueError):
 
 def make() -> dict[str, Any]:
     """The kit of this tree, in place of an earlier one, which stays where this fails.  Returns its kit.json."""
-    python, version = find_python(os.environ.get("KIT_PYTHON") or PYTHON)
+    python = os.environ.get("KIT_PYTHON") or PYTHON
+    version = version_of(python)
     triton = Path(os.environ.get("KIT_TRITON") or KIT / TRITON)
     if os.environ.get("KIT_TRITON") and not (triton.is_file() and tarfile.is_tarfile(triton)):
         raise KitError(f"KIT_TRITON: got {triton}, must be a {TRITON} that `python bench/gpu_kit.py keep` made")
@@ -132,17 +133,15 @@ def check(folder: Path) -> dict[str, Any]:
     return kit
 
 
-def find_python(named: str) -> tuple[str, str]:
-    """(path, version) of the Python a kit is for."""
-    script = "import platform, sys; print(sys.executable, platform.python_version(), sep='\\n')"
+def version_of(python: str) -> str:
+    """Of the Python a kit is for."""
+    command = [python, "-c", "import platform; print(platform.python_version())"]
     try:
-        found = subprocess.run([named, "-c", script], capture_output=True, text=True)
-    except OSError:
-        found = None
-    if found is None or found.returncode:
-        raise KitError(f"KIT_PYTHON: got {named!r}, which does not run here, must be a Python, by its name or its path")
-    python, version = found.stdout.split("\n")[:2]
-    return python, version
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise KitError(
+            f"KIT_PYTHON: got {python!r}, which does not run here, must be a Python's name or path"
+        ) from None
 
 
 def git(*command: str) -> str:
