@@ -17,18 +17,14 @@ LONGEST = 300  # characters of a reason
 TRIES = {"test": 2, "component": 8}  # how many may cost their processes
 
 
-def events(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of outcomes; one that is still being written counts for nothing."""
-    found = []
+def last(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(component, test): the last line of it} of a file of outcomes, without a line that is still being written."""
+    found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):
-            found.append(json.loads(line))
+            event = json.loads(line)
+            found[event["component"], event["test"]] = event
     return found
-
-
-def last(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(component, test): the last line of it}."""
-    return {(each["component"], each["test"]): each for each in events(path)}
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

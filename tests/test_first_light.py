@@ -131,6 +131,14 @@ def column_off(y, *_):
     return y
 
 
+def without_tail(y, x, W, *_):
+    return y if W is None else (x.float() @ W.float().T).to(x.dtype)
+
+
+def tail_twice(y, x, W, u, B, *_):
+    return y + u @ B.T
+
+
 def unwritten(y, *_):
     y[-1, 0] = torch.nan
     return y
@@ -142,17 +150,9 @@ SHRINK = (rungs.shrink, ((70, 0, 192, 64),), "shrink")
 # A rung and its arguments, the kernel that is spoilt, how, and what is said of it.
 FAULTS = {
     "another column's": (*TAIL, spoilt(column_off), r"it is B\[4, 0\], must be B\[3, 0\]"),
-    "no tail beside W": (
-        *TAIL,
-        spoilt(lambda y, x, W, u, B, *_: y if W is None else (x.float() @ W.float().T).to(x.dtype)),
-        r"beside W = 0 .*it is nothing, must be B\[0, 0\]",
-    ),
-    "the tail twice": (*TAIL, spoilt(lambda y, x, W, u, B, *_: y + u @ B.T), r"it is twice B\[0, 0\]"),
-    "the tail twice, among random numbers": (
-        *TAIL,
-        spoilt(lambda y, x, W, u, B, *_: y + u @ B.T),
-        r"^y, random, with W: relative error",
-    ),
+    "no tail beside W": (*TAIL, spoilt(without_tail), r"beside W = 0 .*it is nothing, must be B\[0, 0\]"),
+    "the tail twice": (*TAIL, spoilt(tail_twice), r"it is twice B\[0, 0\]"),
+    "the tail twice, among random numbers": (*TAIL, spoilt(tail_twice), r"^y, random, with W: relative error"),
     "not written": (*TAIL, spoilt(unwritten), r"at \[69, 0\].* memory that nobody wrote"),
     "a bias that lies elsewhere": (
         *(rungs.tail_bias, (SMALL_TAILS[0], 0), "gemm_tail"),
