@@ -35,7 +35,7 @@ import multiprocessing
 import random
 import statistics
 import sys
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ sys.path.insert(0, str(ROOT))
 
 import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels import demo  # noqa: E402
-from loraxs_kernels.bench import page  # noqa: E402
 from loraxs_kernels.bench import report as bench_report  # noqa: E402
 from loraxs_kernels.bench.plots import Plot  # noqa: E402
 from loraxs_kernels.bench.tables import Table  # noqa: E402
@@ -120,15 +119,11 @@ class Job:
         self.encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-        def encoded(questions: list[Question]) -> Encoded:
-            return Encoded(
-                questions,
-                lambda texts: tokenizer(texts, truncation=True, max_length=MOST_TOKENS)["input_ids"],
-                torch.device("cpu"),
-            )
+        def tokens(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, truncation=True, max_length=MOST_TOKENS)["input_ids"]
 
         split = trec.load() if task == "trec" else movies()
-        self.train, self.validation, self.test = (encoded(part) for part in split)
+        self.train, self.validation, self.test = (Encoded(part, tokens, torch.device("cpu")) for part in split)
         self.classes = 1 + max(question.label for question in split.train)
 
     def model(self, way: str, rank: int, seed: int) -> nn.Module:
@@ -137,25 +132,20 @@ class Job:
 
         torch.manual_seed(seed)
         model = Classifier(copy.deepcopy(self.encoder), self.classes)
-        if way == "full":
-            return model
         if way == "head":
             model.encoder.requires_grad_(False)
-            return model
-        if way.startswith("loraxs"):
-            init = way.removeprefix("loraxs-")
-            return lx.attach(
-                model, rank, target_modules=TARGETS, modules_to_save=["head"], init=init, seed=seed, progress=False
-            )
-        import peft
+        elif way.startswith("loraxs"):
+            how = {"init": way.removeprefix("loraxs-"), "seed": seed, "modules_to_save": ["head"]}
+            lx.attach(model, rank, target_modules=TARGETS, progress=False, **how)
+        elif way != "full":
+            import peft
 
-        common = {"r": rank, "target_modules": TARGETS}
-        config = {
-            "lora": lambda: peft.LoraConfig(lora_alpha=rank, **common),
-            "vera": lambda: peft.VeraConfig(projection_prng_key=seed, **common),
-            "tinylora": lambda: peft.TinyLoraConfig(u=rank, projection_seed=seed, **common),
-        }[way]()
-        model.encoder = peft.get_peft_model(model.encoder, config)
+            make, own = {
+                "lora": (peft.LoraConfig, {"lora_alpha": rank}),
+                "vera": (peft.VeraConfig, {"projection_prng_key": seed}),
+                "tinylora": (peft.TinyLoraConfig, {"u": rank, "projection_seed": seed}),
+            }[way]
+            model.encoder = peft.get_peft_model(model.encoder, make(r=rank, target_modules=TARGETS, **own))
         return model
 
 
@@ -167,7 +157,7 @@ def groups(model: nn.Module, lr: float) -> tuple[list[dict[str, Any]], int]:
     return [{"params": own, "lr": lr}, {"params": head, "lr": HEAD_RATE}], sum(p.numel() for p in own)
 
 
-def train(job: Job, way: str, rank: int, k: int, seed: int, steps: int, batch: int, test: bool) -> dict[str, Any]:
+def train(job: Job, way: str, rank: int, k: int, seed: int, test: bool, *, steps: int, batch: int) -> dict[str, Any]:
     """Train once at the rate 10 ** (k / 2); what it reached."""
     model = job.model(way, rank, seed)
     parameters, trained = groups(model, 10 ** (k / 2))
@@ -187,13 +177,9 @@ def train(job: Job, way: str, rank: int, k: int, seed: int, steps: int, batch: i
 # --- all of them
 
 
-def better(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether a validated better than b; of two as good, which has the lower loss."""
-
-    def key(run: dict[str, Any]) -> tuple[float, float]:
-        return (-math.inf, 0) if run["loss"] is None else (run["validation"], -run["loss"])
-
-    return key(a) > key(b)
+def merit(run: dict[str, Any]) -> tuple[float, float]:
+    """What a rate is chosen by: the accuracy on the validation questions; of two as good, the lower loss."""
+    return (-math.inf, 0) if run["loss"] is None else (run["validation"], -run["loss"])
 
 
 def rate(runs: list[dict[str, Any]], way: str, rank: int) -> tuple[int, list[int]]:
@@ -203,16 +189,13 @@ def rate(runs: list[dict[str, Any]], way: str, rank: int) -> tuple[int, list[int
     """
     below = [r for r in WAYS[way].ranks if r < rank]
     k = rate(runs, way, below[-1])[0] if below else WAYS[way].start
-    tried = {run["k"]: run for run in runs if (run["way"], run["rank"]) == (way, rank) and "test" not in run}
+    tried = {run["k"]: merit(run) for run in runs if (run["way"], run["rank"]) == (way, rank) and "test" not in run}
     nearby = () if way == "head" else (1, -1)
     while True:
         around = [k, *(k + step for step in nearby)]
         if untried := [at for at in around if at not in tried]:
             return k, untried
-        best = k
-        for at in around:
-            best = at if better(tried[at], tried[best]) else best
-        if best == k:
+        if (best := max(around, key=tried.__getitem__)) == k:  # the first, of several
             return k, []
         k = best
 
@@ -221,51 +204,39 @@ def missing(report: dict[str, Any]) -> list[tuple[str, int, int, int, bool]]:
     """The trainings that come next, (way, rank, k, seed, whether it is tested): one rank of each way is searched at a
     time, and when all are, every seed of every way and rank."""
     runs, seeds = report["runs"], report["seeds"]
-    searches = []
-    for way in report["ways"]:
-        for rank in WAYS[way].ranks:
-            if untried := rate(runs, way, rank)[1]:
-                searches += [(way, rank, k, seeds[0], False) for k in untried]
-                break
+    rates = {(way, rank): rate(runs, way, rank) for way in report["ways"] for rank in WAYS[way].ranks}
+    first: dict[str, tuple[int, list[int]]] = {}  # of each way, the rank that is not searched yet
+    for (way, rank), (_, untried) in rates.items():
+        if untried:
+            first.setdefault(way, (rank, untried))
+    searches = [(way, rank, k, seeds[0], False) for way, (rank, untried) in first.items() for k in untried]
     tested = {(run["way"], run["rank"], run["seed"]) for run in runs if "test" in run}
-    return searches or [
-        (way, rank, rate(runs, way, rank)[0], seed, True)
-        for seed in seeds
-        for way in report["ways"]
-        for rank in WAYS[way].ranks
-        if (way, rank, seed) not in tested
-    ]
+    finals = [(way, rank, k, seed, True) for seed in seeds for (way, rank), (k, _) in rates.items()]
+    return searches or [each for each in finals if (*each[:2], each[3]) not in tested]
 
 
 def measure(report: dict[str, Any], out: Path, pool: Executor) -> None:
     """Add the trainings that the report lacks, and write it after each."""
-    waiting: dict[tuple, Future] = {}
-    try:
-        while True:
-            for key in missing(report):
-                if key not in waiting:
-                    way, rank, k, seed, tested = key
-                    how = (report["task"], way, rank, k, seed, report["steps"], report["batch"], tested)
-                    waiting[key] = pool.submit(_train, *how)
-            if not waiting:
-                return
-            wait(waiting.values(), return_when=FIRST_COMPLETED)
-            for key in [key for key, each in waiting.items() if each.done()]:
-                run = waiting.pop(key).result()
+    while todo := missing(report):
+        common = {"steps": report["steps"], "batch": report["batch"]}
+        trainings = [pool.submit(_train, report["task"], *each, **common) for each in todo]
+        try:
+            for each in as_completed(trainings):
+                run = each.result()
                 report["runs"].append(run)
                 write_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
                 name = f"{run['way']} r {run['rank']}, rate {10 ** (run['k'] / 2):.1e}, seed {run['seed']}"
                 reached = f"test {run['test']:.1%}" if "test" in run else f"validation {run['validation']:.1%}"
                 print(f"{name}: {reached}, {run['seconds']:.0f} s", flush=True)
-    finally:
-        for each in waiting.values():
-            each.cancel()
+        finally:
+            for each in trainings:
+                each.cancel()
 
 
-def _train(task: str, *how: Any) -> dict[str, Any]:
+def _train(task: str, *which: Any, **how: int) -> dict[str, Any]:
     """`train` in a process of the pool, with one thread."""
     torch.set_num_threads(1)
-    return train(_job(task), *how)
+    return train(_job(task), *which, **how)
 
 
 @functools.cache
@@ -278,26 +249,14 @@ def _job(task: str) -> Job:
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """For each way and rank the mean test accuracy over the seeds, and its standard deviation."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for run in report["runs"]:
-        if "test" in run:
-            found.setdefault((run["way"], run["rank"]), []).append(run)
-    result = []
-    for way in report["ways"]:
-        for rank in WAYS[way].ranks:
-            if own := found.get((way, rank)):
-                tests = [run["test"] for run in own]
-                result.append(
-                    {
-                        "way": way,
-                        "rank": rank,
-                        "trained": own[0]["trained"],
-                        "seeds": len(own),
-                        "mean": statistics.mean(tests),
-                        "deviation": statistics.stdev(tests) if len(tests) > 1 else 0.0,
-                    }
-                )
-    return result
+    found = []
+    for way, rank in [(name, rank) for name in report["ways"] for rank in WAYS[name].ranks]:
+        runs = [run for run in report["runs"] if (run["way"], run["rank"]) == (way, rank) and "test" in run]
+        if tests := [run["test"] for run in runs]:
+            row = {"way": way, "rank": rank, "trained": runs[0]["trained"], "seeds": len(runs)}
+            deviation = statistics.stdev(tests) if len(tests) > 1 else 0.0
+            found.append(row | {"mean": statistics.mean(tests), "deviation": deviation})
+    return found
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -310,20 +269,12 @@ def table(report: dict[str, Any]) -> Table:
     columns = [*RANKS, "other"]
     lines = [[label, *(own.get(column, "-") for column in columns)] for label, own in cells.items()]
     seeds = sorted({row["seeds"] for row in rows(report)})
-    title = (
-        f"MiniLM-L6 on {TASKS[report['task']]}: test accuracy, %, after {report['steps']} steps of {report['batch']}"
-    )
-    notes = (
+    how = f"after {report['steps']} steps of {report['batch']}"
+    title = f"MiniLM-L6 on {TASKS[report['task']]}: test accuracy, %, {how}"
+    note = (
         f"Mean and standard deviation of {' or '.join(map(str, seeds))} seeds; in square brackets the parameters that "
-        "train beside the head.",
     )
-    return Table(title, ["", *(f"r {r}" for r in RANKS), "no rank"], lines, notes)
-
-
-def block(name: str, report: dict[str, Any]) -> str:
-    """Where it was measured, and the table."""
-    where = f"{page.machine(report)}, {report['date'][:10]}, commit {report['commit']}, `bench/results/{name}`:"
-    return f"{where}\n\n{table(report).markdown()}"
+    return Table(title, ["", *(f"r {r}" for r in RANKS), "no rank"], lines, (f"{note}train beside the head.",))
 
 
 def plot(report: dict[str, Any]) -> Plot:

@@ -64,10 +64,8 @@ CALLS, ROUNDS = 300, 100  # of launch: calls in a round, and rounds
 MANY, TIMES = 2000, 7  # of first-use: calls of a small layer that are timed in a row, and times
 MODULES, RANK, RECORDS = 224, 16, 2000
 
-Found = tuple[Row, list[Row]]  # what the head of the report has besides, and the rows
 
-
-def build(arguments: argparse.Namespace) -> Found:
+def build(arguments: argparse.Namespace) -> Row:  # like the others: what the report has beside its head
     """Each build in a copy of the sources."""
     rows = []
     for archs in arguments.archs:
@@ -83,10 +81,10 @@ def build(arguments: argparse.Namespace) -> Found:
         row = {"architectures": ";".join(record["architectures"]), "seconds": round(seconds, 1)}
         rows.append(row | {"processor_seconds": round(processor, 1), "largest_bytes": 1024 * after.ru_maxrss})
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    return {"nvcc": record["nvcc"], "cutlass": record["cutlass"], "jobs": jobs}, rows
+    return {"nvcc": record["nvcc"], "cutlass": record["cutlass"], "jobs": jobs, "rows": rows}
 
 
-def launch(arguments: argparse.Namespace) -> Found:
+def launch(arguments: argparse.Namespace) -> Row:
     import pytest
     import stubdriver
     import triton
@@ -95,7 +93,7 @@ def launch(arguments: argparse.Namespace) -> Found:
         stub = stubdriver.activate(patch, stubdriver.build(Path(folder)))
         stub.record(False)
         rows = [{"what": what, "microseconds": each} for what, each in launches(patch.setattr)]
-    return {"triton": triton.__version__}, rows
+    return {"triton": triton.__version__, "rows": rows}
 
 
 def launches(patch: Callable[..., None]) -> Iterator[tuple[str, float]]:
@@ -126,10 +124,10 @@ def launches(patch: Callable[..., None]) -> Iterator[tuple[str, float]]:
                 yield f"low_rank {direction}, {many}, {way}", microseconds(call)
 
 
-def first_use(arguments: argparse.Namespace) -> Found:
+def first_use(arguments: argparse.Namespace) -> Row:
     points = [point for point in POINTS if arguments.device == "cuda" or point[0] <= 512]
     rows = [checked(arguments.backend, torch.device(arguments.device), *point) for point in points]
-    return {"backend": arguments.backend, "unit": "ms"}, rows
+    return {"backend": arguments.backend, "unit": "ms", "rows": rows}
 
 
 @torch.no_grad()
@@ -162,12 +160,12 @@ def checked(name: str, device: torch.device, T: int, N: int, K: int) -> Row:
     return row
 
 
-def bank_store(arguments: argparse.Namespace) -> Found:
+def bank_store(arguments: argparse.Namespace) -> Row:
     import lmdb
 
     head = {"lmdb": ".".join(map(str, lmdb.version())), "py-lmdb": lmdb.__version__, "records": RECORDS}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        return head, list(banks(Path(folder)))
+        return head | {"rows": list(banks(Path(folder)))}
 
 
 def banks(folder: Path) -> Iterator[Row]:
@@ -221,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     arguments.device = "cpu" if vars(arguments).get("backend", "torch") == "torch" else "cuda"
     head = report.head(f"loraxs-{arguments.cost}", device=arguments.device)
-    facts, rows = COSTS[arguments.cost](arguments)
-    report.keep(head | facts | {"rows": rows}, arguments.out, arguments.cost)
+    report.keep(head | COSTS[arguments.cost](arguments), arguments.out, arguments.cost)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class KitError(ValueError):
 
 def make() -> dict[str, Any]:
     """The kit of this tree, in place of an earlier one, which stays where this fails.  Returns its kit.json."""
-    python, version = find_python(os.environ.get("KIT_PYTHON") or PYTHON)
+    python = os.environ.get("KIT_PYTHON") or PYTHON
+    version = version_of(python)
     triton = Path(os.environ.get("KIT_TRITON") or KIT / TRITON)
     if os.environ.get("KIT_TRITON") and not (triton.is_file() and tarfile.is_tarfile(triton)):
         raise KitError(f"KIT_TRITON: got {triton}, must be a {TRITON} that `python bench/gpu_kit.py keep` made")
@@ -132,17 +133,15 @@ def check(folder: Path) -> dict[str, Any]:
     return kit
 
 
-def find_python(named: str) -> tuple[str, str]:
-    """(path, version) of the Python a kit is for."""
-    script = "import platform, sys; print(sys.executable, platform.python_version(), sep='\\n')"
+def version_of(python: str) -> str:
+    """Of the Python a kit is for."""
+    command = [python, "-c", "import platform; print(platform.python_version())"]
     try:
-        found = subprocess.run([named, "-c", script], capture_output=True, text=True)
-    except OSError:
-        found = None
-    if found is None or found.returncode:
-        raise KitError(f"KIT_PYTHON: got {named!r}, which does not run here, must be a Python, by its name or its path")
-    python, version = found.stdout.split("\n")[:2]
-    return python, version
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise KitError(
+            f"KIT_PYTHON: got {python!r}, which does not run here, must be a Python's name or path"
+        ) from None
 
 
 def git(*command: str) -> str:
@@ -170,16 +169,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.what == "keep":
             keep(arguments.folder)
+        elif arguments.what == "use":
+            print(json.dumps(use(arguments.folder)))
         else:
-            print(json.dumps(make() if arguments.what == "make" else use(arguments.folder)))
+            kit, size = make(), sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
+            print(f"{json.dumps(kit)}\ngpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
+            commit = f"--commit {kit['commit']}"
+            print(f"    python bench/gpu_suite.py --kit gpu-kit {commit} --out DIR --budget 210 --only ladder tests")
     except KitError as error:
         print(f"gpu_kit: {error}", file=sys.stderr)
         return 1
-    if arguments.what == "make":
-        size = sum(file.stat().st_size for file in KIT.iterdir()) / 1e6
-        print(f"gpu-kit: {size:.1f} MB.  On the GPU machine, in this tree with that folder:")
-        commit = json.loads((KIT / "kit.json").read_text())["commit"]
-        print(f"    python bench/gpu_suite.py --kit gpu-kit --commit {commit} --out DIR --plan first")
     return 0
 
 

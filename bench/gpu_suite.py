@@ -1,14 +1,14 @@
 """Everything a GPU machine is needed for, in one call, without a network.
 
-    python bench/gpu_suite.py --out DIR [--plan NAME | --only STEP ...] [--kit gpu-kit] [--commit NAME]
-                              [--after REPORT ...] [--budget SECONDS]
+    python bench/gpu_suite.py --out DIR [--only STEP ...] [--kit gpu-kit] [--commit NAME] [--after REPORT ...]
+                              [--budget SECONDS]
 
 The most valuable steps come first, until the budget is spent: tests/test_first_light.py (the step "ladder"), the other
-tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last), and the benches.  A plan is
-a choice of steps that fits into one call.  The benches leave out a backend of which a test hung or crashed; wrong
-results they find out before they time them.  With --after, components that passed in an earlier report, and whose files
-are the same, are not tested again.  The CUDA core must have been built: by `make gpu-kit`, whose folder --kit names, or
-here by `python setup.py build_ext --inplace`.
+tests marked `gpu` (all but those under NVIDIA's checker, a step of their own and the last), and the benches.  With
+--only the steps that are named share the budget.  The benches leave out a backend of which a test hung or crashed;
+wrong results they find out before they time them.  With --after, components that passed in an earlier report, and whose
+files are the same, are not tested again.  The CUDA core must have been built: by `make gpu-kit`, whose folder --kit
+names, or here by `python setup.py build_ext --inplace`.
 
 DIR/<date>-<commit>.json is a report of loraxs_kernels/bench/report.py with the rows of all benches and what became of
 the tests; DIR/suite.log has every line that was printed, and the tables of the benches; DIR/<date>-<commit>/ what each
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,17 @@ from loraxs_kernels.backends.cuda import core  # noqa: E402
 from loraxs_kernels.bench import BenchError, experiments, report  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.bench.questions import QUESTIONS  # noqa: E402
-from loraxs_kernels.bench.request import known, one_of  # noqa: E402
 
 GRACE = 15.0  # seconds a bench has to save and print when its time is up
 EVERY = 3.0  # seconds between two looks at what a running step has written
 TAIL = 25  # lines of a command's output that are shown when it broke
 LEAST = 20.0  # seconds under which nothing more is started
 SHOWN, WIDTH = 40, 200  # tests that did not pass whose lines are shown; characters of such a line
-WORKERS, RESTARTS = 8, 32  # processes that run tests, at most; that may end before pytest is started again
+WORKERS, RESTARTS = 8, 100  # processes that run tests, at most; that may end, more than outcomes.TRIES allow
 TESTS = ROOT / "tests"
+PYTEST = ["-m", "pytest", "-c", "pyproject.toml", "-m", "gpu", "-q", "--tb=short", "-p", "recorder"]
+PYTEST += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", "--dist", "worksteal"]
+PYTEST += ["--continue-on-collection-errors"]  # the others run, and the recorder tells of it
 LIBC = ctypes.CDLL(None)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WIDE_T = ["1", "16", "64", "256", "1024", "2048", "32768"]
@@ -99,13 +100,6 @@ STEPS: dict[str, float] = {
     **{name: seconds for name, (seconds, _) in BENCHES.items()},
     "sanitizer": 180,
 }
-# {plan: (budget, {step: seconds it may take where others wait})}; with GRACE those make up the budget.
-PLANS: dict[str, tuple[float, dict[str, float]]] = {
-    "first": (210, {"ladder": 45, "tests": 90, "experiments": 60}),
-    "second": (210, {"tests": 85, "tax": 75, "sanitizer": 35}),
-    "third": (330, {"step": 90, "chain": 45, "gemm": 45, "svd": 40, "host": 25, "decode": 35, "group": 35}),
-    "fourth": (330, {"tests": 100, "step-chosen": 60, "choice": 155}),
-}
 SIDE_BY_SIDE = [name for name, each in QUESTIONS.items() if each.paths is PATHS]  # the questions that time those
 
 
@@ -113,13 +107,12 @@ class Suite:
     """The report in the making, what was printed, and how much time is left."""
 
     def __init__(self, out: Path, budget: float, commit: str | None, device: str) -> None:
-        self.started, self.device, self.cut = time.monotonic(), device, False
-        self.end, self.waiting = self.started + budget, 0.0
+        self.started, self.budget, self.device, self.cut = time.monotonic(), budget, device, False
         self.after: dict[str, dict[str, Any]] = {}  # what became of the tests in an earlier report
         self.data: dict[str, Any] = {
             **report.head(report.FORMAT, report.VERSION, device, commit),
             "kernels": {},
-            "settings": {"suite": [], "left_out": {}},
+            "settings": {"left_out": {}},
             "ceilings": None,
             "complete": False,
             "seconds": 0.0,
@@ -128,21 +121,15 @@ class Suite:
             "rows": [],
         }
         name = f"{self.data['date'][:10]}-{self.data['commit']}"
-        folders = (out / f"{name}-{n}" if n > 1 else out / name for n in itertools.count(1))
-        taken = {each.name.removesuffix(".json") for each in out.iterdir()}
-        self.folder = next(each for each in folders if each.name not in taken)
-        self.path = self.folder.with_name(f"{self.folder.name}.json")
+        self.folder, self.path = report.free(out / name), report.free(out / f"{name}.json")
         self.folder.mkdir()
         self.log = (out / "suite.log").open("a")
         self.save()
 
     @property
     def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def allowed(self, seconds: float) -> float:
-        """What a step may take that asks for so much: longer where nothing waits for the time that is left."""
-        return min(max(seconds, self.left - GRACE - self.waiting), self.left - GRACE)
+        """Seconds until nothing is to run any more."""
+        return self.started + self.budget - GRACE - time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, file=self.log, flush=True)
@@ -153,93 +140,67 @@ class Suite:
         report.save(self.data, self.path)
 
     def run(
-        self,
-        name: str,
-        command: list[str],
-        seconds: float,
-        look: Callable[[], None] = lambda: None,
-        more: dict[str, str] | None = None,
-        ask: bool = True,
+        self, name: str, command: list[str], seconds: float, look: Callable[[], None], ask: bool = True, **more: str
     ) -> int:
-        """Run one command in a session of its own, its output into the log, with a look at what it writes now and then.
+        """Run Python in a session of its own, its output into the log, with a look at what it writes now and then.
 
         When its time is up it is asked to stop, where it would save something, and made to; nothing that it started
-        outlives it, nor does it outlive this process.  Returns its exit status.
+        outlives it, nor does it outlive this process.  more: variables of its environment.  Returns its exit status.
         """
-        seconds = self.allowed(seconds)
         began = time.monotonic()
-        self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command[1:])} (at most {seconds:.0f} s)")
+        self.say(f"[{began - self.started:4.0f} s] {name}: {' '.join(command)} (at most {seconds:.0f} s)")
         log = self.path.with_name("suite.log")
         said = log.stat().st_size
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-        variables = inherited | {"PYTHONUNBUFFERED": "1"} | (more or {})
         process = subprocess.Popen(
-            command,
+            [sys.executable, *command],
             cwd=ROOT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env=variables,
+            env=inherited | {"PYTHONUNBUFFERED": "1"} | more,
             start_new_session=True,
             preexec_fn=partial(LIBC.prctl, 1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )
-        late = True
-        try:
-            while process.poll() is None and time.monotonic() - began < seconds:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(min(EVERY, max(0.1, seconds - (time.monotonic() - began))))
-                look()
-        finally:
+        with ExitStack() as at_the_end:  # also where it is stopped a second time
+            at_the_end.callback(kill, process)
+            at_the_end.callback(look)  # before that: a test that was killed would look as if it had crashed
             try:
-                if late := process.poll() is None:
+                while process.poll() is None and (rest := began + seconds - time.monotonic()) > 0:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(min(EVERY, rest))
+                    look()
+            finally:
+                if process.poll() is None:
                     self.cut = True
                     self.say(f"  {name}: its time is up")
-                    look()
                     if ask:
                         process.send_signal(signal.SIGINT)
                         with suppress(subprocess.TimeoutExpired):
                             process.wait(GRACE)
-            finally:  # also where it is stopped a second time
-                with deaf():
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    with suppress(subprocess.TimeoutExpired):  # a process that the driver holds on to does not die
-                        process.wait(GRACE)
-                    if ask or not late:  # else what was killed would look as if it had crashed
-                        look()
         self.say(f"  {name}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
         if process.returncode not in (0, 1):  # 1: something failed, and says so in the report
             show_text("\n".join(log.read_bytes()[said:].decode(errors="replace").splitlines()[-TAIL:]))
         return process.returncode
 
     def tests(self, name: str, components: list[str], pattern: str, seconds: float) -> None:
-        """The tests of some components, in processes side by side; again from where it broke off, should pytest crash.
+        """The tests of some components, in processes side by side.
 
         bench/recorder.py notes what becomes of each, and `take_outcomes` reads that while they run.
         """
         if not components:
             self.say(f"{name}: nothing is left to test")
             return
-        path, until = self.folder / f"{name}.jsonl", time.monotonic() + self.allowed(seconds)
-        workers = min(WORKERS, len(os.sched_getaffinity(0)))
-        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-m", "gpu", "-q", "--tb=short"]
-        command += ["-p", "recorder", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
-        command.append("--continue-on-collection-errors")  # the others run, and the recorder tells of it
-        if importlib.util.find_spec("xdist"):
-            command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(RESTARTS)]
-        else:
-            self.say(f"{name}: one after another, as there is no pytest-xdist")
-        paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
-        more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "LORAXS_OUTCOMES": str(path)}
-        more["LORAXS_COMPONENTS"] = ",".join(components)
+        path, cores = self.folder / f"{name}.jsonl", len(os.sched_getaffinity(0))
+        workers = min(WORKERS, cores)
         files = [str(file) for file in sorted(TESTS.glob(pattern)) if "mark.gpu(" in file.read_text()]
-        rest, look = None, partial(self.take_outcomes, path)
-        while True:
-            more["LORAXS_SINCE"] = str(time.time())
-            self.run(name, [*command, *files], until - time.monotonic(), look, more, ask=False)
-            before, rest = rest, outcomes.unstarted(path)
-            if rest in (set(), before) or until - time.monotonic() < LEAST:
-                break
+        more = {
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": str(cores // workers),
+            "LORAXS_OUTCOMES": str(path),
+            "LORAXS_COMPONENTS": ",".join(components),
+        }
+        how = ["-n", str(workers), "--max-worker-restart", str(RESTARTS)]
+        self.run(name, [*PYTEST, *how, *files], seconds, partial(self.take_outcomes, path), ask=False, **more)
         found = [self.data["tests"].get(each, {"not reached": True}) for each in components]
         self.cut |= any(each["not reached"] for each in found)
 
@@ -262,21 +223,20 @@ class Suite:
 
     def bench(self, name: str, seconds: float) -> None:
         """One bench, without the backends that are left out."""
-        arguments = with_paths(BENCHES[name][1], self.left_out())
-        part = self.folder / f"{name}.json"
-        self.data["settings"]["suite"].append(arguments)
-        self.data["settings"]["left_out"] |= self.left_out()
-        command = [sys.executable, "-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
+        left_out, part = self.left_out(), self.folder / f"{name}.json"
+        arguments = with_paths(BENCHES[name][1], left_out)
+        self.data["settings"]["left_out"] |= left_out
+        command = ["-m", "loraxs_kernels", "bench", *arguments, "--out", str(part)]
         command += ["--device", self.device, "--commit", self.data["commit"]]
-        code = self.run(name, command, seconds, partial(self.take, name, part, list(self.data["rows"])))
-        self.cut |= code not in (0, 1)
+        self.cut |= self.run(name, command, seconds, partial(self.take, name, part)) not in (0, 1)
 
-    def take(self, name: str, part: Path, rows: list[dict]) -> None:
-        """The rows before this bench and those it has written until now."""
+    def take(self, name: str, part: Path) -> None:
+        """The rows that a bench has written until now, after those of the benches before it."""
         if not part.exists():
             return
         found = report.load(part)
-        self.data["rows"] = rows + [{"run": name, **row} for row in found["rows"]]
+        others = [row for row in self.data["rows"] if row["run"] != name]
+        self.data["rows"] = others + [{"run": name, **row} for row in found["rows"]]
         self.data["ceilings"] = self.data["ceilings"] or found["ceilings"]
         self.data["kernels"] |= found["kernels"]
         self.data["settings"]["left_out"] |= found["settings"]["left_out"]
@@ -289,6 +249,15 @@ def show_text(text: str) -> None:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def kill(process: subprocess.Popen) -> None:
+    """And all that it has started."""
+    with deaf():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a process that the driver holds on to does not die
+            process.wait(GRACE)
 
 
 @contextmanager
@@ -334,82 +303,72 @@ def summary(data: dict[str, Any]) -> str:
     return "\n".join([*lines, *(line[:WIDTH] for line in bad[:SHOWN]), *more])
 
 
-def request(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, float]]:
-    """The arguments, and {step: seconds it may take where others wait}.  Raises BenchError, and writes nothing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def request(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, or a refusal; with `steps`, {step: seconds it may take where others wait}, and what became of the
+    tests: `earlier`, in each of the reports of --after, the oldest first, and `known`, in all of them."""
+    parser = argparse.ArgumentParser(prog="gpu_suite", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the report and the log")
-    add("--plan", help=f"steps that fit into one call: {', '.join(PLANS)}")
-    add("--only", nargs="+", default=[], metavar="STEP", help=", ".join(STEPS))
-    add("--budget", type=float, help="seconds in all (default: the plan's, else 540)")
+    add("--only", nargs="+", choices=STEPS, default=[], metavar="STEP", help=", ".join(STEPS))
+    add("--budget", type=float, default=540, help="seconds in all (default: 540)")
     add("--after", type=Path, nargs="+", default=[], metavar="REPORT", help="what passed in these is not tested again")
     add("--kit", type=Path, metavar="FOLDER", help="that `make gpu-kit` made: the CUDA core, for this machine")
     add("--commit", help="what to note as the source, where it is not a git checkout")
     add("--device", default="cuda")
     asked = parser.parse_args(argv)
-    one_of("plan", asked.plan, "only", asked.only)
-    known("plan", [asked.plan] if asked.plan else [], PLANS)
-    known("only", asked.only, STEPS)
-    budget, steps = PLANS.get(asked.plan, (540, {name: STEPS[name] for name in asked.only or STEPS}))
-    asked.budget = budget if asked.budget is None else asked.budget
     if not LEAST + GRACE <= asked.budget < math.inf:
-        raise BenchError(f"budget: got {asked.budget:g}, must be at least {LEAST + GRACE:g} seconds")
+        parser.error(f"--budget: got {asked.budget:g}, must be at least {LEAST + GRACE:g} seconds")
+    asked.steps = {name: STEPS[name] for name in asked.only or STEPS}
+    if asked.only:
+        share = min(1, (asked.budget - GRACE) / sum(asked.steps.values()))
+        asked.steps = {name: share * seconds for name, seconds in asked.steps.items()}
     if asked.out.exists() and not asked.out.is_dir():
-        raise BenchError(f"out: {asked.out} is a file, must be a folder, or not there yet")
-    asked.earlier = earlier(asked.after)
-    if {"ladder", "tests", "sanitizer"} & set(steps) and importlib.util.find_spec("pytest") is None:
-        raise BenchError("the tests need pytest: pip install pytest")
+        parser.error(f"--out: {asked.out} is a file, must be a folder, or not there yet")
+    if {"ladder", "tests", "sanitizer"} & set(asked.steps) and importlib.util.find_spec("xdist") is None:
+        parser.error("the tests need pytest-xdist: pip install pytest-xdist")
     if asked.device != "cpu" and not torch.cuda.is_available():
-        raise BenchError("no GPU here; on a CPU use `loraxs bench`")
-    return asked, steps
+        parser.error("no GPU here; on a CPU use `loraxs bench`")
+    try:
+        asked.earlier = [each["tests"] for each in sorted(map(report.load, asked.after), key=lambda each: each["date"])]
+        asked.known = outcomes.newest(asked.earlier)
+    except (AttributeError, KeyError, TypeError):
+        parser.error(f"--after: got {', '.join(map(str, asked.after))}, must be reports that this suite wrote")
+    except BenchError as error:
+        parser.error(str(error))
+    return asked
 
 
-def earlier(paths: list[Path]) -> list[dict[str, dict[str, Any]]]:
-    """What became of the tests in each of these reports, the oldest first.  Raises BenchError."""
-    found = []
-    for path in paths:
-        try:
-            data = report.load(path)
-            records = [each | {"sources": each["sources"], "passed": each["passed"]} for each in data["tests"].values()]
-            if not all(isinstance(each.get(word, 0), int) for each in records for word in outcomes.WORDS):
-                raise TypeError
-            found.append((str(data["date"]), data["tests"]))
-        except (AttributeError, KeyError, TypeError):
-            raise BenchError(f"after: got {path}, must be a report that this suite wrote") from None
-    return [tests for _, tests in sorted(found, key=lambda each: each[0])]
-
-
-def untested(after: list[dict[str, dict[str, Any]]]) -> list[str]:
-    """The components, the checker's aside, but for those whose last verdict, on the files as they are, was that all
-    their tests passed; one that was skipped, say without a core, has not."""
-
-    def good(name: str) -> bool:
-        same = [tests[name] for tests in after if name in tests and tests[name]["sources"] == status.sources(name)]
-        last = [each for each in same if outcomes.passed(each) or outcomes.bad(each)][-1:]
-        return all(outcomes.passed(each) and not each.get("skipped") for each in last) and bool(last)
-
-    return [name for name in status.COMPONENTS if name != status.SANITIZER and not good(name)]
+def untested(earlier: list[dict[str, dict[str, Any]]]) -> list[str]:
+    """The components, the checker's aside, except those whose last verdict, on the files as they are, was that all
+    their tests passed; one of which a test was skipped, say without a core, has not."""
+    now = {name: status.sources(name) for name in status.COMPONENTS if name != status.SANITIZER}
+    last = outcomes.newest(
+        {name: each for name, each in tests.items() if each["sources"] == now.get(name)} for tests in earlier
+    )
+    good = {name for name, each in last.items() if outcomes.passed(each) and not each.get("skipped")}
+    return [name for name in now if name not in good]
 
 
 def main(argv: list[str] | None = None) -> int:
+    asked = request(argv)
     try:
-        asked, steps = request(argv)
         kit = {"kit": gpu_kit.use(asked.kit)} if asked.kit else {}
         asked.out.mkdir(parents=True, exist_ok=True)
         suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
-    except (BenchError, gpu_kit.KitError, OSError) as error:
+    except (gpu_kit.KitError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
     for each in STOPS[1:]:
         if signal.getsignal(each) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(each, signal.default_int_handler)
-    suite.after = outcomes.newest(asked.earlier)
+    suite.after = asked.known
     suite.data["build"] |= kit
-    waiting = list(steps.values())
+    waiting = sum(asked.steps.values())
     try:
-        for step, seconds in steps.items():
-            suite.waiting = sum(waiting := waiting[1:])
-            if suite.left < LEAST + GRACE:
+        for step, seconds in asked.steps.items():
+            waiting -= seconds
+            seconds = min(max(seconds, suite.left - waiting), suite.left)  # longer where nothing waits for what is left
+            if suite.left < LEAST:
                 suite.cut = True
                 suite.say(f"{step}: not started, the budget is spent")
                 continue

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ ROOT = Path(__file__).parents[1]
 BAD = ("failed", "crashed", "timed out")
 WORDS = ("passed", *BAD, "not reached", "skipped")
 LONGEST = 300  # characters of a reason
+TRIES = {"test": 2, "component": 8}  # how many may cost their processes
+
+
+def last(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(component, test): the last line of it} of a file of outcomes, without a line that is still being written."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            event = json.loads(line)
+            found[event["component"], event["test"]] = event
+    return found
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -23,42 +35,29 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     `names` has {outcome: {test: reason}}, for "not reached" {test without its parameters: how many}; `skips` has
     {reason: how many}.
     """
-    state: dict[str, tuple[str, str]] = {}
-    of: dict[str, str] = {}
-    files: dict[tuple[str, str], tuple[str, str]] = {}
-    for event in events(path):
-        for test, name in event.get("collected", ()):
-            of[test] = name
-            state.setdefault(test, ("not reached", ""))
-        if test := event.get("start"):
-            of[test] = event["component"]
-            state[test] = ended(Path(f"{path}.{event['pid']}"), event["pid"])
-        if test := event.get("late"):
-            state[test] = state[test][0], state[test][1] + event["story"]
-        if test := event.get("end"):
-            state[test] = event["outcome"], event["reason"]
-        for name in event.get("components", ()):
-            files[name, event["file"]] = event["outcome"], event["reason"]
     found: dict[str, dict[str, Any]] = {}
-    known = [(of[test], test, *each) for test, each in state.items()]
-    known += [(*which, *each) for which, each in files.items()]
-    for name, test, outcome, reason in known:
-        each = found.setdefault(name, dict.fromkeys(WORDS, 0) | {"names": {}, "skips": {}})
+    for (component, test), event in last(path).items():
+        outcome, reason = ended(path, event) if event["outcome"] == "started" else (event["outcome"], event["reason"])
+        each = found.setdefault(component, dict.fromkeys(WORDS, 0) | {"names": {}, "skips": Counter()})
         each[outcome] += 1
         if outcome in BAD:
             each["names"].setdefault(outcome, {})[test] = reason
-        if outcome == "not reached":
-            several = each["names"].setdefault(outcome, Counter())
-            several[without_parameters(test)] += 1
-        if outcome == "skipped":
-            each["skips"][reason] = each["skips"].get(reason, 0) + 1
+        elif outcome == "not reached":
+            each["names"].setdefault(outcome, Counter())[without_parameters(test)] += 1
+        elif outcome == "skipped":
+            each["skips"][reason] += 1
     return found
 
 
-def unstarted(path: Path) -> set[str]:
-    """The tests that were collected, and that no process has begun."""
-    found = events(path)
-    return {test for event in found for test, _ in event.get("collected", ())} - {event.get("start") for event in found}
+def why_not(path: Path, component: str, test: str) -> str:
+    """Why a test is not worth running, if it is not: too many of it, or of its component, have cost their processes."""
+    own = [each for each in last(path).values() if each["component"] == component]
+    gone = [each["test"] for each in own if each["lost"] or (each["outcome"] == "started" and not alive(each["pid"]))]
+    same = [each for each in gone if without_parameters(each) == without_parameters(test)]
+    for what, found in (("test", same), ("component", gone)):
+        if len(found) >= TRIES[what]:
+            return f"{TRIES[what]} of this {what} have cost their processes"
+    return ""
 
 
 def named(text: str, asked: Iterable[str]) -> list[str]:
@@ -66,22 +65,6 @@ def named(text: str, asked: Iterable[str]) -> list[str]:
     names = re.findall(r"""\bgpu\(\s*f?["']([^"']+)["']""", text)
     found = [re.compile(".+".join(map(re.escape, re.split(r"{.*?}", name)))) for name in names]
     return [name for name in asked if not found or any(each.fullmatch(name) for each in found)]
-
-
-def lost(path: Path) -> Counter[tuple[str, str]]:
-    """How many tests have cost their processes: of (component, test without parameters), and of (component, "")."""
-    found: Counter[tuple[str, str]] = Counter()
-    running: dict[str, dict[str, Any]] = {}
-    for event in events(path):
-        if test := event.get("start"):
-            running[test] = event
-        if (test := event.get("end")) and not event["lost"]:
-            del running[test]
-    for test, event in running.items():
-        if not alive(event["pid"]):
-            found[event["component"], without_parameters(test)] += 1
-            found[event["component"], ""] += 1
-    return found
 
 
 def without_parameters(test: str) -> str:
@@ -99,13 +82,8 @@ def bad(record: dict[str, Any]) -> bool:
 
 
 def newest(runs: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The last record of each component; one that says neither good nor bad does not hide a bad one before it."""
-    known: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        for component, record in run.items():
-            if passed(record) or bad(record) or not bad(known.get(component, {})):
-                known[component] = record
-    return known
+    """The last verdict on each component: a record that says neither good nor bad is none."""
+    return {name: each for run in runs for name, each in run.items() if passed(each) or bad(each)}
 
 
 def told(record: dict[str, Any]) -> str:
@@ -113,23 +91,13 @@ def told(record: dict[str, Any]) -> str:
     return ", ".join(f"{record[word]} {word}" for word in WORDS if record.get(word)) or "none"
 
 
-def events(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of outcomes; one that is still being written counts for nothing."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def ended(trace: Path, pid: int) -> tuple[str, str]:
+def ended(path: Path, event: dict[str, Any]) -> tuple[str, str]:
     """What has become of a test that has started, and not ended."""
+    trace = Path(f"{path}.{event['pid']}")
     text = trace.read_text(errors="replace") if trace.exists() else ""
     if text:
-        return "timed out" if text.startswith("Timeout") else "crashed", story(text)
-    return ("not reached", "") if alive(pid) else ("crashed", "its process was killed")
+        return "timed out" if text.startswith("Timeout") else "crashed", story(text) + event["reason"]
+    return ("not reached", "") if alive(event["pid"]) else ("crashed", "its process was killed")
 
 
 def story(text: str) -> str:

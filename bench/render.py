@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +40,30 @@ from loraxs_kernels.bench.questions import QUESTIONS, plots_of, tables_of  # noq
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \w+)*) -->\n).*?<!-- end of figures -->", re.S)
 
-Reports = dict[str, dict[str, Any]]
+Reports = dict[str, dict[str, Any]]  # by their paths below bench/results, the oldest first
 
 
-def read() -> tuple[Reports, Reports]:
-    """Reports of bench, and of demo, build and accuracy, {path below bench/results: report}, oldest first."""
-    benches: Reports = {}
-    others: Reports = {}
-    for path in sorted(RESULTS.glob("*/*.json")):
-        data, name = json.loads(path.read_text()), path.relative_to(RESULTS).as_posix()
-        if report.is_report(data):
-            benches[name] = report.load(path)
-        elif data.get("format") in (costs.BUILD, accuracy.FORMAT) or isinstance(data.get("rows"), dict):
-            others[name] = data
-    by_date = [dict(sorted(found.items(), key=lambda item: item[1]["date"])) for found in (benches, others)]
-    return by_date[0], by_date[1]
+def read() -> Reports:
+    """The reports that are shown."""
+    found: Reports = {}
+    for path in RESULTS.glob("*/*.json"):
+        data = json.loads(path.read_text())
+        if kind(data) in BLOCKS:
+            found[path.relative_to(RESULTS).as_posix()] = report.load(path) if report.is_report(data) else data
+    return dict(sorted(found.items(), key=lambda each: (each[1]["date"], each[0])))
 
 
-def where(name: str, data: dict[str, Any]) -> str:
-    return f"{page.machine(data)}, {data['date'][:10]}, commit {data['commit']}, `bench/results/{name}`:"
+def kind(data: dict[str, Any]) -> str | None:
+    """The format of a report; a demo's says none."""
+    return DEMO if isinstance(data.get("rows"), dict) else data.get("format")
 
 
-def bench_block(name: str, data: dict[str, Any], questions: list[str]) -> str:
-    """Where it was measured, and the tables of some questions."""
-    found = tables_of(data, questions or QUESTIONS)
-    if not found:
-        raise BenchError(f"{name} has nothing on {', '.join(questions)}")
-    return "\n\n".join([where(name, data), *(table.markdown() for table in found)])
+def bench_block(data: dict[str, Any], questions: Sequence[str]) -> str:
+    """The tables of some questions."""
+    return "\n\n".join(table.markdown() for table in tables_of(data, questions or QUESTIONS))
 
 
-def build_block(name: str, data: dict[str, Any]) -> str:
+def build_block(data: dict[str, Any], _: Sequence[str]) -> str:
     """How long the CUDA core takes to compile."""
     lines = []
     for row in data["rows"]:
@@ -77,15 +71,10 @@ def build_block(name: str, data: dict[str, Any]) -> str:
         lines.append([row["architectures"].replace(";", ", "), *times, f"{row['largest_bytes'] / 2**30:.1f}"])
     title = f"Compiling the CUDA core, nvcc {data['nvcc']}, {data['jobs']} at once"
     head = ["LORAXS_CUDA_ARCHS", "minutes", "minutes of one processor", "memory of the largest compiler, GiB"]
-    return f"{where(name, data)}\n\n{tables.Table(title, head, lines).markdown()}"
+    return tables.Table(title, head, lines).markdown()
 
 
-def other_block(name: str, data: dict[str, Any]) -> str:
-    makers = {costs.BUILD: build_block, accuracy.FORMAT: accuracy.block}
-    return makers.get(data.get("format"), demo_block)(name, data)
-
-
-def demo_block(name: str, data: dict[str, Any]) -> str:
+def demo_block(data: dict[str, Any], _: Sequence[str]) -> str:
     """The accuracies, the sizes on disk and the checks of a demo."""
     lines = []
     for row in data["rows"].values():
@@ -94,7 +83,6 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
         lines.append([row["label"], f"{100 * row['accuracy']:.1f}{spread}", parameters])
     seeds = f"{len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else "one seed"
     title = f"{data['what']}: {data['questions']['test']:,} test questions, {seeds}"
-    where = f"{data['machine']['cpu']}, {data['date'][:10]}, `bench/results/{name}`:"
     table = tables.Table(title, ["", "accuracy, %", "adapter + head parameters"], lines)
     size = {what: f"{data['bytes'][what] / 1024:,.0f} KiB" for what in ("adapter_file", "lora", "model")}
     checks = data["checks"]
@@ -103,43 +91,71 @@ def demo_block(name: str, data: dict[str, Any]) -> str:
     text += f" Loaded into a fresh model, {differ[0]} predictions differ; merged, {differ[1]}."
     if "unfused" in checks:
         text += f" Fused and unfused losses agree to {checks['unfused']['largest_loss_difference']:.1e}."
-    return "\n\n".join([where, table.markdown(), text])
+    return f"{table.markdown()}\n\n{text}"
 
 
-def readme(text: str, benches: Reports, others: Reports) -> str:
+DEMO = "demo"
+BLOCKS = {
+    report.FORMAT: bench_block,
+    costs.BUILD: build_block,
+    accuracy.FORMAT: lambda data, _: accuracy.table(data).markdown(),
+    DEMO: demo_block,
+}
+
+
+def block(name: str, data: dict[str, Any], questions: Sequence[str] = ()) -> str:
+    """Where it was measured, and what."""
+    demo = kind(data) == DEMO
+    machine, commit = (data["machine"]["cpu"], "") if demo else (page.machine(data), f", commit {data['commit']}")
+    if not (body := BLOCKS[kind(data)](data, questions)):
+        raise BenchError(f"{name} has nothing on {', '.join(questions)}")
+    return f"{machine}, {data['date'][:10]}{commit}, `bench/results/{name}`:\n\n{body}"
+
+
+def filled(text: str, reports: Reports) -> str:
     """A document with its blocks of figures as the reports have them."""
 
-    def block(match: re.Match) -> str:
-        name, questions = match.group(2), match.group(3).split()
-        if name not in benches and name not in others:
+    def figures(match: re.Match) -> str:
+        start, name, questions = match.groups()
+        if name not in reports:
             raise BenchError(f"there is no report bench/results/{name}")
-        body = other_block(name, others[name]) if name in others else bench_block(name, benches[name], questions)
-        return f"{match.group(1)}{body}\n<!-- end of figures -->"
+        return f"{start}{block(name, reports[name], questions.split())}\n<!-- end of figures -->"
 
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(figures, text)
 
 
-def results(benches: Reports, others: Reports) -> str:
-    """bench/results/README.md: the newest reports of each device in full, the newest of the others, and all files."""
+def results(reports: Reports) -> tuple[str, dict[Path, plots.Plot]]:
+    """bench/results/README.md: the newest reports of each device in full, the newest of the others, and all files.  And
+    its images."""
+    benches = {name: data for name, data in reports.items() if report.is_report(data)}
     parts = [
         "# What has been measured",
         "Made by bench/render.py from the files beside it; never edited. Files are added, never changed. What has run "
         "on a GPU stands in STATUS.md.",
     ]
-    for name, data in _newest(benches).items():
-        facts = "\n\n".join(page.provenance(data))
-        images = [f"![{plot.title}]({_image(name, plot)})" for plot in plots_of(data)]
-        texts = [table.markdown() for table in tables_of(data)]
-        parts += [f"## {page.machine(data)}", f"`{name}`", facts, *texts, *images]
+    images: dict[Path, plots.Plot] = {}
+
+    def image(name: str, plot: plots.Plot) -> str:
+        path = f"{name.removesuffix('.json')}-{plot.name}.png"
+        images[RESULTS / path] = plot
+        return f"![{plot.title}]({path})"
+
+    for name, data in newest(benches).items():
+        parts += [f"## {page.machine(data)}", f"`{name}`", "\n\n".join(page.provenance(data))]
+        parts += [table.markdown() for table in tables_of(data)]
+        parts += [image(name, plot) for plot in plots_of(data)]
     parts.append("## Demos, accuracy and the build")
-    for name, data in _newest_others(others).items():
-        parts += [other_block(name, data), *(f"![{plot.title}]({_image(name, plot)})" for plot in _other_plots(data))]
+    about = ("format", "model", "length", "task")
+    others = {(Path(name).parent, *map(reports[name].get, about)): name for name in reports if name not in benches}
+    for name in others.values():
+        parts.append(block(name, reports[name]))
+        parts += [image(name, accuracy.plot(reports[name]))] if kind(reports[name]) == accuracy.FORMAT else []
     files = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob("*/*.json"))]
     parts += ["## All files", "\n".join(f"- [`{name}`]({name})" for name in files)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n", images
 
 
-def _newest(benches: Reports) -> Reports:
+def newest(benches: Reports) -> Reports:
     """The reports with something that no newer complete report of the same device has: a run, a question, a dtype."""
     found: Reports = {}
     covered: set[tuple] = set()
@@ -153,40 +169,24 @@ def _newest(benches: Reports) -> Reports:
     return found
 
 
-def _newest_others(others: Reports) -> Reports:
-    """The newest report of each kind, model, length and task in each folder."""
-    newest = {}
-    for name, data in others.items():
-        newest[(Path(name).parent, *(data.get(key) for key in ("format", "model", "length", "task")))] = name
-    return {name: others[name] for name in newest.values()}
-
-
-def _other_plots(data: dict[str, Any]) -> list[plots.Plot]:
-    return [accuracy.plot(data)] if data.get("format") == accuracy.FORMAT else []
-
-
-def _image(name: str, plot: plots.Plot) -> str:
-    return f"{name.removesuffix('.json')}-{plot.name}.png"
-
-
 def quoting() -> list[Path]:
     """README.md and the documents below docs that have a block of figures."""
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in found if BLOCK.search(path.read_text())]
 
 
-def documents() -> Iterator[tuple[Path, str]]:
-    """Every document with a figure in it, and what it should say."""
-    benches, others = read()
+def documents() -> tuple[dict[Path, str], dict[Path, plots.Plot]]:
+    """Every document with a figure in it, and what it should say; and every image."""
+    reports, texts = read(), {}
     for path in quoting():
         try:
-            text = readme(path.read_text(), benches, others)
+            texts[path] = filled(path.read_text(), reports)
         except BenchError as error:
             raise BenchError(f"{path.relative_to(ROOT)}: {error}") from error
-        yield path, text
-    yield RESULTS / "README.md", results(benches, others)
-    yield RESULTS / "STATUS.md", status.render(benches)
-    yield choice.TABLE, choices.text(benches)
+    texts[RESULTS / "README.md"], images = results(reports)
+    texts[RESULTS / "STATUS.md"] = status.render(reports)
+    texts[choice.TABLE] = choices.text(reports)
+    return texts, images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,22 +194,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a document is out of date")
     check = parser.parse_args(argv).check
     try:
-        wanted = dict(documents())
+        texts, images = documents()
     except BenchError as error:
         print(f"render: {error}", file=sys.stderr)
         return 1
     if check:
-        named = [RESULTS / each for each in re.findall(r"\]\(([^)]+\.png)\)", wanted[RESULTS / "README.md"])]
-        stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-        for path in (stale := [*stale, *(path for path in named if not path.exists())]):
+        stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        stale += [path for path in images if not path.exists()]
+        for path in stale:
             print(f"render: {path.relative_to(ROOT)} is out of date; run python bench/render.py", file=sys.stderr)
         return 1 if stale else 0
-    for path, text in wanted.items():
+    for path, text in texts.items():
         path.write_text(text)
-    benches, others = read()
-    drawn = {(name, plot) for name, data in _newest(benches).items() for plot in plots_of(data)}
-    drawn |= {(name, plot) for name, data in _newest_others(others).items() for plot in _other_plots(data)}
-    images = {RESULTS / _image(name, plot): plot for name, plot in drawn}
     for path, plot in images.items():
         path.write_bytes(plot.png())
     for path in set(RESULTS.glob("*/*.png")) - set(images):

@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels.bench import report  # noqa: E402
 
-FORMAT = "loraxs-serve"
 RANK, EXPONENT = 4, 1.1
 CLIENTS, PROMPT, ANSWER = 32, 32, 16  # requests in flight; tokens
 KINDS = ("base", "one", "zipf", "uniform")
@@ -96,31 +95,25 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"low": round(low, 3), "median": round(median, 3), "high": round(high, 3)}
 
 
-def measure(server: Server, names: list[str], requests: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def measure(url: str, names: list[str], requests: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     rng, end = random.Random(0), time.monotonic() + seconds
     prompts = [[rng.randrange(1000, 40000) for _ in range(PROMPT)] for _ in range(requests)]
-    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    took: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    asked: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    samples: dict[str, list[tuple]] = {kind: [] for kind in KINDS}  # the rate, the times and the models of each round
     for number in range(rounds + 1):
         if number > 1 and time.monotonic() > end:
             break
         for kind in KINDS[number % 4 :] + KINDS[: number % 4]:
             models = draw(kind, names, requests, rng)
-            rate, times = asyncio.run(load(server.url, models, prompts))
-            print(f"round {number}, {kind}: {rate:.2f} requests a second", flush=True)
-            if number:
-                rates[kind].append(rate)
-                took[kind] += times
-                asked[kind] |= set(models)
+            samples[kind].append((*asyncio.run(load(url, models, prompts)), models))
+            print(f"round {number}, {kind}: {samples[kind][-1][0]:.2f} requests a second", flush=True)
     rows = []
     for kind in KINDS:
-        cuts = statistics.quantiles(took[kind], n=20)
-        over = [rate / base for rate, base in zip(rates[kind], rates["base"], strict=True)]
-        row = {"names": kind, "requests": spread(rates[kind]), "over_base": spread(over), "rounds": len(over)}
-        rows.append(
-            row | {"p50_ms": round(cuts[9] * 1e3), "p95_ms": round(cuts[18] * 1e3), "different": len(asked[kind])}
-        )
+        rates, times, models = zip(*samples[kind][1:], strict=True)
+        over = [rate / base for rate, (base, *_) in zip(rates, samples["base"][1:], strict=True)]
+        cuts = statistics.quantiles(itertools.chain(*times), n=20)
+        row = {"names": kind, "requests": spread([*rates]), "over_base": spread(over), "rounds": len(over)}
+        row |= {"p50_ms": round(cuts[9] * 1e3), "p95_ms": round(cuts[18] * 1e3)}
+        rows.append(row | {"different": len(set(itertools.chain(*models)))})
     return rows
 
 
@@ -134,29 +127,23 @@ def main() -> None:
     arguments = parser.parse_args()
     import vllm
 
-    head = report.head(FORMAT)
+    head = report.head("loraxs-serve")
     options = f"--dtype bfloat16 --max-model-len 128 --max-num-seqs {CLIENTS} --no-enable-prefix-caching"
     with tempfile.TemporaryDirectory() as folder:
         names = make_bank(smollm2(), Path(folder, "bank"), arguments.adapters)
         size = Path(folder, "bank", "data.mdb").stat().st_size
         server = Server(smollm2(), Path(folder, "bank"), Path(folder, "log"), *options.split())
         try:
-            at_start = memory(server.wait())
-            rows = measure(server, names, arguments.requests, arguments.rounds, arguments.seconds)
-            at_end = memory(server)
+            pss = {"at the start": memory(server.wait())}
+            rows = measure(server.url, names, arguments.requests, arguments.rounds, arguments.seconds)
+            pss["at the end"] = memory(server)
         finally:
             server.stop()
     head |= {"vllm": vllm.__version__, "model": "SmolLM2-135M-Instruct, bf16", "options": f"loraxs serve {options}"}
     head |= {"adapters": len(names), "rank": RANK, "bank_bytes": size, "zipf_exponent": EXPONENT, "clients": CLIENTS}
-    head |= {
-        "worker_threads": 1,
-        "prompt_tokens": PROMPT,
-        "answer_tokens": ANSWER,
-        "requests_a_round": arguments.requests,
-    }
-    report.keep(
-        head | {"rows": rows, "pss_mib": {"at the start": at_start, "at the end": at_end}}, arguments.out, "serve"
-    )
+    head |= {"worker_threads": 1, "prompt_tokens": PROMPT, "answer_tokens": ANSWER}
+    head |= {"requests_a_round": arguments.requests, "pss_mib": pss}
+    report.keep(head | {"rows": rows}, arguments.out, "serve")
 
 
 if __name__ == "__main__":

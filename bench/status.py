@@ -13,6 +13,8 @@ from typing import Any
 
 import outcomes
 
+from loraxs_kernels.backends.cuda import core
+
 ROOT = Path(__file__).parents[1]
 FIRST_LIGHT, SANITIZER = "first light", "compute-sanitizer"  # which gpu_suite runs first and last
 
@@ -64,26 +66,21 @@ COMPONENTS = {
 }
 
 
-def sources(component: str) -> str | None:
-    """A hash of the component's files, or None where it has none yet."""
-    digest, found = hashlib.sha256(), False
+def sources(component: str) -> str:
+    """A hash of the component's files."""
+    digest = hashlib.sha256()
     for name in COMPONENTS[component][0]:
         path = ROOT / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and file.suffix not in (".pyc", ".so"):
-                found = True
+            if not file.is_dir() and file.suffix not in (".pyc", ".so"):
                 digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16] if found else None
+    return digest.hexdigest()[:16]
 
 
 def unchanged(component: str, report: dict[str, Any]) -> bool:
     """Whether the component's files are those that the report's tests ran on; of a core also how it was compiled."""
-    if report["tests"][component]["sources"] != sources(component):
-        return False
-    from loraxs_kernels.backends.cuda import core  # which imports torch: not in every process that runs tests
-
     compiled = report.get("build", {}).get("sources") if "csrc" in COMPONENTS[component][0] else None
-    return compiled in (None, core.sources())
+    return report["tests"][component]["sources"] == sources(component) and compiled in (None, core.sources())
 
 
 def render(reports: dict[str, dict[str, Any]]) -> str:
@@ -106,29 +103,20 @@ not work on one.
 
 
 def _state(component: str, reports: dict[str, dict[str, Any]]) -> str:
-    now = sources(component)
-    if now is None:
-        return "does not exist yet"
-    runs = [(report, path) for path, report in reports.items() if component in report.get("tests", {})]
-    runs.sort(key=lambda run: run[0]["date"])
-    records = [run["tests"][component] for run, _ in runs]
-    if not any(map(_ran, records)):
-        why = "; ".join(records[-1].get("skips", ())) or outcomes.told(records[-1]) if records else ""
+    runs = [(data["date"], path, data) for path, data in reports.items() if component in data.get("tests", {})]
+    records = [(path, data, data["tests"][component]) for _, path, data in sorted(runs, key=lambda run: run[0])]
+    ran = [each for each in records if any(each[2].get(word) for word in ("passed", *outcomes.BAD))]
+    if not ran:
+        last = records[-1][2] if records else {}
+        why = ("; ".join(last.get("skips", ())) or outcomes.told(last)) if last else ""
         return f"**not yet run on a GPU**{why and ': '}{why.replace('|', '/')}"
-    runs = [run for run, record in zip(runs, records, strict=True) if _ran(record)]
-    last, path = runs[-1]
-    result = last["tests"][component]
-    at = f"{last['date'][:10]}, commit {last['commit']}, {last['machine']['device']} (`{path}`)"
-    if not outcomes.passed(result):
-        good = [run for run, _ in runs if outcomes.passed(run["tests"][component])]
-        passed = f"last passed {good[-1]['date'][:10]}, commit {good[-1]['commit']}" if good else "never passed"
-        what = "failed" if any(result.get(word) for word in outcomes.BAD) else "not finished"
-        return f"**{what}**: {outcomes.told(result)}, {at}; {passed}"
-    stale = "" if unchanged(component, last) else "; **stale: its files have changed since; not run on a GPU so**"
-    skipped = f" ({result['skipped']} skipped)" if result.get("skipped") else ""
-    return f"passed all {result['passed']}{skipped}, {at}{stale}"
-
-
-def _ran(record: dict[str, Any]) -> bool:
-    """Whether any of the component's tests did."""
-    return any(record.get(word) for word in ("passed", *outcomes.BAD))
+    path, data, last = ran[-1]
+    at = f"{data['date'][:10]}, commit {data['commit']}, {data['machine']['device']} (`{path}`)"
+    if not outcomes.passed(last):
+        good = [f"{data['date'][:10]}, commit {data['commit']}" for _, data, each in ran if outcomes.passed(each)]
+        passed = f"last passed {good[-1]}" if good else "never passed"
+        what = "failed" if outcomes.bad(last) else "not finished"
+        return f"**{what}**: {outcomes.told(last)}, {at}; {passed}"
+    stale = "" if unchanged(component, data) else "; **stale: its files have changed since; not run on a GPU so**"
+    skipped = f" ({last['skipped']} skipped)" if last.get("skipped") else ""
+    return f"passed all {last['passed']}{skipped}, {at}{stale}"

@@ -4,8 +4,6 @@ Coded inputs: x has one 1 in each row, and another operand holds integers that n
 y[t, n] is one element of it, exactly, in bf16 too.  A wrong y then names the element that was read instead.  Random
 inputs follow, checked by the accuracy rule of loraxs_kernels/reference.py; R, u and B are of order 1 there and W is
 left out as well, because the rule cannot see a missing low-rank part that is small beside x W^T.
-
-`kernels` has the functions of the backends that a rung calls, and the device it runs on.
 """
 
 from __future__ import annotations
@@ -13,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from loraxs_kernels import reference
+from loraxs_kernels.backends import cuda, triton
 from loraxs_kernels.backends.cuda.config import TILES, Decode, aligned
 from loraxs_kernels.backends.device import facts
 from loraxs_kernels.backends.triton.config import pick_config
@@ -37,7 +35,7 @@ class Coded:
     Of three dimensions, the first two are counted as one.
     """
 
-    def __init__(self, name: str, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, name: str, *shape: int, dtype: torch.dtype, device: str) -> None:
         self.name, self.shape = name, shape
         n = torch.arange(math.prod(shape[:-1]), device=device)[:, None]
         k = torch.arange(shape[-1], device=device)[None, :]
@@ -83,13 +81,7 @@ def exact(what: str, got: Tensor, expected: Tensor, holds: Coded, tile: tuple[in
     return f"{what} at {list(at)}: {meant} (got {found}, must be {wanted}){_tiles(bad, tile)}"
 
 
-def rule(
-    what: str,
-    got: Tensor,
-    formula: Callable[..., Tensor],
-    operands: tuple[Tensor | None, ...],
-    tile: tuple[int, int] = TILE,
-) -> str:
+def rule(what: str, got: Tensor, formula: Callable[..., Tensor], operands: tuple, tile: tuple[int, int] = TILE) -> str:
     """The accuracy rule: at most twice the error of the formula on these operands, against that in fp64."""
     chain, oracle = formula(*operands), formula(*(t if t is None else t.double() for t in operands))
     return within(what, got, oracle, reference.allowed_error(chain, oracle, chain.dtype), tile)
@@ -124,14 +116,14 @@ def laid(t: Tensor, transposed: bool = False) -> Tensor:
     return storage[:, : t.shape[1]].copy_(t)
 
 
-def hot(T: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def hot(T: int, K: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """x (T, K) with a single 1 in each row, and its column; rows near each other have columns far apart."""
     t = torch.arange(T, device=device)
     k = (37 * t + t // K) % K
     return laid(F.one_hot(k, K).to(dtype)), k
 
 
-def random(*shape: int, dtype: torch.dtype, device: torch.device, over: float = 1.0) -> Tensor:
+def random(*shape: int, dtype: torch.dtype, device: str, over: float = 1.0) -> Tensor:
     return (torch.randn(*shape) / over).to(device, dtype)
 
 
@@ -144,20 +136,14 @@ def _tail(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor, bias: Tensor | None
     return y if bias is None else y + bias
 
 
-def tail(
-    kernels: SimpleNamespace,
-    shape: Shape,
-    tile: int,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-) -> Iterator[str]:
+def tail(device: str, shape: Shape, tile: int, dtype=torch.bfloat16, transposed=False) -> Iterator[str]:
     """Coded B without W and beside a W of zeros, coded W, then random operands with and without W."""
-    (T, N, K, r), size, of = shape, TILES[tile][:2], {"dtype": dtype, "device": kernels.device}
+    (T, N, K, r), size, of = shape, TILES[tile][:2], {"dtype": dtype, "device": device}
     (x, k), (u, i) = hot(T, K, **of), hot(T, r, **of)
 
     def call(x: Tensor, W: Tensor | None, u: Tensor, B: Tensor) -> Tensor:
         W = None if W is None else laid(W, transposed)
-        return kernels.gemm_tail(x, W, u, laid(B, transposed), None, tile, False)
+        return cuda.gemm_tail(x, W, u, laid(B, transposed), None, tile, False)
 
     B, W = Coded("B", N, r, **of), Coded("W", N, K, **of)
     no_B, no_W = torch.zeros_like(B.passes[0]), torch.zeros_like(W.passes[0])
@@ -173,17 +159,17 @@ def tail(
     yield rule("y, random, with W", call(x, W, u, B), _tail, (x, W, u, B), size)
 
 
-def tail_bias(kernels: SimpleNamespace, shape: Shape, tile: int) -> Iterator[str]:
+def tail_bias(device: str, shape: Shape, tile: int) -> Iterator[str]:
     """A coded bias, where all else is zero; then random operands."""
-    (T, N, K, r), size, of = shape, TILES[tile][:2], {"dtype": torch.bfloat16, "device": kernels.device}
+    (T, N, K, r), size, of = shape, TILES[tile][:2], {"dtype": torch.bfloat16, "device": device}
     x, u, B = (laid(torch.zeros(each, **of)) for each in ((T, K), (T, r), (N, r)))
     bias = Coded("bias", N, 1, **of)
-    y = [kernels.gemm_tail(x, None, u, B, each[:, 0].contiguous(), tile, False) for each in bias.passes]
+    y = [cuda.gemm_tail(x, None, u, B, each[:, 0].contiguous(), tile, False) for each in bias.passes]
     yield exact("y = bias", torch.stack(y), bias.passes.mT.expand(-1, T, -1), bias, size)
     x, u = (laid(random(T, width, **of)) for width in (K, r))
     W, B = (laid(random(N, width, over=width**0.5, **of)) for width in (K, r))
     bias = random(N, **of)
-    y = kernels.gemm_tail(x, W, u, B, bias, tile, False)
+    y = cuda.gemm_tail(x, W, u, B, bias, tile, False)
     yield rule("y, random, with a bias", y, _tail, (x, W, u, B, bias), size)
 
 
@@ -193,17 +179,9 @@ Call = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # (x, A, R, B, s, bi
 
 
 def chain(
-    device: torch.device,
-    call: Call,
-    shape: Shape,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-    slots: int = 0,
-    narrow: bool = False,
-    gram: bool = False,
-    more: bool = False,
-) -> Iterator[str]:
+    device: str, call: Call, shape: Shape, *,
+    dtype=torch.bfloat16, transposed=False, slots=0, narrow=False, gram=False, more=False,
+) -> Iterator[str]:  # fmt: skip
     """Coded A (seen in z), R and B (in y) and `other` (in the gram), then random operands.
 
     slots: each token has one of so many R, or none.  narrow: y is u, as if B were the identity.  gram: whether it is
@@ -217,10 +195,7 @@ def chain(
         index = ((5 * torch.arange(T, device=device)) % (slots + 1) - 1).int()
         live, slot = (index >= 0)[:, None], (index.clamp(min=0).long()[:, None],)
 
-    def run(
-        x: Tensor, A: Tensor, R: Tensor, B: Tensor, s: float = 1.0, bias: Tensor | None = None,
-        out: Tensor | None = None, other: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    def run(x, A, R, B, s=1.0, bias=None, out=None, other=None) -> tuple[Tensor, Tensor, Tensor | None]:
         R = R.mT.contiguous().mT if transposed else R
         return call(x, laid(A, transposed), R, laid(B, transposed), s, bias, out, index, other)
 
@@ -272,48 +247,32 @@ def chain(
             yield rule(f"gram, {way}", made.sum(0) if made.dim() == 3 else made, product, (x, A, other))
 
 
-def decode(
-    kernels: SimpleNamespace,
-    shape: Shape,
-    plan: Decode,
-    slots: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    transposed: bool = False,
-) -> Iterator[str]:
+def decode(device: str, shape: Shape, plan: Decode, slots=0, **how) -> Iterator[str]:
     """One launch for few rows, with one R for all and with one for each token."""
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
-        return *kernels.decode(plan, x, A, R, B, s, bias, out, index), None
+        return *cuda._decode(plan, x, A, R, B, s, bias, out, index), None
 
-    return chain(kernels.device, call, shape, dtype=dtype, transposed=transposed, slots=slots, more=True)
+    return chain(device, call, shape, slots=slots, more=True, **how)
 
 
-def shrink(
-    kernels: SimpleNamespace,
-    shape: Shape,
-    dtype: torch.dtype = torch.bfloat16,
-    split: int = 1,
-    transposed: bool = False,
-    gram: bool = False,
-    overlap: bool = False,
-    programs: int = 0,
-) -> Iterator[str]:
+def shrink(device: str, shape: Shape, split=1, overlap=False, programs=0, **how) -> Iterator[str]:
     """z, u and the gram of many rows, in one launch (split 1) or two, or by programs that take the rows in turn."""
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
-        z, u, gram = kernels.shrink(x, A, R, s, other, split, overlap, programs)
+        z, u, gram = cuda.shrink(x, A, R, s, other, split, overlap, programs)
         return u, z, gram
 
-    return chain(kernels.device, call, shape, dtype=dtype, narrow=True, transposed=transposed, gram=gram)
+    return chain(device, call, shape, narrow=True, **how)
 
 
-def triton_chain(kernels: SimpleNamespace, shape: Shape, splits: int, transposed: bool) -> Iterator[str]:
+def triton_chain(device: str, shape: Shape, splits: int, transposed: bool) -> Iterator[str]:
     """The chain in one launch (splits 1) or two, with the forward's operands or, transposed, the backward's."""
     layout = "backward" if transposed else "forward"
-    tiles = pick_config(*shape, torch.bfloat16, layout, facts(kernels.device))
+    tiles = pick_config(*shape, torch.bfloat16, layout, facts(torch.device(device)))
     config = dataclasses.replace(tiles, split_k=splits, split_n=splits)
 
     def call(x, A, R, B, s, bias, out, index, other) -> tuple:
-        return kernels.low_rank(config, x, A, R, B, s, bias, out, other)
+        return triton.low_rank(config, x, A, R, B, s, bias, out, other)
 
-    return chain(kernels.device, call, shape, transposed=transposed, gram=True, more=True)
+    return chain(device, call, shape, transposed=transposed, gram=True, more=True)

@@ -87,7 +87,7 @@ def measured(monkeypatch, tmp_path):
     """measure() with made-up trainings; what was asked for, in order."""
     asked = []
 
-    def train(task, way, rank, k, seed, steps, batch, tested):
+    def train(task, way, rank, k, seed, tested, *, steps, batch):
         assert (task, steps, batch) == ("trec", 100, 32)
         asked.append((way, rank, k, seed, tested))
         if len(asked) == stop:
@@ -118,6 +118,8 @@ def test_the_best_rate_is_found_and_every_seed_trains_at_it(measured):
         assert own == [("vera", rank, peak("vera", rank), seed) for seed in (0, 1, 2)]
     assert len(finals) == 3 * (1 + 7) and len(set(asked)) == len(asked)
     assert {each[3] for each in asked if not each[4]} == {0}
+    searched = [rank for way, rank, *_, tested in asked if way == "vera" and not tested]
+    assert searched == sorted(searched)
     assert next(each for each in asked if each[0] == "head") == ("head", 0, -5, 0, False)
     rows = {(row["way"], row["rank"]): row for row in accuracy.rows(report)}
     assert rows["vera", 256]["mean"] == pytest.approx(0.901) and rows["vera", 256]["deviation"] == pytest.approx(0.001)
@@ -158,9 +160,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
 
 def test_the_table(measured):
     run, _ = measured
-    report = run() | {"date": "2026-01-02T03", "commit": "abc1234", "machine": {"cpu": "C", "cores": 2, "threads": 2}}
-    text = accuracy.block("cpu/a.json", report | {"machine": report["machine"] | {"device": "cpu"}})
-    assert "C, 2 cores, 2026-01-02, commit abc1234, `bench/results/cpu/a.json`" in text
+    report = run()
+    text = accuracy.table(report).markdown()
     assert "| the head alone | - | - | - | - | - | - | 90.1 ± 0.1 [0] |" in text
     assert "90.1 ± 0.1 [1,572,864] at r = 256 |" in text and "of 3 seeds" in text
     assert accuracy.plot(report).png().startswith(b"\x89PNG")

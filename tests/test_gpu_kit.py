@@ -47,7 +47,7 @@ def tree(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(gpu_kit, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_kit, "KIT", tmp_path / "gpu-kit")
     monkeypatch.setenv("KIT_PYTHON", sys.executable)
-    python = tmp_path / "build" / f"kit-{gpu_kit.find_python(sys.executable)[1]}" / "bin" / "python"
+    python = tmp_path / "build" / f"kit-{gpu_kit.version_of(sys.executable)}" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)

@@ -91,7 +91,11 @@ def run(
         raise ValueError(f"budget: got {budget!r}, must be a number of seconds above 0")
     end = clock() + budget
     at_least_one(tokens=tokens, rank=[*shapes])
-    names = _backends()
+    reasons = {name: backends.unavailable(name) for name in backends.NAMES}
+    names = [name for name, reason in reasons.items() if reason is None]
+    if names == ["torch"]:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        raise BenchError(f"there is nothing to choose, only the torch backend can run here ({why})")
     device = _gpu()
     if max(shapes) > WIDEST and not ("cuda" in names and facts(device).capability == (9, 0)):
         raise BenchError(f"rank: got {max(shapes)}, must be at most {WIDEST}: wider ones run on the torch backend here")
@@ -114,16 +118,6 @@ def run(
     finally:  # also in place of tiles that were being tried
         tuned.install(this.table)
     return this.table
-
-
-def _backends() -> list[str]:
-    """Those to choose from."""
-    reasons = {name: backends.unavailable(name) for name in backends.NAMES}
-    names = [name for name, reason in reasons.items() if reason is None]
-    if names == ["torch"]:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        raise BenchError(f"there is nothing to choose, only the torch backend can run here ({why})")
-    return names
 
 
 def _gpu() -> torch.device:
