@@ -568,7 +568,7 @@ def test_no_file_needs_one_that_needs_it():
 def test_every_question_and_script_is_listed():
     root = Path(__file__).parents[1]
     text = (root / "bench" / "README.md").read_text()
-    assert set(re.findall(r"\| `loraxs_kernels/bench/(\w+)\.py` \|", text)) == set(QUESTIONS)
+    assert set(re.findall(r"\| `loraxs_kernels/bench/(\w+)\.py` \|", text)) == set(questions.ASKED)
     scripts = {path.name for path in (root / "bench").glob("*.py")} - {"bench_questions.py"}
     assert scripts == {name for name in re.findall(r"`(?:python bench/)?(\w+\.py)", text)}
 
@@ -660,7 +660,12 @@ def test_a_failed_path_shows_in_the_exit_status_and_the_table(tmp_path, monkeypa
 BAD = {
     "an unknown question": (
         ["quality"],
-        "question: got 'quality', must be one of layer, chain, gemm, group, host, choice, svd, model",
+        "question: got 'quality', must be one of layer, chain, gemm, group, host, choice, svd, model, bank\n",
+    ),
+    "a question that is answered": (
+        ["layer", "experiments"],
+        "question: 'experiments' is asked no more, the predictions and what was measured of them are in the "
+        "repository, in bench/results/NOTES.md\n",
     ),
     "an unknown model": (["--model", "gpt-9"], "model: got 'gpt-9', must be one of mistral-7b"),
     "a folder, for shapes": (["layer", "--model", "{tmp}"], "model: got "),

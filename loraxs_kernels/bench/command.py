@@ -13,7 +13,7 @@ import torch
 from . import BenchError, page, questions, request, roofline, tables, timer
 from .compare import release
 from .question import Question
-from .questions import DEFAULT, QUESTIONS
+from .questions import ASKED, DEFAULT, QUESTIONS
 from .report import Report, load
 from .request import Request
 from .shapes import MODELS
@@ -25,7 +25,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help=f"some of {', '.join(QUESTIONS)}; default: {' and '.join(DEFAULT)}",
+        help=f"some of {', '.join(ASKED)}; default: {' and '.join(DEFAULT)}",
     )
     request.add_options(parser)
     names = dict.fromkeys(name for question in QUESTIONS.values() for name in question.paths)

@@ -75,14 +75,15 @@ class Question:
     """What a file of this package asks: its grid, its paths, its rows, and its tables and plots."""
 
     name: str
-    plan: Callable[[Request], list[Point]]  # the grid, in the order in which it is measured
     tables: Callable[[dict[str, Any], list[Row]], Iterator[Table]]  # of a report and its rows of this question
+    plan: Callable[[Request], list[Point]] = lambda request: []  # the grid, in the order in which it is measured
     plots: Callable[[dict[str, Any], list[Row]], Iterator[Plot]] = lambda report, rows: iter(())
     paths: Mapping[str, Path] = field(default_factory=dict)  # that may be named
     options: tuple[str, ...] = ()  # of Request's own ones, those that it reads
     folders: bool = False  # whether its model may be a folder with a Hugging Face model
     check: Callable[[Request], Request] = lambda request: request  # refuses (BenchError), and fills in what is its own
     how: str = ""  # it is measured, in a sentence for the page
+    answered: str = ""  # where the answer is, if it is asked no more, and is here for the reports that have it
 
     def rows(self, request: Request) -> Iterator[Row]:
         for point in self.plan(request):
