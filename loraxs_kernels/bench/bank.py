@@ -301,7 +301,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     mixed, banks = ([row for row in rows if of_banks == ("records" in row)] for of_banks in (False, True))
     mixed = sorted(mixed, key=itemgetter("direction", "T", "N", "K", "r"))
     names = tables.present(PATHS, {"": {row["path"]: row for row in mixed}})
-    for mode, group in tables.by_mode(mixed).items():
+    for mode, group in tables.grouped(mixed).items():
         said = (row | {"direction": DIRECTIONS[row["direction"]]} for row in group)
         columns = [(name, name, partial(over, other="one")) for name in names if name != "one"]
         notes = [
@@ -309,7 +309,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             "one is 1; below 1 is faster. Quartiles in brackets.",
         ]
         points = tables.labelled(said, "{dtype} {direction}, T {T}, {N} x {K}, r {r}")
-        yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, notes)
+        yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, *notes)
     lines = []
     for row in banks:
         size = f" of {row['bytes'] / 1024:g} KiB" if "bytes" in row else ""
@@ -323,7 +323,6 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"record, checked. adapter: select one of {MODULES} modules that is in no slot. All from the page "
             "cache.",
             "Quartiles in brackets.",
-            *tables.noise(lines),
         )
         yield Table("A bank, by its records", ["", "ms", "over the fewest records", "over warm"], lines, notes)
 

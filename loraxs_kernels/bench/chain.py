@@ -96,7 +96,7 @@ def _rows(request: Request, *where: Any) -> Iterator[Row]:
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Ratios to the reference's four ops, and on a GPU the bandwidth achieved."""
-    for mode, group in tables.by_mode(rows).items():
+    for mode, group in tables.grouped(rows).items():
         points = tables.labelled(group, "{dtype} {direction} T {T}, {N} x {K}, r {r}")
         names = tables.present(PATHS, points)
         columns, notes = [], ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
@@ -105,7 +105,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             notes.append("TB/s: x once and y once, over the time; in brackets, of this GPU's copy.")
         over = partial(tables.over, other="reference")
         columns += [(f"{name} over reference", name, over) for name in names if name != "reference"]
-        yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, notes)
+        yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, *notes)
 
 
 QUESTION = Question(name="chain", plan=plan, tables=show, paths=paths.PATHS)

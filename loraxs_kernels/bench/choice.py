@@ -28,7 +28,7 @@ from .compare import Build, Candidate, Row, checked, failure, figures, timed, to
 from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
-from .tables import Table, over, pivot
+from .tables import Table
 
 ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
@@ -185,15 +185,12 @@ def _layers(measured: list[Row], name: str, mode: str | None = None) -> dict[tup
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Over the torch backend's time."""
     names = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "torch"]
-    for mode, group in tables.by_mode(rows).items():
-        points = pivot(group, "dtype", "direction", "weight", "T", "r", "N", "K")
-        lines = [
-            [f"{dtype} {direction}{' with W' * weight}, T {T}, r {r}, {N} x {K}"]
-            + [over(point.get(name), "torch") for name in names]
-            for (dtype, direction, weight, T, r, N, K), point in points.items()
-        ]
+    for mode, group in tables.grouped(rows).items():
+        said = (row | {"with W": " with W" * row["weight"]} for row in group)
+        points = tables.labelled(said, "{dtype} {direction}{with W}, T {T}, r {r}, {N} x {K}")
+        columns = [(name, name, partial(tables.over, other="torch")) for name in names]
         note = "The torch backend is 1; below 1 is faster. Quartiles in brackets."
-        yield Table(f"Calls of the primitive, {mode}", ["", *names], lines, (note, *tables.noise(lines)))
+        yield tables.compared(f"Calls of the primitive, {mode}", points, columns, note)
 
 
 QUESTION = Question(name="choice", plan=plan, tables=show, paths=paths.PATHS)

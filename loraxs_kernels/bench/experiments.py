@@ -21,8 +21,8 @@ UNITS = {"s": (1e6, " us"), "x": (1, ""), "B/s": (1e-9, " GB/s")}
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """A line for each prediction; then the GEMM with a tail, by the order of its tiles, over the library's x W^T."""
     if lines := [_prediction(row) for row in rows if "predicted" in row]:
-        notes = ("Quartiles in brackets.", *tables.noise(lines))
-        yield Table("What was predicted", ["", "predicted", "measured", "measured / predicted"], lines, notes)
+        head = ["", "predicted", "measured", "measured / predicted"]
+        yield Table("What was predicted", head, lines, ["Quartiles in brackets."])
     points: dict[str, dict[str, Row]] = {}
     for row in (row for row in rows if "wave_bytes" in row):
         tile, cut = row["path"].split(" ", 1)
@@ -35,7 +35,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             "measured, if nothing stayed in the cache from the one before."
         )
         columns = [(name, name, _wave) for name in names]
-        yield tables.compared("x W^T + u B^T by the order of tiles", points, columns, [note])
+        yield tables.compared("x W^T + u B^T by the order of tiles", points, columns, note)
 
 
 def _prediction(row: Row) -> list[str]:

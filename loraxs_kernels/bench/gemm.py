@@ -158,7 +158,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
     others += ["cuda"] if any(row["picked"] for row in rows) else []
     columns = [(f"{name} over frozen", name, partial(tables.over, other="frozen")) for name in others]
-    notes, why = ["Quartiles in brackets."], []
+    notes, noise = ["Quartiles in brackets."], {}
     if tables.gpu(report):
         columns = [("frozen, TFLOP/s", "frozen", _flops)]
         for name in others:
@@ -168,13 +168,13 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
             "% added: time added to the floor's, quartiles in brackets."
         ]
-        why = ["its quartiles are too far apart"]
+        noise = {"noise": tax.NOISE}
     if any("tile" in row for row in rows):
         notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
     if "cuda" in others:
         notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
-    for mode, group in tables.by_mode(rows).items():
-        yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, notes, *why)
+    for mode, group in tables.grouped(rows).items():
+        yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, *notes, **noise)
 
 
 def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:

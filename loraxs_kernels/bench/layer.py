@@ -78,11 +78,11 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"Adapter tax in % of the frozen linears, {model or 'shapes as given'}, {dtype}, {what}, {mode}",
             ["", *(f"T {at.T} r {at.r}" for at in grid)],
             lines,
-            (
+            [
                 f"Linears: {shapes}. Quartiles in brackets; in square ones what bytes and flops alone add at this "
                 "run's own ceilings.",
-                *tables.noise(lines, "its quartiles are too far apart"),
-            ),
+            ],
+            tax.NOISE,
         )
 
 
@@ -99,7 +99,7 @@ def _ratios(rows: list[Row]) -> Iterator[Table]:
         title = f"One layer, {DIRECTIONS[rows[0]['direction']]}, as a multiple of the time of: {other}"
         note = f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets."
         columns = [(name, name, partial(tables.over, other=other)) for name in names]
-        yield tables.compared(title, points, columns, [note])
+        yield tables.compared(title, points, columns, note)
 
 
 class Spot(NamedTuple):

@@ -331,7 +331,7 @@ def steps(
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
-    for with_it, group in _by_checkpointing(rows).items():
+    for with_it, group in _by_checkpointing(rows):
         first = group[0]
         compiled = ["over it compiled"] if any("frozen+compile" in row["over"] for row in group) else []
         cost = ["tokens/s", "peak GiB"] if tables.gpu(report) else []
@@ -346,25 +346,21 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"{first['T']} tokens in sequences of {first['sequence']}, {with_it} activation checkpointing",
             ["", "r", "trained", *cost, "time over the frozen model", *compiled],
             lines,
-            (
+            [
                 "One way after another, by the host's clock. The frozen model: forward, and gradients for its input. "
-                "Quartiles in brackets.",
-                *tables.noise(lines),
-            ),
+                "Quartiles in brackets."
+            ],
         )
 
 
-def _by_checkpointing(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {"without": [], "with": []}
-    for row in rows:
-        found["with" if row["checkpointing"] else "without"].append(row)
-    return {with_it: group for with_it, group in found.items() if group}
+def _by_checkpointing(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    return [("with" if it else "without", group) for it, group in tables.grouped(rows, "checkpointing").items()]
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Time and, on a GPU, memory."""
     rows = [row for row in rows if "frozen" in row["over"] and not row["again"]]
-    for with_it, group in _by_checkpointing(rows).items():
+    for with_it, group in _by_checkpointing(rows):
         times, memory = "time, as a multiple of the frozen model's", "peak memory, GiB"
         panels: dict[str, list[plots.Bar]] = {times: []}
         for row in group:

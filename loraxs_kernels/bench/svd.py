@@ -264,7 +264,7 @@ def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which
     theirs = (("time", partial(over, other=OURS)), *errors)
     columns += [(f"{name}: {head}", name, cell) for name in rivals for head, cell in theirs]
     notes += [f"{name}: {METHODS[name].what}." for name in rivals]
-    return tables.compared(title, points, columns, notes)
+    return tables.compared(title, points, columns, *notes)
 
 
 def _milliseconds(row: Row) -> str:

@@ -15,6 +15,7 @@ from .shapes import MODELS, Shape
 from .timer import Spread
 
 Paths = dict[str, dict[Shape, Row]]
+NOISE = "its quartiles are too far apart"
 
 
 class Point(NamedTuple):
