@@ -185,11 +185,12 @@ def test_noise_is_told():
 def test_figures_are_ratios_within_rounds_and_noisy_by_time_and_floor():
     steady, wild = torch.ones(4), torch.tensor([1.0, 2.0, 1.0, 3.0])
     samples = {"frozen": 2 * wild, "torch": wild, "addmm": 4 * steady}
-    found = {name: compare.figures(samples, name, torch.device("cpu"), ("frozen", "addmm")) for name in samples}
+    beside = {name: samples[name] for name in ("frozen", "addmm")}
+    found = {name: compare.figures(name, own, beside, torch.device("cpu")) for name, own in samples.items()}
     assert found["torch"]["over"]["frozen"] == {"low": 0.5, "median": 0.5, "high": 0.5}
     assert "seconds" not in found["torch"] and found["torch"]["path"] == "torch" and found["torch"]["rounds"] == 4
     assert {name: row["noisy"] for name, row in found.items()} == {"frozen": False, "torch": False, "addmm": True}
-    on_a_gpu = compare.figures(samples, "torch", torch.device("cuda"), ("addmm",))
+    on_a_gpu = compare.figures("torch", wild, {"addmm": samples["addmm"]}, torch.device("cuda"))
     assert on_a_gpu["seconds"]["median"] == 1.5 and on_a_gpu["noisy"]
 
 
@@ -500,32 +501,34 @@ def test_a_model_is_as_it_was_after_each_way(tiny_model, name):
         linears = 2 * 7
         expected = {"frozen": 0, "peft-lora": None}.get(name, linears * 4 * 4)
         assert trained == expected if expected is not None else trained > linears * 4 * 4
+        assert set(tiny_model.parameters()) <= set(changed.parameters())  # none is copied
     assert state() == before
     assert not any(p.requires_grad for p in tiny_model.parameters())
 
 
 def test_a_step_of_another_function_is_found_out(tiny_model, monkeypatch):
     request = dataclasses.replace(tiny(questions=["model"], model="tiny", shapes=[]), sequence=8, paths=())
-    expected = model.reference_gR(tiny_model, 4, request)
-    *_, first = model.steps(tiny_model, "reference", 4, False, request, expected)
-    *_, second = model.steps(tiny_model, "torch", 4, False, request, expected)
+    monkeypatch.setattr(model, "build", lambda request: tiny_model)
+    steps = model.Steps(request)
+    *_, first = steps.steps("reference", 4, False)
+    *_, second = steps.steps("torch", 4, False)
     assert first["gR_difference"] < 1e-4 and 0 < second["gR_difference"] < 1e-4
     forward = LoraXSLinear.forward
     monkeypatch.setattr(LoraXSLinear, "forward", lambda self, x: forward(self, x) * 0.5)
     with pytest.raises(BenchError, match="it is wrong: gR differs"):
-        model.steps(tiny_model, "torch", 4, False, request, expected)
+        steps.steps("torch", 4, False)
 
 
 def test_on_a_gpu_a_step_is_over_the_first_of_the_frozen_model_and_drift_is_noise(monkeypatch):
     times = {"frozen": [1.0, 1.1], "torch": [2.0], "frozen+compile": [0.5, 0.6], "torch+compile": [1.0]}
 
-    def steps(model, name, *_):
+    def steps(self, name, *_):
         samples = torch.full((7,), times[name].pop(0), dtype=torch.float64)
         return samples, samples, {"loss": 1.0}
 
     built = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 3})})
-    for name, fake in {"build": lambda request: built, "steps": steps, "reference_gR": lambda *_: None}.items():
-        monkeypatch.setattr(model, name, fake)
+    monkeypatch.setattr(model, "build", lambda request: built)
+    monkeypatch.setattr(model.Steps, "steps", steps)
     request = tiny(questions=["model"], model="tiny", shapes=[], paths=["torch", "compile"])
     on_a_gpu = dataclasses.replace(request, device=torch.device("cuda"))
     points = [point for point in model.plan(on_a_gpu) if not point.where["checkpointing"]]

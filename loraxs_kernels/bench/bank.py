@@ -227,9 +227,9 @@ def _by_records(request: Request) -> Iterator[Row]:
         for device, ways, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
             samples = _samples(ways, device, request)
             for (path, n), own in samples.items():
-                beside = {path: own, "fewest": samples[path, min(m for p, m in samples if p == path)]}
+                beside = {"fewest": samples[path, min(m for p, m in samples if p == path)]}
                 beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
-                row = where | {"records": n} | figures(beside, path, device, ("fewest", "warm"))
+                row = where | {"records": n} | figures(path, own, beside, device)
                 yield row | ({"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {})
 
 
@@ -270,7 +270,7 @@ def _whole_adapter(request: Request) -> Iterator[Row]:
             samples = _samples({"adapter": partial(_each, call, names)}, request.device, request)
             bank.detach(model)
     seconds = timer.Spread.of(samples["adapter"])
-    found = figures(samples, "adapter", request.device, ())
+    found = figures("adapter", samples["adapter"], {}, request.device)
     found |= {"seconds": asdict(seconds), "noisy": seconds.noisy, "bytes": 2 * MODULES * r * r}
     yield {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16"} | found
 

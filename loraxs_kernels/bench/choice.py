@@ -65,8 +65,9 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
         for name in [name for name, each in samples.items() if not each.quantile(0.25) > 0.1 * rest.median()]:
             del samples[name]
             yield {"mode": mode} | failure(name, f"{LOST} {BESIDE} it")
-        for name in samples:
-            yield told(right[name], mode) | figures(samples, name, request.device, ("torch",))
+        beside = {name: each for name, each in samples.items() if name == "torch"}
+        for name, own in samples.items():
+            yield told(right[name], mode) | figures(name, own, beside, request.device)
 
 
 def _copies(case: Case, work: float) -> list[Callable[[], None]]:

@@ -67,8 +67,9 @@ def compare(
         before = timer.gauges(request.device)
         samples = yield from timed(request, right, mode, **how)
         gauges = {"gauges": [before, timer.gauges(request.device)]} if before else {}
-        for name in samples:
-            yield gauges | told(right[name], mode) | figures(samples, name, request.device, over)
+        beside = {other: samples[other] for other in over if other in samples}
+        for name, own in samples.items():
+            yield gauges | told(right[name], mode) | figures(name, own, beside, request.device)
 
 
 def checked(names: Iterable[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
@@ -117,15 +118,14 @@ def told(candidate: Candidate, mode: str | None = None) -> Row:
     return {key: value for key, value in known.items() if value} | candidate.facts
 
 
-def figures(samples: dict[str, Tensor], name: str, device: torch.device, over: Sequence[str] = OVER) -> Row:
-    """Time (on a GPU) and ratios to other paths, taken round by round; noisy: the time, or the first of the ratios."""
-    own = samples[name]
-    ratios = {other: Spread.of(own / samples[other]) for other in over if other in samples}
-    spreads = [Spread.of(own)] if device.type == "cuda" else []
+def figures(name: str, own: Tensor, beside: dict[str, Tensor], device: torch.device) -> Row:
+    """Time (on a GPU) and ratios to others, taken round by round; noisy: the time, or the first of the ratios."""
+    over = {other: Spread.of(own / its) for other, its in beside.items()}
+    seconds = [Spread.of(own)] if device.type == "cuda" else []
     row: Row = {"path": name, "status": "ok", "rounds": len(own)}
-    row |= {"seconds": asdict(spreads[0])} if spreads else {}
-    row["over"] = {other: asdict(ratio) for other, ratio in ratios.items()}
-    return row | {"noisy": any(spread.noisy for spread in [*spreads, *list(ratios.values())[:1]])}
+    row |= {"seconds": asdict(seconds[0])} if seconds else {}
+    row["over"] = {other: asdict(ratio) for other, ratio in over.items()}
+    return row | {"noisy": any(spread.noisy for spread in [*seconds, *list(over.values())[:1]])}
 
 
 def failure(name: str, why: str | BaseException) -> Row:

@@ -202,8 +202,8 @@ def _whole(request: Request, r: int) -> Iterator[Row]:
             yield {"matrices": len(linears)} | failure(name, error)
             continue
         samples[name] = torch.tensor(took, dtype=torch.float64)
-        beside = {"this": samples[name]} | ({OURS: samples[OURS].quantile(0.5)} if OURS in samples else {})
-        row = figures(beside, "this", request.device, (OURS,)) | {"path": name} | facts
+        beside = {OURS: samples[OURS].quantile(0.5)} if OURS in samples else {}
+        row = figures(name, samples[name], beside, request.device) | facts
         row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
         yield {"matrices": len(linears)} | row
 
