@@ -24,7 +24,7 @@ from ..backends.device import Device
 from ..backends.triton.config import padded
 from . import paths, tables, timer
 from .chain import Case
-from .compare import Build, Candidate, Row, checked, failure, figures, timed, told
+from .compare import Build, Candidate, Row, checked, failure, figures, timed
 from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
@@ -67,7 +67,7 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
             yield {"mode": mode} | failure(name, f"{LOST} {BESIDE} it")
         beside = {name: each for name, each in samples.items() if name == "torch"}
         for name, own in samples.items():
-            yield told(right[name], mode) | figures(name, own, beside, request.device)
+            yield {"mode": mode} | right[name].row | figures(name, own, beside, request.device)
 
 
 def _copies(case: Case, work: float) -> list[Callable[[], None]]:

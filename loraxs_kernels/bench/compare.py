@@ -45,6 +45,11 @@ class Candidate:
     def wrong(self) -> list[str]:
         return [what for what, each in self.errors.items() if not each["error"] <= each["allowed"]]
 
+    @property
+    def row(self) -> Row:
+        """What is known before it is timed."""
+        return ({"errors": self.errors} if self.errors else {}) | self.facts
+
     def ready(self, device: torch.device, mode: str) -> timer.Pass:
         return timer.prepare(self.calls, device, mode == "graph", self.within, self.warm)
 
@@ -69,7 +74,7 @@ def compare(
         gauges = {"gauges": [before, timer.gauges(request.device)]} if before else {}
         beside = {other: samples[other] for other in over if other in samples}
         for name, own in samples.items():
-            yield gauges | told(right[name], mode) | figures(name, own, beside, request.device)
+            yield {"mode": mode} | gauges | right[name].row | figures(name, own, beside, request.device)
 
 
 def checked(names: Iterable[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
@@ -88,7 +93,7 @@ def checked(names: Iterable[str], operands: Callable[[], Build]) -> Generator[Ro
             yield failure(name, error)
             continue
         if candidate.wrong:
-            yield told(candidate) | failure(name, f"not timed, it is wrong: {', '.join(candidate.wrong)}")
+            yield candidate.row | failure(name, f"not timed, it is wrong: {', '.join(candidate.wrong)}")
         else:
             right[name] = candidate
     return right
@@ -110,12 +115,6 @@ def timed(
         lost = failure("", error)["reason"]
         yield from ({"mode": mode} | failure(name, lost) for name in passes)
         return {}
-
-
-def told(candidate: Candidate, mode: str | None = None) -> Row:
-    """What is known of a path before it is timed."""
-    known = {"mode": mode, "errors": candidate.errors}
-    return {key: value for key, value in known.items() if value} | candidate.facts
 
 
 def figures(name: str, own: Tensor, beside: dict[str, Tensor], device: torch.device) -> Row:
