@@ -155,8 +155,8 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """On a GPU the speed of each path and the time it adds to the library's x W^T, else ratios to that."""
+    rows = _with_picked(rows)
     others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
-    others += ["cuda"] if any(row["picked"] for row in rows) else []
     columns = [(f"{name} over frozen", name, partial(tables.over, other="frozen")) for name in others]
     notes, noise = ["Quartiles in brackets."], {}
     if tables.gpu(report):
@@ -177,21 +177,19 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, *notes, **noise)
 
 
+def _with_picked(rows: list[Row]) -> list[Row]:
+    """The rows, and of the path that the cuda backend would use once more, as "cuda"."""
+    return [*rows, *(row | {"path": "cuda"} for row in rows if row["picked"])]
+
+
 def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """Rows by path, and under "cuda" what that backend would use: of blocks of several shapes, then of each shape."""
+    """Rows by path: of blocks of several shapes, then of each shape."""
     points: dict[str, dict[str, Row]] = {}
     for at, found in tax.points(rows).items():
-        found["cuda"] = picked(found)
         if len(found["frozen"]) > 1:
             where = f"{at.dtype} {at.direction} T {at.T} r {at.r}, the linears of {at.model or 'all shapes'}"
             points[where] = {name: _block(found, name) for name in found if tax.measured(found, name)}
-    choices = [row | {"path": "cuda"} for row in rows if row["picked"]]
-    return points | tables.labelled([*rows, *choices], "{dtype} {direction} T {T} r {r}, {N} x {K}")
-
-
-def picked(found: tax.Paths) -> dict[Shape, Row]:
-    """Of each shape the row of the path that the cuda backend would use."""
-    return {shape: row for each in found.values() for shape, row in each.items() if row["picked"]}
+    return points | tables.labelled(rows, "{dtype} {direction} T {T} r {r}, {N} x {K}")
 
 
 def _block(found: tax.Paths, name: str) -> Row:
@@ -222,8 +220,7 @@ def _added(row: Row) -> str:
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """What u B^T adds to the library's x W^T over a block, on a GPU."""
     modes: dict[str, dict[str, list[plots.Bar]]] = {}
-    for at, found in tax.points(rows).items():
-        found["cuda"] = picked(found)
+    for at, found in tax.points(_with_picked(rows)).items():
         where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
         for path in found:
             if path != "frozen" and (added := tax.measured(found, path)):

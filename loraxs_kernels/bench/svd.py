@@ -102,26 +102,21 @@ def _one(request: Request, shape: Shape) -> Iterator[Row]:
         W = weight(shape, request)
         return W, *truth(W)
 
-    for r in request.ranks:
-        yield from ({"r": r} | row for row in _at_rank(request, shape, r, made))
+    def prepare(r: int) -> Build:
+        return partial(build, r, *made())
 
-
-def _at_rank(request: Request, shape: Shape, r: int, made: Callable[[], tuple[Tensor, Tensor, float]]) -> Iterator[Row]:
-    def prepare() -> Build:
-        W, *true = made()
-
-        def build(name: str) -> Candidate:
-            if r > min(W.shape):
-                raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
-            call = partial(METHODS[name].compute, W, r)
-            found, peak = _peak(call, request)
-            facts = accuracy(W, *found, *true) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
-            return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
-
-        return build
+    def build(r: int, W: Tensor, sigma: Tensor, energy: float, name: str) -> Candidate:
+        if r > min(W.shape):
+            raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
+        call = partial(METHODS[name].compute, W, r)
+        found, peak = _peak(call, request)
+        facts = accuracy(W, *found, sigma, energy) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
+        return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
 
     names = [name for name in METHODS if name in request.paths]
-    return compare(request, names, prepare, (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
+    for r in request.ranks:
+        rows = compare(request, names, partial(prepare, r), (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
+        yield from ({"r": r} | row for row in rows)
 
 
 def weight(shape: Shape, request: Request, seed: int = 0) -> Tensor:
