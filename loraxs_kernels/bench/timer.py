@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -241,13 +242,12 @@ def ceilings(device: torch.device, size: int = 8192) -> Ceilings:
     target = torch.empty_like(source)
     half, single = (torch.randn(2, size, size, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     calls = {
-        "copy": lambda: target.copy_(source),
-        "half": lambda: torch.mm(half[0], half[1]),
-        "single": lambda: torch.mm(single[0], single[1]),
+        "copy": partial(target.copy_, source),
+        "half": partial(torch.mm, *half),
+        "single": partial(torch.mm, *single),
     }
     passes = {name: prepare(lambda call=call: [call], device) for name, call in calls.items()}
-    samples = interleave(passes, device, 0.1)
-    copy, half_s, single_s = (samples[name].median().item() for name in ("copy", "half", "single"))
+    copy, half_s, single_s = (each.median().item() for each in interleave(passes, device, 0.1).values())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     flops = 2.0 * size**3
     return Ceilings(name, 8.0 * words / copy, flops / half_s, flops / single_s, f"measured: copy, GEMM of {size}^3")
