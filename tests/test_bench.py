@@ -61,7 +61,7 @@ def rows_of(request: Request) -> list[dict]:
 
 def planted(build, missing=lambda: None) -> paths.Path:
     """A path in the place of addmm."""
-    return paths.Path(name="addmm", what="", build=build, missing=missing)
+    return paths.Path("addmm", "", "", missing=missing, build=build)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -891,7 +891,7 @@ def test_a_browser_shows_the_plots(tmp_path):
 def test_every_path_has_a_colour():
     """Of its own, where it may stand beside others."""
     for known in (paths.PATHS, svd.METHODS):
-        own = [path.colour for path in known.values() if path.colour != question.Path.colour]
+        own = [path.colour for path in known.values() if path.colour != question.GREY]
         assert len(own) == len(set(own)) >= len(known) - 1  # a new backend may have none yet
     assert len({gemm._colour(path) for path in gemm.PATHS}) == len(gemm.PATHS)
 

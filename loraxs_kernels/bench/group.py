@@ -63,11 +63,11 @@ def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterat
         each = [replace(o, x=each[0].x) for o in each]
         return each, [fused(o) for o in each]
 
-    def prepare() -> Build:
-        def size(each: Set) -> int:
-            x = each[0][0].x  # which all layers share
-            return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
+    def size(each: Set) -> int:
+        x = each[0][0].x  # which all layers share
+        return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
 
+    def prepare() -> Build:
         sets = timer.in_sets(make, request.device, size)
 
         def build(name: str) -> Candidate:

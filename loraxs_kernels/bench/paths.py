@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -73,11 +73,11 @@ class Layer:
     s: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Path(question.Path):
     """`build` makes a layer on operands; `within` is open while it runs."""
 
-    build: Callable[[Operands], Layer]
+    build: Callable[[Operands], Layer] = field(kw_only=True)
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -89,7 +89,7 @@ def _path(name: str, colour: str, what: str, **more: Any) -> Callable[[Callable]
     """The function below it is how the path is built."""
 
     def register(build: Callable) -> Callable:
-        PATHS[name] = Path(name=name, colour=colour, what=what, build=build, **more)
+        PATHS[name] = Path(name, colour, what, build=build, **more)
         return build
 
     return register
@@ -256,7 +256,7 @@ for _name in backends.NAMES:
     _what = f"LoraXSLinear on the {_name} backend"
     _what += ": expand first, then the base GEMM accumulates" * (_name == "torch")
     _where = {"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)}
-    _path(_name, _COLOURS.get(_name, question.Path.colour), _what, **_where)(_backend)
+    _path(_name, _COLOURS.get(_name, question.GREY), _what, **_where)(_backend)
 _path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
 # Only for the question host.
 _WHAT = "two frozen linears by torch.compile: its floor"
@@ -270,23 +270,20 @@ PATHS["operator"] = question.earlier("operator", "#9ecae1", _WHAT)
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
     """What is timed: forward (under no_grad), backward (of a kept graph) or both; gradients for x and `trained`."""
 
-    def forward(layer: Layer, o: Operands) -> Call:
-        def run() -> None:
+    def one(layer: Layer, o: Operands) -> Call:
+        def forward() -> None:
             with torch.no_grad():
                 layer.call(o.x)
 
-        return run
-
-    def both(layer: Layer, o: Operands) -> Call:
         inputs = (o.x, *layer.trained)
-        return lambda: torch.autograd.grad(layer.call(o.x), inputs, o.gY)
-
-    def backward(layer: Layer, o: Operands) -> Call:
-        inputs, y = (o.x, *layer.trained), layer.call(o.x)
+        if direction == "forward":
+            return forward
+        if direction == "both":
+            return lambda: torch.autograd.grad(layer.call(o.x), inputs, o.gY)
+        y = layer.call(o.x)
         return lambda: torch.autograd.grad(y, inputs, o.gY, retain_graph=True)
 
-    make = {"forward": forward, "both": both, "backward": backward}[direction]
-    return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
+    return list(map(one, layers, sets))
 
 
 def forward_and_backward(layer: Layer, o: Operands) -> tuple[Tensor, ...]:

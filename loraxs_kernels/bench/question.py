@@ -25,25 +25,28 @@ if TYPE_CHECKING:
     from .tables import Table
 
 
-@dataclass(frozen=True, kw_only=True)
+GREY = "#7f7f7f"
+
+
+@dataclass(frozen=True)
 class Path:
     """A way to compute something that is timed beside others."""
 
     name: str
+    colour: str  # in plots
     what: str
-    colour: str = "#7f7f7f"  # in plots
     run: str = "default"  # part of a run that names no paths; "all": of one with `--paths all`; "named": of none
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
 
 
 def earlier(name: str, colour: str, what: str) -> Path:
     """A path that can only be found in reports of earlier versions."""
-    return Path(name=name, what=what, colour=colour, run="named", missing=lambda: "it is measured no more")
+    return Path(name, colour, what, "named", lambda: "it is measured no more")
 
 
 def colour(paths: Mapping[str, Path], name: str) -> str:
     """Of a path, or of what a report has that is none of today's."""
-    return paths[name].colour if name in paths else Path.colour
+    return paths[name].colour if name in paths else GREY
 
 
 @dataclass(frozen=True)

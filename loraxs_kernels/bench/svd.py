@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -31,11 +31,11 @@ MIN_ROUNDS = 5  # a full decomposition may take minutes
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method(Path):
     """`compute(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
 
-    compute: Callable[[Tensor, int], Triplets]
+    compute: Callable[[Tensor, int], Triplets] = field(kw_only=True)
 
 
 def _sklearn(W: Tensor, r: int) -> Triplets:
@@ -51,12 +51,13 @@ def _no_sklearn() -> str | None:
     return None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed"
 
 
-def _svd_lowrank(niter: int, more: int) -> Callable[[Tensor, int], Triplets]:
-    def run(W: Tensor, r: int) -> Triplets:
+def _lowrank(name: str, colour: str, niter: int, more: int = 10, run: str = "default", note: str = "") -> Method:
+    def compute(W: Tensor, r: int) -> Triplets:
         U, S, V = torch.svd_lowrank(W.float(), q=min(r + more, *W.shape), niter=niter)
         return U[:, :r], S[:r], V[:, :r].T
 
-    return run
+    what = f"torch.svd_lowrank, niter = {niter}{note}, q = r{f' + {more}' if more else ''}"
+    return Method(name, colour, what, run, compute=compute)
 
 
 def _full(W: Tensor, r: int) -> Triplets:
@@ -64,27 +65,23 @@ def _full(W: Tensor, r: int) -> Triplets:
     return U[:, :r], S[:r], Vh[:r]
 
 
-_HOW: list[tuple[str, str, str, str, Callable[[Tensor, int], Triplets]]] = [
-    (OURS, "#1f77b4", "default", "truncated_svd", truncated_svd),
-    ("loraxs-krylov", "#6baed6", "all", "truncated_svd, krylov", partial(truncated_svd, method="krylov")),
-    ("loraxs-subspace", "#2ca02c", "all", "truncated_svd, subspace", partial(truncated_svd, method="subspace")),
-    ("sklearn", "#e6550d", "default", "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)", _sklearn),
-    ("svd-lowrank", "#b8860b", "default", "torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
-    (
-        "svd-lowrank-2",
-        "#f2c14e",
-        "default",
-        "torch.svd_lowrank, niter = 2 (its default), q = r + 10",
-        _svd_lowrank(2, 10),
-    ),
-    ("svd-lowrank-4", "#d9a441", "default", "torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
-    ("svd-lowrank-r", "#8c6d31", "all", "torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0)),
-    ("svd-full", "#000000", "all", "torch.linalg.svd", _full),
-]
+_krylov, _subspace = (partial(truncated_svd, method=how) for how in ("krylov", "subspace"))
+_SKLEARN = "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)"
 METHODS: dict[str, Path] = {
-    "loraxs-eigh-gpu": earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU")
-} | {name: Method(name=name, colour=c, run=run, what=what, compute=call) for name, c, run, what, call in _HOW}
-METHODS["sklearn"] = replace(METHODS["sklearn"], missing=_no_sklearn)
+    each.name: each
+    for each in (
+        earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU"),
+        Method(OURS, "#1f77b4", "truncated_svd", compute=truncated_svd),
+        Method("loraxs-krylov", "#6baed6", "truncated_svd, krylov", "all", compute=_krylov),
+        Method("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", "all", compute=_subspace),
+        Method("sklearn", "#e6550d", _SKLEARN, missing=_no_sklearn, compute=_sklearn),
+        _lowrank("svd-lowrank", "#b8860b", 10),
+        _lowrank("svd-lowrank-2", "#f2c14e", 2, note=" (its default)"),
+        _lowrank("svd-lowrank-4", "#d9a441", 4),
+        _lowrank("svd-lowrank-r", "#8c6d31", 10, more=0, run="all"),
+        Method("svd-full", "#000000", "torch.linalg.svd", "all", compute=_full),
+    )
+}
 
 
 def plan(request: Request) -> list[Point]:
