@@ -14,7 +14,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
 from operator import itemgetter
@@ -230,7 +230,7 @@ def _by_records(request: Request) -> Iterator[Row]:
                 beside = {"fewest": samples[path, min(m for p, m in samples if p == path)]}
                 beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
                 row = where | {"records": n} | figures(path, own, beside, device)
-                yield row | ({"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {})
+                yield row | ({"seconds": timer.spread(own), "bytes": 4 * r * r} if path == "read" else {})
 
 
 def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
@@ -269,9 +269,9 @@ def _whole_adapter(request: Request) -> Iterator[Row]:
 
             samples = _samples({"adapter": partial(_each, call, names)}, request.device, request)
             bank.detach(model)
-    seconds = timer.Spread.of(samples["adapter"])
+    seconds = timer.spread(samples["adapter"])
     found = figures("adapter", samples["adapter"], {}, request.device)
-    found |= {"seconds": asdict(seconds), "noisy": seconds.noisy, "bytes": 2 * MODULES * r * r}
+    found |= {"seconds": seconds, "noisy": timer.noisy(seconds), "bytes": 2 * MODULES * r * r}
     yield {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16"} | found
 
 

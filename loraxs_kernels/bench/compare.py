@@ -9,7 +9,7 @@ import gc
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from . import BenchError, timer
 from .request import Request
-from .timer import Call, Spread
+from .timer import Call
 
 ROWS = 64  # of y and gX that are compared with an oracle; what is small is compared whole
 
@@ -119,12 +119,10 @@ def timed(
 
 def figures(name: str, own: Tensor, beside: dict[str, Tensor], device: torch.device) -> Row:
     """Time (on a GPU) and ratios to others, taken round by round; noisy: the time, or the first of the ratios."""
-    over = {other: Spread.of(own / its) for other, its in beside.items()}
-    seconds = [Spread.of(own)] if device.type == "cuda" else []
-    row: Row = {"path": name, "status": "ok", "rounds": len(own)}
-    row |= {"seconds": asdict(seconds[0])} if seconds else {}
-    row["over"] = {other: asdict(ratio) for other, ratio in over.items()}
-    return row | {"noisy": any(spread.noisy for spread in [*seconds, *list(over.values())[:1]])}
+    seconds = {"seconds": timer.spread(own)} if device.type == "cuda" else {}
+    over = {other: timer.spread(own / its) for other, its in beside.items()}
+    noisy = any(map(timer.noisy, [*seconds.values(), *list(over.values())[:1]]))
+    return {"path": name, "status": "ok", "rounds": len(own), **seconds, "over": over, "noisy": noisy}
 
 
 def failure(name: str, why: str | BaseException) -> Row:

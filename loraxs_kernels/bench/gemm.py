@@ -199,10 +199,10 @@ def _block(found: tax.Paths, name: str) -> Row:
         return sum(shape.count * what(row) for shape, row in found[path].items())
 
     added = tax.measured(found, name)
-    ratio = {end: 1 + value for end, value in dataclasses.asdict(added).items()}
+    ratio = {end: 1 + value / 100 for end, value in added.items()}
     floor = total("frozen", lambda row: row["seconds"]["median"])
     row: Row = {what: total(name, itemgetter(what)) for what in ("flops", "floor_flops")}
-    return row | {"seconds": {"median": floor * ratio["median"]}, "over": {"frozen": ratio}, "noisy": added.noisy}
+    return row | {"seconds": {"median": floor * ratio["median"]}, "over": {"frozen": ratio}, "noisy": tax.noisy(added)}
 
 
 def _flops(row: Row) -> str:
@@ -214,7 +214,7 @@ def _flops(row: Row) -> str:
 
 
 def _added(row: Row) -> str:
-    return tables.percent(tax.Tax.of_ratio(row["over"]["frozen"])) if "frozen" in row["over"] else tables.NO_FIGURE
+    return tax.shown(tax.of_ratio(row["over"]["frozen"])) if "frozen" in row["over"] else tables.NO_FIGURE
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
@@ -224,9 +224,8 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
         where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
         for path in found:
             if path != "frozen" and (added := tax.measured(found, path)):
-                spread = {name: 100 * value for name, value in dataclasses.asdict(added).items()}
                 group = modes.setdefault(at.mode, {}).setdefault(where, [])
-                group.append((_colour(path), f"{path}, {at.direction}", spread))
+                group.append((_colour(path), f"{path}, {at.direction}", added))
     for mode, groups in modes.items():
         title = f"u B^T, u given: time added to the library's x W^T, {mode} mode"
         yield plots.bars(f"gemm-{mode}", title, groups, xlabel="% of the frozen linears' time")

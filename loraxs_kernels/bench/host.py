@@ -52,7 +52,7 @@ def _counted(name: str, request: Request) -> dict[str, int] | None:
     o = _operands(request, request.ranks[0])
     try:
         with PATHS[name].within():
-            built = PATHS[name].build(o)
+            built = PATHS[name].make(o)
             backward = partial(torch.autograd.grad, inputs=(o.x, *built.trained), grad_outputs=o.gY)
             backward(built.call(o.x))  # warm-up
             y, forward = _kernels(partial(built.call, o.x))

@@ -46,7 +46,7 @@ def candidate(request: Request, sets: list[Operands], name: str) -> Candidate:
     path = PATHS[name]
     facts: Row = {"sets": len(sets)}
     with path.within():
-        layers = list(map(path.build, sets))
+        layers = list(map(path.make, sets))
         found = layer_errors(layers[0], sets[0])
         if request.gpu:
             (call,) = calls(layers[:1], sets[:1], request.direction)
@@ -88,8 +88,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
 
 def _tax(report: dict[str, Any], at: tax.Point, paths: tax.Paths, name: str) -> str:
     found, least = tax.measured(paths, name), tax.least(report, at, paths, name)
-    floor = "" if least is None else f" [{100 * least:.1f}]"
-    return tables.NO_FIGURE if found is None else tables.percent(found, floor)
+    floor = "" if least is None else f" [{least:.1f}]"
+    return tables.NO_FIGURE if found is None else tax.shown(found, floor)
 
 
 def _ratios(rows: list[Row]) -> Iterator[Table]:
@@ -110,7 +110,7 @@ class Spot(NamedTuple):
     T: int
     r: int
     path: str
-    tax: tax.Tax | None
+    tax: timer.Spread | None
     floor: float | None = None
 
 
@@ -133,8 +133,7 @@ def _of_layers(rows: list[Row]) -> Iterator[Spot]:
     for row in rows:
         if row["path"] != "frozen" and "frozen" in row["over"]:
             of = f"{row['N']} x {row['K']} {row['dtype']}"
-            found = tax.Tax.of_ratio(row["over"]["frozen"])
-            yield Spot(of, row["mode"], row["T"], row["r"], row["path"], found)
+            yield Spot(of, row["mode"], row["T"], row["r"], row["path"], tax.of_ratio(row["over"]["frozen"]))
 
 
 def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Spot]:
@@ -156,10 +155,10 @@ def _panel(axes: Axes, spots: list[Spot], x: str) -> None:
         style = {"color": colour(PATHS, path)}
         if measured := [(at(spot), spot.tax) for spot in own if spot.tax]:
             xs = [where for where, _ in measured]
-            low, median, high = ([100 * getattr(t, end) for _, t in measured] for end in ("low", "median", "high"))
+            low, median, high = ([tax[end] for _, tax in measured] for end in ("low", "median", "high"))
             axes.plot(xs, median, "o-", label=path, markersize=4, **style)
             axes.fill_between(xs, low, high, alpha=0.15, **style)
-        if floors := [(at(spot), 100 * spot.floor) for spot in own if spot.floor is not None]:
+        if floors := [(at(spot), spot.floor) for spot in own if spot.floor is not None]:
             axes.plot(*zip(*floors, strict=True), ":", label=f"{path}, floor", **style)
     ticks = sorted(set(map(at, spots)))
     axes.set_xscale("log", base=2)
@@ -167,7 +166,7 @@ def _panel(axes: Axes, spots: list[Spot], x: str) -> None:
     axes.minorticks_off()
     axes.axhline(0, color="black", linewidth=0.8)
     # One path far above the others must not press them flat.
-    if max(spot.tax.median if spot.tax else 0 for spot in spots) > 2:
+    if max(spot.tax["median"] if spot.tax else 0 for spot in spots) > 200:
         axes.set_yscale("symlog", linthresh=50)
     axes.set(xlabel=x, ylabel="% of the frozen linears' time")
 

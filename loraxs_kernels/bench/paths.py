@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -24,8 +23,8 @@ from ..backends.torch import scaled_mm
 from ..linear import LoraXSLinear
 from ..ops import LowRankLinear
 from ..padding import padded_rows
-from . import question
 from .compare import errors, some
+from .question import GREY, Path, earlier
 from .timer import Call
 
 
@@ -73,24 +72,16 @@ class Layer:
     s: float = 1.0
 
 
-@dataclass(frozen=True)
-class Path(question.Path):
-    """`build` makes a layer on operands; `within` is open while it runs."""
-
-    build: Callable[[Operands], Layer] = field(kw_only=True)
-    within: Callable[[], AbstractContextManager] = nullcontext
-
-
-# Ours in blues and greens, what people run today in warm colours, the floor black.
-PATHS: dict[str, question.Path] = {}
+# `make` makes a layer on operands.  Ours in blues and greens, what people run today in warm colours, the floor black.
+PATHS: dict[str, Path] = {}
 
 
 def _path(name: str, colour: str, what: str, **more: Any) -> Callable[[Callable], Callable]:
     """The function below it is how the path is built."""
 
-    def register(build: Callable) -> Callable:
-        PATHS[name] = Path(name, colour, what, build=build, **more)
-        return build
+    def register(make: Callable[[Operands], Layer]) -> Callable[[Operands], Layer]:
+        PATHS[name] = Path(name, colour, what, make=make, **more)
+        return make
 
     return register
 
@@ -256,7 +247,7 @@ for _name in backends.NAMES:
     _what = f"LoraXSLinear on the {_name} backend"
     _what += ": expand first, then the base GEMM accumulates" * (_name == "torch")
     _where = {"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)}
-    _path(_name, _COLOURS.get(_name, question.GREY), _what, **_where)(_backend)
+    _path(_name, _COLOURS.get(_name, GREY), _what, **_where)(_backend)
 _path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
 # Only for the question host.
 _WHAT = "two frozen linears by torch.compile: its floor"
@@ -264,7 +255,7 @@ _path("two", "#6baed6", "two LoraXSLinear layers on one x", run="named")(partial
 _path("two-compile", "#2171b5", "the same two by torch.compile", run="named")(partial(_two, layer=fused))
 _path("two-frozen-compile", "#525252", _WHAT, run="named")(partial(_two, layer=Operands.linear))
 _WHAT = "the same through the torch.library operator, called eagerly"
-PATHS["operator"] = question.earlier("operator", "#9ecae1", _WHAT)
+PATHS["operator"] = earlier("operator", "#9ecae1", _WHAT)
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:

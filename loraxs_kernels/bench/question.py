@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path as File
@@ -37,6 +38,8 @@ class Path:
     what: str
     run: str = "default"  # part of a run that names no paths; "all": of one with `--paths all`; "named": of none
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    make: Callable | None = None  # how its question builds or calls it
+    within: Callable[[], AbstractContextManager] = nullcontext  # open while it is built and runs
 
 
 def earlier(name: str, colour: str, what: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -31,13 +30,6 @@ MIN_ROUNDS = 5  # a full decomposition may take minutes
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Method(Path):
-    """`compute(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
-
-    compute: Callable[[Tensor, int], Triplets] = field(kw_only=True)
-
-
 def _sklearn(W: Tensor, r: int) -> Triplets:
     """As the LoRA-XS reference calls it: n_iter = 10, on the CPU, the vectors from the fitted transform."""
     from sklearn.decomposition import TruncatedSVD
@@ -51,13 +43,13 @@ def _no_sklearn() -> str | None:
     return None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed"
 
 
-def _lowrank(name: str, colour: str, niter: int, more: int = 10, run: str = "default", note: str = "") -> Method:
+def _lowrank(name: str, colour: str, niter: int, more: int = 10, run: str = "default", note: str = "") -> Path:
     def compute(W: Tensor, r: int) -> Triplets:
         U, S, V = torch.svd_lowrank(W.float(), q=min(r + more, *W.shape), niter=niter)
         return U[:, :r], S[:r], V[:, :r].T
 
     what = f"torch.svd_lowrank, niter = {niter}{note}, q = r{f' + {more}' if more else ''}"
-    return Method(name, colour, what, run, compute=compute)
+    return Path(name, colour, what, run, make=compute)
 
 
 def _full(W: Tensor, r: int) -> Triplets:
@@ -67,19 +59,20 @@ def _full(W: Tensor, r: int) -> Triplets:
 
 _krylov, _subspace = (partial(truncated_svd, method=how) for how in ("krylov", "subspace"))
 _SKLEARN = "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)"
+# `make(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise.
 METHODS: dict[str, Path] = {
     each.name: each
     for each in (
         earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU"),
-        Method(OURS, "#1f77b4", "truncated_svd", compute=truncated_svd),
-        Method("loraxs-krylov", "#6baed6", "truncated_svd, krylov", "all", compute=_krylov),
-        Method("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", "all", compute=_subspace),
-        Method("sklearn", "#e6550d", _SKLEARN, missing=_no_sklearn, compute=_sklearn),
+        Path(OURS, "#1f77b4", "truncated_svd", make=truncated_svd),
+        Path("loraxs-krylov", "#6baed6", "truncated_svd, krylov", "all", make=_krylov),
+        Path("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", "all", make=_subspace),
+        Path("sklearn", "#e6550d", _SKLEARN, missing=_no_sklearn, make=_sklearn),
         _lowrank("svd-lowrank", "#b8860b", 10),
         _lowrank("svd-lowrank-2", "#f2c14e", 2, note=" (its default)"),
         _lowrank("svd-lowrank-4", "#d9a441", 4),
         _lowrank("svd-lowrank-r", "#8c6d31", 10, more=0, run="all"),
-        Method("svd-full", "#000000", "torch.linalg.svd", "all", compute=_full),
+        Path("svd-full", "#000000", "torch.linalg.svd", "all", make=_full),
     )
 }
 
@@ -105,7 +98,7 @@ def _one(request: Request, shape: Shape) -> Iterator[Row]:
     def build(r: int, W: Tensor, sigma: Tensor, energy: float, name: str) -> Candidate:
         if r > min(W.shape):
             raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
-        call = partial(METHODS[name].compute, W, r)
+        call = partial(METHODS[name].make, W, r)
         found, peak = _peak(call, request)
         facts = accuracy(W, *found, sigma, energy) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
         return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
@@ -211,11 +204,11 @@ def _attached(linears: nn.ModuleList, r: int) -> list[Factors]:
     return [(layer.A, layer.B) for layer in layers]
 
 
-def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
+def _looped(method: Path) -> Callable[[nn.ModuleList, int], list[Factors]]:
     def run(linears: nn.ModuleList, r: int) -> list[Factors]:
         made = []
         for W in (linear.weight for linear in linears):
-            U, S, Vh = method.compute(W, r)
+            U, S, Vh = method.make(W, r)
             made.append(((S[:, None] * Vh).to(W.dtype), U.to(W.dtype)))
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .compare import Row
@@ -115,7 +115,7 @@ def figure(text: str, noisy: bool, rest: str = "") -> str:
     return Noisy(f"{text}~{rest}") if noisy else f"{text}{rest}"
 
 
-def quartiles(found: Mapping[str, float], digits: int, noisy: bool = False, scale: float = 1.0, rest: str = "") -> str:
+def quartiles(found: Spread, digits: int, noisy: bool = False, scale: float = 1.0, rest: str = "") -> str:
     """A spread: its median, and in brackets its quartiles."""
     low, median, high = (f"{scale * found[each]:.{digits}f}" for each in ("low", "median", "high"))
     return figure(median, noisy, f" ({low} to {high}){rest}")
@@ -127,11 +127,6 @@ def over(row: Row | None, other: str) -> str:
         return NO_FIGURE
     ratio = row["over"][other]
     return "1" if ratio["low"] == ratio["high"] == 1 else quartiles(ratio, 2, row["noisy"])
-
-
-def percent(found: Spread, rest: str = "") -> str:
-    """A spread in percent, with its quartiles."""
-    return quartiles(asdict(found), 1, found.noisy, 100, rest)
 
 
 def bandwidth(row: Row, report: dict[str, Any]) -> str:

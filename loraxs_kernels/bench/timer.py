@@ -29,28 +29,20 @@ from .roofline import Ceilings
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 SAMPLE = 5e-3  # seconds a sample should last at least
 NOISY = 0.10  # quartiles further apart than this fraction of the median: the figure is not to be trusted
-QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 _L2_MULTIPLE = 3  # the sets of operands together, as a multiple of the L2 cache
 
 Call = Callable[[], Any]
+Spread = dict[str, float]  # low, median, high: quartiles of a figure over rounds
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Quartiles of a figure over rounds."""
+def spread(samples: Tensor) -> Spread:
+    quartiles = samples.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return dict(zip(("low", "median", "high"), quartiles.tolist(), strict=True))
 
-    low: float
-    median: float
-    high: float
 
-    @classmethod
-    def of(cls, samples: Tensor) -> Spread:
-        return cls(*samples.double().quantile(QUARTILES).tolist())
-
-    @property
-    def noisy(self) -> bool:
-        return self.high - self.low > NOISY * self.median
+def noisy(figure: Spread) -> bool:
+    return figure["high"] - figure["low"] > NOISY * figure["median"]
 
 
 def sets_needed(device: torch.device, bytes_each: int) -> int:
