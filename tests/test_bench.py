@@ -56,7 +56,7 @@ def tiny(**changes) -> Request:
 
 def rows_of(request: Request) -> list[dict]:
     (name,) = request.questions
-    return list(QUESTIONS[name].rows(request))
+    return [row for point in QUESTIONS[name].plan(request) for row in QUESTIONS[name].at(request, point)]
 
 
 def planted(make, missing=lambda: None) -> question.Path:
@@ -186,11 +186,11 @@ def test_figures_are_ratios_within_rounds_and_noisy_by_time_and_floor():
     steady, wild = torch.ones(4), torch.tensor([1.0, 2.0, 1.0, 3.0])
     samples = {"frozen": 2 * wild, "torch": wild, "addmm": 4 * steady}
     beside = {name: samples[name] for name in ("frozen", "addmm")}
-    found = {name: compare.figures(name, own, beside, torch.device("cpu")) for name, own in samples.items()}
+    found = {name: compare.figures(name, own, beside, False) for name, own in samples.items()}
     assert found["torch"]["over"]["frozen"] == {"low": 0.5, "median": 0.5, "high": 0.5}
     assert "seconds" not in found["torch"] and found["torch"]["path"] == "torch" and found["torch"]["rounds"] == 4
     assert {name: row["noisy"] for name, row in found.items()} == {"frozen": False, "torch": False, "addmm": True}
-    on_a_gpu = compare.figures("torch", wild, {"addmm": samples["addmm"]}, torch.device("cuda"))
+    on_a_gpu = compare.figures("torch", wild, {"addmm": samples["addmm"]}, True)
     assert on_a_gpu["seconds"]["median"] == 1.5 and on_a_gpu["noisy"]
 
 
@@ -283,6 +283,7 @@ def test_bank_rows_are_checked_and_timed(small_bank):
     batches = [(path, n) for n in (128, 200) for path in ("warm", "cold")]  # two batches of different samples
     assert list(banks) == [*batches, ("read", 1), ("read", 200), ("adapter", 5)]
     assert banks["cold", 200]["over"].keys() == {"fewest", "warm"} and banks["read", 200]["over"].keys() == {"fewest"}
+    assert banks["warm", 200]["over"]["warm"]["median"] == 1
     assert (banks["read", 1]["bytes"], banks["adapter", 5]["bytes"]) == (4 * 4**2, 3 * 2 * 4**2)
     assert banks["adapter", 5]["seconds"]["median"] > 0
     assert len(bank.QUESTION.plan(small_bank)) == 4

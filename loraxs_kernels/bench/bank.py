@@ -59,12 +59,11 @@ def mix(name: str, T: int) -> list[int]:
 
 
 def _one(o: Operands, Rs: Tensor, index: list[int]) -> Layer:
-    R = Rs[0].clone().requires_grad_()
-    return Layer(lambda x: run(x, o.W, o.A, R, o.B, o.s, name=""), (R,))
+    return _indexed(o, Rs[0])
 
 
-def _indexed(o: Operands, Rs: Tensor, index: list[int]) -> Layer:
-    Rs, laid_out = Rs.clone().requires_grad_(), RowIndex(index, len(Rs), Rs.device)
+def _indexed(o: Operands, Rs: Tensor, index: list[int] | None = None) -> Layer:
+    Rs, laid_out = Rs.clone().requires_grad_(), index and RowIndex(index, len(Rs), Rs.device)
     return Layer(lambda x: run(x, o.W, o.A, Rs, o.B, o.s, name="", index=laid_out), (Rs,))
 
 
@@ -214,7 +213,7 @@ def _by_records(request: Request) -> Iterator[Row]:
             names = _filled(folder, nn.Sequential(o.linear()), r, n, torch.float32)
             if n in request.records:
                 bank, R = stack.enter_context(AdapterBank(folder)), torch.empty(r * r)
-                reads["read", n] = partial(_each, lambda name, bank=bank, R=R: bank.read(name, R), names)
+                reads["read", n] = _each(lambda name, bank=bank, R=R: bank.read(name, R), names)
             for path in ("warm", "cold") if n == _enough(n) else ():
                 bank = stack.enter_context(AdapterBank(folder))
                 model = bank.attach(nn.Sequential(o.linear()), SAMPLES, progress=False)
@@ -223,14 +222,14 @@ def _by_records(request: Request) -> Iterator[Row]:
                     continue
                 last = SAMPLES if path == "warm" else n - n % SAMPLES
                 groups = [names[i : i + SAMPLES] for i in range(0, last, SAMPLES)]
-                batches[path, n] = partial(_each, lambda ids, model=model: model(x, adapter_ids=ids), groups)
-        for device, ways, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
+                batches[path, n] = _each(lambda ids, model=model: model(x, adapter_ids=ids), groups)
+        for ways, device in ((batches, request.device), (reads, torch.device("cpu"))):
             samples = _samples(ways, device, request)
             for (path, n), own in samples.items():
                 beside = {"fewest": samples[path, min(m for p, m in samples if p == path)]}
-                beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
-                row = where | {"records": n} | figures(path, own, beside, device)
-                yield row | ({"seconds": timer.spread(own), "bytes": 4 * r * r} if path == "read" else {})
+                beside |= {"warm": samples["warm", n]} if ("warm", n) in samples else {}
+                what, absolute = ({"bytes": 4 * r * r}, True) if path == "read" else (layer, request.gpu)
+                yield {"records": n} | what | figures(path, own, beside, absolute)
 
 
 def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
@@ -239,8 +238,8 @@ def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
     return lambda: call(next(things))
 
 
-def _samples(ways: dict[Any, Callable[[], timer.Call]], device: torch.device, request: Request) -> dict[Any, Tensor]:
-    passes = {key: timer.prepare(lambda make=make: [make()], device) for key, make in ways.items()}
+def _samples(ways: dict[Any, timer.Call], device: torch.device, request: Request) -> dict[Any, Tensor]:
+    passes = {key: timer.prepare(lambda call=call: [call], device) for key, call in ways.items()}
     return timer.interleave(passes, device, FLAT_SECONDS * request.seconds)
 
 
@@ -267,12 +266,10 @@ def _whole_adapter(request: Request) -> Iterator[Row]:
                 with bank.select([name]):
                     pass
 
-            samples = _samples({"adapter": partial(_each, call, names)}, request.device, request)
+            (samples,) = _samples({"": _each(call, names)}, request.device, request).values()
             bank.detach(model)
-    seconds = timer.spread(samples["adapter"])
-    found = figures("adapter", samples["adapter"], {}, request.device)
-    found |= {"seconds": seconds, "noisy": timer.noisy(seconds), "bytes": 2 * MODULES * r * r}
-    yield {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16"} | found
+    what = {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16", "bytes": 2 * MODULES * r * r}
+    yield what | figures("adapter", samples, {}, True)
 
 
 def _copies(linear: nn.Linear) -> nn.Sequential:

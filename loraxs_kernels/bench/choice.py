@@ -67,7 +67,7 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
             yield {"mode": mode} | failure(name, f"{LOST} {BESIDE} it")
         beside = {name: each for name, each in samples.items() if name == "torch"}
         for name, own in samples.items():
-            yield {"mode": mode} | right[name].row | figures(name, own, beside, request.device)
+            yield {"mode": mode} | right[name].row | figures(name, own, beside, request.gpu)
 
 
 def _copies(case: Case, work: float) -> list[Callable[[], None]]:

@@ -70,7 +70,8 @@ def run(asked: Request, out: Path | None, commit: str | None = None) -> Report:
     except KeyboardInterrupt:
         print("\nstopped; what was measured until now:", file=sys.stderr)
     else:
-        report.finish()
+        report.data["complete"] = True
+        report.save()
     tables.show(questions.tables_of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report

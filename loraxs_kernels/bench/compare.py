@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,7 +25,6 @@ ROWS = 64  # of y and gX that are compared with an oracle; what is small is comp
 
 Row = dict[str, Any]
 Results = dict[str, Tensor]
-OVER = ("frozen", "reference", "peft-lora", "torch")  # whose time a path's is divided by, the floor first
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,16 @@ def compare(
     request: Request,
     names: Sequence[str],
     operands: Callable[[], Build],
-    over: Sequence[str] = OVER,
+    over: Sequence[str],
     *,
     modes: Sequence[str] = (),
     **how: Any,
 ) -> Iterator[Row]:
-    """Rows of every path in every mode.  operands: makes them, and returns what builds a path on them by its name."""
+    """Rows of every path in every mode.
+
+    operands: makes them, and returns what builds a path on them by its name.  over: paths whose time a path's is
+    divided by, the floor first.
+    """
     right = yield from checked(names, operands)
     for mode in modes or request.modes:
         before = timer.gauges(request.device)
@@ -74,12 +77,11 @@ def compare(
         gauges = {"gauges": [before, timer.gauges(request.device)]} if before else {}
         beside = {other: samples[other] for other in over if other in samples}
         for name, own in samples.items():
-            yield {"mode": mode} | gauges | right[name].row | figures(name, own, beside, request.device)
+            yield {"mode": mode} | gauges | right[name].row | figures(name, own, beside, request.gpu)
 
 
-def checked(names: Iterable[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
+def checked(names: Sequence[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
     """Yields the rows of paths that cannot be built, or are wrong; returns the others."""
-    names = list(names)
     try:
         build = operands()
     except torch.OutOfMemoryError:
@@ -117,9 +119,9 @@ def timed(
         return {}
 
 
-def figures(name: str, own: Tensor, beside: dict[str, Tensor], device: torch.device) -> Row:
-    """Time (on a GPU) and ratios to others, taken round by round; noisy: the time, or the first of the ratios."""
-    seconds = {"seconds": timer.spread(own)} if device.type == "cuda" else {}
+def figures(name: str, own: Tensor, beside: dict[str, Tensor], absolute: bool) -> Row:
+    """Time, if it is wanted, and ratios to others, taken round by round; noisy: the time, or the first ratio."""
+    seconds = {"seconds": timer.spread(own)} if absolute else {}
     over = {other: timer.spread(own / its) for other, its in beside.items()}
     noisy = any(map(timer.noisy, [*seconds.values(), *list(over.values())[:1]]))
     return {"path": name, "status": "ok", "rounds": len(own), **seconds, "over": over, "noisy": noisy}
@@ -165,23 +167,17 @@ def some(x: Tensor) -> Tensor:
 
 
 class Case:
-    """Operands of a function of tensors, in sets that leave the cache; `expected` is its specification.
+    """Operands of a function of tensors, in sets that leave the cache.
 
-    A result is held until its set is called again, so that each set writes results of its own.
+    A question's own Case has `results(path)`, those of the first set, on `rows` where there are many, and
+    `expected(dtype)`, the same by the specification.
     """
 
     sets: list[tuple]  # what is called, with each in turn; x is the first of a set
     device: torch.device
 
-    def results(self, path: Callable) -> dict[str, Tensor | None]:
-        """Of the first set, on `rows` where there are many."""
-        raise NotImplementedError
-
-    def expected(self, dtype: torch.dtype) -> Results:
-        """The same, computed in a dtype."""
-        raise NotImplementedError
-
     def calls(self, path: Callable) -> list[Call]:
+        """A result is held until its set is called again, so that each set writes results of its own."""
         held: list[Any] = [None] * len(self.sets)
 
         def call(i: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+OVER = ("frozen", "reference", "peft-lora", "torch")
+
+
 def plan(request: Request) -> list[Point]:
     return grid(request, _rows, direction=[request.direction])
 
@@ -33,7 +36,7 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
     def prepare() -> partial:
         return partial(candidate, request, operands(request, shape, T, r))
 
-    return compare(request, [name for name in PATHS if name in request.paths], prepare)
+    return compare(request, [name for name in PATHS if name in request.paths], prepare, OVER)
 
 
 def operands(request: Request, shape: Shape, T: int, r: int) -> list[Operands]:
@@ -102,41 +105,29 @@ def _ratios(rows: list[Row]) -> Iterator[Table]:
         yield tables.compared(title, points, columns, note)
 
 
-class Spot(NamedTuple):
-    """Of a plot: a path's tax, where it was measured, and the floor of that, where there is one."""
-
-    of: str
-    mode: str
-    T: int
-    r: int
-    path: str
-    tax: timer.Spread | None
-    floor: float | None = None
-
-
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Tax against T, and against r: of a block on a GPU, of each shape on a CPU."""
     spots = list(_of_blocks(report, rows) if tables.gpu(report) else _of_layers(rows))
-    for mode in dict.fromkeys(spot.mode for spot in spots):
-        own = [spot for spot in spots if spot.mode == mode]
+    for mode, own in tables.grouped(spots).items():
         for x, other, what in (("T", "r", "tokens T"), ("r", "T", "rank r")):
-            if len({getattr(spot, x) for spot in own}) > 1:
-                groups: dict[str, list[Spot]] = {}
-                for spot in sorted(own, key=attrgetter("of", other, x)):
-                    of = f"{spot.of}, {other} = {getattr(spot, other)}"
+            if len({spot[x] for spot in own}) > 1:
+                groups: dict[str, list[Row]] = {}
+                for spot in sorted(own, key=itemgetter("of", other, x)):
+                    of = f"{spot['of']}, {other} = {spot[other]}"
                     groups.setdefault(of.removeprefix(", "), []).append(spot)
                 title = f"Adapter tax by {what}" + (f", {mode} mode" if tables.gpu(report) else "")
                 yield plots.panels(f"tax-by-{x}-{mode}", title, groups, partial(_panel, x=x))
 
 
-def _of_layers(rows: list[Row]) -> Iterator[Spot]:
+def _of_layers(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
         if row["path"] != "frozen" and "frozen" in row["over"]:
             of = f"{row['N']} x {row['K']} {row['dtype']}"
-            yield Spot(of, row["mode"], row["T"], row["r"], row["path"], tax.of_ratio(row["over"]["frozen"]))
+            yield row | {"of": of, "tax": tax.of_ratio(row["over"]["frozen"]), "floor": None}
 
 
-def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Spot]:
+def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Row]:
+    """Of a path in a block its tax, where it was measured, and the floor of that, where there is one."""
     seen: set[tuple] = set()
     for at, paths in tax.points(rows).items():
         for path in (*paths, "one-pass"):
@@ -145,28 +136,26 @@ def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Spot]:
             if path != "frozen" and where not in seen and (found or least is not None):
                 seen.add(where)
                 of = f"{at.model} {at.dtype} {DIRECTIONS[at.direction]}".strip()
-                yield Spot(of, at.mode, at.T, at.r, path, found, least)
+                yield {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path, "tax": found, "floor": least}
 
 
-def _panel(axes: Axes, spots: list[Spot], x: str) -> None:
-    at = attrgetter(x)
-    for path in dict.fromkeys(spot.path for spot in spots):
-        own = [spot for spot in spots if spot.path == path]
+def _panel(axes: Axes, spots: list[Row], x: str) -> None:
+    for path, own in tables.grouped(spots, "path").items():
         style = {"color": colour(PATHS, path)}
-        if measured := [(at(spot), spot.tax) for spot in own if spot.tax]:
+        if measured := [(spot[x], spot["tax"]) for spot in own if spot["tax"]]:
             xs = [where for where, _ in measured]
             low, median, high = ([tax[end] for _, tax in measured] for end in ("low", "median", "high"))
             axes.plot(xs, median, "o-", label=path, markersize=4, **style)
             axes.fill_between(xs, low, high, alpha=0.15, **style)
-        if floors := [(at(spot), spot.floor) for spot in own if spot.floor is not None]:
+        if floors := [(spot[x], spot["floor"]) for spot in own if spot["floor"] is not None]:
             axes.plot(*zip(*floors, strict=True), ":", label=f"{path}, floor", **style)
-    ticks = sorted(set(map(at, spots)))
+    ticks = sorted({spot[x] for spot in spots})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.axhline(0, color="black", linewidth=0.8)
     # One path far above the others must not press them flat.
-    if max(spot.tax["median"] if spot.tax else 0 for spot in spots) > 200:
+    if max(spot["tax"]["median"] if spot["tax"] else 0 for spot in spots) > 200:
         axes.set_yscale("symlog", linthresh=50)
     axes.set(xlabel=x, ylabel="% of the frozen linears' time")
 

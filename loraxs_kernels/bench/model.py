@@ -72,7 +72,7 @@ class Steps:
         if self.request.gpu:
             floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
             others = {floor: its.median() for floor, its in floors if its is not None}
-        row |= figures(name, samples, others, self.request.device) | facts
+        row |= figures(name, samples, others, self.request.gpu) | facts
         row["noisy"] |= self.request.gpu and row["again"] and abs(row["over"][name]["median"] - 1) > DRIFT
         yield row
 

@@ -91,10 +91,6 @@ class Question:
     how: str = ""  # it is measured, in a sentence for the page
     answered: str = ""  # where the answer is, if it is asked no more, and is here for the reports that have it
 
-    def rows(self, request: Request) -> Iterator[Row]:
-        for point in self.plan(request):
-            yield from self.at(request, point)
-
     def at(self, request: Request, point: Point) -> Iterator[Row]:
         """The rows of a point; one that breaks off costs only itself."""
         where = {"question": self.name, "model": request.model, **point.where, "dtype": request.dtype_name}
@@ -111,8 +107,9 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
 
     asked: options as the command line has them.  Raises BenchError, naming the option, what it was and what it must be.
     """
-    request = Request(**{key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()})
-    request = replace(request, questions=tuple(question.name for question in questions), device=_device(request.device))
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
+    names = tuple(question.name for question in questions)
+    request = Request(**given | {"questions": names, "device": _device(asked.get("device"))})
     known("direction", [request.direction], DIRECTIONS)
     known("mode", request.modes, MODES)
     one_of("model", request.model, "shape", list(request.shapes))

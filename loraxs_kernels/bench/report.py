@@ -94,10 +94,6 @@ class Report:
         self.data["rows"].append(row)
         self.save()
 
-    def finish(self) -> None:
-        self.data["complete"] = True
-        self.save()
-
     def save(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self.started, 1)
         save(self.data, self.path)

@@ -188,7 +188,7 @@ def _whole(request: Request, r: int) -> Iterator[Row]:
             continue
         samples[name] = torch.tensor(took, dtype=torch.float64)
         beside = {OURS: samples[OURS].quantile(0.5)} if OURS in samples else {}
-        row = figures(name, samples[name], beside, request.device) | facts
+        row = figures(name, samples[name], beside, request.gpu) | facts
         row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
         yield {"matrices": len(linears)} | row
 
