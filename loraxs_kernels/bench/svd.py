@@ -241,23 +241,21 @@ def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which
     ]
     cells: list[tuple[str, Callable[[Row], str]]] = []
     if tables.gpu(report):
-        cells = [("ms", _milliseconds), ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}")]
-        cells.append(("W read at, TB/s", partial(tables.bandwidth, report=report)))
+        cells = [
+            ("ms", lambda row: tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])),
+            ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}"),
+            ("W read at, TB/s", partial(tables.bandwidth, report=report)),
+        ]
         notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
-    errors = [("error", lambda row: f"{row['sigma_error']:.1e}"), ("excess", _excess)]
+    errors = [
+        ("error", lambda row: f"{row['sigma_error']:.1e}"),
+        ("excess", lambda row: tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"),
+    ]
     columns = [(head, OURS, cell) for head, cell in (*cells, *errors)]
     theirs = (("time", partial(over, other=OURS)), *errors)
     columns += [(f"{name}: {head}", name, cell) for name in rivals for head, cell in theirs]
     notes += [f"{name}: {METHODS[name].what}." for name in rivals]
     return tables.compared(title, points, columns, *notes)
-
-
-def _milliseconds(row: Row) -> str:
-    return tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
-
-
-def _excess(row: Row) -> str:
-    return tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
