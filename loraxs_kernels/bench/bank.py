@@ -31,7 +31,7 @@ from ..functional import run
 from ..indexed import RowIndex
 from ..model import attach
 from . import tables, timer
-from .compare import Build, Candidate, Results, Row, compare, errors, failure, figures, some
+from .compare import Candidate, Results, Row, compare, errors, failure, figures, some
 from .paths import Layer, Operands, calls, forward_and_backward
 from .question import Point, Question, grid
 from .request import Request
@@ -132,26 +132,23 @@ def plan(request: Request) -> list[Point]:
 def _mixed(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     """Rows of different adapters in one layer, each way."""
     make = partial(operands, shape=shape, T=T, r=r, request=request)
+    # For both modes:
+    sets = cache(lambda: timer.in_sets(make, request.device, lambda each: each[0].bytes))
+    known = cache(lambda which, apart: expected(*sets()[0], mix(which, T), apart))
 
-    @cache  # for both modes
-    def prepare() -> Build:
-        sets = timer.in_sets(make, request.device, lambda each: each[0].bytes)
-        known = cache(lambda which, apart: expected(*sets[0], mix(which, T), apart))
-
-        @cache
-        def build(name: str) -> Candidate:
-            which, make, _ = PATHS[name]
-            layers = [make(o, Rs, mix(which, T)) for o, Rs in sets]
-            found = check_layer(layers[0], sets[0][0], known(which, name in APART))
-            return Candidate(partial(calls, layers, [o for o, _ in sets], direction), found)
-
-        return build
+    @cache
+    def build(name: str) -> Candidate:
+        which, make, _ = PATHS[name]
+        layers = [make(o, Rs, mix(which, T)) for o, Rs in sets()]
+        found = check_layer(layers[0], sets()[0][0], known(which, name in APART))
+        return Candidate(partial(calls, layers, [o for o, _ in sets()], direction), found)
 
     for mode in request.modes:
         # PEFT's layer trains no R, no graph has what it does, and it holds a LoRA for each row.
         able = direction == "forward" and mode == "eager" and T <= PEFT_TOKENS and importlib.util.find_spec("peft")
         names = [name for name in PATHS if name != "peft" or able]
-        yield from ({"mode": mode} | row for row in compare(request, names, prepare, ("one",), modes=(mode,)))
+        rows = compare(request, names, sets, lambda _, name: build(name), ("one",), modes=(mode,))
+        yield from ({"mode": mode} | row for row in rows)
 
 
 def operands(seed: int, shape: Shape, T: int, r: int, request: Request) -> tuple[Operands, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from . import compare, paths, tables, timer
-from .compare import Build, Results, Row
+from .compare import Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, grid
 from .request import Request
@@ -87,11 +87,12 @@ def plan(request: Request) -> list[Point]:
 
 
 def _rows(request: Request, *where: Any) -> Iterator[Row]:
-    def operands() -> Build:
-        case = Case(*where, request.dtype, request.device)
-        return lambda name: case.candidate(PATHS[name](), bytes=case.bytes)
+    def build(case: Case, name: str) -> Candidate:
+        return case.candidate(PATHS[name](), bytes=case.bytes)
 
-    return compare.compare(request, [name for name in PATHS if name in request.paths], operands, ("reference", "torch"))
+    make = partial(Case, *where, request.dtype, request.device)
+    names = [name for name in PATHS if name in request.paths]
+    return compare.compare(request, names, make, build, ("reference", "torch"))
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:

@@ -24,7 +24,7 @@ from ..backends.device import Device
 from ..backends.triton.config import padded
 from . import paths, tables, timer
 from .chain import Case
-from .compare import Build, Candidate, Row, checked, failure, figures, timed
+from .compare import Candidate, Row, checked, failure, figures, timed
 from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
@@ -49,12 +49,13 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
     """Every backend on one kind of call, in turn with the others, and in CUDA graphs less the time of the copies."""
     copies: list[Callable[[], None]] = []  # for each set, or none
 
-    def operands() -> Build:
+    def make() -> Case:
         case = Case(shape, T, r, direction, request.dtype, request.device, weight)
         copies.extend(_copies(case, 2.0 * T * shape.N * shape.K * weight))
-        return lambda name: case.candidate(backends.primitive(name))
+        return case
 
-    right = yield from checked([name for name in backends.NAMES if name in request.paths], operands)
+    names = [name for name in backends.NAMES if name in request.paths]
+    right = yield from checked(names, make, lambda case, name: case.candidate(backends.primitive(name)))
     for mode in request.modes:
         beside = mode == "graph" and copies and right
         followed = {name: _followed(each, copies[0]) for name, each in right.items()} if beside else right

@@ -53,13 +53,11 @@ class Candidate:
         return timer.prepare(self.calls, device, mode == "graph", self.within, self.warm)
 
 
-Build = Callable[[str], Candidate]
-
-
 def compare(
     request: Request,
     names: Sequence[str],
-    operands: Callable[[], Build],
+    make: Callable[[], Any],
+    build: Callable[[Any, str], Candidate],
     over: Sequence[str],
     *,
     modes: Sequence[str] = (),
@@ -67,10 +65,10 @@ def compare(
 ) -> Iterator[Row]:
     """Rows of every path in every mode.
 
-    operands: makes them, and returns what builds a path on them by its name.  over: paths whose time a path's is
-    divided by, the floor first.
+    make: makes the operands, on which `build` builds a path by its name.  over: paths whose time a path's is divided
+    by, the floor first.
     """
-    right = yield from checked(names, operands)
+    right = yield from checked(names, make, build)
     for mode in modes or request.modes:
         before = timer.gauges(request.device)
         samples = yield from timed(request, right, mode, **how)
@@ -80,17 +78,19 @@ def compare(
             yield {"mode": mode} | gauges | right[name].row | figures(name, own, beside, request.gpu)
 
 
-def checked(names: Sequence[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
+def checked(
+    names: Sequence[str], make: Callable[[], Any], build: Callable[[Any, str], Candidate]
+) -> Generator[Row, None, dict[str, Candidate]]:
     """Yields the rows of paths that cannot be built, or are wrong; returns the others."""
     try:
-        build = operands()
+        operands = make()
     except torch.OutOfMemoryError:
         yield from (failure(name, "out of memory: the operands alone") for name in names)
         return {}
     right = {}
     for name in names:
         try:
-            candidate = build(name)
+            candidate = build(operands, name)
         except Exception as error:
             yield failure(name, error)
             continue

@@ -22,7 +22,7 @@ from ..backends.cuda import config, core
 from ..backends.device import facts
 from ..padding import padded_rows
 from . import BenchError, compare, paths, plots, tables, tax, timer
-from .compare import Build, Candidate, Results, Row
+from .compare import Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, colour, grid
 from .request import Request
@@ -123,18 +123,14 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
     tiles = "cuda" in request.paths and missing(request.dtype, request.device) is None
     names = [name for name in PATHS if name in request.paths or (tiles and name in TILES)]
 
-    def operands() -> Build:
-        case = Case(shape, T, r, direction, request.dtype, request.device)
-        picked = case.picked() if "cuda" in request.paths else None
+    def build(case: Case, name: str) -> Candidate:
+        if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
+            raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
+        picked = "cuda" in request.paths and name == case.picked()
+        return case.candidate(PATHS[name], **case.facts(name), picked=picked)
 
-        def build(name: str) -> Candidate:
-            if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
-                raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
-            return case.candidate(PATHS[name], **case.facts(name), picked=name == picked)
-
-        return build
-
-    return compare.compare(request, names, operands, ("frozen", "torch"))
+    make = partial(Case, shape, T, r, direction, request.dtype, request.device)
+    return compare.compare(request, names, make, build, ("frozen", "torch"))
 
 
 # --- what is shown

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..linear import LoraXSLinear, forward_together
 from . import tables, timer
-from .compare import Build, Candidate, Row, compare, errors
+from .compare import Candidate, Row, compare, errors
 from .paths import Operands, expected, fused
 from .question import Point, Question
 from .request import Request
@@ -67,16 +67,12 @@ def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterat
         x = each[0][0].x  # which all layers share
         return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
 
-    def prepare() -> Build:
-        sets = timer.in_sets(make, request.device, size)
+    def build(sets: list[Set], name: str) -> Candidate:
+        found = check(*sets[0]) if name == "together" else {}
+        return Candidate(lambda: [partial(step, name, *each) for each in sets], found)
 
-        def build(name: str) -> Candidate:
-            found = check(*sets[0]) if name == "together" else {}
-            return Candidate(lambda: [partial(step, name, *each) for each in sets], found)
-
-        return build
-
-    return compare(request, list(PATHS), prepare, ("frozen", "separate"))
+    sets = partial(timer.in_sets, make, request.device, size)
+    return compare(request, list(PATHS), sets, build, ("frozen", "separate"))
 
 
 def step(name: str, each: list[Operands], layers: list[LoraXSLinear]) -> tuple[Tensor, ...]:

@@ -32,8 +32,8 @@ def _rows(request: Request) -> Iterator[Row]:
     """A row for each path and rank; on a GPU with the kernels that it launches, at the first rank."""
     measured, names = [], [name for name in PATHS if name in request.paths]
     for r in request.ranks:
-        make = partial(layer.candidate, request, [_operands(request, r)])
-        rows = compare(request, names, lambda make=make: make, OVER, modes=("eager",), issue=True)
+        make, build = partial(_operands, request, r), partial(layer.candidate, request)
+        rows = compare(request, names, make, build, OVER, modes=("eager",), issue=True)
         measured += [{"r": r} | row for row in rows]
     counts = {}
     if request.gpu:
@@ -43,13 +43,13 @@ def _rows(request: Request) -> Iterator[Row]:
         yield row | (counts.get(row["path"], {}) if row["status"] == "ok" else {})
 
 
-def _operands(request: Request, r: int) -> Operands:
-    return Operands.random(TOKENS, SHAPE.N, SHAPE.K, r, request.dtype, request.device, seed=0)
+def _operands(request: Request, r: int) -> list[Operands]:
+    return [Operands.random(TOKENS, SHAPE.N, SHAPE.K, r, request.dtype, request.device, seed=0)]
 
 
 def _counted(name: str, request: Request) -> dict[str, int] | None:
     """How many kernels forward and backward launch, those of the frozen linear among them; None where it cannot run."""
-    o = _operands(request, request.ranks[0])
+    (o,) = _operands(request, request.ranks[0])
     try:
         with PATHS[name].within():
             built = PATHS[name].make(o)

@@ -33,10 +33,8 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
     if any(name.startswith("compile") for name in request.paths):
         torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
 
-    def prepare() -> partial:
-        return partial(candidate, request, operands(request, shape, T, r))
-
-    return compare(request, [name for name in PATHS if name in request.paths], prepare, OVER)
+    names, make = [name for name in PATHS if name in request.paths], partial(operands, request, shape, T, r)
+    return compare(request, names, make, partial(candidate, request), OVER)
 
 
 def operands(request: Request, shape: Shape, T: int, r: int) -> list[Operands]:

@@ -16,7 +16,7 @@ from ..model import attach, detach
 from ..svd import basis_size, truncated_svd
 from ..svd import plan as svd_plan
 from . import BenchError, plots, tables, timer
-from .compare import Build, Candidate, Row, compare, failure, figures
+from .compare import Candidate, Row, compare, failure, figures
 from .question import Path, Point, Question, colour, earlier
 from .request import Request
 from .shapes import MODELS, Shape
@@ -92,20 +92,19 @@ def _one(request: Request, shape: Shape) -> Iterator[Row]:
         W = weight(shape, request)
         return W, *truth(W)
 
-    def prepare(r: int) -> Build:
-        return partial(build, r, *made())
-
-    def build(r: int, W: Tensor, sigma: Tensor, energy: float, name: str) -> Candidate:
+    def build(made: tuple[Tensor, Tensor, float], name: str, r: int) -> Candidate:
+        W, *known = made
         if r > min(W.shape):
             raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
         call = partial(METHODS[name].make, W, r)
         found, peak = _peak(call, request)
-        facts = accuracy(W, *found, sigma, energy) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
+        facts = accuracy(W, *found, *known) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
         return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
 
     names = [name for name in METHODS if name in request.paths]
     for r in request.ranks:
-        rows = compare(request, names, partial(prepare, r), (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
+        how = dict(modes=("eager",), min_rounds=MIN_ROUNDS)
+        rows = compare(request, names, made, partial(build, r=r), (OURS,), **how)
         yield from ({"r": r} | row for row in rows)
 
 
