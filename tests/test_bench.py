@@ -678,6 +678,7 @@ BAD = {
     "an unknown dtype": (["--dtype", "fp8"], "dtype: got 'fp8', must be one of bf16, fp16, fp32"),
     "an unknown direction": (["--direction", "up"], "direction: got 'up', must be one of both, forward, backward"),
     "an unknown mode": (["--mode", "warp"], "mode: got 'warp', must be one of eager, graph"),
+    "graphs on a CPU": (["--mode", "graph", "--device", "cpu"], "mode: got 'graph' on a CPU, CUDA graphs need a GPU"),
     "a shape of one number": (["--shape", "4096"], "shape: got '4096', must be NxK"),
     "an empty shape": (["--shape", "0x64"], "shape: got '0x64', must be NxK"),
     "two sources of shapes": (["--shape", "4x4", "--model", "tiny"], "model and shape: got tiny and ['4x4']"),
@@ -711,11 +712,6 @@ def test_bad_requests_are_refused_before_anything_runs(case, tmp_path, capsys, m
     captured = capsys.readouterr()
     assert captured.err.startswith(f"loraxs bench: {message}") and captured.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_graph_mode_needs_a_gpu(capsys):
-    assert main(["bench", "--mode", "graph", "--device", "cpu"]) == 1
-    assert "CUDA graphs need a GPU" in capsys.readouterr().err
 
 
 def test_a_page_without_matplotlib_is_refused_at_once(monkeypatch, capsys, tmp_path):
@@ -781,8 +777,8 @@ def test_the_tax_is_weighted_by_how_often_a_shape_occurs():
     )
     assert tax.least(data, at, paths_at, "torch") == pytest.approx(100 * added / total["frozen"])
     assert "~" not in line[1]
-    assert tax.noisy(dict(low=3.0, median=4.0, high=5.1))  # goals differ by a few percent
-    assert not tax.noisy(dict(low=3.5, median=4.0, high=4.4))
+    assert tax.noisy(dict(low=3.0, median=4.0, high=4.1))  # goals differ by a few percent
+    assert not tax.noisy(dict(low=3.5, median=4.0, high=4.4)) and not tax.noisy(dict(low=36, median=40, high=45))
 
 
 def test_a_missing_shape_leaves_the_tax_open():
