@@ -294,7 +294,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Many adapters in one batch, over one adapter; then what depends on how many records a bank has."""
     mixed, banks = ([row for row in rows if of_banks == ("records" in row)] for of_banks in (False, True))
     mixed = sorted(mixed, key=itemgetter("direction", "T", "N", "K", "r"))
-    names = tables.present(PATHS, {"": {row["path"]: row for row in mixed}})
+    names = tables.present(PATHS, mixed)
     for mode, group in tables.grouped(mixed).items():
         said = (row | {"direction": DIRECTIONS[row["direction"]]} for row in group)
         columns = [(name, name, partial(over, other="one")) for name in names if name != "one"]

@@ -99,7 +99,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Ratios to the reference's four ops, and on a GPU the bandwidth achieved."""
     for mode, group in tables.grouped(rows).items():
         points = tables.labelled(group, "{dtype} {direction} T {T}, {N} x {K}, r {r}")
-        names = tables.present(PATHS, points)
+        names = tables.present(PATHS, group)
         columns, notes = [], ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
         if tables.gpu(report):
             columns = [(f"{name}, TB/s", name, partial(tables.bandwidth, report=report)) for name in names]

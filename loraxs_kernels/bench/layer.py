@@ -96,7 +96,7 @@ def _tax(report: dict[str, Any], at: tax.Point, paths: tax.Paths, name: str) -> 
 def _ratios(rows: list[Row]) -> Iterator[Table]:
     if rows:
         points, other = tables.labelled(rows, "{dtype} T {T}, {N} x {K}, r {r}"), tables.baseline(rows)
-        names = [name for name in tables.present(PATHS, points) if name != other]
+        names = [name for name in tables.present(PATHS, rows) if name != other]
         title = f"One layer, {DIRECTIONS[rows[0]['direction']]}, as a multiple of the time of: {other}"
         note = f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets."
         columns = [(name, name, partial(tables.over, other=other)) for name in names]

@@ -53,7 +53,7 @@ class Operands:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.x, self.gY, self.W, self.A, self.B))
+        return sum(t.nbytes for t in (self.x, self.gY, self.W, self.A, self.B))
 
     def linear(self) -> nn.Linear:
         """The frozen linear alone."""

@@ -233,7 +233,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
 
 def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which: str) -> Table:
     points = tables.labelled(rows, what)
-    rivals = [name for name in tables.present(METHODS, points) if name != OURS]
+    rivals = [name for name in tables.present(METHODS, rows) if name != OURS]
     notes = [
         "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
         f"value; excess: squared reconstruction error beyond the best of that rank, relative{which}"

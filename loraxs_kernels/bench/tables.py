@@ -93,9 +93,10 @@ def compared(
     return Table(title, ["", *(head for head, *_ in columns)], lines, notes, **more)
 
 
-def present(names: Iterable[str], points: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    """Those of the names that some point has, in their order."""
-    return [name for name in names if any(name in point for point in points.values())]
+def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:
+    """Those of the paths that have rows, in their order."""
+    found = {row["path"] for row in rows}
+    return [name for name in names if name in found]
 
 
 def grouped(rows: Iterable[Row], key: str = "mode") -> dict[Any, list[Row]]:
