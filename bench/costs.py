@@ -107,7 +107,7 @@ def launches(patch: Callable[..., None]) -> Iterator[tuple[str, float]]:
         return round(min(timeit.repeat(call, number=CALLS, repeat=ROUNDS, timer=time.process_time)) / CALLS * 1e6, 2)
 
     cases = {}
-    for way in ("forward", "backward"):  # sizes as in `loraxs bench experiments`: nothing here depends on them
+    for way in ("forward", "backward"):  # nothing here depends on the sizes
         x, _, *others = Case(Shape(64, 64), 64, 16, way, torch.bfloat16, torch.device("cpu")).sets[0]
         cases[way] = (x, *others)  # without W
     one, two = Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3, split_k=2, split_n=2)

@@ -44,7 +44,7 @@ import torch  # noqa: E402
 
 from loraxs_kernels.backends import NAMES as OURS  # noqa: E402
 from loraxs_kernels.backends.cuda import core  # noqa: E402
-from loraxs_kernels.bench import BenchError, experiments, report  # noqa: E402
+from loraxs_kernels.bench import BenchError, report  # noqa: E402
 from loraxs_kernels.bench.paths import PATHS  # noqa: E402
 from loraxs_kernels.bench.questions import QUESTIONS  # noqa: E402
 
@@ -72,7 +72,6 @@ SVDS = ["loraxs-svd", "loraxs-krylov", "loraxs-subspace", "svd-lowrank-4", "svd-
 # {step: (seconds it may take where others wait, arguments of `loraxs bench`, paths last)}; the headline first.
 BENCHES: dict[str, tuple[float, list[str]]] = {
     "tax": (140, ["layer", "--tokens", "512", "8192", "--rank", "16", "64"]),
-    "experiments": (60, ["experiments"]),
     "chain": (100, ["chain", "--tokens", "16", "512", "8192", "--rank", "16", "64", "--mode", "graph"]),
     "gemm": (90, ["gemm", "--tokens", "512", "8192", "--rank", "16", "64", "--mode", "graph", "--paths", "addmm"]),
     "group": (45, ["group", "--tokens", "512", "8192", "--rank", "16", "64"]),
@@ -282,13 +281,12 @@ def with_paths(arguments: list[str], left_out: dict[str, str]) -> list[str]:
 
 
 def summary(data: dict[str, Any]) -> str:
-    """A few lines: what passed, what the experiments say, what failed; the tests that did not pass come last."""
+    """A few lines: what passed, what failed; the tests that did not pass come last."""
     lines = [f"{name}: {outcomes.told(each)}" for name, each in data["tests"].items()] or ["no test ran"]
     lines += [f"{name}: {why}" for name, each in data["tests"].items() for why in each.get("skips", ())]
     if build := data.get("build"):
         lines.append(f"core: {build.get('why') or build['architectures']}")
     lines += [f"without {name}: {why}" for name, why in data["settings"]["left_out"].items()]
-    lines += experiments.in_short(data["rows"])
     failed = [row for row in data["rows"] if row["status"] == "failed"]
     lines += [f"failed: {row['question']} {row['path']}: {row['reason']}" for row in failed[:10]]
     counts = f"{len(data['rows'])} rows, {len(failed)} failed"

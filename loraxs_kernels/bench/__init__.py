@@ -3,7 +3,7 @@
 A question is a file, which has its grid, its paths, its rows, its table and its plot, and ends with its QUESTION:
 
     layer.py chain.py gemm.py group.py host.py choice.py svd.py model.py bank.py
-    experiments.py    what decides the design of the kernels, beside what was predicted of it
+    experiments.py    one that is answered: it shows the rows that reports have of it
 
 What they share, each file above those that it uses:
 

@@ -14,7 +14,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
 from operator import itemgetter
@@ -31,7 +31,7 @@ from ..functional import run
 from ..indexed import RowIndex
 from ..model import attach
 from . import tables, timer
-from .compare import Build, Candidate, Results, Row, compare, errors, failure, figures, some
+from .compare import Candidate, Results, Row, compare, errors, failure, figures, some
 from .paths import Layer, Operands, calls, forward_and_backward
 from .question import Point, Question, grid
 from .request import Request
@@ -59,12 +59,11 @@ def mix(name: str, T: int) -> list[int]:
 
 
 def _one(o: Operands, Rs: Tensor, index: list[int]) -> Layer:
-    R = Rs[0].clone().requires_grad_()
-    return Layer(lambda x: run(x, o.W, o.A, R, o.B, o.s, name=""), (R,))
+    return _indexed(o, Rs[0])
 
 
-def _indexed(o: Operands, Rs: Tensor, index: list[int]) -> Layer:
-    Rs, laid_out = Rs.clone().requires_grad_(), RowIndex(index, len(Rs), Rs.device)
+def _indexed(o: Operands, Rs: Tensor, index: list[int] | None = None) -> Layer:
+    Rs, laid_out = Rs.clone().requires_grad_(), index and RowIndex(index, len(Rs), Rs.device)
     return Layer(lambda x: run(x, o.W, o.A, Rs, o.B, o.s, name="", index=laid_out), (Rs,))
 
 
@@ -133,26 +132,23 @@ def plan(request: Request) -> list[Point]:
 def _mixed(request: Request, shape: Shape, T: int, r: int, direction: str) -> Iterator[Row]:
     """Rows of different adapters in one layer, each way."""
     make = partial(operands, shape=shape, T=T, r=r, request=request)
+    # For both modes:
+    sets = cache(lambda: timer.in_sets(make, request.device, lambda each: each[0].bytes))
+    known = cache(lambda which, apart: expected(*sets()[0], mix(which, T), apart))
 
-    @cache  # for both modes
-    def prepare() -> Build:
-        sets = timer.in_sets(make, request.device, lambda each: each[0].bytes)
-        known = cache(lambda which, apart: expected(*sets[0], mix(which, T), apart))
-
-        @cache
-        def build(name: str) -> Candidate:
-            which, make, _ = PATHS[name]
-            layers = [make(o, Rs, mix(which, T)) for o, Rs in sets]
-            found = check_layer(layers[0], sets[0][0], known(which, name in APART))
-            return Candidate(partial(calls, layers, [o for o, _ in sets], direction), found)
-
-        return build
+    @cache
+    def build(name: str) -> Candidate:
+        which, make, _ = PATHS[name]
+        layers = [make(o, Rs, mix(which, T)) for o, Rs in sets()]
+        found = check_layer(layers[0], sets()[0][0], known(which, name in APART))
+        return Candidate(partial(calls, layers, [o for o, _ in sets()], direction), found)
 
     for mode in request.modes:
         # PEFT's layer trains no R, no graph has what it does, and it holds a LoRA for each row.
         able = direction == "forward" and mode == "eager" and T <= PEFT_TOKENS and importlib.util.find_spec("peft")
         names = [name for name in PATHS if name != "peft" or able]
-        yield from ({"mode": mode} | row for row in compare(request, names, prepare, ("one",), modes=(mode,)))
+        rows = compare(request, names, sets, lambda _, name: build(name), ("one",), modes=(mode,))
+        yield from ({"mode": mode} | row for row in rows)
 
 
 def operands(seed: int, shape: Shape, T: int, r: int, request: Request) -> tuple[Operands, Tensor]:
@@ -214,7 +210,7 @@ def _by_records(request: Request) -> Iterator[Row]:
             names = _filled(folder, nn.Sequential(o.linear()), r, n, torch.float32)
             if n in request.records:
                 bank, R = stack.enter_context(AdapterBank(folder)), torch.empty(r * r)
-                reads["read", n] = partial(_each, lambda name, bank=bank, R=R: bank.read(name, R), names)
+                reads["read", n] = _each(lambda name, bank=bank, R=R: bank.read(name, R), names)
             for path in ("warm", "cold") if n == _enough(n) else ():
                 bank = stack.enter_context(AdapterBank(folder))
                 model = bank.attach(nn.Sequential(o.linear()), SAMPLES, progress=False)
@@ -223,14 +219,14 @@ def _by_records(request: Request) -> Iterator[Row]:
                     continue
                 last = SAMPLES if path == "warm" else n - n % SAMPLES
                 groups = [names[i : i + SAMPLES] for i in range(0, last, SAMPLES)]
-                batches[path, n] = partial(_each, lambda ids, model=model: model(x, adapter_ids=ids), groups)
-        for device, ways, where in ((request.device, batches, layer), (torch.device("cpu"), reads, {})):
+                batches[path, n] = _each(lambda ids, model=model: model(x, adapter_ids=ids), groups)
+        for ways, device in ((batches, request.device), (reads, torch.device("cpu"))):
             samples = _samples(ways, device, request)
             for (path, n), own in samples.items():
-                beside = {path: own, "fewest": samples[path, min(m for p, m in samples if p == path)]}
-                beside |= {"warm": samples["warm", n]} if path == "cold" and ("warm", n) in samples else {}
-                row = where | {"records": n} | figures(beside, path, device, ("fewest", "warm"))
-                yield row | ({"seconds": asdict(timer.Spread.of(own)), "bytes": 4 * r * r} if path == "read" else {})
+                beside = {"fewest": samples[path, min(m for p, m in samples if p == path)]}
+                beside |= {"warm": samples["warm", n]} if ("warm", n) in samples else {}
+                what, absolute = ({"bytes": 4 * r * r}, True) if path == "read" else (layer, request.gpu)
+                yield {"records": n} | what | figures(path, own, beside, absolute)
 
 
 def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
@@ -239,8 +235,8 @@ def _each(call: Callable[[Any], Any], things: list[Any]) -> timer.Call:
     return lambda: call(next(things))
 
 
-def _samples(ways: dict[Any, Callable[[], timer.Call]], device: torch.device, request: Request) -> dict[Any, Tensor]:
-    passes = {key: timer.prepare(lambda make=make: [make()], device) for key, make in ways.items()}
+def _samples(ways: dict[Any, timer.Call], device: torch.device, request: Request) -> dict[Any, Tensor]:
+    passes = {key: timer.prepare(lambda call=call: [call], device) for key, call in ways.items()}
     return timer.interleave(passes, device, FLAT_SECONDS * request.seconds)
 
 
@@ -267,12 +263,10 @@ def _whole_adapter(request: Request) -> Iterator[Row]:
                 with bank.select([name]):
                     pass
 
-            samples = _samples({"adapter": partial(_each, call, names)}, request.device, request)
+            (samples,) = _samples({"": _each(call, names)}, request.device, request).values()
             bank.detach(model)
-    seconds = timer.Spread.of(samples["adapter"])
-    found = figures(samples, "adapter", request.device, ())
-    found |= {"seconds": asdict(seconds), "noisy": seconds.noisy, "bytes": 2 * MODULES * r * r}
-    yield {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16"} | found
+    what = {"records": ADAPTERS, "modules": MODULES, "dtype": "bf16", "bytes": 2 * MODULES * r * r}
+    yield what | figures("adapter", samples, {}, True)
 
 
 def _copies(linear: nn.Linear) -> nn.Sequential:
@@ -300,8 +294,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Many adapters in one batch, over one adapter; then what depends on how many records a bank has."""
     mixed, banks = ([row for row in rows if of_banks == ("records" in row)] for of_banks in (False, True))
     mixed = sorted(mixed, key=itemgetter("direction", "T", "N", "K", "r"))
-    names = tables.present(PATHS, {"": {row["path"]: row for row in mixed}})
-    for mode, group in tables.by_mode(mixed).items():
+    names = tables.present(PATHS, mixed)
+    for mode, group in tables.grouped(mixed).items():
         said = (row | {"direction": DIRECTIONS[row["direction"]]} for row in group)
         columns = [(name, name, partial(over, other="one")) for name in names if name != "one"]
         notes = [
@@ -309,7 +303,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             "one is 1; below 1 is faster. Quartiles in brackets.",
         ]
         points = tables.labelled(said, "{dtype} {direction}, T {T}, {N} x {K}, r {r}")
-        yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, notes)
+        yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, *notes)
     lines = []
     for row in banks:
         size = f" of {row['bytes'] / 1024:g} KiB" if "bytes" in row else ""
@@ -323,7 +317,6 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"record, checked. adapter: select one of {MODULES} modules that is in no slot. All from the page "
             "cache.",
             "Quartiles in brackets.",
-            *tables.noise(lines),
         )
         yield Table("A bank, by its records", ["", "ms", "over the fewest records", "over warm"], lines, notes)
 

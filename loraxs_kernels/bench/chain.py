@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from . import compare, paths, tables, timer
-from .compare import Build, Results, Row
+from .compare import Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, grid
 from .request import Request
@@ -87,25 +87,26 @@ def plan(request: Request) -> list[Point]:
 
 
 def _rows(request: Request, *where: Any) -> Iterator[Row]:
-    def operands() -> Build:
-        case = Case(*where, request.dtype, request.device)
-        return lambda name: case.candidate(PATHS[name](), bytes=case.bytes)
+    def build(case: Case, name: str) -> Candidate:
+        return case.candidate(PATHS[name](), bytes=case.bytes)
 
-    return compare.compare(request, [name for name in PATHS if name in request.paths], operands, ("reference", "torch"))
+    make = partial(Case, *where, request.dtype, request.device)
+    names = [name for name in PATHS if name in request.paths]
+    return compare.compare(request, names, make, build, ("reference", "torch"))
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Ratios to the reference's four ops, and on a GPU the bandwidth achieved."""
-    for mode, group in tables.by_mode(rows).items():
+    for mode, group in tables.grouped(rows).items():
         points = tables.labelled(group, "{dtype} {direction} T {T}, {N} x {K}, r {r}")
-        names = tables.present(PATHS, points)
+        names = tables.present(PATHS, group)
         columns, notes = [], ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
         if tables.gpu(report):
             columns = [(f"{name}, TB/s", name, partial(tables.bandwidth, report=report)) for name in names]
             notes.append("TB/s: x once and y once, over the time; in brackets, of this GPU's copy.")
         over = partial(tables.over, other="reference")
         columns += [(f"{name} over reference", name, over) for name in names if name != "reference"]
-        yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, notes)
+        yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, *notes)
 
 
 QUESTION = Question(name="chain", plan=plan, tables=show, paths=paths.PATHS)

@@ -24,11 +24,11 @@ from ..backends.device import Device
 from ..backends.triton.config import padded
 from . import paths, tables, timer
 from .chain import Case
-from .compare import Build, Candidate, Row, checked, failure, figures, timed, told
+from .compare import Candidate, Row, checked, failure, figures, timed
 from .question import Point, Question, grid
 from .request import Request
 from .shapes import Shape
-from .tables import Table, over, pivot
+from .tables import Table
 
 ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
@@ -49,12 +49,13 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
     """Every backend on one kind of call, in turn with the others, and in CUDA graphs less the time of the copies."""
     copies: list[Callable[[], None]] = []  # for each set, or none
 
-    def operands() -> Build:
+    def make() -> Case:
         case = Case(shape, T, r, direction, request.dtype, request.device, weight)
         copies.extend(_copies(case, 2.0 * T * shape.N * shape.K * weight))
-        return lambda name: case.candidate(backends.primitive(name))
+        return case
 
-    right = yield from checked([name for name in backends.NAMES if name in request.paths], operands)
+    names = [name for name in backends.NAMES if name in request.paths]
+    right = yield from checked(names, make, lambda case, name: case.candidate(backends.primitive(name)))
     for mode in request.modes:
         beside = mode == "graph" and copies and right
         followed = {name: _followed(each, copies[0]) for name, each in right.items()} if beside else right
@@ -65,8 +66,9 @@ def measure(request: Request, shape: Shape, T: int, r: int, weight: bool, direct
         for name in [name for name, each in samples.items() if not each.quantile(0.25) > 0.1 * rest.median()]:
             del samples[name]
             yield {"mode": mode} | failure(name, f"{LOST} {BESIDE} it")
-        for name in samples:
-            yield told(right[name], mode) | figures(samples, name, request.device, ("torch",))
+        beside = {name: each for name, each in samples.items() if name == "torch"}
+        for name, own in samples.items():
+            yield {"mode": mode} | right[name].row | figures(name, own, beside, request.gpu)
 
 
 def _copies(case: Case, work: float) -> list[Callable[[], None]]:
@@ -185,15 +187,12 @@ def _layers(measured: list[Row], name: str, mode: str | None = None) -> dict[tup
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """Over the torch backend's time."""
     names = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "torch"]
-    for mode, group in tables.by_mode(rows).items():
-        points = pivot(group, "dtype", "direction", "weight", "T", "r", "N", "K")
-        lines = [
-            [f"{dtype} {direction}{' with W' * weight}, T {T}, r {r}, {N} x {K}"]
-            + [over(point.get(name), "torch") for name in names]
-            for (dtype, direction, weight, T, r, N, K), point in points.items()
-        ]
+    for mode, group in tables.grouped(rows).items():
+        said = (row | {"with W": " with W" * row["weight"]} for row in group)
+        points = tables.labelled(said, "{dtype} {direction}{with W}, T {T}, r {r}, {N} x {K}")
+        columns = [(name, name, partial(tables.over, other="torch")) for name in names]
         note = "The torch backend is 1; below 1 is faster. Quartiles in brackets."
-        yield Table(f"Calls of the primitive, {mode}", ["", *names], lines, (note, *tables.noise(lines)))
+        yield tables.compared(f"Calls of the primitive, {mode}", points, columns, note)
 
 
 QUESTION = Question(name="choice", plan=plan, tables=show, paths=paths.PATHS)

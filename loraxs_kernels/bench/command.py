@@ -13,7 +13,7 @@ import torch
 from . import BenchError, page, questions, request, roofline, tables, timer
 from .compare import release
 from .question import Question
-from .questions import DEFAULT, QUESTIONS
+from .questions import ASKED, DEFAULT, QUESTIONS
 from .report import Report, load
 from .request import Request
 from .shapes import MODELS
@@ -25,7 +25,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "questions",
         nargs="*",
         metavar="question",
-        help=f"some of {', '.join(QUESTIONS)}; default: {' and '.join(DEFAULT)}",
+        help=f"some of {', '.join(ASKED)}; default: {' and '.join(DEFAULT)}",
     )
     request.add_options(parser)
     names = dict.fromkeys(name for question in QUESTIONS.values() for name in question.paths)
@@ -70,7 +70,8 @@ def run(asked: Request, out: Path | None, commit: str | None = None) -> Report:
     except KeyboardInterrupt:
         print("\nstopped; what was measured until now:", file=sys.stderr)
     else:
-        report.finish()
+        report.data["complete"] = True
+        report.save()
     tables.show(questions.tables_of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch import Tensor
 from .. import reference
 from . import BenchError, timer
 from .request import Request
-from .timer import Call, Spread
+from .timer import Call
 
 ROWS = 64  # of y and gX that are compared with an oracle; what is small is compared whole
 
 Row = dict[str, Any]
 Results = dict[str, Tensor]
-OVER = ("frozen", "reference", "peft-lora", "torch")  # whose time a path's is divided by, the floor first
 
 
 @dataclass(frozen=True)
@@ -45,49 +44,58 @@ class Candidate:
     def wrong(self) -> list[str]:
         return [what for what, each in self.errors.items() if not each["error"] <= each["allowed"]]
 
+    @property
+    def row(self) -> Row:
+        """What is known before it is timed."""
+        return ({"errors": self.errors} if self.errors else {}) | self.facts
+
     def ready(self, device: torch.device, mode: str) -> timer.Pass:
         return timer.prepare(self.calls, device, mode == "graph", self.within, self.warm)
-
-
-Build = Callable[[str], Candidate]
 
 
 def compare(
     request: Request,
     names: Sequence[str],
-    operands: Callable[[], Build],
-    over: Sequence[str] = OVER,
+    make: Callable[[], Any],
+    build: Callable[[Any, str], Candidate],
+    over: Sequence[str],
     *,
     modes: Sequence[str] = (),
     **how: Any,
 ) -> Iterator[Row]:
-    """Rows of every path in every mode.  operands: makes them, and returns what builds a path on them by its name."""
-    right = yield from checked(names, operands)
+    """Rows of every path in every mode.
+
+    make: makes the operands, on which `build` builds a path by its name.  over: paths whose time a path's is divided
+    by, the floor first.
+    """
+    right = yield from checked(names, make, build)
     for mode in modes or request.modes:
         before = timer.gauges(request.device)
         samples = yield from timed(request, right, mode, **how)
         gauges = {"gauges": [before, timer.gauges(request.device)]} if before else {}
-        for name in samples:
-            yield gauges | told(right[name], mode) | figures(samples, name, request.device, over)
+        beside = {other: samples[other] for other in over if other in samples}
+        for name, own in samples.items():
+            yield {"mode": mode} | gauges | right[name].row | figures(name, own, beside, request.gpu)
 
 
-def checked(names: Iterable[str], operands: Callable[[], Build]) -> Generator[Row, None, dict[str, Candidate]]:
+def checked(
+    names: Sequence[str], make: Callable[[], Any], build: Callable[[Any, str], Candidate]
+) -> Generator[Row, None, dict[str, Candidate]]:
     """Yields the rows of paths that cannot be built, or are wrong; returns the others."""
-    names = list(names)
     try:
-        build = operands()
+        operands = make()
     except torch.OutOfMemoryError:
         yield from (failure(name, "out of memory: the operands alone") for name in names)
         return {}
     right = {}
     for name in names:
         try:
-            candidate = build(name)
+            candidate = build(operands, name)
         except Exception as error:
             yield failure(name, error)
             continue
         if candidate.wrong:
-            yield told(candidate) | failure(name, f"not timed, it is wrong: {', '.join(candidate.wrong)}")
+            yield candidate.row | failure(name, f"not timed, it is wrong: {', '.join(candidate.wrong)}")
         else:
             right[name] = candidate
     return right
@@ -111,21 +119,12 @@ def timed(
         return {}
 
 
-def told(candidate: Candidate, mode: str | None = None) -> Row:
-    """What is known of a path before it is timed."""
-    known = {"mode": mode, "errors": candidate.errors}
-    return {key: value for key, value in known.items() if value} | candidate.facts
-
-
-def figures(samples: dict[str, Tensor], name: str, device: torch.device, over: Sequence[str] = OVER) -> Row:
-    """Time (on a GPU) and ratios to other paths, taken round by round; noisy: the time, or the first of the ratios."""
-    own = samples[name]
-    ratios = {other: Spread.of(own / samples[other]) for other in over if other in samples}
-    spreads = [Spread.of(own)] if device.type == "cuda" else []
-    row: Row = {"path": name, "status": "ok", "rounds": len(own)}
-    row |= {"seconds": asdict(spreads[0])} if spreads else {}
-    row["over"] = {other: asdict(ratio) for other, ratio in ratios.items()}
-    return row | {"noisy": any(spread.noisy for spread in [*spreads, *list(ratios.values())[:1]])}
+def figures(name: str, own: Tensor, beside: dict[str, Tensor], absolute: bool) -> Row:
+    """Time, if it is wanted, and ratios to others, taken round by round; noisy: the time, or the first ratio."""
+    seconds = {"seconds": timer.spread(own)} if absolute else {}
+    over = {other: timer.spread(own / its) for other, its in beside.items()}
+    noisy = any(map(timer.noisy, [*seconds.values(), *list(over.values())[:1]]))
+    return {"path": name, "status": "ok", "rounds": len(own), **seconds, "over": over, "noisy": noisy}
 
 
 def failure(name: str, why: str | BaseException) -> Row:
@@ -168,23 +167,17 @@ def some(x: Tensor) -> Tensor:
 
 
 class Case:
-    """Operands of a function of tensors, in sets that leave the cache; `expected` is its specification.
+    """Operands of a function of tensors, in sets that leave the cache.
 
-    A result is held until its set is called again, so that each set writes results of its own.
+    A question's own Case has `results(path)`, those of the first set, on `rows` where there are many, and
+    `expected(dtype)`, the same by the specification.
     """
 
     sets: list[tuple]  # what is called, with each in turn; x is the first of a set
     device: torch.device
 
-    def results(self, path: Callable) -> dict[str, Tensor | None]:
-        """Of the first set, on `rows` where there are many."""
-        raise NotImplementedError
-
-    def expected(self, dtype: torch.dtype) -> Results:
-        """The same, computed in a dtype."""
-        raise NotImplementedError
-
     def calls(self, path: Callable) -> list[Call]:
+        """A result is held until its set is called again, so that each set writes results of its own."""
         held: list[Any] = [None] * len(self.sets)
 
         def call(i: int) -> None:

@@ -22,7 +22,7 @@ from ..backends.cuda import config, core
 from ..backends.device import facts
 from ..padding import padded_rows
 from . import BenchError, compare, paths, plots, tables, tax, timer
-from .compare import Build, Candidate, Results, Row
+from .compare import Candidate, Results, Row
 from .paths import Operands
 from .question import Point, Question, colour, grid
 from .request import Request
@@ -37,27 +37,14 @@ TILES = {f"cuda-{rows}x{columns}": number for number, (rows, columns, *_) in con
 TILE_COLOURS = ("#98df8a", "#006d2c", "#2ca02c", "#74c476")
 
 
-def _frozen(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
-    return F.linear(x, W)
-
-
-def _addmm(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
-    return F.linear(x, W).addmm_(u, B.t())
-
-
-def _expand_first(x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
-    """What the torch backend does."""
-    return F.linear(u, B).addmm_(x, W.t())
-
-
 def _tail(tile: int, x: Tensor, W: Tensor, u: Tensor, B: Tensor) -> Tensor:
     return cuda.gemm_tail(x, W, u, B, bias=None, tile=tile, overlap=False)
 
 
 PATHS: dict[str, Tail] = {
-    "frozen": _frozen,
-    "addmm": _addmm,
-    "torch": _expand_first,
+    "frozen": lambda x, W, u, B: F.linear(x, W),
+    "addmm": lambda x, W, u, B: F.linear(x, W).addmm_(u, B.t()),
+    "torch": lambda x, W, u, B: F.linear(u, B).addmm_(x, W.t()),  # as that backend does it
     **{name: partial(_tail, tile) for name, tile in TILES.items()},
 }
 
@@ -99,7 +86,7 @@ class Case(compare.Case):
     def results(self, path: Tail) -> dict[str, Tensor]:
         """y on some rows; the floor lacks u B^T, which is added to it here."""
         y = path(*self.sets[0])[self.rows]
-        if path is _frozen:
+        if path is PATHS["frozen"]:
             _, _, u, B = self.sets[0]
             y = y.double() + u[self.rows].double() @ B.double().t()
         return {"y": y}
@@ -136,18 +123,14 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
     tiles = "cuda" in request.paths and missing(request.dtype, request.device) is None
     names = [name for name in PATHS if name in request.paths or (tiles and name in TILES)]
 
-    def operands() -> Build:
-        case = Case(shape, T, r, direction, request.dtype, request.device)
-        picked = case.picked() if "cuda" in request.paths else None
+    def build(case: Case, name: str) -> Candidate:
+        if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
+            raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
+        picked = "cuda" in request.paths and name == case.picked()
+        return case.candidate(PATHS[name], **case.facts(name), picked=picked)
 
-        def build(name: str) -> Candidate:
-            if name in TILES and (shape.N % config.ALIGNMENT or shape.K % config.ALIGNMENT):
-                raise BenchError(f"N and K must be multiples of {config.ALIGNMENT}")
-            return case.candidate(PATHS[name], **case.facts(name), picked=name == picked)
-
-        return build
-
-    return compare.compare(request, names, operands, ("frozen", "torch"))
+    make = partial(Case, shape, T, r, direction, request.dtype, request.device)
+    return compare.compare(request, names, make, build, ("frozen", "torch"))
 
 
 # --- what is shown
@@ -155,10 +138,10 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """On a GPU the speed of each path and the time it adds to the library's x W^T, else ratios to that."""
+    rows = _with_picked(rows)
     others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
-    others += ["cuda"] if any(row["picked"] for row in rows) else []
     columns = [(f"{name} over frozen", name, partial(tables.over, other="frozen")) for name in others]
-    notes, why = ["Quartiles in brackets."], []
+    notes, noise = ["Quartiles in brackets."], {}
     if tables.gpu(report):
         columns = [("frozen, TFLOP/s", "frozen", _flops)]
         for name in others:
@@ -168,30 +151,28 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
             "% added: time added to the floor's, quartiles in brackets."
         ]
-        why = ["its quartiles are too far apart"]
+        noise = {"noise": tax.NOISE}
     if any("tile" in row for row in rows):
         notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
     if "cuda" in others:
         notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
-    for mode, group in tables.by_mode(rows).items():
-        yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, notes, *why)
+    for mode, group in tables.grouped(rows).items():
+        yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, *notes, **noise)
+
+
+def _with_picked(rows: list[Row]) -> list[Row]:
+    """The rows, and of the path that the cuda backend would use once more, as "cuda"."""
+    return [*rows, *(row | {"path": "cuda"} for row in rows if row["picked"])]
 
 
 def _points(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """Rows by path, and under "cuda" what that backend would use: of blocks of several shapes, then of each shape."""
+    """Rows by path: of blocks of several shapes, then of each shape."""
     points: dict[str, dict[str, Row]] = {}
     for at, found in tax.points(rows).items():
-        found["cuda"] = picked(found)
         if len(found["frozen"]) > 1:
             where = f"{at.dtype} {at.direction} T {at.T} r {at.r}, the linears of {at.model or 'all shapes'}"
             points[where] = {name: _block(found, name) for name in found if tax.measured(found, name)}
-    choices = [row | {"path": "cuda"} for row in rows if row["picked"]]
-    return points | tables.labelled([*rows, *choices], "{dtype} {direction} T {T} r {r}, {N} x {K}")
-
-
-def picked(found: tax.Paths) -> dict[Shape, Row]:
-    """Of each shape the row of the path that the cuda backend would use."""
-    return {shape: row for each in found.values() for shape, row in each.items() if row["picked"]}
+    return points | tables.labelled(rows, "{dtype} {direction} T {T} r {r}, {N} x {K}")
 
 
 def _block(found: tax.Paths, name: str) -> Row:
@@ -201,10 +182,10 @@ def _block(found: tax.Paths, name: str) -> Row:
         return sum(shape.count * what(row) for shape, row in found[path].items())
 
     added = tax.measured(found, name)
-    ratio = {end: 1 + value for end, value in dataclasses.asdict(added).items()}
+    ratio = {end: 1 + value / 100 for end, value in added.items()}
     floor = total("frozen", lambda row: row["seconds"]["median"])
     row: Row = {what: total(name, itemgetter(what)) for what in ("flops", "floor_flops")}
-    return row | {"seconds": {"median": floor * ratio["median"]}, "over": {"frozen": ratio}, "noisy": added.noisy}
+    return row | {"seconds": {"median": floor * ratio["median"]}, "over": {"frozen": ratio}, "noisy": tax.noisy(added)}
 
 
 def _flops(row: Row) -> str:
@@ -216,20 +197,18 @@ def _flops(row: Row) -> str:
 
 
 def _added(row: Row) -> str:
-    return tables.percent(tax.Tax.of_ratio(row["over"]["frozen"])) if "frozen" in row["over"] else tables.NO_FIGURE
+    return tax.shown(tax.of_ratio(row["over"]["frozen"])) if "frozen" in row["over"] else tables.NO_FIGURE
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """What u B^T adds to the library's x W^T over a block, on a GPU."""
     modes: dict[str, dict[str, list[plots.Bar]]] = {}
-    for at, found in tax.points(rows).items():
-        found["cuda"] = picked(found)
+    for at, found in tax.points(_with_picked(rows)).items():
         where = f"{at.model} {at.dtype}, T = {at.T}, r = {at.r}".strip()
         for path in found:
             if path != "frozen" and (added := tax.measured(found, path)):
-                spread = {name: 100 * value for name, value in dataclasses.asdict(added).items()}
                 group = modes.setdefault(at.mode, {}).setdefault(where, [])
-                group.append((_colour(path), f"{path}, {at.direction}", spread))
+                group.append((_colour(path), f"{path}, {at.direction}", added))
     for mode, groups in modes.items():
         title = f"u B^T, u given: time added to the library's x W^T, {mode} mode"
         yield plots.bars(f"gemm-{mode}", title, groups, xlabel="% of the frozen linears' time")

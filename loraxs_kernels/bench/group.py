@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..linear import LoraXSLinear, forward_together
 from . import tables, timer
-from .compare import Build, Candidate, Row, compare, errors
+from .compare import Candidate, Row, compare, errors
 from .paths import Operands, expected, fused
 from .question import Point, Question
 from .request import Request
@@ -63,20 +63,16 @@ def _rows(request: Request, shapes: tuple[Shape, ...], T: int, r: int) -> Iterat
         each = [replace(o, x=each[0].x) for o in each]
         return each, [fused(o) for o in each]
 
-    def prepare() -> Build:
-        def size(each: Set) -> int:
-            x = each[0][0].x  # which all layers share
-            return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
+    def size(each: Set) -> int:
+        x = each[0][0].x  # which all layers share
+        return sum(o.bytes - x.nbytes for o in each[0]) + x.nbytes
 
-        sets = timer.in_sets(make, request.device, size)
+    def build(sets: list[Set], name: str) -> Candidate:
+        found = check(*sets[0]) if name == "together" else {}
+        return Candidate(lambda: [partial(step, name, *each) for each in sets], found)
 
-        def build(name: str) -> Candidate:
-            found = check(*sets[0]) if name == "together" else {}
-            return Candidate(lambda: [partial(step, name, *each) for each in sets], found)
-
-        return build
-
-    return compare(request, list(PATHS), prepare, ("frozen", "separate"))
+    sets = partial(timer.in_sets, make, request.device, size)
+    return compare(request, list(PATHS), sets, build, ("frozen", "separate"))
 
 
 def step(name: str, each: list[Operands], layers: list[LoraXSLinear]) -> tuple[Tensor, ...]:
@@ -113,7 +109,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     if lines:
         head = ["", *times, "over their frozen linears", "over separate layers"]
         title = "Layers that share their input, together or one by one, forward + backward"
-        yield Table(title, head, lines, ("Quartiles in brackets.", *tables.noise(lines)))
+        yield Table(title, head, lines, ["Quartiles in brackets."])
 
 
 QUESTION = Question(name="group", plan=plan, tables=show)

@@ -32,8 +32,8 @@ def _rows(request: Request) -> Iterator[Row]:
     """A row for each path and rank; on a GPU with the kernels that it launches, at the first rank."""
     measured, names = [], [name for name in PATHS if name in request.paths]
     for r in request.ranks:
-        make = partial(layer.candidate, request, [_operands(request, r)])
-        rows = compare(request, names, lambda make=make: make, OVER, modes=("eager",), issue=True)
+        make, build = partial(_operands, request, r), partial(layer.candidate, request)
+        rows = compare(request, names, make, build, OVER, modes=("eager",), issue=True)
         measured += [{"r": r} | row for row in rows]
     counts = {}
     if request.gpu:
@@ -43,16 +43,16 @@ def _rows(request: Request) -> Iterator[Row]:
         yield row | (counts.get(row["path"], {}) if row["status"] == "ok" else {})
 
 
-def _operands(request: Request, r: int) -> Operands:
-    return Operands.random(TOKENS, SHAPE.N, SHAPE.K, r, request.dtype, request.device, seed=0)
+def _operands(request: Request, r: int) -> list[Operands]:
+    return [Operands.random(TOKENS, SHAPE.N, SHAPE.K, r, request.dtype, request.device, seed=0)]
 
 
 def _counted(name: str, request: Request) -> dict[str, int] | None:
     """How many kernels forward and backward launch, those of the frozen linear among them; None where it cannot run."""
-    o = _operands(request, request.ranks[0])
+    (o,) = _operands(request, request.ranks[0])
     try:
         with PATHS[name].within():
-            built = PATHS[name].build(o)
+            built = PATHS[name].make(o)
             backward = partial(torch.autograd.grad, inputs=(o.x, *built.trained), grad_outputs=o.gY)
             backward(built.call(o.x))  # warm-up
             y, forward = _kernels(partial(built.call, o.x))
@@ -83,7 +83,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         lines.append(line)
     what = f"{DIRECTIONS[rows[0]['direction']]} of one token on a {rows[0]['N']} x {rows[0]['K']} layer"
     title = f"Host: issuing {what}, {rows[0]['dtype']}"
-    yield Table(title, head, lines, ("Quartiles in brackets.", *tables.noise(lines)))
+    yield Table(title, head, lines, ["Quartiles in brackets."])
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:

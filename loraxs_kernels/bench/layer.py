@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+OVER = ("frozen", "reference", "peft-lora", "torch")
+
+
 def plan(request: Request) -> list[Point]:
     return grid(request, _rows, direction=[request.direction])
 
@@ -30,10 +33,8 @@ def _rows(request: Request, shape: Shape, T: int, r: int, direction: str) -> Ite
     if any(name.startswith("compile") for name in request.paths):
         torch._dynamo.reset()  # a shape of its own each time: what earlier ones compiled counts against a limit
 
-    def prepare() -> partial:
-        return partial(candidate, request, operands(request, shape, T, r))
-
-    return compare(request, [name for name in PATHS if name in request.paths], prepare)
+    names, make = [name for name in PATHS if name in request.paths], partial(operands, request, shape, T, r)
+    return compare(request, names, make, partial(candidate, request), OVER)
 
 
 def operands(request: Request, shape: Shape, T: int, r: int) -> list[Operands]:
@@ -46,7 +47,7 @@ def candidate(request: Request, sets: list[Operands], name: str) -> Candidate:
     path = PATHS[name]
     facts: Row = {"sets": len(sets)}
     with path.within():
-        layers = list(map(path.build, sets))
+        layers = list(map(path.make, sets))
         found = layer_errors(layers[0], sets[0])
         if request.gpu:
             (call,) = calls(layers[:1], sets[:1], request.direction)
@@ -78,66 +79,53 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"Adapter tax in % of the frozen linears, {model or 'shapes as given'}, {dtype}, {what}, {mode}",
             ["", *(f"T {at.T} r {at.r}" for at in grid)],
             lines,
-            (
+            [
                 f"Linears: {shapes}. Quartiles in brackets; in square ones what bytes and flops alone add at this "
                 "run's own ceilings.",
-                *tables.noise(lines, "its quartiles are too far apart"),
-            ),
+            ],
+            tax.NOISE,
         )
 
 
 def _tax(report: dict[str, Any], at: tax.Point, paths: tax.Paths, name: str) -> str:
     found, least = tax.measured(paths, name), tax.least(report, at, paths, name)
-    floor = "" if least is None else f" [{100 * least:.1f}]"
-    return tables.NO_FIGURE if found is None else tables.percent(found, floor)
+    floor = "" if least is None else f" [{least:.1f}]"
+    return tables.NO_FIGURE if found is None else tax.shown(found, floor)
 
 
 def _ratios(rows: list[Row]) -> Iterator[Table]:
     if rows:
         points, other = tables.labelled(rows, "{dtype} T {T}, {N} x {K}, r {r}"), tables.baseline(rows)
-        names = [name for name in tables.present(PATHS, points) if name != other]
+        names = [name for name in tables.present(PATHS, rows) if name != other]
         title = f"One layer, {DIRECTIONS[rows[0]['direction']]}, as a multiple of the time of: {other}"
         note = f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets."
         columns = [(name, name, partial(tables.over, other=other)) for name in names]
-        yield tables.compared(title, points, columns, [note])
-
-
-class Spot(NamedTuple):
-    """Of a plot: a path's tax, where it was measured, and the floor of that, where there is one."""
-
-    of: str
-    mode: str
-    T: int
-    r: int
-    path: str
-    tax: tax.Tax | None
-    floor: float | None = None
+        yield tables.compared(title, points, columns, note)
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Tax against T, and against r: of a block on a GPU, of each shape on a CPU."""
     spots = list(_of_blocks(report, rows) if tables.gpu(report) else _of_layers(rows))
-    for mode in dict.fromkeys(spot.mode for spot in spots):
-        own = [spot for spot in spots if spot.mode == mode]
+    for mode, own in tables.grouped(spots).items():
         for x, other, what in (("T", "r", "tokens T"), ("r", "T", "rank r")):
-            if len({getattr(spot, x) for spot in own}) > 1:
-                groups: dict[str, list[Spot]] = {}
-                for spot in sorted(own, key=attrgetter("of", other, x)):
-                    of = f"{spot.of}, {other} = {getattr(spot, other)}"
+            if len({spot[x] for spot in own}) > 1:
+                groups: dict[str, list[Row]] = {}
+                for spot in sorted(own, key=itemgetter("of", other, x)):
+                    of = f"{spot['of']}, {other} = {spot[other]}"
                     groups.setdefault(of.removeprefix(", "), []).append(spot)
                 title = f"Adapter tax by {what}" + (f", {mode} mode" if tables.gpu(report) else "")
                 yield plots.panels(f"tax-by-{x}-{mode}", title, groups, partial(_panel, x=x))
 
 
-def _of_layers(rows: list[Row]) -> Iterator[Spot]:
+def _of_layers(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
         if row["path"] != "frozen" and "frozen" in row["over"]:
             of = f"{row['N']} x {row['K']} {row['dtype']}"
-            found = tax.Tax.of_ratio(row["over"]["frozen"])
-            yield Spot(of, row["mode"], row["T"], row["r"], row["path"], found)
+            yield row | {"of": of, "tax": tax.of_ratio(row["over"]["frozen"]), "floor": None}
 
 
-def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Spot]:
+def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Row]:
+    """Of a path in a block its tax, where it was measured, and the floor of that, where there is one."""
     seen: set[tuple] = set()
     for at, paths in tax.points(rows).items():
         for path in (*paths, "one-pass"):
@@ -146,28 +134,26 @@ def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Spot]:
             if path != "frozen" and where not in seen and (found or least is not None):
                 seen.add(where)
                 of = f"{at.model} {at.dtype} {DIRECTIONS[at.direction]}".strip()
-                yield Spot(of, at.mode, at.T, at.r, path, found, least)
+                yield {"of": of, "mode": at.mode, "T": at.T, "r": at.r, "path": path, "tax": found, "floor": least}
 
 
-def _panel(axes: Axes, spots: list[Spot], x: str) -> None:
-    at = attrgetter(x)
-    for path in dict.fromkeys(spot.path for spot in spots):
-        own = [spot for spot in spots if spot.path == path]
+def _panel(axes: Axes, spots: list[Row], x: str) -> None:
+    for path, own in tables.grouped(spots, "path").items():
         style = {"color": colour(PATHS, path)}
-        if measured := [(at(spot), spot.tax) for spot in own if spot.tax]:
+        if measured := [(spot[x], spot["tax"]) for spot in own if spot["tax"]]:
             xs = [where for where, _ in measured]
-            low, median, high = ([100 * getattr(t, end) for _, t in measured] for end in ("low", "median", "high"))
+            low, median, high = ([tax[end] for _, tax in measured] for end in ("low", "median", "high"))
             axes.plot(xs, median, "o-", label=path, markersize=4, **style)
             axes.fill_between(xs, low, high, alpha=0.15, **style)
-        if floors := [(at(spot), 100 * spot.floor) for spot in own if spot.floor is not None]:
+        if floors := [(spot[x], spot["floor"]) for spot in own if spot["floor"] is not None]:
             axes.plot(*zip(*floors, strict=True), ":", label=f"{path}, floor", **style)
-    ticks = sorted(set(map(at, spots)))
+    ticks = sorted({spot[x] for spot in spots})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.axhline(0, color="black", linewidth=0.8)
     # One path far above the others must not press them flat.
-    if max(spot.tax.median if spot.tax else 0 for spot in spots) > 2:
+    if max(spot["tax"]["median"] if spot["tax"] else 0 for spot in spots) > 200:
         axes.set_yscale("symlog", linthresh=50)
     axes.set(xlabel=x, ylabel="% of the frozen linears' time")
 

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attach, backends, detach
+from .. import attach, backends
 from ..linear import LoraXSLinear
 from ..reference import UnfusedLinear, relative_error
 from . import BenchError, paths, plots, tables, timer
@@ -37,22 +37,21 @@ DRIFT = 0.03  # of the frozen model between start and end: more, and the run is 
 STEPS = 7
 
 
-@dataclass
 class Steps:
-    """What the ways share: the model, made at the first of them, and the time of the frozen one."""
+    """What the ways share: the model, made at the first of them, the frozen one's times, the reference layers' gR."""
 
-    request: Request
-    floors: dict[tuple[str, bool], Tensor] = field(default_factory=dict)  # its first, plain and compiled
-    expected: dict[int, Tensor] = field(default_factory=dict)  # the reference layers' gR, by rank
-    lost: str = ""  # why there is no model
+    def __init__(self, request: Request) -> None:
+        self.request, self.lost = request, ""  # why there is no model
+        self.floors: dict[tuple[str, bool], Tensor] = {}  # the first times of the frozen model, plain and compiled
+        self.gR: dict[int, Tensor] = {}  # by rank
 
     @cached_property
     def model(self) -> nn.Module:
         return build(self.request)
 
     @cached_property
-    def twin(self) -> nn.Module | None:
-        return None if self.request.gpu else copy.deepcopy(self.model)
+    def twin(self) -> nn.Module:
+        return copy.deepcopy(self.model)
 
     def row(self, name: str, r: int, checkpointing: bool) -> Iterator[Row]:
         row: Row = {"again": (name, checkpointing) in self.floors}
@@ -60,15 +59,12 @@ class Steps:
             if self.lost:
                 raise BenchError(self.lost)
             row["blocks"] = self.model.config.num_hidden_layers
-            if r and r not in self.expected:
-                self.expected[r] = reference_gR(self.model, r, self.request)
-            expected = self.expected.get(r)
-            samples, beside, facts = steps(self.model, name, r, checkpointing, self.request, expected, self.twin)
+            samples, beside, facts = self.steps(name, r, checkpointing)
         except Exception as error:
-            lost = failure(name, error)
+            row |= failure(name, error)
             if "blocks" not in row:
-                self.lost = lost["reason"]
-            yield row | lost
+                self.lost = row["reason"]
+            yield row
             return
         if name.startswith("frozen"):
             self.floors.setdefault((name, checkpointing), samples)
@@ -76,9 +72,48 @@ class Steps:
         if self.request.gpu:
             floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
             others = {floor: its.median() for floor, its in floors if its is not None}
-        row |= figures({"this": samples, **others}, "this", self.request.device, list(others)) | facts
+        row |= figures(name, samples, others, self.request.gpu) | facts
         row["noisy"] |= self.request.gpu and row["again"] and abs(row["over"][name]["median"] - 1) > DRIFT
-        yield row | {"path": name}
+        yield row
+
+    def steps(self, name: str, r: int, checkpointing: bool) -> tuple[Tensor, Tensor, Row]:
+        """Seconds of training steps of the model adapted one way, those of the frozen twin, what else is known.
+
+        A LoRA-XS way whose gR strays from the reference layers' is refused.
+        """
+        request = self.request
+        expected = self.reference_gR(r) if r else None
+        with ExitStack() as stack:
+            trainer = Trainer(stack.enter_context(adapted(self.model, name, r, checkpointing)), request)
+            facts: Row = {"loss": trainer.backward().item(), "trained": sum(p.numel() for p in trainer.trained)}
+            if not math.isfinite(facts["loss"]):
+                raise BenchError(f"the loss is {facts['loss']}")
+            if expected is not None and name != "peft-lora":
+                facts["gR_difference"] = relative_error(trainer.gR(), expected)
+                if not facts["gR_difference"] <= GROSS:
+                    raise BenchError(f"not timed, it is wrong: gR differs by {facts['gR_difference']:.2g}")
+            runs = [trainer.step]
+            if not request.gpu:
+                runs.append(Trainer(stack.enter_context(adapted(self.twin, "frozen", 0, checkpointing)), request).step)
+            for run in runs:
+                run()
+            if request.gpu:
+                torch.cuda.reset_peak_memory_stats(request.device)
+            samples = torch.tensor([[timer.once(run) for run in runs] for _ in range(STEPS)], dtype=torch.float64)
+            if request.gpu:
+                facts["peak_bytes"] = torch.cuda.max_memory_allocated(request.device)
+            del trainer, runs
+        release()
+        return samples[:, 0], samples[:, -1], facts
+
+    def reference_gR(self, r: int) -> Tensor:
+        """gR of every layer in one vector, as the reference layers compute it; checkpointed, to take little memory."""
+        if r not in self.gR:
+            with adapted(self.model, "reference", r, checkpointing=True) as changed:
+                trainer = Trainer(changed, self.request)
+                trainer.backward()
+                self.gR[r] = trainer.gR()
+        return self.gR[r]
 
 
 def check(request: Request) -> Request:
@@ -123,7 +158,7 @@ def plan(request: Request) -> list[Point]:
     """
     shared = Steps(request)
     where: Row = {"sequence": request.sequence, "T": request.sequence * request.batch, "direction": "step"}
-    ways = [name for name in request.paths if name in ADAPTERS or name in backends.NAMES]
+    ways = [name for name in request.paths if name in ADAPTERS]
     return [
         Point(
             {**where, "path": name + suffix, "r": r, "checkpointing": checkpointing},
@@ -153,102 +188,52 @@ def build(request: Request) -> nn.Module:
     return model.to(request.device).requires_grad_(False)
 
 
-@contextmanager
-def _fused(model: nn.Module, r: int, name: str | None = None, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+def _fused(model: nn.Module, r: int, dtype: torch.dtype | None = None) -> nn.Module:
     attach(model, r, target_modules="all-linear", init="random", init_std=r**-0.5, dtype=dtype, progress=False)
-    try:
-        with backends.backend(name):
-            yield model
-    finally:
-        detach(model)
+    return model
 
 
-@contextmanager
-def _unfused(model: nn.Module, r: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    with _fused(model, r, dtype=dtype):
-        adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraXSLinear)}
-        try:
-            for name, layer in adapted.items():
-                unfused = UnfusedLinear(layer)
-                unfused.lora_latent.to(layer.A.dtype)
-                model.set_submodule(name, unfused)
-            yield model
-        finally:
-            for name, layer in adapted.items():
-                model.set_submodule(name, layer)
+def _unfused(model: nn.Module, r: int, dtype: torch.dtype | None = None) -> nn.Module:
+    for name, layer in list(_fused(model, r, dtype).named_modules()):
+        if isinstance(layer, LoraXSLinear):
+            unfused = UnfusedLinear(layer)
+            unfused.lora_latent.to(layer.A.dtype)
+            model.set_submodule(name, unfused)
+    return model
 
 
-@contextmanager
-def _peft_lora(model: nn.Module, r: int) -> Iterator[nn.Module]:
+def _peft_lora(model: nn.Module, r: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        model.requires_grad_(False)
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
 
 
-@contextmanager
-def _frozen(model: nn.Module, r: int) -> Iterator[nn.Module]:
-    yield model
-
-
-ADAPTERS: dict[str, Callable[..., Any]] = {
-    "frozen": _frozen,
+ADAPTERS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+    "frozen": lambda model, r: model,
     "reference-fp32": partial(_unfused, dtype=torch.float32),
     "reference": _unfused,
     "peft-lora": _peft_lora,
     "chosen": _fused,
+    **dict.fromkeys(backends.NAMES, _fused),
 }
 
 
 @contextmanager
-def _compiled(model: nn.Module) -> Iterator[None]:
-    """Every block under torch.compile: they share one compilation."""
-    torch._dynamo.reset()
-    blocks = next(
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
-    )
-    for block in blocks:
-        block.compile()
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-
-
-@contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-
-
-@contextmanager
 def adapted(model: nn.Module, name: str, r: int, checkpointing: bool) -> Iterator[nn.Module]:
-    """The model, adapted one way, in training mode; afterwards it is as it was."""
-    with ExitStack() as stack:
-        stack.callback(_restore_hooks, model.get_input_embeddings(), dict(model.get_input_embeddings()._forward_hooks))
-        stack.enter_context(warnings.catch_warnings())
+    """A copy of the model, adapted one way and in training mode; it has the model's own weights."""
+    model = copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
+    way, _, compiled = name.partition("+")
+    with warnings.catch_warnings(), backends.backend(way if way in backends.NAMES else None):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         if checkpointing:
-            stack.enter_context(_checkpointed(model))
-        way, _, compiled = name.partition("+")
-        changed = stack.enter_context((ADAPTERS.get(way) or partial(_fused, name=way))(model, r))
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        changed = ADAPTERS[way](model, r)
         if compiled:
-            stack.enter_context(_compiled(model))
+            torch._dynamo.reset()
+            lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+            for block in next(each for each in lists if len(each) == model.config.num_hidden_layers):
+                block.compile()  # all blocks share one compilation
         yield changed.train()
-
-
-def _restore_hooks(embeddings: nn.Module, hooks: dict) -> None:
-    """Checkpointing and PEFT both hook the embeddings, and lose track of each other's hooks."""
-    for key in set(embeddings._forward_hooks) - set(hooks):
-        del embeddings._forward_hooks[key]
 
 
 class Trainer:
@@ -281,57 +266,11 @@ class Trainer:
             self.optimizer.zero_grad()
 
 
-def reference_gR(model: nn.Module, r: int, request: Request) -> Tensor:
-    """gR of every layer in one vector, as the reference layers compute it; checkpointed, to take little memory."""
-    with adapted(model, "reference", r, checkpointing=True) as changed:
-        trainer = Trainer(changed, request)
-        trainer.backward()
-        return trainer.gR()
-
-
-def steps(
-    model: nn.Module,
-    name: str,
-    r: int,
-    checkpointing: bool,
-    request: Request,
-    expected: Tensor | None,
-    twin: nn.Module | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Time training steps of the model adapted one way: seconds of each, those of the frozen twin, what else is known.
-
-    `expected` is `reference_gR`; a LoRA-XS way that strays from it is refused.
-    """
-    with ExitStack() as stack:
-        trainer = Trainer(stack.enter_context(adapted(model, name, r, checkpointing)), request)
-        facts: dict[str, Any] = {"loss": trainer.backward().item()}
-        facts["trained"] = sum(p.numel() for p in trainer.trained)
-        if not math.isfinite(facts["loss"]):
-            raise BenchError(f"the loss is {facts['loss']}")
-        if expected is not None and name != "peft-lora":
-            facts["gR_difference"] = relative_error(trainer.gR(), expected)
-            if not facts["gR_difference"] <= GROSS:
-                raise BenchError(f"not timed, it is wrong: gR differs by {facts['gR_difference']:.2g}")
-        runs = [trainer.step]
-        if twin is not None:
-            runs.append(Trainer(stack.enter_context(adapted(twin, "frozen", 0, checkpointing)), request).step)
-        for run in runs:
-            run()
-        if request.gpu:
-            torch.cuda.reset_peak_memory_stats(request.device)
-        samples = torch.tensor([[timer.once(run) for run in runs] for _ in range(STEPS)], dtype=torch.float64)
-        if request.gpu:
-            facts["peak_bytes"] = torch.cuda.max_memory_allocated(request.device)
-        del trainer, runs
-    release()
-    return samples[:, 0], samples[:, -1], facts
-
-
 # --- what is shown
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
-    for with_it, group in _by_checkpointing(rows).items():
+    for with_it, group in _by_checkpointing(rows):
         first = group[0]
         compiled = ["over it compiled"] if any("frozen+compile" in row["over"] for row in group) else []
         cost = ["tokens/s", "peak GiB"] if tables.gpu(report) else []
@@ -346,25 +285,21 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             f"{first['T']} tokens in sequences of {first['sequence']}, {with_it} activation checkpointing",
             ["", "r", "trained", *cost, "time over the frozen model", *compiled],
             lines,
-            (
+            [
                 "One way after another, by the host's clock. The frozen model: forward, and gradients for its input. "
-                "Quartiles in brackets.",
-                *tables.noise(lines),
-            ),
+                "Quartiles in brackets."
+            ],
         )
 
 
-def _by_checkpointing(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {"without": [], "with": []}
-    for row in rows:
-        found["with" if row["checkpointing"] else "without"].append(row)
-    return {with_it: group for with_it, group in found.items() if group}
+def _by_checkpointing(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    return [("with" if it else "without", group) for it, group in tables.grouped(rows, "checkpointing").items()]
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
     """Time and, on a GPU, memory."""
     rows = [row for row in rows if "frozen" in row["over"] and not row["again"]]
-    for with_it, group in _by_checkpointing(rows).items():
+    for with_it, group in _by_checkpointing(rows):
         times, memory = "time, as a multiple of the frozen model's", "peak memory, GiB"
         panels: dict[str, list[plots.Bar]] = {times: []}
         for row in group:

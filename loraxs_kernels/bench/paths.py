@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType
@@ -24,8 +23,8 @@ from ..backends.torch import scaled_mm
 from ..linear import LoraXSLinear
 from ..ops import LowRankLinear
 from ..padding import padded_rows
-from . import question
 from .compare import errors, some
+from .question import GREY, Path, earlier
 from .timer import Call
 
 
@@ -54,7 +53,7 @@ class Operands:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.x, self.gY, self.W, self.A, self.B))
+        return sum(t.nbytes for t in (self.x, self.gY, self.W, self.A, self.B))
 
     def linear(self) -> nn.Linear:
         """The frozen linear alone."""
@@ -73,24 +72,16 @@ class Layer:
     s: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Path(question.Path):
-    """`build` makes a layer on operands; `within` is open while it runs."""
-
-    build: Callable[[Operands], Layer]
-    within: Callable[[], AbstractContextManager] = nullcontext
-
-
-# Ours in blues and greens, what people run today in warm colours, the floor black.
-PATHS: dict[str, question.Path] = {}
+# `make` makes a layer on operands.  Ours in blues and greens, what people run today in warm colours, the floor black.
+PATHS: dict[str, Path] = {}
 
 
 def _path(name: str, colour: str, what: str, **more: Any) -> Callable[[Callable], Callable]:
     """The function below it is how the path is built."""
 
-    def register(build: Callable) -> Callable:
-        PATHS[name] = Path(name=name, colour=colour, what=what, build=build, **more)
-        return build
+    def register(make: Callable[[Operands], Layer]) -> Callable[[Operands], Layer]:
+        PATHS[name] = Path(name, colour, what, make=make, **more)
+        return make
 
     return register
 
@@ -256,7 +247,7 @@ for _name in backends.NAMES:
     _what = f"LoraXSLinear on the {_name} backend"
     _what += ": expand first, then the base GEMM accumulates" * (_name == "torch")
     _where = {"missing": partial(backends.unavailable, _name), "within": partial(backends.backend, _name)}
-    _path(_name, _COLOURS.get(_name, question.Path.colour), _what, **_where)(_backend)
+    _path(_name, _COLOURS.get(_name, GREY), _what, **_where)(_backend)
 _path("chosen", "#08519c", "LoraXSLinear as it is, on the backend that is chosen for each call", run="all")(_backend)
 # Only for the question host.
 _WHAT = "two frozen linears by torch.compile: its floor"
@@ -264,29 +255,26 @@ _path("two", "#6baed6", "two LoraXSLinear layers on one x", run="named")(partial
 _path("two-compile", "#2171b5", "the same two by torch.compile", run="named")(partial(_two, layer=fused))
 _path("two-frozen-compile", "#525252", _WHAT, run="named")(partial(_two, layer=Operands.linear))
 _WHAT = "the same through the torch.library operator, called eagerly"
-PATHS["operator"] = question.earlier("operator", "#9ecae1", _WHAT)
+PATHS["operator"] = earlier("operator", "#9ecae1", _WHAT)
 
 
 def calls(layers: list[Layer], sets: list[Operands], direction: str) -> list[Call]:
     """What is timed: forward (under no_grad), backward (of a kept graph) or both; gradients for x and `trained`."""
 
-    def forward(layer: Layer, o: Operands) -> Call:
-        def run() -> None:
+    def one(layer: Layer, o: Operands) -> Call:
+        def forward() -> None:
             with torch.no_grad():
                 layer.call(o.x)
 
-        return run
-
-    def both(layer: Layer, o: Operands) -> Call:
         inputs = (o.x, *layer.trained)
-        return lambda: torch.autograd.grad(layer.call(o.x), inputs, o.gY)
-
-    def backward(layer: Layer, o: Operands) -> Call:
-        inputs, y = (o.x, *layer.trained), layer.call(o.x)
+        if direction == "forward":
+            return forward
+        if direction == "both":
+            return lambda: torch.autograd.grad(layer.call(o.x), inputs, o.gY)
+        y = layer.call(o.x)
         return lambda: torch.autograd.grad(y, inputs, o.gY, retain_graph=True)
 
-    make = {"forward": forward, "both": both, "backward": backward}[direction]
-    return [make(layer, o) for layer, o in zip(layers, sets, strict=True)]
+    return list(map(one, layers, sets))
 
 
 def forward_and_backward(layer: Layer, o: Operands) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path as File
@@ -25,25 +26,30 @@ if TYPE_CHECKING:
     from .tables import Table
 
 
-@dataclass(frozen=True, kw_only=True)
+GREY = "#7f7f7f"
+
+
+@dataclass(frozen=True)
 class Path:
     """A way to compute something that is timed beside others."""
 
     name: str
+    colour: str  # in plots
     what: str
-    colour: str = "#7f7f7f"  # in plots
     run: str = "default"  # part of a run that names no paths; "all": of one with `--paths all`; "named": of none
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    make: Callable | None = None  # how its question builds or calls it
+    within: Callable[[], AbstractContextManager] = nullcontext  # open while it is built and runs
 
 
 def earlier(name: str, colour: str, what: str) -> Path:
     """A path that can only be found in reports of earlier versions."""
-    return Path(name=name, what=what, colour=colour, run="named", missing=lambda: "it is measured no more")
+    return Path(name, colour, what, "named", lambda: "it is measured no more")
 
 
 def colour(paths: Mapping[str, Path], name: str) -> str:
     """Of a path, or of what a report has that is none of today's."""
-    return paths[name].colour if name in paths else Path.colour
+    return paths[name].colour if name in paths else GREY
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,15 @@ class Question:
     """What a file of this package asks: its grid, its paths, its rows, and its tables and plots."""
 
     name: str
-    plan: Callable[[Request], list[Point]]  # the grid, in the order in which it is measured
     tables: Callable[[dict[str, Any], list[Row]], Iterator[Table]]  # of a report and its rows of this question
+    plan: Callable[[Request], list[Point]] = lambda request: []  # the grid, in the order in which it is measured
     plots: Callable[[dict[str, Any], list[Row]], Iterator[Plot]] = lambda report, rows: iter(())
     paths: Mapping[str, Path] = field(default_factory=dict)  # that may be named
     options: tuple[str, ...] = ()  # of Request's own ones, those that it reads
     folders: bool = False  # whether its model may be a folder with a Hugging Face model
     check: Callable[[Request], Request] = lambda request: request  # refuses (BenchError), and fills in what is its own
     how: str = ""  # it is measured, in a sentence for the page
-
-    def rows(self, request: Request) -> Iterator[Row]:
-        for point in self.plan(request):
-            yield from self.at(request, point)
+    answered: str = ""  # where the answer is, if it is asked no more, and is here for the reports that have it
 
     def at(self, request: Request, point: Point) -> Iterator[Row]:
         """The rows of a point; one that breaks off costs only itself."""
@@ -104,8 +107,9 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
 
     asked: options as the command line has them.  Raises BenchError, naming the option, what it was and what it must be.
     """
-    request = Request(**{key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()})
-    request = replace(request, questions=tuple(question.name for question in questions), device=_device(request.device))
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
+    names = tuple(question.name for question in questions)
+    request = Request(**given | {"questions": names, "device": _device(asked.get("device"))})
     known("direction", [request.direction], DIRECTIONS)
     known("mode", request.modes, MODES)
     one_of("model", request.model, "shape", list(request.shapes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from . import bank, chain, choice, experiments, gemm, group, host, layer, model, plots, question, svd
+from . import BenchError, bank, chain, choice, experiments, gemm, group, host, layer, model, plots, question, svd
 from .request import Request, known
 from .tables import Table
 
@@ -13,13 +13,17 @@ QUESTIONS = {
     each.QUESTION.name: each.QUESTION
     for each in (layer, chain, gemm, group, host, choice, svd, model, bank, experiments)
 }
+ASKED = tuple(name for name, each in QUESTIONS.items() if not each.answered)
 DEFAULT = ("layer", "host")
 
 
 def check(questions: Iterable[str] = (), **asked: Any) -> Request:
     """The request for these questions, DEFAULT where there are none; see `question.check`."""
     names = list(questions) or DEFAULT
-    known("question", names, QUESTIONS)
+    for name in names:
+        if name in QUESTIONS and (answer := QUESTIONS[name].answered):
+            raise BenchError(f"question: {name!r} is asked no more, {answer}")
+    known("question", names, ASKED)
     return question.check([QUESTIONS[name] for name in names], asked)
 
 

@@ -39,10 +39,10 @@ spread of the ratio}; noisy; gauges before and after (MHz, C, W).  And of each q
     bank         N, K, T, r, direction, over {one}.  Of banks with `records`: paths warm and cold, over {fewest, warm}:
                  the bank with the fewest records, and warm with as many; read (r alone, one record; over {fewest}) and
                  adapter (modules): bytes of a record, and seconds on a CPU, too
-    experiments  experiment, the sizes it has (N, K, T, r, direction), over {path}; where there is a prediction unit
-                 ("s", "x": a ratio, "B/s", "B"), measured (a spread), predicted {low, high, why} and ratio (of measured
-                 to the middle of predicted, a spread); swizzle: tile, waves, wave_bytes (of x and W that a wave asks of
-                 memory)
+    experiments  until 2026-11-28: experiment, the sizes it has (N, K, T, r, direction), over {path}; where there is a
+                 prediction unit ("s", "x": a ratio, "B/s"), measured (a spread), predicted {low, high, why} and ratio
+                 (of measured to the middle of predicted, a spread); swizzle: tile, waves, wave_bytes (of x and W that a
+                 wave asks of memory)
 
 Files are added, never changed: a name that is taken gets a number.
 """
@@ -92,10 +92,6 @@ class Report:
 
     def add(self, row: dict[str, Any]) -> None:
         self.data["rows"].append(row)
-        self.save()
-
-    def finish(self) -> None:
-        self.data["complete"] = True
         self.save()
 
     def save(self) -> None:

@@ -18,14 +18,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph")
 
 
-def _option(about: str, flag: str | None = None, *, own: bool = False, **more: Any) -> Any:
-    """A field that is an option of the command line; own: of the questions alone that name it in `Question.options`."""
-    default = () if more.get("nargs") else more.get("default")
-    return field(default=default, metadata={"flag": flag, "own": own, "argparse": {"help": about, **more}})
+def _option(
+    help: str, flag: str = "", *, several: str = "", own: bool = False, default: Any = None, **more: Any
+) -> Any:
+    """A field that is an option of the command line; several: of which, by that name, there may be more than one.
 
-
-def _numbers(about: str, flag: str | None, metavar: str, **more: Any) -> Any:
-    return _option(about, flag, nargs="+", type=int, metavar=metavar, **more)
+    own: of the questions alone that name it in `Question.options`.
+    """
+    if several:
+        default, more = (), {"nargs": "+", "metavar": several, **more}
+    return field(default=default, metadata={"flag": flag, "own": own, "argparse": {"help": help, **more}})
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,19 @@ class Request:
 
     questions: tuple[str, ...] = ()
     model: str = _option(f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
-    shapes: tuple[Shape, ...] = _option(
-        "shapes instead of a model's, such as 4096x14336", "shape", nargs="+", metavar="NxK"
-    )
-    tokens: tuple[int, ...] = _numbers("rows of x", None, "T")
-    ranks: tuple[int, ...] = _numbers("of the adapter", "rank", "r")
+    shapes: tuple[Shape, ...] = _option("shapes instead of a model's, such as 4096x14336", "shape", several="NxK")
+    tokens: tuple[int, ...] = _option("rows of x", several="T", type=int)
+    ranks: tuple[int, ...] = _option("of the adapter", "rank", several="r", type=int)
     dtype: torch.dtype = _option(f"{', '.join(DTYPES)}; default: bf16 on a GPU, fp32 on a CPU")
     direction: str = _option("both (forward and backward, the default), forward or backward", default="both")
-    paths: tuple[str, ...] = _option("all, or some of those that the questions have", nargs="+", metavar="path")
-    modes: tuple[str, ...] = _option("eager, graph; default on a GPU: both", "mode", nargs="+", metavar="mode")
+    paths: tuple[str, ...] = _option("all, or some of those that the questions have", several="path")
+    modes: tuple[str, ...] = _option("eager, graph; default on a GPU: both", "mode", several="mode")
     device: torch.device = _option("default: the GPU where there is one, else the CPU")
     seconds: float = _option("for each path at each point of the grid; default 0.1 on a GPU, 0.5 on a CPU", type=float)
     blocks: int | None = _option("of the model, where not all: questions model and svd", own=True, type=int)
     sequence: int | None = _option("tokens in a sequence: question model", own=True, type=int)
     batch: int | None = _option("sequences in a step: question model", own=True, type=int)
-    records: tuple[int, ...] = _numbers("of the banks: question bank", None, "n", own=True)
+    records: tuple[int, ...] = _option("of the banks: question bank", several="n", own=True, type=int)
     # Paths that were not asked for by name and cannot run here: why.
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -75,9 +75,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The fields of Request as options of a command; what is not given is left to `check`."""
     for each in fields(Request):
         if "argparse" in each.metadata:
-            more = {key: value for key, value in each.metadata["argparse"].items() if key != "default"}
             flag = each.metadata["flag"] or each.name
-            parser.add_argument(f"--{flag}", dest=each.name, default=argparse.SUPPRESS, **more)
+            parser.add_argument(f"--{flag}", dest=each.name, default=argparse.SUPPRESS, **each.metadata["argparse"])
 
 
 def known(what: str, given: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> None:

@@ -38,32 +38,29 @@ class Model:
     config: dict[str, int]
 
 
-def _decoder(name: str, model_type: str, blocks: int, hidden: int, kv: int, mlp: int, q: int, config: dict) -> Model:
-    """A Llama-like block: q, k, v, o and a gated MLP."""
+def _decoder(
+    name: str, model_type: str, blocks: int, hidden: int, mlp: int, heads: int, kv_heads: int, vocab: int, **more: int
+) -> Model:
+    """A Llama-like block: q, k, v, o and a gated MLP; heads have hidden / heads columns, or head_dim."""
+    columns = more.get("head_dim", hidden // heads)
+    q, kv = heads * columns, kv_heads * columns
     shapes = [Shape(q, hidden, 1, "q"), Shape(kv, hidden, 2, "k v"), Shape(hidden, q, 1, "o")]
     if q == hidden:
         shapes = [Shape(hidden, hidden, 2, "q o"), Shape(kv, hidden, 2, "k v")]
     shapes += [Shape(mlp, hidden, 2, "gate up"), Shape(hidden, mlp, 1, "down")]
-    config = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks) | config
-    return Model(name, model_type, blocks, tuple(shapes), config)
+    config = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=heads)
+    return Model(
+        name, model_type, blocks, tuple(shapes), config | dict(num_key_value_heads=kv_heads, vocab_size=vocab) | more
+    )
 
 
 # Sizes from the models' published configurations.
 MODELS = {
     model.name: model
     for model in (
-        _decoder(
-            *("mistral-7b", "mistral", 32, 4096, 1024, 14336, 4096),
-            dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=32000),
-        ),
-        _decoder(
-            *("llama-3-8b", "llama", 32, 4096, 1024, 14336, 4096),
-            dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
-        ),
-        _decoder(
-            *("gemma-7b", "gemma", 28, 3072, 4096, 24576, 4096),
-            dict(num_attention_heads=16, num_key_value_heads=16, head_dim=256, vocab_size=256000),
-        ),
+        _decoder("mistral-7b", "mistral", 32, hidden=4096, mlp=14336, heads=32, kv_heads=8, vocab=32000),
+        _decoder("llama-3-8b", "llama", 32, hidden=4096, mlp=14336, heads=32, kv_heads=8, vocab=128256),
+        _decoder("gemma-7b", "gemma", 28, hidden=3072, mlp=24576, heads=16, kv_heads=16, vocab=256000, head_dim=256),
         Model(
             *("roberta-large", "roberta", 24),
             (Shape(1024, 1024, 4, "q k v o"), Shape(4096, 1024, 1, "intermediate"), Shape(1024, 4096, 1, "output")),
@@ -78,10 +75,7 @@ MODELS = {
             | dict(word_embed_proj_dim=12288, max_position_embeddings=2048),
         ),
         # Not a model anyone uses: a block small enough to run everything on a CPU in seconds.
-        _decoder(
-            *("tiny", "mistral", 2, 256, 128, 512, 256),
-            dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
-        ),
+        _decoder("tiny", "mistral", 2, hidden=256, mlp=512, heads=4, kv_heads=2, vocab=512),
     )
 }
 

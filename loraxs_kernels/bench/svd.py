@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..model import attach, detach
 from ..svd import basis_size, truncated_svd
 from ..svd import plan as svd_plan
 from . import BenchError, plots, tables, timer
-from .compare import Build, Candidate, Row, compare, failure, figures
+from .compare import Candidate, Row, compare, failure, figures
 from .question import Path, Point, Question, colour, earlier
 from .request import Request
 from .shapes import MODELS, Shape
@@ -29,13 +28,6 @@ WHOLE_ROUNDS = 2  # of ours; a rival takes one more run after the one that is lo
 MIN_ROUNDS = 5  # a full decomposition may take minutes
 
 Triplets = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method(Path):
-    """`compute(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise."""
-
-    compute: Callable[[Tensor, int], Triplets]
 
 
 def _sklearn(W: Tensor, r: int) -> Triplets:
@@ -51,12 +43,13 @@ def _no_sklearn() -> str | None:
     return None if importlib.util.find_spec("sklearn") else "the package scikit-learn is not installed"
 
 
-def _svd_lowrank(niter: int, more: int) -> Callable[[Tensor, int], Triplets]:
-    def run(W: Tensor, r: int) -> Triplets:
+def _lowrank(name: str, colour: str, niter: int, more: int = 10, run: str = "default", note: str = "") -> Path:
+    def compute(W: Tensor, r: int) -> Triplets:
         U, S, V = torch.svd_lowrank(W.float(), q=min(r + more, *W.shape), niter=niter)
         return U[:, :r], S[:r], V[:, :r].T
 
-    return run
+    what = f"torch.svd_lowrank, niter = {niter}{note}, q = r{f' + {more}' if more else ''}"
+    return Path(name, colour, what, run, make=compute)
 
 
 def _full(W: Tensor, r: int) -> Triplets:
@@ -64,27 +57,24 @@ def _full(W: Tensor, r: int) -> Triplets:
     return U[:, :r], S[:r], Vh[:r]
 
 
-_HOW: list[tuple[str, str, str, str, Callable[[Tensor, int], Triplets]]] = [
-    (OURS, "#1f77b4", "default", "truncated_svd", truncated_svd),
-    ("loraxs-krylov", "#6baed6", "all", "truncated_svd, krylov", partial(truncated_svd, method="krylov")),
-    ("loraxs-subspace", "#2ca02c", "all", "truncated_svd, subspace", partial(truncated_svd, method="subspace")),
-    ("sklearn", "#e6550d", "default", "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)", _sklearn),
-    ("svd-lowrank", "#b8860b", "default", "torch.svd_lowrank, niter = 10, q = r + 10", _svd_lowrank(10, 10)),
-    (
-        "svd-lowrank-2",
-        "#f2c14e",
-        "default",
-        "torch.svd_lowrank, niter = 2 (its default), q = r + 10",
-        _svd_lowrank(2, 10),
-    ),
-    ("svd-lowrank-4", "#d9a441", "default", "torch.svd_lowrank, niter = 4, q = r + 10", _svd_lowrank(4, 10)),
-    ("svd-lowrank-r", "#8c6d31", "all", "torch.svd_lowrank, niter = 10, q = r", _svd_lowrank(10, 0)),
-    ("svd-full", "#000000", "all", "torch.linalg.svd", _full),
-]
+_krylov, _subspace = (partial(truncated_svd, method=how) for how in ("krylov", "subspace"))
+_SKLEARN = "scikit-learn TruncatedSVD, n_iter = 10, on the CPU (the paper's)"
+# `make(W, r)` gives U (N, r), S (r,), Vh (r, K), on the device of W unless it says otherwise.
 METHODS: dict[str, Path] = {
-    "loraxs-eigh-gpu": earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU")
-} | {name: Method(name=name, colour=c, run=run, what=what, compute=call) for name, c, run, what, call in _HOW}
-METHODS["sklearn"] = replace(METHODS["sklearn"], missing=_no_sklearn)
+    each.name: each
+    for each in (
+        earlier("loraxs-eigh-gpu", "#9e9ac8", "truncated_svd, its eigenproblem on the GPU"),
+        Path(OURS, "#1f77b4", "truncated_svd", make=truncated_svd),
+        Path("loraxs-krylov", "#6baed6", "truncated_svd, krylov", "all", make=_krylov),
+        Path("loraxs-subspace", "#2ca02c", "truncated_svd, subspace", "all", make=_subspace),
+        Path("sklearn", "#e6550d", _SKLEARN, missing=_no_sklearn, make=_sklearn),
+        _lowrank("svd-lowrank", "#b8860b", 10),
+        _lowrank("svd-lowrank-2", "#f2c14e", 2, note=" (its default)"),
+        _lowrank("svd-lowrank-4", "#d9a441", 4),
+        _lowrank("svd-lowrank-r", "#8c6d31", 10, more=0, run="all"),
+        Path("svd-full", "#000000", "torch.linalg.svd", "all", make=_full),
+    )
+}
 
 
 def plan(request: Request) -> list[Point]:
@@ -102,26 +92,20 @@ def _one(request: Request, shape: Shape) -> Iterator[Row]:
         W = weight(shape, request)
         return W, *truth(W)
 
-    for r in request.ranks:
-        yield from ({"r": r} | row for row in _at_rank(request, shape, r, made))
-
-
-def _at_rank(request: Request, shape: Shape, r: int, made: Callable[[], tuple[Tensor, Tensor, float]]) -> Iterator[Row]:
-    def prepare() -> Build:
-        W, *true = made()
-
-        def build(name: str) -> Candidate:
-            if r > min(W.shape):
-                raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
-            call = partial(METHODS[name].compute, W, r)
-            found, peak = _peak(call, request)
-            facts = accuracy(W, *found, *true) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
-            return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
-
-        return build
+    def build(made: tuple[Tensor, Tensor, float], name: str, r: int) -> Candidate:
+        W, *known = made
+        if r > min(W.shape):
+            raise BenchError(f"rank {r} is above min(N, K) = {min(W.shape)}")
+        call = partial(METHODS[name].make, W, r)
+        found, peak = _peak(call, request)
+        facts = accuracy(W, *found, *known) | peak | ({"bytes": bytes_read(W, r)} if name == OURS else {})
+        return Candidate(lambda: [call], facts=facts, warm=False)  # it has just been called
 
     names = [name for name in METHODS if name in request.paths]
-    return compare(request, names, prepare, (OURS,), modes=("eager",), min_rounds=MIN_ROUNDS)
+    for r in request.ranks:
+        how = dict(modes=("eager",), min_rounds=MIN_ROUNDS)
+        rows = compare(request, names, made, partial(build, r=r), (OURS,), **how)
+        yield from ({"r": r} | row for row in rows)
 
 
 def weight(shape: Shape, request: Request, seed: int = 0) -> Tensor:
@@ -202,8 +186,8 @@ def _whole(request: Request, r: int) -> Iterator[Row]:
             yield {"matrices": len(linears)} | failure(name, error)
             continue
         samples[name] = torch.tensor(took, dtype=torch.float64)
-        beside = {"this": samples[name]} | ({OURS: samples[OURS].quantile(0.5)} if OURS in samples else {})
-        row = figures(beside, "this", request.device, (OURS,)) | {"path": name} | facts
+        beside = {OURS: samples[OURS].quantile(0.5)} if OURS in samples else {}
+        row = figures(name, samples[name], beside, request.gpu) | facts
         row |= {"bytes": sum(bytes_read(each.weight, r) for each in linears)} if name == OURS else {}
         yield {"matrices": len(linears)} | row
 
@@ -219,11 +203,11 @@ def _attached(linears: nn.ModuleList, r: int) -> list[Factors]:
     return [(layer.A, layer.B) for layer in layers]
 
 
-def _looped(method: Method) -> Callable[[nn.ModuleList, int], list[Factors]]:
+def _looped(method: Path) -> Callable[[nn.ModuleList, int], list[Factors]]:
     def run(linears: nn.ModuleList, r: int) -> list[Factors]:
         made = []
         for W in (linear.weight for linear in linears):
-            U, S, Vh = method.compute(W, r)
+            U, S, Vh = method.make(W, r)
             made.append(((S[:, None] * Vh).to(W.dtype), U.to(W.dtype)))
         return made
 
@@ -249,30 +233,28 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
 
 def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which: str) -> Table:
     points = tables.labelled(rows, what)
-    rivals = [name for name in tables.present(METHODS, points) if name != OURS]
+    rivals = [name for name in tables.present(METHODS, rows) if name != OURS]
     notes = [
         "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
         f"value; excess: squared reconstruction error beyond the best of that rank, relative{which}"
     ]
     cells: list[tuple[str, Callable[[Row], str]]] = []
     if tables.gpu(report):
-        cells = [("ms", _milliseconds), ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}")]
-        cells.append(("W read at, TB/s", partial(tables.bandwidth, report=report)))
+        cells = [
+            ("ms", lambda row: tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])),
+            ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}"),
+            ("W read at, TB/s", partial(tables.bandwidth, report=report)),
+        ]
         notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
-    errors = [("error", lambda row: f"{row['sigma_error']:.1e}"), ("excess", _excess)]
+    errors = [
+        ("error", lambda row: f"{row['sigma_error']:.1e}"),
+        ("excess", lambda row: tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"),
+    ]
     columns = [(head, OURS, cell) for head, cell in (*cells, *errors)]
     theirs = (("time", partial(over, other=OURS)), *errors)
     columns += [(f"{name}: {head}", name, cell) for name in rivals for head, cell in theirs]
     notes += [f"{name}: {METHODS[name].what}." for name in rivals]
-    return tables.compared(title, points, columns, notes)
-
-
-def _milliseconds(row: Row) -> str:
-    return tables.figure(f"{1e3 * row['seconds']['median']:.1f}", row["noisy"])
-
-
-def _excess(row: Row) -> str:
-    return tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"
+    return tables.compared(title, points, columns, *notes)
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:

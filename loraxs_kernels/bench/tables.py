@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .compare import Row
@@ -24,7 +24,14 @@ class Table:
     title: str
     head: list[str]
     rows: list[list[str]]
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
+    noise: str = f"quartiles over {NOISY:.0%} of the median apart"  # why a figure is not to be trusted
+
+    @property
+    def below(self) -> list[str]:
+        """The notes, and what explains a "~", where there is one."""
+        noisy = any(isinstance(cell, Noisy) for line in self.rows for cell in line)
+        return [*self.notes, *([f"~ too noisy to be trusted: {self.noise}."] if noisy else [])]
 
     def plain(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
@@ -32,19 +39,19 @@ class Table:
             "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
             for cells in (self.head, *self.rows)
         ]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *self.notes])
+        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *self.below])
 
     def markdown(self) -> str:
         bars = ["| " + " | ".join(cells) + " |" for cells in (self.head, *self.rows)]
         rule = "|---" + "|--:" * (len(self.head) - 1) + "|"
-        return "\n".join([f"**{self.title}**", "", bars[0], rule, *bars[1:], "", *self.notes]).rstrip()
+        return "\n".join([f"**{self.title}**", "", bars[0], rule, *bars[1:], "", *self.below]).rstrip()
 
     def html(self) -> str:
         def line(cells: list[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         body = "\n".join(line(cells, "td") for cells in self.rows)
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.notes)
+        notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in self.below)
         return (
             f"<h2>{html.escape(self.title)}</h2>\n<div class=wide><table><thead>{line(self.head, 'th')}</thead>"
             f"<tbody>\n{body}\n</tbody></table></div>{notes}"
@@ -63,14 +70,6 @@ def gpu(report: dict[str, Any]) -> bool:
     return report["machine"]["device"] != "cpu"
 
 
-def pivot(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
-    """{what rows have at these keys: {path: row}}."""
-    found: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["path"]] = row
-    return found
-
-
 def labelled(rows: Iterable[Row], text: str) -> dict[str, dict[str, Row]]:
     """{what `text` says of rows: {path: row}}, such as "T {T}, r {r}"."""
     found: dict[str, dict[str, Row]] = {}
@@ -82,28 +81,29 @@ def labelled(rows: Iterable[Row], text: str) -> dict[str, dict[str, Row]]:
 def compared(
     title: str,
     points: Mapping[str, Mapping[str, Row]],
-    columns: Iterable[tuple[str, str, Callable[[Row], str]]],
-    notes: Iterable[str],
-    *why: str,
+    columns: Sequence[tuple[str, str, Callable[[Row], str]]],
+    *notes: str,
+    **more: str,
 ) -> Table:
     """A line for each point, with a cell made of the row of a path in each column: (its head, the path, the cell)."""
-    columns = list(columns)
     lines = [
         [where, *(cell(point[path]) if path in point else NO_FIGURE for _, path, cell in columns)]
         for where, point in points.items()
     ]
-    return Table(title, ["", *(head for head, *_ in columns)], lines, (*notes, *noise(lines, *why)))
+    return Table(title, ["", *(head for head, *_ in columns)], lines, notes, **more)
 
 
-def present(names: Iterable[str], points: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    """Those of the names that some point has, in their order."""
-    return [name for name in names if any(name in point for point in points.values())]
+def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:
+    """Those of the paths that have rows, in their order."""
+    found = {row["path"] for row in rows}
+    return [name for name in names if name in found]
 
 
-def by_mode(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+def grouped(rows: Iterable[Row], key: str = "mode") -> dict[Any, list[Row]]:
+    """Rows by what they have there."""
+    found: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["mode"], []).append(row)
+        found.setdefault(row[key], []).append(row)
     return found
 
 
@@ -116,7 +116,7 @@ def figure(text: str, noisy: bool, rest: str = "") -> str:
     return Noisy(f"{text}~{rest}") if noisy else f"{text}{rest}"
 
 
-def quartiles(found: Mapping[str, float], digits: int, noisy: bool = False, scale: float = 1.0, rest: str = "") -> str:
+def quartiles(found: Spread, digits: int, noisy: bool = False, scale: float = 1.0, rest: str = "") -> str:
     """A spread: its median, and in brackets its quartiles."""
     low, median, high = (f"{scale * found[each]:.{digits}f}" for each in ("low", "median", "high"))
     return figure(median, noisy, f" ({low} to {high}){rest}")
@@ -130,19 +130,8 @@ def over(row: Row | None, other: str) -> str:
     return "1" if ratio["low"] == ratio["high"] == 1 else quartiles(ratio, 2, row["noisy"])
 
 
-def percent(found: Spread, rest: str = "") -> str:
-    """A spread in percent, with its quartiles."""
-    return quartiles(asdict(found), 1, found.noisy, 100, rest)
-
-
 def bandwidth(row: Row, report: dict[str, Any]) -> str:
     """TB/s of a row's bytes, and the share of this GPU's copy."""
     speed = row["bytes"] / row["seconds"]["median"]
     of = f" ({speed / report['ceilings']['bandwidth']:.0%})" if report["ceilings"] else ""
     return figure(f"{speed / 1e12:.2f}", row["noisy"], of)
-
-
-def noise(lines: list[list[str]], why: str = f"quartiles over {NOISY:.0%} of the median apart") -> tuple[str, ...]:
-    """The note that explains a "~", where there is one."""
-    noisy = any(isinstance(cell, Noisy) for line in lines for cell in line)
-    return (f"~ too noisy to be trusted: {why}.",) if noisy else ()

@@ -1,4 +1,4 @@
-"""The adapter tax, from the rows of a report: (time with the adapter - frozen linear) / frozen linear, over a block.
+"""The adapter tax in %, from the rows of a report: (time with the adapter - frozen linear) / frozen linear, of a block.
 
 Shapes are weighted by how often they occur and by the time of their frozen linear; the ratio of each shape is the
 paired one, taken within rounds.  A point of the grid that lacks a shape has no tax.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from . import roofline
+from . import roofline, tables
 from .compare import Row
 from .shapes import MODELS, Shape
 from .timer import Spread
 
 Paths = dict[str, dict[Shape, Row]]
+NOISE = "its quartiles are too far apart"
 
 
 class Point(NamedTuple):
@@ -29,17 +30,18 @@ class Point(NamedTuple):
     r: int
 
 
-class Tax(Spread):
-    """A fraction of the frozen linears' time, with quartiles; goals are hundredths apart, so noise is told early."""
+def of_ratio(ratio: Spread) -> Spread:
+    """In percent, by the ratio of times to the frozen linear's."""
+    return {quartile: 100 * (value - 1) for quartile, value in ratio.items()}
 
-    @classmethod
-    def of_ratio(cls, ratio: dict[str, float]) -> Tax:
-        """By the ratio of times to the frozen linear's."""
-        return cls(ratio["low"] - 1, ratio["median"] - 1, ratio["high"] - 1)
 
-    @property
-    def noisy(self) -> bool:
-        return self.high - self.low > max(0.01, 0.25 * abs(self.median))
+def noisy(tax: Spread) -> bool:
+    """Goals are hundredths apart, so noise is told early."""
+    return tax["high"] - tax["low"] > max(1, 0.25 * abs(tax["median"]))
+
+
+def shown(tax: Spread, rest: str = "") -> str:
+    return tables.quartiles(tax, 1, noisy(tax), rest=rest)
 
 
 def points(rows: Iterable[Row]) -> dict[Point, Paths]:
@@ -56,7 +58,7 @@ def points(rows: Iterable[Row]) -> dict[Point, Paths]:
     return {at: paths for at, paths in found.items() if set(paths.get("frozen", ())) == whole[at.run, at.model]}
 
 
-def measured(paths: Paths, path: str) -> Tax | None:
+def measured(paths: Paths, path: str) -> Spread | None:
     """Of one path at one point; None where it lacks a shape."""
     frozen, own = paths["frozen"], paths.get(path, {})
     if set(own) != set(frozen):
@@ -67,7 +69,7 @@ def measured(paths: Paths, path: str) -> Tax | None:
         each = (weight[shape] * row["over"]["frozen"][quartile] for shape, row in own.items())
         return sum(each) / sum(weight.values())
 
-    return Tax.of_ratio({quartile: over(quartile) for quartile in ("low", "median", "high")})
+    return of_ratio({quartile: over(quartile) for quartile in ("low", "median", "high")})
 
 
 def least(report: dict[str, Any], at: Point, paths: Paths, path: str) -> float | None:
@@ -85,4 +87,4 @@ def least(report: dict[str, Any], at: Point, paths: Paths, path: str) -> float |
     def floor(name: str) -> float:
         return block(lambda s: roofline.floor(ceilings, name, at.T, s.N, s.K, at.r, at.direction))
 
-    return (floor(path) - floor("frozen")) / block(lambda shape: frozen[shape]["seconds"]["median"])
+    return 100 * (floor(path) - floor("frozen")) / block(lambda shape: frozen[shape]["seconds"]["median"])

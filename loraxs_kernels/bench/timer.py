@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,28 +29,20 @@ from .roofline import Ceilings
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 SAMPLE = 5e-3  # seconds a sample should last at least
 NOISY = 0.10  # quartiles further apart than this fraction of the median: the figure is not to be trusted
-QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 _L2_MULTIPLE = 3  # the sets of operands together, as a multiple of the L2 cache
 
 Call = Callable[[], Any]
+Spread = dict[str, float]  # low, median, high: quartiles of a figure over rounds
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Quartiles of a figure over rounds."""
+def spread(samples: Tensor) -> Spread:
+    quartiles = samples.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return dict(zip(("low", "median", "high"), quartiles.tolist(), strict=True))
 
-    low: float
-    median: float
-    high: float
 
-    @classmethod
-    def of(cls, samples: Tensor) -> Spread:
-        return cls(*samples.double().quantile(QUARTILES).tolist())
-
-    @property
-    def noisy(self) -> bool:
-        return self.high - self.low > NOISY * self.median
+def noisy(figure: Spread) -> bool:
+    return figure["high"] - figure["low"] > NOISY * figure["median"]
 
 
 def sets_needed(device: torch.device, bytes_each: int) -> int:
@@ -241,13 +234,12 @@ def ceilings(device: torch.device, size: int = 8192) -> Ceilings:
     target = torch.empty_like(source)
     half, single = (torch.randn(2, size, size, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     calls = {
-        "copy": lambda: target.copy_(source),
-        "half": lambda: torch.mm(half[0], half[1]),
-        "single": lambda: torch.mm(single[0], single[1]),
+        "copy": partial(target.copy_, source),
+        "half": partial(torch.mm, *half),
+        "single": partial(torch.mm, *single),
     }
     passes = {name: prepare(lambda call=call: [call], device) for name, call in calls.items()}
-    samples = interleave(passes, device, 0.1)
-    copy, half_s, single_s = (samples[name].median().item() for name in ("copy", "half", "single"))
+    copy, half_s, single_s = (each.median().item() for each in interleave(passes, device, 0.1).values())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     flops = 2.0 * size**3
     return Ceilings(name, 8.0 * words / copy, flops / half_s, flops / single_s, f"measured: copy, GEMM of {size}^3")
