@@ -243,6 +243,31 @@ def why_no_adapter(parent: nn.Module, name: str) -> str | None:
     return None
 
 
+# Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
+_SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt", "mask2former", "oneformer")
+_TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def why_not_mixed(model: nn.Module) -> str | None:
+    """Why the samples of a batch cannot have different adapters in a model with adapters; None: no reason is known.
+
+    Some layers get the rows of several samples in an order that the shape of x does not show.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _SEQUENCE_FIRST:
+        return f"a model of type {kind} has layers whose first dimension is not the batch"
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            why = "gives each expert tokens of any samples"
+        elif isinstance(module, _TORCH_LAYERS) and not module.self_attn.batch_first:
+            why = "has batch_first=False, so that its first dimension is not the batch"
+        else:
+            continue
+        if any(isinstance(m, LoraXSLinear) or hasattr(m, "loraxs_R") for m in module.modules()):
+            return f"module {name!r} {why}"
+    return None
+
+
 def _names(module: nn.Module | None) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 

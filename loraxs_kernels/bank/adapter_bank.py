@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from .. import adapter_file
 from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from ..linear import LoraXSLinear
-from ..model import adapted_layers, detach, unwrapped
+from ..matching import adapted_layers, unwrapped, why_not_mixed
+from ..model import detach
 from ..naming import aliases
 from ..sharding import assign
 from ..transaction import keep, transaction
-from .layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
+from .layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, with_adapter_ids
 from .store import Store
 from .training import Training
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-# Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
-SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt", "mask2former", "oneformer")
-TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
 class Source(Protocol):
@@ -389,20 +386,3 @@ def turn(module: nn.Module, kind: type[nn.Module], undo: Any) -> None:
     """Let a module be of another class, until `undo` is run."""
     undo.callback(setattr, module, "__class__", type(module))
     module.__class__ = kind
-
-
-def why_not_mixed(model: nn.Module) -> str | None:
-    """Why the samples of a batch cannot have different adapters on this model, as far as that can be told; else None.
-
-    It is for layers that get rows of several samples in an order that their shape does not show.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in SEQUENCE_FIRST:
-        return f"a model of type {kind} has layers whose first dimension is not the batch"
-    for name, module in model.named_modules():
-        seated = any(isinstance(m, LoraXSLinear) and m.seat is not None for m in module.modules())
-        if seated and name.rpartition(".")[2] == "experts":
-            return f"module {name!r} gives each expert tokens of any samples"
-        if seated and isinstance(module, TORCH_LAYERS) and not getattr(module, "batch_first", True):
-            return f"module {name!r} has batch_first=False, so that its first dimension is not the batch"
-    return None

@@ -21,7 +21,15 @@ from torch import nn
 from ...basis import Recipe
 from ...factors import WORKSPACE
 from ...linear import LoraXSLinear, label_of
-from ...matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ...matching import (
+    classification_head,
+    matches,
+    pattern_value,
+    warn_of_experts,
+    warn_of_unread,
+    why_no_adapter,
+    why_not_mixed,
+)
 from ...model import fill
 from ...svd import plan
 from ...transaction import transaction
@@ -39,7 +47,6 @@ except ImportError:  # before peft 0.20, which cannot merge into quantised layer
     quantization_utils = None
 
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
-SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and positions on the way to some layers
 
 
 class LoraXSModel(BaseTuner):
@@ -191,14 +198,8 @@ class LoraXSModel(BaseTuner):
         again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
         if any(module.training for module in [*layers, *again]):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
-        kind = getattr(getattr(self.model, "config", None), "model_type", None)
-        if kind in SEQUENCE_FIRST:
-            raise ValueError(f"adapter_names: a model of type {kind} has layers whose first dimension is not the batch")
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
-                raise ValueError(
-                    f"adapter_names: {label_of(name)} is part of an expert, whose input mixes tokens of all samples"
-                )
+        if why := why_not_mixed(self.model):
+            raise ValueError(f"adapter_names: cannot be used here: {why}")
         for name, module in self._trained_whole().items():
             if not isinstance(module.original_module, MIXABLE):
                 raise TypeError(
