@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import parallel
+from . import parallel, pretrained
 from .accounting import summary
 from .basis import Factors
 from .basis_file import Basis, read_basis
@@ -36,78 +34,6 @@ class Attachment:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
-
-
-def _pretends(model: nn.Module) -> bool:
-    """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
-
-    Trainer refuses to train a quantised model without that mark.
-    """
-    return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
-
-
-def _is_quantised_for_training(model: nn.Module) -> bool:
-    """Whether transformers has quantised the model, in a way in which it can be trained through."""
-    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
-    return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
-
-
-def _teach_saving(model: nn.Module) -> None:
-    """Make `save_pretrained` know adapters, in the classes that define it for the model and for what it is a part of.
-
-    Each class is changed once, and nothing is left on the model, so that copies of it save themselves.
-    """
-    modeling = sys.modules.get("transformers.modeling_utils")
-    for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
-        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
-        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
-            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
-
-
-def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
-    """A `save_pretrained` that does as `save`, but warns where from_pretrained could not load what is saved."""
-
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-        layers = [m for m in self.modules() if isinstance(m, LoraXSLinear)] if isinstance(self, nn.Module) else []
-        if not layers:
-            return save(self, *args, **options)
-        given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
-        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
-            warnings.warn(
-                "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
-                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
-                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
-                stacklevel=2,
-            )
-        pretends, tying = _pretends(self), [config for config in _tying(self) if embeddings(self, "output").merged]
-        if pretends:  # or transformers would look for PEFT's adapters and save those alone
-            del self._hf_peft_config_loaded
-        try:
-            for config in tying:
-                config.tie_word_embeddings = False
-            return save(self, *args, **options)
-        finally:
-            for config in tying:
-                config.tie_word_embeddings = True
-            if pretends:
-                self._hf_peft_config_loaded = True
-
-    save_pretrained.loraxs_knows_adapters = True
-    return save_pretrained
-
-
-def _tying(model: nn.Module) -> list[Any]:
-    """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
-    config = getattr(model, "config", None)
-    head = embeddings(model, "output")
-    if config is None or not isinstance(head, LoraXSLinear):
-        return []
-    weight = head.base_layer._parameters.get("weight")
-    if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:
-        return []  # an encoder's and a decoder's embeddings are tied by the same setting, and have to stay so
-    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
 @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"), workspace=WORKSPACE_IN_BYTES)
@@ -251,10 +177,7 @@ def install(
         for name in modules_to_save:
             model.get_submodule(name).requires_grad_(True)
         model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
-        for module in model.modules():
-            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
-                module._hf_peft_config_loaded = True
-        _teach_saving(model)
+        pretrained.prepare(model)
     return model
 
 
@@ -353,7 +276,7 @@ def detach(model: M, *, merge: bool = False) -> M:
         if merge:
             untied = []
             for module in model.modules():
-                if configs := _tying(module):
+                if configs := pretrained.tying(module):
                     untied.append(embeddings(module, "output").base_layer)
                 for config in configs:
                     undo.callback(setattr, config, "tie_word_embeddings", True)
@@ -374,8 +297,7 @@ def detach(model: M, *, merge: bool = False) -> M:
             if attachment := module.__dict__.pop("loraxs", None):
                 for name, p in module.named_parameters():
                     p.requires_grad_(name in attachment.trainable_before)
-            if _pretends(module):
-                del module._hf_peft_config_loaded
+            pretrained.unmark(module)
     what = "added to the weights and taken off" if merge else "taken off"
     logger.info("detach: %d adapters %s", len(adapted), what)
     return model

@@ -27,7 +27,7 @@ import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
 from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.linear import LoraXSLinear
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lmdb")

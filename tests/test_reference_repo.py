@@ -30,7 +30,7 @@ from loraxs_kernels.integrations.reference_repo import (
     load_reference_adapter,
     replace_reference_layers,
 )
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 from loraxs_kernels.reference import relative_error
 
 peft = pytest.importorskip("peft")

@@ -21,8 +21,8 @@ from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
 from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from ...files import read_json
 from ...linear import LoraXSLinear
-from ...matching import matches, pattern_value
-from ...model import adapted_layers, detach, install
+from ...matching import adapted_layers, matches, pattern_value
+from ...model import detach, install
 from ...naming import Former, aliases
 from ...transaction import keep, transaction
 from ...weights import FLOATS, weight_of

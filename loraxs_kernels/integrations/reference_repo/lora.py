@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import saved_modules, targets_for
-from ...model import adapted_layers, unwrapped
+from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
 from ...sharding import whole
 from ...weights import FLOATS, is_conv1d
 from ..peft_files import PREFIX
