@@ -48,7 +48,10 @@ COMPONENTS = {
         _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py"),
         "split products, groups, streams from the host, several GPUs",
     ),
-    "adapter files": (_package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py"), "across devices"),
+    "adapter files": (
+        _package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py", "recipe.py"),
+        "across devices",
+    ),
     "neighbours": (_package("integrations"), "PEFT's method, Trainer's checkpoints, the reference implementation"),
     "parallel": (
         _package("parallel.py"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import basis
-from .basis import ACCEPT, ALIGNED, DIFFERENT, Recipe
+from .basis import ACCEPT, ALIGNED, DIFFERENT
+from .recipe import Factors, Recipe
 
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 
@@ -85,9 +86,7 @@ def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     return fitted_to(entry, basis.Fingerprint.of(A, B), (A, B))
 
 
-def fitted_to(
-    entry: dict[str, Any], here: basis.Fingerprint, factors: basis.Factors | None = None
-) -> tuple[Tensor, float]:
+def fitted_to(entry: dict[str, Any], here: basis.Fingerprint, factors: Factors | None = None) -> tuple[Tensor, float]:
     """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
     R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates, errors = [R], [float(here.residual(entry["probe"], R))]

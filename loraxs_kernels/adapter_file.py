@@ -16,18 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import basis, card
+from . import card
 from .acceptance import can_align, fitted, mismatch
 from .accounting import summary
 from .adapter_format import NUMBERS, described, packed, read
-from .basis import ACCEPT, ALIGNED
+from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
-from .linear import LoraXSLinear, label_of
+from .linear import LoraXSLinear
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
-from .naming import aliases, as_dtype
+from .naming import DTYPES, aliases, as_dtype, label_of
+from .recipe import check
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
 from .weights import weight_of
@@ -139,9 +140,9 @@ def _packed_adapter(
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
         R = R.to(dtype or R.dtype)
-        record = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
+        record = {"R": R, "S": singular_values(layer.A), "probe": probes(layer.A, R, layer.B)}
         if portable:
-            record["U"], record["V"] = basis.sketch(layer.A, layer.B)
+            record["U"], record["V"] = sketch(layer.A, layer.B)
         if not all(map(is_finite, record.values())):
             largest = R.abs().max().item()
             raise ValueError(
@@ -327,7 +328,7 @@ def named(path: Path) -> Iterator[None]:
 def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
     for key in NUMBERS:
-        basis.check(key, getattr(layer, key), f"module {name!r}")
+        check(key, getattr(layer, key), f"module {name!r}")
     if layer.scaling != layer.alpha / layer.rank:
         raise ValueError(
             f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
@@ -359,7 +360,7 @@ def attach_as(
         recipe = entry["recipe"]
         options[name] = {key: entry[key] for key in NUMBERS} | {"init": recipe}
         if recipe.init == "given":
-            options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and basis.DTYPES[recipe.dtype]}
+            options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and DTYPES[recipe.dtype]}
         elif can_align(entry) and not (recipe.rounded or recipe.dtype):  # R is aligned, so A and B take the weight's
             options[name]["dtype"] = weight_of(modules[name], label_of(name)).dtype
     opened = None if basis_file is None else basis_for(basis_file, options)
@@ -391,14 +392,12 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
                 f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
             )
         settled[name], errors[name] = fitted(entry, layer.A, layer.B)
-        if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not basis.same_base(entry["S"], layer.A):
+        if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not same_base(entry["S"], layer.A):
             refused[name] = errors[name]
     if refused:
         worst = max(refused, key=refused.__getitem__)
         layer = layers[worst]
-        raise mismatch(
-            str(path), worst, entries[worst], refused[worst], basis.singular_values(layer.A), recipe=layer.recipe
-        )
+        raise mismatch(str(path), worst, entries[worst], refused[worst], singular_values(layer.A), recipe=layer.recipe)
     return settled, max(errors.values())
 
 

@@ -18,8 +18,7 @@ import torch
 from . import demo, hub
 from .bench import BenchError
 from .demo import DemoError
-from .naming import as_dtype
-from .weights import FLOATS
+from .naming import FLOATS, as_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

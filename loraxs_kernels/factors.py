@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .basis import Recipe, is_number
 from .exact_matmul import exact_matmul
 from .naming import Former
+from .recipe import Recipe, is_number
 from .svd import (
     KEEP_BYTES,
     Group,

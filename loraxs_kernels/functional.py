@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, indexed, ops
 from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
 from .indexed import IndexedLowRankLinear, RowIndex
+from .naming import FLOATS, label_of
 from .ops import LowRankLinears, autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
 
 Index = RowIndex | Tensor | Sequence[int] | None
@@ -223,14 +224,6 @@ def check_x(x: Tensor, A: Tensor, name: str) -> None:
         )
 
 
-def label_of(name: str) -> str:
-    """What errors call the layer of that name in its model."""
-    return f"module {name!r}" if name else "linear"
-
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
 def check(
     x: Tensor,
     A: Tensor,
@@ -250,7 +243,7 @@ def check(
     for name, t in operands.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, must be a torch.Tensor")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in FLOATS:
             raise TypeError(f"{name}: got dtype {t.dtype}, must be bfloat16, float16, float32 or float64")
         if t.dtype != x.dtype and name != "R":
             raise TypeError(f"{name}: got dtype {t.dtype}, must be {x.dtype} like x")

@@ -13,16 +13,14 @@ from torch.nn import functional as F
 
 from . import parallel
 from .backends import forced
-from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
-from .functional import label_of, together
-from .naming import Former, aliases, as_dtype, renamed_attribute
+from .functional import together
+from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
 from .padded import PaddedB
+from .recipe import INITS, Factors, Recipe, check
 from .route import computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
-from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
-
-_FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
+from .weights import held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 
 class LoraXSLinear(PaddedB):
@@ -417,7 +415,9 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
     if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
-        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in {_FLOATS}")
+        raise TypeError(
+            f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
+        )
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])
     if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):

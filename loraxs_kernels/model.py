@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from . import parallel, pretrained
 from .accounting import summary
-from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
 from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
+from .recipe import Factors
 from .transaction import transaction
 from .weights import weight_of
 

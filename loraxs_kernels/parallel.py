@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .functional import Adapter, label_of
+from .functional import Adapter
+from .naming import label_of
 from .sharding import is_dtensor
 from .weights import held
 

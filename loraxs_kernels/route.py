@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
-from .functional import Adapter, label_of, run
+from .functional import Adapter, run
 from .indexed import RowIndex
+from .naming import label_of
 from .ops import autocast_on
 from .weights import held, weight_view
 

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .naming import FLOATS
 from .sharding import gathered, groups_of, is_dtensor, whole
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that A, B and what is read may have
 
 Shape = tuple[int, int]
 Read = Callable[[nn.Module], Tensor]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from loraxs_kernels import factors, svd, svd_math, truncated_svd
-from loraxs_kernels.basis import Recipe
 from loraxs_kernels.factors import Job, compute_devices, factor
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.svd import Group, plan
 from loraxs_kernels.weights import weight_of
 

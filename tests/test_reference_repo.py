@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear
-from loraxs_kernels.basis import Recipe
 from loraxs_kernels.integrations import reference_repo
 from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
@@ -31,6 +30,7 @@ from loraxs_kernels.integrations.reference_repo import (
     replace_reference_layers,
 )
 from loraxs_kernels.matching import adapted_layers
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import relative_error
 
 peft = pytest.importorskip("peft")

@@ -36,12 +36,12 @@ from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
 from ..linear import LoraXSLinear
 from ..matching import unwrapped
+from ..naming import DTYPES, FLOATS, dtype_name
 from ..sharding import whole
-from ..weights import FLOATS
 
 KIND = "loraxs_bank"
 BASIS = "basis.safetensors"
-DTYPES = (torch.float32, torch.bfloat16)
+STORED = (torch.float32, torch.bfloat16)  # that R of a bank may have
 LAYOUT = 1  # of a record
 LONGEST = 511  # bytes of a key that LMDB takes
 HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
@@ -60,11 +60,11 @@ class Records:
         header, f = unsealed(file, KIND, "basis of an adapter bank")
         self._digest = bytes.fromhex(sha256_of(file))
         dtype = header.pop("dtype", None)
-        if dtype not in map(basis.dtype_name, DTYPES):
+        if dtype not in map(dtype_name, STORED):
             damaged(file, f"dtype is {dtype!r} in its header, must be float32 or bfloat16")
         found = adapter_format.unpacked(header, tensors_of(f, file), _stacked, file)
         self.entries, self.modules_to_save, self.saved = found
-        self.dtype, self.base_model = basis.DTYPES[dtype], header["base_model"]
+        self.dtype, self.base_model = DTYPES[dtype], header["base_model"]
         self.modules = tuple((name, entry["rank"]) for name, entry in self.entries.items())
         self.alphas = {name: float(entry["alpha"]) for name, entry in self.entries.items()}
         self.places, self.size = {}, 0
@@ -275,7 +275,7 @@ def packed_basis(model: nn.Module, dtype: torch.dtype) -> tuple[tuple[bytes | me
             factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
         elif layer.why_no_load():
             moved.append(layer)
-    header = {"base_model": adapter_file.base_model(model), "dtype": basis.dtype_name(dtype)}
+    header = {"base_model": adapter_file.base_model(model), "dtype": dtype_name(dtype)}
     saved = adapter_file.saved_tensors(model)
     parts = adapter_format.packed(KIND, header, descriptions, records, factors, *saved)
     return parts, moved

@@ -25,7 +25,7 @@ from ..files import damaged, is_finite, sha256_of, unsealed, write_atomically
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
-from .records import BASIS, DIGEST, DTYPES, KIND, LAYOUT, Records, key_of, packed_basis
+from .records import BASIS, DIGEST, KIND, LAYOUT, STORED, Records, key_of, packed_basis
 
 TIE = b"\0loraxs_bank"
 PAGE = 1000  # names read in one transaction
@@ -97,7 +97,7 @@ class Store(Records):
         If the call is interrupted, there is no bank, and you can call again.  Warns, as `save_adapter` does, if the
         base weights were rounded since A and B were made.
         """
-        dtype = as_dtype("dtype", dtype, DTYPES) or torch.float32
+        dtype = as_dtype("dtype", dtype, STORED) or torch.float32
         model, path = unwrapped(model), Path(path)
         load_lmdb()  # before a folder is made
         if (path / BASIS).exists():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..basis import is_number
 from ..indexed import plain_tensors
+from ..recipe import is_number
 from .layers import Source, split
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from vllm.distributed import get_tp_group
 
 from .. import adapter_file
 from ..bank import Store
-from ..basis import Factors
 from ..matching import adapted_layers
+from ..recipe import Factors
 
 AT_ONCE = 2**30  # bytes of weights that are gathered before their A and B are made
 PROBED = 2**24  # numbers of the identity matrix that a layer is given at a time, to read its weight

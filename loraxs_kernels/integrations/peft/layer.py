@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ... import basis, parallel
 from ...acceptance import fitted, mismatch
-from ...basis import Recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoraXSLinear, label_of, sparing_what_trains
+from ...linear import LoraXSLinear, sparing_what_trains
+from ...naming import FLOATS, label_of
 from ...ops import autocast_on
+from ...recipe import Recipe
 from ...route import layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
-from ...weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of
+from ...weights import held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig

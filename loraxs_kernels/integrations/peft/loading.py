@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import basis
-from ...linear import label_of
+from ...naming import FLOATS, label_of
 from ...sharding import is_dtensor
-from ...weights import FLOATS
 from ..peft_files import PREFIX
 from ..reference_repo.layers import translate
 from .config import LoraXSConfig

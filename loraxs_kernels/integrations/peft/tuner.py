@@ -18,9 +18,8 @@ from peft.utils import (
 )
 from torch import nn
 
-from ...basis import Recipe
 from ...factors import WORKSPACE
-from ...linear import LoraXSLinear, label_of
+from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
     matches,
@@ -31,6 +30,8 @@ from ...matching import (
     why_not_mixed,
 )
 from ...model import fill
+from ...naming import label_of
+from ...recipe import Recipe
 from ...svd import plan
 from ...transaction import transaction
 from ...weights import is_linear, is_unread_linear, unread, weight_of, weight_view

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from ...acceptance import AdapterMismatch
 from ...adapter_file import saved_values
-from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
+from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
 from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from ...files import read_json
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, matches, pattern_value
 from ...model import detach, install
-from ...naming import Former, aliases
+from ...naming import FLOATS, Former, aliases
+from ...recipe import Recipe
 from ...transaction import keep, transaction
-from ...weights import FLOATS, weight_of
+from ...weights import weight_of
 from ..peft_files import PREFIX, read_tensors
 from .keys import part
 

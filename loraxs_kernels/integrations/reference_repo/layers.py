@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...acceptance import AdapterMismatch, fitted
-from ...basis import ACCEPT, ALIGNED, Recipe, dtype_name, probes, singular_values
+from ...basis import ACCEPT, ALIGNED, probes, singular_values
 from ...linear import LoraXSLinear
 from ...matching import targets_for
+from ...naming import dtype_name
+from ...recipe import Recipe
 from ...transaction import transaction
 from ...weights import weight_of
 from .keys import part

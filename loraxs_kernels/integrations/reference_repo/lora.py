@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
+from ...naming import FLOATS
 from ...sharding import whole
-from ...weights import FLOATS, is_conv1d
+from ...weights import is_conv1d
 from ..peft_files import PREFIX
 
 if TYPE_CHECKING:
