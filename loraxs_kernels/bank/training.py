@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..indexed import plain_tensors
 from ..recipe import is_number
-from .layers import Source, split
+from .slots import Source, split
 
 if TYPE_CHECKING:
     from ..linear import LoraXSLinear
