@@ -21,7 +21,7 @@ from .acceptance import can_align, fitted, mismatch
 from .accounting import summary
 from .adapter_format import NUMBERS, described, packed, read
 from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
-from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear
@@ -275,12 +275,11 @@ def load_adapter(
     fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
-    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
     with transaction(model) as undo:
         if fresh:
             with named(path):
-                how = {"devices": devices, "workspace": workspace, "progress": progress}
-                attach_as(model, entries, modules_to_save, basis, how)
+                attach_as(model, entries, modules_to_save, basis, **compute)
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
         with named(path):
@@ -342,10 +341,10 @@ def attach_as(
     model: nn.Module,
     entries: dict[str, dict],
     modules_to_save: list[str],
-    basis_file: str | os.PathLike | None,
-    how: dict[str, Any],
+    basis: str | os.PathLike | None,
+    **compute: Any,
 ) -> None:
-    """Attach the adapters of a file to a model that has none."""
+    """Attach the adapters of a file to a model that has none; compute: options of `factor`."""
     modules = dict(model.named_modules())
     for name in [*entries, *modules_to_save]:
         if name not in modules:
@@ -363,12 +362,12 @@ def attach_as(
             options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and DTYPES[recipe.dtype]}
         elif can_align(entry) and not (recipe.rounded or recipe.dtype):  # R is aligned, so A and B take the weight's
             options[name]["dtype"] = weight_of(modules[name], label_of(name)).dtype
-    opened = None if basis_file is None else basis_for(basis_file, options)
+    opened = None if basis is None else basis_for(basis, options)
     for name, entry in entries.items() if opened else ():  # rounded further, as in the file
         made, there = options[name]["init"], entry["recipe"]
         if there.rounded[: len(made.rounded)] == made.rounded:
             options[name]["init"] = replace(made, rounded=there.rounded, dtype=there.dtype)
-    install(model, options, modules_to_save, basis=opened, **how)
+    install(model, options, modules_to_save, opened, **compute)
 
 
 def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import basis
-from .factors import WORKSPACE, Job, factor, workspace_bytes
+from .factors import WORKSPACE, Job, compute_options, factor
 from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
 from .matching import matches
 from .naming import FLOATS, as_dtype, dtype_name
@@ -146,7 +146,7 @@ def make_basis(
     n_iter: int | None = None,
     dtype: torch.dtype | str | None = None,
     weight_dtype: torch.dtype | str | None = None,
-    devices: Sequence[torch.device] | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> list[str]:
@@ -161,14 +161,13 @@ def make_basis(
         seed, n_iter: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
-        devices: to compute on, sharing the modules; None: the CPU.
-        workspace_gib, progress: as in `attach`.
+        device, workspace_gib, progress: as in `attach`; None: the CPU, where the weights are.
 
     Returns the names of the modules.  Raises FileNotFoundError or ValueError, naming the argument or the module, before
     anything is written.
     """
     dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
-    workspace = workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
@@ -207,7 +206,7 @@ def make_basis(
         for which, t in zip("AB", recipe.round((A, B)), strict=True):
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
-    factor(jobs, keep, devices=devices, workspace=workspace, progress=progress)
+    factor(jobs, keep, **compute)
     entries = {job.recipe.name: _entry(job) for job in jobs}
     header = {"base_model": base_model, **as_header(entries, "recipe")}
     write_atomically(out, *sealed(tensors, "loraxs_basis", header))

@@ -60,6 +60,14 @@ def workspace_bytes(workspace_gib: float) -> int:
     return int(workspace_gib * 2**30)
 
 
+def compute_options(
+    device: torch.device | str | Sequence[torch.device | str] | None, workspace_gib: float, progress: bool
+) -> dict[str, Any]:
+    """The options of `factor` for these arguments of `attach`; ValueError, naming the argument, for a wrong one."""
+    devices = None if device is None else compute_devices(device)
+    return {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
+
+
 @torch.no_grad()
 def factor(
     jobs: Sequence[Job],

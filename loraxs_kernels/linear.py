@@ -51,9 +51,9 @@ class LoraXSLinear(PaddedB):
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
-    # Where an adapter bank has put one, it computes what the samples of a batch have selected (bank/layers.py).
+    # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
-    # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
+    # The mesh over which FSDP2 shares out the batch, if it has cut the base layer and does not know R (parallel.py).
     shares: Any = None
 
     @aliases(sigma=Former("init_std"))

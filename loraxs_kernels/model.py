@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import parallel, pretrained
 from .accounting import summary
 from .basis_file import Basis, read_basis
-from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
 from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
@@ -122,9 +122,7 @@ def attach(
         if unused:
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=3)
     opened = None if basis is None else basis_for(basis, options)
-    devices = None if device is None else compute_devices(device)
-    how = {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
-    install(model, options, saved, basis=opened, **how)
+    install(model, options, saved, opened, **compute_options(device, workspace_gib, progress))
     if logger.isEnabledFor(logging.INFO):  # counting takes as long as a small model's SVD
         logger.info("attach: %s", summary(model))
     return given
@@ -149,13 +147,13 @@ def install(
     model: M,
     options: Mapping[str, Mapping[str, Any]],
     modules_to_save: Sequence[str],
-    *,
     basis: Basis | None = None,
-    devices: Sequence[torch.device] | None = None,
-    workspace: int = WORKSPACE,
-    progress: bool = True,
+    **compute: Any,
 ) -> M:
-    """Adapt the named modules, each with its own options of LoraXSLinear.from_linear; all of them or none."""
+    """Adapt the named modules, each with its own options of LoraXSLinear.from_linear; all of them or none.
+
+    compute: options of `factor`.
+    """
     _check_unadapted(model)
     modules = dict(model.named_modules())
     trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -166,7 +164,7 @@ def install(
     with transaction(model):
         for name in options:
             layers[id(modules[name])] = LoraXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        fill(model, list(layers.values()), basis, devices, workspace, progress)
+        fill(model, list(layers.values()), basis, **compute)
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
@@ -197,15 +195,8 @@ def _check_unadapted(model: nn.Module) -> None:
             )
 
 
-def fill(
-    model: nn.Module,
-    layers: Sequence[LoraXSLinear],
-    basis: Basis | None,
-    devices: Sequence[torch.device] | None,
-    workspace: int,
-    progress: bool,
-) -> None:
-    """A, B and R of new layers for a model: from the basis file, or by the SVD, all together."""
+def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
+    """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
     fsdp = parallel.below_fsdp(model)
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
@@ -232,7 +223,7 @@ def fill(
     def deliver(i: int, A: Tensor, B: Tensor) -> None:
         made[i].set_factors(A, B)
 
-    factor(jobs, deliver, devices=devices, workspace=workspace, progress=progress)
+    factor(jobs, deliver, **compute)
     for layer in made:
         layer.reset_R()  # only now: it comes from the host, and each would have waited for the GPU
     for layer, like in others:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_file
-from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ..linear import LoraXSLinear
 from ..matching import adapted_layers, unwrapped, why_not_mixed
 from ..model import detach
@@ -106,13 +106,12 @@ class AdapterBank(Store):
         put_on = not any(isinstance(m, LoraXSLinear) for m in model.modules())
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
-        devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+        compute = compute_options(device, workspace_gib, progress)
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:
                 with adapter_file.named(self.path):
-                    how = {"devices": devices, "workspace": workspace, "progress": progress}
-                    adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, how)
+                    adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, **compute)
             layers = dict(adapted_layers(model))
             if name := next((name for name, layer in layers.items() if layer.A.is_meta), None):
                 raise ValueError(

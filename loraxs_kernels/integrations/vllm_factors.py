@@ -30,7 +30,7 @@ def served_factors(layers: Layers, store: Store, basis: str | None) -> dict[str,
         for name, W in weights.items():
             _put(proxy, name, W)
         with adapter_file.named(store.path):
-            adapter_file.attach_as(proxy, chunk, [], basis, {"progress": False})
+            adapter_file.attach_as(proxy, chunk, [], basis, progress=False)
         for name, layer in adapted_layers(proxy):
             A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))
             found[name] = SimpleNamespace(A=A, B=B, rank=layer.rank, recipe=layer.recipe, dtype=weights[name].dtype)

@@ -18,7 +18,6 @@ from peft.utils import (
 )
 from torch import nn
 
-from ...factors import WORKSPACE
 from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
@@ -83,7 +82,7 @@ class LoraXSModel(BaseTuner):
             self._new: list[LoraXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fill(model, self._new, None, None, WORKSPACE, progress=True)
+            fill(model, self._new)
             shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
             for layer in self._layers():
                 layer.shares = shares.get(id(layer.base_layer), layer.shares)

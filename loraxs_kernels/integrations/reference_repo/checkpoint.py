@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...acceptance import AdapterMismatch
 from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
-from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ...files import read_json
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, matches, pattern_value
@@ -112,7 +112,7 @@ def load_reference_adapter(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     dropout = _dropout(config, folder)
-    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
 
     def errors_with(recipe: Recipe | None) -> dict[str, float]:
         """Attach, with A and B by this recipe or from the checkpoint; return the relative error of every delta W."""
@@ -126,7 +126,7 @@ def load_reference_adapter(
             }
             for name, each in trained.items()
         }
-        install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
+        install(model, options, saved, **compute)
         errors = {}
         for name, layer in adapted_layers(model):
             each = trained[name]
