@@ -340,7 +340,7 @@ def test_bf16_models(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         exact = load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.float32)
-        load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.bfloat16)
+        load_reference_adapter(bert(torch.bfloat16), folder, dtype="bf16")
     for name, layer in adapted_layers(exact):
         assert torch.equal(layer.A, reference_layers(theirs)[name].lora_A.default.weight)
     for ours in (model, exact):
@@ -633,7 +633,7 @@ def adapted(make, options, dtype=torch.float32):
     [
         (torch.float64, None, 1e-6),  # PEFT makes its layers in fp32
         (torch.float32, None, 1e-5),
-        (torch.float32, torch.bfloat16, 5e-2),
+        (torch.float32, "bf16", 5e-2),
         (torch.bfloat16, None, 5e-2),
     ],
     ids=str,

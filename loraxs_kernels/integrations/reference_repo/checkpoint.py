@@ -23,7 +23,7 @@ from ...files import read_json
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, matches, pattern_value
 from ...model import detach, install
-from ...naming import FLOATS, Former, aliases
+from ...naming import FLOATS, Former, aliases, as_dtype
 from ...recipe import Recipe
 from ...transaction import keep, transaction
 from ...weights import weight_of
@@ -54,7 +54,7 @@ def load_reference_adapter(
     *,
     factors: str = "file",
     tolerance: float = ALIGNED,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
@@ -91,8 +91,7 @@ def load_reference_adapter(
     """
     if factors not in ("file", "recompute"):
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
-    if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    dtype = as_dtype("dtype", dtype, FLOATS)
     if any(isinstance(m, LoraXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
     if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):

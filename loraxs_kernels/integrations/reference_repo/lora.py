@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
-from ...naming import FLOATS
+from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
 from ..peft_files import PREFIX
@@ -32,7 +32,7 @@ def export_as_lora(
     model: nn.Module,
     folder: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     task_type: str | None = None,
     adapter: str = "default",
 ) -> None:
@@ -78,12 +78,11 @@ def write_lora(
     layers: Iterable[Part],
     saved: Mapping[str, Mapping[str, Tensor]],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     task_type: str | None = None,
 ) -> None:
     """`export_as_lora` for given layers and modules_to_save (name: state dict), by the names in `model`."""
-    if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    dtype = as_dtype("dtype", dtype, FLOATS)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
