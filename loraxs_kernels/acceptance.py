@@ -35,7 +35,7 @@ def mismatch(
 ) -> AdapterMismatch:
     """The error for a module whose delta W is off by `error`: by how much, why, and what to do.
 
-    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  S: the singular
+    where: names the adapter.  entry: as for `aligned`, with base_model and, where it is known, recipe.  S: the singular
     values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
     recipe: by which A was made.  load: what the user does with what cannot be used.
     """
@@ -78,16 +78,16 @@ def mismatch(
     )
 
 
-def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
+def aligned(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
 
     entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where R can be aligned.
     """
-    return fitted_to(entry, basis.Fingerprint.of(A, B), (A, B))
+    return aligned_to(entry, basis.Fingerprint.of(A, B), (A, B))
 
 
-def fitted_to(entry: dict[str, Any], here: basis.Fingerprint, factors: Factors | None = None) -> tuple[Tensor, float]:
-    """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
+def aligned_to(entry: dict[str, Any], here: basis.Fingerprint, factors: Factors | None = None) -> tuple[Tensor, float]:
+    """`aligned` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
     R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates, errors = [R], [float(here.residual(entry["probe"], R))]
     if errors[0] > ACCEPT and basis.same_values(entry["S"], here.S):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import card
-from .acceptance import can_align, fitted, mismatch
+from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
 from .adapter_format import NUMBERS, described, packed, read
 from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
@@ -278,11 +278,11 @@ def load_adapter(
     compute = compute_options(device, workspace_gib, progress)
     with transaction(model) as undo:
         if fresh:
-            with named(path):
+            with naming_file(path):
                 attach_as(model, entries, modules_to_save, basis, **compute)
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
-        with named(path):
+        with naming_file(path):
             values = saved_values(model, modules_to_save, saved)
         if worst > ACCEPT:
             warnings.warn(
@@ -316,8 +316,8 @@ def _makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Errors of putting what is in a file into a model, as ValueErrors that name the file."""
+def naming_file(path: Path) -> Iterator[None]:
+    """Errors in the block, which puts what a file has into a model, are ValueErrors that name the file."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -390,7 +390,7 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
             )
-        settled[name], errors[name] = fitted(entry, layer.A, layer.B)
+        settled[name], errors[name] = aligned(entry, layer.A, layer.B)
         if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not same_base(entry["S"], layer.A):
             refused[name] = errors[name]
     if refused:

@@ -40,7 +40,7 @@ def choose(
     modules_to_save: Sequence[str] | None,
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
-    saved, head = named(model, modules_to_save or ()), classification_head(model)
+    saved, head = names_to_save(model, modules_to_save or ()), classification_head(model)
     everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
     if everything and not keeps:
         saved += [name for name in head if name not in saved]
@@ -186,8 +186,8 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
     return default
 
 
-def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
-    """The modules that modules_to_save means; every entry must match."""
+def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
+    """The names of the modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]

@@ -110,7 +110,7 @@ class AdapterBank(Store):
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:
-                with adapter_file.named(self.path):
+                with adapter_file.naming_file(self.path):
                     adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, **compute)
             layers = dict(adapted_layers(model))
             if name := next((name for name, layer in layers.items() if layer.A.is_meta), None):
@@ -119,7 +119,7 @@ class AdapterBank(Store):
                 )
             self.check_basis(layers)
             if put_on:
-                with adapter_file.named(self.path):
+                with adapter_file.naming_file(self.path):
                     values = adapter_file.saved_values(model, self.modules_to_save, self.saved)
                 keep(undo, [target for target, _ in values])
                 for target, value in values:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_file, adapter_format, basis
-from ..acceptance import HOW, AdapterMismatch, fitted_to, mismatch
+from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
 from ..linear import LoraXSLinear
@@ -132,7 +132,7 @@ class Records:
                     f"{where}: tensor {key!r} of its modules_to_save is not the bank's; a bank has one for all adapters"
                 )
         alphas = {module: float(entry["alpha"]) for module, entry in entries.items()}
-        return self._packed(name, self._fitted(entries, where), alphas, where)
+        return self._packed(name, self._aligned(entries, where), alphas, where)
 
     def _entries_of(self, model: nn.Module, where: str) -> tuple[dict[str, dict], list[str], dict[str, Tensor]]:
         """What an adapter file of a model would have."""
@@ -165,7 +165,7 @@ class Records:
                 )
         return {module: whole(given[module]).cpu() for module, _ in self.modules}
 
-    def _fitted(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
+    def _aligned(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
         """R of each module, or with its signs turned, if that makes the same delta on the bank's A and B."""
         ranks: dict[int, list[str]] = {}
         for module, rank in self.modules:
@@ -181,7 +181,7 @@ class Records:
             for module, each, fits in zip(modules, R, right.tolist(), strict=True):
                 settled[module] = each
                 if not fits:
-                    settled[module], error = fitted_to(entries[module], self._fingerprints[module])
+                    settled[module], error = aligned_to(entries[module], self._fingerprints[module])
                     if error > ACCEPT or not basis.same_values(entries[module]["S"], self._fingerprints[module].S):
                         refused[module] = error
         if refused:

@@ -29,7 +29,7 @@ def served_factors(layers: Layers, store: Store, basis: str | None) -> dict[str,
         proxy, chunk = nn.Module(), {name: store.entries[name] for name in weights}
         for name, W in weights.items():
             _put(proxy, name, W)
-        with adapter_file.named(store.path):
+        with adapter_file.naming_file(store.path):
             adapter_file.attach_as(proxy, chunk, [], basis, progress=False)
         for name, layer in adapted_layers(proxy):
             A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import basis, parallel
-from ...acceptance import fitted, mismatch
+from ...acceptance import aligned, mismatch
 from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, sparing_what_trains
@@ -318,7 +318,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 label = self.recipe[name].name
                 if not torch.isfinite(entry["R"]).all():
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
-                aligned, error = fitted(entry, A, B)
+                R_aligned, error = aligned(entry, A, B)
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
@@ -335,7 +335,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                         f"{error:.1e}",
                         stacklevel=2,
                     )
-                assign(R, aligned)
+                assign(R, R_aligned)
             self.unchecked.discard(name)
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...acceptance import AdapterMismatch, fitted
+from ...acceptance import AdapterMismatch, aligned
 from ...basis import ACCEPT, ALIGNED, probes, singular_values
 from ...linear import LoraXSLinear
 from ...matching import targets_for
@@ -141,7 +141,7 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             raise ValueError(f"{label}: A, R or B of the state dict has NaN or Inf values")
         if adapter in layer.loraxs_A._non_persistent_buffers_set:
             entry = new | {"S": singular_values(A), "probe": probes(A, R, B)}
-            R, error = fitted(entry, own["A"], own["B"])
+            R, error = aligned(entry, own["A"], own["B"])
             if error > ALIGNED:
                 raise AdapterMismatch(
                     f"{label}: R of the state dict gives another delta W with the A and B of this adapter than with "
