@@ -19,7 +19,7 @@ class AdapterMismatch(ValueError):
 
 
 def can_align(entry: dict[str, Any]) -> bool:
-    """Whether an adapter has what R is aligned to other A and B by."""
+    """Whether an adapter has what it takes to align its R to other A and B."""
     return "A" in entry or "U" in entry
 
 
@@ -36,8 +36,8 @@ def mismatch(
     """The error for a module whose delta W is off by `error`: by how much, why, and what to do.
 
     where: names the adapter.  entry: as for `aligned`, with base_model and, where it is known, recipe.  S: the singular
-    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
-    recipe: by which A was made.  load: what the user does with what cannot be used.
+    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "": nothing helps.
+    recipe: by which the model's A was made.  load: what the user should do with the right model, in words.
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")

@@ -1,4 +1,4 @@
-"""How many parameters LoRA-XS trains on a model: before anything is loaded, beside LoRA and VeRA, or of one as it is.
+"""How many parameters LoRA-XS trains on a model, or would on that of a configuration, beside LoRA and VeRA.
 
 What trains, summed over the adapted layers with W (N, K), as the LoRA-XS paper counts it (arXiv 2405.17604; its
 equations 5 and 6 are LoRA's and VeRA's, for square weights):

@@ -1,4 +1,4 @@
-"""Adapter files, saved, uploaded and loaded: R alone, with what it takes to know its A and B again."""
+"""Saving, uploading and loading adapter files, which hold R and what it takes to recognise its A and B."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _packed_adapter(
 
 
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
-    """`adapted_layers`; ValueError for one that is not in memory, or whose name no other model has."""
+    """`adapted_layers`; ValueError for a layer that is not in memory, or whose name a wrapper has changed."""
     for name, layer in adapted_layers(model):
         if layer.seat is not None and layer.seat.put_on:
             raise ValueError(f"model: {HAS_BANK}; export(name, path) of the bank writes one of its adapters")
@@ -188,10 +188,10 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
 
 
 def whole_R(layer: LoraXSLinear) -> Tensor:
-    """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
+    """A copy of R.  If R, or what a parametrization makes it of, is sharded over ranks, a collective gathers it.
 
-    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has, but not where the
-    caller has gathered R, perhaps to save it on one rank.
+    Of an R in half precision under ZeRO-3 it is the fp32 copy that DeepSpeed's optimizer has, unless the caller has
+    gathered R, perhaps to save it on one rank.
     """
     R = layer._parameters.get("R")
     if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
@@ -325,7 +325,7 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
+    """The numbers and the recipe of one layer, checked; the recipe's name only if it is not the module's."""
     for key in NUMBERS:
         check(key, getattr(layer, key), f"module {name!r}")
     if layer.scaling != layer.alpha / layer.rank:

@@ -117,8 +117,8 @@ def run(
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
-    name: of the layer whose operands these are, "" where it has none: they are known to fit each other, so that only x
-    is checked.  None: all operands are checked.
+    name: None: all operands are checked.  A layer passes its name ("" if it has none): its operands are known to fit
+    each other, so only x is checked.
     """
     if autocast_on(x):
         x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
@@ -134,7 +134,7 @@ def run(
     flat = len(shape) == 2
     rows, forced = x if flat else rows_of(x), backends.forced()
     if index is not None:
-        index.per_sample(len(rows))
+        index.per_sample(len(rows))  # raises if they do not fit
         if torch.compiler.is_compiling():
             raise RuntimeError("index: torch.compile cannot trace a call with one; torch.compiler.disable the caller")
     if torch.compiler.is_compiling():

@@ -136,17 +136,16 @@ class LoraXSLinear(PaddedB):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
-        given = None if isinstance(init, (str, Recipe)) else tuple(init)
-        recipe = init
+        given, recipe = None, init
         if not isinstance(init, Recipe):
-            n_iter = n_iter if init == "svd" else None
-            recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter)
+            given = None if isinstance(init, str) else tuple(init)
+            recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter if init == "svd" else None)
         try:
             W = weight_of(linear, label)
         except TypeError:
             if not given:
                 raise
-            W = None  # what cannot be read can still be given its factors
+            W = None  # A and B can be given even for a weight that cannot be read
         if given:
             _check_given(given, rank, None if W is None else W.shape, label)
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
@@ -191,7 +190,7 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Store A and B as they were made, rounded as the recipe says."""
+        """Store A and B that were just made, rounded as the recipe says."""
         for factor, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
             factor.copy_(t)
 
@@ -403,7 +402,7 @@ def sparing_what_trains(
 
 
 def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
-    """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
+    """ValueError for a rank that is no integer above 0 or, given the shape (N, K) of W, too large for its SVD."""
     check("rank", rank, label)
     if shape is not None and rank > min(shape):
         N, K = shape

@@ -63,7 +63,7 @@ def output(
 
 
 class _Inside(TorchFunctionMode):
-    """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
+    """Puts `product` in the place of the layer's one F.linear, wherever in the layer's call it comes."""
 
     def __init__(self, base: nn.Module, adapters: Sequence[Adapter], product: Product, name: str) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class AdapterBank(Store):
         bank.attach(base_model, slots=64)
         base_model(input_ids, adapter_ids=["alice", None, "bob"])     # None: the base model
 
-    The methods that add, remove and read adapters are those of `Store`.
+    path, mode, and the methods that add, remove and read adapters, are those of `Store`.
     """
 
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:

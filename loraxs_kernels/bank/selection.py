@@ -228,7 +228,7 @@ class Selections:
         return None
 
     def remember(self, y: Tensor, selection: Selection | None) -> None:
-        """That a graph is there in which the selection, or none, was used: gradient checkpointing may need it again."""
+        """Note that y's graph used the selection, or none: gradient checkpointing may call its layers again."""
         if torch._C._current_graph_task_id() != -1:
             return
         with self.lock:
