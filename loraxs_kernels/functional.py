@@ -40,8 +40,9 @@ def lora_xs_linear(
         scale: s = alpha / r, a number.
         bias: (N,), added to y; it may be frozen or train.
         index: with an index, R is a stack (n, r, r), and row t of x uses R[index_t], or no adapter if index_t is -1.
-            Either integers, one for each sample (entry of x's first dimension) or one for each row of x, or a RowIndex,
-            which several layers can share.  Integers are checked on the host; those on a GPU are copied there first.
+            Either integers, one for each sample (entry of x's first dimension) or one for each row of x, or a
+            loraxs_kernels.indexed.RowIndex, which several layers can share.  Integers are checked on the host; those on
+            a GPU are copied there first.
 
     Returns:
         y (..., N) in x's dtype.  Gradients reach x, R and bias.  Without `index` they can be differentiated again
