@@ -25,7 +25,7 @@ from torch import Tensor
 from . import basis
 from .factors import WORKSPACE, Job, compute_options, factor
 from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
-from .matching import matches
+from .matching import is_everything, matches
 from .naming import FLOATS, as_dtype, dtype_name
 from .recipe import Factors, Recipe, as_header, modules_in
 from .weights import Weight
@@ -171,7 +171,7 @@ def make_basis(
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
-    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    everything = is_everything(target_modules)
     jobs: list[Job] = []
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():

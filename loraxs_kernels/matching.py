@@ -41,7 +41,7 @@ def choose(
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
     saved, head = names_to_save(model, modules_to_save or ()), classification_head(model)
-    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
+    everything, keeps = is_everything(target_modules), modules_to_save is not None and not modules_to_save
     if everything and not keeps:
         saved += [name for name in head if name not in saved]
     names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
@@ -72,7 +72,7 @@ def match(
     if target_modules is None:
         raise TypeError('target_modules: got None, must be "all-linear", names or a regular expression')
     modules = dict(model.named_modules())
-    everything = _is_everything(target_modules)
+    everything = is_everything(target_modules)
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = embeddings(model, "output")
@@ -143,7 +143,8 @@ _CLASSIFIES = re.compile(
 )
 
 
-def _is_everything(target_modules: str | Sequence[str]) -> bool:
+def is_everything(target_modules: str | Sequence[str]) -> bool:
+    """Whether target_modules is "all-linear"."""
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
@@ -263,7 +264,7 @@ def why_not_mixed(model: nn.Module) -> str | None:
             why = "has batch_first=False, so that its first dimension is not the batch"
         else:
             continue
-        if any(isinstance(m, LoraXSLinear) or hasattr(m, "loraxs_R") for m in module.modules()):
+        if any(isinstance(m, LoraXSLinear) or is_peft_layer(m) for m in module.modules()):
             return f"module {name!r} {why}"
     return None
 
@@ -290,11 +291,16 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
     """Every LoraXSLinear of a model with its name, in order, each once; ValueError if there are none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
-    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
+    if not found and any(map(is_peft_layer, model.modules())):
         raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
     if not found:
         raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
     yield from found
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer with adapters of integrations.peft, which is not imported."""
+    return hasattr(module, "loraxs_R")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

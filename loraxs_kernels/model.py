@@ -17,7 +17,7 @@ from .accounting import summary
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
 from .linear import LoraXSLinear
-from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
+from .matching import adapted_layers, choose, embeddings, is_peft_layer, pattern_value, unwrapped
 from .naming import Former, aliases
 from .recipe import Factors
 from .transaction import transaction
@@ -184,7 +184,7 @@ def _check_unadapted(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, LoraXSLinear):
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-        if hasattr(m, "loraxs_R"):  # a layer of integrations.peft, told without importing it
+        if is_peft_layer(m):
             raise ValueError(
                 "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
                 "gives a model without them"

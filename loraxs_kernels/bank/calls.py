@@ -108,8 +108,8 @@ def calling(
                     "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
                 )
         expected = (samples, samples and samples * selection.factor)
-        told = batch is not None and samples is not None and (attached.whole or selection.mixed)
-        if told and batch[0] not in expected:
+        known = batch is not None and samples is not None and (attached.whole or selection.mixed)
+        if known and batch[0] not in expected:
             raise ValueError(
                 f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
             )

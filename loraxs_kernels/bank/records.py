@@ -103,7 +103,7 @@ class Records:
             damaged(where, "its alphas are not those of modules")
         return torch.frombuffer(value, dtype=self.dtype, offset=start), alphas
 
-    def _value_of(self, name: str, what: Any) -> bytearray:
+    def _record_from(self, name: str, what: Any) -> bytearray:
         """The record of an adapter, checked."""
         if isinstance(what, nn.Module):
             where = f"adapter {name!r}"

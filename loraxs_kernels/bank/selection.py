@@ -107,15 +107,15 @@ class Selection(AbstractContextManager):
             self._indices = {}
 
     def _bring(self) -> None:
-        self._places = self.source.bring(_named(self.names))
-        self._state = self.source.state(_named(self.names))
+        self._places = self.source.bring(_adapters(self.names))
+        self._state = self.source.state(_adapters(self.names))
 
     def release(self) -> None:
-        self.source.release(_named(self.names))
+        self.source.release(_adapters(self.names))
 
     def can_be_used_again(self) -> bool:
         """Whether the adapters are still where and what they were in the block, which may have ended."""
-        return self.source.state(_named(self.names)) == self._state
+        return self.source.state(_adapters(self.names)) == self._state
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
@@ -157,7 +157,7 @@ class Selection(AbstractContextManager):
             self.batch, self.factor = before
 
 
-def _named(names: Iterable[str | None]) -> list[str]:
+def _adapters(names: Iterable[str | None]) -> list[str]:
     return [name for name in names if name is not None]
 
 

@@ -315,14 +315,14 @@ class Store(Records):
         """
         self._check_open(write=True)
         places: dict[bytes, tuple[int, int]] = {}
-        with self._named(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
+        with self._naming_folder(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
             for name, what in _pairs(items):
                 key = key_of(name)
                 if key in places:
                     raise ValueError(f"items: has the name {name!r} twice")
                 if not replace and name in self:
                     raise self._exists(name)
-                value = self._value_of(name, what)
+                value = self._record_from(name, what)
                 places[key] = waiting.tell(), len(value)
                 waiting.write(value)
 
@@ -347,7 +347,7 @@ class Store(Records):
         )
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ...adapter_file import base_model, plain
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
@@ -98,7 +99,7 @@ def write_lora(
         ranks[name] = A.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
-        tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
+        tensors |= {f"{PREFIX}{name}.{key}": plain(t) for key, t in state.items()}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
@@ -110,7 +111,7 @@ def write_lora(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_model(model) or None,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
