@@ -45,7 +45,7 @@ COMPONENTS = {
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",
     ),
     "truncated_svd": (
-        _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py"),
+        _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py", "upload.py"),
         "split products, groups, streams from the host, several GPUs",
     ),
     "adapter files": (
