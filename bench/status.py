@@ -47,10 +47,13 @@ COMPONENTS = {
         "its kernels interpreted and compiled ahead of time on a CPU, their costs counted",
     ),
     "truncated_svd": (
-        _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py"),
+        _package("svd.py", "svd_math.py", "exact_matmul.py", "rademacher.py", "factors.py", "upload.py"),
         "split products, groups, streams from the host, several GPUs",
     ),
-    "adapter files": (_package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py"), "across devices"),
+    "adapter files": (
+        _package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py", "recipe.py"),
+        "across devices",
+    ),
     "neighbours": (_package("integrations"), "PEFT's method, Trainer's checkpoints, the reference implementation"),
     "parallel": (
         _package("parallel.py"),

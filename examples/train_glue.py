@@ -40,7 +40,7 @@ from loraxs_kernels import adapter_format, paper
 from loraxs_kernels.files import read_json, sha256_of, write_atomically
 from loraxs_kernels.integrations.reference_repo import load_reference_adapter
 from loraxs_kernels.integrations.transformers import LoraXSCallback
-from loraxs_kernels.model import adapted_layers, choose
+from loraxs_kernels.matching import adapted_layers, choose
 
 PAPER, TASKS = paper.TABLES["glue"], paper.GLUE_TASKS
 BY_ROW = ("learning_rate", "classifier_learning_rate", "num_train_epochs")  # what a row of the paper's tables has

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import basis
-from .basis import ACCEPT, ALIGNED, DIFFERENT, Recipe
+from .basis import ACCEPT, ALIGNED, DIFFERENT
+from .recipe import Factors, Recipe
 
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
 
@@ -18,7 +19,7 @@ class AdapterMismatch(ValueError):
 
 
 def can_align(entry: dict[str, Any]) -> bool:
-    """Whether an adapter has what R is aligned to other A and B by."""
+    """Whether an adapter has what it takes to align its R to other A and B."""
     return "A" in entry or "U" in entry
 
 
@@ -34,9 +35,9 @@ def mismatch(
 ) -> AdapterMismatch:
     """The error for a module whose delta W is off by `error`: by how much, why, and what to do.
 
-    where: names the adapter.  entry: as for `fitted`, with base_model and, where it is known, recipe.  S: the singular
-    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "" where nothing helps.
-    recipe: by which A was made.  load: what the user does with what cannot be used.
+    where: names the adapter.  entry: as for `aligned`, with base_model and, where it is known, recipe.  S: the singular
+    values in the model's A.  keeping: what to save an adapter with, so that it can be aligned; "": nothing helps.
+    recipe: by which the model's A was made.  load: what the user should do with the right model, in words.
     """
     found = f"{where}: the estimated relative error of delta W in module {name!r} is {error:.1e}"
     there, here = entry.get("recipe") or recipe, recipe or entry.get("recipe")
@@ -77,18 +78,16 @@ def mismatch(
     )
 
 
-def fitted(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
+def aligned(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:
     """R as it is if that reproduces the delta, else the best of its alignments; and the relative error it leaves.
 
     entry: R (r, r), S (r,) and probe of the adapter as saved; U and V, or A and B, where R can be aligned.
     """
-    return fitted_to(entry, basis.Fingerprint.of(A, B), (A, B))
+    return aligned_to(entry, basis.Fingerprint.of(A, B), (A, B))
 
 
-def fitted_to(
-    entry: dict[str, Any], here: basis.Fingerprint, factors: basis.Factors | None = None
-) -> tuple[Tensor, float]:
-    """`fitted` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
+def aligned_to(entry: dict[str, Any], here: basis.Fingerprint, factors: Factors | None = None) -> tuple[Tensor, float]:
+    """`aligned` to the fingerprint of A and B; without A and B themselves, only turned signs are found."""
     R = entry["R"].to(here.S.device, torch.promote_types(entry["R"].dtype, torch.float32))
     candidates, errors = [R], [float(here.residual(entry["probe"], R))]
     if errors[0] > ACCEPT and basis.same_values(entry["S"], here.S):

@@ -1,4 +1,4 @@
-"""How many parameters LoRA-XS trains on a model: before anything is loaded, beside LoRA and VeRA, or of one as it is.
+"""How many parameters LoRA-XS trains on a model, or would on that of a configuration, beside LoRA and VeRA.
 
 What trains, summed over the adapted layers with W (N, K), as the LoRA-XS paper counts it (arXiv 2405.17604; its
 equations 5 and 6 are LoRA's and VeRA's, for square weights):
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .linear import LoraXSLinear, check_rank, label_of
+from .linear import LoraXSLinear, check_rank
 from .matching import (
     adapted_layers,
     choose,
@@ -34,8 +34,8 @@ from .matching import (
     unwrapped,
     why_no_adapter,
 )
-from .naming import aliases, as_dtype
-from .weights import FLOATS, is_linear, is_unread_linear, weight_of
+from .naming import FLOATS, aliases, as_dtype, label_of
+from .weights import is_linear, is_unread_linear, weight_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,4 +1,4 @@
-"""Adapter files, saved, uploaded and loaded: R alone, with what it takes to know its A and B again."""
+"""Saving, uploading and loading adapter files, which hold R and what it takes to recognise its A and B."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import basis, card
-from .acceptance import can_align, fitted, mismatch
+from . import card
+from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
 from .adapter_format import NUMBERS, described, packed, read
-from .basis import ACCEPT, ALIGNED
-from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
-from .linear import LoraXSLinear, label_of
+from .linear import LoraXSLinear
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
-from .naming import aliases, as_dtype
+from .naming import DTYPES, aliases, as_dtype, label_of
+from .recipe import check
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
 from .weights import weight_of
@@ -139,9 +140,9 @@ def _packed_adapter(
         if not torch.isfinite(R).all():
             raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
         R = R.to(dtype or R.dtype)
-        record = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
+        record = {"R": R, "S": singular_values(layer.A), "probe": probes(layer.A, R, layer.B)}
         if portable:
-            record["U"], record["V"] = basis.sketch(layer.A, layer.B)
+            record["U"], record["V"] = sketch(layer.A, layer.B)
         if not all(map(is_finite, record.values())):
             largest = R.abs().max().item()
             raise ValueError(
@@ -169,7 +170,7 @@ def _packed_adapter(
 
 
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
-    """`adapted_layers`; ValueError for one that is not in memory, or whose name no other model has."""
+    """`adapted_layers`; ValueError for a layer that is not in memory, or whose name a wrapper has changed."""
     for name, layer in adapted_layers(model):
         if layer.seat is not None and layer.seat.put_on:
             raise ValueError(f"model: {HAS_BANK}; export(name, path) of the bank writes one of its adapters")
@@ -187,10 +188,10 @@ def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
 
 
 def whole_R(layer: LoraXSLinear) -> Tensor:
-    """A copy of R, gathered where it, or what it is made of, is sharded over ranks: a collective then.
+    """A copy of R.  If R, or what a parametrization makes it of, is sharded over ranks, a collective gathers it.
 
-    Where ZeRO-3 trains an R in half precision, it is the fp32 copy that DeepSpeed's optimizer has, but not where the
-    caller has gathered R, perhaps to save it on one rank.
+    Of an R in half precision under ZeRO-3 it is the fp32 copy that DeepSpeed's optimizer has, unless the caller has
+    gathered R, perhaps to save it on one rank.
     """
     R = layer._parameters.get("R")
     if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
@@ -274,15 +275,14 @@ def load_adapter(
     fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
-    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
     with transaction(model) as undo:
         if fresh:
-            with named(path):
-                how = {"devices": devices, "workspace": workspace, "progress": progress}
-                attach_as(model, entries, modules_to_save, basis, how)
+            with naming_file(path):
+                attach_as(model, entries, modules_to_save, basis, **compute)
         layers = dict(adapted_layers(model))
         settled, worst = _settle(layers, entries, path)
-        with named(path):
+        with naming_file(path):
             values = saved_values(model, modules_to_save, saved)
         if worst > ACCEPT:
             warnings.warn(
@@ -316,8 +316,8 @@ def _makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Errors of putting what is in a file into a model, as ValueErrors that name the file."""
+def naming_file(path: Path) -> Iterator[None]:
+    """Errors in the block, which puts what a file has into a model, are ValueErrors that name the file."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -325,9 +325,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
-    """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
+    """The numbers and the recipe of one layer, checked; the recipe's name only if it is not the module's."""
     for key in NUMBERS:
-        basis.check(key, getattr(layer, key), f"module {name!r}")
+        check(key, getattr(layer, key), f"module {name!r}")
     if layer.scaling != layer.alpha / layer.rank:
         raise ValueError(
             f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
@@ -341,10 +341,10 @@ def attach_as(
     model: nn.Module,
     entries: dict[str, dict],
     modules_to_save: list[str],
-    basis_file: str | os.PathLike | None,
-    how: dict[str, Any],
+    basis: str | os.PathLike | None,
+    **compute: Any,
 ) -> None:
-    """Attach the adapters of a file to a model that has none."""
+    """Attach the adapters of a file to a model that has none; compute: options of `factor`."""
     modules = dict(model.named_modules())
     for name in [*entries, *modules_to_save]:
         if name not in modules:
@@ -359,15 +359,15 @@ def attach_as(
         recipe = entry["recipe"]
         options[name] = {key: entry[key] for key in NUMBERS} | {"init": recipe}
         if recipe.init == "given":
-            options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and basis.DTYPES[recipe.dtype]}
+            options[name] |= {"init": (entry["A"], entry["B"]), "dtype": recipe.dtype and DTYPES[recipe.dtype]}
         elif can_align(entry) and not (recipe.rounded or recipe.dtype):  # R is aligned, so A and B take the weight's
             options[name]["dtype"] = weight_of(modules[name], label_of(name)).dtype
-    opened = None if basis_file is None else basis_for(basis_file, options)
+    opened = None if basis is None else basis_for(basis, options)
     for name, entry in entries.items() if opened else ():  # rounded further, as in the file
         made, there = options[name]["init"], entry["recipe"]
         if there.rounded[: len(made.rounded)] == made.rounded:
             options[name]["init"] = replace(made, rounded=there.rounded, dtype=there.dtype)
-    install(model, options, modules_to_save, basis=opened, **how)
+    install(model, options, modules_to_save, opened, **compute)
 
 
 def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
@@ -390,15 +390,13 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
             )
-        settled[name], errors[name] = fitted(entry, layer.A, layer.B)
-        if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not basis.same_base(entry["S"], layer.A):
+        settled[name], errors[name] = aligned(entry, layer.A, layer.B)
+        if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not same_base(entry["S"], layer.A):
             refused[name] = errors[name]
     if refused:
         worst = max(refused, key=refused.__getitem__)
         layer = layers[worst]
-        raise mismatch(
-            str(path), worst, entries[worst], refused[worst], basis.singular_values(layer.A), recipe=layer.recipe
-        )
+        raise mismatch(str(path), worst, entries[worst], refused[worst], singular_values(layer.A), recipe=layer.recipe)
     return settled, max(errors.values())
 
 

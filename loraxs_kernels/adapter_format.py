@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import basis
-from .basis import PROBES, Recipe
+from .basis import PROBES
 from .files import check_finite, damaged, has_shape, sealed, tensors_of, unsealed
-from .weights import FLOATS
+from .naming import FLOATS, dtype_name
+from .recipe import Factors, Recipe, as_header, modules_in
 
 # Of a module, beside its recipe: {its name here: in a file}.
 NUMBERS = {"rank": "rank", "alpha": "alpha", "dropout": "dropout", "init_std": "sigma"}
@@ -44,7 +44,7 @@ def packed(
     header: dict[str, Any],
     descriptions: Mapping[str, Mapping[str, Any]],
     records: Mapping[str, Mapping[str, Tensor]],
-    factors: Mapping[str, basis.Factors],
+    factors: Mapping[str, Factors],
     modules_to_save: Sequence[str],
     saved: Mapping[str, Tensor],
 ) -> tuple[bytes | memoryview, ...]:
@@ -58,7 +58,7 @@ def packed(
         if name in factors:
             tensors[f"A/{i}"], tensors[f"B/{i}"] = factors[name]
     tensors |= {f"model/{key}": t for key, t in saved.items()}
-    header = {**header, "modules_to_save": list(modules_to_save), **basis.as_header(descriptions, "layer")}
+    header = {**header, "modules_to_save": list(modules_to_save), **as_header(descriptions, "layer")}
     return sealed(tensors, kind, header)
 
 
@@ -98,7 +98,7 @@ def unpacked(
     if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
     entries, stacks = {}, {}
-    for i, (name, numbers, recipe) in enumerate(basis.modules_in(header, "layer", [*NUMBERS.values()], path)):
+    for i, (name, numbers, recipe) in enumerate(modules_in(header, "layer", [*NUMBERS.values()], path)):
         entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe}
         entry |= {here: numbers[there] for here, there in NUMBERS.items()}
         stacks.setdefault(entry["rank"], []).append(entry)
@@ -125,7 +125,7 @@ def _taken(
     if t is None:
         damaged(path, f"tensor {key!r} is missing")
     if not has_shape(t.shape, shape) or t.dtype not in dtypes:
-        must = f"{shape} and {' or '.join(map(basis.dtype_name, dtypes))}"
-        damaged(path, f"tensor {key!r} has shape {tuple(t.shape)} and {basis.dtype_name(t.dtype)}, must have {must}")
+        must = f"{shape} and {' or '.join(map(dtype_name, dtypes))}"
+        damaged(path, f"tensor {key!r} has shape {tuple(t.shape)} and {dtype_name(t.dtype)}, must have {must}")
     check_finite(t, path, f"tensor {key!r}")
     return t

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from . import basis
-from .basis import Factors, Recipe
-from .factors import WORKSPACE, Job, factor, workspace_bytes
+from .factors import WORKSPACE, Job, compute_options, factor
 from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
-from .matching import matches
-from .naming import as_dtype
-from .weights import FLOATS, Weight
+from .matching import is_everything, matches
+from .naming import FLOATS, as_dtype, dtype_name
+from .recipe import Factors, Recipe, as_header, modules_in
+from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
@@ -85,7 +85,7 @@ class Basis:
             again, R = recipe.round(recipe.factors(W, rank)), basis.mixing(rank, W.device)
             off, limit = basis.residual(basis.probes(A, R, B), again[0], R, again[1]), basis.ACCEPT
         if not off <= limit:
-            made, now = recipe.weight_dtype, basis.dtype_name(W.dtype)
+            made, now = recipe.weight_dtype, dtype_name(W.dtype)
             remedy = "run loraxs init on this model's checkpoint"
             if off > basis.DIFFERENT:
                 why = f"this model has different weights than the base model of the file, {self.base_model!r}; {remedy}"
@@ -105,7 +105,7 @@ def read_basis(path: str | os.PathLike) -> Basis:
     path = Path(path)
     header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
     left, modules = set(f.keys()), {}
-    for name, numbers, recipe in basis.modules_in(header, "recipe", ["rank"], path):
+    for name, numbers, recipe in modules_in(header, "recipe", ["rank"], path):
         rank = numbers["rank"]
         try:
             if recipe.init != "svd":
@@ -146,7 +146,7 @@ def make_basis(
     n_iter: int | None = None,
     dtype: torch.dtype | str | None = None,
     weight_dtype: torch.dtype | str | None = None,
-    devices: Sequence[torch.device] | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
 ) -> list[str]:
@@ -161,18 +161,17 @@ def make_basis(
         seed, n_iter: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
-        devices: to compute on, sharing the modules; None: the CPU.
-        workspace_gib, progress: as in `attach`.
+        device, workspace_gib, progress: as in `attach`; None: the CPU, where the weights are.
 
     Returns the names of the modules.  Raises FileNotFoundError or ValueError, naming the argument or the module, before
     anything is written.
     """
     dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
-    workspace = workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
         raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
-    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    everything = is_everything(target_modules)
     jobs: list[Job] = []
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
@@ -192,8 +191,8 @@ def make_basis(
                 f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}; "
                 "leave the module out with exclude_modules"
             )
-        chosen = None if dtype in (None, weight.dtype) else basis.dtype_name(dtype)
-        recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=basis.dtype_name(weight.dtype))
+        chosen = None if dtype in (None, weight.dtype) else dtype_name(dtype)
+        recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=dtype_name(weight.dtype))
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if not jobs:
@@ -207,9 +206,9 @@ def make_basis(
         for which, t in zip("AB", recipe.round((A, B)), strict=True):
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
-    factor(jobs, keep, devices=devices, workspace=workspace, progress=progress)
+    factor(jobs, keep, **compute)
     entries = {job.recipe.name: _entry(job) for job in jobs}
-    header = {"base_model": base_model, **basis.as_header(entries, "recipe")}
+    header = {"base_model": base_model, **as_header(entries, "recipe")}
     write_atomically(out, *sealed(tensors, "loraxs_basis", header))
     return list(entries)
 

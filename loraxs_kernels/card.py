@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,12 @@ from torch import nn
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")  # else it is a file
+ABOUT = (
+    "[LoRA-XS](https://arxiv.org/abs/2405.17604) fine-tunes a model by training one small matrix R (r x r) for each "
+    "adapted weight W. The layer computes y = W x + s B R A x, where A and B are frozen and, by default, made from the "
+    "singular value decomposition of W. The adapter's file holds R; loading it computes A and B again from the base "
+    "model's weights and checks that they are the ones that R was trained with."
+)
 # The last line of a card, by which it is known that nobody has changed it since.
 SEAL = "<!-- Written by loraxs_kernels, SHA-256 {}: a card that was edited is not replaced. -->\n"
 
@@ -56,23 +62,23 @@ def card(
     front = ["---", *([f"base_model: {json.dumps(public)}"] if public else []), "library_name: loraxs_kernels"]
     front += ["tags:", "- lora-xs", "- loraxs_kernels", "---"]
     table = ["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in facts.items())]
-    dtypes = {each["weight_dtype"] for each in modules.values()} - {None}
+    imports, load = base_model_code(model, base_model, {each["weight_dtype"] for each in modules.values()})
     lines = [
         *front,
         "",
         f"# LoRA-XS adapter{f' for {shown}' if shown else ''}",
         "",
-        "[LoRA-XS](https://arxiv.org/abs/2405.17604) fine-tunes a model by training one small matrix R (r x r) for "
-        "each adapted weight W. The layer computes y = W x + s B R A x, where A and B are frozen and, by default, made "
-        "from the singular value decomposition of W. `adapter.safetensors` holds R; loading it computes A and B again "
-        "from the base model's weights and checks that they are the ones that R was trained with.",
+        ABOUT,
         "",
         *table,
         "",
         "## Load it",
         "",
         "```python",
-        *_example(model, base_model, dtypes.pop() if len(dtypes) == 1 else None),
+        *imports,
+        "import loraxs_kernels as lx",
+        "",
+        load,
         f"lx.load_adapter(model, {json.dumps(where)})",
         "```",
         "",
@@ -83,24 +89,22 @@ def card(
     return text + SEAL.format(_digest(text))
 
 
-def _example(model: nn.Module, base_model: str, dtype: str | None) -> Sequence[str]:
-    """The lines of Python that make the base model."""
-    kind, config = type(model).__name__, getattr(model, "config", None)
+def base_model_code(model: nn.Module, name: str, dtypes: set[str | None]) -> tuple[list[str], str]:
+    """The import, if there is one, and the line of Python that make the base model.
+
+    name: by which it was loaded, or nothing.  dtypes: of the weights that A and B were made from, as far as known.
+    """
+    kind, config, dtypes = type(model).__name__, getattr(model, "config", None), dtypes - {None}
     quantised = hasattr(config, "quantization_config")  # perhaps as it was loaded: A and B of others do not fit
-    if not (base_model and type(model).__module__.startswith("transformers.")) or quantised:
+    if not (name and type(model).__module__.startswith("transformers.")) or quantised:
         like = ", quantised as it was then" if quantised else ""
-        return "import loraxs_kernels as lx", "", f"model = ...  # the base model that the adapter was trained on{like}"
-    options = [json.dumps(base_model)]
-    if dtype is not None:
-        options.append(f"dtype={json.dumps(dtype)}")
+        return [], f"model = ...  # the base model that the adapter was trained on{like}"
+    options = [json.dumps(name)]
+    if len(dtypes) == 1:
+        options.append(f"dtype={json.dumps(*dtypes)}")
     if "Classification" in kind and getattr(config, "num_labels", 2) != 2:
         options.append(f"num_labels={config.num_labels}")
-    return (
-        f"from transformers import {kind}",
-        "import loraxs_kernels as lx",
-        "",
-        f"model = {kind}.from_pretrained({', '.join(options)})",
-    )
+    return [f"from transformers import {kind}"], f"model = {kind}.from_pretrained({', '.join(options)})"
 
 
 def is_as_written(file: Path) -> bool:

@@ -18,8 +18,7 @@ import torch
 from . import demo, hub
 from .bench import BenchError
 from .demo import DemoError
-from .naming import as_dtype
-from .weights import FLOATS
+from .naming import FLOATS, as_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -212,7 +211,6 @@ def _targets(arguments: argparse.Namespace) -> str | list[str]:
 
 def _init(arguments: argparse.Namespace) -> int:
     from .basis_file import make_basis
-    from .factors import compute_devices
 
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     with _told_in_lines("loraxs init"):
@@ -226,7 +224,7 @@ def _init(arguments: argparse.Namespace) -> int:
             n_iter=arguments.n_iter,
             dtype=arguments.dtype,
             weight_dtype=arguments.weight_dtype,
-            devices=compute_devices(arguments.device or there),
+            device=arguments.device or there,
             workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")

@@ -1,16 +1,15 @@
-"""A and B of many layers by truncated SVD: alike ones together, streamed to the devices that make them."""
+"""A and B of many layers by truncated SVD: alike ones together, streamed (upload.py) to the devices that make them."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .basis import Recipe, is_number
 from .exact_matmul import exact_matmul
 from .naming import Former
+from .recipe import Recipe, is_number
 from .svd import (
     KEEP_BYTES,
     Group,
@@ -34,6 +33,7 @@ from .svd import (
     working_bytes,
 )
 from .svd_math import Q_TERMS, Pieces, can_sum_in_fp32
+from .upload import InPieces, Upload
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
@@ -58,6 +58,14 @@ def workspace_bytes(workspace_gib: float) -> int:
     if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
         raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
     return int(workspace_gib * 2**30)
+
+
+def compute_options(
+    device: torch.device | str | Sequence[torch.device | str] | None, workspace_gib: float, progress: bool
+) -> dict[str, Any]:
+    """The options of `factor` for these arguments of `attach`; ValueError, naming the argument, for a wrong one."""
+    devices = None if device is None else compute_devices(device)
+    return {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
 
 
 @torch.no_grad()
@@ -353,18 +361,6 @@ def _in_pieces(weight: Weight, device: torch.device, workspace: int, dtype: torc
     return weight.device.type == "cpu" and device.type == "cuda" and nbytes > workspace // 4
 
 
-class _InPieces:
-    """A weight on the host that goes to a device some rows at a time, anew for each product (svd_math.Pieces)."""
-
-    def __init__(self, W: Tensor, upload: _Upload, nbytes: int) -> None:
-        self.W, self.shape, self.dtype, self.device, self.upload = W, W.shape, W.dtype, upload.device, upload
-        rows = max(1, nbytes // (W.shape[1] * W.itemsize))
-        self.slices = [slice(i, i + rows) for i in range(0, len(W), rows)]
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        return zip(self.slices, self.upload.each(self.W[at] for at in self.slices), strict=True)
-
-
 def _brought(
     jobs: Sequence[Job], order: Sequence[int], device: torch.device, workspace: int
 ) -> Iterator[Tensor | Pieces]:
@@ -373,71 +369,7 @@ def _brought(
     def read(i: int) -> Tensor | Pieces:
         W = jobs[i].weight.read()
         large = _in_pieces(jobs[i].weight, device, workspace, W.dtype)
-        return _InPieces(W, upload, workspace // PIECES) if large else W
+        return InPieces(W, upload, workspace // PIECES) if large else W
 
-    with _Upload(device) as upload:
+    with Upload(device) as upload:
         yield from upload.each(map(read, order))
-
-
-class _Upload:
-    """Brings tensors to a device.
-
-    To a GPU: a thread copies what is on the host into one of two pinned buffers, while the caller uses the one before,
-    and a stream of its own copies it on.  The current stream waits for it, the host does not.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __enter__(self) -> _Upload:
-        if self.device.type == "cuda":
-            self.stream, self.stager = torch.cuda.Stream(self.device), ThreadPoolExecutor(1)
-            self.buffers = SimpleQueue()
-            for _ in range(2):
-                self.buffers.put((torch.empty(0, dtype=torch.uint8, device="cpu"), None))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.stager.shutdown()
-
-    def each(self, weights: Iterable[Tensor | Pieces]) -> Iterator[Tensor | Pieces]:
-        """Each on the device, in order, unless it goes there in pieces; the next one is read and staged by then.
-
-        Before one in pieces is given out all others are, so that both buffers are its own.
-        """
-        if self.device.type == "cpu":
-            yield from map(lambda W: W.to(self.device) if isinstance(W, Tensor) else W, weights)  # holds none of them
-            return
-        coming = None  # staged or being so
-        for W in weights:
-            next_one = None
-            if isinstance(W, Tensor) and W.device.type == "cpu":
-                turned = not W.is_contiguous() and W.mT.is_contiguous()
-                next_one = self.stager.submit(self._stage, W.mT if turned else W), turned
-            if coming is not None:
-                yield self._send(*coming)
-            coming = next_one
-            if coming is None:
-                yield W.to(self.device, non_blocking=True) if isinstance(W, Tensor) else W
-            del W
-        if coming is not None:
-            yield self._send(*coming)
-
-    def _stage(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        buffer, sent = self.buffers.get()
-        if sent is not None:
-            sent.synchronize()
-        if buffer.numel() < W.nbytes:
-            buffer = torch.empty(W.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        return buffer, buffer[: W.nbytes].view(W.dtype).view(W.shape).copy_(W)
-
-    def _send(self, staged: Future, turned: bool) -> Tensor:
-        buffer, here = staged.result()
-        with torch.cuda.stream(self.stream):
-            there = here.to(self.device, non_blocking=True)
-            self.buffers.put((buffer, self.stream.record_event()))
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
-        there.record_stream(current)
-        return there.mT if turned else there

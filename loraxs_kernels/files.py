@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that are known to be what was written.
+"""Files that are written whole or not at all, and checked against their SHA-256 when they are read.
 
 An adapter or basis file is a safetensors file with an entry in its metadata, the header: a JSON object, whose name says
 what the file is.  Its first field is the SHA-256 of the whole file, computed with zeros in its place.  Another entry is

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, indexed, ops
 from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
 from .indexed import IndexedLowRankLinear, RowIndex
+from .naming import FLOATS, label_of
 from .ops import LowRankLinears, autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
 
 Index = RowIndex | Tensor | Sequence[int] | None
@@ -39,8 +40,9 @@ def lora_xs_linear(
         scale: s = alpha / r, a number.
         bias: (N,), added to y; it may be frozen or train.
         index: with an index, R is a stack (n, r, r), and row t of x uses R[index_t], or no adapter if index_t is -1.
-            Either integers, one for each sample (entry of x's first dimension) or one for each row of x, or a RowIndex,
-            which several layers can share.  Integers are checked on the host; those on a GPU are copied there first.
+            Either integers, one for each sample (entry of x's first dimension) or one for each row of x, or a
+            loraxs_kernels.indexed.RowIndex, which several layers can share.  Integers are checked on the host; those on
+            a GPU are copied there first.
 
     Returns:
         y (..., N) in x's dtype.  Gradients reach x, R and bias.  Without `index` they can be differentiated again
@@ -116,8 +118,8 @@ def run(
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
-    name: of the layer whose operands these are, "" where it has none: they are known to fit each other, so that only x
-    is checked.  None: all operands are checked.
+    name: None: all operands are checked.  A layer passes its name ("" if it has none): its operands are known to fit
+    each other, so only x is checked.
     """
     if autocast_on(x):
         x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
@@ -133,7 +135,7 @@ def run(
     flat = len(shape) == 2
     rows, forced = x if flat else rows_of(x), backends.forced()
     if index is not None:
-        index.per_sample(len(rows))
+        index.per_sample(len(rows))  # raises if they do not fit
         if torch.compiler.is_compiling():
             raise RuntimeError("index: torch.compile cannot trace a call with one; torch.compiler.disable the caller")
     if torch.compiler.is_compiling():
@@ -223,14 +225,6 @@ def check_x(x: Tensor, A: Tensor, name: str) -> None:
         )
 
 
-def label_of(name: str) -> str:
-    """What errors call the layer of that name in its model."""
-    return f"module {name!r}" if name else "linear"
-
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
 def check(
     x: Tensor,
     A: Tensor,
@@ -250,7 +244,7 @@ def check(
     for name, t in operands.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, must be a torch.Tensor")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in FLOATS:
             raise TypeError(f"{name}: got dtype {t.dtype}, must be bfloat16, float16, float32 or float64")
         if t.dtype != x.dtype and name != "R":
             raise TypeError(f"{name}: got dtype {t.dtype}, must be {x.dtype} like x")

@@ -51,7 +51,7 @@ def download(
     The first question is asked once and not, as huggingface_hub does, five times within half a minute.
     """
     hub = _huggingface_hub()
-    with _told(repo, name if from_cache else None, revision):
+    with _explained(repo, name if from_cache else None, revision):
         try:
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision), token=token)
         except Exception as error:
@@ -82,7 +82,7 @@ def upload(
     hub = _huggingface_hub()
     api = hub.HfApi(token=token)
     files = {FILE: adapter, card.NAME: text.encode()}
-    with _told(repo, None, revision):
+    with _explained(repo, None, revision):
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -109,7 +109,7 @@ def _huggingface_hub() -> ModuleType:
 
 
 @contextmanager
-def _told(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
+def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
     """Errors of huggingface_hub as ones that say what is wrong and what to do."""
     errors, log_in = _huggingface_hub().errors, "log in (hf auth login) or pass token="
     not_here = "is not here, and " if name else ""  # of what is to be loaded

@@ -12,10 +12,12 @@ from typing import Any
 import safetensors
 
 from .adapter_format import read_opened
-from .basis import PROBES, Recipe, dtype_name
+from .basis import PROBES
 from .basis_file import read_basis
 from .files import WRITER, unsealed
 from .hub import local_file
+from .naming import dtype_name
+from .recipe import Recipe
 
 # {name of the header in a file's metadata: what the file is}.
 KINDS = {"loraxs": "LoRA-XS adapter", "loraxs_basis": "basis file", "loraxs_bank": "part of a bank"}

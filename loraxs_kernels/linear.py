@@ -13,16 +13,14 @@ from torch.nn import functional as F
 
 from . import parallel
 from .backends import forced
-from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
-from .functional import label_of, together
-from .naming import Former, aliases, as_dtype, renamed_attribute
+from .functional import together
+from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
 from .padded import PaddedB
+from .recipe import INITS, Factors, Recipe, check
 from .route import computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
-from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
-
-_FLOATS = ", ".join(map(str, FLOATS[:-1])) + f" or {FLOATS[-1]}"
+from .weights import held, is_conv1d, mergeable_weight, weight_of, weight_view
 
 
 class LoraXSLinear(PaddedB):
@@ -53,9 +51,9 @@ class LoraXSLinear(PaddedB):
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
-    # Where an adapter bank has put one, it computes what the samples of a batch have selected (bank/layers.py).
+    # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
-    # The mesh over which FSDP2 shares out the batch, where it has cut the base layer and does not know R (parallel.py).
+    # The mesh over which FSDP2 shares out the batch, if it has cut the base layer and does not know R (parallel.py).
     shares: Any = None
 
     @aliases(sigma=Former("init_std"))
@@ -138,17 +136,16 @@ class LoraXSLinear(PaddedB):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         if isinstance(init, str) and init not in INITS:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
-        given = None if isinstance(init, (str, Recipe)) else tuple(init)
-        recipe = init
+        given, recipe = None, init
         if not isinstance(init, Recipe):
-            n_iter = n_iter if init == "svd" else None
-            recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter)
+            given = None if isinstance(init, str) else tuple(init)
+            recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter if init == "svd" else None)
         try:
             W = weight_of(linear, label)
         except TypeError:
             if not given:
                 raise
-            W = None  # what cannot be read can still be given its factors
+            W = None  # A and B can be given even for a weight that cannot be read
         if given:
             _check_given(given, rank, None if W is None else W.shape, label)
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
@@ -193,7 +190,7 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """Store A and B as they were made, rounded as the recipe says."""
+        """Store A and B that were just made, rounded as the recipe says."""
         for factor, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
             factor.copy_(t)
 
@@ -405,7 +402,7 @@ def sparing_what_trains(
 
 
 def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
-    """Refuse a rank that no layer has, or, given the shape (N, K) of W, that its SVD has not."""
+    """ValueError for a rank that is no integer above 0 or, given the shape (N, K) of W, too large for its SVD."""
     check("rank", rank, label)
     if shape is not None and rank > min(shape):
         N, K = shape
@@ -417,7 +414,9 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
 
 def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
     if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
-        raise TypeError(f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in {_FLOATS}")
+        raise TypeError(
+            f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
+        )
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])
     if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):

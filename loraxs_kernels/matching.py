@@ -40,8 +40,8 @@ def choose(
     modules_to_save: Sequence[str] | None,
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
-    saved, head = named(model, modules_to_save or ()), classification_head(model)
-    everything, keeps = _is_everything(target_modules), modules_to_save is not None and not modules_to_save
+    saved, head = names_to_save(model, modules_to_save or ()), classification_head(model)
+    everything, keeps = is_everything(target_modules), modules_to_save is not None and not modules_to_save
     if everything and not keeps:
         saved += [name for name in head if name not in saved]
     names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
@@ -72,7 +72,7 @@ def match(
     if target_modules is None:
         raise TypeError('target_modules: got None, must be "all-linear", names or a regular expression')
     modules = dict(model.named_modules())
-    everything = _is_everything(target_modules)
+    everything = is_everything(target_modules)
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = embeddings(model, "output")
@@ -143,7 +143,8 @@ _CLASSIFIES = re.compile(
 )
 
 
-def _is_everything(target_modules: str | Sequence[str]) -> bool:
+def is_everything(target_modules: str | Sequence[str]) -> bool:
+    """Whether target_modules is "all-linear"."""
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
@@ -186,8 +187,8 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
     return default
 
 
-def named(model: nn.Module, endings: Sequence[str]) -> list[str]:
-    """The modules that modules_to_save means; every entry must match."""
+def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
+    """The names of the modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
@@ -243,6 +244,31 @@ def why_no_adapter(parent: nn.Module, name: str) -> str | None:
     return None
 
 
+# Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
+_SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt", "mask2former", "oneformer")
+_TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def why_not_mixed(model: nn.Module) -> str | None:
+    """Why the samples of a batch cannot have different adapters in a model with adapters; None: no reason is known.
+
+    Some layers get the rows of several samples in an order that the shape of x does not show.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _SEQUENCE_FIRST:
+        return f"a model of type {kind} has layers whose first dimension is not the batch"
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            why = "gives each expert tokens of any samples"
+        elif isinstance(module, _TORCH_LAYERS) and not module.self_attn.batch_first:
+            why = "has batch_first=False, so that its first dimension is not the batch"
+        else:
+            continue
+        if any(isinstance(m, LoraXSLinear) or is_peft_layer(m) for m in module.modules()):
+            return f"module {name!r} {why}"
+    return None
+
+
 def _names(module: nn.Module | None) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
@@ -265,11 +291,16 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
     """Every LoraXSLinear of a model with its name, in order, each once; ValueError if there are none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
-    if not found and any(hasattr(m, "loraxs_R") for m in model.modules()):
+    if not found and any(map(is_peft_layer, model.modules())):
         raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
     if not found:
         raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on")
     yield from found
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer with adapters of integrations.peft, which is not imported."""
+    return hasattr(module, "loraxs_R")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import parallel
+from . import parallel, pretrained
 from .accounting import summary
-from .basis import Factors
 from .basis_file import Basis, read_basis
-from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
+from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
 from .linear import LoraXSLinear
-from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
+from .matching import adapted_layers, choose, embeddings, is_peft_layer, pattern_value, unwrapped
 from .naming import Former, aliases
+from .recipe import Factors
 from .transaction import transaction
 from .weights import weight_of
 
@@ -36,78 +34,6 @@ class Attachment:
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
-
-
-def _pretends(model: nn.Module) -> bool:
-    """Whether `attach` has marked a quantised model as transformers marks one that has PEFT's adapters.
-
-    Trainer refuses to train a quantised model without that mark.
-    """
-    return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
-
-
-def _is_quantised_for_training(model: nn.Module) -> bool:
-    """Whether transformers has quantised the model, in a way in which it can be trained through."""
-    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
-    return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
-
-
-def _teach_saving(model: nn.Module) -> None:
-    """Make `save_pretrained` know adapters, in the classes that define it for the model and for what it is a part of.
-
-    Each class is changed once, and nothing is left on the model, so that copies of it save themselves.
-    """
-    modeling = sys.modules.get("transformers.modeling_utils")
-    for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
-        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
-        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
-            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
-
-
-def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
-    """A `save_pretrained` that does as `save`, but warns where from_pretrained could not load what is saved."""
-
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-        layers = [m for m in self.modules() if isinstance(m, LoraXSLinear)] if isinstance(self, nn.Module) else []
-        if not layers:
-            return save(self, *args, **options)
-        given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
-        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
-            warnings.warn(
-                "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
-                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
-                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
-                stacklevel=2,
-            )
-        pretends, tying = _pretends(self), [config for config in _tying(self) if embeddings(self, "output").merged]
-        if pretends:  # or transformers would look for PEFT's adapters and save those alone
-            del self._hf_peft_config_loaded
-        try:
-            for config in tying:
-                config.tie_word_embeddings = False
-            return save(self, *args, **options)
-        finally:
-            for config in tying:
-                config.tie_word_embeddings = True
-            if pretends:
-                self._hf_peft_config_loaded = True
-
-    save_pretrained.loraxs_knows_adapters = True
-    return save_pretrained
-
-
-def _tying(model: nn.Module) -> list[Any]:
-    """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
-    config = getattr(model, "config", None)
-    head = embeddings(model, "output")
-    if config is None or not isinstance(head, LoraXSLinear):
-        return []
-    weight = head.base_layer._parameters.get("weight")
-    if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:
-        return []  # an encoder's and a decoder's embeddings are tied by the same setting, and have to stay so
-    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
 
 
 @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"), workspace=WORKSPACE_IN_BYTES)
@@ -196,9 +122,7 @@ def attach(
         if unused:
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=3)
     opened = None if basis is None else basis_for(basis, options)
-    devices = None if device is None else compute_devices(device)
-    how = {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
-    install(model, options, saved, basis=opened, **how)
+    install(model, options, saved, opened, **compute_options(device, workspace_gib, progress))
     if logger.isEnabledFor(logging.INFO):  # counting takes as long as a small model's SVD
         logger.info("attach: %s", summary(model))
     return given
@@ -223,13 +147,13 @@ def install(
     model: M,
     options: Mapping[str, Mapping[str, Any]],
     modules_to_save: Sequence[str],
-    *,
     basis: Basis | None = None,
-    devices: Sequence[torch.device] | None = None,
-    workspace: int = WORKSPACE,
-    progress: bool = True,
+    **compute: Any,
 ) -> M:
-    """Adapt the named modules, each with its own options of LoraXSLinear.from_linear; all of them or none."""
+    """Adapt the named modules, each with its own options of LoraXSLinear.from_linear; all of them or none.
+
+    compute: options of `factor`.
+    """
     _check_unadapted(model)
     modules = dict(model.named_modules())
     trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -240,7 +164,7 @@ def install(
     with transaction(model):
         for name in options:
             layers[id(modules[name])] = LoraXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
-        fill(model, list(layers.values()), basis, devices, workspace, progress)
+        fill(model, list(layers.values()), basis, **compute)
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
@@ -251,10 +175,7 @@ def install(
         for name in modules_to_save:
             model.get_submodule(name).requires_grad_(True)
         model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
-        for module in model.modules():
-            if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
-                module._hf_peft_config_loaded = True
-        _teach_saving(model)
+        pretrained.prepare(model)
     return model
 
 
@@ -263,7 +184,7 @@ def _check_unadapted(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, LoraXSLinear):
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-        if hasattr(m, "loraxs_R"):  # a layer of integrations.peft, told without importing it
+        if is_peft_layer(m):
             raise ValueError(
                 "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
                 "gives a model without them"
@@ -274,15 +195,8 @@ def _check_unadapted(model: nn.Module) -> None:
             )
 
 
-def fill(
-    model: nn.Module,
-    layers: Sequence[LoraXSLinear],
-    basis: Basis | None,
-    devices: Sequence[torch.device] | None,
-    workspace: int,
-    progress: bool,
-) -> None:
-    """A, B and R of new layers for a model: from the basis file, or by the SVD, all together."""
+def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
+    """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
     fsdp = parallel.below_fsdp(model)
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
@@ -309,7 +223,7 @@ def fill(
     def deliver(i: int, A: Tensor, B: Tensor) -> None:
         made[i].set_factors(A, B)
 
-    factor(jobs, deliver, devices=devices, workspace=workspace, progress=progress)
+    factor(jobs, deliver, **compute)
     for layer in made:
         layer.reset_R()  # only now: it comes from the host, and each would have waited for the GPU
     for layer, like in others:
@@ -353,7 +267,7 @@ def detach(model: M, *, merge: bool = False) -> M:
         if merge:
             untied = []
             for module in model.modules():
-                if configs := _tying(module):
+                if configs := pretrained.tying(module):
                     untied.append(embeddings(module, "output").base_layer)
                 for config in configs:
                     undo.callback(setattr, config, "tie_word_embeddings", True)
@@ -374,8 +288,7 @@ def detach(model: M, *, merge: bool = False) -> M:
             if attachment := module.__dict__.pop("loraxs", None):
                 for name, p in module.named_parameters():
                     p.requires_grad_(name in attachment.trainable_before)
-            if _pretends(module):
-                del module._hf_peft_config_loaded
+            pretrained.unmark(module)
     what = "added to the weights and taken off" if merge else "taken off"
     logger.info("detach: %d adapters %s", len(adapted), what)
     return model

@@ -1,4 +1,4 @@
-"""Names that users may write: other names of an argument, earlier names of it, and dtypes by name."""
+"""Names: other and earlier names of an argument, dtypes by name, and what errors call a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,21 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what layers and the SVD compute with
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+
+
+def label_of(name: str) -> str:
+    """What errors call the layer of that name in its model."""
+    return f"module {name!r}" if name else "linear"
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,7 @@ def as_dtype(argument: str, value: Any, allowed: Sequence[torch.dtype], of: str 
         return None
     name = SHORT.get(value, value) if isinstance(value, str) else value
     for dtype in allowed:
-        if name is dtype or name == str(dtype).removeprefix("torch."):
+        if name is dtype or name == dtype_name(dtype):
             return dtype
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    where = f" for {of}" if of else ""
+    names, where = ", ".join(map(dtype_name, allowed)), f" for {of}" if of else ""
     raise ValueError(f"{argument}: got {value!r}{where}, must be one of {names} (as torch's dtype or by name) or None")

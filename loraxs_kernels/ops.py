@@ -151,7 +151,7 @@ class LowRankLinears(torch.autograd.Function):
             ]
             gXs = [gX for gX, _ in both if gX is not None]
             return sum(gXs[1:], gXs[0]) if gXs else None, None, *(gR for _, gR in both)
-        gX, gRs, us, used = None, [], [], []
+        gX, gRs, us, used = None, [], [], []  # as `gradients` has them, but each product adds to one gX
         with no_autocast(kept[1]):
             for gY, (W, A, R, B), z_i, s, need in each:
                 gRs.append(None)

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .functional import Adapter, label_of
+from .functional import Adapter
+from .naming import label_of
 from .sharding import is_dtensor
 from .weights import held
 
@@ -62,7 +63,7 @@ def output(
 
 
 class _Inside(TorchFunctionMode):
-    """Makes the one product of a layer in another way, wherever in the layer's call it comes."""
+    """Puts `product` in the place of the layer's one F.linear, wherever in the layer's call it comes."""
 
     def __init__(self, base: nn.Module, adapters: Sequence[Adapter], product: Product, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From an adapted layer to the primitive, which computes the whole layer where it can, and else the delta alone."""
+"""From an adapted layer to the primitive, which computes the whole layer if it can, and otherwise only the delta."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
-from .functional import Adapter, label_of, run
+from .functional import Adapter, run
 from .indexed import RowIndex
+from .naming import label_of
 from .ops import autocast_on
 from .weights import held, weight_view
 
@@ -28,11 +29,11 @@ def layer_output(
 ) -> Tensor:
     """base(x, *args, **kwargs) + sum over the adapters of s B R A dropout_p(x), (..., N), of a frozen linear layer.
 
-    The primitive computes base and the first adapter as one where it can; other deltas are added.  With an index the
+    The primitive computes base and the first adapter as one if it can; other deltas are added.  With an index the
     first R is a stack, of which each row of x uses the matrix that the index says, or none.
 
-    Raises, naming the layer `name`: ValueError where x does not fit; TypeError where what base returns is not of shape
-    (..., N); RuntimeError where x requires a gradient and base passes none to it.
+    Raises, naming the layer `name`: ValueError if x does not fit; TypeError if base returns anything but a tensor of
+    shape (..., N); RuntimeError if x requires a gradient and base passes none to it.
     """
     A, R, B, s, p = adapters[0]
     W = None if args or kwargs else computed_weight(base, A, p)

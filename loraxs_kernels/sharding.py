@@ -1,7 +1,7 @@
 """Tensors that are sharded over ranks, by DTensor (FSDP2, tensor parallelism) or DeepSpeed's ZeRO-3: gathered to be
 read, and written so that every rank has its part.
 
-DTensor and DeepSpeed are told by names and attributes, and imported only where a tensor of theirs is met.
+DTensor and DeepSpeed are recognised by names and attributes, and imported only when a tensor of theirs is met.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Those that DeepSpeed's ZeRO-3 has partitioned are whole meanwhile, on every rank, to be read: a collective then.
+    """Make tensors that DeepSpeed's ZeRO-3 has partitioned whole on every rank, to be read in the block: a collective.
 
-    ZeRO-3 leaves every rank with a part in `ds_tensor`, and the parameter itself empty.  Those that the caller has
+    ZeRO-3 leaves every rank with a part in `ds_tensor`, and the parameter itself empty.  Tensors that the caller has
     gathered, or that DeepSpeed keeps whole because they are small, are left as they are.
     """
     parts = [t for t in tensors if hasattr(t, "ds_id") and t.shape != t.ds_shape]
@@ -39,7 +39,7 @@ def _zero3(parts: list[Tensor], **options: Any) -> Any:
 
 
 def whole(t: Tensor) -> Tensor:
-    """t without a gradient, gathered where it is sharded over ranks (DTensor, ZeRO-3): a collective then."""
+    """t, detached; if it is sharded over ranks (DTensor, ZeRO-3), gathered by a collective."""
     if is_dtensor(t):
         return t.detach().full_tensor()
     with gathered([t]):
@@ -48,7 +48,7 @@ def whole(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(t: Tensor, value: Tensor) -> None:
-    """t.copy_(value) for a t that may be sharded over ranks: a collective then, of rank 0's value."""
+    """t.copy_(value); if t is sharded over ranks, a collective, in which every rank gets its part of rank 0's value."""
     if is_dtensor(t):
         from torch.distributed.tensor import distribute_tensor
 
@@ -59,7 +59,7 @@ def assign(t: Tensor, value: Tensor) -> None:
 
 
 def check_writable(tensors: Iterable[Tensor]) -> None:
-    """RuntimeError for those of a running engine that the caller has gathered: only their fp32 copies would last."""
+    """RuntimeError for a running engine's tensors that the caller has gathered: what is written would not last."""
     if any(is_gathered(t) and hasattr(t, "_z3_optimizer") for t in tensors):
         raise RuntimeError(
             "model: its parameters are gathered by deepspeed.zero.GatheredParameters, whose end does not reach the "
@@ -69,9 +69,9 @@ def check_writable(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def written(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Those that ZeRO-3 has partitioned are whole meanwhile, and keep what rank 0 writes: a collective then.
+    """Make tensors that ZeRO-3 has partitioned whole for the block, and keep what rank 0 writes there: a collective.
 
-    Those that the caller has gathered are left as they are, and what becomes of them is for the caller's block to say.
+    Tensors that the caller has gathered are left alone: the end of the caller's own block decides what they become.
     """
     check_writable(tensors := list(tensors))
     parts = [t for t in tensors if hasattr(t, "ds_id") and not is_gathered(t)]
@@ -108,5 +108,5 @@ def groups_of(t: Tensor) -> tuple[Any, ...]:
 
 
 def is_dtensor(weight: Tensor) -> bool:
-    """Whether a tensor is sharded, or replicated, over ranks; told without importing torch.distributed."""
+    """Whether a tensor is a DTensor, sharded or replicated over ranks; asked without importing torch.distributed."""
     return type(weight).__name__ == "DTensor"  # which torch.compile can tell, too

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
-from .naming import Former, aliases
+from .naming import FLOATS, Former, aliases
 from .svd_math import GRAM_BYTES, Pieces, Products
 
 # The last one is for recipes of earlier versions alone.
@@ -37,7 +37,6 @@ ALONE, AMONG_OTHERS = 2**18, 2**23
 MOST_ITERATIONS = 1000  # q: far past what changes a result, and not for ever
 
 Triplets = tuple[Tensor, Tensor, Tensor]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def truncated_svd(
         ValueError: W has fewer than 2 dimensions, has NaN or Inf values, or has singular values too large for the
             result's dtype; or a different argument is out of range.
     """
-    if not isinstance(W, Tensor) or W.dtype not in DTYPES or W.layout != torch.strided:
+    if not isinstance(W, Tensor) or W.dtype not in FLOATS or W.layout != torch.strided:
         what = type(W).__name__ if not isinstance(W, Tensor) else f"dtype {W.dtype}, layout {W.layout}"
         raise TypeError(f"W: got {what}, must be a dense bfloat16, float16, float32 or float64 tensor")
     if W.dim() < 2:

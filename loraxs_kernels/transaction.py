@@ -30,7 +30,7 @@ def transaction(model: nn.Module) -> Iterator[ExitStack]:
 
 
 def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
-    """Let a transaction write back the values that tensors have now; each rank those of its part of sharded ones."""
+    """Let a transaction write back the values that tensors have now; of a sharded tensor each rank keeps its part."""
     for t in tensors:
         if hasattr(t, "_z3_optimizer") and t.requires_grad:  # DeepSpeed's ZeRO-3: its fp32 copy of a part
             undo.callback(t._z3_optimizer.set_local_hp_param, t._z3_optimizer.get_local_fp32_param(t).clone(), t)

@@ -1,11 +1,11 @@
-"""W (N, K) of a layer, whatever holds it: a dense parameter, a quantised one, one sharded over ranks, or a layer that
-only its author knows.
+"""W (N, K) of a layer, whatever holds it: a dense parameter, a quantised one, one sharded over ranks, or a layer of a
+type that a user has registered.
 
     weight_view    W itself, where it is plain and dense: what the forward computes with, and what merging changes
     weight_of      what is known of W before it is read, and the way to read it: what A and B are made from
 
 What is read is for making A and B, one layer at a time; the forward of a layer without a plain W calls the layer.
-Other packages are told by the names of their classes and imported only to read one of their layers.
+Other packages are recognised by the names of their classes, and imported only to read one of their layers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .naming import FLOATS
 from .sharding import gathered, groups_of, is_dtensor, whole
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that A, B and what is read may have
 
 Shape = tuple[int, int]
 Read = Callable[[nn.Module], Tensor]
@@ -34,9 +33,9 @@ class Weight:
     """W of one layer, known by its shape until it is read.
 
     shape: (N, K).
-    dtype: that the layer computes in, one of FLOATS; A and B take it where nothing else is asked for.
+    dtype: in which the layer computes, one of FLOATS; the default for A and B.
     device: of the layer, and of what `read` returns.
-    copies: whether `read` makes a tensor, and does not hand out the one that is there.
+    copies: whether `read` makes a new tensor, and does not return the one that the layer holds.
     read: makes W (N, K) as a dense tensor without a gradient, in one of FLOATS, which need not be `dtype`: W itself
         where it is plain (not to be written), else a copy that nothing here keeps.  A collective for a weight that is
         sharded over ranks: every rank must read the same layers in the same order.
@@ -160,7 +159,7 @@ def is_unread_linear(layer: nn.Module) -> bool:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); told without importing it."""
+    """transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out); transformers is not imported."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
@@ -198,7 +197,7 @@ def _features(layer: nn.Module) -> tuple:
 def _linear(layer: nn.Module, label: str) -> Weight:
     """nn.Linear and Conv1D, whose forward is x W^T + bias, and classes derived from nn.Linear that hold W as it does.
 
-    What a class with a forward of its own computes with W is its own affair: that forward is called.
+    A class with a forward of its own may do more with W than that: its forward is called.
     """
     conv1d = is_conv1d(layer)
     weight = getattr(layer, "weight", None)

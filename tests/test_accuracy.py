@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loraxs_kernels import demo
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
-from loraxs_kernels.acceptance import fitted, fitted_to
+from loraxs_kernels.acceptance import aligned, aligned_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 
@@ -362,7 +362,7 @@ def test_the_residuals_of_all_flips_are_known_at_once(orthogonal):
     entry = {"R": R, "S": here.S, "probe": here.probes(basis.flipped(R, 4) + 0.3 * torch.randn(6, 6))}
     each = [here.residual(entry["probe"], basis.flipped(R, k)) for k in range(6)]
     torch.testing.assert_close(here.flipped_residuals(entry["probe"], R), torch.stack(each), rtol=1e-6, atol=0)
-    found, error = fitted(entry, A, B)
+    found, error = aligned(entry, A, B)
     assert torch.equal(found, basis.flipped(R, 4)) and error == each[4] == min(each)
 
 
@@ -380,7 +380,7 @@ def test_the_products_of_a_layer_that_does_not_fit_do_not_grow_in_number():
     for rank in (3, 12):
         here = basis.Fingerprint.of(torch.randn(rank, 40), torch.randn(50, rank))
         with Products() as products:
-            _, error = fitted_to({"R": torch.randn(rank, rank), "S": here.S, "probe": torch.randn(8)}, here)
+            _, error = aligned_to({"R": torch.randn(rank, rank), "S": here.S, "probe": torch.randn(8)}, here)
         assert error > basis.ACCEPT
         counts.append(products.made)
     assert 0 < counts[0] == counts[1]

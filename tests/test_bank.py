@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.linear import LoraXSLinear
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lmdb")
@@ -405,26 +405,42 @@ def test_generation_refuses_what_it_cannot_follow(model):
         model.generate(IDS, adapter_ids=["alice"] * 4, custom_generate=guided)
 
 
-def test_rows_that_are_routed_can_use_one_adapter(tmp_path):
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
-        def forward(self, x):
-            y, first = torch.zeros_like(x), x.sum(-1) > 0
-            y[first], y[~first] = self.experts[0](x[first]), self.experts[1](x[~first])
-            return y
+    def forward(self, x):
+        y, first = torch.zeros_like(x), x.sum(-1) > 0
+        y[first], y[~first] = self.experts[0](x[first]), self.experts[1](x[~first])
+        return y
 
-    plain = Routed()
-    attached = lx.attach(copy.deepcopy(plain), 2, target_modules=["0", "1"], progress=False)
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "plain, why",
+    [
+        (Routed(), "module 'experts' gives each expert tokens of any samples"),
+        (SequenceFirst(), "module 'layer' has batch_first=False"),
+    ],
+)
+def test_models_that_mix_the_rows_of_samples_can_use_one_adapter(tmp_path, plain, why):
+    attached = lx.attach(copy.deepcopy(plain), 2, target_modules=r".*(experts\.\d|linear1)", progress=False)
     for _, layer in adapted_layers(attached):
         nn.init.normal_(layer.R)
     with lx.AdapterBank.create(tmp_path / "bank", attached) as bank:
         bank.add("alice", attached)
-        model, x = bank.attach(copy.deepcopy(plain), progress=False), torch.randn(3, 4, 8)
+        model, x = bank.attach(copy.deepcopy(plain), progress=False), torch.randn(3, 3, 8)
         assert_close(model(x, adapter_ids=["alice"] * 3), attached(x))
-        with pytest.raises(ValueError, match="module 'experts' gives each expert tokens of any samples"):
+        with pytest.raises(ValueError, match=why):
             model(x, adapter_ids=["alice", None, "alice"])
 
 

@@ -26,7 +26,7 @@ from loraxs_kernels.bank import environment as bank_environment
 from loraxs_kernels.bank import store as bank_store
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 lmdb = pytest.importorskip("lmdb")
 

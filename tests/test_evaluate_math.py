@@ -42,7 +42,7 @@ def refused(example, monkeypatch, words: str, *arguments: str, kind: type = Valu
     def nothing(*_, **__):
         raise AssertionError("was loaded")
 
-    monkeypatch.setattr(example.AutoModelForCausalLM, "from_pretrained", nothing)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", nothing)
     with pytest.raises(kind, match=words):
         example.main(list(arguments))
 
@@ -553,7 +553,8 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
     assert before["correct"] == 0 and reloaded["correct"] >= 6
     assert [row["extracted"] for row in merged["problems"]] == [row["extracted"] for row in reloaded["problems"]]
 
-    load = example.load
+    engines = importlib.import_module("math_engines")
+    load = engines.load
 
     def as_trained(*arguments):
         _, tokenizer, lengths = load(*arguments)
@@ -561,7 +562,7 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
         model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=2)
         return model, tokenizer, lengths
 
-    monkeypatch.setattr(example, "load", as_trained)
+    monkeypatch.setattr(engines, "load", as_trained)
     assert example.main(options)["problems"] == reloaded["problems"]
 
 

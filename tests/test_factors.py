@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from loraxs_kernels import factors, svd, svd_math, truncated_svd
-from loraxs_kernels.basis import Recipe
 from loraxs_kernels.factors import Job, compute_devices, factor
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.svd import Group, plan
+from loraxs_kernels.upload import InPieces
 from loraxs_kernels.weights import weight_of
 
 CPU = torch.device("cpu")
@@ -202,9 +203,9 @@ def test_a_small_workspace_gets_the_large_weights_in_pieces(monkeypatch):
     def too_large(weight, device, workspace, dtype):  # as for a GPU
         return weight.shape[0] * weight.shape[1] * dtype.itemsize > workspace // 4
 
-    pieces, parts = [], factors._InPieces.parts
+    pieces, parts = [], InPieces.parts
     monkeypatch.setattr(factors, "_in_pieces", too_large)
-    monkeypatch.setattr(factors._InPieces, "parts", lambda self: pieces.append(len(self.slices)) or parts(self))
+    monkeypatch.setattr(InPieces, "parts", lambda self: pieces.append(len(self.slices)) or parts(self))
     jobs = make_jobs()
     expected = [truncated_svd(job.weight.read(), 4) for job in jobs]
     for (A, B), (U, S, Vh) in zip(made(jobs, workspace=4 * 48_500), expected, strict=True):

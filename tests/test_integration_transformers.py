@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import loraxs_kernels as lx
 from loraxs_kernels import backends, exact_matmul
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 
 class Tied(nn.Module):

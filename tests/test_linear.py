@@ -600,7 +600,7 @@ BAD = {
     "factors in float8": (
         dict(init=(torch.ones(2, 12).to(torch.float8_e5m2), torch.ones(8, 2))),
         TypeError,
-        r"pair \(A, B\) of tensors in torch\.bfloat16",
+        r"pair \(A, B\) of tensors in bf16, fp16, fp32 or fp64",
     ),
     "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(1, 2\)"),
 }

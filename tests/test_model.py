@@ -26,8 +26,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
-from loraxs_kernels.matching import _READ_BY_PARENT, match
-from loraxs_kernels.model import unwrapped
+from loraxs_kernels.matching import _READ_BY_PARENT, match, unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import loraxs_kernels as lx
 from loraxs_kernels import route
 from loraxs_kernels.functional import run
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 from loraxs_kernels.sharding import is_dtensor, whole
 
 TIGHT = 1e-5  # in Frobenius norm, in fp32

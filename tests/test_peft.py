@@ -985,11 +985,15 @@ def test_layers_that_do_not_have_the_samples_first_are_refused():
         model(IDS, adapter_names=["default", "__base__"])
     sizes = dict(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16)
     model = get_peft_model(XLNetForSequenceClassification(XLNetConfig(**sizes)), config(task_type=None)).eval()
-    with pytest.raises(ValueError, match="adapter_names: a model of type xlnet"):
+    with pytest.raises(ValueError, match="adapter_names: cannot be used here: a model of type xlnet"):
         model(IDS[:, :2], adapter_names=["default", "__base__"])
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
     model = get_peft_model(model, config(task_type=None)).eval()
-    with pytest.raises(ValueError, match=r"module 'experts\.0' is part of an expert"):
+    with pytest.raises(ValueError, match=r"module 'experts' gives each expert tokens of any samples"):
+        model(IDS, adapter_names=["default", "__base__"])
+    model = nn.ModuleDict({"layer": nn.TransformerEncoderLayer(8, 2, 16)})
+    model = get_peft_model(model, config(task_type=None)).eval()
+    with pytest.raises(ValueError, match="module 'layer' has batch_first=False"):
         model(IDS, adapter_names=["default", "__base__"])
 
 

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear
-from loraxs_kernels.basis import Recipe
 from loraxs_kernels.integrations import reference_repo
 from loraxs_kernels.integrations.reference_repo import (
     export_as_lora,
     load_reference_adapter,
     replace_reference_layers,
 )
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import relative_error
 
 peft = pytest.importorskip("peft")
@@ -340,7 +340,7 @@ def test_bf16_models(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         exact = load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.float32)
-        load_reference_adapter(bert(torch.bfloat16), folder, dtype=torch.bfloat16)
+        load_reference_adapter(bert(torch.bfloat16), folder, dtype="bf16")
     for name, layer in adapted_layers(exact):
         assert torch.equal(layer.A, reference_layers(theirs)[name].lora_A.default.weight)
     for ours in (model, exact):
@@ -633,7 +633,7 @@ def adapted(make, options, dtype=torch.float32):
     [
         (torch.float64, None, 1e-6),  # PEFT makes its layers in fp32
         (torch.float32, None, 1e-5),
-        (torch.float32, torch.bfloat16, 5e-2),
+        (torch.float32, "bf16", 5e-2),
         (torch.bfloat16, None, 5e-2),
     ],
     ids=str,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraxs_kernels import factors, rademacher, svd, svd_math, truncated_svd
+from loraxs_kernels import rademacher, svd, svd_math, truncated_svd
 from loraxs_kernels.svd import Group, plan
+from loraxs_kernels.upload import InPieces, Upload
 
 GPU = torch.device("cuda", 0)
 MISTRAL_7B = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}  # (N, K): how many
@@ -126,7 +127,7 @@ def test_weights_in_pieces(request, monkeypatch, shape, method, dtype, as_a_gpu_
         request.getfixturevalue("as_on_a_gpu")
     W, how = torch.randn(shape).to(dtype), plan(12, shape, method=method)
     (whole,) = svd.decompose([Group([W], 12, how, 0)], W.device)
-    pieces = factors._InPieces(W, factors._Upload(torch.device("cpu")), 100 * shape[1] * W.itemsize)
+    pieces = InPieces(W, Upload(torch.device("cpu")), 100 * shape[1] * W.itemsize)
     assert len(pieces.slices) == -(-shape[0] // 100)
     (found,) = svd.decompose([Group([pieces], 12, how, 0)], W.device)
     torch.testing.assert_close(found[1], whole[1], rtol=1e-6, atol=0)

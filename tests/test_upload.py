@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loraxs_kernels import factors
+from loraxs_kernels.upload import InPieces, Upload
 
 GPU = SimpleNamespace(type="cuda", index=0)
 
@@ -70,7 +70,7 @@ def cuda(monkeypatch):
             made = torch.empty(*size, **options)
             return made.as_subclass(Pinned) if pin_memory else made
 
-    monkeypatch.setattr(factors, "torch", Torch())
+    monkeypatch.setattr("loraxs_kernels.upload.torch", Torch())
 
 
 def uploads() -> list[threading.Thread]:
@@ -83,9 +83,9 @@ def test_weights_arrive_whole_and_in_order(cuda):
     ]
     weights[3] = weights[3].mT  # read as it lies, and turned there
     weights[5] = weights[5][:, ::2]
-    with factors._Upload(GPU) as upload:
+    with Upload(GPU) as upload:
         for at in (2, 7, 8, 11):
-            weights[at] = factors._InPieces(torch.randn(40, 9), upload, 7 * 36)
+            weights[at] = InPieces(torch.randn(40, 9), upload, 7 * 36)
         found = [list(each.parts()) if hasattr(each, "parts") else each for each in upload.each(iter(weights))]
     current[0].record_event().synchronize()
     for there, W in zip(found, weights, strict=True):
@@ -106,9 +106,9 @@ def test_nothing_stays_behind_when_it_ends_early(cuda, stop):
                 raise KeyError("read")
             yield torch.randn(5, 5)
 
-    with pytest.raises(KeyError, match="read"), factors._Upload(GPU) as upload:
+    with pytest.raises(KeyError, match="read"), Upload(GPU) as upload:
         list(upload.each(weights(stop)))
-    with pytest.raises(ValueError, match="caller"), factors._Upload(GPU) as upload:
+    with pytest.raises(ValueError, match="caller"), Upload(GPU) as upload:
         for i, _ in enumerate(upload.each(weights(None))):
             if i == stop:
                 raise ValueError("caller")

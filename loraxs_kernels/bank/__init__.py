@@ -1,7 +1,10 @@
 """Adapter banks: very many adapters on one base model, mixed in one batch.
 
 adapter_bank.py    AdapterBank: put on a model, adapters selected for each sample of a batch
-layers.py          what the bank's layers and the model's call do: selections, the slots that hold R on the device
+slots.py           tables on the device for the R of a few adapters
+selection.py       which adapter each sample uses, and which selection a layer's call belongs to
+seat.py            what the bank puts on each layer
+calls.py           what the call of a model with a bank does: `adapter_ids`
 training.py        training many adapters at once
 store.py           Store: adapters by name, in a folder
 records.py         what a bank knows of its A and B, and the record of one adapter

@@ -2,55 +2,36 @@
 
 A and B depend on the base model alone, so samples that use different adapters share every large product; only the
 r x r matrix between A and B is a sample's own (indexed.py).  The adapters lie in a folder (store.py).  A model has
-a table of a few of them on its device, into which those of a batch are copied when they are not there (layers.py).
+a table of a few of them on its device, into which those of a batch are copied when they are not there (slots.py).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import adapter_file
-from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ..linear import LoraXSLinear
-from ..model import adapted_layers, detach, unwrapped
+from ..matching import adapted_layers, unwrapped, why_not_mixed
+from ..model import detach
 from ..naming import aliases
 from ..sharding import assign
 from ..transaction import keep, transaction
-from .layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
+from .calls import Attached, turn, with_adapter_ids
+from .seat import Seat
+from .selection import Selection, Selections, checked
+from .slots import Slots, Source
 from .store import Store
 from .training import Training
 
 M = TypeVar("M", bound=nn.Module)
-# Arguments of a model's forward of which a sample may have any number.
-MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What `attach` leaves on a model, as `model.loraxs_bank`."""
-
-    bank: AdapterBank
-    whole: bool  # whether this is the model, and not a transformers model inside of it
-    put_on: bool  # whether the layers are the bank's own
-    trained: tuple[str, ...]  # parameters that required a gradient before
-    unmixed: str | None  # why the samples of a batch cannot have different adapters
-    beside: str | None  # a module of the bank that is no part of the text decoder, where there is one
-
-
-class Unselected:
-    """What graphs of calls without a selection hold, in the place of one."""
-
-    ahead = 0
 
 
 class AdapterBank(Store):
@@ -63,19 +44,16 @@ class AdapterBank(Store):
         bank.attach(base_model, slots=64)
         base_model(input_ids, adapter_ids=["alice", None, "bob"])     # None: the base model
 
-    The methods that add, remove and read adapters are those of `Store`.
+    path, mode, and the methods that add, remove and read adapters, are those of `Store`.
     """
 
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
         super().__init__(path, mode)
         self.scalings = [self.alphas[name] / rank for name, rank in self.modules]
-        self._lock = threading.RLock()
         self._slots: Slots | None = None
         self._training: Training | None = None
         self._models: weakref.WeakKeyDictionary[nn.Module, list[LoraXSLinear]] = weakref.WeakKeyDictionary()
-        self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
-        self._open: list[Selection] = []  # in all threads
-        self._in_graphs: weakref.WeakSet[Selection | Unselected] = weakref.WeakSet()
+        self.selections = Selections()
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self  # for a copy of a model that has the bank
@@ -128,13 +106,12 @@ class AdapterBank(Store):
         put_on = not any(isinstance(m, LoraXSLinear) for m in model.modules())
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
-        devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+        compute = compute_options(device, workspace_gib, progress)
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:
-                with adapter_file.named(self.path):
-                    how = {"devices": devices, "workspace": workspace, "progress": progress}
-                    adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, how)
+                with adapter_file.naming_file(self.path):
+                    adapter_file.attach_as(model, self.entries, self.modules_to_save, basis, **compute)
             layers = dict(adapted_layers(model))
             if name := next((name for name, layer in layers.items() if layer.A.is_meta), None):
                 raise ValueError(
@@ -142,7 +119,7 @@ class AdapterBank(Store):
                 )
             self.check_basis(layers)
             if put_on:
-                with adapter_file.named(self.path):
+                with adapter_file.naming_file(self.path):
                     values = adapter_file.saved_values(model, self.modules_to_save, self.saved)
                 keep(undo, [target for target, _ in values])
                 for target, value in values:
@@ -164,10 +141,10 @@ class AdapterBank(Store):
                 decoder = model.get_decoder()
             inside = set() if decoder is None else {id(m) for m in decoder.modules()}
             beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
-            told = put_on, trained, why_not_mixed(model), beside
+            told = {"put_on": put_on, "trained": trained, "unmixed": why_not_mixed(model), "beside": beside}
             for part in [*parts, model]:
                 turn(part, with_adapter_ids(type(part)), undo)
-                part.loraxs_bank = Attached(self, part is model, *told)
+                part.loraxs_bank = Attached(self, whole=part is model, **told)
             model.requires_grad_(False)
         if not len(self._models):
             self._slots = Slots(self, slots)
@@ -226,7 +203,7 @@ class AdapterBank(Store):
             ValueError: there are more different names than slots, or an entry of tokens is not an index into names.
             RuntimeError: the bank is on no model, the model is merged, or a block is open in this thread already.
         """
-        names = self._names(names)
+        names = checked(names)
         if fixed and self._training is not None:
             raise ValueError(
                 "fixed: got True while adapters train, must be False: a CUDA graph cannot replay training steps"
@@ -293,15 +270,11 @@ class AdapterBank(Store):
         if self._training is training:
             self._training = None
 
-    # What the layers and the model's call ask.
+    def is_open(self) -> bool:
+        """Whether adapters are selected, in any thread."""
+        return self.selections.any_open()
 
-    def _names(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
-        if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not names:
-            raise TypeError(f"adapter_ids: got {names!r}, must be a list with a name or None for each sample")
-        for name in names:
-            if not (name is None or isinstance(name, str)):
-                raise TypeError(f"adapter_ids: got {name!r}, must be a name, or None for the base model")
-        return tuple(names)
+    # What the layers and the model's call ask.
 
     def source_of(self, names: Sequence[str | None]) -> Source:
         """Where a selection of these names finds its R now."""
@@ -321,164 +294,8 @@ class AdapterBank(Store):
             raise RuntimeError("model: has adapted layers on the meta device (offloaded, or without weights)")
         return devices
 
-    def is_open(self) -> bool:
-        """Whether a selection is open, in any thread."""
-        return bool(self._open)
-
-    def enter(self, selection: Selection, nested: bool) -> Callable[[], None]:
-        """Open a selection in this thread; returns what closes it."""
-        before = self._selected.get()
-        if not nested and before is not None and before.entered:
-            raise RuntimeError("select: a block is open in this thread; leave it, or give the call its adapter_ids")
-        with self._lock:
-            for layers in self._models.values():
-                for layer in layers:
-                    layer.seat.refuse_merged(layer)
-            selection.bring()
-            self._open.append(selection)
-        token = self._selected.set(selection)
-
-        def leave() -> None:
-            with suppress(ValueError):  # in another context, as of an asyncio task that closes a generator
-                self._selected.reset(token)
-            with self._lock:
-                self._open.remove(selection)
-                selection.release()
-
-        return leave
-
-    def current(self) -> Selection | None:
-        """The selection that a layer called now belongs to; None: there is none."""
-        selection, task = self._selected.get(), torch._C._current_graph_task_id()
-        if task != -1 and (selection is None or selection.task != task):
-            return self._of_recomputation()
-        if selection is not None:
-            if not selection.entered:
-                raise RuntimeError(
-                    "select: the block that this task was started in has ended; give the call its adapter_ids"
-                )
-            return selection
-        if self._open:
-            raise RuntimeError(
-                "adapter_ids: adapters of this bank are selected in another thread or task, and none in this one; give "
-                "the call its adapter_ids, a list with None for each sample of the base model"
-            )
-        return None
-
-    def remember(self, y: Tensor, selection: Selection | None) -> None:
-        """That a graph is there in which the selection, or none, was used: gradient checkpointing may need it again."""
-        if torch._C._current_graph_task_id() != -1:
-            return
-        with self._lock:
-            used = selection or next((u for u in self._in_graphs if isinstance(u, Unselected)), None) or Unselected()
-            used.ahead += 1
-            self._in_graphs.add(used)
-
-        def passed(*_: Any) -> None:  # holds `used` as long as the graph is there
-            if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)():  # for another backward pass
-                return
-            with self._lock:
-                used.ahead -= 1
-                if not used.ahead:
-                    self._in_graphs.discard(used)
-
-        y.grad_fn.register_hook(passed)
-
-    def _of_recomputation(self) -> Selection | None:
-        """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            raise RuntimeError(
-                "gradient checkpointing: a backward pass calls a layer again and does not know which adapters its "
-                "forward pass had, as with use_reentrant=True; must be use_reentrant=False"
-            )
-        found = list(self._in_graphs)
-        if len(found) != 1:
-            raise RuntimeError(
-                "gradient checkpointing: a backward pass calls a layer again, and "
-                f"there are graphs of {len(found)} selections, must be of only one: run the backward pass of each call "
-                "before the next call, and keep no loss or output of an earlier call"
-            )
-        if isinstance(found[0], Unselected):
-            return None
-        if not found[0].can_be_used_again():
-            raise RuntimeError(
-                "gradient checkpointing: the slots of the batch's adapters hold different ones by now; run the "
-                "backward pass inside the block of bank.select(...)"
-            )
-        return found[0]
-
-    @contextmanager
-    def calling(
-        self, model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """Around a call of the model, or of a transformers model inside of it."""
-        attached = model.loraxs_bank
-        if attached.whole:
-            self.know(model)
-        with self._selecting(names):
-            selection = self.current()
-            if selection is None:
-                yield
-                return
-            batch, samples = batch_of(args, kwargs), selection.samples
-            if selection.mixed:
-                if attached.unmixed is not None:
-                    raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-                has = {name for name, given in kwargs.items() if given is not None}
-                if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
-                    raise ValueError(
-                        "adapter_ids: got different adapters for one batch with images or sounds, and module "
-                        f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
-                        "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
-                    )
-            expected = (samples, samples and samples * selection.factor)
-            told = batch is not None and samples is not None and (attached.whole or selection.mixed)
-            if told and batch[0] not in expected:
-                raise ValueError(
-                    f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
-                )
-            with selection.during(batch, selection.factor):
-                yield
-
-    @contextmanager
-    def generating(
-        self, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any], standard: bool
-    ) -> Iterator[None]:
-        """Around `generate`, which calls the model on each sample as often as there are beams or sequences.
-
-        standard: whether it is the one of transformers that all models share.
-        """
-        with self._selecting(names):
-            selection = self.current()
-            if selection is None:
-                yield
-                return
-            if selection.mixed and not (standard and kwargs.get("custom_generate") is None):
-                raise ValueError(
-                    "adapter_ids: got different adapters for one batch, must be the same for all samples: "
-                    "custom_generate, or a generate that is the model's own, may change the order of the samples"
-                )
-            prompts = kwargs.get("inputs", args[0] if args else None)
-            prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
-            if prompts is not None and selection.samples not in (None, prompts[0]):
-                raise ValueError(
-                    f"adapter_ids: got {selection.samples} names for {prompts[0]} prompts, must be one for each"
-                )
-            with selection.during(None, 1):
-                yield
-
-    def expanding(self, factor: int) -> None:
-        """That `generate` repeats each sample so many times from here on, the copies side by side."""
-        if (selection := self.current()) is not None:
-            selection.factor = factor
-
-    @contextmanager
-    def _selecting(self, names: Sequence[str | None] | None) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        selection = self.select(names).open(nested=True)
-        try:
-            yield
-        finally:
-            selection.close()
+    def refuse_merged(self) -> None:
+        """Raise a RuntimeError if a layer that the bank is on is merged."""
+        for layers in self._models.values():
+            for layer in layers:
+                layer.seat.refuse_merged(layer)

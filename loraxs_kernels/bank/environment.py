@@ -96,7 +96,7 @@ class Environment:
         self.path, self.process, self.lock = path, os.getpid(), None
         readonly = (path / DATA).exists() and not os.access(path / DATA, os.W_OK)
         size = 0 if (path / DATA).exists() else FIRST_MAP  # 0: as it is
-        with _told(path, but="already open"):
+        with _explained(path, unless="already open"):
             self.lmdb = load_lmdb().open(
                 str(path), size, readonly=readonly, create=False, max_readers=READERS, max_spare_txns=0
             )
@@ -146,7 +146,7 @@ class Environment:
         lmdb = load_lmdb()
         while True:
             try:
-                with _told(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
+                with _explained(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
                     return call(txn)
             except lmdb.MapFullError:
                 self._resize(2 * self.lmdb.info()["map_size"] + room)
@@ -172,8 +172,8 @@ def identity_of(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _told(path: Path, but: str | None = None) -> Iterator[None]:
-    """LMDB's errors, but for those with a word, as the ValueError of a damaged file or an OSError, which name it."""
+def _explained(path: Path, unless: str | None = None) -> Iterator[None]:
+    """LMDB's errors as a ValueError (a damaged file) or an OSError that names the file; not those that say `unless`."""
     lmdb = load_lmdb()
     try:
         yield
@@ -184,7 +184,7 @@ def _told(path: Path, but: str | None = None) -> Iterator[None]:
     except lmdb.DiskError as error:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     except lmdb.Error as error:
-        if but is not None and but in str(error):
+        if unless is not None and unless in str(error):
             raise
         if isinstance(error, lmdb.ReadonlyError) or "Permission denied" in str(error):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / LOCK)) from error

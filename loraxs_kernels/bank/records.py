@@ -31,17 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_file, adapter_format, basis
-from ..acceptance import HOW, AdapterMismatch, fitted_to, mismatch
+from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
 from ..linear import LoraXSLinear
 from ..matching import unwrapped
+from ..naming import DTYPES, FLOATS, dtype_name
 from ..sharding import whole
-from ..weights import FLOATS
 
 KIND = "loraxs_bank"
 BASIS = "basis.safetensors"
-DTYPES = (torch.float32, torch.bfloat16)
+STORED = (torch.float32, torch.bfloat16)  # that R of a bank may have
 LAYOUT = 1  # of a record
 LONGEST = 511  # bytes of a key that LMDB takes
 HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
@@ -60,11 +60,11 @@ class Records:
         header, f = unsealed(file, KIND, "basis of an adapter bank")
         self._digest = bytes.fromhex(sha256_of(file))
         dtype = header.pop("dtype", None)
-        if dtype not in map(basis.dtype_name, DTYPES):
+        if dtype not in map(dtype_name, STORED):
             damaged(file, f"dtype is {dtype!r} in its header, must be float32 or bfloat16")
         found = adapter_format.unpacked(header, tensors_of(f, file), _stacked, file)
         self.entries, self.modules_to_save, self.saved = found
-        self.dtype, self.base_model = basis.DTYPES[dtype], header["base_model"]
+        self.dtype, self.base_model = DTYPES[dtype], header["base_model"]
         self.modules = tuple((name, entry["rank"]) for name, entry in self.entries.items())
         self.alphas = {name: float(entry["alpha"]) for name, entry in self.entries.items()}
         self.places, self.size = {}, 0
@@ -103,7 +103,7 @@ class Records:
             damaged(where, "its alphas are not those of modules")
         return torch.frombuffer(value, dtype=self.dtype, offset=start), alphas
 
-    def _value_of(self, name: str, what: Any) -> bytearray:
+    def _record_from(self, name: str, what: Any) -> bytearray:
         """The record of an adapter, checked."""
         if isinstance(what, nn.Module):
             where = f"adapter {name!r}"
@@ -132,7 +132,7 @@ class Records:
                     f"{where}: tensor {key!r} of its modules_to_save is not the bank's; a bank has one for all adapters"
                 )
         alphas = {module: float(entry["alpha"]) for module, entry in entries.items()}
-        return self._packed(name, self._fitted(entries, where), alphas, where)
+        return self._packed(name, self._aligned(entries, where), alphas, where)
 
     def _entries_of(self, model: nn.Module, where: str) -> tuple[dict[str, dict], list[str], dict[str, Tensor]]:
         """What an adapter file of a model would have."""
@@ -165,7 +165,7 @@ class Records:
                 )
         return {module: whole(given[module]).cpu() for module, _ in self.modules}
 
-    def _fitted(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
+    def _aligned(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:
         """R of each module, or with its signs turned, if that makes the same delta on the bank's A and B."""
         ranks: dict[int, list[str]] = {}
         for module, rank in self.modules:
@@ -181,7 +181,7 @@ class Records:
             for module, each, fits in zip(modules, R, right.tolist(), strict=True):
                 settled[module] = each
                 if not fits:
-                    settled[module], error = fitted_to(entries[module], self._fingerprints[module])
+                    settled[module], error = aligned_to(entries[module], self._fingerprints[module])
                     if error > ACCEPT or not basis.same_values(entries[module]["S"], self._fingerprints[module].S):
                         refused[module] = error
         if refused:
@@ -275,7 +275,7 @@ def packed_basis(model: nn.Module, dtype: torch.dtype) -> tuple[tuple[bytes | me
             factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
         elif layer.why_no_load():
             moved.append(layer)
-    header = {"base_model": adapter_file.base_model(model), "dtype": basis.dtype_name(dtype)}
+    header = {"base_model": adapter_file.base_model(model), "dtype": dtype_name(dtype)}
     saved = adapter_file.saved_tensors(model)
     parts = adapter_format.packed(KIND, header, descriptions, records, factors, *saved)
     return parts, moved

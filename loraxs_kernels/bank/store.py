@@ -25,7 +25,7 @@ from ..files import damaged, is_finite, sha256_of, unsealed, write_atomically
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
-from .records import BASIS, DIGEST, DTYPES, KIND, LAYOUT, Records, key_of, packed_basis
+from .records import BASIS, DIGEST, KIND, LAYOUT, STORED, Records, key_of, packed_basis
 
 TIE = b"\0loraxs_bank"
 PAGE = 1000  # names read in one transaction
@@ -97,7 +97,7 @@ class Store(Records):
         If the call is interrupted, there is no bank, and you can call again.  Warns, as `save_adapter` does, if the
         base weights were rounded since A and B were made.
         """
-        dtype = as_dtype("dtype", dtype, DTYPES) or torch.float32
+        dtype = as_dtype("dtype", dtype, STORED) or torch.float32
         model, path = unwrapped(model), Path(path)
         load_lmdb()  # before a folder is made
         if (path / BASIS).exists():
@@ -315,14 +315,14 @@ class Store(Records):
         """
         self._check_open(write=True)
         places: dict[bytes, tuple[int, int]] = {}
-        with self._named(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
+        with self._naming_folder(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
             for name, what in _pairs(items):
                 key = key_of(name)
                 if key in places:
                     raise ValueError(f"items: has the name {name!r} twice")
                 if not replace and name in self:
                     raise self._exists(name)
-                value = self._value_of(name, what)
+                value = self._record_from(name, what)
                 places[key] = waiting.tell(), len(value)
                 waiting.write(value)
 
@@ -347,7 +347,7 @@ class Store(Records):
         )
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..basis import is_number
 from ..indexed import plain_tensors
-from .layers import Source, split
+from ..recipe import is_number
+from .slots import Source, split
 
 if TYPE_CHECKING:
     from ..linear import LoraXSLinear

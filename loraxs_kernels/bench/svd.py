@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import basis
-from ..basis import Factors
 from ..model import attach, detach
+from ..recipe import Factors
 from ..svd import basis_size, truncated_svd
 from ..svd import plan as svd_plan
 from . import BenchError, plots, tables, timer

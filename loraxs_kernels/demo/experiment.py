@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import loraxs_kernels as lx
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 from loraxs_kernels.reference import UnfusedLinear
 
 from . import Settings, report

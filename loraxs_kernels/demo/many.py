@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.bank.environment import DATA
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 from . import DemoError, Settings, minilm, report
 from .experiment import Job

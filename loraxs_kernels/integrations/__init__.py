@@ -1,9 +1,9 @@
-"""LoRA-XS where its neighbours live, a file each; imported when it is asked for, for each needs its neighbour.
+"""Integrations with other libraries.  Each is imported when it is first used, because it needs its library.
 
 peft            LoRA-XS as a PEFT method: get_peft_model(model, LoraXSConfig(...))
 reference_repo  models and checkpoints of the reference implementation; export as a plain LoRA adapter
 transformers    Trainer, TRL and accelerate on models from `attach`
-vllm            adapters of a bank in vLLM, which loads this by itself
+vllm            adapters of a bank in vLLM, which loads this through its entry points
 """
 
 from __future__ import annotations

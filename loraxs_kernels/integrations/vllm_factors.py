@@ -13,8 +13,8 @@ from vllm.distributed import get_tp_group
 
 from .. import adapter_file
 from ..bank import Store
-from ..basis import Factors
-from ..model import adapted_layers
+from ..matching import adapted_layers
+from ..recipe import Factors
 
 AT_ONCE = 2**30  # bytes of weights that are gathered before their A and B are made
 PROBED = 2**24  # numbers of the identity matrix that a layer is given at a time, to read its weight
@@ -29,8 +29,8 @@ def served_factors(layers: Layers, store: Store, basis: str | None) -> dict[str,
         proxy, chunk = nn.Module(), {name: store.entries[name] for name in weights}
         for name, W in weights.items():
             _put(proxy, name, W)
-        with adapter_file.named(store.path):
-            adapter_file.attach_as(proxy, chunk, [], basis, {"progress": False})
+        with adapter_file.naming_file(store.path):
+            adapter_file.attach_as(proxy, chunk, [], basis, progress=False)
         for name, layer in adapted_layers(proxy):
             A, B = (get_tp_group().broadcast(t, src=0) for t in (layer.A, layer.B))
             found[name] = SimpleNamespace(A=A, B=B, rank=layer.rank, recipe=layer.recipe, dtype=weights[name].dtype)

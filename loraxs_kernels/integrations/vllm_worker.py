@@ -32,8 +32,8 @@ from vllm.model_executor.models import supports_multimodal
 
 from ..backends.torch import cast, shrink
 from ..bank import Store
-from ..basis import Factors
 from ..indexed import NONE, Blocks, RowIndex, mix
+from ..recipe import Factors
 from .vllm import BANK, BASIS, Version, check_config
 from .vllm_factors import served_factors
 

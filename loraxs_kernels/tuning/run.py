@@ -27,13 +27,13 @@ from ..backends import choice, tuned
 from ..backends.device import Device, facts
 from ..backends.triton import config
 from ..backends.triton.config import padded
-from ..basis import is_number
 from ..bench import BenchError, timer
 from ..bench import choice as question
 from ..bench.compare import Row, failure, release
 from ..bench.questions import check
 from ..bench.request import Request, at_least_one
 from ..bench.shapes import Shape
+from ..recipe import is_number
 from . import tiles
 
 # Buckets of rows, the most valuable first: training's, a step of decoding, then what lies between.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels.model import adapted_layers
+from loraxs_kernels.matching import adapted_layers
 
 pytest.importorskip("vllm")
 pytest.importorskip("lmdb")

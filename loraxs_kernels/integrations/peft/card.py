@@ -16,11 +16,12 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
+from ...adapter_file import base_model
+from ...card import ABOUT, NAME, base_model_code
 from ...files import write_atomically
 from .layer import LoraXSLinearLayer
 from .tuner import LoraXSModel
 
-NAME = "README.md"
 TAGS = {"lora-xs", "loraxs_kernels"}
 START, END = "<!-- written by loraxs_kernels: -->", "<!-- end -->"  # what lies between is written anew at each save
 
@@ -60,39 +61,26 @@ def _extend(model: PeftModel, folder: Path, name: str) -> None:
 def _section(model: PeftModel, name: str) -> str:
     first = next(iter(model.peft_config))  # any but "default" has a folder of its own
     subfolder = "" if first == "default" else f", subfolder={json.dumps(first)}"
+    base = model.get_base_model()
+    adapted = (m for m in base.modules() if isinstance(m, LoraXSLinearLayer))
+    imports, load = base_model_code(
+        base, base_model(base), {r.weight_dtype for m in adapted for r in m.recipe.values()}
+    )
     return "\n".join(
         [
             "# LoRA-XS adapter",
             "",
-            "[LoRA-XS](https://arxiv.org/abs/2405.17604) trains one small matrix R (r x r) for each adapted weight W, "
-            "in y = W x + s B R A x. A and B are frozen and come from the singular value decomposition of W. The "
-            "adapter's file holds R; loading it computes A and B again from the base model's weights and checks that "
-            "they are the ones that R was trained with.",
+            ABOUT,
             "",
             "```python",
             "import loraxs_kernels.integrations.peft  # makes the method known to PEFT",
             "from peft import PeftModel",
-            *_base(model),
+            *imports,
+            "",
+            load,
             f"model = PeftModel.from_pretrained(model, {json.dumps(name)}{subfolder})",
             "```",
             "",
             "Install both packages with `pip install loraxs_kernels peft`.",
         ]
     )
-
-
-def _base(model: PeftModel) -> list[str]:
-    """The lines of Python that load the base model."""
-    base = model.get_base_model()
-    kind, config = type(base).__name__, getattr(base, "config", None)
-    name = getattr(config, "_name_or_path", "")
-    if not (name and type(base).__module__.startswith("transformers.")) or hasattr(config, "quantization_config"):
-        return ["", "model = ...  # the base model, in the dtype and with the quantisation that it had in training"]
-    options = [json.dumps(name)]
-    adapted = (m for m in base.modules() if isinstance(m, LoraXSLinearLayer))
-    dtypes = {recipe.weight_dtype for m in adapted for recipe in m.recipe.values()} - {None}
-    if len(dtypes) == 1:
-        options.append(f"dtype={json.dumps(dtypes.pop())}")
-    if "Classification" in kind and config.num_labels != 2:
-        options.append(f"num_labels={config.num_labels}")
-    return [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({', '.join(options)})"]

@@ -21,9 +21,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from ... import basis
-from ...basis import MUST, integer, is_number
 from ...files import read_json, sha256_of, write_atomically
+from ...naming import SHORT, dtype_name
+from ...recipe import MUST, check, integer, is_number
 from ..peft_files import PREFIX, read_tensors
 
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # the first is what PEFT loads where there are both
@@ -39,7 +39,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, torch.dtype):
-        return basis.dtype_name(value)
+        return dtype_name(value)
     # numpy's numbers and arrays, told without importing it
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
@@ -95,7 +95,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(map(_recipe, v.values())),
         "{rank and shape: the method, block and n_iter of an SVD}",
     ),
-    "dtype": (lambda v: v in (None, *DTYPES.values()), "bfloat16, float16, float32 or None"),
+    "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
     "save_factors": (lambda v: v in (True, False), "True or False"),
     "check_fingerprint": (lambda v: v in (True, False), "True or False"),
     "inference_mode": (lambda v: v in (True, False, None), "True, False or None"),
@@ -113,8 +113,6 @@ FREE = {
 # What lx.attach calls these fields.  The constructor takes either name; a file has the field's.
 ATTACH = {"rank": "r", "alpha": "lora_alpha", "dropout": "loraxs_dropout", "sigma": "init_std"}
 ATTACH |= {name: f"svd_{name}" for name in ("seed", "n_iter", "oversample")}
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
@@ -145,7 +143,7 @@ def _without_tier(config: LoraXSConfig, given: dict[str, Any]) -> dict[str, Any]
     if "svd_tier" not in given:
         return given
     tier, recipe = given.pop("svd_tier"), given.get("svd_recipe", {})
-    basis.check("tier", tier, "svd_tier")
+    check("tier", tier, "svd_tier")
     config._earlier = {"svd_tier": tier, "svd_recipe": recipe}
     with suppress(AttributeError):  # a recipe that is no dictionary is refused later, as it is
         given["svd_recipe"] = {
@@ -260,7 +258,7 @@ class LoraXSConfig(PeftConfig):
 
     def check(self) -> None:
         """Raise a ValueError, naming the field, if one is not what it must be; numpy's numbers become Python's."""
-        self.dtype = DTYPES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        self.dtype = SHORT.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         for name, (fits, must) in FIELDS.items():
             setattr(self, name, value := _plain(getattr(self, name)))
             if not fits(value):

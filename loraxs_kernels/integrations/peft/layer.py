@@ -13,15 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import basis, parallel
-from ...acceptance import fitted, mismatch
-from ...basis import Recipe
+from ...acceptance import aligned, mismatch
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoraXSLinear, label_of, sparing_what_trains
+from ...linear import LoraXSLinear, sparing_what_trains
+from ...naming import FLOATS, label_of
 from ...ops import autocast_on
+from ...recipe import Recipe
 from ...route import layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
-from ...weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of
+from ...weights import held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
 from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
@@ -317,7 +318,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 label = self.recipe[name].name
                 if not torch.isfinite(entry["R"]).all():
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
-                aligned, error = fitted(entry, A, B)
+                R_aligned, error = aligned(entry, A, B)
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
@@ -334,7 +335,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                         f"{error:.1e}",
                         stacklevel=2,
                     )
-                assign(R, aligned)
+                assign(R, R_aligned)
             self.unchecked.discard(name)
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import basis
-from ...linear import label_of
+from ...matching import is_peft_layer
+from ...naming import FLOATS, label_of
 from ...sharding import is_dtensor
-from ...weights import FLOATS
 from ..peft_files import PREFIX
 from ..reference_repo.layers import translate
 from .config import LoraXSConfig
@@ -31,7 +31,7 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
     layers = {
         f"{prefix}{name}": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "loraxs_R")  # a LoraXSLinearLayer, whose module imports this one
+        if is_peft_layer(module)
     }
     if layers:  # it may have been unloaded
         translate(state_dict, layers, whole_model=True)

@@ -18,11 +18,19 @@ from peft.utils import (
 )
 from torch import nn
 
-from ...basis import Recipe
-from ...factors import WORKSPACE
-from ...linear import LoraXSLinear, label_of
-from ...matching import classification_head, matches, pattern_value, warn_of_experts, warn_of_unread, why_no_adapter
+from ...linear import LoraXSLinear
+from ...matching import (
+    classification_head,
+    matches,
+    pattern_value,
+    warn_of_experts,
+    warn_of_unread,
+    why_no_adapter,
+    why_not_mixed,
+)
 from ...model import fill
+from ...naming import label_of
+from ...recipe import Recipe
 from ...svd import plan
 from ...transaction import transaction
 from ...weights import is_linear, is_unread_linear, unread, weight_of, weight_view
@@ -39,7 +47,6 @@ except ImportError:  # before peft 0.20, which cannot merge into quantised layer
     quantization_utils = None
 
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
-SEQUENCE_FIRST = ("xlnet", "longformer", "led")  # models that swap samples and positions on the way to some layers
 
 
 class LoraXSModel(BaseTuner):
@@ -75,7 +82,7 @@ class LoraXSModel(BaseTuner):
             self._new: list[LoraXSLinear] = []  # those that still need A, B and R
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            fill(model, self._new, None, None, WORKSPACE, progress=True)
+            fill(model, self._new)
             shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
             for layer in self._layers():
                 layer.shares = shares.get(id(layer.base_layer), layer.shares)
@@ -191,14 +198,8 @@ class LoraXSModel(BaseTuner):
         again = [m for m in self.model.modules() if vars(m).get("gradient_checkpointing")]
         if any(module.training for module in [*layers, *again]):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
-        kind = getattr(getattr(self.model, "config", None), "model_type", None)
-        if kind in SEQUENCE_FIRST:
-            raise ValueError(f"adapter_names: a model of type {kind} has layers whose first dimension is not the batch")
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraXSLinearLayer) and "experts" in name.split("."):
-                raise ValueError(
-                    f"adapter_names: {label_of(name)} is part of an expert, whose input mixes tokens of all samples"
-                )
+        if why := why_not_mixed(self.model):
+            raise ValueError(f"adapter_names: cannot be used here: {why}")
         for name, module in self._trained_whole().items():
             if not isinstance(module.original_module, MIXABLE):
                 raise TypeError(

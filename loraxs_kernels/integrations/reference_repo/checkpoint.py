@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from ...acceptance import AdapterMismatch
 from ...adapter_file import saved_values
-from ...basis import ACCEPT, ALIGNED, Recipe, align_by_factors, probes, residual
-from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
+from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
+from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ...files import read_json
 from ...linear import LoraXSLinear
-from ...matching import matches, pattern_value
-from ...model import adapted_layers, detach, install
-from ...naming import Former, aliases
+from ...matching import adapted_layers, matches, pattern_value
+from ...model import detach, install
+from ...naming import FLOATS, Former, aliases, as_dtype
+from ...recipe import Recipe
 from ...transaction import keep, transaction
-from ...weights import FLOATS, weight_of
+from ...weights import weight_of
 from ..peft_files import PREFIX, read_tensors
 from .keys import part
 
@@ -53,7 +54,7 @@ def load_reference_adapter(
     *,
     factors: str = "file",
     tolerance: float = ALIGNED,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | Sequence[torch.device | str] | None = None,
     workspace_gib: float = WORKSPACE / 2**30,
     progress: bool = True,
@@ -90,8 +91,7 @@ def load_reference_adapter(
     """
     if factors not in ("file", "recompute"):
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
-    if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    dtype = as_dtype("dtype", dtype, FLOATS)
     if any(isinstance(m, LoraXSLinear) for m in model.modules()):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
     if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
@@ -111,7 +111,7 @@ def load_reference_adapter(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     dropout = _dropout(config, folder)
-    devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+    compute = compute_options(device, workspace_gib, progress)
 
     def errors_with(recipe: Recipe | None) -> dict[str, float]:
         """Attach, with A and B by this recipe or from the checkpoint; return the relative error of every delta W."""
@@ -125,7 +125,7 @@ def load_reference_adapter(
             }
             for name, each in trained.items()
         }
-        install(model, options, saved, devices=devices, workspace=workspace, progress=progress)
+        install(model, options, saved, **compute)
         errors = {}
         for name, layer in adapted_layers(model):
             each = trained[name]

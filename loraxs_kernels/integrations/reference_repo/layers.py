@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...acceptance import AdapterMismatch, fitted
-from ...basis import ACCEPT, ALIGNED, Recipe, dtype_name, probes, singular_values
+from ...acceptance import AdapterMismatch, aligned
+from ...basis import ACCEPT, ALIGNED, probes, singular_values
 from ...linear import LoraXSLinear
 from ...matching import targets_for
+from ...naming import dtype_name
+from ...recipe import Recipe
 from ...transaction import transaction
 from ...weights import weight_of
 from .keys import part
@@ -139,7 +141,7 @@ def translate(state_dict: dict[str, Tensor], layers: Mapping[str, LoraXSLinearLa
             raise ValueError(f"{label}: A, R or B of the state dict has NaN or Inf values")
         if adapter in layer.loraxs_A._non_persistent_buffers_set:
             entry = new | {"S": singular_values(A), "probe": probes(A, R, B)}
-            R, error = fitted(entry, own["A"], own["B"])
+            R, error = aligned(entry, own["A"], own["B"])
             if error > ALIGNED:
                 raise AdapterMismatch(
                     f"{label}: R of the state dict gives another delta W with the A and B of this adapter than with "

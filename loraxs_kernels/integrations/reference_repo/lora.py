@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ...adapter_file import base_model, plain
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import saved_modules, targets_for
-from ...model import adapted_layers, unwrapped
+from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
+from ...naming import FLOATS, as_dtype
 from ...sharding import whole
-from ...weights import FLOATS, is_conv1d
+from ...weights import is_conv1d
 from ..peft_files import PREFIX
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def export_as_lora(
     model: nn.Module,
     folder: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     task_type: str | None = None,
     adapter: str = "default",
 ) -> None:
@@ -78,12 +79,11 @@ def write_lora(
     layers: Iterable[Part],
     saved: Mapping[str, Mapping[str, Tensor]],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     task_type: str | None = None,
 ) -> None:
     """`export_as_lora` for given layers and modules_to_save (name: state dict), by the names in `model`."""
-    if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype: got {dtype}, must be bf16, fp16, fp32, fp64 or None")
+    dtype = as_dtype("dtype", dtype, FLOATS)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
@@ -99,7 +99,7 @@ def write_lora(
         ranks[name] = A.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
-        tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
+        tensors |= {f"{PREFIX}{name}.{key}": plain(t) for key, t in state.items()}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
@@ -111,7 +111,7 @@ def write_lora(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_model(model) or None,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...linear import LoraXSLinear
+from ...matching import is_peft_layer
 from ...sharding import whole
 from ...weights import weight_of
 
@@ -31,7 +32,7 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
         if isinstance(m, LoraXSLinear):
             trained = [p for p in m.parameters() if p.requires_grad]
             found.append(Adapter(name, m, functools.partial(getattr, m, "R"), trained))
-        elif hasattr(m, "loraxs_R"):  # LoraXSLinearLayer, told without importing peft
+        elif is_peft_layer(m):
             for each in (each for each in m.active_adapters if each in m.loraxs_R):
                 R = functools.partial(m.loraxs_R.__getitem__, each)
                 found.append(Adapter(f"{name}.{each}", m.adapter(each), R, [p for p in [R()] if p.requires_grad]))

@@ -1,0 +1,167 @@
+"""Calls of a model that has a bank: `adapter_ids` taken out of the arguments, and checked against the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from .adapter_bank import AdapterBank
+
+# Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
+BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+# Arguments of a model's forward of which a sample may have any number.
+MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` leaves on a model, as `model.loraxs_bank`."""
+
+    bank: AdapterBank
+    whole: bool  # whether this is the model, and not a transformers model inside of it
+    put_on: bool  # whether the layers are the bank's own
+    trained: tuple[str, ...]  # parameters that required a gradient before
+    unmixed: str | None  # why the samples of a batch cannot have different adapters
+    beside: str | None  # a module of the bank that is no part of the text decoder, where there is one
+
+
+@cache
+def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
+    """A model's class whose calls, and `generate` where there is one, take `adapter_ids`.
+
+    As torch.nn.utils.parametrize does, it takes the place of the class of one model, so that no other model changes
+    and copies of this one keep it.
+    """
+
+    def inside(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with calling(self, kwargs.pop("adapter_ids", None), args, kwargs):
+            return run(self, *args, **kwargs)
+
+    uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
+
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_ids" not in kwargs:  # which `__call__` has taken out
+            return kind.forward(self, *args, **kwargs)
+        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.forward, self, args, kwargs)
+
+    body = {"__call__": __call__, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    body["__qualname__"] = kind.__qualname__
+    if callable(getattr(kind, "generate", None)):
+
+        @wraps(kind.generate)
+        def generate(self: Any, *args: Any, adapter_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+            standard = kind.generate.__module__ == "transformers.generation.utils"
+            with generating(self, adapter_ids, args, kwargs, standard):
+                return kind.generate(self, *args, **kwargs)
+
+        def expand(self: Any, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+            if (selection := self.loraxs_bank.bank.selections.current()) is not None:
+                selection.factor = expand_size  # the copies of a sample lie side by side
+            return super(made, self)._expand_inputs_for_generation(expand_size, *args, **kwargs)
+
+        body |= {"generate": generate, "_expand_inputs_for_generation": expand}
+    made = type(kind.__name__, (kind,), body)
+    return made
+
+
+def turn(module: nn.Module, kind: type[nn.Module], undo: Any) -> None:
+    """Let a module be of another class, until `undo` is run."""
+    undo.callback(setattr, module, "__class__", type(module))
+    module.__class__ = kind
+
+
+@contextmanager
+def calling(
+    model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
+    """Around a call of the model, or of a transformers model inside of it."""
+    attached = model.loraxs_bank
+    if attached.whole:
+        attached.bank.know(model)
+    with _selecting(attached.bank, names) as selection:
+        if selection is None:
+            yield
+            return
+        batch, samples = batch_of(args, kwargs), selection.samples
+        if selection.mixed:
+            if attached.unmixed is not None:
+                raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
+            has = {name for name, given in kwargs.items() if given is not None}
+            if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
+                raise ValueError(
+                    "adapter_ids: got different adapters for one batch with images or sounds, and module "
+                    f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
+                    "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
+                )
+        expected = (samples, samples and samples * selection.factor)
+        known = batch is not None and samples is not None and (attached.whole or selection.mixed)
+        if known and batch[0] not in expected:
+            raise ValueError(
+                f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
+            )
+        with selection.during(batch, selection.factor):
+            yield
+
+
+@contextmanager
+def generating(
+    model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any], standard: bool
+) -> Iterator[None]:
+    """Around `generate`, which calls the model on each sample as often as there are beams or sequences.
+
+    standard: whether it is the one of transformers that all models share.
+    """
+    with _selecting(model.loraxs_bank.bank, names) as selection:
+        if selection is None:
+            yield
+            return
+        if selection.mixed and not (standard and kwargs.get("custom_generate") is None):
+            raise ValueError(
+                "adapter_ids: got different adapters for one batch, must be the same for all samples: "
+                "custom_generate, or a generate that is the model's own, may change the order of the samples"
+            )
+        prompts = kwargs.get("inputs", args[0] if args else None)
+        prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
+        if prompts is not None and selection.samples not in (None, prompts[0]):
+            raise ValueError(
+                f"adapter_ids: got {selection.samples} names for {prompts[0]} prompts, must be one for each"
+            )
+        with selection.during(None, 1):
+            yield
+
+
+@contextmanager
+def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterator[Selection | None]:
+    """The selection that a call belongs to: of these names, or without names the one that is open, if any."""
+    if names is None:
+        yield bank.selections.current()
+        return
+    selection = bank.select(names).open(nested=True)
+    try:
+        yield selection
+    finally:
+        selection.close()
+
+
+def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """How many samples, and rows of each, the arguments of a model's call have; None: they have no tensor."""
+    tensors = [kwargs.get(name) for name in BATCHED] + [*args] + [*kwargs.values()]
+    first = next((t for t in tensors if isinstance(t, Tensor) and t.dim() > 0), None)
+    if first is None:
+        return None
+    rows = first.shape[1:-1] if first.is_floating_point() else first.shape[1:]
+    return first.shape[0], math.prod(rows)

@@ -1,0 +1,64 @@
+"""Seat: what a bank puts on a LoraXSLinear, so that it computes with the adapters selected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..linear import LoraXSLinear
+from ..route import layer_output
+from ..weights import held
+
+if TYPE_CHECKING:
+    from .adapter_bank import AdapterBank
+
+
+class Seat:
+    """What a bank puts on a LoraXSLinear: within a selection each sample uses the R of its own adapter.
+
+    put_on: whether the layer is the bank's own, so that R of the layer itself is not anybody's.
+    """
+
+    def __init__(self, bank: AdapterBank, module: int, put_on: bool) -> None:
+        self.bank, self.module, self.put_on = bank, module, put_on
+
+    def __deepcopy__(self, memo: dict) -> Seat:
+        return self
+
+    def output(self, layer: LoraXSLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y of the layer, for the samples of the selection that this call belongs to, or by the layer's own R."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, layer, x, *args, **kwargs)
+        selection = self.bank.selections.current()
+        base, A, B = layer._modules["base_layer"], layer._buffers["A"], layer._buffers["B"]
+        s, index = layer.scaling, None
+        if selection is not None:
+            self.refuse_merged(layer)
+            index, s = selection.index(x, A.device, layer.label), self.bank.scalings[self.module]
+            R = selection.source.table(self.module, A.device)
+        elif layer.merged:
+            return F.linear(x, layer.merged_weight, base.bias, *args, **kwargs)
+        else:
+            R = held(layer, "R")
+        p = layer.dropout if layer.training else 0.0
+        y = layer_output(base, x, ((A, R, B, s, p),), layer.recipe.name, index, args, kwargs)
+        if y.requires_grad:
+            self.bank.selections.remember(y, selection)
+        return y
+
+    def check_merge(self, layer: LoraXSLinear) -> None:
+        if self.bank.is_open():
+            raise RuntimeError(
+                f"{layer.label}: adapters of its bank are selected; leave bank.select(...) before merging"
+            )
+
+    def refuse_merged(self, layer: LoraXSLinear) -> None:
+        if layer.merged:
+            raise RuntimeError(f"{layer.label}: is merged; lx.unmerge(model) before adapters are selected")
+
+
+# What is selected changes from call to call: compiled code is interrupted for it.
+_uncompiled = torch._disable_dynamo(Seat.output)

@@ -1,0 +1,131 @@
+"""Where the R of selected adapters are: tables on the devices of the model, which hold a few adapters at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..indexed import plain_tensors
+
+if TYPE_CHECKING:
+    from .adapter_bank import AdapterBank
+
+
+class Source(Protocol):
+    """Where the R of selected adapters are: the slots of a bank, or those that it trains."""
+
+    n: int
+
+    def bring(self, names: Sequence[str]) -> dict[str, int]:
+        """The places of these adapters, which they keep until `release`; KeyError for an unknown name."""
+
+    def release(self, names: Sequence[str]) -> None: ...
+
+    def state(self, names: Iterable[str]) -> Any:
+        """What is equal to what it was as long as these adapters are where they were, and as they were."""
+
+    def table(self, module: int, device: torch.device) -> Tensor:
+        """R of a module for all places, (n, r, r) fp32, in place: what is brought later is written into it."""
+
+
+class Slots:
+    """A table on each device of the model for a few adapters, into which those that are asked for are copied.
+
+    The adapter that has not been used for longest gives its slot to one that is not there, unless it is in use.
+    """
+
+    def __init__(self, bank: AdapterBank, n: int) -> None:
+        self.n, self.bank = n, bank
+        self._there: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # slot and digest, the latest used last
+        self._free = list(range(n))
+        self._users: dict[str, int] = {}
+        self._tables: dict[torch.device, Tensor] = {}
+        self._views: dict[torch.device, list[Tensor]] = {}
+        self._staged = torch.empty(0, device="cpu")
+        self._events: dict[tuple[torch.device, int], torch.cuda.Event] = {}
+
+    def bring(self, names: Sequence[str]) -> dict[str, int]:
+        wanted = dict.fromkeys(names)
+        digests = self.bank.digests(wanted)
+        if len(wanted) > self.n:
+            raise ValueError(
+                f"adapter_ids: got {len(wanted)} different adapters, must be at most {self.n}, the slots of "
+                "bank.attach(model, slots=...)"
+            )
+        self._follow(self.bank.devices())
+        places = {}
+        stale = [name for name in wanted if name in self._there and self._there[name][1] != digests[name]]
+        for name in stale:
+            if self._users.get(name):
+                raise RuntimeError(f"adapter {name!r}: has changed in the bank while another selection uses it")
+            self._free.append(self._there.pop(name)[0])
+        idle = [name for name in self._there if name not in wanted and not self._users.get(name)]
+        missing = [name for name in wanted if name not in self._there]
+        if len(missing) > len(self._free) + len(idle):
+            left = self.n - sum(name not in wanted for name in self._users)
+            raise RuntimeError(
+                f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
+                f"{self.n - left} of {self.n} slots are in use by open selections"
+            )
+        for name in missing:
+            if not self._free:
+                self._free.append(self._there.pop(idle.pop(0))[0])
+            slot = self._free[-1]
+            self._copy(name, slot)
+            self._there[name] = (self._free.pop(), digests[name])
+        for name in wanted:
+            self._there.move_to_end(name)
+            places[name] = self._there[name][0]
+            self._users[name] = self._users.get(name, 0) + 1
+        return places
+
+    def release(self, names: Sequence[str]) -> None:
+        for name in dict.fromkeys(names):
+            if self._users[name] == 1:
+                del self._users[name]
+            else:
+                self._users[name] -= 1
+        for device in self._tables:
+            if device.type == "cuda":
+                stream = torch.cuda.current_stream(device)
+                self._events[device, stream.cuda_stream] = stream.record_event()
+
+    def state(self, names: Iterable[str]) -> Any:
+        return {name: self._there.get(name) for name in names}
+
+    def table(self, module: int, device: torch.device) -> Tensor:
+        return self._views[device][module]
+
+    def _follow(self, devices: set[torch.device]) -> None:
+        """Have tables on the devices of the model's layers, which may have moved."""
+        if devices == self._tables.keys():
+            return
+        if self._users:
+            raise RuntimeError("model: was moved to another device while adapters of its bank were selected")
+        self._there.clear()
+        self._free, self._events = list(range(self.n)), {}
+        ranks, size = [rank for _, rank in self.bank.modules], self.bank.size
+        with plain_tensors():
+            self._tables = {device: torch.zeros(self.n, size, dtype=torch.float32, device=device) for device in devices}
+            self._views = {device: split(table, ranks) for device, table in self._tables.items()}
+            on_gpu = any(device.type == "cuda" for device in devices)
+            self._staged = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu, device="cpu")
+
+    def _copy(self, name: str, slot: int) -> None:
+        self.bank.read(name, self._staged)
+        for device, table in self._tables.items():
+            for (used_on, _), event in self._events.items():  # other streams may still read what is there
+                if used_on == device:
+                    torch.cuda.current_stream(device).wait_event(event)
+            with torch.no_grad():
+                table[slot].copy_(self._staged)  # has been read when this returns
+
+
+def split(table: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Records (n, sum of r^2) as a view (n, r, r) for each module."""
+    parts = table.split([rank * rank for rank in ranks], dim=1)
+    return [part.unflatten(1, (rank, rank)) for part, rank in zip(parts, ranks, strict=True)]

@@ -1,0 +1,96 @@
+"""transformers' models with adapters: `save_pretrained` warns of them, heads stay untied, Trainer takes quantised ones.
+
+transformers is told by attributes and names, and never imported here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .linear import LoraXSLinear
+from .matching import embeddings
+
+
+def prepare(model: nn.Module) -> None:
+    """Teach the model's `save_pretrained` about adapters, and mark it for Trainer if it is quantised.
+
+    `save_pretrained` is changed once in each class that defines it for the model or a part of it.  Nothing is left on
+    the model itself, so that copies of it save themselves.
+    """
+    for module in model.modules():
+        if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+            module._hf_peft_config_loaded = True  # without this mark Trainer refuses to train a quantised model
+    modeling = sys.modules.get("transformers.modeling_utils")
+    for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
+        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
+        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
+            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
+
+
+def unmark(module: nn.Module) -> None:
+    """Take back the mark of `prepare`, if the module has it."""
+    if _is_marked(module):
+        del module._hf_peft_config_loaded
+
+
+def tying(model: nn.Module) -> list[Any]:
+    """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
+    config = getattr(model, "config", None)
+    head = embeddings(model, "output")
+    if config is None or not isinstance(head, LoraXSLinear):
+        return []
+    weight = head.base_layer._parameters.get("weight")
+    if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:
+        return []  # an encoder's and a decoder's embeddings are tied by the same setting, and have to stay so
+    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
+
+
+def _is_quantised_for_training(model: nn.Module) -> bool:
+    """Whether transformers has quantised the model by a method whose models can be trained through."""
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+    return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
+
+
+def _is_marked(model: nn.Module) -> bool:
+    """Whether a model has the mark of PEFT's adapters, which transformers sets, and no adapters of PEFT."""
+    return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
+
+
+def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` as it was, except that it warns if from_pretrained could not load what is saved."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+        layers = [m for m in self.modules() if isinstance(m, LoraXSLinear)] if isinstance(self, nn.Module) else []
+        if not layers:
+            return save(self, *args, **options)
+        given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
+        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+            warnings.warn(
+                "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
+                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
+                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
+                stacklevel=2,
+            )
+        marked, tied = _is_marked(self), [config for config in tying(self) if embeddings(self, "output").merged]
+        if marked:  # or transformers would look for PEFT's adapters and save only those
+            del self._hf_peft_config_loaded
+        try:
+            for config in tied:
+                config.tie_word_embeddings = False
+            return save(self, *args, **options)
+        finally:
+            for config in tied:
+                config.tie_word_embeddings = True
+            if marked:
+                self._hf_peft_config_loaded = True
+
+    save_pretrained.loraxs_knows_adapters = True
+    return save_pretrained
