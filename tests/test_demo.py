@@ -41,9 +41,9 @@ def test_quick_demo(tmp_path, monkeypatch, capsys):
     from loraxs_kernels.demo.training import Schedule
 
     questions = trec.load()
-    questions = trec.Split(questions.train, questions.validation[:100], questions.test[:300])
+    questions = trec.Split(questions.train, questions.validation[:60], questions.test[:200])
     monkeypatch.setattr(trec, "load", lambda: questions)
-    monkeypatch.setattr(minilm, "Schedule", lambda **how: Schedule(**how | dict(steps=32, warmup=3, validate_every=16)))
+    monkeypatch.setattr(minilm, "Schedule", lambda **how: Schedule(**how | dict(steps=28, warmup=3, validate_every=14)))
     assert main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert_learned(tmp_path, capsys.readouterr().out, 0.8)
 
