@@ -24,7 +24,7 @@ from .basis import ACCEPT, ALIGNED
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_bytes
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
-from .linear import LoraXSLinear, label_of
+from .linear import LoraXSLinear, label_of, makers_of_R
 from .matching import adapted_layers, saved_modules, unwrapped
 from .model import basis_for, install
 from .naming import aliases, as_dtype
@@ -198,7 +198,7 @@ def whole_R(layer: LoraXSLinear) -> Tensor:
 
         if not is_gathered(R):
             return safe_get_full_fp32_param(R).clone()
-    with gathered(_makers_of_R(layer)):
+    with gathered(makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
 
 
@@ -290,7 +290,7 @@ def load_adapter(
                 f"aligned to them, with an estimated relative error of delta W of up to {worst:.1e}",
                 stacklevel=4,  # past the wrappers of no_grad and `aliases`
             )
-        trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
+        trained = [p for layer in layers.values() for p in makers_of_R(layer)]
         changing = [*trained, *(target for target, _ in values)]
         check_writable(changing)
         keep(undo, changing)
@@ -299,8 +299,16 @@ def load_adapter(
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
                 R = R.to(whole_R(layer))  # before: DeepSpeed frees the parameters whenever R has been made of them
-                with written(_makers_of_R(layer)):
+                with written(makers_of_R(layer)):
                     layer.R = R
+                lost = float((whole_R(layer) - R).norm())
+                if not lost <= max(ACCEPT, 8 * torch.finfo(R.dtype).eps) * float(R.norm()):
+                    kinds = ", ".join(type(each).__name__ for each in layer.parametrizations.R)
+                    raise ValueError(
+                        f"{path}: does not fit this model: the parametrization of R in module {name!r} ({kinds}) "
+                        f"cannot express the R of the file, and would be off by {lost:.1e} in norm; load the adapter "
+                        "into a model without this parametrization"
+                    )
             else:
                 assign(layer.R, R)
         for target, value in values:
@@ -308,11 +316,6 @@ def load_adapter(
     if logger.isEnabledFor(logging.INFO):
         logger.info("load_adapter: %s: %s; delta W is off by at most %.1e", path, summary(model), worst)
     return given
-
-
-def _makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
-    """R, or the parameters that a parametrization makes it of."""
-    return [p for name, p in layer.named_parameters() if name == "R" or name.startswith("parametrizations.R.")]
 
 
 @contextmanager

@@ -20,13 +20,14 @@ import safetensors.torch
 import standin
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
 from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
+from loraxs_kernels.integrations.reference_repo import export_as_lora
 from loraxs_kernels.model import adapted_layers
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
@@ -832,6 +833,47 @@ def test_parametrised_R(trained):
     parametrize.register_parametrization(other[2], "R", Fixed())
     with pytest.raises(ValueError, match="the parametrization of R in module '2' has no right_inverse"):
         lx.load_adapter(other, path)
+
+
+class Symmetric(nn.Module):
+    def forward(self, R):
+        return R.triu() + R.triu(1).mT
+
+    def right_inverse(self, R):
+        return R.triu()
+
+
+def test_a_parametrization_that_cannot_express_R_is_refused(trained):
+    model, path = trained
+    other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3})
+    parametrize.register_parametrization(other[2], "R", Symmetric())
+    state = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"parametrization of R in module '2' \(Symmetric\) cannot express the R"):
+        lx.load_adapter(other, path)
+    assert unchanged(other, state)
+    with torch.no_grad():
+        model[2].R.copy_(model[2].R + model[2].R.mT)  # which it can
+    lx.save_adapter(model, path)
+    assert torch.equal(lx.load_adapter(other, path)[2].R, model[2].R)
+
+
+@pytest.mark.parametrize("pruned", [prune.identity, lambda layer, name: nn.utils.weight_norm(layer, name)])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_R_that_a_hook_makes_is_refused(trained, tmp_path, pruned):
+    """It is as it was in the last forward: what the optimizer did since would be lost, and so would what is loaded."""
+    model, path = trained
+    pruned(model[0], "R")
+    folder = tmp_path / "out"
+    for use in (
+        lambda: lx.save_adapter(model, folder / "a.safetensors"),
+        lambda: lx.load_adapter(model, path),
+        lambda: lx.merge(model),
+        lambda: lx.detach(model, merge=True),
+        lambda: export_as_lora(model, folder),
+    ):
+        with pytest.raises(ValueError, match=r"module '0': R is made by a hook .*prune\.remove"):
+            use()
+    assert not folder.exists() and not model[2].merged
 
 
 def test_alignment_turns_R_within_a_cluster_of_singular_values():

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ...adapter_file import whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import saved_modules, targets_for
@@ -65,7 +66,8 @@ def export_as_lora(
         write_lora(model.get_base_model(), folder, layers, saved, dtype=dtype, task_type=task_type)
         return
     layers = [
-        (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
+        (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
+        for name, layer in adapted_layers(model)
     ]
     saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...linear import LoraXSLinear
+from ...linear import LoraXSLinear, makers_of_R
 from ...sharding import whole
 from ...weights import weight_of
 
@@ -29,7 +29,7 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
     found = []
     for name, m in model.named_modules():
         if isinstance(m, LoraXSLinear):
-            trained = [p for p in m.parameters() if p.requires_grad]
+            trained = [p for p in makers_of_R(m) if p.requires_grad]
             found.append(Adapter(name, m, functools.partial(getattr, m, "R"), trained))
         elif hasattr(m, "loraxs_R"):  # LoraXSLinearLayer, told without importing peft
             for each in (each for each in m.active_adapters if each in m.loraxs_R):
