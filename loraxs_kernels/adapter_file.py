@@ -299,16 +299,9 @@ def load_adapter(
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
                 R = R.to(whole_R(layer))  # before: DeepSpeed frees the parameters whenever R has been made of them
+                _check_expressed(layer, R, path)
                 with written(makers_of_R(layer)):
                     layer.R = R
-                lost = float((whole_R(layer) - R).norm())
-                if not lost <= max(ACCEPT, 8 * torch.finfo(R.dtype).eps) * float(R.norm()):
-                    kinds = ", ".join(type(each).__name__ for each in layer.parametrizations.R)
-                    raise ValueError(
-                        f"{path}: does not fit this model: the parametrization of R in module {name!r} ({kinds}) "
-                        f"cannot express the R of the file, and would be off by {lost:.1e} in norm; load the adapter "
-                        "into a model without this parametrization"
-                    )
             else:
                 assign(layer.R, R)
         for target, value in values:
@@ -316,6 +309,22 @@ def load_adapter(
     if logger.isEnabledFor(logging.INFO):
         logger.info("load_adapter: %s: %s; delta W is off by at most %.1e", path, summary(model), worst)
     return given
+
+
+def _check_expressed(layer: LoraXSLinear, R: Tensor, path: Path) -> None:
+    """ValueError where the parametrization of a layer's R has no values for this one, so that it would set another."""
+    steps, made = layer.parametrizations.R, R
+    for step in reversed(steps):
+        made = step.right_inverse(made)
+    for step in steps:
+        made = step(*made) if isinstance(made, Sequence) else step(made)
+    lost = float((made - R).norm())
+    if not lost <= max(ACCEPT, 8 * torch.finfo(R.dtype).eps) * float(R.norm()):
+        raise ValueError(
+            f"{path}: does not fit this model: the parametrization of R in {layer.label} "
+            f"({', '.join(type(step).__name__ for step in steps)}) cannot express the R of the file, and would be off "
+            f"by {lost:.1e} in norm; load the adapter into a model without this parametrization"
+        )
 
 
 @contextmanager
