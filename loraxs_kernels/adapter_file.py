@@ -26,7 +26,7 @@ from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, label_of, makers_of_R
 from .matching import adapted_layers, saved_modules, unwrapped
-from .model import basis_for, install
+from .model import Attachment, basis_for, install
 from .naming import aliases, as_dtype
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
@@ -284,6 +284,7 @@ def load_adapter(
         settled, worst = _settle(layers, entries, path)
         with named(path):
             values = saved_values(model, modules_to_save, saved)
+        _record_saved(model, modules_to_save, path)
         if worst > ACCEPT:
             warnings.warn(
                 f"{path}: A and B of this model differ slightly from those that the adapter was trained with; R was "
@@ -437,6 +438,20 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
             if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:
                 raise ValueError(f"model: has no tensor {key!r}, which the adapter file has a value for")
     return pairs
+
+
+def _record_saved(model: nn.Module, names: Sequence[str], path: Path) -> None:
+    """Let what a file has of modules_to_save be saved again; warn of those of the model that it does not have."""
+    known = saved_modules(model)
+    for name in set(names).difference(known):
+        module = model.get_submodule(name)
+        module.loraxs = Attachment(("",), frozenset(each for each, p in module.named_parameters() if p.requires_grad))
+    if left := [name for name in known if not f"{name}.".startswith(tuple(f"{each}." for each in names))]:
+        warnings.warn(
+            f"{path}: has no values for {', '.join(left)} of this model's modules_to_save, which stay as they are now. "
+            "If they have been trained or loaded with another adapter, the model is not the one that was saved",
+            stacklevel=5,  # past this, no_grad's wrapper and that of `aliases`
+        )
 
 
 def plain(t: Tensor) -> Tensor:

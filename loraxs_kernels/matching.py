@@ -284,6 +284,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def saved_modules(model: nn.Module) -> list[str]:
-    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
+    """The modules_to_save, by their names in this model, whichever part of it, or whole around it, was attached to."""
     attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
-    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
+    names = (base_name(f"{name}.{saved}".strip(".")) for name, a in attached for saved in a.modules_to_save)
+    return list(dict.fromkeys(names))
+
+
+def base_name(name: str) -> str:
+    """The name that a module or tensor of a model has where no part of the model is compiled or checkpointed."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))

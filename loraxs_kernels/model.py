@@ -32,7 +32,10 @@ logger = logging.getLogger(__package__)
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files."""
+    """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files.
+
+    Each module of modules_to_save has one of its own, too, with "" for itself: a part of the model may be saved alone.
+    """
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
@@ -246,10 +249,14 @@ def install(
                 if id(child) in layers:
                     parent._modules[child_name] = layers[id(child)]
         model.requires_grad_(False)
+        for module in model.modules():
+            module.__dict__.pop("loraxs", None)
         for layer in layers.values():
             layer.R.requires_grad_(True)
         for name in modules_to_save:
-            model.get_submodule(name).requires_grad_(True)
+            saved = model.get_submodule(name).requires_grad_(True)
+            before = (each for each, _ in saved.named_parameters() if f"{name}.{each}" in trainable_before)
+            saved.loraxs = Attachment(("",), frozenset(before))
         model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
         for module in model.modules():
             if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:

@@ -129,6 +129,29 @@ def test_a_part_adapted_and_the_whole_saved(init, tmp_path):
     assert all(p.requires_grad for p in whole.parameters())
 
 
+def test_a_part_of_what_was_adapted_keeps_its_head(tmp_path):
+    inner = mlp()
+    lx.attach(nn.ModuleDict({"model": inner}), 4, target_modules=["0"], modules_to_save=["3"])
+    nn.init.normal_(inner[3].weight)
+    lx.save_adapter(inner, tmp_path / "a.safetensors")
+    assert torch.equal(lx.load_adapter(mlp(), tmp_path / "a.safetensors")[3].weight, inner[3].weight)
+    lx.attach(lx.detach(inner), 4, modules_to_save=[])
+    assert inner[3].base_layer.weight.requires_grad is False and lx.summary(inner).beside == {}
+
+
+def test_modules_to_save_of_a_file_and_of_the_model_that_it_is_loaded_into(trained, tmp_path):
+    _, path = trained
+    other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, modules_to_save=[])
+    bare = tmp_path / "bare.safetensors"
+    lx.save_adapter(other, bare)
+    lx.load_adapter(other, path)
+    lx.save_adapter(other, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    with pytest.warns(UserWarning, match=r"has no values for 3 of this model's modules_to_save") as seen:
+        lx.load_adapter(other, bare)
+    assert seen[0].filename == __file__
+
+
 def test_real_model_through_a_bf16_file(minilm, tmp_path):
     base = copy.deepcopy(minilm)
     lx.attach(minilm, 16, target_modules=TARGETS)
