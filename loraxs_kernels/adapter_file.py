@@ -25,7 +25,7 @@ from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_devices, workspace_b
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, label_of, makers_of_R
-from .matching import adapted_layers, saved_modules, unwrapped
+from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
 from .model import Attachment, basis_for, install
 from .naming import aliases, as_dtype
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
@@ -156,7 +156,13 @@ def _packed_adapter(
         descriptions[name] = description(layer, name)
     names, tensors = saved_tensors(model)
     base = base_model(model)
-    parts = packed("loraxs", {"base_model": base}, descriptions, records, factors, names, tensors)
+    shared: dict[str, list[str]] = {}
+    first = {id(layer): name for name, layer in adapted_layers(model)}
+    for name, m in by_base_name(model).items():
+        if first.get(id(m), name) != name:
+            shared.setdefault(first[id(m)], []).append(name)
+    header = {"base_model": base} | ({"version": 4, "shared": shared} if shared else {})
+    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     if moved:
         warnings.warn(
@@ -214,7 +220,7 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
         module = model.get_submodule(name)
         masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
         for key, t in module.state_dict(keep_vars=True).items():
-            tensors[f"{name}.{key}"] = t = plain(t)
+            tensors[f"{name}.{base_name(key)}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
     return names, tensors
@@ -274,6 +280,10 @@ def load_adapter(
     fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
+    # Earlier files of compiled blocks had the names of their wrappers.
+    entries, saved = ({base_name(name): each for name, each in found.items()} for found in (entries, saved))
+    modules_to_save = [base_name(name) for name in modules_to_save]
+    _check_shared(model, entries, path)
     devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
@@ -295,8 +305,15 @@ def load_adapter(
         changing = [*trained, *(target for target, _ in values)]
         check_writable(changing)
         keep(undo, changing)
+        users: dict[int, str] = {}
         for name, R in settled.items():
             layer = layers[name]
+            for other in {users.setdefault(id(p), name) for p in makers_of_R(layer)}:
+                if not torch.equal(settled[other], R):
+                    raise ValueError(
+                        f"{path}: does not fit this model: modules {other!r} and {name!r} share one R here, and have "
+                        "two that differ in the file; load it into a model in which each has its own"
+                    )
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
                 R = R.to(whole_R(layer))  # before: DeepSpeed frees the parameters whenever R has been made of them
@@ -310,6 +327,18 @@ def load_adapter(
     if logger.isEnabledFor(logging.INFO):
         logger.info("load_adapter: %s: %s; delta W is off by at most %.1e", path, summary(model), worst)
     return given
+
+
+def _check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
+    """ValueError where modules that were one in the model of a file are several in this one: only one would adapt."""
+    modules = by_base_name(model)
+    for name, entry in entries.items():
+        for other in entry.get("shared", ()):
+            if modules.get(other, modules.get(name)) is not modules.get(name):
+                raise ValueError(
+                    f"{path}: does not fit this model: modules {name!r} and {other!r} are two here, but are one in the "
+                    "model that the file was saved from; share the module, as it was there"
+                )
 
 
 def _check_expressed(layer: LoraXSLinear, R: Tensor, path: Path) -> None:
@@ -358,7 +387,7 @@ def attach_as(
     how: dict[str, Any],
 ) -> None:
     """Attach the adapters of a file to a model that has none."""
-    modules = dict(model.named_modules())
+    modules = by_base_name(model)
     for name in [*entries, *modules_to_save]:
         if name not in modules:
             raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
@@ -380,7 +409,9 @@ def attach_as(
         made, there = options[name]["init"], entry["recipe"]
         if there.rounded[: len(made.rounded)] == made.rounded:
             options[name]["init"] = replace(made, rounded=there.rounded, dtype=there.dtype)
-    install(model, options, modules_to_save, basis=opened, **how)
+    here = {id(m): name for name, m in model.named_modules()}
+    options = {here[id(modules[name])]: each for name, each in options.items()}
+    install(model, options, [here[id(modules[name])] for name in modules_to_save], basis=opened, **how)
 
 
 def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
@@ -420,7 +451,7 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
     pairs = []
     for name in names:
         try:
-            state = model.get_submodule(name).state_dict(keep_vars=True)
+            state = {base_name(k): t for k, t in model.get_submodule(name).state_dict(keep_vars=True).items()}
         except AttributeError:
             raise ValueError(f"model: has no module {name!r}, which the adapter file has values for") from None
         for key, target in state.items():

@@ -247,7 +247,7 @@ def install(
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
-                    parent._modules[child_name] = layers[id(child)]
+                    _replace(parent, child_name, layers[id(child)])
         model.requires_grad_(False)
         for module in model.modules():
             module.__dict__.pop("loraxs", None)
@@ -263,6 +263,16 @@ def install(
                 module._hf_peft_config_loaded = True
         _teach_saving(model)
     return model
+
+
+def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a parent's child; ValueError where the parent would go on calling the old one."""
+    if name == "_orig_mod":
+        raise ValueError(
+            f"model: a {type(parent._modules[name]).__name__} is compiled by itself, and would still be called in the "
+            "place of what replaces it; take torch.compile off that layer, or compile the block that contains it"
+        )
+    parent._modules[name] = module
 
 
 def _check_unadapted(model: nn.Module) -> None:
@@ -376,7 +386,7 @@ def detach(model: M, *, merge: bool = False) -> M:
             for child_name, child in list(parent._modules.items()):
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
-                    parent._modules[child_name] = child.base_layer
+                    _replace(parent, child_name, child.base_layer)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
                 for name, p in module.named_parameters():

@@ -20,13 +20,16 @@ import safetensors.torch
 import standin
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
 from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
 from loraxs_kernels.acceptance import fitted, fitted_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
+from loraxs_kernels.inspection import inspected
 from loraxs_kernels.integrations.reference_repo import export_as_lora
 from loraxs_kernels.model import adapted_layers
 
@@ -71,6 +74,31 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
     assert lx.load_adapter(fresh, path) is fresh
     x = torch.randn(3, 20)
     torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
+
+
+def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):
+    """Compiled and checkpointed blocks, an averaged model: the file is the same, and loads into either."""
+    model, path = trained
+
+    def wrapped(inner: nn.Sequential, compiled: list[int]) -> nn.Module:
+        for i in compiled:
+            inner[i] = torch.compile(inner[i], backend="eager")
+        inner[2] = checkpoint_wrapper(inner[2])
+        return AveragedModel(inner)
+
+    x = torch.randn(3, 20)
+    expected, fresh = model(x), wrapped(mlp(), [3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.load_adapter(fresh, path)
+        lx.load_adapter(fresh, path)
+    torch.testing.assert_close(fresh(x), expected)
+    for name, each in (("loaded", fresh), ("attached", wrapped(model, [0, 3]))):
+        lx.save_adapter(each, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == path.read_bytes()
+    for change in (lx.detach, lambda model: lx.attach(wrapped(mlp(), [0]), 4)):
+        with pytest.raises(ValueError, match="is compiled by itself, and would still be called"):
+            change(model)
 
 
 def test_names_of_an_fsdp1_wrapper_are_not_written(trained, tmp_path):
@@ -504,7 +532,7 @@ NO_ADAPTERS = {
     "empty": (lambda p: p.write_bytes(b""), "is not a whole safetensors file"),
     "a pickle": (lambda p: torch.save({"R": torch.ones(2)}, p), "is not a whole safetensors file"),
     "foreign": (lambda p: safetensors.torch.save_file({"x": torch.ones(1)}, p), "no LoRA-XS adapter"),
-    "a newer version": (in_header(version=4), "is of format version 4, this loraxs_kernels reads 1 to 3; upgrade it"),
+    "a newer version": (in_header(version=5), "is of format version 5, this loraxs_kernels reads 1 to 4; upgrade it"),
     "a version that is no number": (in_header(version="2"), "is of format version '2'"),
     "a header that is no object": (lambda p: edited(p, lambda h, t: {"loraxs": "[1]"}), "no JSON object but a list"),
     "a header that is no JSON": (lambda p: edited(p, lambda h, t: {"loraxs": "{"}), "is damaged, no JSON"),
@@ -897,6 +925,36 @@ def test_R_that_a_hook_makes_is_refused(trained, tmp_path, pruned):
         with pytest.raises(ValueError, match=r"module '0': R is made by a hook .*prune\.remove"):
             use()
     assert not folder.exists() and not model[2].merged
+
+
+def test_a_module_with_two_names_is_one_where_its_adapter_is_loaded(tmp_path):
+    block, path = nn.Linear(8, 8), tmp_path / "a.safetensors"
+    model = nn.Sequential(block, nn.ReLU(), block)
+    fresh, two = copy.deepcopy(model), nn.Sequential(copy.deepcopy(block), nn.ReLU(), copy.deepcopy(block))
+    lx.save_adapter(randomise(lx.attach(model, 4)), path)
+    with pytest.raises(ValueError, match="modules '0' and '2' are two here, but are one in the model"):
+        lx.load_adapter(two, path)
+    x = torch.randn(3, 8)
+    assert torch.equal(lx.load_adapter(fresh, path)(x), model(x)) and inspected(path)["format_version"] == 4
+    for shared in ({"9": ["8"]}, {"0": "2"}):
+        in_header(shared=shared)(path)
+        with pytest.raises(ValueError, match=re.escape(f"is damaged: shared is {shared} in its header")):
+            lx.load_adapter(two, path)
+
+
+def test_one_R_does_not_take_two_values(trained):
+    _, path = trained
+    model = lx.attach(mlp(), 3, target_modules=["0", "2"])
+    lx.save_adapter(randomise(model), path)
+    other = lx.attach(mlp(), 3, target_modules=["0", "2"])
+    other[2].R = other[0].R
+    R = other[0].R.detach().clone()
+    with pytest.raises(ValueError, match="modules '0' and '2' share one R here, and have two that differ in the file"):
+        lx.load_adapter(other, path)
+    assert torch.equal(other[0].R, R)
+    model[2].R = model[0].R
+    lx.save_adapter(model, path)
+    assert torch.equal(lx.load_adapter(other, path)[2].R, model[0].R)
 
 
 def test_alignment_turns_R_within_a_cluster_of_singular_values():

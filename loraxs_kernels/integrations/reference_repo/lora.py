@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...adapter_file import whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import saved_modules, targets_for
+from ...matching import base_name, saved_modules, targets_for
 from ...model import adapted_layers, unwrapped
 from ...sharding import whole
 from ...weights import FLOATS, is_conv1d
@@ -101,9 +101,11 @@ def write_lora(
         ranks[name] = A.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
-        tensors |= {f"{PREFIX}{name}.{key}": whole(t).to("cpu", copy=True).contiguous() for key, t in state.items()}
+        for key, t in state.items():
+            tensors[f"{PREFIX}{name}.{base_name(key)}"] = whole(t).to("cpu", copy=True).contiguous()
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        name = base_name(name)
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
             raise ValueError(
                 f"module {first[id(module)]!r} is also module {name!r}; PEFT would put LoRA on only one of the two"
