@@ -30,7 +30,7 @@ from .model import Attachment, basis_for, install
 from .naming import aliases, as_dtype
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
-from .weights import weight_of
+from .weights import FLOATS, weight_of, weight_view
 
 SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
@@ -67,8 +67,10 @@ def save_adapter(
             the file.
 
     Raises ValueError, before anything is written, if the model has no adapters, or if R or a parameter of the
-    modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
-    even if moved back): the file then loads only into a model whose weights are as they were before.
+    modules_to_save is not finite.  Warns if other parameters train, which no file holds; if A and B can no longer be
+    made from the weights, so that the file holds them; and if the base weights were rounded since A and B were made
+    (fp32 moved to bf16, even if moved back): the file then loads only into a model whose weights are as they were
+    before.
     """
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
     if folder is None:
@@ -133,7 +135,7 @@ def _packed_adapter(
     """The parts of an adapter file and the text of its card; `where` is what the card loads."""
     dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
     model = unwrapped(model)
-    descriptions, records, factors, moved = {}, {}, {}, []
+    descriptions, records, factors, moved, changed = {}, {}, {}, [], []
     for name, layer in layers_to_save(model):
         R = whole_R(layer)
         if not torch.isfinite(R).all():
@@ -149,11 +151,13 @@ def _packed_adapter(
                 "nothing was written"
             )
         records[name] = {key: t.cpu() for key, t in record.items()}
-        if save_factors or layer.recipe.init == "given":
+        recipe = lasting_recipe(layer)
+        changed += [layer] if recipe.init != layer.recipe.init else []
+        if save_factors or recipe.init == "given":
             factors[name] = plain(layer.A), plain(layer.B)
         elif not portable and layer.why_no_load():
             moved.append(layer)
-        descriptions[name] = description(layer, name)
+        descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
     shared: dict[str, list[str]] = {}
@@ -164,6 +168,15 @@ def _packed_adapter(
     header = {"base_model": base} | ({"version": 4, "shared": shared} if shared else {})
     parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
+    warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
+    if changed:
+        warnings.warn(
+            f"{where}: A and B of {len(changed)} modules, the first {changed[0].label}, are not what their recipe "
+            "makes of the weights as they are now: A, B or the weights were changed, loaded or rounded after attach. "
+            "The file holds these A and B, and is larger for that; no load can tell whether a model has the right "
+            "weights",
+            stacklevel=4,  # past no_grad's wrapper and the caller
+        )
     if moved:
         warnings.warn(
             f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
@@ -206,6 +219,18 @@ def whole_R(layer: LoraXSLinear) -> Tensor:
             return safe_get_full_fp32_param(R).clone()
     with gathered(makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
+
+
+def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
+    """Say which parameters train that are in no adapter file, if there are any: neither R nor in modules_to_save."""
+    kept = {id(p) for _, layer in adapted_layers(model) for p in makers_of_R(layer)}
+    kept |= {id(p) for name in saved_modules(model) for p in model.get_submodule(name).parameters()}
+    if lost := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]:
+        warnings.warn(
+            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (a state "
+            "dict, or a checkpoint of Trainer, will). Name their modules in attach(..., modules_to_save=[...])",
+            stacklevel=stacklevel,
+        )
 
 
 def base_model(model: nn.Module) -> str:
@@ -366,7 +391,34 @@ def named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
-def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
+def lasting_recipe(layer: LoraXSLinear) -> basis.Recipe:
+    """A recipe by which a load has these A and B again: the layer's or, where that would make others, "given"."""
+    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
+    if recipe.init == "given" or _makes(recipe, layer):
+        return recipe
+    return replace(recipe, init="given", method="auto", block=None, n_iter=None, rounded=())
+
+
+def _makes(recipe: basis.Recipe, layer: LoraXSLinear) -> bool:
+    """Whether a recipe makes A and B of a layer, as far as the weight can be read without gathering or loading it.
+
+    Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.
+    """
+    A, B, shape, coarsest = layer.A, layer.B, (layer.out_features, layer.in_features), layer._coarsest
+    if coarsest is not None and coarsest not in FLOATS and torch.equal(A, A.to(coarsest).to(A.dtype)):
+        return False  # in float8, which no recipe names
+    if recipe.init == "random":
+        M = basis.mixing(layer.rank, A.device)
+        made_A, made_B = (t.to(A.device) for t in recipe.round(recipe.drawn(layer.rank, shape)))
+        return basis.residual(basis.probes(A, M, B), made_A, M, made_B) <= ACCEPT
+    W = weight_view(layer.base_layer)
+    if W is None or W.is_meta or W.shape != shape:
+        return True
+    roundings = [A.dtype, coarsest or W.dtype, *(basis.DTYPES[each] for each in recipe.rounded)]
+    return not basis.distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings))
+
+
+def description(layer: LoraXSLinear, name: str, recipe: basis.Recipe) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only where it is not the module's."""
     for key in NUMBERS:
         basis.check(key, getattr(layer, key), f"module {name!r}")
@@ -375,7 +427,6 @@ def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
             f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
             "holds alpha, so set alpha as well"
         )
-    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
     return described(vars(layer), recipe, name)
 
 

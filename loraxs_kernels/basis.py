@@ -173,12 +173,19 @@ class Recipe:
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            A = torch.empty(rank, K, device="cpu").uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
-            B = torch.empty(N, rank, device="cpu").uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+            A, B = self.drawn(rank, (N, K))
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         if self.init == "sklearn":
             return self._factors_by_sklearn(weight.read(), rank)
         raise ValueError("init: A and B were given to attach, so they cannot be made again")
+
+    def drawn(self, rank: int, shape: Sequence[int]) -> Factors:
+        """The random A and B for a W of this shape (N, K), fp32, on the CPU."""
+        N, K = shape
+        on = {"dtype": torch.float32, "device": "cpu"}
+        A = torch.empty(rank, K, **on).uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
+        B = torch.empty(N, rank, **on).uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+        return A, B
 
     def _factors_by_sklearn(self, W: Tensor, rank: int) -> Factors:
         try:
@@ -198,7 +205,7 @@ class Recipe:
 
     def initial_R(self, rank: int, init_std: float) -> Tensor:
         """R (r, r) ~ N(0, init_std^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * init_std
+        return torch.randn(rank, rank, generator=self.generator("R"), dtype=torch.float32, device="cpu") * init_std
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""
@@ -369,6 +376,20 @@ def weight_distance(expected: Tensor, W: Tensor) -> float:
     error = (weight_probes(W) - expected.to(W.device)).square().mean().sqrt()
     norm = torch.linalg.vector_norm(W, dtype=torch.float64)
     return float((error / norm).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
+
+
+def distance_from_svd(W: Tensor, A: Tensor, B: Tensor) -> float:
+    """How far A and B are, relatively, from what an SVD of W projects it to; NaN where both are zero.
+
+    Converged or not, truncated_svd ends with B^T W = A or, where it works on W^T, with W A^T = B S^2.
+    """
+    A, B = A.to(W.device, torch.float64), B.to(W.device, torch.float64)
+    squares = A.square().sum(1)
+    left, right = -A, A.new_zeros(())
+    for rows, of_B in zip(W.split(PROBE_ROWS), B.split(PROBE_ROWS), strict=True):
+        left = left + of_B.t() @ rows.double()
+        right = right + (rows.double() @ A.t() - of_B * squares).square().sum()
+    return min(float(left.norm() / A.norm()), float(right.sqrt() / (B * squares).norm()))
 
 
 def sketch(A: Tensor, B: Tensor) -> Factors:

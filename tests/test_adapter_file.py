@@ -157,6 +157,41 @@ def test_a_part_adapted_and_the_whole_saved(init, tmp_path):
     assert all(p.requires_grad for p in whole.parameters())
 
 
+def reseeded(model: nn.Module) -> None:
+    model.load_state_dict(lx.attach(mlp(), 4, target_modules=["0", "2"], init="random", seed=1).state_dict())
+
+
+CHANGED_SINCE = {
+    "A edited": ("svd", lambda model: model[0].A.mul_(1.01)),
+    "weights loaded": ("svd", lambda model: nn.init.normal_(model[2].base_layer.weight)),
+    "a state dict of another seed": ("random", reseeded),
+    "float8 and back": ("svd", lambda model: model.to(torch.float8_e4m3fn).float()),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED_SINCE)
+def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
+    """The trained R is worth nothing without them."""
+    init, change = CHANGED_SINCE[case]
+    model, path = lx.attach(mlp(), 4, target_modules=["0", "2"], init=init), tmp_path / "a.safetensors"
+    with torch.no_grad():
+        change(randomise(model))
+    with pytest.warns(UserWarning, match=r"A and B of [12] modules, .* are not what their recipe makes") as seen:
+        lx.save_adapter(model, path)
+    assert seen[0].filename == __file__ and len(seen) == 1
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-6
+
+
+def test_random_factors_do_not_depend_on_the_default_dtype():
+    expected = lx.attach(mlp(), 4, target_modules=["0"], init="random")[0]
+    try:
+        torch.set_default_dtype(torch.float64)
+        made = lx.attach(mlp().float(), 4, target_modules=["0"], init="random")[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(made.A, expected.A) and torch.equal(made.B, expected.B) and torch.equal(made.R, expected.R)
+
+
 def test_a_part_of_what_was_adapted_keeps_its_head(tmp_path):
     inner = mlp()
     lx.attach(nn.ModuleDict({"model": inner}), 4, target_modules=["0"], modules_to_save=["3"])
@@ -165,6 +200,14 @@ def test_a_part_of_what_was_adapted_keeps_its_head(tmp_path):
     assert torch.equal(lx.load_adapter(mlp(), tmp_path / "a.safetensors")[3].weight, inner[3].weight)
     lx.attach(lx.detach(inner), 4, modules_to_save=[])
     assert inner[3].base_layer.weight.requires_grad is False and lx.summary(inner).beside == {}
+
+
+def test_what_trains_and_is_in_no_file_is_named(trained):
+    model, path = trained
+    model[0].base_layer.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match="1 parameters train, the first '0.base_layer.bias', that no adapter") as seen:
+        lx.save_adapter(model, path)
+    assert seen[0].filename == __file__
 
 
 def test_modules_to_save_of_a_file_and_of_the_model_that_it_is_loaded_into(trained, tmp_path):
@@ -756,7 +799,7 @@ def test_any_move_of_dtype_is_taken(trained):
         lx.save_adapter(model, path)
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-3
     model.to(torch.float8_e4m3fn).float()
-    with pytest.warns(UserWarning, match="made from weights in float32, rounded to float8_e4m3fn"):
+    with pytest.warns(UserWarning, match="are not what their recipe makes"):
         lx.save_adapter(model, path)
     with pytest.raises(AdapterMismatch):
         lx.load_adapter(mlp(), path)
