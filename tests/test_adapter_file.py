@@ -801,8 +801,7 @@ def test_any_move_of_dtype_is_taken(trained):
     model.to(torch.float8_e4m3fn).float()
     with pytest.warns(UserWarning, match="are not what their recipe makes"):
         lx.save_adapter(model, path)
-    with pytest.raises(AdapterMismatch):
-        lx.load_adapter(mlp(), path)
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-3
 
 
 @pytest.mark.parametrize("file", [V1, V2], ids=["1, tier standard", "2, tier precise"])
