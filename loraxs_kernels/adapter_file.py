@@ -295,6 +295,7 @@ def load_adapter(
         ImportError: the path names a repository on the Hub, and huggingface_hub is not installed.
         ValueError: the file is damaged, its version is not supported, or its modules are not the model's.
         AdapterMismatch: A and B of this model are not those that the adapter was trained with.
+    Warns if the model has modules_to_save that the file has no values for: they stay as they are.
     After an error the model is as it was.  For that, memory holds the old values of modules_to_save until the end.
     """
     given, model = model, unwrapped(model)

@@ -182,6 +182,15 @@ def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+def test_an_SVD_that_has_not_converged_is_still_that_of_the_weight(tmp_path, shape):
+    model, path = randomise(lx.attach(nn.Sequential(nn.Linear(*shape)), 8, n_iter=0)), tmp_path / "a.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(model, path)
+    assert inspected(path)["recipes"][0]["init"] == "svd"
+
+
 def test_random_factors_do_not_depend_on_the_default_dtype():
     expected = lx.attach(mlp(), 4, target_modules=["0"], init="random")[0]
     try:

@@ -37,7 +37,7 @@ class LoraXSCallback(TrainerCallback):
     When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
     or if safetensors are switched off; warns if parameters train that an adapter file does not hold.  When a run is
     resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was trained with
-    different A and B.
+    different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
