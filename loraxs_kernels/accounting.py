@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .linear import LoraXSLinear, check_rank
 from .matching import (
     adapted_layers,
+    base_name,
     choose,
     embeddings,
     pattern_value,
@@ -199,7 +200,7 @@ def summary(model: nn.Module) -> Summary:
     beside: Counter[str] = Counter()
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in own:
-            whole = next((each for each in saved if f"{name}.".startswith(f"{each}.")), None)
+            whole = next((each for each in saved if f"{base_name(name)}.".startswith(f"{each}.")), None)
             beside[whole or name.rpartition(".")[0] or name] += sizes[id(p)]
     return Summary(
         ranks={name: layer.rank for name, layer in adapted.items()},

@@ -20,18 +20,28 @@ from . import card
 from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
 from .adapter_format import NUMBERS, described, packed, read
-from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
+from .basis import (
+    ACCEPT,
+    ALIGNED,
+    distance_from_svd,
+    mixing,
+    probes,
+    residual,
+    same_base,
+    singular_values,
+    sketch,
+)
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
-from .linear import LoraXSLinear
-from .matching import adapted_layers, saved_modules, unwrapped
-from .model import basis_for, install
-from .naming import DTYPES, aliases, as_dtype, label_of
-from .recipe import check
+from .linear import LoraXSLinear, makers_of_R
+from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
+from .model import Attachment, basis_for, install
+from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
+from .recipe import Recipe, check
 from .sharding import assign, check_writable, gathered, is_gathered, whole, written
 from .transaction import keep, transaction
-from .weights import weight_of
+from .weights import weight_of, weight_view
 
 SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
@@ -68,8 +78,10 @@ def save_adapter(
             the file.
 
     Raises ValueError, before anything is written, if the model has no adapters, or if R or a parameter of the
-    modules_to_save is not finite.  Warns if the base weights were rounded since A and B were made (fp32 moved to bf16,
-    even if moved back): the file then loads only into a model whose weights are as they were before.
+    modules_to_save is not finite.  Warns if other parameters train, which no file holds; if A and B can no longer be
+    made from the weights, so that the file holds them; and if the base weights were rounded since A and B were made
+    (fp32 moved to bf16, even if moved back): the file then loads only into a model whose weights are as they were
+    before.
     """
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
     if folder is None:
@@ -134,7 +146,7 @@ def _packed_adapter(
     """The parts of an adapter file and the text of its card; `where` is what the card loads."""
     dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
     model = unwrapped(model)
-    descriptions, records, factors, moved = {}, {}, {}, []
+    descriptions, records, factors, moved, changed = {}, {}, {}, [], []
     for name, layer in layers_to_save(model):
         R = whole_R(layer)
         if not torch.isfinite(R).all():
@@ -150,15 +162,32 @@ def _packed_adapter(
                 "nothing was written"
             )
         records[name] = {key: t.cpu() for key, t in record.items()}
-        if save_factors or layer.recipe.init == "given":
+        recipe = lasting_recipe(layer)
+        changed += [layer] if recipe.init != layer.recipe.init else []
+        if save_factors or recipe.init == "given":
             factors[name] = plain(layer.A), plain(layer.B)
         elif not portable and layer.why_no_load():
             moved.append(layer)
-        descriptions[name] = description(layer, name)
+        descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
-    parts = packed("loraxs", {"base_model": base}, descriptions, records, factors, names, tensors)
+    shared: dict[str, list[str]] = {}
+    first = {id(layer): name for name, layer in adapted_layers(model)}
+    for name, m in by_base_name(model).items():
+        if first.get(id(m), name) != name:
+            shared.setdefault(first[id(m)], []).append(name)
+    header = {"base_model": base} | ({"version": 4, "shared": shared} if shared else {})
+    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
+    warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
+    if changed:
+        warnings.warn(
+            f"{where}: A and B of {len(changed)} modules, the first {changed[0].label}, are not what their recipe "
+            "makes of the weights as they are now: A, B or the weights were changed, loaded or rounded after attach. "
+            "The file holds these A and B, and is larger for that; no load can tell whether a model has the right "
+            "weights",
+            stacklevel=4,  # past no_grad's wrapper and the caller
+        )
     if moved:
         warnings.warn(
             f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
@@ -199,8 +228,20 @@ def whole_R(layer: LoraXSLinear) -> Tensor:
 
         if not is_gathered(R):
             return safe_get_full_fp32_param(R).clone()
-    with gathered(_makers_of_R(layer)):
+    with gathered(makers_of_R(layer)):
         return whole(layer.R.detach()).clone()
+
+
+def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
+    """Say which parameters train that are in no adapter file, if there are any: neither R nor in modules_to_save."""
+    kept = {id(p) for _, layer in adapted_layers(model) for p in makers_of_R(layer)}
+    kept |= {id(p) for name in saved_modules(model) for p in model.get_submodule(name).parameters()}
+    if lost := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]:
+        warnings.warn(
+            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (a state "
+            "dict, or a checkpoint of Trainer, will). Name their modules in attach(..., modules_to_save=[...])",
+            stacklevel=stacklevel,
+        )
 
 
 def base_model(model: nn.Module) -> str:
@@ -215,7 +256,7 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
         module = model.get_submodule(name)
         masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
         for key, t in module.state_dict(keep_vars=True).items():
-            tensors[f"{name}.{key}"] = t = plain(t)
+            tensors[f"{name}.{base_name(key)}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
     return names, tensors
@@ -265,6 +306,7 @@ def load_adapter(
         ImportError: the path names a repository on the Hub, and huggingface_hub is not installed.
         ValueError: the file is damaged, its version is not supported, or its modules are not the model's.
         AdapterMismatch: A and B of this model are not those that the adapter was trained with.
+    Warns if the model has modules_to_save that the file has no values for: they stay as they are.
     After an error the model is as it was.  For that, memory holds the old values of modules_to_save until the end.
     """
     given, model = model, unwrapped(model)
@@ -275,6 +317,10 @@ def load_adapter(
     fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
+    # Earlier files of compiled blocks had the names of their wrappers.
+    entries, saved = ({base_name(name): each for name, each in found.items()} for found in (entries, saved))
+    modules_to_save = [base_name(name) for name in modules_to_save]
+    _check_shared(model, entries, path)
     compute = compute_options(device, workspace_gib, progress)
     with transaction(model) as undo:
         if fresh:
@@ -284,22 +330,31 @@ def load_adapter(
         settled, worst = _settle(layers, entries, path)
         with naming_file(path):
             values = saved_values(model, modules_to_save, saved)
+        _record_saved(model, modules_to_save, path)
         if worst > ACCEPT:
             warnings.warn(
                 f"{path}: A and B of this model differ slightly from those that the adapter was trained with; R was "
                 f"aligned to them, with an estimated relative error of delta W of up to {worst:.1e}",
                 stacklevel=4,  # past the wrappers of no_grad and `aliases`
             )
-        trained = [p for layer in layers.values() for p in _makers_of_R(layer)]
+        trained = [p for layer in layers.values() for p in makers_of_R(layer)]
         changing = [*trained, *(target for target, _ in values)]
         check_writable(changing)
         keep(undo, changing)
+        users: dict[int, str] = {}
         for name, R in settled.items():
             layer = layers[name]
+            for other in {users.setdefault(id(p), name) for p in makers_of_R(layer)}:
+                if not torch.equal(settled[other], R):
+                    raise ValueError(
+                        f"{path}: does not fit this model: modules {other!r} and {name!r} share one R here, and have "
+                        "two that differ in the file; load it into a model in which each has its own"
+                    )
             layer.alpha, layer.scaling = float(entries[name]["alpha"]), entries[name]["alpha"] / layer.rank
             if parametrize.is_parametrized(layer, "R"):
                 R = R.to(whole_R(layer))  # before: DeepSpeed frees the parameters whenever R has been made of them
-                with written(_makers_of_R(layer)):
+                _check_expressed(layer, R, path)
+                with written(makers_of_R(layer)):
                     layer.R = R
             else:
                 assign(layer.R, R)
@@ -310,9 +365,32 @@ def load_adapter(
     return given
 
 
-def _makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
-    """R, or the parameters that a parametrization makes it of."""
-    return [p for name, p in layer.named_parameters() if name == "R" or name.startswith("parametrizations.R.")]
+def _check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
+    """ValueError where modules that were one in the model of a file are several in this one: only one would adapt."""
+    modules = by_base_name(model)
+    for name, entry in entries.items():
+        for other in entry.get("shared", ()):
+            if modules.get(other, modules.get(name)) is not modules.get(name):
+                raise ValueError(
+                    f"{path}: does not fit this model: modules {name!r} and {other!r} are two here, but are one in the "
+                    "model that the file was saved from; share the module, as it was there"
+                )
+
+
+def _check_expressed(layer: LoraXSLinear, R: Tensor, path: Path) -> None:
+    """ValueError where the parametrization of a layer's R has no values for this one, so that it would set another."""
+    steps, made = layer.parametrizations.R, R
+    for step in reversed(steps):
+        made = step.right_inverse(made)
+    for step in steps:
+        made = step(*made) if isinstance(made, Sequence) else step(made)
+    lost = float((made - R).norm())
+    if not lost <= max(ACCEPT, 8 * torch.finfo(R.dtype).eps) * float(R.norm()):
+        raise ValueError(
+            f"{path}: does not fit this model: the parametrization of R in {layer.label} "
+            f"({', '.join(type(step).__name__ for step in steps)}) cannot express the R of the file, and would be off "
+            f"by {lost:.1e} in norm; load the adapter into a model without this parametrization"
+        )
 
 
 @contextmanager
@@ -324,7 +402,34 @@ def naming_file(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
-def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
+def lasting_recipe(layer: LoraXSLinear) -> Recipe:
+    """A recipe by which a load has these A and B again: the layer's or, where that would make others, "given"."""
+    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
+    if recipe.init == "given" or _makes(recipe, layer):
+        return recipe
+    return replace(recipe, init="given", method="auto", block=None, n_iter=None, rounded=())
+
+
+def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
+    """Whether a recipe makes A and B of a layer, as far as the weight can be read without gathering or loading it.
+
+    Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.
+    """
+    A, B, shape, coarsest = layer.A, layer.B, (layer.out_features, layer.in_features), layer._coarsest
+    if coarsest is not None and coarsest not in FLOATS and torch.equal(A, A.to(coarsest).to(A.dtype)):
+        return False  # in float8, which no recipe names
+    if recipe.init == "random":
+        M = mixing(layer.rank, A.device)
+        made_A, made_B = (t.to(A.device) for t in recipe.round(recipe.drawn(layer.rank, shape)))
+        return residual(probes(A, M, B), made_A, M, made_B) <= ACCEPT
+    W = weight_view(layer.base_layer)
+    if W is None or W.is_meta or W.shape != shape:
+        return True
+    roundings = [A.dtype, coarsest or W.dtype, *(DTYPES[each] for each in recipe.rounded)]
+    return not distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings))
+
+
+def description(layer: LoraXSLinear, name: str, recipe: Recipe) -> dict[str, Any]:
     """The numbers and the recipe of one layer, checked; the recipe's name only if it is not the module's."""
     for key in NUMBERS:
         check(key, getattr(layer, key), f"module {name!r}")
@@ -333,7 +438,6 @@ def description(layer: LoraXSLinear, name: str) -> dict[str, Any]:
             f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
             "holds alpha, so set alpha as well"
         )
-    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
     return described(vars(layer), recipe, name)
 
 
@@ -345,7 +449,7 @@ def attach_as(
     **compute: Any,
 ) -> None:
     """Attach the adapters of a file to a model that has none; compute: options of `factor`."""
-    modules = dict(model.named_modules())
+    modules = by_base_name(model)
     for name in [*entries, *modules_to_save]:
         if name not in modules:
             raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
@@ -367,7 +471,9 @@ def attach_as(
         made, there = options[name]["init"], entry["recipe"]
         if there.rounded[: len(made.rounded)] == made.rounded:
             options[name]["init"] = replace(made, rounded=there.rounded, dtype=there.dtype)
-    install(model, options, modules_to_save, opened, **compute)
+    here = {id(m): name for name, m in model.named_modules()}
+    options = {here[id(modules[name])]: each for name, each in options.items()}
+    install(model, options, [here[id(modules[name])] for name in modules_to_save], opened, **compute)
 
 
 def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
@@ -405,7 +511,7 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
     pairs = []
     for name in names:
         try:
-            state = model.get_submodule(name).state_dict(keep_vars=True)
+            state = {base_name(k): t for k, t in model.get_submodule(name).state_dict(keep_vars=True).items()}
         except AttributeError:
             raise ValueError(f"model: has no module {name!r}, which the adapter file has values for") from None
         for key, target in state.items():
@@ -423,6 +529,20 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
             if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:
                 raise ValueError(f"model: has no tensor {key!r}, which the adapter file has a value for")
     return pairs
+
+
+def _record_saved(model: nn.Module, names: Sequence[str], path: Path) -> None:
+    """Let what a file has of modules_to_save be saved again; warn of those of the model that it does not have."""
+    known = saved_modules(model)
+    for name in set(names).difference(known):
+        module = model.get_submodule(name)
+        module.loraxs = Attachment(("",), frozenset(each for each, p in module.named_parameters() if p.requires_grad))
+    if left := [name for name in known if not f"{name}.".startswith(tuple(f"{each}." for each in names))]:
+        warnings.warn(
+            f"{path}: has no values for {', '.join(left)} of this model's modules_to_save, which stay as they are now. "
+            "If they have been trained or loaded with another adapter, the model is not the one that was saved",
+            stacklevel=5,  # past this, no_grad's wrapper and that of `aliases`
+        )
 
 
 def plain(t: Tensor) -> Tensor:

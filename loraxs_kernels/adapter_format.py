@@ -1,7 +1,8 @@
 """The layout of adapter files: one safetensors file, made and read here, of tensors that are stacked over modules.
 
-Layout, format version 3.  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without a checksum
-(files.py) and without `rounded` and `weight_dtype` in the recipe.  Header: one JSON object under "loraxs".  Tensors,
+Layout, format version 3.  Version 4 has a field more in the header, `shared`: the other names of modules that have
+several.  Version 2 had a field more in the recipe, `tier`; version 1 was version 2 without a checksum (files.py) and
+without `rounded` and `weight_dtype` in the recipe.  Header: one JSON object under "loraxs".  Tensors,
 stacked over the modules of one rank r in the order of the header's list:
 
     R/r        (n, r, r)  as trained, fp32 or the dtype asked for
@@ -97,6 +98,7 @@ def unpacked(
     names = isinstance(saved, list) and all(isinstance(each, str) and each for each in saved)
     if not (names and len(set(saved)) == len(saved)):
         damaged(path, f"modules_to_save is {saved!r} in its header, must be a list of names")
+    shared = header.pop("shared", {}) if header["version"] > 3 else {}
     entries, stacks = {}, {}
     for i, (name, numbers, recipe) in enumerate(modules_in(header, "layer", [*NUMBERS.values()], path)):
         entry = entries[name] = {"base_model": header["base_model"], "recipe": recipe}
@@ -111,6 +113,11 @@ def unpacked(
             rows = _taken(tensors, f"{key}/{rank}", (len(stack), *size), dtypes, path)
             for entry, row in zip(stack, rows, strict=True):
                 entry[key] = row
+    lists = shared.values() if isinstance(shared, dict) and shared.keys() <= entries.keys() else [None]
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists):
+        damaged(path, f"shared is {shared!r} in its header, must have lists of names for modules of the file")
+    for name, others in shared.items():
+        entries[name]["shared"] = others
     for key in tensors:
         if not key.startswith(tuple(f"model/{name}." for name in saved)):
             damaged(path, f"its header does not mention the tensor {key!r}")

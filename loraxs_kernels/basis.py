@@ -142,6 +142,20 @@ def weight_distance(expected: Tensor, W: Tensor) -> float:
     return float((error / norm).nan_to_num(nan=torch.inf)) if error != 0 else 0.0
 
 
+def distance_from_svd(W: Tensor, A: Tensor, B: Tensor) -> float:
+    """How far A and B are, relatively, from what an SVD of W projects it to; NaN where both are zero.
+
+    Converged or not, truncated_svd ends with B^T W = A or, where it works on W^T, with W A^T = B S^2.
+    """
+    A, B = A.to(W.device, torch.float64), B.to(W.device, torch.float64)
+    squares = A.square().sum(1)
+    left, right = -A, A.new_zeros(())
+    for rows, of_B in zip(W.split(PROBE_ROWS), B.split(PROBE_ROWS), strict=True):
+        left = left + of_B.t() @ rows.double()
+        right = right + (rows.double() @ A.t() - of_B * squares).square().sum()
+    return min(float(left.norm() / A.norm()), float(right.sqrt() / (B * squares).norm()))
+
+
 def sketch(A: Tensor, B: Tensor) -> Factors:
     """U^T Omega_m and V^T Omega_n, (r, PROBES) fp32 each: enough to recognise turned singular vectors by."""
     V_t = A.double() / singular_values(A).double().clamp(min=torch.finfo(torch.float32).tiny)[:, None]

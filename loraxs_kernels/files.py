@@ -28,7 +28,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT_VERSION = 3  # version 1 had no checksum, and up to version 2 a recipe had a tier
+# Version 1 had no checksum, and up to version 2 a recipe had a tier.  Version 4 is 3 for an adapter of a model with
+# shared modules: what reads up to 3 would adapt one of them alone where they are not shared.
+FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
@@ -183,9 +185,9 @@ def _checked_header(path: Path, kind: str, what: str, text: str | None, raw: Bin
         raise ValueError(f"{path}: is a safetensors file, but no {what} (its metadata has no {kind!r})")
     header = read_json(text, str(path))
     version = header.get("version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= NEWEST:
         raise ValueError(
-            f"{path}: is of format version {version!r}, this loraxs_kernels reads 1 to {FORMAT_VERSION}; upgrade it"
+            f"{path}: is of format version {version!r}, this loraxs_kernels reads 1 to {NEWEST}; upgrade it"
         )
     if version > 1:
         said = header.pop("sha256", None)

@@ -252,6 +252,7 @@ class LoraXSLinear(PaddedB):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers)."""
+        makers_of_R(self)
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
 
@@ -340,6 +341,22 @@ class LoraXSLinear(PaddedB):
 
 
 LoRAXSLinear = LoraXSLinear  # its earlier spelling, which pickles and code of users have
+
+
+def makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
+    """R, or the parameters that a parametrization makes it of.
+
+    ValueError where a hook makes R, as those of prune and of the old weight_norm do: only the next forward would know
+    what its parameters are now.
+    """
+    makers = [p for name, p in layer.named_parameters() if name == "R" or name.startswith("parametrizations.R.")]
+    if not makers:
+        raise ValueError(
+            f"{layer.label}: R is made by a hook (torch.nn.utils.prune or weight_norm, perhaps), and is as it was in "
+            "the last forward; must be a parameter, as after prune.remove(layer, 'R') or remove_weight_norm(layer, "
+            "'R'), or have a parametrization (torch.nn.utils.parametrize)"
+        )
+    return makers
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
 from .weights import is_linear, is_unread_linear, unread
@@ -289,8 +290,8 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
-    """Every LoraXSLinear of a model with its name, in order, each once; ValueError if there are none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
+    """Every LoraXSLinear of a model with its base name, in order, each once; ValueError if there are none."""
+    found = [(base_name(name), m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
     if not found and any(map(is_peft_layer, model.modules())):
         raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")
     if not found:
@@ -304,9 +305,10 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and (Distributed)DataParallel's wrappers, whose names are the base model's."""
+    """The model inside the wrappers of torch.compile, (Distributed)DataParallel and swa_utils.AveragedModel, which has
+    the base model's names."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
@@ -315,6 +317,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def saved_modules(model: nn.Module) -> list[str]:
-    """The modules_to_save, by their names in this model, whichever part of it `attach` was called on."""
+    """The modules_to_save, by their names in this model, whichever part of it, or whole around it, was attached to."""
     attached = [(name, m.__dict__["loraxs"]) for name, m in model.named_modules() if "loraxs" in m.__dict__]
-    return [f"{name}.{saved}" if name else saved for name, a in attached for saved in a.modules_to_save]
+    names = (base_name(f"{name}.{saved}".strip(".")) for name, a in attached for saved in a.modules_to_save)
+    return list(dict.fromkeys(names))
+
+
+def by_base_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a model by each of its names, as they are where no part of it is compiled or checkpointed."""
+    return {base_name(name): m for name, m in model.named_modules(remove_duplicate=False)}  # a wrapper's content last
+
+
+def base_name(name: str) -> str:
+    """The name that a module or tensor of a model has where no part of the model is compiled or checkpointed."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))

@@ -30,7 +30,10 @@ logger = logging.getLogger(__package__)
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files."""
+    """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files.
+
+    Each module of modules_to_save has one of its own, too, with "" for itself: a part of the model may be saved alone.
+    """
 
     modules_to_save: tuple[str, ...]
     trainable_before: frozenset[str]
@@ -168,15 +171,29 @@ def install(
         for parent in modules.values():
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
-                    parent._modules[child_name] = layers[id(child)]
+                    _replace(parent, child_name, layers[id(child)])
         model.requires_grad_(False)
+        for module in model.modules():
+            module.__dict__.pop("loraxs", None)
         for layer in layers.values():
             layer.R.requires_grad_(True)
         for name in modules_to_save:
-            model.get_submodule(name).requires_grad_(True)
+            saved = model.get_submodule(name).requires_grad_(True)
+            before = (each for each, _ in saved.named_parameters() if f"{name}.{each}" in trainable_before)
+            saved.loraxs = Attachment(("",), frozenset(before))
         model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
         pretrained.prepare(model)
     return model
+
+
+def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a parent's child; ValueError where the parent would go on calling the old one."""
+    if name == "_orig_mod":
+        raise ValueError(
+            f"model: a {type(parent._modules[name]).__name__} is compiled by itself, and would still be called in the "
+            "place of what replaces it; take torch.compile off that layer, or compile the block that contains it"
+        )
+    parent._modules[name] = module
 
 
 def _check_unadapted(model: nn.Module) -> None:
@@ -283,7 +300,7 @@ def detach(model: M, *, merge: bool = False) -> M:
             for child_name, child in list(parent._modules.items()):
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
-                    parent._modules[child_name] = child.base_layer
+                    _replace(parent, child_name, child.base_layer)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
                 for name, p in module.named_parameters():

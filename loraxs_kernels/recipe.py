@@ -151,12 +151,19 @@ class Recipe:
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            A = torch.empty(rank, K, device="cpu").uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
-            B = torch.empty(N, rank, device="cpu").uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+            A, B = self.drawn(rank, (N, K))
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         if self.init == "sklearn":
             return self._factors_by_sklearn(weight.read(), rank)
         raise ValueError("init: A and B were given to attach, so they cannot be made again")
+
+    def drawn(self, rank: int, shape: Sequence[int]) -> Factors:
+        """The random A and B for a W of this shape (N, K), fp32, on the CPU."""
+        N, K = shape
+        on = {"dtype": torch.float32, "device": "cpu"}
+        A = torch.empty(rank, K, **on).uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
+        B = torch.empty(N, rank, **on).uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+        return A, B
 
     def _factors_by_sklearn(self, W: Tensor, rank: int) -> Factors:
         try:
@@ -176,7 +183,7 @@ class Recipe:
 
     def initial_R(self, rank: int, init_std: float) -> Tensor:
         """R (r, r) ~ N(0, init_std^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * init_std
+        return torch.randn(rank, rank, generator=self.generator("R"), dtype=torch.float32, device="cpu") * init_std
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""

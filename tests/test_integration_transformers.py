@@ -212,7 +212,7 @@ def test_a_checkpoint_holds_the_adapter_alone(whole):
     names = {each.name for each in checkpoint.iterdir()}
     assert {"adapter.safetensors", "model.safetensors", "README.md", "optimizer.pt", "trainer_state.json"} <= names
     tensors = load_file(checkpoint / "model.safetensors")
-    assert {name.rpartition(".")[2] for name in tensors} == {"R", "loraxs_basis"}
+    assert {name.rpartition(".")[2] for name in tensors} == {"R", "loraxs_basis", "loraxs_scaling"}
     ids = texts()[0]["input_ids"][None]
     fresh = lx.load_adapter(llama().eval(), checkpoint / "adapter.safetensors", progress=False)
     assert torch.equal(fresh(ids).logits, whole.model.eval()(ids).logits)
@@ -287,6 +287,7 @@ def test_another_basis_is_not_resumed(whole, tmp_path):
         (attached(other), lx.AdapterMismatch, "A and B of module 'model.layers.1.mlp.up_proj'"),
         (turned, lx.AdapterMismatch, "A and B of module 'model.layers.0.mlp.down_proj'"),
         (more, ValueError, "no values for 'lm_head.weight'"),
+        (attached(alpha=32), lx.AdapterMismatch, r"alpha of module '.*' is 32, must be 4, with which its R"),
     ]:
         before = trained(model)
         with pytest.raises(error, match=message):
@@ -298,6 +299,15 @@ CHANGES = {
     "NaN": lambda t: t.fill_(torch.nan),
     "another shape": lambda t: torch.ones(3, 3),
 }
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_scaling(whole, tmp_path):
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-8", tmp_path / "checkpoint-8")
+    path = tmp_path / "checkpoint-8" / "model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if not k.endswith("_scaling")}, path, {"format": "pt"})
+    resumed = trainer_of(attached(), tmp_path, num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(trained(resumed.model), trained(whole.model))
 
 
 @pytest.mark.parametrize("case", CHANGES)
@@ -470,7 +480,11 @@ def test_compiled_models(tmp_path):
 
     whole, checkpoint = run(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-2"
     assert same(trained(run(tmp_path / "resumed", resume_from_checkpoint=str(checkpoint))), trained(whole))
-    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
+    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {
+        "R",
+        "loraxs_basis",
+        "loraxs_scaling",
+    }
     lx.load_adapter(llama(layers=1), checkpoint / "adapter.safetensors", progress=False)
     trainers = dict(torch_compile=True, torch_compile_backend="eager", max_steps=4)
     whole = trainer_of(attached(llama(layers=1)), tmp_path / "trainer's", **trainers)
@@ -529,7 +543,11 @@ def test_quantised_models_train_and_resume(tmp_path, kind):
     losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
     assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {"R", "loraxs_basis"}
+    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {
+        "R",
+        "loraxs_basis",
+        "loraxs_scaling",
+    }
     resumed = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(trained(resumed.model), trained(whole.model))

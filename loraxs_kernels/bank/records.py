@@ -138,7 +138,7 @@ class Records:
         """What an adapter file of a model would have."""
         entries = {}
         for name, layer in adapter_file.layers_to_save(model):
-            numbers = adapter_file.description(layer, name)
+            numbers = adapter_file.description(layer, name, layer.recipe)
             R = adapter_file.whole_R(layer)
             entry = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
             entries[name] = {key: t.cpu() for key, t in entry.items()}
@@ -265,13 +265,14 @@ def packed_basis(model: nn.Module, dtype: torch.dtype) -> tuple[tuple[bytes | me
     """
     descriptions, records, factors, moved = {}, {}, {}, []
     for name, layer in adapter_file.layers_to_save(model):
-        descriptions[name] = adapter_file.description(layer, name)
+        recipe = adapter_file.lasting_recipe(layer)
+        descriptions[name] = adapter_file.description(layer, name, recipe)
         if not layer.alpha:
             raise ValueError(f"module {name!r}: alpha is 0, must not be: the R of other adapters are scaled to it")
         records[name] = {key: t.cpu() for key, t in vars(Fingerprint.of(layer.A, layer.B)).items()}
         if not all(map(is_finite, records[name].values())):
             raise ValueError(f"module {name!r}: A or B is not finite")
-        if layer.recipe.init == "given":
+        if recipe.init == "given":
             factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
         elif layer.why_no_load():
             moved.append(layer)

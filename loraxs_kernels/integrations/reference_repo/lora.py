@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import base_model, plain
+from ...adapter_file import base_model, plain, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import adapted_layers, saved_modules, targets_for, unwrapped
+from ...matching import adapted_layers, base_name, saved_modules, targets_for, unwrapped
 from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
@@ -66,7 +66,8 @@ def export_as_lora(
         write_lora(model.get_base_model(), folder, layers, saved, dtype=dtype, task_type=task_type)
         return
     layers = [
-        (name, layer.base_layer, layer.A, layer.R, layer.B, layer.scaling) for name, layer in adapted_layers(model)
+        (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
+        for name, layer in adapted_layers(model)
     ]
     saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
@@ -99,9 +100,10 @@ def write_lora(
         ranks[name] = A.shape[0]
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
-        tensors |= {f"{PREFIX}{name}.{key}": plain(t) for key, t in state.items()}
+        tensors |= {f"{PREFIX}{name}.{base_name(key)}": plain(t) for key, t in state.items()}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        name = base_name(name)
         if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
             raise ValueError(
                 f"module {first[id(module)]!r} is also module {name!r}; PEFT would put LoRA on only one of the two"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...adapter_file import save_adapter
+from ...adapter_file import save_adapter, warn_of_unsaved
 from ...linear import LoraXSLinear
 from ...sharding import is_dtensor
 from ...transaction import transaction
@@ -38,7 +37,7 @@ class LoraXSCallback(TrainerCallback):
     When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
     or if safetensors are switched off; warns if parameters train that an adapter file does not hold.  When a run is
     resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was trained with
-    different A and B.
+    different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
@@ -154,17 +153,7 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
         raise _sharded(f"{cut[0]!r}, which trains,")
     if not getattr(args, "save_safetensors", True):
         raise ValueError("args: got save_safetensors=False, must be True for LoraXSCallback")
-    kept = {id(p) for adapter in adapters for p in adapter.layer.parameters()}
-    for m in model.modules():
-        if attachment := m.__dict__.get("loraxs"):  # where attach was called
-            kept |= {id(p) for saved in attachment.modules_to_save for p in m.get_submodule(saved).parameters()}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
-    if lost:
-        warnings.warn(
-            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (checkpoints "
-            "to resume from will). Name their modules in attach(..., modules_to_save=[...])",
-            stacklevel=3,
-        )
+    warn_of_unsaved(model, stacklevel=4)
 
 
 def _sharded(what: str) -> ValueError:

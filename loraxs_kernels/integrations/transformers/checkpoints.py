@@ -22,6 +22,7 @@ from ...files import write_atomically
 from ...linear import LoraXSLinear
 
 FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
+SCALING = "loraxs_scaling"  # and of s, which R was trained with; earlier checkpoints have none
 
 
 def save_pretrained(
@@ -47,6 +48,7 @@ def save_pretrained(
                 tensors[f"{name}.{FINGERPRINT}"] = basis.probes(
                     layer.A, basis.mixing(layer.rank, layer.A.device), layer.B
                 ).cpu()
+                tensors[f"{name}.{SCALING}"] = torch.tensor(layer.scaling, dtype=torch.float64)
         tensors = {("_orig_mod." if compiled else "") + name: t for name, t in tensors.items()}
         write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
         save_adapter(model, folder)
@@ -82,6 +84,12 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
         if not isinstance(layer, LoraXSLinear):
             continue
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
+        scaling = state_dict.pop(f"{prefix}{name}.{SCALING}", None)
+        if scaling is not None and scaling.item() != layer.scaling:
+            raise AdapterMismatch(
+                f"resume_from_checkpoint: alpha of module {name!r} is {layer.alpha:g}, must be "
+                f"{scaling.item() * layer.rank:g}, with which its R in the checkpoint was trained"
+            )
         if expected is None:  # the checkpoint is a whole model, with A and B
             continue
         fits = expected.shape == (basis.PROBES,)

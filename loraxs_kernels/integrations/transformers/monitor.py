@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...linear import LoraXSLinear
+from ...linear import LoraXSLinear, makers_of_R
 from ...matching import is_peft_layer
 from ...sharding import whole
 from ...weights import weight_of
@@ -30,7 +30,7 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
     found = []
     for name, m in model.named_modules():
         if isinstance(m, LoraXSLinear):
-            trained = [p for p in m.parameters() if p.requires_grad]
+            trained = [p for p in makers_of_R(m) if p.requires_grad]
             found.append(Adapter(name, m, functools.partial(getattr, m, "R"), trained))
         elif is_peft_layer(m):
             for each in (each for each in m.active_adapters if each in m.loraxs_R):
