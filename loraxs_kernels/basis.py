@@ -21,6 +21,7 @@ ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
 ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
 PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
+SAMPLED = 64  # rows and columns of a weight that tell whether A and B are still its own
 DIFFERENT = 0.5  # relative error from which the weights are different ones, and not the same ones in another dtype
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
 SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
@@ -143,17 +144,17 @@ def weight_distance(expected: Tensor, W: Tensor) -> float:
 
 
 def distance_from_svd(W: Tensor, A: Tensor, B: Tensor) -> float:
-    """How far A and B are, relatively, from what an SVD of W projects it to; NaN where both are zero.
+    """How far A and B are, relatively, from what an SVD of W projects it to; NaN if both are zero.
 
-    Converged or not, truncated_svd ends with B^T W = A or, where it works on W^T, with W A^T = B S^2.
+    Converged or not, truncated_svd ends with B^T W = A or, if it works on W^T, with W A^T = B S^2.  That is looked at
+    in SAMPLED columns and rows of W, spread over all of it: all of a 7B model would take a CPU a minute.
     """
     A, B = A.to(W.device, torch.float64), B.to(W.device, torch.float64)
-    squares = A.square().sum(1)
-    left, right = -A, A.new_zeros(())
-    for rows, of_B in zip(W.split(PROBE_ROWS), B.split(PROBE_ROWS), strict=True):
-        left = left + of_B.t() @ rows.double()
-        right = right + (rows.double() @ A.t() - of_B * squares).square().sum()
-    return min(float(left.norm() / A.norm()), float(right.sqrt() / (B * squares).norm()))
+    rows, columns = (torch.linspace(0, n - 1, min(n, SAMPLED), device=W.device).round().long() for n in W.shape)
+    A_there, B_there = A[:, columns], B[rows] * A.square().sum(1)
+    left = (B.t() @ W[:, columns].double() - A_there).norm() / A_there.norm()
+    right = (W[rows].double() @ A.t() - B_there).norm() / B_there.norm()
+    return min(left.item(), right.item())
 
 
 def sketch(A: Tensor, B: Tensor) -> Factors:
