@@ -173,8 +173,9 @@ class Recipe:
             return S[:, None] * Vh, U
         if self.init == "random":
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            A = torch.empty(rank, K, device="cpu").uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
-            B = torch.empty(N, rank, device="cpu").uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
+            drawn = {"dtype": torch.float32, "device": "cpu"}  # torch's default dtype would decide what is drawn
+            A = torch.empty(rank, K, **drawn).uniform_(-1, 1, generator=self.generator("A")) / math.sqrt(K)
+            B = torch.empty(N, rank, **drawn).uniform_(-1, 1, generator=self.generator("B")) / math.sqrt(rank)
             return A.to(weight.device, dtype), B.to(weight.device, dtype)
         if self.init == "sklearn":
             return self._factors_by_sklearn(weight.read(), rank)
@@ -198,7 +199,8 @@ class Recipe:
 
     def initial_R(self, rank: int, init_std: float) -> Tensor:
         """R (r, r) ~ N(0, init_std^2), fp32, on the CPU."""
-        return torch.randn(rank, rank, generator=self.generator("R"), device="cpu") * init_std
+        drawn = torch.randn(rank, rank, generator=self.generator("R"), dtype=torch.float32, device="cpu")
+        return drawn * init_std
 
     def generator(self, what: str) -> torch.Generator:
         """A CPU generator of its own for each seed, layer and purpose."""

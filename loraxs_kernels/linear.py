@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from . import parallel
 from .backends import forced
 from .basis import DTYPES, INITS, Factors, Recipe, check, dtype_name
+from .exact_matmul import exact_matmul
 from .functional import label_of, together
 from .naming import Former, aliases, as_dtype, renamed_attribute
 from .padded import PaddedB
@@ -254,10 +255,12 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers)."""
+        """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers), whatever autocast and TF32 are set to."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
+        with exact_matmul():
+            return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
 
+    @torch.inference_mode(False)  # or what is merged could never be trained through
     @torch.no_grad()
     def merge(self) -> None:
         """Compute with W + s B R A from now on; W itself is kept, so that `unmerge` restores it to the bit.
@@ -281,7 +284,8 @@ class LoraXSLinear(PaddedB):
     def merged_dense_weight(self) -> Tensor:
         """W + s B R A (N, K), added in fp32 and rounded to W's dtype once; finite or a ValueError."""
         W = mergeable_weight(self.base_layer, self.label)
-        merged = (self.delta_weight().add_(W)).to(W.dtype)
+        delta = self.delta_weight()
+        merged = delta.to(torch.promote_types(delta.dtype, W.dtype)).add_(W).to(W.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
         return merged

@@ -382,6 +382,42 @@ def test_merge_and_exact_restoration(kind, dtype):
     assert layer.weight is weight and torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("within", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_merge_is_the_same_wherever_it_is_called(kind, within):
+    layer = make(kind)
+    delta, x = layer.delta_weight(), torch.randn(3, 40, requires_grad=True)
+    layer.merge()
+    expected = layer.weight
+    layer.unmerge()
+    with within():
+        assert torch.equal(layer.delta_weight(), delta)
+        layer.merge()
+    assert torch.equal(layer.weight, expected)
+    layer(x).sum().backward()  # which an inference tensor would not allow
+    assert x.grad is not None
+
+
+def test_a_weight_is_merged_into_in_its_own_precision():
+    layer = LoraXSLinear.from_linear(nn.Linear(40, 24).double(), 6, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.R)
+    layer.merge()
+    assert torch.equal(layer.weight, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_what_is_drawn_does_not_depend_on_the_default_dtype(init, default):
+    linear = nn.Linear(40, 24)
+    expected = LoraXSLinear.from_linear(linear, 6, init=init).state_dict()
+    torch.set_default_dtype(default)
+    try:
+        made = LoraXSLinear.from_linear(linear, 6, init=init).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(made[name], expected[name]) for name in "ARB")
+
+
 def test_a_merge_that_is_not_finite_is_refused():
     layer = LoraXSLinear.from_linear(nn.Linear(8, 8), 2, name="block.proj")
     nn.init.constant_(layer.R, float("inf"))

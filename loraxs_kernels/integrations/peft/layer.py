@@ -84,7 +84,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_R[name] = adapter.R
         self.loraxs_A.register_buffer(name, adapter.A, config.save_factors)
         self.loraxs_B.register_buffer(name, adapter.B, config.save_factors)
-        fingerprint = torch.zeros(adapter.rank + basis.PROBES, device=adapter.A.device)
+        fingerprint = torch.zeros(adapter.rank + basis.PROBES, dtype=torch.float32, device=adapter.A.device)
         self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
 
     def discard(self, name: str) -> None:
