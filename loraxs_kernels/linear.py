@@ -127,7 +127,7 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Raises TypeError or ValueError, naming the layer, before anything is changed.
+        loaded.  Until then a call is a ValueError.  Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
         label = label_of(name)
         check_rank(rank, label)
@@ -180,14 +180,20 @@ class LoraXSLinear(PaddedB):
 
         A quantised weight is dequantised, and a sharded one gathered, for this call only; if the weight is sharded, all
         ranks must call.  If `factors` is given, it is the pair (A, B), and nothing is computed.  A and B that were
-        given to `from_linear` stay as they are.
+        given to `from_linear` stay as they are.  What of A, B and R is on the meta device is made anew on the weight's
+        device; ValueError if the weight is on the meta device, or A and B that were given are.
         """
-        if factors is None and self.recipe.init != "given":
+        if factors is None and (self.recipe.init != "given" or self.A.is_meta or self.B.is_meta):
             weight = weight_of(self.base_layer, self.label)
+            if weight.device.type == "meta":
+                raise ValueError(f"{self.label}: its weight is on the meta device, must be loaded first")
             try:
                 factors = self.recipe.factors(weight, self.rank)
             except NotFinite as error:
                 raise ValueError(f"{self.label}: {error}") from error
+        if any(t.is_meta for t in (self.A, self.B, self.R)):
+            device = self.A.device if factors is None else factors[0].device
+            self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t, recurse=False)
         if factors is not None:
             self.set_factors(*factors)
         self.reset_R()

@@ -399,7 +399,7 @@ def test_a_merge_is_the_same_wherever_it_is_called(kind, within):
 
 
 def test_a_weight_is_merged_into_in_its_own_precision():
-    layer = LoraXSLinear.from_linear(nn.Linear(40, 24).double(), 6, dtype=torch.bfloat16)
+    layer = LoraXSLinear.from_linear(nn.Linear(40, 24, dtype=torch.float64), 6, dtype=torch.bfloat16)
     nn.init.zeros_(layer.R)
     layer.merge()
     assert torch.equal(layer.weight, layer.base_layer.weight)
@@ -505,6 +505,28 @@ def test_meta_device_then_real_weights():
     assert all(
         torch.equal(a, b) for a, b in zip(layer.state_dict().values(), expected.state_dict().values(), strict=True)
     )
+
+
+def test_meta_device_then_assigned_weights():
+    linear = nn.Linear(40, 24)
+    with torch.device("meta"):
+        layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
+        given = LoraXSLinear.from_linear(nn.Linear(40, 24), 6, init=(torch.empty(6, 40), torch.empty(24, 6)))
+    assert layer(torch.empty(3, 40, device="meta")).is_meta
+    with pytest.raises(ValueError, match="its weight is on the meta device, must be loaded first"):
+        layer.reset_parameters()
+    for each in (layer, given):
+        each.base_layer.load_state_dict(linear.state_dict(), assign=True)
+        with torch.no_grad(), pytest.raises(ValueError, match="A, R, B: not all are in memory"):
+            each(torch.ones(3, 40))
+    with pytest.raises(ValueError, match="A and B were given"):
+        given.reset_parameters()
+    layer.reset_parameters()
+    expected = LoraXSLinear.from_linear(linear, 6).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in layer.state_dict().items()) and layer.R.requires_grad
+    layer.R = nn.Parameter(layer.R.detach().to("meta"))
+    with pytest.raises(ValueError, match="A, R, B: not all are in memory"):
+        forward_together(torch.ones(3, 40), layer, LoraXSLinear.from_linear(linear, 6))
 
 
 @pytest.mark.parametrize("true_rank", [0, 2])

@@ -1274,6 +1274,12 @@ def test_biases_train_and_are_saved_if_asked_for(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(biased(), tmp_path)), logits(model))
 
 
+def test_a_forward_without_the_adapters_weights_is_refused():
+    model = get_peft_model(llama(), config(), low_cpu_mem_usage=True)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"A, R, B: not all are in memory .* load the adapter's weig"):
+        model(IDS)
+
+
 def test_model_made_on_the_meta_device(trained):
     with torch.device("meta"):
         model = LlamaForCausalLM(llama().config)
