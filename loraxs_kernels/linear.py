@@ -18,7 +18,7 @@ from .exact_matmul import exact_matmul
 from .functional import label_of, together
 from .naming import Former, aliases, as_dtype, renamed_attribute
 from .padded import PaddedB
-from .route import computed_weight, does_more, layer_output
+from .route import check_merge, computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
 from .weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of, weight_view
@@ -127,7 +127,9 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Until then a call is a ValueError.  Raises TypeError or ValueError, naming the layer, before anything is changed.
+        loaded.  Until then a call is a ValueError.
+
+        Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
         label = label_of(name)
         check_rank(rank, label)
@@ -266,15 +268,21 @@ class LoraXSLinear(PaddedB):
         with exact_matmul():
             return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
 
-    @torch.inference_mode(False)  # or what is merged could never be trained through
-    @torch.no_grad()
     def merge(self) -> None:
         """Compute with W + s B R A from now on; W itself is kept, so that `unmerge` restores it to the bit.
 
         Holds a second copy of the weight while merged.  Raises ValueError if the merged weight would not be finite, and
-        TypeError if W is not a dense tensor; the layer is then as it was.
+        TypeError if W is not a dense tensor, or if the base layer has hooks or a forward of its own, since it is not
+        called while merged; the layer is then as it was.
         """
+        self.merge_to_be(called=False)
+
+    @torch.inference_mode(False)  # or what is merged could never be trained through
+    @torch.no_grad()
+    def merge_to_be(self, *, called: bool) -> None:
+        """`merge`; called: whether the base layer will be called with the merged weight, as it is after `detach`."""
         if not self.merged:
+            check_merge(self.base_layer, self.label, called=called)
             if self.seat is not None:
                 self.seat.check_merge(self)
             merged = self.merged_dense_weight()

@@ -335,7 +335,8 @@ def detach(model: M, *, merge: bool = False) -> M:
     `unmerge` first to get the original ones.
 
     Returns `model`.  Raises ValueError if a merged weight would not be finite, or if the model is merged and merge is
-    False; TypeError if a base layer has no dense weight to merge into.  The model is then as it was.
+    False; TypeError if a base layer has no dense weight to merge into, or has hooks that change its input or a forward
+    of its own.  The model is then as it was.  Forward hooks of a base layer get its output with the adapter in it.
     """
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
@@ -359,7 +360,7 @@ def detach(model: M, *, merge: bool = False) -> M:
                     undo.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = False
             for _, layer in adapted:
-                layer.merge()
+                layer.merge_to_be(called=True)
             for _, layer in adapted:
                 layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
             for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
@@ -389,7 +390,8 @@ def merge(model: M) -> M:
     without A, B and R: save_pretrained writes what from_pretrained loads.
 
     Returns `model`.  Raises ValueError, naming the layer, if a merged weight would not be finite; TypeError if a base
-    layer has no dense weight.  The model is then as it was.
+    layer has no dense weight, or has hooks or a forward of its own: it is not called while merged.  The model is then
+    as it was.
     """
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):

@@ -473,6 +473,59 @@ def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     assert torch.equal(model(x), y)
 
 
+def triple(layer: nn.Module) -> None:
+    layer.forward = lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def scale_by_accelerate(layer: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubling(hooks.ModelHook):
+        def post_forward(self, module, y):
+            return 2 * y
+
+    hooks.add_hook_to_module(layer, Doubling())
+
+
+HOOKS = {
+    "pre": (lambda layer: layer.register_forward_pre_hook(lambda m, args: (2 * args[0],)), "lambda"),
+    "forward": (lambda layer: layer.register_forward_hook(lambda m, args, y: y + 3), "lambda"),
+    "backward": (lambda layer: layer.register_full_backward_hook(lambda *_: None), "lambda"),
+    "replaced": (triple, "triple"),
+    "accelerate": (scale_by_accelerate, "Doubling"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_merging_neither_drops_nor_misleads_a_hook(kind):
+    put, named = HOOKS[kind]
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    put(model[1])
+    y = randomise(lx.attach(model, 4))(x)
+    with pytest.raises(TypeError, match=f"module '1': calling its base layer also runs .*{named}"):
+        lx.merge(model)
+    assert not model[0].merged and torch.equal(model(x), y)
+    if kind in ("forward", "backward"):  # the layer stays, and is called
+        torch.testing.assert_close(lx.detach(model, merge=True)(x), y)
+    else:
+        with pytest.raises(TypeError, match=f"module '1': calling its base layer also runs .*{named}"):
+            lx.detach(model, merge=True)
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("state", ["device_map", "removed"])
+def test_hooks_of_accelerate_that_only_move_do_not_prevent_merging(state):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    hooks.add_hook_to_module(model[1], hooks.AlignDevicesHook("cpu"))
+    if state == "removed":
+        hooks.remove_hook_from_module(model[1])
+        assert "forward" in vars(model[1])  # still, though it is that of the class
+    y = randomise(lx.attach(model, 4))(x)
+    torch.testing.assert_close(lx.merge(model)(x), y)
+    torch.testing.assert_close(lx.detach(lx.unmerge(model), merge=True)(x), y)
+
+
 def test_merging_into_a_tied_head_leaves_the_embedding_alone(gpt2):
     assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
     embedding = gpt2.transformer.wte.weight.detach().clone()

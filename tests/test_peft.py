@@ -1102,6 +1102,21 @@ def test_a_merge_that_is_not_finite_changes_no_layer(trained, merge):
     assert torch.equal(logits(trained), merged)
 
 
+def test_a_merge_that_would_mislead_a_hook_is_refused(trained):
+    first = next(iter(layers(trained).values()))
+    handle = first.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    y = logits(trained)
+    for merge in (trained.merge_adapter, trained.merge_and_unload):
+        with pytest.raises(TypeError, match=r"calling its base layer also runs test_a_merge_.*<lambda>"):
+            merge()
+    assert torch.equal(logits(trained), y)
+    handle.remove()
+    first.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    y = logits(trained)
+    trained.merge_adapter()
+    torch.testing.assert_close(logits(trained), y, atol=1e-4, rtol=0)
+
+
 def test_layers_are_unmerged_all_or_none(trained, monkeypatch):
     trained.merge_adapter()
     *_, last = layers(trained).values()

@@ -19,7 +19,7 @@ from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, label_of, sparing_what_trains
 from ...ops import autocast_on
-from ...route import layer_output, only_moves, plus_delta
+from ...route import check_merge, layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
 from ...weights import FLOATS, held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
@@ -209,7 +209,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """Replace W by W + sum of s B R A, summed in fp32 and rounded once; `unmerge` puts W back.
 
         The result is always checked, whatever safe_merge says: ValueError if it is not finite, TypeError if W is
-        neither dense nor of a kind that PEFT can quantise again.  The layer is then as it was.
+        neither dense nor of a kind that PEFT can quantise again, or if base_layer has hooks that change its input or a
+        forward of its own.  The layer is then as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not names:
@@ -232,6 +233,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def merged_weight(self, names: list[str]) -> Tensor:
         """W + sum of s B R A (N, K) of a layer that is not merged; raises as `merge` does."""
         base, label = self.base_layer, label_of(self.recipe[names[0]].name)
+        check_merge(base, label, called=True)
         if self._requantises:
             weight = weight_of(base, label)
             W, dtype = weight.read(), weight.dtype
