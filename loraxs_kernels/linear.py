@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -217,6 +218,8 @@ class LoraXSLinear(PaddedB):
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
+            if self.training and torch.is_grad_enabled():
+                warn_of_training(held(self, "R"))
             return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
@@ -361,6 +364,16 @@ class LoraXSLinear(PaddedB):
 
 
 LoRAXSLinear = LoraXSLinear  # its earlier spelling, which pickles and code of users have
+
+
+def warn_of_training(R: Tensor) -> None:
+    """Warn, for a layer that is called to train while it is merged, that R gets no gradient."""
+    if R.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "the adapters are merged, so that R gets no gradient and does not train; unmerge before training, or call "
+            "the model in eval mode or under torch.no_grad()",
+            stacklevel=3,  # one place for all layers, so that it is shown once
+        )
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

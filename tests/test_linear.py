@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -416,6 +417,21 @@ def test_what_is_drawn_does_not_depend_on_the_default_dtype(init, default):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(made[name], expected[name]) for name in "ARB")
+
+
+def test_training_while_merged_is_warned_of():
+    model, x = nn.Sequential(make(), make(K=24)), torch.randn(3, 40)
+    lx.merge(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        model.eval()(x)
+        with torch.no_grad():
+            model.train()(x)
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert not said
+        model(x)
+        model(x)
+    assert len(said) == 1 and "the adapters are merged, so that R gets no gradient" in str(said[0].message)
 
 
 def test_a_merge_that_is_not_finite_is_refused():

@@ -1102,6 +1102,18 @@ def test_a_merge_that_is_not_finite_changes_no_layer(trained, merge):
     assert torch.equal(logits(trained), merged)
 
 
+def test_training_while_merged_is_warned_of(trained):
+    trained.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(trained)
+        trained.eval()(IDS)
+        with torch.no_grad():
+            trained.train()(IDS)
+    with pytest.warns(UserWarning, match="the adapters are merged, so that R gets no gradient"):
+        trained(IDS)
+
+
 def test_a_merge_that_would_mislead_a_hook_is_refused(trained):
     first = next(iter(layers(trained).values()))
     handle = first.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))

@@ -17,7 +17,7 @@ from ...acceptance import fitted, mismatch
 from ...basis import Recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoraXSLinear, label_of, sparing_what_trains
+from ...linear import LoraXSLinear, label_of, sparing_what_trains, warn_of_training
 from ...ops import autocast_on
 from ...route import check_merge, layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
@@ -110,6 +110,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = [name for name in used if name in self.r]
+        if self.merged_adapters and self.training and torch.is_grad_enabled():
+            for name in self.merged_adapters:
+                warn_of_training(held(R, name))
         if self._disable_adapters or self.merged_adapters or not active:
             return base(x, *args, **kwargs)
         if not self.cast_input_dtype_enabled and not autocast_on(x):
