@@ -23,7 +23,7 @@ from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
 from .transaction import transaction
-from .weights import weight_of
+from .weights import has_reader, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -297,7 +297,8 @@ def fill(
             layer.reset_parameters(basis.read(there, weight_of(layer.base_layer, layer.label), layer.label))
         else:
             # Only a parameter that the layer holds is the same object for as long: a property may make a new one.
-            held = layer.base_layer._parameters.get("weight")
+            # What a registered reader makes of it is known to be one layer's alone.
+            held = None if has_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
             whose = id(layer.base_layer if held is None else held)
             key = whose, type(layer.base_layer), layer.rank, replace(layer.recipe, name="")
             if first.setdefault(key, layer) is not layer:
