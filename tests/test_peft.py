@@ -1721,6 +1721,20 @@ def test_the_cast_of_inputs_can_be_disabled():
     assert torch.equal(model(x), y)
 
 
+def test_a_scaling_that_no_file_would_hold_is_not_saved(tmp_path):
+    model = get_peft_model(llama(), config(lora_alpha=7, alpha_pattern={"q_proj": 3}, rank_pattern={"down_proj": 3}))
+    model.save_pretrained(tmp_path / "saved")
+    first = next(iter(layers(model).values()))
+    first.scaling["default"] *= 2
+    with pytest.raises(ValueError, match=r"scaling of module 'model.*0\.self_attn.q_proj' is 1\.5, must be 0\.75, as"):
+        model.save_pretrained(tmp_path / "never")
+    first.scaling["default"] /= 2
+    model.peft_config["default"].lora_alpha = 8
+    with pytest.raises(ValueError, match=r"k_proj' is 1\.75, must be 2\.0, as its config \(lora_alpha 8"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
+
+
 def test_settings_that_choose_modules():
     model = get_peft_model(
         llama(), config(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])

@@ -18,6 +18,7 @@ from ...basis import Recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, label_of, sparing_what_trains, warn_of_training
+from ...matching import pattern_value
 from ...ops import autocast_on
 from ...route import check_merge, layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
@@ -355,12 +356,25 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
+    def _check_scaling(self, name: str, config: LoraXSConfig) -> None:
+        """Raise a ValueError if the layer multiplies by another s than one that is made from the config would."""
+        module, r = self.recipe[name].name, self.r[name]
+        alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
+        s = 1.0 if alpha is None else alpha / r
+        if self.scaling[name] != s:
+            raise ValueError(
+                f"adapter {name!r}: scaling of {label_of(module)} is {self.scaling[name]}, must be {s}, as its config "
+                f"(lora_alpha {config.lora_alpha}, alpha_pattern {config.alpha_pattern}) and its rank {r} say, to be "
+                "saved: files hold the config alone"
+            )
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
             try:
                 config.check()
             except ValueError as error:
                 raise ValueError(f"adapter {name!r}: {error}") from error
+            self._check_scaling(name, config)
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
