@@ -54,6 +54,7 @@ class LoraXSLinear(PaddedB):
     B: Tensor
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
+    _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
     # Where an adapter bank has put one, it computes what the samples of a batch have selected (bank/layers.py).
     seat: Any = None
@@ -174,6 +175,7 @@ class LoraXSLinear(PaddedB):
         )
         if fill and not A.is_meta:
             layer.reset_parameters()
+        layer._trained = frozenset(name for name, p in linear.named_parameters() if p.requires_grad)
         linear.requires_grad_(False)
         return layer
 
@@ -285,10 +287,10 @@ class LoraXSLinear(PaddedB):
     def merge_to_be(self, *, called: bool) -> None:
         """`merge`; called: whether the base layer will be called with the merged weight, as it is after `detach`."""
         if not self.merged:
-            check_merge(self.base_layer, self.label, called=called)
             if self.seat is not None:
                 self.seat.check_merge(self)
             merged = self.merged_dense_weight()
+            check_merge(self.base_layer, self.label, called=called)
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
             self.register_buffer("merged_weight", merged, persistent=False)

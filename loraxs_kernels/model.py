@@ -22,6 +22,7 @@ from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor
 from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
+from .route import hooks_of
 from .transaction import transaction
 from .weights import has_reader, weight_of
 
@@ -322,7 +323,8 @@ def fill(
 def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer is back as it was, and trains again if it did before.
 
-    modules_to_save keep their trained values.
+    modules_to_save keep their trained values.  What else `attach` froze trains again where the model is given that it
+    was called for, and not only a part of it.
 
     Args:
         model: with adapters from `attach`.
@@ -335,9 +337,10 @@ def detach(model: M, *, merge: bool = False) -> M:
     If the model is merged when you call this, say which weights you want: merge=True keeps the merged ones; call
     `unmerge` first to get the original ones.
 
-    Returns `model`.  Raises ValueError if a merged weight would not be finite, or if the model is merged and merge is
-    False; TypeError if a base layer has no dense weight to merge into, or has hooks that change its input or a forward
-    of its own.  The model is then as it was.  Forward hooks of a base layer get its output with the adapter in it.
+    Returns `model`.  Raises ValueError if a merged weight would not be finite, if the model is merged and merge is
+    False, or if an adapted layer has hooks; TypeError if a base layer has no dense weight to merge into, or has hooks
+    that change its input or a forward of its own.  The model is then as it was.  Forward hooks of a base layer get its
+    output with the adapter in it.
     """
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
@@ -349,6 +352,12 @@ def detach(model: M, *, merge: bool = False) -> M:
             "merge: the adapters are merged; detach(model, merge=True) keeps the merged weights, "
             "unmerge(model) before detach gives the original ones back"
         )
+    for name, layer in adapted:
+        if hooks := hooks_of(layer):
+            raise ValueError(
+                f"model: module {name!r} has a hook, or a forward of its own, {hooks[0]}, that would be gone with the "
+                "adapter; remove it, detach, and put it on the layer that is there then"
+            )
     if isinstance(model, LoraXSLinear):
         raise ValueError("model: is itself a LoraXSLinear; its base_layer is what detach would give back")
     with transaction(model) as undo:
@@ -372,10 +381,14 @@ def detach(model: M, *, merge: bool = False) -> M:
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
                     parent._modules[child_name] = child.base_layer
+                    for name, p in child.base_layer.named_parameters() if child._trained is not None else ():
+                        p.requires_grad_(name in child._trained)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
-                for name, p in module.named_parameters():
-                    p.requires_grad_(name in attachment.trainable_before)
+                whole = tuple(f"{each}." for each in attachment.modules_to_save)
+                for name, p in module.named_parameters():  # what came to the model later is left as it is
+                    if (before := name in attachment.trainable_before) or name.startswith(whole):
+                        p.requires_grad_(before)
             if _pretends(module):
                 del module._hf_peft_config_loaded
     what = "added to the weights and taken off" if merge else "taken off"

@@ -178,17 +178,21 @@ def check_merge(layer: nn.Module, label: str, *, called: bool) -> None:
     called: whether the merged layer is called, and with it its hooks on y and on gradients.  Hooks of accelerate that
     move x and y, or weights, are no hindrance.
     """
-    own, kinds = layer.__dict__, ("forward_pre",) if called else _KINDS
+    if hooks := hooks_of(layer, ("forward_pre",) if called else _KINDS):
+        raise TypeError(
+            f"{label}: calling its base layer also runs {hooks[0]} (a hook, or a forward set on the layer), which "
+            "merging would leave out or change the meaning of; remove it first. The adapter stays unmerged"
+        )
+
+
+def hooks_of(layer: nn.Module, kinds: Sequence[str] = _KINDS) -> list[str]:
+    """The names of a layer's hooks, and of a forward set on it, but for accelerate's that move x and y, or weights."""
+    own = layer.__dict__
     hooks = [*chain(*(own[f"_{kind}_hooks"].values() for kind in kinds))]
     forward = own.get("forward")  # accelerate leaves that of the class behind
     if not (forward in (None, MethodType(type(layer).forward, layer)) or _is_moved(layer, weights_too=True)):
         hooks.append(own.get("_hf_hook", forward))
-    if hooks:
-        raise TypeError(
-            f"{label}: calling its base layer also runs {getattr(hooks[0], '__qualname__', hooks[0])} (a hook, or a "
-            "forward set on the layer), which merging would leave out or change the meaning of; remove it first. The "
-            "adapter stays unmerged"
-        )
+    return [getattr(each, "__qualname__", repr(each)) for each in hooks]
 
 
 def only_moves(layer: nn.Module) -> bool:

@@ -406,6 +406,36 @@ def test_what_trained_before_is_known_after_parts_were_detached(bert):
         assert snapshot(bert) == before
 
 
+def test_detach_lets_train_what_trained_before_and_leaves_what_came_later(bert):
+    bert.classifier.requires_grad_(False)
+    lx.attach(bert, 2, target_modules=["query"], modules_to_save=["classifier"])
+    bert.head = nn.Linear(8, 8)
+    lx.detach(bert.bert.encoder.layer[0])
+    query = bert.bert.encoder.layer[0].attention.self.query
+    assert query.weight.requires_grad and query.bias.requires_grad
+    lx.detach(bert)
+    assert [n for n, p in bert.named_parameters() if not p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].bias.requires_grad_(False)
+    model[0] = LoraXSLinear.from_linear(model[0], 2)
+    lx.detach(model, merge=True)
+    assert model[0].weight.requires_grad and not model[0].bias.requires_grad
+
+
+def test_detach_refuses_to_lose_a_hook(bert):
+    lx.attach(bert, 2, target_modules=["query"])
+    layer = next(iter(adapters(bert).values()))
+    handle = layer.register_forward_hook(lambda *_: None)
+    before = snapshot(bert)
+    with pytest.raises(
+        ValueError, match=r"'bert\.encoder\.layer\.0\..*query' has a hook.*test_detach_refuses.*lambda>, tha"
+    ):
+        lx.detach(bert)
+    assert snapshot(bert) == before
+    handle.remove()
+    lx.detach(bert)
+
+
 def test_nothing_keeps_an_adapted_model_alive():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     gc.collect()

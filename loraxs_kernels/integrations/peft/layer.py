@@ -237,13 +237,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def merged_weight(self, names: list[str]) -> Tensor:
         """W + sum of s B R A (N, K) of a layer that is not merged; raises as `merge` does."""
         base, label = self.base_layer, label_of(self.recipe[names[0]].name)
-        check_merge(base, label, called=True)
         if self._requantises:
             weight = weight_of(base, label)
             W, dtype = weight.read(), weight.dtype
         else:
             W = mergeable_weight(base, label)
             dtype = W.dtype
+        check_merge(base, label, called=True)
         total = sum(self.adapter(name).delta_weight() for name in names).add(W).to(dtype)
         if not torch.isfinite(total).all():
             raise ValueError(
