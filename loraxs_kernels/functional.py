@@ -226,6 +226,8 @@ def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:
             f"A, R, B: not all are in memory (meta device) for {label_of(name)}, must be like x: load the adapter's "
             "weights, or call reset_parameters() once the layer's own weight is loaded"
         )
+    if (A.requires_grad or B.requires_grad) and torch.is_grad_enabled():
+        raise ValueError(f"A, B: one has requires_grad=True for {label_of(name)}, must be frozen: only R trains")
 
 
 def label_of(name: str) -> str:

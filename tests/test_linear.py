@@ -721,6 +721,17 @@ def test_bad_x_is_named():
         layer(torch.ones(3, 12).double())
 
 
+@pytest.mark.parametrize("name", "AB")
+def test_factors_that_are_set_to_train_are_refused(name):
+    layer, x = make(), torch.randn(3, 40)
+    getattr(layer, name).requires_grad_(True)
+    for call in (layer, torch.compile(layer, backend="eager"), lambda x: forward_together(x, layer, make())):
+        with pytest.raises(ValueError, match="A, B: one has requires_grad=True for linear, must be frozen"):
+            call(x)
+    with torch.no_grad():
+        layer(x)
+
+
 # --- layers that share their input
 
 
