@@ -266,6 +266,20 @@ class LoraXSLinear(PaddedB):
     def out_features(self) -> int:
         return self.B.shape[0]
 
+    @out_features.setter
+    def out_features(self, n: int) -> None:  # transformers sets it where it ties weights
+        if n != self.out_features:
+            raise ValueError(f"{self.label}: got out_features {n}, must be {self.out_features} with its adapter")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+        elif param is not getattr(self.base_layer, name, None):  # which transformers may tie again
+            raise ValueError(
+                f"{self.label}: got another {name}, must keep that of its base layer while it has an adapter; detach, "
+                "set it, and attach again"
+            )
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers), whatever autocast and TF32 are set to."""

@@ -53,16 +53,36 @@ def _is_quantised_for_training(model: nn.Module) -> bool:
     return trainable and getattr(model, "is_quantized", False) and hasattr(model, "_hf_peft_config_loaded")
 
 
-def _teach_saving(model: nn.Module) -> None:
-    """Make `save_pretrained` know adapters, in the classes that define it for the model and for what it is a part of.
+def _teach(model: nn.Module) -> None:
+    """Make `save_pretrained` and `resize_token_embeddings` know adapters, in the classes that define them.
 
-    Each class is changed once, and nothing is left on the model, so that copies of it save themselves.
+    For the model and what it is a part of.  Each class is changed once, and nothing is left on the model, so that
+    copies of it save themselves.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
+    knowing = {"save_pretrained": _knowing_adapters, "resize_token_embeddings": _keeping_adapted_heads}
     for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
-        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
-        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
-            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
+        for name, make in knowing.items():
+            owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+            if owner is not None and not hasattr(getattr(owner, name), "loraxs_knows_adapters"):
+                setattr(owner, name, made := make(getattr(owner, name)))
+                made.loraxs_knows_adapters = True
+
+
+def _keeping_adapted_heads(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """A `resize_token_embeddings` that refuses, before anything changes, to resize a head that has an adapter."""
+
+    @functools.wraps(resize)
+    def resize_token_embeddings(self: Any, *args: Any, **options: Any) -> Any:
+        head = embeddings(self, "output")
+        if isinstance(head, LoraXSLinear) and any(each is not None for each in (*args, *options.values())):
+            raise ValueError(
+                f"resize_token_embeddings: the output embeddings ({head.label}) have an adapter, whose A and B are of "
+                "their size; resize before lx.attach, or take the adapters off (lx.detach)"
+            )
+        return resize(self, *args, **options)
+
+    return resize_token_embeddings
 
 
 def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +114,6 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
             if pretends:
                 self._hf_peft_config_loaded = True
 
-    save_pretrained.loraxs_knows_adapters = True
     return save_pretrained
 
 
@@ -255,7 +274,7 @@ def install(
         for module in model.modules():
             if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
                 module._hf_peft_config_loaded = True
-        _teach_saving(model)
+        _teach(model)
     return model
 
 
@@ -401,7 +420,9 @@ def merge(model: M) -> M:
 
     The original weights are kept, so that memory holds two copies of the adapted weights; `unmerge` restores them to
     the bit.  While the model is merged, the state dict of every adapted layer holds only its merged weight and bias,
-    without A, B and R: save_pretrained writes what from_pretrained loads.
+    without A, B and R: save_pretrained writes what from_pretrained loads.  Where the adapted head of a transformers
+    model was tied to its embeddings, the state dict has two different tensors for them, of which load_state_dict of a
+    model that ties them keeps one: make that model with tie_word_embeddings=False.
 
     Returns `model`.  Raises ValueError, naming the layer, if a merged weight would not be finite; TypeError if a base
     layer has no dense weight, or has hooks or a forward of its own: it is not called while merged.  The model is then

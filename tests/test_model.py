@@ -503,6 +503,28 @@ def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     assert torch.equal(model(x), y)
 
 
+def test_a_tied_head_with_an_adapter_is_tied_again_and_not_resized(gpt2):
+    model = randomise(lx.attach(gpt2, 4, target_modules=["lm_head"]))
+    y = model(IDS).logits
+    for _ in range(2):
+        model.tie_weights()
+        model.lm_head.out_features = 50  # as transformers 4 does then
+        torch.testing.assert_close(model(IDS).logits, y, atol=1e-4, rtol=1e-4)
+        before = snapshot(model)
+        with pytest.raises(
+            ValueError, match=r"resize_token_embeddings: the output embeddings \(module 'lm_head'\) have"
+        ):
+            model.resize_token_embeddings(60)
+        assert snapshot(model) == before and model.resize_token_embeddings() is model.transformer.wte
+        lx.merge(model)
+    with pytest.raises(ValueError, match="got another weight, must keep that of its base layer"):
+        model.lm_head.weight = nn.Parameter(torch.zeros(50, 32))
+    with pytest.raises(ValueError, match="got out_features 60, must be 50"):
+        model.lm_head.out_features = 60
+    model = lx.detach(model, merge=True)
+    assert model.resize_token_embeddings(60).weight.shape == (60, 32) and model(IDS).logits.shape[-1] == 60
+
+
 def triple(layer: nn.Module) -> None:
     layer.forward = lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias)
 
