@@ -1303,6 +1303,10 @@ def test_biases_train_and_are_saved_if_asked_for(tmp_path):
 
 def test_a_forward_without_the_adapters_weights_is_refused():
     model = get_peft_model(llama(), config(), low_cpu_mem_usage=True)
+    layer = next(iter(layers(model).values()))
+    layer.base_layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.base_model.reset_parameters()
     with torch.no_grad(), pytest.raises(ValueError, match=r"A, R, B: not all are in memory .* load the adapter's weig"):
         model(IDS)
 

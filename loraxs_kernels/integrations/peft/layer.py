@@ -295,13 +295,14 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters from the base weight, for a layer that was made on the meta device."""
-        for name in self.loraxs_R:
-            device = self.base_layer.weight.device
-            for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
-                each[name] = torch.empty_like(each[name], device=device) if each[name].is_meta else each[name]
-            if (R := self.loraxs_R[name]).is_meta:
-                self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
-            self.adapter(name).reset_parameters()
+        for name, R in self.loraxs_R.items():
+            adapter = self.adapter(name)
+            adapter.reset_parameters()
+            self.loraxs_A[name], self.loraxs_B[name] = adapter.A, adapter.B
+            if (fingerprint := self.loraxs_fingerprint[name]).is_meta:
+                self.loraxs_fingerprint[name] = torch.zeros_like(fingerprint, device=adapter.A.device)
+            if R.is_meta:
+                self.loraxs_R[name] = adapter.R.requires_grad_(R.requires_grad)
 
     @torch.no_grad()
     def check_fingerprints(self, names: Iterable[str]) -> None:
