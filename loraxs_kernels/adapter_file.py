@@ -256,6 +256,11 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
         module = model.get_submodule(name)
         masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
         for key, t in module.state_dict(keep_vars=True).items():
+            if key.endswith("_extra_state"):
+                raise ValueError(
+                    f"model: {name}.{key}, of get_extra_state, has no place in an adapter file; leave the module "
+                    "out of modules_to_save"
+                )
             tensors[f"{name}.{base_name(key)}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
@@ -488,6 +493,8 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"{path}: module {name!r} has rank {entry['rank']} in the file and {layer.rank} in the model"
             )
+        if layer.A.is_meta:
+            raise ValueError(f"model: module {name!r} is not in memory (meta device); load its weights first")
         if layer.merged:
             raise ValueError(f"model: module {name!r} is merged; unmerge it before loading an adapter")
         if parametrize.is_parametrized(layer, "R") and not all(

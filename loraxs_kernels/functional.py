@@ -128,7 +128,7 @@ def run(
     if name is None:
         check(x, A, R, B, s, weight=W, bias=bias, out=out, index=index)
     else:
-        check_x(x, A, name)
+        check_x(x, A, R, B, name)
     if bias is not None and bias.requires_grad:
         return run(x, W, A, R, B, s, name=name, index=index) + bias
     shape = x.shape
@@ -202,8 +202,8 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
         ]
         with no_autocast(x):
             return together(h, layers)
-    for _, A, *_, name in layers:
-        check_x(x, A, name)
+    for _, A, R, B, *_, name in layers:
+        check_x(x, A, R, B, name)
     *ys, _ = LowRankLinears.apply(rows_of(x), layers, *(R for _, _, R, *_ in layers))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
@@ -216,13 +216,20 @@ def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in operands)
 
 
-def check_x(x: Tensor, A: Tensor, name: str) -> None:
-    """Raise a ValueError that names the layer if x does not fit it."""
+def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:
+    """Raise a ValueError that names the layer if x does not fit it, or if it has no values yet."""
     if x.dtype is not A.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
         raise ValueError(
             f"x: got shape {tuple(x.shape)} and {x.dtype} for {label_of(name)}, "
             f"must be (..., {A.shape[1]}) and {A.dtype}"
         )
+    if (A.is_meta or R.is_meta or B.is_meta) and not x.is_meta:  # torch multiplies by them, and gives anything at all
+        raise ValueError(
+            f"A, R, B: not all are in memory (meta device) for {label_of(name)}, must be like x: load the adapter's "
+            "weights, or call reset_parameters() once the layer's own weight is loaded"
+        )
+    if (A.requires_grad or B.requires_grad) and torch.is_grad_enabled():
+        raise ValueError(f"A, B: one has requires_grad=True for {label_of(name)}, must be frozen: only R trains")
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -13,11 +14,12 @@ from torch.nn import functional as F
 
 from . import parallel
 from .backends import forced
+from .exact_matmul import exact_matmul
 from .functional import together
 from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
 from .padded import PaddedB
 from .recipe import INITS, Factors, Recipe, check
-from .route import computed_weight, does_more, layer_output
+from .route import check_merge, computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
 from .weights import held, is_conv1d, mergeable_weight, weight_of, weight_view
@@ -50,6 +52,7 @@ class LoraXSLinear(PaddedB):
     B: Tensor
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
+    _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
     # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
@@ -124,7 +127,9 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Raises TypeError or ValueError, naming the layer, before anything is changed.
+        loaded.  Until then a call is a ValueError.
+
+        Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
         label = label_of(name)
         check_rank(rank, label)
@@ -167,6 +172,7 @@ class LoraXSLinear(PaddedB):
         )
         if fill and not A.is_meta:
             layer.reset_parameters()
+        layer._trained = frozenset(name for name, p in linear.named_parameters() if p.requires_grad)
         linear.requires_grad_(False)
         return layer
 
@@ -176,14 +182,20 @@ class LoraXSLinear(PaddedB):
 
         A quantised weight is dequantised, and a sharded one gathered, for this call only; if the weight is sharded, all
         ranks must call.  If `factors` is given, it is the pair (A, B), and nothing is computed.  A and B that were
-        given to `from_linear` stay as they are.
+        given to `from_linear` stay as they are.  What of A, B and R is on the meta device is made anew on the weight's
+        device; ValueError if the weight is on the meta device, or A and B that were given are.
         """
-        if factors is None and self.recipe.init != "given":
+        if factors is None and (self.recipe.init != "given" or self.A.is_meta or self.B.is_meta):
             weight = weight_of(self.base_layer, self.label)
+            if weight.device.type == "meta":
+                raise ValueError(f"{self.label}: its weight is on the meta device, must be loaded first")
             try:
                 factors = self.recipe.factors(weight, self.rank)
             except NotFinite as error:
                 raise ValueError(f"{self.label}: {error}") from error
+        if any(t.is_meta for t in (self.A, self.B, self.R)):
+            device = self.A.device if factors is None else factors[0].device
+            self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t, recurse=False)
         if factors is not None:
             self.set_factors(*factors)
         self.reset_R()
@@ -205,6 +217,8 @@ class LoraXSLinear(PaddedB):
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
+            if self.training and torch.is_grad_enabled():
+                warn_of_training(held(self, "R"))
             return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
@@ -249,24 +263,46 @@ class LoraXSLinear(PaddedB):
     def out_features(self) -> int:
         return self.B.shape[0]
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers)."""
-        makers_of_R(self)
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
+    @out_features.setter
+    def out_features(self, n: int) -> None:  # transformers sets it where it ties weights
+        if n != self.out_features:
+            raise ValueError(f"{self.label}: got out_features {n}, must be {self.out_features} with its adapter")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+        elif param is not getattr(self.base_layer, name, None):  # which transformers may tie again
+            raise ValueError(
+                f"{self.label}: got another {name}, must keep that of its base layer while it has an adapter; detach, "
+                "set it, and attach again"
+            )
 
     @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """delta W = s B R A, of shape (N, K), in fp32 (fp64 for fp64 layers), whatever autocast and TF32 are set to."""
+        makers_of_R(self)
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        with exact_matmul():
+            return self.B.to(dtype) @ (self.scaling * self.R.to(dtype) @ self.A.to(dtype))
+
     def merge(self) -> None:
         """Compute with W + s B R A from now on; W itself is kept, so that `unmerge` restores it to the bit.
 
         Holds a second copy of the weight while merged.  Raises ValueError if the merged weight would not be finite, and
-        TypeError if W is not a dense tensor; the layer is then as it was.
+        TypeError if W is not a dense tensor, or if the base layer has hooks or a forward of its own, since it is not
+        called while merged; the layer is then as it was.
         """
+        self.merge_to_be(called=False)
+
+    @torch.inference_mode(False)  # or what is merged could never be trained through
+    @torch.no_grad()
+    def merge_to_be(self, *, called: bool) -> None:
+        """`merge`; called: whether the base layer will be called with the merged weight, as it is after `detach`."""
         if not self.merged:
             if self.seat is not None:
                 self.seat.check_merge(self)
             merged = self.merged_dense_weight()
+            check_merge(self.base_layer, self.label, called=called)
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
             self.register_buffer("merged_weight", merged, persistent=False)
@@ -279,7 +315,8 @@ class LoraXSLinear(PaddedB):
     def merged_dense_weight(self) -> Tensor:
         """W + s B R A (N, K), added in fp32 and rounded to W's dtype once; finite or a ValueError."""
         W = mergeable_weight(self.base_layer, self.label)
-        merged = (self.delta_weight().add_(W)).to(W.dtype)
+        delta = self.delta_weight()
+        merged = delta.to(torch.promote_types(delta.dtype, W.dtype)).add_(W).to(W.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
         return merged
@@ -357,6 +394,16 @@ def makers_of_R(layer: LoraXSLinear) -> list[nn.Parameter]:
             "'R'), or have a parametrization (torch.nn.utils.parametrize)"
         )
     return makers
+
+
+def warn_of_training(R: Tensor) -> None:
+    """Warn, for a layer that is called to train while it is merged, that R gets no gradient."""
+    if R.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "the adapters are merged, so that R gets no gradient and does not train; unmerge before training, or call "
+            "the model in eval mode or under torch.no_grad()",
+            stacklevel=3,  # one place for all layers, so that it is shown once
+        )
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

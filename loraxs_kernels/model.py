@@ -20,8 +20,9 @@ from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, is_peft_layer, pattern_value, unwrapped
 from .naming import Former, aliases
 from .recipe import Factors
+from .route import hooks_of
 from .transaction import transaction
-from .weights import weight_of
+from .weights import has_reader, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -228,7 +229,8 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
             layer.reset_parameters(basis.read(there, weight_of(layer.base_layer, layer.label), layer.label))
         else:
             # Only a parameter that the layer holds is the same object for as long: a property may make a new one.
-            held = layer.base_layer._parameters.get("weight")
+            # What a registered reader makes of it is known to be one layer's alone.
+            held = None if has_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
             whose = id(layer.base_layer if held is None else held)
             key = whose, type(layer.base_layer), layer.rank, replace(layer.recipe, name="")
             if first.setdefault(key, layer) is not layer:
@@ -252,7 +254,8 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
 def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer is back as it was, and trains again if it did before.
 
-    modules_to_save keep their trained values.
+    modules_to_save keep their trained values.  What else `attach` froze trains again where the model is given that it
+    was called for, and not only a part of it.
 
     Args:
         model: with adapters from `attach`.
@@ -265,8 +268,10 @@ def detach(model: M, *, merge: bool = False) -> M:
     If the model is merged when you call this, say which weights you want: merge=True keeps the merged ones; call
     `unmerge` first to get the original ones.
 
-    Returns `model`.  Raises ValueError if a merged weight would not be finite, or if the model is merged and merge is
-    False; TypeError if a base layer has no dense weight to merge into.  The model is then as it was.
+    Returns `model`.  Raises ValueError if a merged weight would not be finite, if the model is merged and merge is
+    False, or if an adapted layer has hooks; TypeError if a base layer has no dense weight to merge into, or has hooks
+    that change its input or a forward of its own.  The model is then as it was.  Forward hooks of a base layer get its
+    output with the adapter in it.
     """
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
@@ -278,6 +283,12 @@ def detach(model: M, *, merge: bool = False) -> M:
             "merge: the adapters are merged; detach(model, merge=True) keeps the merged weights, "
             "unmerge(model) before detach gives the original ones back"
         )
+    for name, layer in adapted:
+        if hooks := hooks_of(layer):
+            raise ValueError(
+                f"model: module {name!r} has a hook, or a forward of its own, {hooks[0]}, that would be gone with the "
+                "adapter; remove it, detach, and put it on the layer that is there then"
+            )
     if isinstance(model, LoraXSLinear):
         raise ValueError("model: is itself a LoraXSLinear; its base_layer is what detach would give back")
     with transaction(model) as undo:
@@ -290,7 +301,7 @@ def detach(model: M, *, merge: bool = False) -> M:
                     undo.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = False
             for _, layer in adapted:
-                layer.merge()
+                layer.merge_to_be(called=True)
             for _, layer in adapted:
                 layer.base_layer.weight = nn.Parameter(layer.weight.contiguous(), requires_grad=False)
             for head in untied:  # its bias may be tied, too, and would be saved by its other name alone
@@ -301,10 +312,14 @@ def detach(model: M, *, merge: bool = False) -> M:
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
                     _replace(parent, child_name, child.base_layer)
+                    for name, p in child.base_layer.named_parameters() if child._trained is not None else ():
+                        p.requires_grad_(name in child._trained)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
-                for name, p in module.named_parameters():
-                    p.requires_grad_(name in attachment.trainable_before)
+                whole = tuple(each and f"{each}." for each in attachment.modules_to_save)
+                for name, p in module.named_parameters():  # what came to the model later is left as it is
+                    if (before := name in attachment.trainable_before) or name.startswith(whole):
+                        p.requires_grad_(before)
             pretrained.unmark(module)
     what = "added to the weights and taken off" if merge else "taken off"
     logger.info("detach: %d adapters %s", len(adapted), what)
@@ -316,10 +331,13 @@ def merge(model: M) -> M:
 
     The original weights are kept, so that memory holds two copies of the adapted weights; `unmerge` restores them to
     the bit.  While the model is merged, the state dict of every adapted layer holds only its merged weight and bias,
-    without A, B and R: save_pretrained writes what from_pretrained loads.
+    without A, B and R: save_pretrained writes what from_pretrained loads.  Where the adapted head of a transformers
+    model was tied to its embeddings, the state dict has two different tensors for them, of which load_state_dict of a
+    model that ties them keeps one: make that model with tie_word_embeddings=False.
 
     Returns `model`.  Raises ValueError, naming the layer, if a merged weight would not be finite; TypeError if a base
-    layer has no dense weight.  The model is then as it was.
+    layer has no dense weight, or has hooks or a forward of its own: it is not called while merged.  The model is then
+    as it was.
     """
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):

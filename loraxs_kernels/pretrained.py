@@ -18,19 +18,22 @@ from .matching import embeddings
 
 
 def prepare(model: nn.Module) -> None:
-    """Teach the model's `save_pretrained` about adapters, and mark it for Trainer if it is quantised.
+    """Teach `save_pretrained` and `resize_token_embeddings` about adapters; mark a quantised model for Trainer.
 
-    `save_pretrained` is changed once in each class that defines it for the model or a part of it.  Nothing is left on
+    These methods are changed once in each class that defines them for the model or a part of it.  Nothing is left on
     the model itself, so that copies of it save themselves.
     """
     for module in model.modules():
         if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
             module._hf_peft_config_loaded = True  # without this mark Trainer refuses to train a quantised model
     modeling = sys.modules.get("transformers.modeling_utils")
+    knowing = {"save_pretrained": _knowing_adapters, "resize_token_embeddings": _keeping_adapted_heads}
     for kind in {type(module) for module in model.modules()} | {getattr(modeling, "PreTrainedModel", nn.Module)}:
-        owner = next((each for each in kind.__mro__ if "save_pretrained" in vars(each)), None)
-        if owner is not None and not hasattr(owner.save_pretrained, "loraxs_knows_adapters"):
-            owner.save_pretrained = _knowing_adapters(owner.save_pretrained)
+        for name, make in knowing.items():
+            owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+            if owner is not None and not hasattr(getattr(owner, name), "loraxs_knows_adapters"):
+                setattr(owner, name, made := make(getattr(owner, name)))
+                made.loraxs_knows_adapters = True
 
 
 def unmark(module: nn.Module) -> None:
@@ -63,6 +66,22 @@ def _is_marked(model: nn.Module) -> bool:
     return model.__dict__.get("_hf_peft_config_loaded", False) and not hasattr(model, "peft_config")
 
 
+def _keeping_adapted_heads(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """`resize_token_embeddings` as it was, except that it refuses first to resize a head that has an adapter."""
+
+    @functools.wraps(resize)
+    def resize_token_embeddings(self: Any, *args: Any, **options: Any) -> Any:
+        head = embeddings(self, "output")
+        if isinstance(head, LoraXSLinear) and any(each is not None for each in (*args, *options.values())):
+            raise ValueError(
+                f"resize_token_embeddings: the output embeddings ({head.label}) have an adapter, whose A and B are of "
+                "their size; resize before lx.attach, or take the adapters off (lx.detach)"
+            )
+        return resize(self, *args, **options)
+
+    return resize_token_embeddings
+
+
 def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
     """`save_pretrained` as it was, except that it warns if from_pretrained could not load what is saved."""
 
@@ -92,5 +111,4 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
             if marked:
                 self._hf_peft_config_loaded = True
 
-    save_pretrained.loraxs_knows_adapters = True
     return save_pretrained

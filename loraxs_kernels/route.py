@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -151,6 +153,9 @@ def _passes_gradient(base: nn.Module, x: Tensor, y: Tensor) -> bool:
     return False
 
 
+_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
 def _hooked(layer: nn.Module) -> bool:
     """Whether calling the layer does more than its class's forward: hooks, or a forward replaced on the instance."""
     own = layer.__dict__
@@ -168,10 +173,38 @@ def does_more(layer: nn.Module) -> bool:
     return _hooked(layer) and not only_moves(layer)
 
 
-def only_moves(layer: nn.Module) -> bool:
-    """Whether a layer is hooked by accelerate's device_map alone, which moves x to the layer's device and y back.
+def check_merge(layer: nn.Module, label: str, *, called: bool) -> None:
+    """TypeError, naming a hook, where merging into a layer would leave that out or give it another x than the adapter.
 
-    Its forward is then accelerate's, around that of the layer's class.  Told without importing accelerate.
+    called: whether the merged layer is called, and with it its hooks on y and on gradients.  Hooks of accelerate that
+    move x and y, or weights, are no hindrance.
+    """
+    if hooks := hooks_of(layer, ("forward_pre",) if called else _KINDS):
+        raise TypeError(
+            f"{label}: calling its base layer also runs {hooks[0]} (a hook, or a forward set on the layer), which "
+            "merging would leave out or change the meaning of; remove it first. The adapter stays unmerged"
+        )
+
+
+def hooks_of(layer: nn.Module, kinds: Sequence[str] = _KINDS) -> list[str]:
+    """The names of a layer's hooks, and of a forward set on it, but for accelerate's that move x and y, or weights."""
+    own = layer.__dict__
+    hooks = [*chain(*(own[f"_{kind}_hooks"].values() for kind in kinds))]
+    forward = own.get("forward")  # accelerate leaves that of the class behind
+    if not (forward in (None, MethodType(type(layer).forward, layer)) or _is_moved(layer, weights_too=True)):
+        hooks.append(own.get("_hf_hook", forward))
+    return [getattr(each, "__qualname__", repr(each)) for each in hooks]
+
+
+def only_moves(layer: nn.Module) -> bool:
+    """Whether a layer is hooked by accelerate's device_map alone, which moves x to the layer's device and y back."""
+    return _is_moved(layer) and not any(layer.__dict__[f"_{kind}_hooks"] for kind in _KINDS)
+
+
+def _is_moved(layer: nn.Module, weights_too: bool = False) -> bool:
+    """Whether a layer's forward is accelerate's around that of its class, and only moves x and y, or weights too.
+
+    Told without importing accelerate.
     """
     own = layer.__dict__
     forward, inner = own.get("forward"), own.get("_old_forward")
@@ -181,15 +214,14 @@ def only_moves(layer: nn.Module) -> bool:
         and forward.args[0] is layer
         and getattr(inner, "__func__", None) is type(layer).forward
         and inner.__self__ is layer
-        and _is_moving(own.get("_hf_hook"))
-        and not any(own[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+        and _is_moving(own.get("_hf_hook"), weights_too)
     )
 
 
-def _is_moving(hook: Any) -> bool:
+def _is_moving(hook: Any, weights_too: bool) -> bool:
     kind = type(hook)
     if kind.__module__ != "accelerate.hooks" or hook.no_grad:
         return False
     if kind.__name__ == "SequentialHook":
-        return all(map(_is_moving, hook.hooks))
-    return kind.__name__ == "AlignDevicesHook" and not hook.offload
+        return all(_is_moving(each, weights_too) for each in hook.hooks)
+    return kind.__name__ == "AlignDevicesHook" and (weights_too or not hook.offload)

@@ -173,6 +173,11 @@ def unread(layer: nn.Module) -> str:
     )
 
 
+def has_reader(layer: nn.Module) -> bool:
+    """Whether `register_weight_reader` was called for a layer's type, so that its weight need not be its parameter."""
+    return _registered_for(layer) is not None
+
+
 def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
     return next((_registered[kind] for kind in type(layer).__mro__ if kind in _registered), None)
 

@@ -1043,3 +1043,20 @@ def test_zero_adapters_and_rank_deficient_bases():
     sketch = basis.sketch(A, B)
     aligned = basis.align_by_sketch(torch.ones(3, 3), basis.singular_values(A), sketch, A, B, 0.0)
     assert aligned.isfinite().all()
+
+
+def test_what_is_not_in_memory_or_has_no_place_in_a_file_is_refused_by_name(tmp_path):
+    class WithExtraState(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 1}
+
+    lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2), tmp_path / "a")
+    model = nn.Sequential(nn.Linear(8, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"module '0' is not in memory \(meta device\); load its weights first"):
+        lx.load_adapter(model, tmp_path / "a")
+    assert type(model[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(8, 8), WithExtraState(8, 3))
+    lx.attach(model, 2, target_modules=["0"], modules_to_save=["1"])
+    with pytest.raises(ValueError, match=r"1\._extra_state, of get_extra_state, has no place in an adapter file"):
+        lx.save_adapter(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -382,6 +383,57 @@ def test_merge_and_exact_restoration(kind, dtype):
     assert layer.weight is weight and torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("within", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_merge_is_the_same_wherever_it_is_called(kind, within):
+    layer = make(kind)
+    delta, x = layer.delta_weight(), torch.randn(3, 40, requires_grad=True)
+    layer.merge()
+    expected = layer.weight
+    layer.unmerge()
+    with within():
+        assert torch.equal(layer.delta_weight(), delta)
+        layer.merge()
+    assert torch.equal(layer.weight, expected)
+    layer(x).sum().backward()  # which an inference tensor would not allow
+    assert x.grad is not None
+
+
+def test_a_weight_is_merged_into_in_its_own_precision():
+    layer = LoraXSLinear.from_linear(nn.Linear(40, 24, dtype=torch.float64), 6, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.R)
+    layer.merge()
+    assert torch.equal(layer.weight, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_what_is_drawn_does_not_depend_on_the_default_dtype(init, default):
+    linear = nn.Linear(40, 24)
+    expected = LoraXSLinear.from_linear(linear, 6, init=init).state_dict()
+    torch.set_default_dtype(default)
+    try:
+        made = LoraXSLinear.from_linear(linear, 6, init=init).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(made[name], expected[name]) for name in "ARB")
+
+
+def test_training_while_merged_is_warned_of():
+    model, x = nn.Sequential(make(), make(K=24)), torch.randn(3, 40)
+    lx.merge(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        model.eval()(x)
+        with torch.no_grad():
+            model.train()(x)
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert not said
+        model(x)
+        model(x)
+    assert len(said) == 1 and "the adapters are merged, so that R gets no gradient" in str(said[0].message)
+
+
 def test_a_merge_that_is_not_finite_is_refused():
     layer = LoraXSLinear.from_linear(nn.Linear(8, 8), 2, name="block.proj")
     nn.init.constant_(layer.R, float("inf"))
@@ -469,6 +521,28 @@ def test_meta_device_then_real_weights():
     assert all(
         torch.equal(a, b) for a, b in zip(layer.state_dict().values(), expected.state_dict().values(), strict=True)
     )
+
+
+def test_meta_device_then_assigned_weights():
+    linear = nn.Linear(40, 24)
+    with torch.device("meta"):
+        layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
+        given = LoraXSLinear.from_linear(nn.Linear(40, 24), 6, init=(torch.empty(6, 40), torch.empty(24, 6)))
+    assert layer(torch.empty(3, 40, device="meta")).is_meta
+    with pytest.raises(ValueError, match="its weight is on the meta device, must be loaded first"):
+        layer.reset_parameters()
+    for each in (layer, given):
+        each.base_layer.load_state_dict(linear.state_dict(), assign=True)
+        with torch.no_grad(), pytest.raises(ValueError, match="A, R, B: not all are in memory"):
+            each(torch.ones(3, 40))
+    with pytest.raises(ValueError, match="A and B were given"):
+        given.reset_parameters()
+    layer.reset_parameters()
+    expected = LoraXSLinear.from_linear(linear, 6).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in layer.state_dict().items()) and layer.R.requires_grad
+    layer.R = nn.Parameter(layer.R.detach().to("meta"))
+    with pytest.raises(ValueError, match="A, R, B: not all are in memory"):
+        forward_together(torch.ones(3, 40), layer, LoraXSLinear.from_linear(linear, 6))
 
 
 @pytest.mark.parametrize("true_rank", [0, 2])
@@ -645,6 +719,17 @@ def test_bad_x_is_named():
         layer(torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"torch\.float64 for module"):
         layer(torch.ones(3, 12).double())
+
+
+@pytest.mark.parametrize("name", "AB")
+def test_factors_that_are_set_to_train_are_refused(name):
+    layer, x = make(), torch.randn(3, 40)
+    getattr(layer, name).requires_grad_(True)
+    for call in (layer, torch.compile(layer, backend="eager"), lambda x: forward_together(x, layer, make())):
+        with pytest.raises(ValueError, match="A, B: one has requires_grad=True for linear, must be frozen"):
+            call(x)
+    with torch.no_grad():
+        layer(x)
 
 
 # --- layers that share their input

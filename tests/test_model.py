@@ -405,6 +405,36 @@ def test_what_trained_before_is_known_after_parts_were_detached(bert):
         assert snapshot(bert) == before
 
 
+def test_detach_lets_train_what_trained_before_and_leaves_what_came_later(bert):
+    bert.classifier.requires_grad_(False)
+    lx.attach(bert, 2, target_modules=["query"], modules_to_save=["classifier"])
+    bert.head = nn.Linear(8, 8)
+    lx.detach(bert.bert.encoder.layer[0])
+    query = bert.bert.encoder.layer[0].attention.self.query
+    assert query.weight.requires_grad and query.bias.requires_grad
+    lx.detach(bert)
+    assert [n for n, p in bert.named_parameters() if not p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].bias.requires_grad_(False)
+    model[0] = LoraXSLinear.from_linear(model[0], 2)
+    lx.detach(model, merge=True)
+    assert model[0].weight.requires_grad and not model[0].bias.requires_grad
+
+
+def test_detach_refuses_to_lose_a_hook(bert):
+    lx.attach(bert, 2, target_modules=["query"])
+    layer = next(iter(adapters(bert).values()))
+    handle = layer.register_forward_hook(lambda *_: None)
+    before = snapshot(bert)
+    with pytest.raises(
+        ValueError, match=r"'bert\.encoder\.layer\.0\..*query' has a hook.*test_detach_refuses.*lambda>, tha"
+    ):
+        lx.detach(bert)
+    assert snapshot(bert) == before
+    handle.remove()
+    lx.detach(bert)
+
+
 def test_nothing_keeps_an_adapted_model_alive():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     gc.collect()
@@ -470,6 +500,81 @@ def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     lx.detach(lx.unmerge(model))
     assert model.a is model.b is model.blocks[0] and model.blocks[1].weight is model.a.weight is weight
     assert torch.equal(model(x), y)
+
+
+def test_a_tied_head_with_an_adapter_is_tied_again_and_not_resized(gpt2):
+    model = randomise(lx.attach(gpt2, 4, target_modules=["lm_head"]))
+    y = model(IDS).logits
+    for _ in range(2):
+        model.tie_weights()
+        model.lm_head.out_features = 50  # as transformers 4 does then
+        torch.testing.assert_close(model(IDS).logits, y, atol=1e-4, rtol=1e-4)
+        before = snapshot(model)
+        with pytest.raises(
+            ValueError, match=r"resize_token_embeddings: the output embeddings \(module 'lm_head'\) have"
+        ):
+            model.resize_token_embeddings(60)
+        assert snapshot(model) == before and model.resize_token_embeddings() is model.transformer.wte
+        lx.merge(model)
+    with pytest.raises(ValueError, match="got another weight, must keep that of its base layer"):
+        model.lm_head.weight = nn.Parameter(torch.zeros(50, 32))
+    with pytest.raises(ValueError, match="got out_features 60, must be 50"):
+        model.lm_head.out_features = 60
+    model = lx.detach(model, merge=True)
+    assert model.resize_token_embeddings(60).weight.shape == (60, 32) and model(IDS).logits.shape[-1] == 60
+
+
+def triple(layer: nn.Module) -> None:
+    layer.forward = lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def scale_by_accelerate(layer: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubling(hooks.ModelHook):
+        def post_forward(self, module, y):
+            return 2 * y
+
+    hooks.add_hook_to_module(layer, Doubling())
+
+
+HOOKS = {
+    "pre": (lambda layer: layer.register_forward_pre_hook(lambda m, args: (2 * args[0],)), "lambda"),
+    "forward": (lambda layer: layer.register_forward_hook(lambda m, args, y: y + 3), "lambda"),
+    "backward": (lambda layer: layer.register_full_backward_hook(lambda *_: None), "lambda"),
+    "replaced": (triple, "triple"),
+    "accelerate": (scale_by_accelerate, "Doubling"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_merging_neither_drops_nor_misleads_a_hook(kind):
+    put, named = HOOKS[kind]
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    put(model[1])
+    y = randomise(lx.attach(model, 4))(x)
+    with pytest.raises(TypeError, match=f"module '1': calling its base layer also runs .*{named}"):
+        lx.merge(model)
+    assert not model[0].merged and torch.equal(model(x), y)
+    if kind in ("forward", "backward"):  # the layer stays, and is called
+        torch.testing.assert_close(lx.detach(model, merge=True)(x), y)
+    else:
+        with pytest.raises(TypeError, match=f"module '1': calling its base layer also runs .*{named}"):
+            lx.detach(model, merge=True)
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("state", ["device_map", "removed"])
+def test_hooks_of_accelerate_that_only_move_do_not_prevent_merging(state):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    hooks.add_hook_to_module(model[1], hooks.AlignDevicesHook("cpu"))
+    if state == "removed":
+        hooks.remove_hook_from_module(model[1])
+        assert "forward" in vars(model[1])  # still, though it is that of the class
+    y = randomise(lx.attach(model, 4))(x)
+    torch.testing.assert_close(lx.merge(model)(x), y)
+    torch.testing.assert_close(lx.detach(lx.unmerge(model), merge=True)(x), y)
 
 
 def test_merging_into_a_tied_head_leaves_the_embedding_alone(gpt2):

@@ -1106,6 +1106,33 @@ def test_a_merge_that_is_not_finite_changes_no_layer(trained, merge):
     assert torch.equal(logits(trained), merged)
 
 
+def test_training_while_merged_is_warned_of(trained):
+    trained.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(trained)
+        trained.eval()(IDS)
+        with torch.no_grad():
+            trained.train()(IDS)
+    with pytest.warns(UserWarning, match="the adapters are merged, so that R gets no gradient"):
+        trained(IDS)
+
+
+def test_a_merge_that_would_mislead_a_hook_is_refused(trained):
+    first = next(iter(layers(trained).values()))
+    handle = first.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    y = logits(trained)
+    for merge in (trained.merge_adapter, trained.merge_and_unload):
+        with pytest.raises(TypeError, match=r"calling its base layer also runs test_a_merge_.*<lambda>"):
+            merge()
+    assert torch.equal(logits(trained), y)
+    handle.remove()
+    first.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    y = logits(trained)
+    trained.merge_adapter()
+    torch.testing.assert_close(logits(trained), y, atol=1e-4, rtol=0)
+
+
 def test_layers_are_unmerged_all_or_none(trained, monkeypatch):
     trained.merge_adapter()
     *_, last = layers(trained).values()
@@ -1276,6 +1303,16 @@ def test_biases_train_and_are_saved_if_asked_for(tmp_path):
     nn.init.normal_(bias)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(biased(), tmp_path)), logits(model))
+
+
+def test_a_forward_without_the_adapters_weights_is_refused():
+    model = get_peft_model(llama(), config(), low_cpu_mem_usage=True)
+    layer = next(iter(layers(model).values()))
+    layer.base_layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.base_model.reset_parameters()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"A, R, B: not all are in memory .* load the adapter's weig"):
+        model(IDS)
 
 
 def test_model_made_on_the_meta_device(trained):
@@ -1690,6 +1727,20 @@ def test_the_cast_of_inputs_can_be_disabled():
         with torch.autocast("cpu", torch.bfloat16):
             model(x)
     assert torch.equal(model(x), y)
+
+
+def test_a_scaling_that_no_file_would_hold_is_not_saved(tmp_path):
+    model = get_peft_model(llama(), config(lora_alpha=7, alpha_pattern={"q_proj": 3}, rank_pattern={"down_proj": 3}))
+    model.save_pretrained(tmp_path / "saved")
+    first = next(iter(layers(model).values()))
+    first.scaling["default"] *= 2
+    with pytest.raises(ValueError, match=r"scaling of module 'model.*0\.self_attn.q_proj' is 1\.5, must be 0\.75, as"):
+        model.save_pretrained(tmp_path / "never")
+    first.scaling["default"] /= 2
+    model.peft_config["default"].lora_alpha = 8
+    with pytest.raises(ValueError, match=r"k_proj' is 1\.75, must be 2\.0, as its config \(lora_alpha 8"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
 
 
 def test_settings_that_choose_modules():

@@ -334,6 +334,19 @@ def test_a_registered_layer_is_adapted_like_any_other(register):
         lx.merge(model)
 
 
+def test_layers_that_share_a_parameter_but_not_what_is_read_of_it_have_factors_of_their_own(register):
+    class Rescaled(nn.Module):
+        def __init__(self, weight: nn.Parameter, factor: float):
+            super().__init__()
+            self.weight, self.factor = weight, factor
+            self.out_features, self.in_features = weight.shape
+
+    register(Rescaled, lambda layer: layer.factor * layer.weight)
+    weight = nn.Parameter(torch.randn(N, K))
+    first, second = adapters(lx.attach(nn.Sequential(Rescaled(weight, 1.0), Rescaled(weight, 3.0)), 4))
+    torch.testing.assert_close(second.A.norm(dim=1), 3 * first.A.norm(dim=1))
+
+
 class HQQLinear(nn.Module):
     """What HQQ's layer looks like: no nn.Linear, its weight packed under a name of its own."""
 

@@ -16,11 +16,12 @@ from ... import basis, parallel
 from ...acceptance import aligned, mismatch
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoraXSLinear, sparing_what_trains
+from ...linear import LoraXSLinear, sparing_what_trains, warn_of_training
+from ...matching import pattern_value
 from ...naming import FLOATS, label_of
 from ...ops import autocast_on
 from ...recipe import Recipe
-from ...route import layer_output, only_moves, plus_delta
+from ...route import check_merge, layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
 from ...weights import held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
@@ -85,7 +86,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_R[name] = adapter.R
         self.loraxs_A.register_buffer(name, adapter.A, config.save_factors)
         self.loraxs_B.register_buffer(name, adapter.B, config.save_factors)
-        fingerprint = torch.zeros(adapter.rank + basis.PROBES, device=adapter.A.device)
+        fingerprint = torch.zeros(adapter.rank + basis.PROBES, dtype=torch.float32, device=adapter.A.device)
         self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
 
     def discard(self, name: str) -> None:
@@ -111,6 +112,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = [name for name in used if name in self.r]
+        if self.merged_adapters and self.training and torch.is_grad_enabled():
+            for name in self.merged_adapters:
+                warn_of_training(held(R, name))
         if self._disable_adapters or self.merged_adapters or not active:
             return base(x, *args, **kwargs)
         if not self.cast_input_dtype_enabled and not autocast_on(x):
@@ -210,7 +214,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """Replace W by W + sum of s B R A, summed in fp32 and rounded once; `unmerge` puts W back.
 
         The result is always checked, whatever safe_merge says: ValueError if it is not finite, TypeError if W is
-        neither dense nor of a kind that PEFT can quantise again.  The layer is then as it was.
+        neither dense nor of a kind that PEFT can quantise again, or if base_layer has hooks that change its input or a
+        forward of its own.  The layer is then as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not names:
@@ -239,6 +244,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         else:
             W = mergeable_weight(base, label)
             dtype = W.dtype
+        check_merge(base, label, called=True)
         total = sum(self.adapter(name).delta_weight() for name in names).add(W).to(dtype)
         if not torch.isfinite(total).all():
             raise ValueError(
@@ -290,13 +296,14 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters from the base weight, for a layer that was made on the meta device."""
-        for name in self.loraxs_R:
-            device = self.base_layer.weight.device
-            for each in (self.loraxs_A, self.loraxs_B, self.loraxs_fingerprint):
-                each[name] = torch.empty_like(each[name], device=device) if each[name].is_meta else each[name]
-            if (R := self.loraxs_R[name]).is_meta:
-                self.loraxs_R[name] = nn.Parameter(torch.empty_like(R, device=device), requires_grad=R.requires_grad)
-            self.adapter(name).reset_parameters()
+        for name, R in self.loraxs_R.items():
+            adapter = self.adapter(name)
+            adapter.reset_parameters()
+            self.loraxs_A[name], self.loraxs_B[name] = adapter.A, adapter.B
+            if (fingerprint := self.loraxs_fingerprint[name]).is_meta:
+                self.loraxs_fingerprint[name] = torch.zeros_like(fingerprint, device=adapter.A.device)
+            if R.is_meta:
+                self.loraxs_R[name] = adapter.R.requires_grad_(R.requires_grad)
 
     @torch.no_grad()
     def check_fingerprints(self, names: Iterable[str]) -> None:
@@ -351,12 +358,25 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
+    def _check_scaling(self, name: str, config: LoraXSConfig) -> None:
+        """Raise a ValueError if the layer multiplies by another s than one that is made from the config would."""
+        module, r = self.recipe[name].name, self.r[name]
+        alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
+        s = 1.0 if alpha is None else alpha / r
+        if self.scaling[name] != s:
+            raise ValueError(
+                f"adapter {name!r}: scaling of {label_of(module)} is {self.scaling[name]}, must be {s}, as its config "
+                f"(lora_alpha {config.lora_alpha}, alpha_pattern {config.alpha_pattern}) and its rank {r} say, to be "
+                "saved: files hold the config alone"
+            )
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
             try:
                 config.check()
             except ValueError as error:
                 raise ValueError(f"adapter {name!r}: {error}") from error
+            self._check_scaling(name, config)
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]
