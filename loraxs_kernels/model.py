@@ -92,9 +92,10 @@ def attach(
         progress: show a bar if this takes more than a second.
 
     Returns:
-        `model`.  A module or weight that is used in several places gets one adapter.  In a model inside the wrappers of
-        torch.compile or DataParallel, names are those of the base model.  What was done is logged at level INFO by the
-        logger "loraxs_kernels"; `lx.summary(model)` says the same at any time.
+        `model`.  A module that is used in several places gets one adapter; modules that share a weight get one each,
+        whose A and B are the same.  In a model inside the wrappers of torch.compile or DataParallel, names are those of
+        the base model.  What was done is logged at level INFO by the logger "loraxs_kernels"; `lx.summary(model)` says
+        the same at any time.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a layer cannot be adapted; the message names it.
