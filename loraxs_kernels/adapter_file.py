@@ -160,13 +160,7 @@ def _packed_adapter(
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
-    shared: dict[str, list[str]] = {}
-    first = {id(layer): name for name, layer in adapted_layers(model)}
-    for name, m in by_base_name(model).items():
-        if first.get(id(m), name) != name:
-            shared.setdefault(first[id(m)], []).append(name)
-    header = {"base_model": base} | ({"version": 4, "shared": shared} if shared else {})
-    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
+    parts = packed("loraxs", {"base_model": base} | shared_names(model), descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
     if changed:
@@ -233,6 +227,16 @@ def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
         )
 
 
+def shared_names(model: nn.Module) -> dict[str, Any]:
+    """What a header has of adapted layers with several names, if there are any: what reads less must not read on."""
+    shared: dict[str, list[str]] = {}
+    first = {id(layer): name for name, layer in adapted_layers(model)}
+    for name, m in by_base_name(model).items():
+        if first.get(id(m), name) != name:
+            shared.setdefault(first[id(m)], []).append(name)
+    return {"version": 4, "shared": shared} if shared else {}
+
+
 def base_model(model: nn.Module) -> str:
     """The name that a transformers model was loaded by, else nothing."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or ""
@@ -245,6 +249,8 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
         module = model.get_submodule(name)
         masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
         for key, t in module.state_dict(keep_vars=True).items():
+            if not isinstance(t, Tensor):
+                raise ValueError(f"modules_to_save: '{name}.{key}' is a {type(t).__name__}, must be a tensor")
             tensors[f"{name}.{base_name(key)}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
@@ -309,7 +315,7 @@ def load_adapter(
     # Earlier files of compiled blocks had the names of their wrappers.
     entries, saved = ({base_name(name): each for name, each in found.items()} for found in (entries, saved))
     modules_to_save = [base_name(name) for name in modules_to_save]
-    _check_shared(model, entries, path)
+    check_shared(model, entries, path)
     devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
     with transaction(model) as undo:
         if fresh:
@@ -355,7 +361,7 @@ def load_adapter(
     return given
 
 
-def _check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
+def check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
     """ValueError where modules that were one in the model of a file are several in this one: only one would adapt."""
     modules = by_base_name(model)
     for name, entry in entries.items():

@@ -220,6 +220,15 @@ def test_the_next_attach_says_anew_what_is_saved():
     assert all(p.requires_grad for p in lx.detach(model).parameters())
 
 
+def test_what_is_no_tensor_is_not_saved(trained):
+    model, path = trained
+    model[3].__class__ = type("Counting", (nn.Linear,), {"get_extra_state": lambda self: {"step": 1}})
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match=r"modules_to_save: '3\._extra_state' is a dict, must be a tensor"):
+        lx.save_adapter(model, path)
+    assert path.read_bytes() == old
+
+
 def test_what_trains_and_is_in_no_file_is_named(trained):
     model, path = trained
     model[0].base_layer.bias.requires_grad_(True)

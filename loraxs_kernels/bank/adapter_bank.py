@@ -129,6 +129,7 @@ class AdapterBank(Store):
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
         devices, workspace = None if device is None else compute_devices(device), workspace_bytes(workspace_gib)
+        adapter_file.check_shared(model, self.entries, self.path)
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:
