@@ -171,13 +171,7 @@ def _packed_adapter(
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
-    shared: dict[str, list[str]] = {}
-    first = {id(layer): name for name, layer in adapted_layers(model)}
-    for name, m in by_base_name(model).items():
-        if first.get(id(m), name) != name:
-            shared.setdefault(first[id(m)], []).append(name)
-    header = {"base_model": base} | ({"version": 4, "shared": shared} if shared else {})
-    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
+    parts = packed("loraxs", {"base_model": base} | shared_names(model), descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
     if changed:
@@ -242,6 +236,16 @@ def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
             "dict, or a checkpoint of Trainer, will). Name their modules in attach(..., modules_to_save=[...])",
             stacklevel=stacklevel,
         )
+
+
+def shared_names(model: nn.Module) -> dict[str, Any]:
+    """What a header has of adapted layers with several names, if there are any: what reads less must not read on."""
+    shared: dict[str, list[str]] = {}
+    first = {id(layer): name for name, layer in adapted_layers(model)}
+    for name, m in by_base_name(model).items():
+        if first.get(id(m), name) != name:
+            shared.setdefault(first[id(m)], []).append(name)
+    return {"version": 4, "shared": shared} if shared else {}
 
 
 def base_model(model: nn.Module) -> str:
@@ -325,7 +329,7 @@ def load_adapter(
     # Earlier files of compiled blocks had the names of their wrappers.
     entries, saved = ({base_name(name): each for name, each in found.items()} for found in (entries, saved))
     modules_to_save = [base_name(name) for name in modules_to_save]
-    _check_shared(model, entries, path)
+    check_shared(model, entries, path)
     compute = compute_options(device, workspace_gib, progress)
     with transaction(model) as undo:
         if fresh:
@@ -370,7 +374,7 @@ def load_adapter(
     return given
 
 
-def _check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
+def check_shared(model: nn.Module, entries: Mapping[str, dict], path: Path) -> None:
     """ValueError where modules that were one in the model of a file are several in this one: only one would adapt."""
     modules = by_base_name(model)
     for name, entry in entries.items():

@@ -31,7 +31,7 @@ from loraxs_kernels.acceptance import aligned, aligned_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.inspection import inspected
 from loraxs_kernels.integrations.reference_repo import export_as_lora
-from loraxs_kernels.matching import adapted_layers
+from loraxs_kernels.matching import adapted_layers, saved_modules
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 
@@ -207,8 +207,16 @@ def test_a_part_of_what_was_adapted_keeps_its_head(tmp_path):
     nn.init.normal_(inner[3].weight)
     lx.save_adapter(inner, tmp_path / "a.safetensors")
     assert torch.equal(lx.load_adapter(mlp(), tmp_path / "a.safetensors")[3].weight, inner[3].weight)
-    lx.attach(lx.detach(inner), 4, modules_to_save=[])
-    assert inner[3].base_layer.weight.requires_grad is False and lx.summary(inner).beside == {}
+
+
+def test_the_next_attach_says_anew_what_is_saved():
+    """Also where only the part without the head was detached."""
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(20, 8)), "head": nn.Linear(8, 2)})
+    lx.attach(model, 4, target_modules=["0"], modules_to_save=["head"])
+    lx.detach(model["body"])
+    lx.attach(model, 4, target_modules=["0"], modules_to_save=[])
+    assert saved_modules(model) == []
+    assert all(p.requires_grad for p in lx.detach(model).parameters())
 
 
 def test_what_trains_and_is_in_no_file_is_named(trained):

@@ -752,3 +752,17 @@ def test_training_refuses_what_it_cannot_do(model, bank, folder, base):
             readable.train(["alice"])
     with pytest.raises(RuntimeError, match="the bank is on no model"):
         lx.AdapterBank(folder).select(["alice"])
+
+
+def test_a_module_with_two_names_is_one_where_a_bank_is_attached(tmp_path):
+    """As for adapter files, one of which `export` writes; else only one of the two would be adapted."""
+    block, path = nn.Linear(8, 8), tmp_path / "alice.safetensors"
+    model, two = nn.Sequential(block, nn.ReLU(), block), nn.Sequential(block, nn.ReLU(), copy.deepcopy(block))
+    fresh = copy.deepcopy(model)
+    with lx.AdapterBank.create(tmp_path / "bank", lx.attach(model, 4)) as bank:
+        bank.add("alice", model)
+        bank.export("alice", path)
+        for put_on in (bank.attach, lambda other: lx.load_adapter(other, path)):
+            with pytest.raises(ValueError, match="modules '0' and '2' are two here, but are one in the model"):
+                put_on(two)
+        assert bank.attach(fresh) is fresh

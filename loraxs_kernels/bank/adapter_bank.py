@@ -107,6 +107,7 @@ class AdapterBank(Store):
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
         compute = compute_options(device, workspace_gib, progress)
+        adapter_file.check_shared(model, self.entries, self.path)
         with transaction(model) as undo:
             trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
             if put_on:

@@ -377,7 +377,8 @@ class Store(Records):
                 raise ValueError(f"{self.path}: adapter {name!r}: R of module {module!r} is too large for a file")
             if "A" in entry:
                 factors[module] = entry["A"], entry["B"]
-        header = {"base_model": self.base_model}
+        shared = {module: entry["shared"] for module, entry in self.entries.items() if "shared" in entry}
+        header = {"base_model": self.base_model} | ({"version": 4, "shared": shared} if shared else {})
         saved = self.modules_to_save, self.saved
         write_atomically(path, *adapter_format.packed("loraxs", header, descriptions, records, factors, *saved))
 
