@@ -19,6 +19,7 @@ from .accounting import summary
 from .basis import Factors
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_devices, factor, workspace_bytes
+from .fast_path import settle_fast_paths
 from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
@@ -245,6 +246,7 @@ def install(
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
                     parent._modules[child_name] = layers[id(child)]
+        settle_fast_paths(model)
         model.requires_grad_(False)
         for layer in layers.values():
             layer.R.requires_grad_(True)
@@ -370,6 +372,7 @@ def detach(model: M, *, merge: bool = False) -> M:
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
                     parent._modules[child_name] = child.base_layer
+        settle_fast_paths(model)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
                 for name, p in module.named_parameters():
