@@ -133,15 +133,14 @@ def reads_of(function: ast.FunctionDef) -> Iterator[Read]:
         return
     known: Names = {arguments[0].arg: [()]}
     weights: Names = {}  # names of weights
-    stored: Counter[str] = Counter()
-    for node in ast.walk(function):
-        stored.update([node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else [])
-        target, value = _binding(node)
-        for path in [*_paths(value, known)] if target is not None else ():
+    nodes = [*ast.walk(function)]
+    stored = Counter(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    for target, value in 3 * [binding for node in nodes if (binding := _binding(node))[0] is not None]:
+        for path in [*_paths(value, known)]:  # again, as nested blocks come after what may follow them
             of_weight = path[-1:] == ("weight",)
             paths = (weights if of_weight else known).setdefault(target, [])
-            if len(paths) < MOST_PATHS:
-                paths.append(path[:-1] if of_weight else path)
+            if len(paths) < MOST_PATHS and (layer := path[:-1] if of_weight else path) not in paths:
+                paths.append(layer)
     settings = {name: paths for name, paths in known.items() if stored[name] < 2}
     for layer, conditions in _visit(function, (), False, known, weights):
         yield Read(layer, conditions, settings)
@@ -153,8 +152,12 @@ def _binding(node: ast.AST) -> tuple[str | None, ast.expr | None]:
         return node.targets[0].id, node.value
     if isinstance(node, ast.NamedExpr):
         return node.target.id, node.value
-    if isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
-        return node.target.id, ast.Subscript(node.iter, ast.Constant(0), ast.Load())
+    if isinstance(node, (ast.For, ast.comprehension)):
+        target, iterated = node.target, node.iter
+        if isinstance(target, ast.Tuple) and isinstance(iterated, ast.Call) and iterated.args:  # enumerate
+            target, iterated = target.elts[-1], iterated.args[0]
+        if isinstance(target, ast.Name):
+            return target.id, ast.Subscript(iterated, ast.Constant(0), ast.Load())
     return None, None
 
 

@@ -29,7 +29,7 @@ class Block(nn.Module):
     """One layer for each way to read a weight, and for each that only looks like one."""
 
     NAMES = (
-        *("called", "aliased", "rebound", "looped", "returned", "helped", "partly", "nested", "read_if"),
+        *("called", "aliased", "rebound", "looped", "counted", "returned", "helped", "partly", "nested", "read_if"),
         *("read_if_changed", "asked", "cast", "compared", "tied", "not_read_if", "initialised"),
     )
 
@@ -38,6 +38,7 @@ class Block(nn.Module):
         for name in self.NAMES:
             setattr(self, name, nn.Linear(4, 4))
         self.helper, self.blocks, self.exact, self.changed = self.helped, nn.ModuleList([self.looped]), exact, False
+        self.more = nn.ModuleList([self.counted])
         self.inner = nn.ModuleDict({"partly": self.partly})
         self.reset_parameters()
 
@@ -58,12 +59,15 @@ class Block(nn.Module):
     @torch.no_grad()
     def forward(self, x):
         x = self.called(x.to(self.called.weight.dtype)) + torch.zeros_like(self.asked.weight)
-        layer = self.aliased
+        if x.ndim > 2:
+            layer = self.aliased
         weight = layer.weight
         x = F.linear(x, weight)
         layer = self.rebound
         x = x @ layer.weight.t()
         for each in self.blocks:
+            x = x @ each.weight
+        for _, each in enumerate(self.more):
             x = x @ each.weight
         head = self.get_output_embeddings()
         x = helped(self, x @ head.weight)
@@ -81,12 +85,23 @@ class Block(nn.Module):
         return self.compared(self.tied(self.cast(x))) + later()
 
 
-READ = {"aliased", "rebound", "looped", "returned", "helped", "partly", "nested", "read_if", "read_if_changed"}
+READ = {
+    "aliased",
+    "rebound",
+    "looped",
+    "counted",
+    "returned",
+    "helped",
+    "partly",
+    "nested",
+    "read_if",
+    "read_if_changed",
+}
 
 
 def test_reads_are_told_from_what_only_asks_or_never_runs():
     with pytest.warns(
-        UserWarning, match=r"leaves out 8 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
+        UserWarning, match=r"leaves out 9 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
     ):
         assert set(match(Block(exact=True), "all-linear")) == set(Block.NAMES) - READ - {"returned"} | {"not_read_if"}
     model = nn.Sequential(Block(exact=False))
@@ -158,6 +173,12 @@ def test_a_setting_decides_what_bloom_reads():
     exact = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, pretraining_tp=2, slow_but_exact=True))
     with pytest.raises(TypeError, match=r"'transformer\.h\.0\.self_attention\.dense' of a BloomAttention, which reads"):
         match(exact, ["dense"])
+
+
+def test_what_only_an_argument_that_no_model_passes_would_read_is_adapted():
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    model = transformers.DebertaModel(transformers.DebertaConfig(**sizes))
+    assert "encoder.layer.0.attention.self.in_proj" in match(model, "all-linear")
 
 
 def test_a_function_put_in_the_place_of_forward_may_read():
