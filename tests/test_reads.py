@@ -30,7 +30,17 @@ class Block(nn.Module):
 
     NAMES = (
         *("called", "aliased", "rebound", "looped", "counted", "returned", "helped", "partly", "nested", "read_if"),
-        *("read_if_changed", "asked", "cast", "compared", "tied", "not_read_if", "initialised"),
+        *(
+            "read_if_changed",
+            "read_if_either",
+            "walrus",
+            "asked",
+            "cast",
+            "compared",
+            "tied",
+            "not_read_if",
+            "initialised",
+        ),
     )
 
     def __init__(self, exact: bool):
@@ -52,6 +62,12 @@ class Block(nn.Module):
     def get_output_embeddings(self):
         return self.returned
 
+    def later(self):
+        return lambda: self.nested.weight.sum()
+
+    def local_init(self):
+        self.initialised.weight.zero_()
+
     @property
     def part(self):
         return self.inner.partly.weight[:, :2]
@@ -60,8 +76,8 @@ class Block(nn.Module):
     def forward(self, x):
         x = self.called(x.to(self.called.weight.dtype)) + torch.zeros_like(self.asked.weight)
         if x.ndim > 2:
-            layer = self.aliased
-        weight = layer.weight
+            first = self.aliased
+        weight = first.weight
         x = F.linear(x, weight)
         layer = self.rebound
         x = x @ layer.weight.t()
@@ -71,7 +87,12 @@ class Block(nn.Module):
             x = x @ each.weight
         head = self.get_output_embeddings()
         x = helped(self, x @ head.weight)
-        later = lambda: self.nested.weight.sum()  # noqa: E731
+        mode = self.exact
+        if x.ndim > 2:
+            mode = not mode
+        if not mode:
+            x = x @ self.read_if_either.weight
+        x = x @ named.weight if (named := self.walrus) else x
         if self.exact and x.ndim > 1:
             x = x @ self.read_if.weight
         if not self.exact and x.ndim > 1:
@@ -82,33 +103,23 @@ class Block(nn.Module):
         x = x.to(dtype.dtype).to(self.cast.weight)
         if self.compared.weight is not None and isinstance(self.compared.weight, nn.Parameter):
             self.tied.weight = self.asked.weight
-        return self.compared(self.tied(self.cast(x))) + later()
+        return self.compared(self.tied(self.cast(x))) + self.later()()
 
 
-READ = {
-    "aliased",
-    "rebound",
-    "looped",
-    "counted",
-    "returned",
-    "helped",
-    "partly",
-    "nested",
-    "read_if",
-    "read_if_changed",
-}
+NOT_READ = {"called", "asked", "cast", "compared", "tied", "not_read_if", "initialised"}
 
 
 def test_reads_are_told_from_what_only_asks_or_never_runs():
-    with pytest.warns(
-        UserWarning, match=r"leaves out 9 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
-    ):
-        assert set(match(Block(exact=True), "all-linear")) == set(Block.NAMES) - READ - {"returned"} | {"not_read_if"}
+    said = r"leaves out 11 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
+    with pytest.warns(UserWarning, match=said):
+        assert set(match(Block(exact=True), "all-linear")) == NOT_READ
     model = nn.Sequential(Block(exact=False))
     with pytest.raises(TypeError, match=r"'0.not_read_if' of a Block, which reads .* \(in Block.forward\): an adapter"):
         match(model, ["not_read_if"])
     with pytest.raises(TypeError, match=r"'0.partly' of a Block, .* \(in Block.part\)"):
         match(model, ["partly"])
+    with pytest.raises(TypeError, match=r"'returned' of a Block, which reads"):  # "all-linear" takes it for the head
+        match(model[0], ["returned"])
     assert match(model, ["read_if", "called"]) == ["0.called", "0.read_if"]
 
 
@@ -246,4 +257,6 @@ def test_torchs_encoder_uses_the_adapters_of_peft_in_eval_mode():
     model = peft.get_peft_model(base, LoraXSConfig(r=4, target_modules=["linear1", "linear2"], init_std=0.5))
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(X), model.train()(X))
+    model.add_adapter("second", LoraXSConfig(r=2, target_modules="all-linear"))
+    assert set(base.layers[1].linear2.loraxs_R) == {"default", "second"}
     assert settings(model.eval().unload()) == before
