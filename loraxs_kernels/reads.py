@@ -48,8 +48,6 @@ def weights_read(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     functions = {kind: [*_functions(kind)] for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
-        if "base_layer" in module._modules:  # an adapter, which adds to what it reads
-            continue
         own = _unwrapped(vars(module).get("forward"))  # one that replaces that of the class
         replaced = [(f.__globals__["__name__"], f) for each in own for f in (each, *_helpers(each))]
         for where, function in (*replaced, *functions[type(module)]):

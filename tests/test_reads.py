@@ -77,7 +77,8 @@ class Block(nn.Module):
         x = self.called(x.to(self.called.weight.dtype)) + torch.zeros_like(self.asked.weight)
         if x.ndim > 2:
             first = self.aliased
-        weight = first.weight
+        again = first
+        weight = again.weight
         x = F.linear(x, weight)
         layer = self.rebound
         x = x @ layer.weight.t()
