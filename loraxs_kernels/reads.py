@@ -30,7 +30,6 @@ from torch import nn
 Path = tuple[str, ...]  # from a module to one inside it; "[]" is any of its children, "name()" what a method returns
 Names = dict[str, list[Path]]  # a function's names for parts of its module
 
-
 MOST_PATHS = 9  # for one name of a function, which a loop might give more and more
 
 
@@ -49,7 +48,7 @@ def weights_read(model: nn.Module) -> dict[int, str]:
     functions = {kind: [*_functions(kind)] for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
         own = _unwrapped(vars(module).get("forward"))  # one that replaces that of the class
-        replaced = [(f.__globals__["__name__"], f) for each in own for f in (each, *_helpers(each))]
+        replaced = [(f.__globals__.get("__name__", "a function"), f) for each in own for f in (each, *_helpers(each))]
         for where, function in (*replaced, *functions[type(module)]):
             for read in _reads(function.__code__):
                 if all(_value(test, module, read.settings) in (wanted, None) for test, wanted in read.conditions):
