@@ -29,11 +29,11 @@ from .matching import (
     base_name,
     choose,
     embeddings,
+    no_adapter,
     pattern_value,
     saved_modules,
     stacked_experts,
     unwrapped,
-    why_no_adapter,
 )
 from .naming import FLOATS, aliases, as_dtype, label_of
 from .weights import is_linear, is_unread_linear, weight_of
@@ -215,7 +215,7 @@ def _skipped(model: nn.Module, adapted: Mapping[str, LoraXSLinear], saved: Seque
     """The linear layers without an adapter, and why."""
     inside = {id(m) for layer in adapted.values() for m in layer.modules()}
     trained = {id(m) for name in saved for m in model.get_submodule(name).modules()}
-    output, skipped = embeddings(model, "output"), {}
+    output, refused, skipped = embeddings(model, "output"), no_adapter(model), {}
     for parent_name, parent in model.named_modules():
         for child, m in parent._modules.items():
             if m is None or id(m) in inside or not (is_linear(m) or is_unread_linear(m)):
@@ -228,7 +228,7 @@ def _skipped(model: nn.Module, adapted: Mapping[str, LoraXSLinear], saved: Seque
             elif is_unread_linear(m):
                 why = f"a {type(m).__name__}, see lx.register_weight_reader"
             else:
-                why = why_no_adapter(parent, child) or "not a target"
+                why = refused.get(id(m), "not a target")
             skipped[f"{parent_name}.{child}".removeprefix(".")] = why
     return skipped | dict.fromkeys(stacked_experts(model), EXPERTS)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
+from .reads import weights_read
 from .weights import is_linear, is_unread_linear, unread
 
 
@@ -77,14 +76,16 @@ def match(
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = embeddings(model, "output")
-    children = ((parent, n, m) for parent in modules.values() for n, m in parent._modules.items())
-    no_adapter = {id(m): why for parent, n, m in children if (why := why_no_adapter(parent, n))}
-    names, left_out = [], []
+    refused = no_adapter(model)
+    names, left_out, unsuited = [], [], []
     for name, module in modules.items():
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head and id(module) not in no_adapter
+            hit = is_linear(module) and module is not head
+            if hit and id(module) in refused:
+                unsuited.append((name, refused[id(module)]))
+                continue
             if is_unread_linear(module) and module is not head:
                 left_out.append((name, module))
         else:
@@ -98,12 +99,15 @@ def match(
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match only linear layers"
             )
-        if why := no_adapter.get(id(module)):
+        if why := refused.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
     if not names and left_out:
         name, module = left_out[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r}, {unread(module)}")
+    if not names and unsuited:
+        name, why = unsuited[0]
+        raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
     if not names:
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
@@ -115,6 +119,7 @@ def match(
     if everything:
         warn_of_experts(model, stacklevel=6)
         warn_of_unread(left_out, stacklevel=6)
+        warn_of_unsuited(unsuited, stacklevel=6)
     return names
 
 
@@ -180,6 +185,17 @@ def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> 
         )
 
 
+def warn_of_unsuited(layers: Sequence[tuple[str, str]], stacklevel: int) -> None:
+    """Say that "all-linear" leaves out layers that take no adapter, if there are any: their names, and why."""
+    if layers:
+        (name, why), plural = layers[0], "s"[: len(layers) - 1]
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(layers)} layer{plural} that cannot be adapted; the first, "
+            f"{name!r}, is {why}",
+            stacklevel=stacklevel,
+        )
+
+
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """What rank_pattern or alpha_pattern says of a module: the first pattern that matches the end of its name."""
     for pattern, value in (patterns or {}).items():
@@ -199,32 +215,6 @@ def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return names
 
 
-# Linear layers whose weight their parent may read without calling them: {name of the layer: classes of the parent}.
-_READ_BY_PARENT = {
-    "out_proj": "MultiheadAttention WavLMAttention MambaMixer FalconMambaMixer Mamba2Mixer BambaMixer FalconH1Mixer "
-    "GraniteMoeHybridMambaLayer NemotronHMamba2Mixer Zamba2MambaMixer",
-    "x_proj": "MambaMixer FalconMambaMixer",
-    "dt_proj": "MambaMixer FalconMambaMixer JambaMambaMixer",
-    "q_proj": "WavLMAttention",
-    "k_proj": "WavLMAttention DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
-    "v_proj": "WavLMAttention",
-    "k_linear": "DabDetrMHAttentionMap DetrMHAttentionMap ConditionalDetrMHAttentionMap MaskFormerDetrMHAttentionMap",
-    "query": "VideoMAESelfAttention",
-    "key": "VideoMAESelfAttention",
-    "value": "VideoMAESelfAttention LSHSelfAttention",
-    "query_key": "LSHSelfAttention",
-    "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
-    "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
-    "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder",
-    "dense": "MobileBertLMPredictionHead",
-    "decoder": "MobileBertLMPredictionHead",
-    "unembedding_projection": "NeoMMEForMaskedLM",
-    "classifier": "LongcatFlashTopkRouter",
-    "correction_coefs": "Gemma3nTextAltUp",
-    "kernel": "TDNNLayer",
-}
-
-
 # Linear layers whose weight the model changes without calling them: RwkvModel rescales these in eval mode.
 _CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
 
@@ -232,17 +222,24 @@ _CHANGED_BY_MODEL = {"output": "RwkvSelfAttention", "value": "RwkvFeedForward"}
 _NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
 
 
-def why_no_adapter(parent: nn.Module, name: str) -> str | None:
-    """Why the linear layer of that name in a module takes no adapter, as the end of a sentence; None: it does."""
-    of = f"of a {type(parent).__name__}, "
-    if _NO_LINEAR_MAP & _names(parent._modules[name]):
-        return f"{of}a {type(parent._modules[name]).__name__}, whose forward is no linear map"
-    if _CHANGED_BY_MODEL.get(name) in _names(parent):
-        return f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
-    reading = _READ_BY_PARENT.get(name, "").split()
-    if any(kind.__name__ in reading and _reads(kind, name) for kind in type(parent).__mro__):
-        return f"{of}which reads its weight without calling it: an adapter there has no effect"
-    return None
+def no_adapter(model: nn.Module) -> dict[int, str]:
+    """{id of a linear layer that takes no adapter: why not, as the end of a sentence that begins with its name}."""
+    read = weights_read(model)
+    found = {}
+    for parent in model.modules():
+        for name, layer in parent._modules.items():
+            if layer is None or not is_linear(layer):
+                continue
+            of = f"of a {type(parent).__name__}, "
+            if _NO_LINEAR_MAP & _names(layer):
+                found[id(layer)] = f"{of}a {type(layer).__name__}, whose forward is no linear map"
+            elif _CHANGED_BY_MODEL.get(name) in _names(parent):
+                found[id(layer)] = (
+                    f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
+                )
+            elif id(layer) in read:
+                found[id(layer)] = f"{read[id(layer)]}: an adapter there has no effect"
+    return found
 
 
 # Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
@@ -272,15 +269,6 @@ def why_not_mixed(model: nn.Module) -> str | None:
 
 def _names(module: nn.Module | None) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
-
-
-@functools.cache
-def _reads(kind: type, name: str) -> bool:
-    """Whether the source of a class has the weight of a child in it: classes change between versions."""
-    try:
-        return f"self.{name}.weight" in inspect.getsource(kind)
-    except (OSError, TypeError):  # there is no source
-        return True
 
 
 def embeddings(model: nn.Module, which: str) -> nn.Module | None:

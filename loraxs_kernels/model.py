@@ -16,6 +16,7 @@ from . import parallel, pretrained
 from .accounting import summary
 from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
+from .fast_path import settle_fast_paths
 from .linear import LoraXSLinear
 from .matching import adapted_layers, choose, embeddings, is_peft_layer, pattern_value, unwrapped
 from .naming import Former, aliases
@@ -174,6 +175,7 @@ def install(
             for child_name, child in list(parent._modules.items()):
                 if id(child) in layers:
                     _replace(parent, child_name, layers[id(child)])
+        settle_fast_paths(model)
         model.requires_grad_(False)
         for module in model.modules():
             module.__dict__.pop("loraxs", None)
@@ -315,6 +317,7 @@ def detach(model: M, *, merge: bool = False) -> M:
                     _replace(parent, child_name, child.base_layer)
                     for name, p in child.base_layer.named_parameters() if child._trained is not None else ():
                         p.requires_grad_(name in child._trained)
+        settle_fast_paths(model)
         for module in reversed(list(model.modules())):  # the record of the whole model is the one that counts
             if attachment := module.__dict__.pop("loraxs", None):
                 whole = tuple(each and f"{each}." for each in attachment.modules_to_save)

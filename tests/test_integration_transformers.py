@@ -469,6 +469,52 @@ def test_refuses_before_it_trains(tmp_path):
     assert same(trained(other), trained(model))
 
 
+def fused_head(self, input_ids, labels, **_):
+    """As TRL's and Liger's, which never call the head."""
+    head = self.get_output_embeddings()
+    logits = nn.functional.linear(self.model(input_ids).last_hidden_state, head.weight)
+    return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("way", ["attach", "peft"])
+def test_an_adapter_of_a_head_that_is_never_called_is_refused(tmp_path, way):
+    base, targets = llama(), ["q_proj", "lm_head"]
+    if way == "peft":
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        model = pytest.importorskip("peft").get_peft_model(base, LoraXSConfig(r=4, target_modules=targets))
+    else:
+        model = attached(base, target_modules=targets)
+    base.forward = types.MethodType(fused_head, base)
+    with pytest.raises(
+        ValueError, match=r"module '.*lm_head' is of a LlamaForCausalLM, which .* its adapter would have"
+    ):
+        trainer_of(model, tmp_path).train()
+    other = attached()
+    other.forward = types.MethodType(fused_head, other)
+    trainer_of(other, tmp_path, max_steps=1).train()
+
+
+def test_a_reference_without_the_models_adapters_is_refused(tmp_path):
+    """TRL loads the bare base model as the reference where it is given none."""
+    file = tmp_path / "adapter.safetensors"
+    lx.save_adapter(attached(init_std=0.3), file)
+
+    def add(model: nn.Module, reference: nn.Module | None) -> None:
+        trainer = trainer_of(model, tmp_path, callbacks=[])
+        trainer.ref_model = reference
+        LoraXSCallback().add_to(trainer)
+
+    with pytest.raises(
+        ValueError, match=r"trainer: its ref_model is the base model without adapters, .* pass ref_model="
+    ):
+        add(lx.load_adapter(llama(), file), llama())
+    add(lx.load_adapter(llama(), file), lx.load_adapter(llama(), file))
+    add(lx.load_adapter(llama(), file), lx.detach(lx.load_adapter(llama(), file), merge=True))
+    add(lx.load_adapter(llama(), file), None)
+    add(attached(), llama())  # a new adapter: the base is where it starts
+
+
 def test_compiled_models(tmp_path):
     """By the user, whose names then begin with _orig_mod., and by Trainer."""
 

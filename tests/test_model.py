@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import gc
 import io
 import re
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
-from loraxs_kernels.matching import _READ_BY_PARENT, match, unwrapped
+from loraxs_kernels.matching import match, unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
@@ -715,53 +713,6 @@ def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     trained = {name: p.grad is not None for name, p in adapted.named_parameters() if p.requires_grad}
     assert all(trained.values()) and any(".in_proj." in name for name in trained)
-
-
-def reads_of_weights(source: str) -> set[tuple[str, str]]:
-    """(class, name) where a class hands on `self.name.weight`, of a linear layer that it made, while it runs."""
-    found = set()
-    for kind in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
-        made = {
-            target.attr
-            for node in ast.walk(kind)
-            if isinstance(node, ast.Assign) and "Linear(" in ast.unparse(node.value)
-            for target in node.targets
-            if isinstance(target, ast.Attribute)
-        }
-        for method in (node for node in kind.body if isinstance(node, ast.FunctionDef)):
-            if re.match(r"_*(init|tie|get|set|resize|reset|post)", method.name):
-                continue
-            nodes = list(ast.walk(method))
-            asked = [
-                n for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("dtype", "device", "shape", "data")
-            ]
-            asked += [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "isinstance"]
-            harmless = {id(child) for node in asked for child in ast.iter_child_nodes(node)}
-            for node in nodes:
-                if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in harmless:
-                    owner, _, name = ast.unparse(node.value).rpartition(".")
-                    if owner == "self" and name in made:
-                        found.add((kind.name, name))
-    return found
-
-
-CALLED_UNLESS_CONFIGURED = {  # where only settings of research make the parent read the weight
-    ("BloomAttention", "dense"),
-    ("BloomMLP", "dense_4h_to_h"),
-    ("DisentangledSelfAttention", "in_proj"),
-    ("Gemma4AssistantForCausalLM", "lm_head"),
-    ("Gemma4UnifiedAssistantForCausalLM", "lm_head"),
-}
-
-
-def test_every_weight_that_transformers_reads_without_calling_its_layer_is_known():
-    found = set()
-    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        if re.search(r"self\.\w+\.weight\b(?!\.(dtype|device))", source := file.read_text(encoding="utf-8")):
-            found |= reads_of_weights(source)
-    assert ("MambaMixer", "out_proj") in found
-    known = {(kind, name) for name, kinds in _READ_BY_PARENT.items() for kind in kinds.split()}
-    assert found - known == CALLED_UNLESS_CONFIGURED & found
 
 
 def test_an_unused_name_in_the_list_is_a_warning(bert):

@@ -18,14 +18,16 @@ from peft.utils import (
 )
 from torch import nn
 
+from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
     matches,
+    no_adapter,
     pattern_value,
     warn_of_experts,
     warn_of_unread,
-    why_no_adapter,
+    warn_of_unsuited,
     why_not_mixed,
 )
 from ...model import fill
@@ -80,13 +82,15 @@ class LoraXSModel(BaseTuner):
                     "with lx.detach(model), or start from a fresh model"
                 )
             self._new: list[LoraXSLinear] = []  # those that still need A, B and R
+            self._refused = no_adapter(model)
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            settle_fast_paths(model)
             fill(model, self._new)
             shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
             for layer in self._layers():
                 layer.shares = shares.get(id(layer.base_layer), layer.shares)
-            del self._new
+            del self._new, self._refused
             if all(each.hook is not check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(check_before_loading)
 
@@ -99,12 +103,12 @@ class LoraXSModel(BaseTuner):
         if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
             return
         _maybe_include_all_linear_layers(config, model)
-        config.target_modules -= {
-            f"{name}.{child}".removeprefix(".")
-            for name, parent in model.named_modules()
-            for child in parent._modules
-            if why_no_adapter(parent, child)
+        refused = {
+            name: self._refused[id(m)]
+            for name, m in model.named_modules(remove_duplicate=False)
+            if id(m) in self._refused and name in config.target_modules
         }
+        config.target_modules -= refused.keys()
         # What transformers' add_adapter trains whole its load_adapter does not load: there a head is adapted.
         alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
         head = [] if alone else classification_head(model)
@@ -116,6 +120,7 @@ class LoraXSModel(BaseTuner):
             raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
         warn_of_experts(model, stacklevel=3)
         warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
+        warn_of_unsuited([*refused.items()], stacklevel=3)
 
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
@@ -148,7 +153,9 @@ class LoraXSModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
         """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
         with self._all_or_none():
-            return super()._unload_and_optionally_merge(*args, **options)
+            model = super()._unload_and_optionally_merge(*args, **options)
+            settle_fast_paths(model)
+            return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> Iterator[None]:
@@ -224,7 +231,7 @@ class LoraXSModel(BaseTuner):
         base = target.base_layer if isinstance(target, LoraXSLinearLayer) else target
         if is_unread_linear(base):
             raise TypeError(f"target_modules: matches module {current_key!r}, {unread(base)}")
-        if why := why_no_adapter(parent, target_name):
+        if why := self._refused.get(id(target)):
             raise TypeError(f"target_modules: matches module {current_key!r} {why}")
         if isinstance(base, BaseTunerLayer) or not is_linear(base):
             raise TypeError(

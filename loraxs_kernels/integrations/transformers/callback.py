@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...adapter_file import save_adapter, warn_of_unsaved
 from ...linear import LoraXSLinear
+from ...reads import weights_read
 from ...sharding import is_dtensor
 from ...transaction import transaction
 from .checkpoints import changing, check_checkpoint, forgive_the_frozen, save_pretrained
@@ -35,9 +37,10 @@ class LoraXSCallback(TrainerCallback):
     require grad during training.  If no R has a gradient after the first step, that is an error.
 
     When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
-    or if safetensors are switched off; warns if parameters train that an adapter file does not hold.  When a run is
-    resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was trained with
-    different A and B or a different alpha.
+    if an adapter would have no effect because something reads the weight of its layer without calling the layer (as
+    TRL's fused lm_head does), or if safetensors are switched off; warns if parameters train that an adapter file does
+    not hold.  When a run is resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if
+    its R was trained with different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
@@ -50,7 +53,11 @@ class LoraXSCallback(TrainerCallback):
 
         Trainer calls its loggers (`report_to`) before the callbacks that it was given.  So the loggers get the three
         figures only if this callback is first.  `trainer.state.log_history` and the printed logs always have them.
+
+        Raises ValueError if the trainer has a reference model (DPO, KTO, GRPO) that is the base model without the
+        adapters that the model has: TRL loads it so where it is given no `ref_model`.
         """
+        _check_reference(trainer)
         others = [c for c in trainer.callback_handler.callbacks if c is not self]
         known = len(others) < len(trainer.callback_handler.callbacks)
         trainer.callback_handler.callbacks[:] = [self, *others]
@@ -147,6 +154,13 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
             )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise _sharded(f"R of module {adapter.name!r}")
+    read = weights_read(model)
+    for name, m in model.named_modules():
+        if (isinstance(m, LoraXSLinear) or hasattr(m, "loraxs_R")) and (why := read.get(id(m))):
+            raise ValueError(
+                f"model: module {name!r} is {why}: its adapter would have no effect and not train; leave it out of "
+                " target_modules"
+            )
     if not attached:
         return
     if cut := [name for name, t in changing(model) if is_dtensor(t)]:
@@ -154,6 +168,33 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
     if not getattr(args, "save_safetensors", True):
         raise ValueError("args: got save_safetensors=False, must be True for LoraXSCallback")
     warn_of_unsaved(model, stacklevel=4)
+
+
+def _check_reference(trainer: Any) -> None:
+    """Refuse a reference model that is the base without adapters, where those of the model have a delta already."""
+    if getattr(trainer, "ref_model", None) is None or trainer.state.global_step > 0:
+        return
+    model, reference = (
+        extract_model_from_parallel(each, keep_torch_compile=False) for each in (trainer.model, trainer.ref_model)
+    )
+    adapters, plain = adapters_of(model), dict(reference.named_modules())
+    bare = any(_same_weight(adapter.layer.base_layer, plain.get(adapter.name)) for adapter in adapters)
+    if bare and (size := Sizes(adapters).figures().get("loraxs_delta_max", 0.0)) > NEW:
+        raise ValueError(
+            f"trainer: its ref_model is the base model without adapters, but the model's adapters change weights by up "
+            f"to {size:.1e} of their size; pass ref_model= with a second model that has the same adapters, such as "
+            "lx.load_adapter(fresh_base, file)"
+        )
+
+
+def _same_weight(base_layer: nn.Module, layer: nn.Module | None) -> bool:
+    W, other = getattr(base_layer, "weight", None), getattr(layer, "weight", None)
+    if isinstance(layer, LoraXSLinear) or W is None or other is None or W.shape != other.shape:
+        return False
+    return not (is_dtensor(W) or is_dtensor(other)) and torch.equal(W, other.to(W.device, W.dtype))
+
+
+NEW = 1e-3  # adapters from `attach` change no weight by as much: R starts at 1e-5
 
 
 def _sharded(what: str) -> ValueError:
