@@ -728,8 +728,14 @@ def test_commands(tmp_path, capsys):
 def test_what_is_not_the_bank_s_is_not_written_over(tmp_path, bank):
     bank.add("a", R_of(1))
     for file in ("basis.safetensors", "data.mdb", "lock.mdb"):
-        with pytest.raises(ValueError, match=r"path: .* is a file of the bank itself"):
-            bank.export("a", bank.path / file)
+        for folder in (bank.path, shutil.copytree(bank.path, tmp_path / "copy", dirs_exist_ok=True)):
+            with pytest.raises(ValueError, match=r"path: .* is a file of a bank"):
+                bank.export("a", folder / file)
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with pytest.raises(ValueError, match=r"path: .*config\.json is there and is no LoRA-XS adapter"):
+        bank.export("a", config)
+    assert config.read_text() == "{}"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "basis.safetensors").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is there and is no bank's"):

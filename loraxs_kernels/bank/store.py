@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_format
-from ..files import damaged, is_finite, sha256_of, unsealed, write_atomically
+from ..files import check_replaces, damaged, is_finite, sha256_of, target_of, unsealed, write_atomically
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
@@ -361,12 +361,13 @@ class Store(Records):
     def export(self, name: str, path: str | os.PathLike) -> None:
         """Write an adapter to a file for `load_adapter`, as `save_adapter` does: R and alpha as they are stored.
 
-        Raises KeyError if there is no adapter of that name, ValueError if its record is damaged or the path is one of
-        the bank's own files.
+        Raises KeyError if there is no adapter of that name, ValueError if its record is damaged, or if there is a file
+        at path that is no adapter.
         """
-        own = {os.path.realpath(self.path / file) for file in (BASIS, DATA, LOCK)}
-        if os.path.realpath(path) in own:
-            raise ValueError(f"path: {path} is a file of the bank itself, must be another")
+        target = target_of(path)
+        if target.name in (BASIS, DATA, LOCK) and (target.parent / DATA).exists():
+            raise ValueError(f"path: {path} is a file of a bank, must be another")
+        check_replaces(path, "loraxs", "LoRA-XS adapter")
         stored, alphas = self.record(name)
         descriptions, records, factors = {}, {}, {}
         for module, R in stored.items():
