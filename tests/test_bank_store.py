@@ -725,6 +725,20 @@ def test_commands(tmp_path, capsys):
     assert status == 1 and "'user2'" in err and err.count("\n") == 1
 
 
+def test_the_name_of_a_file_is_all_of_it_but_the_ending(tmp_path, bank, capsys):
+    bank.add("alice", R_of(1))
+    before = bank.digests(["alice"])
+    (tmp_path / "files").mkdir()
+    for name in ("alice.v2", "files/bob.v2.safetensors", "files/carol.SAFETENSORS"):
+        lx.save_adapter(trained(2), tmp_path / name)
+    assert main(["bank", "add", str(bank.path), *(str(tmp_path / name) for name in ("alice.v2", "files"))]) == 0
+    assert "1 not named *.safetensors left out, the first 'carol.SAFETENSORS'" in capsys.readouterr().err
+    bank.add("x\ny", R_of(1))
+    assert main(["bank", "list", str(bank.path)]) == 0
+    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\n"x\\ny"\n'
+    assert bank.digests(["alice"]) == before
+
+
 def test_what_is_not_the_bank_s_is_not_written_over(tmp_path, bank):
     bank.add("a", R_of(1))
     for file in ("basis.safetensors", "data.mdb", "lock.mdb"):
