@@ -7,7 +7,9 @@ a table of a few of them on its device, into which those of a batch are copied w
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +28,13 @@ from ..model import adapted_layers, detach, unwrapped
 from ..naming import aliases
 from ..sharding import assign
 from ..transaction import keep, transaction
-from .layers import BATCHED, Seat, Selection, Slots, Source, batch_of, turn, why_not_mixed, with_adapter_ids
+from .layers import BATCHED, Seat, Selection, Slots, Source, Use, batch_of, turn, why_not_mixed, with_adapter_ids
 from .store import Store
 from .training import Training
 
 M = TypeVar("M", bound=nn.Module)
-# Arguments of a model's forward of which a sample may have any number.
-MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+# In the names of a model's arguments of which a sample may have any number.
+MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^image$")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class AdapterBank(Store):
         self._models: weakref.WeakKeyDictionary[nn.Module, list[LoraXSLinear]] = weakref.WeakKeyDictionary()
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []  # in all threads
-        self._in_graphs: weakref.WeakSet[Selection | Unselected] = weakref.WeakSet()
+        self._in_graphs: weakref.WeakSet[Use | Unselected] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self  # for a copy of a model that has the bank
@@ -352,6 +354,8 @@ class AdapterBank(Store):
         selection, task = self._selected.get(), torch._C._current_graph_task_id()
         if task != -1 and (selection is None or selection.task != task):
             return self._of_recomputation()
+        if task != -1 and torch.is_grad_enabled():
+            self._check_recomputed(selection)
         if selection is not None:
             if not selection.entered:
                 raise RuntimeError(
@@ -370,7 +374,8 @@ class AdapterBank(Store):
         if torch._C._current_graph_task_id() != -1:
             return
         with self._lock:
-            used = selection or next((u for u in self._in_graphs if isinstance(u, Unselected)), None) or Unselected()
+            unselected = (u for u in self._in_graphs if isinstance(u, Unselected))
+            used = next(unselected, None) or Unselected() if selection is None else selection.use
             used.ahead += 1
             self._in_graphs.add(used)
 
@@ -383,6 +388,15 @@ class AdapterBank(Store):
                     self._in_graphs.discard(used)
 
         y.grad_fn.register_hook(passed)
+
+    def _check_recomputed(self, selection: Selection) -> None:
+        """Refuse a selection that a backward pass has made, to compute a call again, with other adapters by now."""
+        if not any(isinstance(use, Use) and use.has_same(selection.use) for use in list(self._in_graphs)):
+            raise RuntimeError(
+                "gradient checkpointing: a backward pass makes a call again, and no graph is there that was made with "
+                f"the adapters {list(selection.names)} as they are now: they were changed in the bank since, or it is "
+                "use_reentrant=True, which must be False"
+            )
 
     def _of_recomputation(self) -> Selection | None:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
@@ -400,12 +414,12 @@ class AdapterBank(Store):
             )
         if isinstance(found[0], Unselected):
             return None
-        if not found[0].can_be_used_again():
+        if not found[0].is_current():
             raise RuntimeError(
                 "gradient checkpointing: the slots of the batch's adapters hold different ones by now; run the "
-                "backward pass inside the block of bank.select(...)"
+                "backward pass inside the block of bank.select(...), and before change(...)"
             )
-        return found[0]
+        return found[0].selection
 
     @contextmanager
     def calling(
@@ -424,8 +438,9 @@ class AdapterBank(Store):
             if selection.mixed:
                 if attached.unmixed is not None:
                     raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-                has = {name for name, given in kwargs.items() if given is not None}
-                if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
+                given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+                has = {name for name, value in given.items() if value is not None}
+                if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
                     raise ValueError(
                         "adapter_ids: got different adapters for one batch with images or sounds, and module "
                         f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "

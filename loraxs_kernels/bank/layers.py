@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, wraps
@@ -33,13 +33,16 @@ class Source(Protocol):
 
     n: int
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
-        """The places of these adapters, which they keep until `release`; KeyError for an unknown name."""
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
+        """The places of these adapters, which they keep until `release`; KeyError for an unknown name.
+
+        instead: of adapters that are released by the same step.  After an error they are still where they were.
+        """
 
     def release(self, names: Sequence[str]) -> None: ...
 
-    def state(self, names: Iterable[str]) -> Any:
-        """What is equal to what it was as long as these adapters are where they were, and as they were."""
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        """Where these adapters are, and what tells one R from another; without those that are nowhere."""
 
     def table(self, module: int, device: torch.device) -> Tensor:
         """R of a module for all places, (n, r, r) fp32, in place: what is brought later is written into it."""
@@ -61,7 +64,7 @@ class Slots:
         self._staged = torch.empty(0, device="cpu")
         self._events: dict[tuple[torch.device, int], torch.cuda.Event] = {}
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
         wanted = dict.fromkeys(names)
         digests = self.bank.digests(wanted)
         if len(wanted) > self.n:
@@ -70,25 +73,29 @@ class Slots:
                 "bank.attach(model, slots=...)"
             )
         self._follow(self.bank.devices())
-        places = {}
+        places, users = {}, Counter(self._users)
+        users.subtract({*instead})
         stale = [name for name in wanted if name in self._there and self._there[name][1] != digests[name]]
         for name in stale:
-            if self._users.get(name):
+            if users[name]:
                 raise RuntimeError(f"adapter {name!r}: has changed in the bank while another selection uses it")
-            self._free.append(self._there.pop(name)[0])
-        idle = [name for name in self._there if name not in wanted and not self._users.get(name)]
-        missing = [name for name in wanted if name not in self._there]
-        if len(missing) > len(self._free) + len(idle):
-            left = self.n - sum(name not in wanted for name in self._users)
+        idle = [name for name in self._there if name not in wanted and not users[name]]
+        missing = [name for name in wanted if name not in self._there or name in stale]
+        if len(missing) > len(self._free) + len(stale) + len(idle):
+            left = self.n - sum(name not in wanted for name in +users)
             raise RuntimeError(
                 f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
                 f"{self.n - left} of {self.n} slots are in use by open selections"
             )
+        # Where slots in use are written to, what can fail comes first.
+        records = {name: self.bank.read(name) for name in missing} if instead else {}
+        self._free += [self._there.pop(name)[0] for name in stale]
+        self.release(instead)
         for name in missing:
             if not self._free:
                 self._free.append(self._there.pop(idle.pop(0))[0])
             slot = self._free[-1]
-            self._copy(name, slot)
+            self._copy(name, slot, records.get(name))
             self._there[name] = (self._free.pop(), digests[name])
         for name in wanted:
             self._there.move_to_end(name)
@@ -107,8 +114,8 @@ class Slots:
                 stream = torch.cuda.current_stream(device)
                 self._events[device, stream.cuda_stream] = stream.record_event()
 
-    def state(self, names: Iterable[str]) -> Any:
-        return {name: self._there.get(name) for name in names}
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        return {name: self._there[name] for name in names if name in self._there}
 
     def table(self, module: int, device: torch.device) -> Tensor:
         return self._views[device][module]
@@ -128,8 +135,11 @@ class Slots:
             on_gpu = any(device.type == "cuda" for device in devices)
             self._staged = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu, device="cpu")
 
-    def _copy(self, name: str, slot: int) -> None:
-        self.bank.read(name, self._staged)
+    def _copy(self, name: str, slot: int, record: Tensor | None) -> None:
+        if record is None:
+            self.bank.read(name, self._staged)
+        else:
+            self._staged.copy_(record)
         for device, table in self._tables.items():
             for (used_on, _), event in self._events.items():  # other streams may still read what is there
                 if used_on == device:
@@ -144,6 +154,25 @@ def split(table: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     return [part.unflatten(1, (rank, rank)) for part, rank in zip(parts, ranks, strict=True)]
 
 
+class Use:
+    """The adapters that a selection has brought, as the graphs hold them that are made with it."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection, self.source, self.names = selection, selection.source, selection.names
+        self.state = self.source.state(_named(self.names))
+        self.ahead = 0  # of the graphs: how many layers no backward pass has been through
+
+    def is_current(self) -> bool:
+        """Whether the selection, whose block may have ended, still has them, where and as they were."""
+        has = self.selection.source, self.selection.names
+        return has == (self.source, self.names) and self.source.state(_named(self.names)) == self.state
+
+    def has_same(self, other: Use) -> bool:
+        """Whether another selection has the same adapters, wherever they are."""
+        mine, theirs = ([use.names, {name: R for name, (_, R) in use.state.items()}] for use in (self, other))
+        return self.source is other.source and mine == theirs
+
+
 class Selection(AbstractContextManager):
     """Which adapter each sample of a batch uses, for the calls inside the block; made by `AdapterBank.select`.
 
@@ -156,12 +185,11 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
-        self._state: Any = None  # of the source, when they were brought
+        self.use: Use | None = None
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None
         self.task = -1  # the backward pass in which it was opened
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
-        self.ahead = 0  # of its graphs: how many layers no backward pass has been through
         self.factor = 1  # by how much `generate` repeats each sample
 
     def __enter__(self) -> Selection:
@@ -210,35 +238,24 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank._lock:
-            before = self.names
-            self.release()
-            try:
-                self.names = names
-                self._bring()
-            except BaseException:
-                self.names = before
-                self._bring()
-                raise
-            finally:
-                for index in self._indices.values():
-                    index.change(self._numbers())
+            self._places = self.source.bring(_named(names), _named(self.names))
+            self.names = names
+            self._used()
+            for index in self._indices.values():
+                index.change(self._numbers())
 
     def bring(self) -> None:
-        before = self._places
-        self._bring()
+        before, self._places = self._places, self.source.bring(_named(self.names))
+        self._used()
         if before != self._places:
             self._indices = {}
 
-    def _bring(self) -> None:
-        self._places = self.source.bring(_named(self.names))
-        self._state = self.source.state(_named(self.names))
+    def _used(self) -> None:
+        if self.use is None or not self.use.is_current():
+            self.use = Use(self)
 
     def release(self) -> None:
         self.source.release(_named(self.names))
-
-    def can_be_used_again(self) -> bool:
-        """Whether the adapters are still where and what they were in the block, which may have ended."""
-        return self.source.state(_named(self.names)) == self._state
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
@@ -251,9 +268,10 @@ class Selection(AbstractContextManager):
             numbers = numbers if self.mixed or self.fixed else numbers[:1]
             self._indices[device] = RowIndex(numbers, self.source.n, device, fixed=self.fixed)
         index, rows = self._indices[device], math.prod(x.shape[:-1])
-        if len(index) == 1:  # all samples use the same
+        if len(index) == 1 and self._tokens is None:  # all samples use the same
             return index
-        samples, (batch, length) = len(index), self.batch or (len(index), 1)
+        samples = len(index if self._tokens is None else self._tokens)
+        batch, length = self.batch or (samples, 1)
         if self._tokens is not None:
             fits = rows == samples
         elif x.dim() > 2:
@@ -261,9 +279,10 @@ class Selection(AbstractContextManager):
         else:
             fits = rows in (samples, batch, batch * length)
         if not fits:
-            what = "a row for each token" if self._tokens else "one sample in each entry of its first dimension"
+            what = f"one sample in each entry of its first dimension of {samples} for different adapters"
+            what = f"a row for each of {samples} tokens" if self._tokens else what
             raise ValueError(
-                f"{label}: got x of shape {tuple(x.shape)}, must have {what} of {samples} for different adapters. "
+                f"{label}: got x of shape {tuple(x.shape)}, must have {what}. "
                 "Layers that get windows, images or routed rows can use one adapter for the whole batch, or be left "
                 "out of the bank (exclude_modules)"
             )
@@ -305,6 +324,11 @@ class Seat:
         s, index = layer.scaling, None
         if selection is not None:
             self.refuse_merged(layer)
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    "torch.jit.trace: adapters are selected, which would be those of the trace for good; trace outside "
+                    "of selections, with the adapter in the model itself (lx.load_adapter)"
+                )
             index, s = selection.index(x, A.device, layer.label), self.bank.scalings[self.module]
             R = selection.source.table(self.module, A.device)
         elif layer.merged:

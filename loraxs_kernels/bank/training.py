@@ -130,15 +130,15 @@ class Training(AbstractContextManager):
             )
         return slots
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
         self.check_open()
         return {name: self._place(name) for name in names}
 
     def release(self, names: Sequence[str]) -> None:
         pass
 
-    def state(self, names: Iterable[str]) -> Any:
-        return None  # they stay where they are
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        return {name: (self._place(name), None) for name in names}  # they stay where they are
 
     def table(self, module: int, device: torch.device) -> Tensor:
         if device != self.device:
