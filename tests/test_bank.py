@@ -779,6 +779,26 @@ def test_a_closed_training_changes_nothing(model, bank):
             call()
 
 
+def test_a_commit_takes_nothing_from_other_writers(model, bank, tuned):
+    with bank.train(["alice", "bob", "carol", "new"], create=True) as training:
+        bank.add("bob", tuned["eve"], replace=True)
+        bank.remove("carol")
+        training.commit()  # of which only "new" is not what was read
+        assert "new" in bank and "carol" not in bank
+        theirs = bank.digests(["bob"])
+        for p in training.parameters:
+            p.data += 1
+        before = bank.digests(["alice"])
+        for name in ("bob", "carol"):
+            with pytest.raises(ValueError, match=f"adapter '{name}' was changed or removed by another"):
+                training.commit(["alice", name])
+        assert bank.digests(["alice", "bob"]) == before | theirs and "carol" not in bank
+        training.commit(["alice", "new"])
+        training.parameters[0].data += 1
+        training.commit(["alice", "new"])  # what was read last is what it wrote itself
+        assert torch.equal(bank.record("alice")[0][bank.modules[0][0]], training.parameters[0][0])
+
+
 def test_training_refuses_what_it_cannot_do(model, bank, folder, base):
     with pytest.raises(KeyError, match="mallory"):
         bank.train(["alice", "mallory"])

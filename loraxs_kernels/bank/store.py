@@ -313,7 +313,16 @@ class Store(Records):
         Returns the number of adapters.  LMDB keeps a whole transaction in memory while it is committed: if the adapters
         are larger than that, split them into several calls.
         """
+        return len(self._put(items, replace, {}))
+
+    def _put(self, items: Any, replace: bool, read: Mapping[str, bytes | None]) -> dict[str, bytes]:
+        """`add_many`; returns the SHA-256 of each record.
+
+        read: of records that were read before, their SHA-256, None where there was none.  A record that would be the
+        same is not written, and if one is another by now, that is a ValueError.
+        """
         self._check_open(write=True)
+        digests: dict[str, bytes] = {}
         places: dict[bytes, tuple[int, int]] = {}
         with self._named(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
             for name, what in _pairs(items):
@@ -323,17 +332,26 @@ class Store(Records):
                 if not replace and name in self:
                     raise self._exists(name)
                 value = self._value_of(name, what)
+                digests[name] = bytes(value[:DIGEST])
+                if digests[name] == read.get(name):
+                    continue
                 places[key] = waiting.tell(), len(value)
                 waiting.write(value)
 
             def put(txn: Any) -> None:
                 for key in sorted(places):
+                    if (name := key.decode()) in read and bytes((txn.get(key) or b"")[:DIGEST]) != (read[name] or b""):
+                        raise ValueError(
+                            f"{self.path}: adapter {name!r} was changed or removed by another since it was read, and "
+                            f"nothing was written; commit the others by their names, or add({name!r}, ..., "
+                            "replace=True)"
+                        )
                     if not txn.put(key, _part(waiting, *places[key]), overwrite=replace):
                         raise self._exists(key.decode())
 
             if places:
                 self._run(put, write=True, room=sum(length for _, length in places.values()))
-        return len(places)
+        return digests
 
     def remove(self, name: str) -> None:
         """Delete an adapter.  Raises KeyError if there is none of that name."""
