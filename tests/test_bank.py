@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import os
+import signal
 import threading
 
 import pytest
@@ -275,6 +278,43 @@ def test_threads_have_their_own_selections(model, tuned, bank):
         thread.start()
         thread.join()
     assert "selected in another thread" in refused[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@torch.no_grad()
+def test_a_fork_waits_for_what_is_brought_and_forgets_other_threads(model, bank, tuned, monkeypatch):
+    read, reading, opened, end = bank.read, threading.Event(), threading.Event(), threading.Event()
+
+    def slow(name, out=None):
+        reading.set()
+        opened.wait(0.2)  # the fork comes now, if it does not wait
+        return read(name, out)
+
+    def select():
+        with bank.select(["alice", "bob", "carol", "dave"]):  # all slots
+            opened.set()
+            end.wait()
+
+    monkeypatch.setattr(bank, "read", slow)
+    thread = threading.Thread(target=select)
+    thread.start()
+    reading.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        status = 1
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            assert_close(model(IDS, adapter_ids=["eve"] * 4).logits, alone(tuned, ["eve"] * 4))
+            assert_close(model(IDS).logits, tuned[None](IDS).logits)
+            status = 0
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(RuntimeError, match="in another thread or task"):
+        model(IDS)
+    end.set()
+    thread.join()
+    model(IDS)
 
 
 def test_merging_and_selections_exclude_each_other(model, bank):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,41 @@ class Unselected:
     ahead = 0
 
 
+_banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
+_held: list[AdapterBank] = []  # while a process forks
+
+
+@cache
+def _follow_forks() -> None:
+    """Let no fork come while adapters are brought.  It must be told after LMDB's part, to run before that."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _before_fork() -> None:
+    banks = sorted(_banks, key=id)
+    for bank in banks:
+        bank._lock.acquire()
+    _held[:] = banks
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop()._lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """The threads that had the other selections open are not there."""
+    while _held:
+        bank = _held.pop()
+        bank._lock = threading.RLock()
+        gone = [selection for selection in bank._open if selection.thread != threading.get_ident()]
+        for selection in gone:
+            bank._open.remove(selection)
+            with suppress(RuntimeError):  # of CUDA, which no child can use
+                selection.release()
+
+
 class AdapterBank(Store):
     """A folder of adapters by name for one base model; a batch may mix any of them.
 
@@ -78,6 +114,8 @@ class AdapterBank(Store):
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []  # in all threads
         self._in_graphs: weakref.WeakSet[Use | Unselected] = weakref.WeakSet()
+        _follow_forks()
+        _banks.add(self)
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self  # for a copy of a model that has the bank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -189,6 +190,7 @@ class Selection(AbstractContextManager):
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None
         self.task = -1  # the backward pass in which it was opened
+        self.thread = 0
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
         self.factor = 1  # by how much `generate` repeats each sample
 
@@ -202,7 +204,7 @@ class Selection(AbstractContextManager):
         """nested: whether another selection may be open in this thread."""
         if self._leave is not None:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
-        self.task = torch._C._current_graph_task_id()
+        self.task, self.thread = torch._C._current_graph_task_id(), threading.get_ident()
         if (source := self.bank.source_of(self.names)) is not self.source:  # a training began or ended since
             self.source, self._places, self._indices = source, {}, {}
         self._leave = self.bank.enter(self, nested)
