@@ -149,7 +149,9 @@ class AdapterBank(Store):
         Returns:
             `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
             does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
-            of `select`, the model computes as before: as the base model, or with the adapters that it had.
+            of `select`, the model computes as before: as the base model, or with the adapters that it had.  But the
+            modules_to_save of a base model, such as a head of its own, are the bank's from here on, after `detach`,
+            too.
 
         Raises:
             TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
@@ -215,7 +217,10 @@ class AdapterBank(Store):
         return given
 
     def detach(self, model: M) -> M:
-        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again."""
+        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again.
+
+        The modules_to_save keep the bank's values.
+        """
         given, model = model, unwrapped(model)
         attached = model.__dict__.get("loraxs_bank")
         if attached is None or attached.bank is not self or not attached.whole:
