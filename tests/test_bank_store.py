@@ -530,6 +530,18 @@ print(last)
 """
 
 
+def test_a_map_that_cannot_grow_leaves_the_bank_usable(bank, monkeypatch):
+    bank.add("a", R_of(1))
+    grow = bank._environment._resize
+    monkeypatch.setattr(bank._environment, "run", lambda *_: grow(2**62))
+    with pytest.raises(OSError, match=r"LMDB cannot map .* MiB of the file, .*: '.*bank'"):
+        bank.add("b", R_of(2))
+    assert list(bank) == ["a"]
+    bank.add("b", R_of(2))
+    with lx.AdapterBank(bank.path) as again:
+        assert list(again) == ["a", "b"]
+
+
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"

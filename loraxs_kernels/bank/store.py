@@ -136,10 +136,10 @@ class Store(Records):
     def _run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
         """What a call returns for a transaction; room: bytes that it will write."""
         self._check_open(write)
-        forked = self._environment.process != os.getpid()
-        if (write or forked) and identity_of(self.path) != self._environment.identity:
+        anew = self._environment.process != os.getpid()  # after a fork, or where the map could not grow
+        if (write or anew) and identity_of(self.path) != self._environment.identity:
             raise ValueError(f"{self.path}: {DATA} was replaced since the bank was opened; open it again")
-        if forked:
+        if anew:
             self._environment = Environment.at(self.path)
         return self._environment.run(call, write, room)
 
@@ -378,6 +378,8 @@ class Store(Records):
     @torch.no_grad()
     def export(self, name: str, path: str | os.PathLike) -> None:
         """Write an adapter to a file for `load_adapter`, as `save_adapter` does: R and alpha as they are stored.
+
+        Records have no dropout and no init_std: the file gets those of the model that the bank was created from.
 
         Raises KeyError if there is no adapter of that name, ValueError if its record is damaged, or if there is a file
         at path that is no adapter.
