@@ -576,6 +576,9 @@ def test_media_beside_text_are_told_by_their_names(tmp_path):
             super().__init__()
             self.add_module("0", copy.deepcopy(PLAIN))
 
+        def get_decoder(self):
+            return self
+
         def forward(self, input_ids, audio_input_features=None):
             return self.get_submodule("0")(input_ids.float() if audio_input_features is None else audio_input_features)
 

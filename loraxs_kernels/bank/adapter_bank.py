@@ -204,6 +204,8 @@ class AdapterBank(Store):
             decoder = None
             with suppress(AttributeError, NotImplementedError, ValueError):  # of models that have none
                 decoder = model.get_decoder()
+                if any(map(MEDIA.search, inspect.signature(decoder.forward).parameters)):  # its parts for media, too
+                    decoder = getattr(decoder, "layers", None)
             inside = set() if decoder is None else {id(m) for m in decoder.modules()}
             beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
             told = put_on, trained, why_not_mixed(model), beside
