@@ -579,13 +579,13 @@ def test_media_beside_text_are_told_by_their_names(tmp_path):
         def get_decoder(self):
             return self
 
-        def forward(self, input_ids, audio_input_features=None):
+        def forward(self, input_ids, audio_input_features=None, use_audio_in_video=False):
             return self.get_submodule("0")(input_ids.float() if audio_input_features is None else audio_input_features)
 
     with bank_of_one_layer(tmp_path) as bank:
         model, ids, sounds = bank.attach(WithSounds(), progress=False), torch.ones(2, 8).long(), torch.randn(2, 8)
         model(ids, sounds, adapter_ids=["alice", "alice"])
-        model(ids, adapter_ids=["alice", None])
+        model(ids, adapter_ids=["alice", None], use_audio_in_video=False)
         for args, kwargs in (((ids, sounds), {}), ((), {"input_ids": ids, "audio_input_features": sounds})):
             with pytest.raises(ValueError, match="for one batch with images or sounds, and module '0'"):
                 model(*args, adapter_ids=["alice", None], **kwargs)

@@ -483,8 +483,10 @@ class AdapterBank(Store):
             if selection.mixed:
                 if attached.unmixed is not None:
                     raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-                given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
-                has = {name for name, value in given.items() if value is not None}
+                given = {**kwargs}
+                if attached.beside and args:
+                    given |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+                has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
                 if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
                     raise ValueError(
                         "adapter_ids: got different adapters for one batch with images or sounds, and module "
