@@ -24,14 +24,24 @@ from torch import Tensor
 
 from . import basis
 from .factors import WORKSPACE, Job, compute_options, factor
-from .files import check_finite, damaged, has_shape, read_json, sealed, target_of, unsealed, write_atomically
+from .files import (
+    check_finite,
+    check_replaces,
+    damaged,
+    has_shape,
+    metadata_of,
+    read_json,
+    sealed,
+    unsealed,
+    write_atomically,
+)
 from .matching import is_everything, matches
 from .naming import FLOATS, as_dtype, dtype_name
 from .recipe import Factors, Recipe, as_header, modules_in
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of which transformers prefers the first
 # By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 # Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
@@ -153,9 +163,10 @@ def make_basis(
     """Compute A and B from a checkpoint's weights, read from the disk one at a time, and write a basis file.
 
     Args:
-        model: the folder of a model with *.safetensors, or one such file.
+        model: the folder of a model, or one safetensors file.  Of a folder that has model.safetensors, or else the
+            index of such files, only those are read, as transformers does; else every *.safetensors.
         rank: r of every module.
-        out: the file to write, in one step.
+        out: the file to write, in one step: a new one, or a basis file, which is replaced.
         target_modules, exclude_modules: as in `attach`, on the names of the tensors without ".weight"; "all-linear" is
             every matrix but embeddings and output embeddings, told by the last part of their names.
         seed, n_iter: of `truncated_svd`.
@@ -169,8 +180,7 @@ def make_basis(
     dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
     compute = compute_options(device, workspace_gib, progress)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
-    if target_of(out, "out") in [Path(os.path.realpath(file)) for file in _files(Path(model))]:
-        raise ValueError(f"out: {out} is a file of the checkpoint, must be another name")
+    check_replaces(out, "loraxs_basis", "LoRA-XS basis", "out")
     everything = is_everything(target_modules)
     jobs: list[Job] = []
     tensors: dict[str, Tensor] = {}
@@ -188,8 +198,8 @@ def make_basis(
             )
         if not 1 <= rank <= min(weight.shape):
             raise ValueError(
-                f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}; "
-                "leave the module out with exclude_modules"
+                f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}"
+                + "; leave the module out with exclude_modules" * (rank > 0)
             )
         chosen = None if dtype in (None, weight.dtype) else dtype_name(dtype)
         recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=dtype_name(weight.dtype))
@@ -244,6 +254,8 @@ def _checkpoint(
             for key in f.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")
                 if kind == "weight":
+                    if name in weights:
+                        raise ValueError(f"model: two files have a tensor {key!r}, the second is {file}")
                     tensor = f.get_slice(key)
                     shape, dtype = tensor.get_shape(), tensor.get_dtype()
                     weights[name] = shape, dtype, _weight(file, key, shape, dtype, transposed, rounded)
@@ -256,12 +268,16 @@ def _checkpoint(
 def _files(model: Path) -> list[Path]:
     """The safetensors files of a checkpoint, whether they are there or not."""
     index = model / INDEX
-    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
-    if index.is_file():
+    if model.is_file() or (model / SINGLE).is_file():
+        files = [model / SINGLE if model.is_dir() else model]
+    elif index.is_file():
         names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
         if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
             raise ValueError(f"model: {index} is not an index of safetensors files: it has no weight_map of file names")
         files = [model / name for name in sorted(set(names.values()))]
+    else:
+        files = sorted(model.glob("*.safetensors"))
+    files = [file for file in files if not any(key.startswith("loraxs") for key in metadata_of(file))]  # this library's
     if not files:
         raise FileNotFoundError(f"model: {model} is neither a safetensors file nor a folder with safetensors files")
     return files

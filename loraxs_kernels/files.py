@@ -7,6 +7,7 @@ the version of this library that wrote the file.  Earlier files have none, and o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -42,7 +43,7 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
     The parts go to a temporary file in the same folder, which is flushed to the disk and then renamed.  A file that
     exists keeps its mode, and a symbolic link stays one: the file it points to is replaced.  What a killed process has
     left behind of the same file is removed.  Raises ValueError where the path is no regular file, OSError where the
-    disk does not take it.
+    disk does not take it, and PermissionError for a file that may not be written.
     """
     target = target_of(path)
     try:
@@ -77,7 +78,10 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
-    """The file that a path, or the link there, names; ValueError, naming the argument, where no file can be written."""
+    """The file that a path, or the link there, names.
+
+    Raises ValueError, naming the argument, where no file can be written, PermissionError where one that may not be is.
+    """
     try:
         target = Path(os.path.realpath(path))
         str(target).encode()
@@ -87,13 +91,34 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
         ) from None
     if target.is_symlink():
         raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
-    if target.exists() and not target.is_file():
+    if os.path.exists(path) and not target.is_file():  # /dev/stdout may exist where its target does not: a pipe
         what = "a folder" if target.is_dir() else "no regular file"
         raise ValueError(f"{argument}: {path} is {what}, must be the name of a file")
+    if target.exists() and not os.access(target, os.W_OK):  # a rename needs no permission of the file that it replaces
+        raise PermissionError(errno.EACCES, f"{argument} is a file without permission to write", str(path))
     above = next(each for each in target.parents if each.exists())
     if not above.is_dir():
         raise ValueError(f"{argument}: {path} is in {above}, which is no folder")
     return target
+
+
+def check_replaces(path: str | os.PathLike, kind: str, what: str, argument: str = "path") -> None:
+    """Refuse a path where a file is that is not of this kind, and not empty: nothing else of the user's is replaced.
+
+    kind, what: as for `unsealed`.
+    """
+    target = target_of(path, argument)
+    if target.exists() and target.stat().st_size and kind not in metadata_of(target):
+        raise ValueError(f"{argument}: {path} is there and is no {what}, so it is not replaced; must be another name")
+
+
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file; nothing for any other file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            return f.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return {}
 
 
 def _temporary(target: Path) -> FileIO:

@@ -41,16 +41,25 @@ def is_cut(base: nn.Module) -> bool:
 
 
 def output(
-    base: nn.Module, x: Tensor, adapters: Sequence[Adapter], product: Product, name: str, *args: Any, **kwargs: Any
+    base: nn.Module,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    product: Product,
+    name: str,
+    all_rows: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """base(x, ...) of a layer that is cut, in which `product` takes the place of F.linear, on this rank's pieces.
 
     product: called with x, W and bias as this rank multiplies them, the adapters with the rows of B or the columns of A
         that belong to W, and what to drop parts of x by.
+    all_rows: whether it must get the rows of all ranks, since they differ; else a weight that each rank has whole
+        multiplies the rows that the rank has.
 
     Raises RuntimeError, naming the layer, where base does not multiply by its weight through F.linear, once.
     """
-    inside = _Inside(base, adapters, product, name)
+    inside = _Inside(base, adapters, product, name, all_rows)
     with inside:
         y = base(x, *args, **kwargs)
     if inside.calls != 1:
@@ -65,8 +74,11 @@ def output(
 class _Inside(TorchFunctionMode):
     """Puts `product` in the place of the layer's one F.linear, wherever in the layer's call it comes."""
 
-    def __init__(self, base: nn.Module, adapters: Sequence[Adapter], product: Product, name: str) -> None:
+    def __init__(
+        self, base: nn.Module, adapters: Sequence[Adapter], product: Product, name: str, all_rows: bool
+    ) -> None:
         super().__init__()
+        self.all_rows = all_rows
         self.weight = getattr(base, "weight", None)  # before the layer's call may put a local one in its place
         self.base, self.adapters, self.product, self.name, self.calls = base, adapters, product, name, 0
 
@@ -95,7 +107,7 @@ class _Inside(TorchFunctionMode):
         shape = (*x.shape[:-1], N)
         if laid_out:
             there = x.placements[0]
-            rows = there if there.is_shard() and there.dim != last else Replicate()
+            rows = there if there.is_shard() and there.dim != last and not self.all_rows else Replicate()
             wanted = {0: Replicate(), 1: Shard(last), None: rows}[dim]
             if x.placements != (wanted,):
                 x = x.redistribute(placements=[wanted])

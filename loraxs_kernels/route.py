@@ -116,7 +116,8 @@ def _cut_output(
             y = plus_delta(y, x, adapter, name, dropout=dropout)
         return y
 
-    return parallel.output(base, x, adapters, product, name, *args, **kwargs)
+    differ = index is not None and len(index) > 1
+    return parallel.output(base, x, adapters, product, name, differ, *args, **kwargs)
 
 
 def _check_output(base: nn.Module, x: Tensor, y: Any, N: int, name: str) -> None:

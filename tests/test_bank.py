@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import os
+import signal
 import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lx
 from loraxs_kernels.linear import LoraXSLinear
@@ -97,6 +101,12 @@ def test_packed_sequences_have_an_index_for_each_token(model, tuned, bank):
         logits = model(packed, position_ids=positions, attention_mask=blocks).logits[0]
     for i, part in enumerate(logits.split(lengths)):
         assert_close(part, tuned[names[i]](IDS[i : i + 1, : lengths[i]]).logits[0])
+    for tokens in ([0] * 5, [0] * 4 + [1]):
+        with (
+            bank.select(["alice", "bob"], tokens=tokens),
+            pytest.raises(ValueError, match="must have a row for each of 5 t"),
+        ):
+            model(IDS[:1, :6])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
@@ -268,6 +278,43 @@ def test_threads_have_their_own_selections(model, tuned, bank):
         thread.start()
         thread.join()
     assert "selected in another thread" in refused[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@torch.no_grad()
+def test_a_fork_waits_for_what_is_brought_and_forgets_other_threads(model, bank, tuned, monkeypatch):
+    read, reading, opened, end = bank.read, threading.Event(), threading.Event(), threading.Event()
+
+    def slow(name, out=None):
+        reading.set()
+        opened.wait(0.2)  # the fork comes now, if it does not wait
+        return read(name, out)
+
+    def select():
+        with bank.select(["alice", "bob", "carol", "dave"]):  # all slots
+            opened.set()
+            end.wait()
+
+    monkeypatch.setattr(bank, "read", slow)
+    thread = threading.Thread(target=select)
+    thread.start()
+    reading.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        status = 1
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            assert_close(model(IDS, adapter_ids=["eve"] * 4).logits, alone(tuned, ["eve"] * 4))
+            assert_close(model(IDS).logits, tuned[None](IDS).logits)
+            status = 0
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(RuntimeError, match="in another thread or task"):
+        model(IDS)
+    end.set()
+    thread.join()
+    model(IDS)
 
 
 def test_merging_and_selections_exclude_each_other(model, bank):
@@ -492,16 +539,83 @@ def test_graphs_outlive_what_is_brought_in_later(model, tuned):
         torch.testing.assert_close(embeds.grad[i : i + 1], own.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_a_recomputation_with_other_adapters_is_refused(model, tuned, bank):
-    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    y = model(inputs_embeds=embeds, adapter_ids=["alice"] * 4).logits
+@pytest.mark.parametrize("how", ["another call", "change", "the same block again", "names inside"])
+def test_a_recomputation_with_other_adapters_is_refused(model, tuned, bank, how):
+    embeds, names = model.get_input_embeddings()(IDS).detach().requires_grad_(), ["alice"] * 4
+    message, block = "slots of the batch's adapters hold different ones", bank.select(names, fixed=how == "change")
+    if how == "names inside":
+        message = "no graph is there that was made with the adapters"
+        y = checkpoint(lambda x: model(inputs_embeds=x, adapter_ids=names).logits, embeds, use_reentrant=False)
+    else:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with block:
+            y = model(inputs_embeds=embeds).logits
+            if how == "change":
+                block.change(["bob"] * 4)
     bank.add("alice", tuned["bob"], replace=True)
     with torch.no_grad():
-        model(IDS, adapter_ids=["alice"] * 4)
-    with pytest.raises(RuntimeError, match="slots of the batch's adapters hold different ones"):
+        if how == "the same block again":
+            with block:
+                model(IDS)
+        elif how == "another call":
+            model(IDS, adapter_ids=names)
+    with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
+
+
+def test_a_checkpointed_call_with_names_is_made_again(model, bank):
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def call(x):
+        return model(inputs_embeds=x, adapter_ids=["alice", None, "bob", "carol"]).logits
+
+    expected = torch.autograd.grad(call(embeds).square().sum(), embeds)
+    y = checkpoint(call, embeds, use_reentrant=False).square().sum()
+    with torch.no_grad():
+        model(IDS, adapter_ids=["eve"] * 4)  # takes alice's slot
+    assert all(map(torch.equal, torch.autograd.grad(y, embeds), expected))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.jit has to say
+def test_a_trace_in_a_selection_is_refused(tmp_path):
+    with bank_of_one_layer(tmp_path) as bank:
+        model, x = bank.attach(nn.Sequential(copy.deepcopy(PLAIN)), progress=False), torch.randn(2, 8)
+        with bank.select(["alice", None]), pytest.raises(RuntimeError, match="adapters are selected, which would be"):
+            torch.jit.trace(model, x, check_trace=False)
+
+
+@torch.no_grad()
+def test_media_beside_text_are_told_by_their_names(tmp_path):
+    class WithSounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("0", copy.deepcopy(PLAIN))
+
+        def get_decoder(self):
+            return self
+
+        def forward(self, input_ids, audio_input_features=None, use_audio_in_video=False):
+            return self.get_submodule("0")(input_ids.float() if audio_input_features is None else audio_input_features)
+
+    with bank_of_one_layer(tmp_path) as bank:
+        model, ids, sounds = bank.attach(WithSounds(), progress=False), torch.ones(2, 8).long(), torch.randn(2, 8)
+        model(ids, sounds, adapter_ids=["alice", "alice"])
+        model(ids, adapter_ids=["alice", None], use_audio_in_video=False)
+        for args, kwargs in (((ids, sounds), {}), ((), {"input_ids": ids, "audio_input_features": sounds})):
+            with pytest.raises(ValueError, match="for one batch with images or sounds, and module '0'"):
+                model(*args, adapter_ids=["alice", None], **kwargs)
+
+
+PLAIN = nn.Linear(8, 8)
+
+
+def bank_of_one_layer(folder):
+    attached = lx.attach(nn.Sequential(copy.deepcopy(PLAIN)), 2, target_modules=["0"], progress=False)
+    nn.init.normal_(attached[0].R)
+    bank = lx.AdapterBank.create(folder / "bank", attached)
+    bank.add("alice", attached)
+    return bank
 
 
 @torch.no_grad()
@@ -516,7 +630,7 @@ def test_a_change_that_fails_changes_nothing(base, tuned, bank, monkeypatch):
     model = bank.attach(copy.deepcopy(base), slots=2, progress=False)
     read = bank.read
 
-    def damaged(name, out):
+    def damaged(name, out=None):
         if name == "dave":
             raise ValueError("is damaged")
         return read(name, out)
@@ -524,9 +638,15 @@ def test_a_change_that_fails_changes_nothing(base, tuned, bank, monkeypatch):
     monkeypatch.setattr(bank, "read", damaged)
     with torch.no_grad(), bank.select(["alice", "bob"], fixed=True) as selection:
         model(IDS[:2])
-        with pytest.raises(ValueError, match="is damaged"):
-            selection.change(["carol", "dave"])
+        bank.remove("alice")
+        for names, error in ((["carol", "dave"], "is damaged"), (["carol", "nobody"], "has no adapter 'nobody'")):
+            with pytest.raises((ValueError, KeyError), match=error):
+                selection.change(names)
+        with pytest.raises(RuntimeError, match="slots are in use by open selections"):
+            model(IDS[:1], adapter_ids=["carol"])
         assert_close(model(IDS[:2]).logits, alone(tuned, ["alice", "bob"]))
+    with torch.no_grad():
+        assert_close(model(IDS[:1], adapter_ids=["carol"]).logits, alone(tuned, ["carol"]))
 
 
 def test_checkpointing_goes_with_every_graph_that_can_be_told(model, tuned, bank):
@@ -716,6 +836,26 @@ def test_a_closed_training_changes_nothing(model, bank):
     for call in (training.commit, training.optimizer(1e-3).step):
         with pytest.raises(RuntimeError, match="this training is closed"):
             call()
+
+
+def test_a_commit_takes_nothing_from_other_writers(model, bank, tuned):
+    with bank.train(["alice", "bob", "carol", "new"], create=True) as training:
+        bank.add("bob", tuned["eve"], replace=True)
+        bank.remove("carol")
+        training.commit()  # of which only "new" is not what was read
+        assert "new" in bank and "carol" not in bank
+        theirs = bank.digests(["bob"])
+        for p in training.parameters:
+            p.data += 1
+        before = bank.digests(["alice"])
+        for name in ("bob", "carol"):
+            with pytest.raises(ValueError, match=f"adapter '{name}' was changed or removed by another"):
+                training.commit(["alice", name])
+        assert bank.digests(["alice", "bob"]) == before | theirs and "carol" not in bank
+        training.commit(["alice", "new"])
+        training.parameters[0].data += 1
+        training.commit(["alice", "new"])  # what was read last is what it wrote itself
+        assert torch.equal(bank.record("alice")[0][bank.modules[0][0]], training.parameters[0][0])
 
 
 def test_training_refuses_what_it_cannot_do(model, bank, folder, base):

@@ -530,6 +530,18 @@ print(last)
 """
 
 
+def test_a_map_that_cannot_grow_leaves_the_bank_usable(bank, monkeypatch):
+    bank.add("a", R_of(1))
+    grow = bank._environment._resize
+    monkeypatch.setattr(bank._environment, "run", lambda *_: grow(2**62))
+    with pytest.raises(OSError, match=r"LMDB cannot map .* MiB of the file, .*: '.*bank'"):
+        bank.add("b", R_of(2))
+    assert list(bank) == ["a"]
+    bank.add("b", R_of(2))
+    with lx.AdapterBank(bank.path) as again:
+        assert list(again) == ["a", "b"]
+
+
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"
@@ -725,11 +737,31 @@ def test_commands(tmp_path, capsys):
     assert status == 1 and "'user2'" in err and err.count("\n") == 1
 
 
+def test_the_name_of_a_file_is_all_of_it_but_the_ending(tmp_path, bank, capsys):
+    bank.add("alice", R_of(1))
+    before = bank.digests(["alice"])
+    (tmp_path / "files").mkdir()
+    for name in ("alice.v2", "files/bob.v2.safetensors", "files/carol.SAFETENSORS"):
+        lx.save_adapter(trained(2), tmp_path / name)
+    assert main(["bank", "add", str(bank.path), *(str(tmp_path / name) for name in ("alice.v2", "files"))]) == 0
+    assert "1 not named *.safetensors left out, the first 'carol.SAFETENSORS'" in capsys.readouterr().err
+    bank.add("x\ny", R_of(1))
+    assert main(["bank", "list", str(bank.path)]) == 0
+    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\n"x\\ny"\n'
+    assert bank.digests(["alice"]) == before
+
+
 def test_what_is_not_the_bank_s_is_not_written_over(tmp_path, bank):
     bank.add("a", R_of(1))
     for file in ("basis.safetensors", "data.mdb", "lock.mdb"):
-        with pytest.raises(ValueError, match=r"path: .* is a file of the bank itself"):
-            bank.export("a", bank.path / file)
+        for folder in (bank.path, shutil.copytree(bank.path, tmp_path / "copy", dirs_exist_ok=True)):
+            with pytest.raises(ValueError, match=r"path: .* is a file of a bank"):
+                bank.export("a", folder / file)
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with pytest.raises(ValueError, match=r"path: .*config\.json is there and is no LoRA-XS adapter"):
+        bank.export("a", config)
+    assert config.read_text() == "{}"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "basis.safetensors").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is there and is no bank's"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,8 @@ from torch import nn
 
 import loraxs_kernels as lx
 from loraxs_kernels import basis_file
-from loraxs_kernels.basis_file import make_basis, read_basis
+from loraxs_kernels.basis import weight_probes
+from loraxs_kernels.basis_file import INDEX, make_basis, read_basis
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.linear import LoraXSLinear
@@ -346,12 +348,32 @@ def test_every_flipped_bit_of_a_basis_is_seen(checkpoint, tmp_path):
             read_basis(path)
 
 
-def test_the_checkpoint_is_not_written_over(checkpoint):
-    whole = (checkpoint / "a.safetensors").read_bytes()
-    for model in (checkpoint, checkpoint / "a.safetensors"):
-        with pytest.raises(ValueError, match=r"out: .*a\.safetensors is a file of the checkpoint"):
-            make_basis(model, 4, checkpoint / "a.safetensors")
-    assert (checkpoint / "a.safetensors").read_bytes() == whole
+def test_only_a_basis_is_written_over(checkpoint):
+    before = {file: file.read_bytes() for file in checkpoint.iterdir()}
+    for model, out in itertools.product((checkpoint, checkpoint / "a.safetensors"), before):
+        with pytest.raises(ValueError, match=f"out: {out} is there and is no LoRA-XS basis"):
+            make_basis(model, 4, out)
+    assert {file: file.read_bytes() for file in checkpoint.iterdir()} == before
+    out = checkpoint / "basis.safetensors"
+    out.touch()  # as mktemp does
+    make_basis(checkpoint, 4, out, target_modules=["0.up"])
+    make_basis(checkpoint, 2, out, target_modules=["0.up"])  # it is no file of the checkpoint
+    assert read_basis(out).modules["layers.0.up"][0] == 2
+
+
+def test_the_weights_are_those_that_transformers_reads(tmp_path):
+    one, other = torch.randn(20, 24), torch.randn(20, 24)
+    for name, W in (("a", one), ("z", other)):
+        safetensors.torch.save_file({"up.weight": W}, tmp_path / f"{name}.safetensors")
+    out = tmp_path / "basis.safetensors"
+    with pytest.raises(ValueError, match=r"two files have a tensor 'up\.weight', the second is .*z\.safetensors"):
+        make_basis(tmp_path, 4, out)
+    (tmp_path / "a.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text('{"weight_map": {"up.weight": "z.safetensors"}}')
+    for _ in range(2):  # the second time beside a basis
+        make_basis(tmp_path, 4, out)
+        with safe_open(out, framework="pt") as f:
+            torch.testing.assert_close(f.get_tensor("up.W"), weight_probes(one))
 
 
 def test_files_that_are_no_basis_are_refused(tmp_path):

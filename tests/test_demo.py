@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import standin
@@ -17,7 +18,7 @@ import torch
 import loraxs_kernels as lx
 from loraxs_kernels import demo
 from loraxs_kernels.cli import main
-from loraxs_kernels.demo import DemoError, trec
+from loraxs_kernels.demo import DemoError, report, trec
 
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in demo.PACKAGES["minilm"]),
@@ -149,6 +150,18 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch, capsys, tmp_pa
     assert "loraxs demo: packages are missing" in (printed := capsys.readouterr().err)
     assert "pip install --no-deps no-such-package==1.0" in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "report.json", "curves.png"])
+def test_only_an_earlier_demo_s_files_are_replaced(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(demo.PACKAGES, "minilm", {})
+    monkeypatch.setitem(sys.modules, "loraxs_kernels.demo.minilm", SimpleNamespace(run=lambda settings: "runs"))
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DemoError, match=f"out: .*{name} is there and is no earlier demo's"):
+        demo.run("minilm", tmp_path, quick=True, full=False, device="cpu")
+    settings = demo.Settings("minilm", tmp_path, "quick", torch.device("cpu"), time.perf_counter())
+    report.write(report.header(settings, "x"), settings)
+    assert demo.run("minilm", tmp_path, quick=True, full=False, device="cpu") == "runs"
 
 
 @needs_data

@@ -21,7 +21,7 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_gets_the_usual_one
     plain = tmp_path / "plain"
     plain.touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-    for mode in (0o600, 0o640, 0o444):
+    for mode in (0o600, 0o640, 0o664):
         path.chmod(mode)
         write_atomically(path, b"new ", memoryview(b"content"))
         assert path.read_bytes() == b"new content" and stat.S_IMODE(path.stat().st_mode) == mode
@@ -42,9 +42,14 @@ def test_links_stay_links(tmp_path):
 def test_what_is_no_regular_file_is_refused(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for path, what in ((fifo, "no regular file"), (Path("/dev/null"), "no regular file"), (tmp_path, "a folder")):
+    reading, writing = os.pipe()
+    pipe = Path(f"/dev/fd/{writing}")  # as /dev/stdout is one, a link to what has no path
+    nothing = "no regular file"
+    for path, what in ((fifo, nothing), (Path("/dev/null"), nothing), (pipe, nothing), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"path: {path} is {what}, must be the name of a file"):
             write_atomically(path, b"data")
+    os.close(reading)
+    os.close(writing)
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(ValueError, match="loop is a link to itself"):
@@ -55,6 +60,16 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out: .*/a/b is in .*/fifo, which is no folder"):
         target_of(fifo / "a" / "b", "out")
     assert stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"kept")
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # which root always has
+    with pytest.raises(PermissionError, match=f"path is a file without permission to write: '{path}'"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"kept"
+    write_atomically(tmp_path / "b", b"new")
 
 
 def test_names_may_be_as_long_as_names_can_be(tmp_path):

@@ -402,6 +402,7 @@ class Together(nn.Module):
 
 def fsdp_first(rank: int, folder: Path) -> None:
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
     mesh = mesh_of(dist.get_world_size(), names=("data",))
     for make in (llama, functools.partial(causal_lm, "GPT2"), t5):
@@ -418,6 +419,18 @@ def fsdp_first(rank: int, folder: Path) -> None:
     together = attached(fully_shard(Together(), mesh=mesh), "all-linear", init="random")
     found, alone = trained(together, lambda model: model(x.chunk(2)[rank])), Together()
     assert_same(mean_over(mesh, found), trained(attached(alone, "all-linear", init="random"), lambda model: model(x)))
+
+    one = nn.Sequential(nn.Linear(8, 6))
+    bank = lx.AdapterBank.create(folder / f"of-one-{rank}", attached(copy.deepcopy(one), "all-linear"))
+    bank.add("alice", {"0": torch.eye(4)})
+    outputs, x = [], torch.stack([x, x + 1], dim=1)  # a rank has as many rows as there are samples in all
+    for each, rows in (
+        (one, x),
+        (distribute_module(copy.deepcopy(one), mesh), distribute_tensor(x, mesh, [Shard(0)])),
+    ):
+        bank.attach(each)
+        outputs.append(each(rows, adapter_ids=["alice", None, None, "alice"]))
+    torch.testing.assert_close(outputs[1].full_tensor(), outputs[0])
 
     bank = lx.AdapterBank.create(folder / f"bank-{rank}", model)
     bank.attach(model)

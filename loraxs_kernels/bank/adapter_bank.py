@@ -7,6 +7,7 @@ a table of a few of them on its device, into which those of a batch are copied w
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from ..model import detach
 from ..naming import aliases
 from ..sharding import assign
 from ..transaction import keep, transaction
-from .calls import Attached, turn, with_adapter_ids
+from .calls import MEDIA, Attached, turn, with_adapter_ids
 from .seat import Seat
 from .selection import Selection, Selections, checked
 from .slots import Slots, Source
@@ -87,7 +88,9 @@ class AdapterBank(Store):
         Returns:
             `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
             does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
-            of `select`, the model computes as before: as the base model, or with the adapters that it had.
+            of `select`, the model computes as before: as the base model, or with the adapters that it had.  But the
+            modules_to_save of a base model, such as a head of its own, are the bank's from here on, after `detach`,
+            too.
 
         Raises:
             TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
@@ -140,6 +143,8 @@ class AdapterBank(Store):
             decoder = None
             with suppress(AttributeError, NotImplementedError, ValueError):  # of models that have none
                 decoder = model.get_decoder()
+                if any(map(MEDIA.search, inspect.signature(decoder.forward).parameters)):  # its parts for media, too
+                    decoder = getattr(decoder, "layers", None)
             inside = set() if decoder is None else {id(m) for m in decoder.modules()}
             beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
             told = {"put_on": put_on, "trained": trained, "unmixed": why_not_mixed(model), "beside": beside}
@@ -153,7 +158,10 @@ class AdapterBank(Store):
         return given
 
     def detach(self, model: M) -> M:
-        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again."""
+        """Take the bank and the layers that it put on a model off again, in place; what trained before trains again.
+
+        The modules_to_save keep the bank's values.
+        """
         given, model = model, unwrapped(model)
         attached = model.__dict__.get("loraxs_bank")
         if attached is None or attached.bank is not self or not attached.whole:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-# Arguments of a model's forward of which a sample may have any number.
-MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+# In the names of a model's arguments of which a sample may have any number.
+MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^image$")
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ def calling(
         if selection.mixed:
             if attached.unmixed is not None:
                 raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-            has = {name for name, given in kwargs.items() if given is not None}
-            if attached.beside and has & MEDIA and has & {"input_ids", "inputs_embeds"}:
+            given = {**kwargs}
+            if attached.beside and args:
+                given |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+            has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
+            if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
                 raise ValueError(
                     "adapter_ids: got different adapters for one batch with images or sounds, and module "
                     f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     adding = add("add", "store adapter files by their names without .safetensors, all of them or none")
     adding.add_argument("files", type=Path, nargs="+", help="adapter files, or folders of them")
     adding.add_argument("--replace", action="store_true", help="adapters of the same names")
-    add("list", "print the names of the adapters")
+    add("list", "print the names of the adapters, one a line, as JSON where one has control characters")
     add("verify", "read every adapter; exit 1 if one is damaged")
     export = add("export", "write an adapter to a file for lx.load_adapter")
     export.add_argument("name")
@@ -82,7 +84,8 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
 def _add(arguments: argparse.Namespace) -> None:
     files = [each for path in arguments.files for each in _files(path)]
     with AdapterBank(arguments.bank, "a") as bank:
-        count = bank.add_many(((file.stem, file) for file in files), replace=arguments.replace)
+        named = ((file.name.removesuffix(".safetensors"), file) for file in files)
+        count = bank.add_many(named, replace=arguments.replace)
     print(f"{arguments.bank}: {count} adapters added")
 
 
@@ -91,13 +94,16 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not (files := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"files: the folder {path} has no *.safetensors")
+    if others := sorted({*path.iterdir()} - {*files}):
+        what = f"{len(others)} not named *.safetensors left out, the first {others[0].name!r}"
+        warnings.warn(f"files: of {path}, {what}", stacklevel=2)
     return files
 
 
 def _list(arguments: argparse.Namespace) -> None:
     with AdapterBank(arguments.bank) as bank:
         for name in bank:
-            print(name)
+            print(name if name.isprintable() else json.dumps(name))  # a line for each
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -157,6 +157,12 @@ class Environment:
         _gate.shut()
         try:
             self.lmdb.set_mapsize(size)
+        except load_lmdb().MemoryError as error:  # it can be used no more, and must be opened anew
+            self.lmdb.close()
+            self.process = None
+            _environments.pop(self.identity, None)
+            what = f"LMDB cannot map {size / 2**20:,.0f} MiB of the file, as below a limit of addresses (ulimit -v)"
+            raise OSError(errno.ENOMEM, what, str(self.path)) from error
         finally:
             _gate.open()
 

@@ -37,6 +37,11 @@ class Seat:
         s, index = layer.scaling, None
         if selection is not None:
             self.refuse_merged(layer)
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    "torch.jit.trace: adapters are selected, which would be those of the trace for good; trace outside "
+                    "of selections, with the adapter in the model itself (lx.load_adapter)"
+                )
             index, s = selection.index(x, A.device, layer.label), self.bank.scalings[self.module]
             R = selection.source.table(self.module, A.device)
         elif layer.merged:

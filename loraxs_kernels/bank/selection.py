@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,25 @@ from .slots import Source
 
 if TYPE_CHECKING:
     from .adapter_bank import AdapterBank
+
+
+class Use:
+    """The adapters that a selection has brought, as the graphs hold them that are made with it."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection, self.source, self.names = selection, selection.source, selection.names
+        self.state = self.source.state(_adapters(self.names))
+        self.ahead = 0  # of the graphs: how many layers no backward pass has been through
+
+    def is_current(self) -> bool:
+        """Whether the selection, whose block may have ended, still has them, where and as they were."""
+        has = self.selection.source, self.selection.names
+        return has == (self.source, self.names) and self.source.state(_adapters(self.names)) == self.state
+
+    def has_same(self, other: Use) -> bool:
+        """Whether another selection has the same adapters, wherever they are."""
+        mine, theirs = ([use.names, {name: R for name, (_, R) in use.state.items()}] for use in (self, other))
+        return self.source is other.source and mine == theirs
 
 
 class Selection(AbstractContextManager):
@@ -32,12 +53,12 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
-        self._state: Any = None  # of the source, when they were brought
+        self.use: Use | None = None
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None
         self.task = -1  # the backward pass in which it was opened
+        self.thread = 0
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
-        self.ahead = 0  # of its graphs: how many layers no backward pass has been through
         self.factor = 1  # by how much `generate` repeats each sample
 
     def __enter__(self) -> Selection:
@@ -50,7 +71,7 @@ class Selection(AbstractContextManager):
         """nested: whether another selection may be open in this thread."""
         if self._leave is not None:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
-        self.task = torch._C._current_graph_task_id()
+        self.task, self.thread = torch._C._current_graph_task_id(), threading.get_ident()
         if (source := self.bank.source_of(self.names)) is not self.source:  # a training began or ended since
             self.source, self._places, self._indices = source, {}, {}
         self._leave = self.bank.selections.enter(self, nested)
@@ -86,36 +107,25 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank.selections.lock:
-            before = self.names
-            self.release()
-            try:
-                self.names = names
-                self._bring()
-            except BaseException:
-                self.names = before
-                self._bring()
-                raise
-            finally:
-                for index in self._indices.values():
-                    index.change(self._numbers())
+            self._places = self.source.bring(_adapters(names), _adapters(self.names))
+            self.names = names
+            self._used()
+            for index in self._indices.values():
+                index.change(self._numbers())
 
     def bring(self) -> None:
         self.bank.refuse_merged()
-        before = self._places
-        self._bring()
+        before, self._places = self._places, self.source.bring(_adapters(self.names))
+        self._used()
         if before != self._places:
             self._indices = {}
 
-    def _bring(self) -> None:
-        self._places = self.source.bring(_adapters(self.names))
-        self._state = self.source.state(_adapters(self.names))
+    def _used(self) -> None:
+        if self.use is None or not self.use.is_current():
+            self.use = Use(self)
 
     def release(self) -> None:
         self.source.release(_adapters(self.names))
-
-    def can_be_used_again(self) -> bool:
-        """Whether the adapters are still where and what they were in the block, which may have ended."""
-        return self.source.state(_adapters(self.names)) == self._state
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
@@ -128,9 +138,10 @@ class Selection(AbstractContextManager):
             numbers = numbers if self.mixed or self.fixed else numbers[:1]
             self._indices[device] = RowIndex(numbers, self.source.n, device, fixed=self.fixed)
         index, rows = self._indices[device], math.prod(x.shape[:-1])
-        if len(index) == 1:  # all samples use the same
+        if len(index) == 1 and self._tokens is None:  # all samples use the same
             return index
-        samples, (batch, length) = len(index), self.batch or (len(index), 1)
+        samples = len(index if self._tokens is None else self._tokens)
+        batch, length = self.batch or (samples, 1)
         if self._tokens is not None:
             fits = rows == samples
         elif x.dim() > 2:
@@ -138,9 +149,10 @@ class Selection(AbstractContextManager):
         else:
             fits = rows in (samples, batch, batch * length)
         if not fits:
-            what = "a row for each token" if self._tokens else "one sample in each entry of its first dimension"
+            what = f"one sample in each entry of its first dimension of {samples} for different adapters"
+            what = f"a row for each of {samples} tokens" if self._tokens else what
             raise ValueError(
-                f"{label}: got x of shape {tuple(x.shape)}, must have {what} of {samples} for different adapters. "
+                f"{label}: got x of shape {tuple(x.shape)}, must have {what}. "
                 "Layers that get windows, images or routed rows can use one adapter for the whole batch, or be left "
                 "out of the bank (exclude_modules)"
             )
@@ -184,7 +196,17 @@ class Selections:
         self.lock = threading.RLock()
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._open: list[Selection] = []
-        self._in_graphs: weakref.WeakSet[Selection | Unselected] = weakref.WeakSet()
+        self._in_graphs: weakref.WeakSet[Use | Unselected] = weakref.WeakSet()
+        _follow_forks()
+        _all.add(self)
+
+    def forget_other_threads(self) -> None:
+        """In a child of fork, which has only the thread that forked."""
+        self.lock = threading.RLock()
+        for selection in [each for each in self._open if each.thread != threading.get_ident()]:
+            self._open.remove(selection)
+            with suppress(RuntimeError):  # of CUDA, which no child can use
+                selection.release()
 
     def any_open(self) -> bool:
         """Whether a selection is open, in any thread."""
@@ -214,6 +236,8 @@ class Selections:
         selection, task = self._selected.get(), torch._C._current_graph_task_id()
         if task != -1 and (selection is None or selection.task != task):
             return self._of_recomputation()
+        if task != -1 and torch.is_grad_enabled():
+            self._check_recomputed(selection)
         if selection is not None:
             if not selection.entered:
                 raise RuntimeError(
@@ -232,7 +256,8 @@ class Selections:
         if torch._C._current_graph_task_id() != -1:
             return
         with self.lock:
-            used = selection or next((u for u in self._in_graphs if isinstance(u, Unselected)), None) or Unselected()
+            unselected = (u for u in self._in_graphs if isinstance(u, Unselected))
+            used = next(unselected, None) or Unselected() if selection is None else selection.use
             used.ahead += 1
             self._in_graphs.add(used)
 
@@ -245,6 +270,15 @@ class Selections:
                     self._in_graphs.discard(used)
 
         y.grad_fn.register_hook(passed)
+
+    def _check_recomputed(self, selection: Selection) -> None:
+        """Refuse a selection that a backward pass has made, to compute a call again, with other adapters by now."""
+        if not any(isinstance(use, Use) and use.has_same(selection.use) for use in list(self._in_graphs)):
+            raise RuntimeError(
+                "gradient checkpointing: a backward pass makes a call again, and no graph is there that was made with "
+                f"the adapters {list(selection.names)} as they are now: they were changed in the bank since, or it is "
+                "use_reentrant=True, which must be False"
+            )
 
     def _of_recomputation(self) -> Selection | None:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
@@ -262,9 +296,38 @@ class Selections:
             )
         if isinstance(found[0], Unselected):
             return None
-        if not found[0].can_be_used_again():
+        if not found[0].is_current():
             raise RuntimeError(
                 "gradient checkpointing: the slots of the batch's adapters hold different ones by now; run the "
-                "backward pass inside the block of bank.select(...)"
+                "backward pass inside the block of bank.select(...), and before change(...)"
             )
-        return found[0]
+        return found[0].selection
+
+
+_all: weakref.WeakSet[Selections] = weakref.WeakSet()
+_held: list[Selections] = []  # while a process forks
+
+
+@cache
+def _follow_forks() -> None:
+    """Let no fork come while adapters are brought.  It must be told after LMDB's part, to run before that."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _before_fork() -> None:
+    every = sorted(_all, key=id)
+    for each in every:
+        each.lock.acquire()
+    _held[:] = every
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """The threads that had the other selections open are not there."""
+    while _held:
+        _held.pop().forget_other_threads()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,16 @@ class Source(Protocol):
 
     n: int
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
-        """The places of these adapters, which they keep until `release`; KeyError for an unknown name."""
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
+        """The places of these adapters, which they keep until `release`; KeyError for an unknown name.
+
+        instead: of adapters that are released by the same step.  After an error they are still where they were.
+        """
 
     def release(self, names: Sequence[str]) -> None: ...
 
-    def state(self, names: Iterable[str]) -> Any:
-        """What is equal to what it was as long as these adapters are where they were, and as they were."""
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        """Where these adapters are, and what tells one R from another; without those that are nowhere."""
 
     def table(self, module: int, device: torch.device) -> Tensor:
         """R of a module for all places, (n, r, r) fp32, in place: what is brought later is written into it."""
@@ -48,7 +51,7 @@ class Slots:
         self._staged = torch.empty(0, device="cpu")
         self._events: dict[tuple[torch.device, int], torch.cuda.Event] = {}
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
         wanted = dict.fromkeys(names)
         digests = self.bank.digests(wanted)
         if len(wanted) > self.n:
@@ -57,25 +60,29 @@ class Slots:
                 "bank.attach(model, slots=...)"
             )
         self._follow(self.bank.devices())
-        places = {}
+        places, users = {}, Counter(self._users)
+        users.subtract({*instead})
         stale = [name for name in wanted if name in self._there and self._there[name][1] != digests[name]]
         for name in stale:
-            if self._users.get(name):
+            if users[name]:
                 raise RuntimeError(f"adapter {name!r}: has changed in the bank while another selection uses it")
-            self._free.append(self._there.pop(name)[0])
-        idle = [name for name in self._there if name not in wanted and not self._users.get(name)]
-        missing = [name for name in wanted if name not in self._there]
-        if len(missing) > len(self._free) + len(idle):
-            left = self.n - sum(name not in wanted for name in self._users)
+        idle = [name for name in self._there if name not in wanted and not users[name]]
+        missing = [name for name in wanted if name not in self._there or name in stale]
+        if len(missing) > len(self._free) + len(stale) + len(idle):
+            left = self.n - sum(name not in wanted for name in +users)
             raise RuntimeError(
                 f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
                 f"{self.n - left} of {self.n} slots are in use by open selections"
             )
+        # Where slots in use are written to, what can fail comes first.
+        records = {name: self.bank.read(name) for name in missing} if instead else {}
+        self._free += [self._there.pop(name)[0] for name in stale]
+        self.release(instead)
         for name in missing:
             if not self._free:
                 self._free.append(self._there.pop(idle.pop(0))[0])
             slot = self._free[-1]
-            self._copy(name, slot)
+            self._copy(name, slot, records.get(name))
             self._there[name] = (self._free.pop(), digests[name])
         for name in wanted:
             self._there.move_to_end(name)
@@ -94,8 +101,8 @@ class Slots:
                 stream = torch.cuda.current_stream(device)
                 self._events[device, stream.cuda_stream] = stream.record_event()
 
-    def state(self, names: Iterable[str]) -> Any:
-        return {name: self._there.get(name) for name in names}
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        return {name: self._there[name] for name in names if name in self._there}
 
     def table(self, module: int, device: torch.device) -> Tensor:
         return self._views[device][module]
@@ -115,8 +122,11 @@ class Slots:
             on_gpu = any(device.type == "cuda" for device in devices)
             self._staged = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu, device="cpu")
 
-    def _copy(self, name: str, slot: int) -> None:
-        self.bank.read(name, self._staged)
+    def _copy(self, name: str, slot: int, record: Tensor | None) -> None:
+        if record is None:
+            self.bank.read(name, self._staged)
+        else:
+            self._staged.copy_(record)
         for device, table in self._tables.items():
             for (used_on, _), event in self._events.items():  # other streams may still read what is there
                 if used_on == device:

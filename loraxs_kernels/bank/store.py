@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_format
-from ..files import damaged, is_finite, sha256_of, unsealed, write_atomically
+from ..files import check_replaces, damaged, is_finite, sha256_of, target_of, unsealed, write_atomically
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
@@ -136,10 +136,10 @@ class Store(Records):
     def _run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
         """What a call returns for a transaction; room: bytes that it will write."""
         self._check_open(write)
-        forked = self._environment.process != os.getpid()
-        if (write or forked) and identity_of(self.path) != self._environment.identity:
+        anew = self._environment.process != os.getpid()  # after a fork, or where the map could not grow
+        if (write or anew) and identity_of(self.path) != self._environment.identity:
             raise ValueError(f"{self.path}: {DATA} was replaced since the bank was opened; open it again")
-        if forked:
+        if anew:
             self._environment = Environment.at(self.path)
         return self._environment.run(call, write, room)
 
@@ -313,7 +313,16 @@ class Store(Records):
         Returns the number of adapters.  LMDB keeps a whole transaction in memory while it is committed: if the adapters
         are larger than that, split them into several calls.
         """
+        return len(self._put(items, replace, {}))
+
+    def _put(self, items: Any, replace: bool, read: Mapping[str, bytes | None]) -> dict[str, bytes]:
+        """`add_many`; returns the SHA-256 of each record.
+
+        read: of records that were read before, their SHA-256, None where there was none.  A record that would be the
+        same is not written, and if one is another by now, that is a ValueError.
+        """
         self._check_open(write=True)
+        digests: dict[str, bytes] = {}
         places: dict[bytes, tuple[int, int]] = {}
         with self._naming_folder(), tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.path) as waiting:
             for name, what in _pairs(items):
@@ -323,17 +332,26 @@ class Store(Records):
                 if not replace and name in self:
                     raise self._exists(name)
                 value = self._record_from(name, what)
+                digests[name] = bytes(value[:DIGEST])
+                if digests[name] == read.get(name):
+                    continue
                 places[key] = waiting.tell(), len(value)
                 waiting.write(value)
 
             def put(txn: Any) -> None:
                 for key in sorted(places):
+                    if (name := key.decode()) in read and bytes((txn.get(key) or b"")[:DIGEST]) != (read[name] or b""):
+                        raise ValueError(
+                            f"{self.path}: adapter {name!r} was changed or removed by another since it was read, and "
+                            f"nothing was written; commit the others by their names, or add({name!r}, ..., "
+                            "replace=True)"
+                        )
                     if not txn.put(key, _part(waiting, *places[key]), overwrite=replace):
                         raise self._exists(key.decode())
 
             if places:
                 self._run(put, write=True, room=sum(length for _, length in places.values()))
-        return len(places)
+        return digests
 
     def remove(self, name: str) -> None:
         """Delete an adapter.  Raises KeyError if there is none of that name."""
@@ -361,12 +379,15 @@ class Store(Records):
     def export(self, name: str, path: str | os.PathLike) -> None:
         """Write an adapter to a file for `load_adapter`, as `save_adapter` does: R and alpha as they are stored.
 
-        Raises KeyError if there is no adapter of that name, ValueError if its record is damaged or the path is one of
-        the bank's own files.
+        Records have no dropout and no init_std: the file gets those of the model that the bank was created from.
+
+        Raises KeyError if there is no adapter of that name, ValueError if its record is damaged, or if there is a file
+        at path that is no adapter.
         """
-        own = {os.path.realpath(self.path / file) for file in (BASIS, DATA, LOCK)}
-        if os.path.realpath(path) in own:
-            raise ValueError(f"path: {path} is a file of the bank itself, must be another")
+        target = target_of(path)
+        if target.name in (BASIS, DATA, LOCK) and (target.parent / DATA).exists():
+            raise ValueError(f"path: {path} is a file of a bank, must be another")
+        check_replaces(path, "loraxs", "LoRA-XS adapter")
         stored, alphas = self.record(name)
         descriptions, records, factors = {}, {}, {}
         for module, R in stored.items():

@@ -42,8 +42,11 @@ class Training(AbstractContextManager):
         self.device = devices.pop()
         with plain_tensors():
             self._records = torch.empty(self.n, bank.size, dtype=torch.float32, device=self.device)
+        # The SHA-256 of each record as it was read or written here last.
+        self._read: dict[str, bytes | None] = dict.fromkeys(self.names)
         for name, record in zip(self.names, self._records, strict=True):
             if name in bank:
+                self._read |= bank.digests([name])
                 stored, alphas = bank.record(name)
                 if alphas != bank.alphas:
                     raise ValueError(
@@ -86,7 +89,8 @@ class Training(AbstractContextManager):
     def commit(self, names: Sequence[str] | None = None) -> None:
         """Write these adapters, or all, to the bank as they are now, in one transaction, rounded to the bank's dtype.
 
-        Raises ValueError, naming the adapter and the module, if R has NaN or Inf values; nothing is written then.
+        Adapters that are as they were read are left alone.  Raises ValueError, naming the adapter, if R has NaN or Inf
+        values, or if another has changed or removed the adapter in the bank meanwhile; nothing is written then.
         """
         self.check_open()
         if isinstance(names, str):
@@ -96,7 +100,7 @@ class Training(AbstractContextManager):
             name: {module: R.detach()[self._place(name)] for module, R in zip(modules, self.parameters, strict=True)}
             for name in (self.names if names is None else names)
         }
-        self.bank.add_many(of, replace=True)
+        self._read |= self.bank._put(of, True, self._read)
 
     def check_open(self) -> None:
         """Raise a RuntimeError after `close`."""
@@ -130,15 +134,15 @@ class Training(AbstractContextManager):
             )
         return slots
 
-    def bring(self, names: Sequence[str]) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
         self.check_open()
         return {name: self._place(name) for name in names}
 
     def release(self, names: Sequence[str]) -> None:
         pass
 
-    def state(self, names: Iterable[str]) -> Any:
-        return None  # they stay where they are
+    def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
+        return {name: (self._place(name), None) for name in names}  # they stay where they are
 
     def table(self, module: int, device: torch.device) -> Tensor:
         if device != self.device:

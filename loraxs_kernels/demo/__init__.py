@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from ..files import read_json
+
 _COMMON = {
     "transformers": "transformers",
     "matplotlib": "matplotlib",
@@ -59,7 +61,7 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
 
     Args:
         model: "minilm" or "smollm2".
-        out: a folder, made if need be.
+        out: a folder, made if need be.  Of files of those names there, only an earlier demo's are replaced.
         quick: fewer steps, rows of the table and test questions.
         full: three seeds, and one row more.
         device: as torch names it; None: the GPU where there is one, else the CPU.
@@ -69,7 +71,8 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
     Returns:
         What report.json holds; see report.py and many.py.
 
-    Raises DemoError for a missing package, a device that is not there, or a folder that cannot be made.
+    Raises DemoError for a missing package, a device that is not there, or a folder that cannot be made or has other
+    files of those names.
     """
     started = time.perf_counter()
     if model not in PACKAGES:
@@ -80,12 +83,26 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
         raise DemoError("full: cannot be given with many, which has the lengths quick and default")
     _require(PACKAGES[model] | ({"lmdb": "lmdb"} if many else {}))
     settings = Settings(model, out, "quick" if quick else "full" if full else "default", _device(device), started)
+    _check_out(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"the folder for the results cannot be made: {error}") from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first imported, below
     return importlib.import_module(".many" if many else f".{model}", __name__).run(settings)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder with files of the names that will be written, unless a report there says whose they are."""
+    from .report import ADAPTER, PLOT, REPORT
+
+    try:
+        said = read_json((out / REPORT).read_bytes(), REPORT)
+    except (OSError, ValueError):
+        said = {}
+    there = [name for name in (ADAPTER, REPORT, PLOT) if (out / name).exists()]
+    if there and not {"version", "what", "model", "length", "seeds"} <= said.keys():
+        raise DemoError(f"out: {out / there[0]} is there and is no earlier demo's; name another folder")
 
 
 def package_folder(name: str) -> Path:
