@@ -51,7 +51,9 @@ COMPONENTS = {
         "split products, groups, streams from the host, several GPUs",
     ),
     "adapter files": (
-        _package("adapter_file.py", "adapter_format.py", "acceptance.py", "basis.py", "recipe.py"),
+        _package(
+            "adapter_file.py", "adapter_contents.py", "adapter_format.py", "acceptance.py", "basis.py", "recipe.py"
+        ),
         "across devices",
     ),
     "neighbours": (_package("integrations"), "PEFT's method, Trainer's checkpoints, the reference implementation"),

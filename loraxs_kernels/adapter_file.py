@@ -19,33 +19,32 @@ from torch.nn.utils import parametrize
 from . import card
 from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
-from .adapter_format import NUMBERS, described, packed, read
-from .basis import (
-    ACCEPT,
-    ALIGNED,
-    distance_from_svd,
-    mixing,
-    probes,
-    residual,
-    same_base,
-    singular_values,
-    sketch,
+from .adapter_contents import (
+    HAS_BANK,
+    base_model,
+    description,
+    lasting_recipe,
+    layers_to_save,
+    plain,
+    saved_tensors,
+    shared_names,
+    warn_of_unsaved,
+    whole_R,
 )
+from .adapter_format import NUMBERS, packed, read
+from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
 from .model import Attachment, basis_for, install
-from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
-from .recipe import Recipe, check
-from .sharding import assign, check_writable, gathered, is_gathered, whole, written
+from .naming import DTYPES, aliases, as_dtype, label_of
+from .sharding import assign, check_writable, written
 from .transaction import keep, transaction
-from .weights import weight_of, weight_view
+from .weights import weight_of
 
 SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
-
-HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -192,85 +191,6 @@ def _packed_adapter(
     return parts, card.card(model, base, descriptions, whole, where)
 
 
-def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
-    """`adapted_layers`; ValueError for a layer that is not in memory, or whose name a wrapper has changed."""
-    for name, layer in adapted_layers(model):
-        if layer.seat is not None and layer.seat.put_on:
-            raise ValueError(f"model: {HAS_BANK}; export(name, path) of the bank writes one of its adapters")
-        if "_fsdp_wrapped_module" in name:
-            raise ValueError(
-                f"model: is wrapped by FullyShardedDataParallel (module {name!r}), whose names no other model has; use "
-                "FSDP2 (fully_shard), or save the model inside the wrapper"
-            )
-        if layer.R.is_meta or layer.A.is_meta:
-            raise ValueError(
-                f"module {name!r}: R or A is not in memory (meta device), must be in memory to be saved: load the "
-                "weights, call reset_parameters(), or remove accelerate's offloading"
-            )
-        yield name, layer
-
-
-def whole_R(layer: LoraXSLinear) -> Tensor:
-    """A copy of R.  If R, or what a parametrization makes it of, is sharded over ranks, a collective gathers it.
-
-    Of an R in half precision under ZeRO-3 it is the fp32 copy that DeepSpeed's optimizer has, unless the caller has
-    gathered R, perhaps to save it on one rank.
-    """
-    R = layer._parameters.get("R")
-    if hasattr(R, "_z3_optimizer") and R.requires_grad and R.dtype != torch.float32:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if not is_gathered(R):
-            return safe_get_full_fp32_param(R).clone()
-    with gathered(makers_of_R(layer)):
-        return whole(layer.R.detach()).clone()
-
-
-def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
-    """Say which parameters train that are in no adapter file, if there are any: neither R nor in modules_to_save."""
-    kept = {id(p) for _, layer in adapted_layers(model) for p in makers_of_R(layer)}
-    kept |= {id(p) for name in saved_modules(model) for p in model.get_submodule(name).parameters()}
-    if lost := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]:
-        warnings.warn(
-            f"model: {len(lost)} parameters train, the first {lost[0]!r}, that no adapter file will hold (a state "
-            "dict, or a checkpoint of Trainer, will). Name their modules in attach(..., modules_to_save=[...])",
-            stacklevel=stacklevel,
-        )
-
-
-def shared_names(model: nn.Module) -> dict[str, Any]:
-    """What a header has of adapted layers with several names, if there are any: what reads less must not read on."""
-    shared: dict[str, list[str]] = {}
-    first = {id(layer): name for name, layer in adapted_layers(model)}
-    for name, m in by_base_name(model).items():
-        if first.get(id(m), name) != name:
-            shared.setdefault(first[id(m)], []).append(name)
-    return {"version": 4, "shared": shared} if shared else {}
-
-
-def base_model(model: nn.Module) -> str:
-    """The name that a transformers model was loaded by, else nothing."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-
-
-def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules_to_save and their tensors, by their names in the model; ValueError for NaN or Inf."""
-    names, tensors = saved_modules(model), {}
-    for name in names:
-        module = model.get_submodule(name)
-        masks = {key for key, _ in module.named_buffers()}  # which may be of -Inf
-        for key, t in module.state_dict(keep_vars=True).items():
-            if key.endswith("_extra_state"):
-                raise ValueError(
-                    f"model: {name}.{key}, of get_extra_state, has no place in an adapter file; leave the module "
-                    "out of modules_to_save"
-                )
-            tensors[f"{name}.{base_name(key)}"] = t = plain(t)
-            if key not in masks and not is_finite(t):
-                raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
-    return names, tensors
-
-
 @aliases(workspace=WORKSPACE_IN_BYTES)
 @torch.no_grad()
 def load_adapter(
@@ -411,45 +331,6 @@ def naming_file(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: does not fit this model: {error}") from error
 
 
-def lasting_recipe(layer: LoraXSLinear) -> Recipe:
-    """A recipe by which a load has these A and B again: the layer's or, where that would make others, "given"."""
-    recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
-    if recipe.init == "given" or _makes(recipe, layer):
-        return recipe
-    return replace(recipe, init="given", method="auto", block=None, n_iter=None, rounded=())
-
-
-def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
-    """Whether a recipe makes A and B of a layer, as far as the weight can be read without gathering or loading it.
-
-    Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.
-    """
-    A, B, shape, coarsest = layer.A, layer.B, (layer.out_features, layer.in_features), layer._coarsest
-    if coarsest is not None and coarsest not in FLOATS and torch.equal(A, A.to(coarsest).to(A.dtype)):
-        return False  # in float8, which no recipe names
-    if recipe.init == "random":
-        M = mixing(layer.rank, A.device)
-        made_A, made_B = (t.to(A.device) for t in recipe.round(recipe.drawn(layer.rank, shape)))
-        return residual(probes(A, M, B), made_A, M, made_B) <= ACCEPT
-    W = weight_view(layer.base_layer)
-    if W is None or W.is_meta or W.shape != shape:
-        return True
-    roundings = [A.dtype, coarsest or W.dtype, *(DTYPES[each] for each in recipe.rounded)]
-    return not distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings))
-
-
-def description(layer: LoraXSLinear, name: str, recipe: Recipe) -> dict[str, Any]:
-    """The numbers and the recipe of one layer, checked; the recipe's name only if it is not the module's."""
-    for key in NUMBERS:
-        check(key, getattr(layer, key), f"module {name!r}")
-    if layer.scaling != layer.alpha / layer.rank:
-        raise ValueError(
-            f"module {name!r}: scaling is {layer.scaling}, must be alpha / rank = {layer.alpha / layer.rank}; a file "
-            "holds alpha, so set alpha as well"
-        )
-    return described(vars(layer), recipe, name)
-
-
 def attach_as(
     model: nn.Module,
     entries: dict[str, dict],
@@ -554,8 +435,3 @@ def _record_saved(model: nn.Module, names: Sequence[str], path: Path) -> None:
             "If they have been trained or loaded with another adapter, the model is not the one that was saved",
             stacklevel=5,  # past this, no_grad's wrapper and that of `aliases`
         )
-
-
-def plain(t: Tensor) -> Tensor:
-    """A contiguous copy on the CPU with storage of its own; a collective for a tensor that is sharded over ranks."""
-    return whole(t).to("cpu", copy=True).contiguous()

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import adapter_file, adapter_format, basis
+from .. import adapter_contents, adapter_format, basis
 from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
@@ -137,16 +137,16 @@ class Records:
     def _entries_of(self, model: nn.Module, where: str) -> tuple[dict[str, dict], list[str], dict[str, Tensor]]:
         """What an adapter file of a model would have."""
         entries = {}
-        for name, layer in adapter_file.layers_to_save(model):
-            numbers = adapter_file.description(layer, name, layer.recipe)
-            R = adapter_file.whole_R(layer)
+        for name, layer in adapter_contents.layers_to_save(model):
+            numbers = adapter_contents.description(layer, name, layer.recipe)
+            R = adapter_contents.whole_R(layer)
             entry = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
             entries[name] = {key: t.cpu() for key, t in entry.items()}
             entries[name] |= {"recipe": layer.recipe, "rank": numbers["rank"], "alpha": numbers["alpha"]}
-            entries[name]["base_model"] = adapter_file.base_model(model)
+            entries[name]["base_model"] = adapter_contents.base_model(model)
             if not is_finite(R):
                 raise ValueError(f"{where}: module {name!r}: R has NaN or Inf values")
-        return entries, *adapter_file.saved_tensors(model)
+        return entries, *adapter_contents.saved_tensors(model)
 
     def _check_names(self, modules: Mapping[str, Any], where: str) -> None:
         if differ := sorted(map(str, modules.keys() ^ self.entries.keys())):
@@ -264,21 +264,21 @@ def packed_basis(model: nn.Module, dtype: torch.dtype) -> tuple[tuple[bytes | me
     Raises ValueError for a model without adapters, or one whose A, B or alpha no bank can have.
     """
     descriptions, records, factors, moved = {}, {}, {}, []
-    for name, layer in adapter_file.layers_to_save(model):
-        recipe = adapter_file.lasting_recipe(layer)
-        descriptions[name] = adapter_file.description(layer, name, recipe)
+    for name, layer in adapter_contents.layers_to_save(model):
+        recipe = adapter_contents.lasting_recipe(layer)
+        descriptions[name] = adapter_contents.description(layer, name, recipe)
         if not layer.alpha:
             raise ValueError(f"module {name!r}: alpha is 0, must not be: the R of other adapters are scaled to it")
         records[name] = {key: t.cpu() for key, t in vars(Fingerprint.of(layer.A, layer.B)).items()}
         if not all(map(is_finite, records[name].values())):
             raise ValueError(f"module {name!r}: A or B is not finite")
         if recipe.init == "given":
-            factors[name] = adapter_file.plain(layer.A), adapter_file.plain(layer.B)
+            factors[name] = adapter_contents.plain(layer.A), adapter_contents.plain(layer.B)
         elif layer.why_no_load():
             moved.append(layer)
-    header = {"base_model": adapter_file.base_model(model), "dtype": dtype_name(dtype)}
-    header |= adapter_file.shared_names(model)
-    saved = adapter_file.saved_tensors(model)
+    header = {"base_model": adapter_contents.base_model(model), "dtype": dtype_name(dtype)}
+    header |= adapter_contents.shared_names(model)
+    saved = adapter_contents.saved_tensors(model)
     parts = adapter_format.packed(KIND, header, descriptions, records, factors, *saved)
     return parts, moved
 

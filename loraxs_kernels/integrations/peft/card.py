@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from ...adapter_file import base_model
+from ...adapter_contents import base_model
 from ...card import ABOUT, NAME, base_model_code
 from ...files import write_atomically
 from .layer import LoraXSLinearLayer

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import base_model, plain, whole_R
+from ...adapter_contents import base_model, plain, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import adapted_layers, base_name, saved_modules, targets_for, unwrapped

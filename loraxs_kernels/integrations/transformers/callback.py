@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...adapter_file import save_adapter, warn_of_unsaved
+from ...adapter_contents import warn_of_unsaved
+from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
 from ...reads import weights_read
 from ...sharding import is_dtensor
