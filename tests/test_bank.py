@@ -664,6 +664,8 @@ def test_checkpointing_goes_with_every_graph_that_can_be_told(model, tuned, bank
     y = call(["alice", None, "bob", "carol"])
     (first,) = torch.autograd.grad(y, embeds, retain_graph=True)
     assert torch.equal(first, *torch.autograd.grad(y, embeds, retain_graph=True))
+    call(["bob"] * 4)  # whose graph ends here
+    assert torch.equal(first, *torch.autograd.grad(y, embeds, retain_graph=True))
     other = call(["dave"] * 4)
     with pytest.raises(RuntimeError, match="there are graphs of 2 selections"):
         torch.autograd.grad(y, embeds)
