@@ -484,7 +484,11 @@ def test_earlier_reports_are_read_in_the_order_of_their_dates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"tests": None}, {"tests": {"demo": 3}}, {"tests": {"demo": {"failed": 3}}}, {"rows": [3]}]
+    "change",
+    [
+        {"rows": [3]},
+        *({"tests": each} for each in (None, {"demo": 3}, {"demo": {"failed": 3}}, {"demo": {"passed": 3}})),
+    ],
 )
 def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, change):
     path, out = tmp_path / "a.json", tmp_path / "out"
