@@ -209,6 +209,7 @@ class Selections:
         self.lock = threading.RLock()
         for selection in [each for each in self._open if each.thread != threading.get_ident()]:
             self._open.remove(selection)
+            selection._leave = None  # it has ended, also for this thread, which may have a copy of the other's context
             with suppress(RuntimeError):  # of CUDA, which no child can use
                 selection.release()
 
