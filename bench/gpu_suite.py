@@ -303,7 +303,8 @@ def summary(data: dict[str, Any]) -> str:
 
 def request(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, or a refusal; with `steps`, {step: seconds it may take where others wait}, and what became of the
-    tests: `earlier`, in each of the reports of --after, the oldest first, and `known`, in all of them."""
+    tests: `earlier`, in each of the reports of --after, the oldest first, `known`, in all of them, and what is left,
+    `untested`."""
     parser = argparse.ArgumentParser(prog="gpu_suite", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the report and the log")
@@ -328,7 +329,7 @@ def request(argv: list[str] | None) -> argparse.Namespace:
         parser.error("no GPU here; on a CPU use `loraxs bench`")
     try:
         asked.earlier = [each["tests"] for each in sorted(map(report.load, asked.after), key=lambda each: each["date"])]
-        asked.known = outcomes.newest(asked.earlier)
+        asked.known, asked.untested = outcomes.newest(asked.earlier), untested(asked.earlier)
     except (AttributeError, KeyError, TypeError):
         parser.error(f"--after: got {', '.join(map(str, asked.after))}, must be reports that this suite wrote")
     except BenchError as error:
@@ -370,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
                 suite.cut = True
                 suite.say(f"{step}: not started, the budget is spent")
                 continue
-            untried = [name for name in untested(asked.earlier) if name not in suite.data["tests"]]
+            untried = [name for name in asked.untested if name not in suite.data["tests"]]
             if step == "ladder":
                 first = [name for name in untried if name == status.FIRST_LIGHT]
                 suite.tests(step, first, "test_first_light.py", seconds)

@@ -87,6 +87,8 @@ class Recorder:
         result = yield
         sticky = wait()
         late.cancel()
+        if late.is_alive():  # it tells what it has to tell before the test's last line
+            late.join()
         faulthandler.cancel_dump_traceback_later()
         if sticky:
             self.note(*of, "failed", f"a sticky CUDA error: {sticky}{self.story()}", lost=True)

@@ -87,7 +87,9 @@ def save_adapter(
         parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
         write_atomically(path, *parts)
         return
-    readme = target_of(folder / card.NAME)
+    readme = folder / card.NAME
+    if not readme.is_file() or card.is_as_written(readme):  # an edited one stays, so that it need not be writable
+        readme = target_of(readme)
     parts, text = _packed_adapter(model, folder.resolve().name, dtype, portable, save_factors)
     write_atomically(folder / FILE, *parts)
     if readme.exists() and not card.is_as_written(readme):

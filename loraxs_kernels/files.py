@@ -80,7 +80,8 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     """The file that a path, or the link there, names.
 
-    Raises ValueError, naming the argument, where no file can be written, PermissionError where one that may not be is.
+    Raises ValueError, naming the argument, where no file can be written, PermissionError where one that may not be is,
+    or where the folder may not be written.
     """
     try:
         target = Path(os.path.realpath(path))
@@ -99,6 +100,8 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     above = next(each for each in target.parents if each.exists())
     if not above.is_dir():
         raise ValueError(f"{argument}: {path} is in {above}, which is no folder")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(errno.EACCES, f"{argument} is in a folder without permission to write", str(path))
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import gc
 import os
@@ -315,6 +316,33 @@ def test_a_fork_waits_for_what_is_brought_and_forgets_other_threads(model, bank,
     end.set()
     thread.join()
     model(IDS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@torch.no_grad()
+def test_what_another_thread_has_selected_has_ended_in_a_child(model, bank):
+    """Also where the thread that forks has a copy of the other's context, as with asyncio.to_thread."""
+    statuses = []
+
+    def fork():
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            status = 1
+            with contextlib.suppress(BaseException):
+                torch.set_num_threads(1)
+                with pytest.raises(RuntimeError, match="has ended"):
+                    model(IDS)
+                status = 0
+            os._exit(status)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    with bank.select(["alice"] * 4):
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(fork,))
+        thread.start()
+        thread.join()
+        model(IDS)
+    assert statuses == [0]
 
 
 def test_merging_and_selections_exclude_each_other(model, bank):
@@ -663,6 +691,8 @@ def test_checkpointing_goes_with_every_graph_that_can_be_told(model, tuned, bank
     torch.testing.assert_close(plain, *torch.autograd.grad(tuned[None](inputs_embeds=own).logits.square().sum(), own))
     y = call(["alice", None, "bob", "carol"])
     (first,) = torch.autograd.grad(y, embeds, retain_graph=True)
+    assert torch.equal(first, *torch.autograd.grad(y, embeds, retain_graph=True))
+    call(["bob"] * 4)  # whose graph ends here
     assert torch.equal(first, *torch.autograd.grad(y, embeds, retain_graph=True))
     other = call(["dave"] * 4)
     with pytest.raises(RuntimeError, match="there are graphs of 2 selections"):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loraxs_kernels import LoraXSLinear, indexed, reference
+from loraxs_kernels import LoraXSLinear, backends, indexed, reference
 from loraxs_kernels.bench import (
     BenchError,
     bank,
@@ -503,6 +503,8 @@ def test_a_model_is_as_it_was_after_each_way(tiny_model, name):
         expected = {"frozen": 0, "peft-lora": None}.get(name, linears * 4 * 4)
         assert trained == expected if expected is not None else trained > linears * 4 * 4
         assert set(tiny_model.parameters()) <= set(changed.parameters())  # none is copied
+        with model.adapted(tiny_model, "frozen", 0, checkpointing=False):
+            assert backends.forced() == ("torch" if name == "torch" else None)
     assert state() == before
     assert not any(p.requires_grad for p in tiny_model.parameters())
 

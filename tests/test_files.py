@@ -65,11 +65,15 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"kept")
-    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # which root always has
+    denied = [path]  # root always may
+    monkeypatch.setattr(os, "access", lambda each, mode: not (mode == os.W_OK and each in denied))
     with pytest.raises(PermissionError, match=f"path is a file without permission to write: '{path}'"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"kept"
     write_atomically(tmp_path / "b", b"new")
+    denied.append(tmp_path)
+    with pytest.raises(PermissionError, match=f"out is in a folder without permission to write: '{tmp_path}/new/c'"):
+        target_of(tmp_path / "new" / "c", "out")
 
 
 def test_names_may_be_as_long_as_names_can_be(tmp_path):

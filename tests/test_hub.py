@@ -125,13 +125,14 @@ def test_any_name_of_a_base_model_can_be_saved(name, trained, tmp_path):
     assert same(lx.load_adapter(mlp(), tmp_path), trained)
 
 
-def test_an_edited_card_stays(trained, tmp_path, recwarn):
+def test_an_edited_card_stays(trained, tmp_path, recwarn, monkeypatch):
     readme = tmp_path / "README.md"
     lx.save_adapter(trained, tmp_path)
     written = readme.read_text()
     assert is_as_written(readme)
     lx.save_adapter(trained, tmp_path)  # nobody has edited it
     assert not recwarn.list and readme.read_text() == written
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and Path(path) == readme))
     for edited in (written.replace("LoRA-XS adapter", "My adapter"), written + "more\n", "# Mine\n", "\udcff"):
         readme.write_bytes(edited.encode(errors="surrogateescape"))
         trained[0].R.data += 1

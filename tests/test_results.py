@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ import costs  # noqa: E402
 import gpu_suite  # noqa: E402
 import kernel_trace  # noqa: E402
 import outcomes  # noqa: E402
+import recorder  # noqa: E402
 import render  # noqa: E402
 import status  # noqa: E402
 
@@ -311,6 +314,27 @@ def test_first_light_comes_first_and_a_traced_core_tells_what_a_kernel_that_hang
     assert reason.endswith("started at 0.0 us, waiting from 1.0 us, 2 tiles")
 
 
+def test_a_test_that_ends_while_its_kernels_are_told_of_has_ended(tmp_path, monkeypatch):
+    own, begun, ended = object.__new__(recorder.Recorder), threading.Event(), threading.Event()
+    own.path, own.trace = tmp_path / "outcomes", None
+    own.file = os.open(own.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    own.story = lambda: f"{begun.set()}{ended.wait(0.1)}"
+    quiet = SimpleNamespace(dump_traceback_later=lambda *_, **__: None, cancel_dump_traceback_later=lambda: None)
+    monkeypatch.setattr(recorder, "faulthandler", quiet)
+    monkeypatch.setattr(recorder, "limit", lambda item: 0)  # so that it is late at once
+    test = own.pytest_runtest_protocol(SimpleNamespace(nodeid="test_a", get_closest_marker=lambda _: None))
+    next(test)
+    assert begun.wait(60)
+    with pytest.raises(StopIteration):
+        test.send(None)
+    ended.set()
+    for each in threading.enumerate():
+        if isinstance(each, threading.Timer):
+            each.join()
+    os.close(own.file)
+    assert [json.loads(line)["outcome"] for line in own.path.read_text().splitlines()] == ["started"] * 2 + ["passed"]
+
+
 def test_what_a_trace_tells():
     """A launch that ended, one whose programs wait, one that never started."""
     records = np.zeros(20, kernel_trace.RECORD)
@@ -484,7 +508,11 @@ def test_earlier_reports_are_read_in_the_order_of_their_dates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"tests": None}, {"tests": {"demo": 3}}, {"tests": {"demo": {"failed": 3}}}, {"rows": [3]}]
+    "change",
+    [
+        {"rows": [3]},
+        *({"tests": each} for each in (None, {"demo": 3}, {"demo": {"failed": 3}}, {"demo": {"passed": 3}})),
+    ],
 )
 def test_a_damaged_report_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, change):
     path, out = tmp_path / "a.json", tmp_path / "out"

@@ -53,7 +53,8 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
-        self.use: Use | None = None
+        self.use: Use | None = None  # while it is open: then graphs alone hold it, which end with their outputs
+        self._last: Callable[[], Use | None] = lambda: None
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None
         self.task = -1  # the backward pass in which it was opened
@@ -80,6 +81,7 @@ class Selection(AbstractContextManager):
     def close(self) -> None:
         leave, self._leave = self._leave, None
         if leave is not None:
+            self.use = None
             leave()
 
     @property
@@ -121,8 +123,10 @@ class Selection(AbstractContextManager):
             self._indices = {}
 
     def _used(self) -> None:
+        self.use = self._last()
         if self.use is None or not self.use.is_current():
             self.use = Use(self)
+            self._last = weakref.ref(self.use)
 
     def release(self) -> None:
         self.source.release(_adapters(self.names))
@@ -205,6 +209,7 @@ class Selections:
         self.lock = threading.RLock()
         for selection in [each for each in self._open if each.thread != threading.get_ident()]:
             self._open.remove(selection)
+            selection._leave = None  # it has ended, also for this thread, which may have a copy of the other's context
             with suppress(RuntimeError):  # of CUDA, which no child can use
                 selection.release()
 

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -223,7 +223,9 @@ def adapted(model: nn.Module, name: str, r: int, checkpointing: bool) -> Iterato
     """A copy of the model, adapted one way and in training mode; it has the model's own weights."""
     model = copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
     way, _, compiled = name.partition("+")
-    with warnings.catch_warnings(), backends.backend(way if way in backends.NAMES else None):
+    # Not backend(None), which would take its backend from another way that is open: the frozen twin runs beside one.
+    forced = backends.backend(way) if way in backends.NAMES else nullcontext()
+    with warnings.catch_warnings(), forced:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
