@@ -128,7 +128,7 @@ def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
     Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.
     """
     A, B, shape, coarsest = layer.A, layer.B, (layer.out_features, layer.in_features), layer._coarsest
-    if coarsest is not None and coarsest not in FLOATS and torch.equal(A, A.to(coarsest).to(A.dtype)):
+    if A.dtype not in FLOATS or (coarsest not in (None, *FLOATS) and torch.equal(A, A.to(coarsest).to(A.dtype))):
         return False  # in float8, which no recipe names
     if recipe.init == "random":
         M = mixing(layer.rank, A.device)

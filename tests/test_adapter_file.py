@@ -165,6 +165,7 @@ CHANGED_SINCE = {
     "A edited": ("svd", lambda model: model[0].A.mul_(1.01)),
     "weights loaded": ("svd", lambda model: nn.init.normal_(model[2].base_layer.weight)),
     "a state dict of another seed": ("random", reseeded),
+    "float8": ("svd", lambda model: model.to(torch.float8_e4m3fn)),
     "float8 and back": ("svd", lambda model: model.to(torch.float8_e4m3fn).float()),
 }
 
@@ -179,7 +180,18 @@ def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
     with pytest.warns(UserWarning, match=r"A and B of [12] modules, .* are not what their recipe makes") as seen:
         lx.save_adapter(model, path)
     assert seen[0].filename == __file__ and len(seen) == 1
-    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-6
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model.float())) < 1e-6
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_zeros_where_a_weight_is_looked_at_are_no_other_weight(tmp_path, dim):
+    layer, path = nn.Linear(*((96, 192) if dim == 0 else (192, 96))), tmp_path / "a.safetensors"
+    with torch.no_grad():
+        layer.weight.index_fill_(dim, torch.linspace(0, 191, basis.SAMPLED).round().long(), 0)  # pruned
+    model = randomise(lx.attach(nn.Sequential(layer), 8, n_iter=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(model, path)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
