@@ -158,13 +158,15 @@ def test_a_part_adapted_and_the_whole_saved(init, tmp_path):
 
 
 def reseeded(model: nn.Module) -> None:
-    model.load_state_dict(lx.attach(mlp(), 4, target_modules=["0", "2"], init="random", seed=1).state_dict())
+    init = model[0].recipe.init
+    model.load_state_dict(lx.attach(mlp(), 4, target_modules=["0", "2"], init=init, seed=1).state_dict())
 
 
 CHANGED_SINCE = {
     "A edited": ("svd", lambda model: model[0].A.mul_(1.01)),
     "weights loaded": ("svd", lambda model: nn.init.normal_(model[2].base_layer.weight)),
-    "a state dict of another seed": ("random", reseeded),
+    "a state dict of another seed": ("svd", reseeded),
+    "a random one of another seed": ("random", reseeded),
     "float8": ("svd", lambda model: model.to(torch.float8_e4m3fn)),
     "float8 and back": ("svd", lambda model: model.to(torch.float8_e4m3fn).float()),
 }
@@ -181,6 +183,18 @@ def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
         lx.save_adapter(model, path)
     assert seen[0].filename == __file__ and len(seen) == 1
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model.float())) < 1e-6
+
+
+def test_a_state_dict_with_the_weights_of_its_A_and_B_is_saved_without_them(tmp_path):
+    other, path = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"])), tmp_path / "a.safetensors"
+    model = mlp()
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[2].weight)
+    lx.attach(model, 4, target_modules=["0", "2"]).load_state_dict(other.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(model, path)
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-6
 
 
 @pytest.mark.parametrize("dim", [0, 1])
