@@ -141,10 +141,15 @@ class Wrapper(nn.Module):
         return self.linear(x)
 
 
+class Computing(Wrapper):
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
 class OfWrappers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.called, self.read = Wrapper(), Wrapper()
+        self.called, self.read, self.computing = Wrapper(), Wrapper(), Computing()
 
     def freeze(self):
         for p in (self.called.weight, self.read.weight):
@@ -153,11 +158,11 @@ class OfWrappers(nn.Module):
     def forward(self, x):
         if torch.is_tensor(self.called.weight):
             x = x.to(self.called.weight.data.dtype).view(-1, self.called.weight.T.shape[0])
-        return F.linear(self.called(x), self.read.weight)
+        return F.linear(self.called(self.computing(x)), self.read.weight)
 
 
 def test_the_weight_of_a_wrapper_is_read_where_the_wrapper_s_is():
-    with pytest.warns(UserWarning, match=r"leaves out 1 layer .* 'read.linear', is of a OfWrappers, which reads"):
+    with pytest.warns(UserWarning, match=r"leaves out 2 layers .* 'read.linear', is of a OfWrappers, which reads"):
         assert match(OfWrappers(), "all-linear") == ["called.linear"]
 
 
