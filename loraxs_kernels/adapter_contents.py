@@ -18,7 +18,7 @@ from .matching import adapted_layers, base_name, by_base_name, saved_modules
 from .naming import DTYPES, FLOATS
 from .recipe import Recipe, check
 from .sharding import gathered, is_gathered, whole
-from .weights import weight_view
+from .weights import weight_of, weight_view
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
 
@@ -125,10 +125,11 @@ def lasting_recipe(layer: LoraXSLinear) -> Recipe:
 def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
     """Whether a recipe makes A and B of a layer, as far as the weight can be read without gathering or loading it.
 
-    Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.
+    Its weight may have been rounded since, as `why_no_load` says, but A and B only by what the recipe names.  Those
+    that a state dict has brought may be of another seed, and are made again, once.
     """
     A, B, shape, coarsest = layer.A, layer.B, (layer.out_features, layer.in_features), layer._coarsest
-    if coarsest is not None and coarsest not in FLOATS and torch.equal(A, A.to(coarsest).to(A.dtype)):
+    if A.dtype not in FLOATS or (coarsest not in (None, *FLOATS) and torch.equal(A, A.to(coarsest).to(A.dtype))):
         return False  # in float8, which no recipe names
     if recipe.init == "random":
         M = mixing(layer.rank, A.device)
@@ -138,7 +139,13 @@ def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
     if W is None or W.is_meta or W.shape != shape:
         return True
     roundings = [A.dtype, coarsest or W.dtype, *(DTYPES[each] for each in recipe.rounded)]
-    return not distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings))
+    if distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings)):
+        return False
+    if recipe.init == "svd" and layer._as_made is None and not layer.why_no_load():
+        made_A, made_B = recipe.round(recipe.factors(weight_of(layer.base_layer, layer.label), layer.rank))
+        M = mixing(layer.rank, A.device)
+        layer._as_made = residual(probes(A, M, B), made_A.to(A.device), M, made_B.to(A.device)) <= ACCEPT
+    return layer._as_made is not False
 
 
 def plain(t: Tensor) -> Tensor:

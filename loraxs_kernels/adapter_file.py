@@ -39,7 +39,7 @@ from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
 from .model import Attachment, basis_for, install
-from .naming import DTYPES, aliases, as_dtype, label_of
+from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
 from .sharding import assign, check_writable, written
 from .transaction import keep, transaction
 from .weights import weight_of
@@ -166,7 +166,7 @@ def _packed_adapter(
         recipe = lasting_recipe(layer)
         changed += [layer] if recipe.init != layer.recipe.init else []
         if save_factors or recipe.init == "given":
-            factors[name] = plain(layer.A), plain(layer.B)
+            factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
         elif not portable and layer.why_no_load():
             moved.append(layer)
         descriptions[name] = description(layer, name, recipe)

@@ -151,10 +151,16 @@ def distance_from_svd(W: Tensor, A: Tensor, B: Tensor) -> float:
     """
     A, B = A.to(W.device, torch.float64), B.to(W.device, torch.float64)
     rows, columns = (torch.linspace(0, n - 1, min(n, SAMPLED), device=W.device).round().long() for n in W.shape)
-    A_there, B_there = A[:, columns], B[rows] * A.square().sum(1)
-    left = (B.t() @ W[:, columns].double() - A_there).norm() / A_there.norm()
-    right = (W[rows].double() @ A.t() - B_there).norm() / B_there.norm()
+    BS = B * A.square().sum(1)
+    left = (B.t() @ W[:, columns].double() - A[:, columns]).norm() / _share(A, 1, columns)
+    right = (W[rows].double() @ A.t() - BS[rows]).norm() / _share(BS, 0, rows)
     return min(left.item(), right.item())
+
+
+def _share(t: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """The norm of some rows or columns of t, or of as many on average: pruning may leave nothing but noise there."""
+    average = t.norm() * (len(indices) / t.shape[dim]) ** 0.5
+    return t.index_select(dim, indices).norm().maximum(average)
 
 
 def sketch(A: Tensor, B: Tensor) -> Factors:

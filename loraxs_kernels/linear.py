@@ -54,6 +54,7 @@ class LoraXSLinear(PaddedB):
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
     _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
+    _as_made: bool | None = True  # whether the recipe makes these A and B; None: a state dict had others, to be checked
     # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
     # The mesh over which FSDP2 shares out the batch, if it has cut the base layer and does not know R (parallel.py).
@@ -203,6 +204,7 @@ class LoraXSLinear(PaddedB):
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Store A and B that were just made, rounded as the recipe says."""
+        self._as_made = True
         for factor, t in zip((self.A, self.B), self.recipe.round((A, B)), strict=True):
             factor.copy_(t)
 
@@ -359,7 +361,10 @@ class LoraXSLinear(PaddedB):
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
         A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
+        before = self.A.clone(), self.B.clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if not all(each.is_meta or _same(was, each) for was, each in zip(before, (self.A, self.B), strict=True)):
+            self._as_made = None
         if A is not None and A.dtype in FLOATS and A.dtype != dtype:  # made for a layer in another dtype
             made = W.dtype if W is not None and W.dtype in FLOATS else None
             if made is not None:
@@ -404,6 +409,10 @@ def warn_of_training(R: Tensor) -> None:
             "the model in eval mode or under torch.no_grad()",
             stacklevel=3,  # one place for all layers, so that it is shown once
         )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and torch.equal(a, b)
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

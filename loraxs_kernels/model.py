@@ -170,11 +170,12 @@ def install(
     with transaction(model):
         for name in options:
             layers[id(modules[name])] = LoraXSLinear.from_linear(modules[name], name=name, fill=False, **options[name])
+        places = [(m, key, layers[id(c)]) for m in modules.values() for key, c in m._modules.items() if id(c) in layers]
+        for parent, child_name, _ in places:
+            _check_called(parent, child_name)
         fill(model, list(layers.values()), basis, **compute)
-        for parent in modules.values():
-            for child_name, child in list(parent._modules.items()):
-                if id(child) in layers:
-                    _replace(parent, child_name, layers[id(child)])
+        for parent, child_name, layer in places:
+            parent._modules[child_name] = layer
         settle_fast_paths(model)
         model.requires_grad_(False)
         for module in model.modules():
@@ -190,14 +191,13 @@ def install(
     return model
 
 
-def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of a parent's child; ValueError where the parent would go on calling the old one."""
+def _check_called(parent: nn.Module, name: str) -> None:
+    """ValueError where a parent would go on calling a child that is replaced."""
     if name == "_orig_mod":
         raise ValueError(
             f"model: a {type(parent._modules[name]).__name__} is compiled by itself, and would still be called in the "
             "place of what replaces it; take torch.compile off that layer, or compile the block that contains it"
         )
-    parent._modules[name] = module
 
 
 def _check_unadapted(model: nn.Module) -> None:
@@ -314,7 +314,8 @@ def detach(model: M, *, merge: bool = False) -> M:
             for child_name, child in list(parent._modules.items()):
                 if isinstance(child, LoraXSLinear):
                     child.unmerge()
-                    _replace(parent, child_name, child.base_layer)
+                    _check_called(parent, child_name)
+                    parent._modules[child_name] = child.base_layer
                     for name, p in child.base_layer.named_parameters() if child._trained is not None else ():
                         p.requires_grad_(name in child._trained)
         settle_fast_paths(model)

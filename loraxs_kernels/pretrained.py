@@ -67,12 +67,13 @@ def _is_marked(model: nn.Module) -> bool:
 
 
 def _keeping_adapted_heads(resize: Callable[..., Any]) -> Callable[..., Any]:
-    """`resize_token_embeddings` as it was, except that it refuses first to resize a head that has an adapter."""
+    """`resize_token_embeddings` as it was, except that it first refuses another size for a head with an adapter."""
 
     @functools.wraps(resize)
     def resize_token_embeddings(self: Any, *args: Any, **options: Any) -> Any:
         head = embeddings(self, "output")
-        if isinstance(head, LoraXSLinear) and any(each is not None for each in (*args, *options.values())):
+        asked = [each for each in (*args, *options.values()) if each is not None and not isinstance(each, bool)]
+        if isinstance(head, LoraXSLinear) and asked not in ([], [head.out_features]):
             raise ValueError(
                 f"resize_token_embeddings: the output embeddings ({head.label}) have an adapter, whose A and B are of "
                 "their size; resize before lx.attach, or take the adapters off (lx.detach)"

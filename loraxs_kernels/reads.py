@@ -19,6 +19,7 @@ import inspect
 import operator
 import re
 import textwrap
+import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Read:
 def weights_read(model: nn.Module) -> dict[int, str]:
     """{id of a module: whose code reads its weight, as the end of a sentence}, for every part of a model."""
     found: dict[int, str] = {}
-    functions = {kind: [*_functions(kind)] for kind in {type(m) for m in model.modules()}}
+    functions = {kind: _functions(kind) for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
         own = _unwrapped(vars(module).get("forward"))  # one that replaces that of the class
         replaced = [(f.__globals__.get("__name__", "a function"), f) for each in own for f in (each, *_helpers(each))]
@@ -54,11 +55,22 @@ def weights_read(model: nn.Module) -> dict[int, str]:
                 if all(_value(test, module, read.settings) in (wanted, None) for test, wanted in read.conditions):
                     why = f"of a {type(module).__name__}, which reads its weight without calling it (in {where})"
                     found |= {id(layer): why for layer in _at(module, read.layer) if id(layer) not in found}
+    for module in model.modules():  # who reads the `weight` of a wrapper reads that of the layer in it
+        if id(module) in found and isinstance(getattr(type(module), "weight", None), property):
+            found |= {id(layer): found[id(module)] for layer in module.children() if id(layer) not in found}
     return found
 
 
-def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
-    """The functions of a class that run when its modules do and have a weight in them."""
+def _functions(kind: type) -> list[tuple[str, FunctionType]]:
+    """The functions of a class that run when its modules do and have a weight in them.
+
+    None for a wrapper around a layer that only has the layer's weight as a property of its own.
+    """
+    functions = [*_all_functions(kind)]
+    return [] if [where.rpartition(".")[2] for where, _ in functions] == ["weight"] else functions
+
+
+def _all_functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
     seen: set[str] = set()
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, value in vars(owner).items():
@@ -72,8 +84,10 @@ def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
                 yield from ((where, f) for f in (function, *_helpers(function)) if _mentions_weight(f.__code__))
 
 
-# Methods that make, tie, load or convert weights.
-NOT_WHILE_IT_RUNS = re.compile(r".*init|_*(tie|set|reset|resize|load|save|convert|reparam|fuse)")
+# Methods that make, tie, load, convert or freeze weights, or collect them for an optimizer.
+NOT_WHILE_IT_RUNS = re.compile(
+    r".*init|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|optim|configure_optim)"
+)
 
 # Methods in which only arguments that models do not pass, or a fast path that fast_path.py closes, lead to a read.
 _CALLED = {
@@ -117,7 +131,8 @@ def _reads(code: CodeType) -> tuple[Read, ...]:
         return ()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError, ValueError):  # there is no source, or it is part of a line
+    # There is no source, it is part of a line, or its file has been edited since.
+    except (OSError, TypeError, SyntaxError, ValueError, tokenize.TokenError):
         return ()
     function = tree.body[0]
     return tuple(reads_of(function)) if isinstance(function, ast.FunctionDef) else ()
@@ -188,8 +203,10 @@ def _visit(
         return
     target, value = _binding(node)
     bound = target in weights and _paths(value, known)  # what is done with the name tells
+    same = harmless and isinstance(node, ast.Attribute) and node.attr in ("data", "T", "mT")
     for child in ast.iter_child_nodes(node):
-        yield from _visit(child, conditions, bool(bound and child is value) or _only_asks(node, child), known, weights)
+        asked = same or bool(bound and child is value) or _only_asks(node, child)
+        yield from _visit(child, conditions, asked, known, weights)
 
 
 def _only_asks(node: ast.AST, child: ast.AST) -> bool:
@@ -213,7 +230,7 @@ _LIKE = {
     *("is_floating_point", "is_complex", "is_sparse", "get_device", "device_mesh", "new_zeros", "new_ones"),
     *("new_empty", "new_full", "new_tensor", "grad", "grad_fn", "data_ptr", "untyped_storage", "quant_state"),
 }
-_ASKING = {"isinstance", "hasattr", "callable", "id", "type", "len", "print", "to", "type_as"}
+_ASKING = {"isinstance", "hasattr", "callable", "id", "type", "len", "print", "to", "type_as", "is_tensor"}
 
 _COMPARED = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Eq: operator.eq,

@@ -13,7 +13,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import safetensors.torch
@@ -97,7 +97,8 @@ def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):
         lx.save_adapter(each, tmp_path / name)
         assert (tmp_path / name).read_bytes() == path.read_bytes()
     for change in (lx.detach, lambda model: lx.attach(wrapped(mlp(), [0]), 4)):
-        with pytest.raises(ValueError, match="is compiled by itself, and would still be called"):
+        no_svd = patch("loraxs_kernels.model.fill", side_effect=AssertionError)
+        with no_svd, pytest.raises(ValueError, match="is compiled by itself, and would still be called"):
             change(model)
 
 
@@ -158,13 +159,16 @@ def test_a_part_adapted_and_the_whole_saved(init, tmp_path):
 
 
 def reseeded(model: nn.Module) -> None:
-    model.load_state_dict(lx.attach(mlp(), 4, target_modules=["0", "2"], init="random", seed=1).state_dict())
+    init = model[0].recipe.init
+    model.load_state_dict(lx.attach(mlp(), 4, target_modules=["0", "2"], init=init, seed=1).state_dict())
 
 
 CHANGED_SINCE = {
     "A edited": ("svd", lambda model: model[0].A.mul_(1.01)),
     "weights loaded": ("svd", lambda model: nn.init.normal_(model[2].base_layer.weight)),
-    "a state dict of another seed": ("random", reseeded),
+    "a state dict of another seed": ("svd", reseeded),
+    "a random one of another seed": ("random", reseeded),
+    "float8": ("svd", lambda model: model.to(torch.float8_e4m3fn)),
     "float8 and back": ("svd", lambda model: model.to(torch.float8_e4m3fn).float()),
 }
 
@@ -179,7 +183,30 @@ def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
     with pytest.warns(UserWarning, match=r"A and B of [12] modules, .* are not what their recipe makes") as seen:
         lx.save_adapter(model, path)
     assert seen[0].filename == __file__ and len(seen) == 1
+    assert worst_error(lx.load_adapter(mlp(), path), deltas(model.float())) < 1e-6
+
+
+def test_a_state_dict_with_the_weights_of_its_A_and_B_is_saved_without_them(tmp_path):
+    other, path = randomise(lx.attach(mlp(), 4, target_modules=["0", "2"])), tmp_path / "a.safetensors"
+    model = mlp()
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[2].weight)
+    lx.attach(model, 4, target_modules=["0", "2"]).load_state_dict(other.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(model, path)
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) < 1e-6
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_zeros_where_a_weight_is_looked_at_are_no_other_weight(tmp_path, dim):
+    layer, path = nn.Linear(*((96, 192) if dim == 0 else (192, 96))), tmp_path / "a.safetensors"
+    with torch.no_grad():
+        layer.weight.index_fill_(dim, torch.linspace(0, 191, basis.SAMPLED).round().long(), 0)  # pruned
+    model = randomise(lx.attach(nn.Sequential(layer), 8, n_iter=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(model, path)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])

@@ -513,6 +513,8 @@ def test_a_tied_head_with_an_adapter_is_tied_again_and_not_resized(gpt2):
         ):
             model.resize_token_embeddings(60)
         assert snapshot(model) == before and model.resize_token_embeddings() is model.transformer.wte
+        model.resize_token_embeddings(50, mean_resizing=False)  # len(tokenizer), as scripts do in any case
+        assert isinstance(model.lm_head, LoraXSLinear) and model.lm_head.weight.shape == (50, 32)
         lx.merge(model)
     with pytest.raises(ValueError, match="got another weight, must keep that of its base layer"):
         model.lm_head.weight = nn.Parameter(torch.zeros(50, 32))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
+import linecache
 import pickle
 import re
 import types
@@ -122,6 +124,56 @@ def test_reads_are_told_from_what_only_asks_or_never_runs():
     with pytest.raises(TypeError, match=r"'returned' of a Block, which reads"):  # "all-linear" takes it for the head
         match(model[0], ["returned"])
     assert match(model, ["read_if", "called"]) == ["0.called", "0.read_if"]
+
+
+class Wrapper(nn.Module):
+    """Stands in for the layer in it, whose weight it has as its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Computing(Wrapper):
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class OfWrappers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.computing = Wrapper(), Wrapper(), Computing()
+
+    def freeze(self):
+        for p in (self.called.weight, self.read.weight):
+            p.requires_grad = False
+
+    def forward(self, x):
+        if torch.is_tensor(self.called.weight):
+            x = x.to(self.called.weight.data.dtype).view(-1, self.called.weight.T.shape[0])
+        return F.linear(self.called(self.computing(x)), self.read.weight)
+
+
+def test_the_weight_of_a_wrapper_is_read_where_the_wrapper_s_is():
+    with pytest.warns(UserWarning, match=r"leaves out 2 layers .* 'read.linear', is of a OfWrappers, which reads"):
+        assert match(OfWrappers(), "all-linear") == ["called.linear"]
+
+
+def test_a_file_that_was_edited_after_its_import_is_no_source(tmp_path, monkeypatch):
+    file = tmp_path / "loraxs_edited.py"
+    file.write_text("from torch import nn\nclass M(nn.Sequential):\n    def forward(self):\n        self[0].weight\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("loraxs_edited").M(nn.Linear(4, 4))
+    file.write_text("(\n" * 4)
+    linecache.checkcache(str(file))
+    assert match(model, "all-linear") == ["0"]
 
 
 class Around(nn.Module):
