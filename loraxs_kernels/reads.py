@@ -203,9 +203,10 @@ def _visit(
         return
     target, value = _binding(node)
     bound = target in weights and _paths(value, known)  # what is done with the name tells
-    same = harmless and isinstance(node, ast.Attribute) and node.attr in ("data", "T", "mT")
+    same = harmless and isinstance(node, ast.Attribute) and node.attr in ("data", "T", "mT", "detach", "float")
     for child in ast.iter_child_nodes(node):
-        asked = same or bool(bound and child is value) or _only_asks(node, child)
+        called = harmless and isinstance(node, ast.Call) and child is node.func
+        asked = same or called or bool(bound and child is value) or _only_asks(node, child)
         yield from _visit(child, conditions, asked, known, weights)
 
 
@@ -223,14 +224,17 @@ def _only_asks(node: ast.AST, child: ast.AST) -> bool:
     return False
 
 
-# Attributes of a tensor, and functions and methods of a tensor as an argument, that do not compute with its values.
+# Attributes of a tensor, and functions and methods of a tensor as an argument, that do not compute with its values, or
+# only measure them, as for a log.
 _LIKE = {
     *("dtype", "device", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size", "itemsize", "nbytes"),
     *("stride", "layout", "requires_grad", "requires_grad_", "is_meta", "is_cuda", "is_leaf", "is_contiguous"),
     *("is_floating_point", "is_complex", "is_sparse", "get_device", "device_mesh", "new_zeros", "new_ones"),
     *("new_empty", "new_full", "new_tensor", "grad", "grad_fn", "data_ptr", "untyped_storage", "quant_state"),
+    *("norm", "std", "var", "isnan", "isfinite"),
 }
 _ASKING = {"isinstance", "hasattr", "callable", "id", "type", "len", "print", "to", "type_as", "is_tensor"}
+_ASKING |= {"norm", "vector_norm", "matrix_norm", "isnan", "isfinite"}
 
 _COMPARED = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Eq: operator.eq,
