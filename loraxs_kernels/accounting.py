@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .linear import LoraXSLinear, check_rank
+from .linear import LoraXSLinear
 from .matching import (
     adapted_layers,
     base_name,
@@ -36,6 +36,7 @@ from .matching import (
     unwrapped,
 )
 from .naming import FLOATS, aliases, as_dtype, label_of
+from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, weight_of
 
 if TYPE_CHECKING:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from .backends import forced
 from .exact_matmul import exact_matmul
 from .functional import together
 from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
-from .padded import PaddedB
-from .recipe import INITS, Factors, Recipe, check
+from .padded import PaddedB, sparing_what_trains
+from .recipe import INITS, Factors, Recipe, check, check_given, check_rank
 from .route import check_merge, computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
@@ -153,7 +151,7 @@ class LoraXSLinear(PaddedB):
                 raise
             W = None  # A and B can be given even for a weight that cannot be read
         if given:
-            _check_given(given, rank, None if W is None else W.shape, label)
+            check_given(given, rank, None if W is None else W.shape, label)
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
@@ -454,48 +452,3 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     ]
     made = dict(zip(joined, together(x, operands), strict=True))
     return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))
-
-
-def sparing_what_trains(
-    fn: Callable[[Tensor], Tensor], base_layer: nn.Module, *factors: nn.Module
-) -> Callable[[Tensor], Tensor]:
-    """fn of nn.Module._apply, except that R keeps its precision: `.to(bf16)` only moves it to the device.
-
-    The base layer, and the buffers of the modules `factors`, which hold A and B, are converted as fn does.
-    """
-    frozen = chain(base_layer.parameters(), base_layer.buffers(), *(each.buffers(recurse=False) for each in factors))
-    ids = {id(t) for t in frozen}
-
-    def moved(t: Tensor) -> Tensor:
-        result = fn(t)
-        rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
-        return t.to(result.device) if rounds else result
-
-    return moved
-
-
-def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
-    """ValueError for a rank that is no integer above 0 or, given the shape (N, K) of W, too large for its SVD."""
-    check("rank", rank, label)
-    if shape is not None and rank > min(shape):
-        N, K = shape
-        raise ValueError(
-            f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
-            "leave the module out or give it a smaller rank"
-        )
-
-
-def _check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
-    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
-        raise TypeError(
-            f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
-        )
-    A, B = factors
-    N, K = shape or (B.shape[0], A.shape[-1])
-    if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):
-        raise ValueError(
-            f"init: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
-            f"must be {(rank, K)} and {(N, rank)}"
-        )
-    if not all(torch.isfinite(t).all() for t in factors if not t.is_meta):
-        raise ValueError(f"init: A or B for {label} has NaN or Inf values")

@@ -1,8 +1,9 @@
-"""PaddedB: layers that hold a B in padded rows (padding.py), whatever is done to them."""
+"""What moving and copying leave as it was in a layer: B in padded rows (padding.py), and the precision of R."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -41,3 +42,21 @@ class PaddedB(nn.Module):
         for name in self._names_of_B():
             if (key := prefix + name) in destination:
                 destination[key] = destination[key].contiguous()
+
+
+def sparing_what_trains(
+    fn: Callable[[Tensor], Tensor], base_layer: nn.Module, *factors: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """fn of nn.Module._apply, except that R keeps its precision: `.to(bf16)` only moves it to the device.
+
+    The base layer, and the buffers of the modules `factors`, which hold A and B, are converted as fn does.
+    """
+    frozen = chain(base_layer.parameters(), base_layer.buffers(), *(each.buffers(recurse=False) for each in factors))
+    ids = {id(t) for t in frozen}
+
+    def moved(t: Tensor) -> Tensor:
+        result = fn(t)
+        rounds = result.dtype.itemsize < 4 <= t.dtype.itemsize and id(t) not in ids
+        return t.to(result.device) if rounds else result
+
+    return moved

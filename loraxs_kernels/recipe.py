@@ -238,3 +238,31 @@ def modules_in(
         except ValueError as error:
             damaged(path, f"module {name!r}: {error}", error)
         yield name, {key: said[key] for key in numbers}, recipe
+
+
+def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> None:
+    """ValueError for a rank that is no integer above 0 or, given the shape (N, K) of W, too large for its SVD."""
+    check("rank", rank, label)
+    if shape is not None and rank > min(shape):
+        N, K = shape
+        raise ValueError(
+            f"rank: got {rank} for {label} of shape {N} x {K}, must be at most {min(N, K)}; "
+            "leave the module out or give it a smaller rank"
+        )
+
+
+def check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
+    """TypeError or ValueError for A and B that are not a pair of finite tensors of the shapes of a layer."""
+    if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
+        raise TypeError(
+            f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
+        )
+    A, B = factors
+    N, K = shape or (B.shape[0], A.shape[-1])
+    if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):
+        raise ValueError(
+            f"init: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
+            f"must be {(rank, K)} and {(N, rank)}"
+        )
+    if not all(torch.isfinite(t).all() for t in factors if not t.is_meta):
+        raise ValueError(f"init: A or B for {label} has NaN or Inf values")

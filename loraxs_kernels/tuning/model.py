@@ -16,8 +16,10 @@ from ..backends import tuned
 from ..backends.triton.config import padded
 from ..bench import BenchError
 from ..bench.shapes import Shape
-from ..linear import LoraXSLinear, check_rank, label_of
+from ..linear import LoraXSLinear
 from ..matching import choose, unwrapped
+from ..naming import label_of
+from ..recipe import check_rank
 from ..weights import weight_of, weight_view
 from .run import Table
 

@@ -16,10 +16,11 @@ from ... import basis, parallel
 from ...acceptance import aligned, mismatch
 from ...functional import Adapter
 from ...indexed import RowIndex
-from ...linear import LoraXSLinear, sparing_what_trains, warn_of_training
+from ...linear import LoraXSLinear, warn_of_training
 from ...matching import pattern_value
 from ...naming import FLOATS, label_of
 from ...ops import autocast_on
+from ...padded import sparing_what_trains
 from ...recipe import Recipe
 from ...route import check_merge, layer_output, only_moves, plus_delta
 from ...sharding import assign, whole
