@@ -69,14 +69,14 @@ def warn_of_unsaved(model: nn.Module, stacklevel: int) -> None:
         )
 
 
-def shared_names(model: nn.Module) -> dict[str, Any]:
-    """What a header has of adapted layers with several names, if there are any: what reads less must not read on."""
+def shared_names(model: nn.Module) -> dict[str, list[str]]:
+    """The other names of adapted layers that have several, by the first."""
     shared: dict[str, list[str]] = {}
     first = {id(layer): name for name, layer in adapted_layers(model)}
     for name, m in by_base_name(model).items():
         if first.get(id(m), name) != name:
             shared.setdefault(first[id(m)], []).append(name)
-    return {"version": 4, "shared": shared} if shared else {}
+    return shared
 
 
 def base_model(model: nn.Module) -> str:

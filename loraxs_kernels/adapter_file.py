@@ -172,7 +172,8 @@ def _packed_adapter(
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
-    parts = packed("loraxs", {"base_model": base} | shared_names(model), descriptions, records, factors, names, tensors)
+    header = {"base_model": base, "shared": shared_names(model)}
+    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
     if changed:

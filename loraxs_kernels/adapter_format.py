@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .basis import PROBES
-from .files import check_finite, damaged, has_shape, sealed, tensors_of, unsealed
+from .files import NEWEST, check_finite, damaged, has_shape, sealed, tensors_of, unsealed
 from .naming import FLOATS, dtype_name
 from .recipe import Factors, Recipe, as_header, modules_in
 
@@ -49,7 +49,10 @@ def packed(
     modules_to_save: Sequence[str],
     saved: Mapping[str, Tensor],
 ) -> tuple[bytes | memoryview, ...]:
-    """The parts of a file of what is known of each module: `records` are stacked by rank, as `unpacked` takes them."""
+    """The parts of a file of what is known of each module: `records` are stacked by rank, as `unpacked` takes them.
+
+    header: with `shared`, the other names of modules that have several; {}: there are none.
+    """
     stacks: dict[str, list[Tensor]] = {}
     for name, record in records.items():
         for key, t in record.items():
@@ -60,6 +63,8 @@ def packed(
             tensors[f"A/{i}"], tensors[f"B/{i}"] = factors[name]
     tensors |= {f"model/{key}": t for key, t in saved.items()}
     header = {**header, "modules_to_save": list(modules_to_save), **as_header(descriptions, "layer")}
+    if shared := header.pop("shared"):
+        header |= {"version": NEWEST, "shared": shared}  # what reads less must not read on
     return sealed(tensors, kind, header)
 
 

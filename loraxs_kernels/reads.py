@@ -233,8 +233,10 @@ _LIKE = {
     *("new_empty", "new_full", "new_tensor", "grad", "grad_fn", "data_ptr", "untyped_storage", "quant_state"),
     *("norm", "std", "var", "isnan", "isfinite"),
 }
-_ASKING = {"isinstance", "hasattr", "callable", "id", "type", "len", "print", "to", "type_as", "is_tensor"}
-_ASKING |= {"norm", "vector_norm", "matrix_norm", "isnan", "isfinite"}
+_ASKING = {
+    *("isinstance", "hasattr", "callable", "id", "type", "len", "print", "to", "type_as", "is_tensor"),
+    *("norm", "vector_norm", "matrix_norm", "isnan", "isfinite"),
+}
 
 _COMPARED = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Eq: operator.eq,

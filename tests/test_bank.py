@@ -281,6 +281,19 @@ def test_threads_have_their_own_selections(model, tuned, bank):
     assert "selected in another thread" in refused[0]
 
 
+def status_of_child(work) -> int:
+    """0 where a forked child does this work, something else where it raises or takes too long."""
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            work()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @torch.no_grad()
 def test_a_fork_waits_for_what_is_brought_and_forgets_other_threads(model, bank, tuned, monkeypatch):
@@ -300,17 +313,12 @@ def test_a_fork_waits_for_what_is_brought_and_forgets_other_threads(model, bank,
     thread = threading.Thread(target=select)
     thread.start()
     reading.wait()
-    child = os.fork()
-    if not child:
-        signal.alarm(10)
-        status = 1
-        with contextlib.suppress(BaseException):
-            torch.set_num_threads(1)
-            assert_close(model(IDS, adapter_ids=["eve"] * 4).logits, alone(tuned, ["eve"] * 4))
-            assert_close(model(IDS).logits, tuned[None](IDS).logits)
-            status = 0
-        os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def work():
+        assert_close(model(IDS, adapter_ids=["eve"] * 4).logits, alone(tuned, ["eve"] * 4))
+        assert_close(model(IDS).logits, tuned[None](IDS).logits)
+
+    assert status_of_child(work) == 0
     with pytest.raises(RuntimeError, match="in another thread or task"):
         model(IDS)
     end.set()
@@ -324,21 +332,13 @@ def test_what_another_thread_has_selected_has_ended_in_a_child(model, bank):
     """Also where the thread that forks has a copy of the other's context, as with asyncio.to_thread."""
     statuses = []
 
-    def fork():
-        child = os.fork()
-        if not child:
-            signal.alarm(10)
-            status = 1
-            with contextlib.suppress(BaseException):
-                torch.set_num_threads(1)
-                with pytest.raises(RuntimeError, match="has ended"):
-                    model(IDS)
-                status = 0
-            os._exit(status)
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    def work():
+        with pytest.raises(RuntimeError, match="has ended"):
+            model(IDS)
 
     with bank.select(["alice"] * 4):
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(fork,))
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=lambda: statuses.append(run(status_of_child, work)))
         thread.start()
         thread.join()
         model(IDS)

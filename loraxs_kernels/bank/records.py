@@ -277,7 +277,7 @@ def packed_basis(model: nn.Module, dtype: torch.dtype) -> tuple[tuple[bytes | me
         elif layer.why_no_load():
             moved.append(layer)
     header = {"base_model": adapter_contents.base_model(model), "dtype": dtype_name(dtype)}
-    header |= adapter_contents.shared_names(model)
+    header["shared"] = adapter_contents.shared_names(model)
     saved = adapter_contents.saved_tensors(model)
     parts = adapter_format.packed(KIND, header, descriptions, records, factors, *saved)
     return parts, moved

@@ -399,7 +399,7 @@ class Store(Records):
             if "A" in entry:
                 factors[module] = entry["A"], entry["B"]
         shared = {module: entry["shared"] for module, entry in self.entries.items() if "shared" in entry}
-        header = {"base_model": self.base_model} | ({"version": 4, "shared": shared} if shared else {})
+        header = {"base_model": self.base_model, "shared": shared}
         saved = self.modules_to_save, self.saved
         write_atomically(path, *adapter_format.packed("loraxs", header, descriptions, records, factors, *saved))
 

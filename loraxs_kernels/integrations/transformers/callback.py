@@ -16,11 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...adapter_contents import warn_of_unsaved
 from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
+from ...matching import is_peft_layer
 from ...reads import weights_read
 from ...sharding import is_dtensor
 from ...transaction import transaction
 from .checkpoints import changing, check_checkpoint, forgive_the_frozen, save_pretrained
 from .monitor import Adapter, Sizes, adapters_of, check_gradients
+
+NEW = 1e-3  # adapters from `attach` change no weight by as much: R starts at 1e-5
 
 
 class LoraXSCallback(TrainerCallback):
@@ -157,10 +160,10 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
             raise _sharded(f"R of module {adapter.name!r}")
     read = weights_read(model)
     for name, m in model.named_modules():
-        if (isinstance(m, LoraXSLinear) or hasattr(m, "loraxs_R")) and (why := read.get(id(m))):
+        if (isinstance(m, LoraXSLinear) or is_peft_layer(m)) and (why := read.get(id(m))):
             raise ValueError(
                 f"model: module {name!r} is {why}: its adapter would have no effect and not train; leave it out of "
-                " target_modules"
+                "target_modules"
             )
     if not attached:
         return
@@ -193,9 +196,6 @@ def _same_weight(base_layer: nn.Module, layer: nn.Module | None) -> bool:
     if isinstance(layer, LoraXSLinear) or W is None or other is None or W.shape != other.shape:
         return False
     return not (is_dtensor(W) or is_dtensor(other)) and torch.equal(W, other.to(W.device, W.dtype))
-
-
-NEW = 1e-3  # adapters from `attach` change no weight by as much: R starts at 1e-5
 
 
 def _sharded(what: str) -> ValueError:
