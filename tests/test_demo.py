@@ -164,6 +164,18 @@ def test_only_an_earlier_demo_s_files_are_replaced(tmp_path, monkeypatch, name):
     assert demo.run("minilm", tmp_path, quick=True, full=False, device="cpu") == "runs"
 
 
+def test_a_demo_that_was_stopped_can_be_run_again(tmp_path, monkeypatch):
+    def stopped(settings):
+        (settings.out / report.ADAPTER).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(demo.PACKAGES, "minilm", {})
+    monkeypatch.setitem(sys.modules, "loraxs_kernels.demo.minilm", SimpleNamespace(run=stopped))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run("minilm", tmp_path / "new", quick=True, full=False, device="cpu")
+
+
 @needs_data
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DemoError, match="device: 'cuda:99' cannot be used here"):

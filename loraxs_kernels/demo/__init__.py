@@ -89,6 +89,10 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
     except OSError as error:
         raise DemoError(f"the folder for the results cannot be made: {error}") from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is first imported, below
+    from . import report
+
+    if not (out / report.REPORT).exists():  # or a demo that is stopped before its end would refuse its own files
+        report.write(report.header(settings, "a demo that has not come to its end"), settings)
     return importlib.import_module(".many" if many else f".{model}", __name__).run(settings)
 
 
