@@ -532,7 +532,7 @@ def word_problems(count: int) -> list[tuple[str, str, int]]:
 
 def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_path, monkeypatch, fresh_accelerate):
     """Accuracy rises on problems that it has not seen; trained, reloaded and merged, it gives the same answers."""
-    problems = word_problems(36)
+    problems = word_problems(28)
     training = [{"query": q, "response": f"{how} The answer is: {n}"} for q, how, n in problems[8:]]
     test = [{"question": q, "answer": f"{how}\n#### {n}"} for q, how, n in problems[:8]]
     options = ["--task", "gsm8k", "--data", str(lines(tmp_path / "test.jsonl", test)), "--model_name_or_path"]
@@ -543,7 +543,8 @@ def test_smollm2_learns_and_is_evaluated_alike_everywhere(example, smollm2, tmp_
     save = lx.save_adapter
     monkeypatch.setattr(lx, "save_adapter", lambda model, path: (trained.append(model), save(model, path)))
     arguments = ["--model_name_or_path", str(smollm2), "--data_path", str(lines(tmp_path / "train.jsonl", training))]
-    arguments += ["--loraxs_r", "32", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    arguments += ["--loraxs_r", "32", "--loraxs_target_modules", "v_proj", "o_proj", "down_proj"]
+    arguments += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
     arguments += ["--num_train_epochs", "1", "--warmup_ratio", "0", "--save_strategy", "no"]
     arguments += ["--output_dir", str(tmp_path), *QUIET]
     script("train_causal_lm").main(arguments)
