@@ -27,6 +27,8 @@ from .linear import LoraXSLinear
 from .matching import (
     adapted_layers,
     base_name,
+    check_patterns,
+    check_unadapted,
     choose,
     embeddings,
     no_adapter,
@@ -129,6 +131,8 @@ def count_parameters(
     else:
         if rank is None:
             raise ValueError("rank: must be given, because the model has no LoRA-XS adapters to count")
+        check_unadapted(model)
+        check_patterns(rank_pattern=rank_pattern)
         targets = "all-linear" if target_modules is None else target_modules
         names, saved, _ = choose(model, targets, exclude_modules, modules_to_save)
         layers = []

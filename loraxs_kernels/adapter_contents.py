@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_format import NUMBERS, described
-from .basis import ACCEPT, distance_from_svd, mixing, probes, residual
+from .basis import ACCEPT, distance, distance_from_svd
 from .files import is_finite
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, saved_modules
@@ -132,9 +132,8 @@ def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
     if A.dtype not in FLOATS or (coarsest not in (None, *FLOATS) and torch.equal(A, A.to(coarsest).to(A.dtype))):
         return False  # in float8, which no recipe names
     if recipe.init == "random":
-        M = mixing(layer.rank, A.device)
-        made_A, made_B = (t.to(A.device) for t in recipe.round(recipe.drawn(layer.rank, shape)))
-        return residual(probes(A, M, B), made_A, M, made_B) <= ACCEPT
+        made_A, made_B = recipe.round(recipe.drawn(layer.rank, shape))
+        return distance((A, B), (made_A.to(A.device), made_B.to(A.device))) <= ACCEPT
     W = weight_view(layer.base_layer)
     if W is None or W.is_meta or W.shape != shape:
         return True
@@ -142,9 +141,8 @@ def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
     if distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings)):
         return False
     if recipe.init == "svd" and layer._as_made is None and not layer.why_no_load():
-        made_A, made_B = recipe.round(recipe.factors(weight_of(layer.base_layer, layer.label), layer.rank))
-        M = mixing(layer.rank, A.device)
-        layer._as_made = residual(probes(A, M, B), made_A.to(A.device), M, made_B.to(A.device)) <= ACCEPT
+        made = recipe.round(recipe.factors(weight_of(layer.base_layer, layer.label), layer.rank))
+        layer._as_made = distance((A, B), made) <= ACCEPT
     return layer._as_made is not False
 
 

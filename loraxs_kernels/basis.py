@@ -129,6 +129,13 @@ def mixing(rank: int, device: torch.device) -> Tensor:
     return rademacher(rank, rank, 6, device).double()
 
 
+def distance(old: Factors, new: Factors) -> float:
+    """How far B M A of `old` is, relatively, from that of `new`, on the device of `new`; M: `mixing`."""
+    A, B = (t.to(new[0].device) for t in old)
+    M = mixing(len(A), A.device)
+    return residual(probes(A, M, B), new[0], M, new[1])
+
+
 def weight_probes(W: Tensor) -> Tensor:
     """p_i = a_i^T W b_i for hashed +-1 vectors a_i, b_i: (PROBES,) fp64, the same for the same values in any dtype."""
     left, right = (_probe_vectors(size, seed, W.device) for size, seed in zip(W.shape, (7, 8), strict=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,9 +34,9 @@ from .files import (
     unsealed,
     write_atomically,
 )
-from .matching import is_everything, matches
-from .naming import FLOATS, as_dtype, dtype_name
-from .recipe import Factors, Recipe, as_header, modules_in
+from .matching import check_patterns, is_everything, matches, warn_of_unmatched
+from .naming import FLOATS, as_dtype, dtype_name, label_of
+from .recipe import Factors, Recipe, as_header, check_rank, modules_in
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -92,8 +91,7 @@ class Basis:
         if f"{there}.W" in self.file.keys():  # noqa: SIM118
             off, limit = basis.weight_distance(self.file.get_tensor(f"{there}.W"), W.read()), basis.SAME_WEIGHT
         else:
-            again, R = recipe.round(recipe.factors(W, rank)), basis.mixing(rank, W.device)
-            off, limit = basis.residual(basis.probes(A, R, B), again[0], R, again[1]), basis.ACCEPT
+            off, limit = basis.distance((A, B), recipe.round(recipe.factors(W, rank))), basis.ACCEPT
         if not off <= limit:
             made, now = recipe.weight_dtype, dtype_name(W.dtype)
             remedy = "run loraxs init on this model's checkpoint"
@@ -179,6 +177,7 @@ def make_basis(
     """
     dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
     compute = compute_options(device, workspace_gib, progress)
+    check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
     weights, base_model = _checkpoint(Path(model), weight_dtype)
     check_replaces(out, "loraxs_basis", "LoRA-XS basis", "out")
     everything = is_everything(target_modules)
@@ -196,20 +195,14 @@ def make_basis(
                 f"target_modules: module {name!r} of {model} has a weight of shape {tuple(shape)} and dtype {kind}, "
                 "must be a matrix of bf16, fp16, fp32 or fp64; leave it out, or attach to the loaded model"
             )
-        if not 1 <= rank <= min(weight.shape):
-            raise ValueError(
-                f"rank: got {rank} for module {name!r} of shape {weight.shape}, must be from 1 to {min(weight.shape)}"
-                + "; leave the module out with exclude_modules" * (rank > 0)
-            )
+        check_rank(rank, label_of(name), weight.shape)
         chosen = None if dtype in (None, weight.dtype) else dtype_name(dtype)
         recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=dtype_name(weight.dtype))
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
-    asked = [] if isinstance(target_modules, str) else target_modules
-    if unused := [each for each in asked if not any(matches(job.recipe.name, [each]) for job in jobs)]:
-        warnings.warn(f"target_modules: no module matches {', '.join(unused)}", stacklevel=2)
+    warn_of_unmatched(weights, 3, target_modules=target_modules, exclude_modules=exclude_modules)
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
         recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype

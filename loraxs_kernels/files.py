@@ -29,8 +29,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# Version 1 had no checksum, and up to version 2 a recipe had a tier.  Version 4 is 3 for an adapter of a model with
-# shared modules: what reads up to 3 would adapt one of them alone where they are not shared.
+# Version 1 had no checksum, and up to version 2 a recipe had a tier.  Version 4 is only for models with a module in
+# several places: a reader of version 3 would adapt one of the places where the other model has two modules.
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left

@@ -59,6 +59,8 @@ def lora_xs_linear(
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
+    if weight is None:
+        raise TypeError("weight: got NoneType, must be a torch.Tensor; lora_xs_delta computes only the adapter's part")
     return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R))
 
 
@@ -96,10 +98,10 @@ def _row_index(index: Index, x: Tensor, R: Tensor) -> RowIndex | None:
         raise ValueError(f"R: got {found}, must be a stack (n, r, r) where there is an index")
     if not isinstance(index, RowIndex):
         index = RowIndex(index, len(R), x.device)
-        rows = math.prod(x.shape[:-1])
-        if len(index) not in (rows, x.shape[0] if x.dim() > 1 else 1):
+        rows, samples = math.prod(x.shape[:-1]), x.shape[0] if x.dim() > 1 else 1
+        if len(index) not in (rows, samples):
             raise ValueError(
-                f"index: got {len(index)} numbers, must be one for each of {x.shape[0]} samples or {rows} rows"
+                f"index: got {len(index)} numbers, must be one for each of {samples} samples or {rows} rows"
             )
     return index
 
@@ -209,11 +211,17 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 
 def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands in the dtype that torch.autocast, which is on for x's device, asks for; fp64 stays fp64."""
+    """The operands in the dtype that torch.autocast, which is on for x's device, asks for.
+
+    As with torch's own functions fp64 stays fp64, and tensors without floating-point numbers stay as they are.
+    """
     if x.dtype == torch.float64:
         return operands
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in operands)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in operands
+    )
 
 
 def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:
@@ -261,7 +269,7 @@ def check(
         if t.dim() != dimensions and name in ("A", "R", "B", "weight"):
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, must have {dimensions} dimensions")
         if t.requires_grad and name in ("A", "B", "weight") and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got requires_grad=True, must be frozen (LoRA-XS trains R alone): .detach() it")
+            raise ValueError(f"{name}: got requires_grad=True, must be frozen (LoRA-XS trains only R): .detach() it")
     (r, K), N = A.shape, B.shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {tuple(x.shape)}, must be (..., {K}) for A of shape {tuple(A.shape)}")

@@ -72,8 +72,8 @@ class RowIndex:
             sample; one of more rows has equally many for each, those of a sample side by side.
         n: how many R there are.
         device: of x and R.
-        fixed: let the shapes of what runs depend on the numbers of rows and samples alone, so that a CUDA graph can
-            be recorded once and replayed after `change`.
+        fixed: keep all shapes the same whatever numbers the index has, so that a CUDA graph can be recorded once and
+            replayed after `change`.
 
     Raises ValueError, naming the position, for a number that no R has.
     """
@@ -103,7 +103,7 @@ class RowIndex:
         return self._blocks[T]
 
     def compact(self) -> tuple[RowIndex, Tensor]:
-        """The same index into the R that occur alone, and which those are, int64; the first R where none does."""
+        """The index renumbered for only those R that occur, and their numbers, int64: number 0 if no row has an R."""
         if self._compact is None:
             used = sorted({*self.index} - {NONE}) or [0]
             place = {i: at for at, i in enumerate(used)} | {NONE: NONE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ class LoraXSLinear(PaddedB):
     R: nn.Parameter
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
-    _coarsest: torch.dtype | None = None  # of those the base weight has had while it was adapted
+    _coarsest: torch.dtype | None = None  # the least precise dtype that the base weight has had since
     _as_made: bool | None = True  # whether the recipe makes these A and B; None: a state dict had others, to be checked
     # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
@@ -90,6 +91,8 @@ class LoraXSLinear(PaddedB):
 
     @classmethod
     @aliases(r="rank", lora_alpha="alpha", sigma=Former("init_std"))
+    @torch.inference_mode(False)  # or R could never train
+    @torch.no_grad()
     def from_linear(
         cls,
         linear: nn.Module,
@@ -142,7 +145,7 @@ class LoraXSLinear(PaddedB):
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given, recipe = None, init
         if not isinstance(init, Recipe):
-            given = None if isinstance(init, str) else tuple(init)
+            given = None if isinstance(init, str) else tuple(init) if isinstance(init, Iterable) else (init,)
             recipe = Recipe("given" if given else init, seed, name, n_iter=n_iter if init == "svd" else None)
         try:
             W = weight_of(linear, label)
@@ -212,8 +215,10 @@ class LoraXSLinear(PaddedB):
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.seat is not None:
-            return self.seat.output(self, x, *args, **kwargs)
+        return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)
+
+    def own_output(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """y by the layer's own R."""
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, buffers = self._modules["base_layer"], self._buffers
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
@@ -301,8 +306,8 @@ class LoraXSLinear(PaddedB):
         if not self.merged:
             if self.seat is not None:
                 self.seat.check_merge(self)
-            merged = self.merged_dense_weight()
             check_merge(self.base_layer, self.label, called=called)
+            merged = self.merged_dense_weight()
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
             self.register_buffer("merged_weight", merged, persistent=False)

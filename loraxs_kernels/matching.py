@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,28 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def check_patterns(**given: Any) -> None:
+    """TypeError or ValueError, naming the argument, for a regular expression that is none; lists have names."""
+    for argument, patterns in given.items():
+        mapping = argument.endswith("_pattern")
+        if mapping and not (patterns is None or isinstance(patterns, Mapping)):
+            raise TypeError(f"{argument}: got {patterns!r}, must be a mapping from regular expressions to values")
+        for pattern in (patterns or ()) if mapping else [patterns] if isinstance(patterns, str) else ():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{argument}: got {pattern!r}, must be a regular expression: {error}") from error
+
+
+def warn_of_unmatched(names: Collection[str], stacklevel: int, **given: str | Sequence[str] | None) -> None:
+    """Warn, by argument, of a regular expression that matches none of the names, and of such entries of a list."""
+    for argument, patterns in given.items():
+        each = {patterns: patterns} if isinstance(patterns, str) else {entry: [entry] for entry in patterns or ()}
+        unmatched = [key for key, own in each.items() if not any(matches(name, own) for name in names)]
+        if unmatched and not is_everything(patterns):
+            warnings.warn(f"{argument}: no module matches {', '.join(sorted(unmatched))}", stacklevel=stacklevel)
 
 
 def targets_for(model: nn.Module, names: Sequence[str]) -> list[str] | str:
@@ -71,10 +93,10 @@ def match(
     """
     if target_modules is None:
         raise TypeError('target_modules: got None, must be "all-linear", names or a regular expression')
+    check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
     modules = dict(model.named_modules())
     everything = is_everything(target_modules)
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
-    unused = set() if isinstance(target_modules, str) else set(target_modules)
     head = embeddings(model, "output")
     refused = no_adapter(model)
     names, left_out, unsuited = [], [], []
@@ -92,7 +114,6 @@ def match(
             hit = matches(name, target_modules)
         if not hit:
             continue
-        unused -= {t for t in unused if matches(name, [t])}
         if is_unread_linear(module):
             raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
         if not is_linear(module):
@@ -114,8 +135,7 @@ def match(
         raise ValueError(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
         )
-    if unused:
-        warnings.warn(f"target_modules: no module matches {', '.join(sorted(unused))}", stacklevel=5)
+    warn_of_unmatched(modules, 6, target_modules=target_modules, exclude_modules=exclude_modules)
     if everything:
         warn_of_experts(model, stacklevel=6)
         warn_of_unread(left_out, stacklevel=6)
@@ -269,6 +289,22 @@ def why_not_mixed(model: nn.Module) -> str | None:
 
 def _names(module: nn.Module | None) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
+    for m in model.modules():
+        if isinstance(m, LoraXSLinear):
+            raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
+        if is_peft_layer(m):
+            raise ValueError(
+                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
+                "gives a model without them"
+            )
+        if "base_layer" in m._modules and hasattr(m, "active_adapters"):
+            raise ValueError(
+                f"model: has adapters of PEFT (in a {type(m).__name__}); call merge_and_unload() or unload() first"
+            )
 
 
 def embeddings(model: nn.Module, which: str) -> nn.Module | None:

@@ -18,7 +18,7 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
 from .fast_path import settle_fast_paths
 from .linear import LoraXSLinear
-from .matching import adapted_layers, choose, embeddings, is_peft_layer, pattern_value, unwrapped
+from .matching import adapted_layers, check_patterns, check_unadapted, choose, embeddings, pattern_value, unwrapped
 from .naming import Former, aliases
 from .recipe import Factors
 from .route import hooks_of
@@ -34,7 +34,8 @@ logger = logging.getLogger(__package__)
 class Attachment:
     """What `attach` leaves on the model (as `model.loraxs`) for `detach` and for adapter files.
 
-    Each module of modules_to_save has one of its own, too, with "" for itself: a part of the model may be saved alone.
+    Each module of modules_to_save also has an Attachment, in which "" is the module itself, so that a part of the model
+    can be saved by itself.
     """
 
     modules_to_save: tuple[str, ...]
@@ -104,7 +105,10 @@ def attach(
     After an error the model is as it was.
     """
     given, model = model, unwrapped(model)
-    _check_unadapted(model)
+    if not isinstance(init, (str, Mapping)):
+        raise TypeError(f'init: got {init!r}, must be "svd", "random" or {{module name: (A, B)}}')
+    check_patterns(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    check_unadapted(model)
     names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
     if idle:
         warnings.warn(
@@ -149,6 +153,8 @@ def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Ba
     return found
 
 
+@torch.inference_mode(False)  # or R could never train, nor take the values of a file
+@torch.no_grad()
 def install(
     model: M,
     options: Mapping[str, Mapping[str, Any]],
@@ -160,7 +166,7 @@ def install(
 
     compute: options of `factor`.
     """
-    _check_unadapted(model)
+    check_unadapted(model)
     modules = dict(model.named_modules())
     trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, m in modules.items():  # what an earlier `attach` froze, whose adapters `detach` took off part by part
@@ -198,22 +204,6 @@ def _check_called(parent: nn.Module, name: str) -> None:
             f"model: a {type(parent._modules[name]).__name__} is compiled by itself, and would still be called in the "
             "place of what replaces it; take torch.compile off that layer, or compile the block that contains it"
         )
-
-
-def _check_unadapted(model: nn.Module) -> None:
-    """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
-    for m in model.modules():
-        if isinstance(m, LoraXSLinear):
-            raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
-        if is_peft_layer(m):
-            raise ValueError(
-                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
-                "gives a model without them"
-            )
-        if "base_layer" in m._modules and hasattr(m, "active_adapters"):
-            raise ValueError(
-                f"model: has adapters of PEFT (in a {type(m).__name__}); call merge_and_unload() or unload() first"
-            )
 
 
 def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
@@ -257,8 +247,8 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
 def detach(model: M, *, merge: bool = False) -> M:
     """Take the adapters off, in place: every base layer is back as it was, and trains again if it did before.
 
-    modules_to_save keep their trained values.  What else `attach` froze trains again where the model is given that it
-    was called for, and not only a part of it.
+    modules_to_save keep their trained values.  Other parameters that `attach` froze train again only if you pass the
+    model that you passed to `attach`, and not a part of it.
 
     Args:
         model: with adapters from `attach`.

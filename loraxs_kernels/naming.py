@@ -103,4 +103,4 @@ def as_dtype(argument: str, value: Any, allowed: Sequence[torch.dtype], of: str 
         if name is dtype or name == dtype_name(dtype):
             return dtype
     names, where = ", ".join(map(dtype_name, allowed)), f" for {of}" if of else ""
-    raise ValueError(f"{argument}: got {value!r}{where}, must be one of {names} (as torch's dtype or by name) or None")
+    raise ValueError(f"{argument}: got {value!r}{where}, must be one of {names} (as torch's dtype or by name)")

@@ -203,7 +203,7 @@ def check(layers: Iterable[tuple[str, nn.Module]], fsdp: set[int]) -> None:
     for label, base in layers:
         weight, style = getattr(base, "weight", None), _wrapping(base)
         if style == "ReplicatedWithGradAllReduce":
-            how = f"transformers' style {style}, by which a rank knows a part of the gradient alone"
+            how = f"transformers' style {style}, in which each rank has only a part of the gradient"
         elif not is_dtensor(weight):
             if "_hf_tp_plan" not in vars(base):
                 continue

@@ -25,9 +25,9 @@ def layer_output(
     x: Tensor,
     adapters: Sequence[Adapter],
     name: str,
-    index: RowIndex | None = None,
-    args: Sequence[Any] = (),
-    kwargs: dict[str, Any] | None = None,
+    index: RowIndex | None,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """base(x, *args, **kwargs) + sum over the adapters of s B R A dropout_p(x), (..., N), of a frozen linear layer.
 
@@ -47,7 +47,7 @@ def layer_output(
             h = hook.pre_forward(base, x)[0][0]
             y = hook.post_forward(base, run(h, W, A, R, B, s, held(base, "bias"), None, name, index))
     else:
-        kwargs, plain = kwargs or {}, weight_view(base) is not None and not _hooked(base)
+        plain = weight_view(base) is not None and not _hooked(base)
         if not plain and parallel.is_cut(base):
             return _cut_output(base, x, adapters, name, index, args, kwargs)
         y = base(x, *args, **kwargs)
@@ -135,7 +135,7 @@ def _check_output(base: nn.Module, x: Tensor, y: Any, N: int, name: str) -> None
         raise RuntimeError(
             f"{label_of(name)}: its base layer, a {type(base).__name__}{of}, passes "
             "no gradient to its input, so that every adapter before it would train on a wrong gradient. Layers that "
-            "quantise their input do so: quantise the weights alone, such as by torchao's Int8WeightOnlyConfig"
+            "quantise their input do so: quantise only the weights, for example with torchao's Int8WeightOnlyConfig"
         )
 
 

@@ -54,7 +54,8 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: lis
             held.clear()
             held.extend(content) if isinstance(held, list) else held.update(content)
     for p, requires_grad in trained:
-        p.requires_grad_(requires_grad)
+        if p.requires_grad != requires_grad:  # a parameter may refuse to be set, such as one that is not initialized
+            p.requires_grad_(requires_grad)
 
 
 @torch.no_grad()

@@ -88,8 +88,9 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
 def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
     """What is known of W before it is read, and the way to read it; nothing is read, dequantised or gathered here.
 
-    Readers that were registered go first.  Known besides, on nn.Linear and transformers' Conv1D (of a class derived
-    from nn.Linear with a forward of its own, dense weights of shape (out_features, in_features) alone):
+    Readers that were registered go first.  Otherwise nn.Linear and transformers' Conv1D are known, with the weights
+    below (of classes derived from nn.Linear with their own forward, only dense weights of shape (out_features,
+    in_features)):
         a dense weight;
         tensor subclasses that dequantise themselves (torchao), in their own dtype;
         weights that accelerate has offloaded, read from where they are; device: where the layer computes;

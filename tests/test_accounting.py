@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import hubstub
@@ -337,6 +338,10 @@ def test_errors_name_the_argument(bert):
         lx.count_parameters(bert, 4, target_modules=["LayerNorm"])
     with pytest.raises(TypeError, match=r"model: got a dict, must be an nn\.Module or a transformers configuration"):
         lx.count_parameters({"model_type": "bert"}, 4, target_modules="all-linear")
+    peft = pytest.importorskip("peft")
+    for config in (lx.integrations.peft.LoraXSConfig, peft.LoraConfig):
+        with pytest.raises(ValueError, match=r"model: .*has .*adapters"):
+            lx.count_parameters(peft.get_peft_model(copy.deepcopy(bert), config(r=4, target_modules=["query"])), 4)
     lx.attach(bert, 4, target_modules=["query"], progress=False)
     with pytest.raises(ValueError, match="rank: got 8 for a model with LoRA-XS adapters"):
         lx.count_parameters(bert, 8)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lx
+from loraxs_kernels import linear
 from loraxs_kernels.linear import LoraXSLinear
 from loraxs_kernels.matching import adapted_layers
 
@@ -355,17 +356,22 @@ def test_merging_and_selections_exclude_each_other(model, bank):
     model(IDS, adapter_ids=["alice"] * 4)
 
 
-def test_attach_and_detach_leave_the_model_as_it_was(base, bank):
+def test_attach_and_detach_leave_the_model_as_it_was(base, bank, tmp_path):
     model = copy.deepcopy(base)
     before, kinds = model.state_dict(), [type(m) for m in model.modules()]
     bank.attach(model, progress=False)
+    with pytest.raises(ValueError, match=r"export\(name, path\) of the bank"):
+        lx.integrations.reference_repo.export_as_lora(model, tmp_path / "lora")
     assert isinstance(model, type(base)) and type(model).__name__ == type(base).__name__
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="has a bank already"):
         bank.attach(model)
     with pytest.raises(ValueError, match="belongs to a bank of adapters; detach"):
         lx.detach(model)
+    model.later = nn.Linear(2, 2)
     bank.detach(model)
+    assert model.later.weight.requires_grad and not (tmp_path / "lora").exists()
+    del model.later
     assert [type(m) for m in model.modules()] == kinds and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     with pytest.raises(ValueError, match="does not have this bank"):
@@ -381,6 +387,23 @@ def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tune
         )
     bank.detach(model)
     assert all(type(layer) is LoraXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
+
+
+def test_own_adapters_are_computed_as_without_a_bank(tuned, bank, monkeypatch):
+    """R of a layer that FSDP2 has cut is averaged over ranks, and training while merged is warned of."""
+    model = bank.attach(copy.deepcopy(tuned["dave"]), progress=False)
+    _, layer = next(adapted_layers(model))
+    layer.shares = "a mesh"
+    with monkeypatch.context() as patch:
+        patch.setattr(linear.parallel, "averaged", lambda R, mesh: 0 * R if mesh == "a mesh" else R)
+        with torch.no_grad():
+            x = torch.randn(3, 32)
+            assert torch.equal(layer(x), layer.base_layer(x))
+    layer.shares = None
+    layer.R.requires_grad_(True)
+    lx.merge(model.train())
+    with pytest.warns(UserWarning, match="merged"):
+        model(IDS)
 
 
 def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
@@ -839,7 +862,7 @@ def test_the_optimizer_s_state_is_that_of_its_adapters(model, bank):
     with bank.train(["alice", "carol"]) as training:
         with pytest.raises(ValueError, match=r"is of the adapters \['alice', 'bob'\], must be of \['alice', 'carol'\]"):
             training.optimizer(1e-2).load_state_dict(state)
-        with pytest.raises(ValueError, match="for the adapters alone"):
+        with pytest.raises(ValueError, match="takes only the adapters"):
             training.optimizer(1e-2).add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 

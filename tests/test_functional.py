@@ -791,6 +791,7 @@ BAD = {
     "x has other features": (dict(x=torch.ones(3, 5)), ValueError, r"x: got shape \(3, 5\), must be \(\.\.\., 6\)"),
     "x is a scalar": (dict(x=torch.tensor(1.0)), ValueError, r"x: got shape \(\)"),
     "x is elsewhere": (dict(x=torch.ones(3, 6, device="meta")), ValueError, "A: got device cpu, must be meta like x"),
+    "no weight": (dict(weight=None), TypeError, "weight: got NoneType, .* lora_xs_delta"),
     "weight in another dtype": (dict(weight=torch.ones(4, 6).half()), TypeError, "weight: got dtype torch.float16"),
     "weight in another shape": (dict(weight=torch.ones(6, 4)), ValueError, r"weight: got shape \(6, 4\)"),
     "weight trains": (dict(weight=torch.ones(4, 6, requires_grad=True)), ValueError, "weight: got requires_grad=True"),
@@ -810,6 +811,16 @@ def test_bad_operands_are_named(case):
     good = dict(x=torch.ones(3, 6), weight=torch.ones(4, 6), A=torch.ones(3, 6), R=torch.ones(3, 3), B=torch.ones(4, 3))
     with pytest.raises(error, match=message):
         lora_xs_linear(**(good | dict(scale=1.0) | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64])
+def test_autocast_makes_floating_point_numbers_of_nothing_else(dtype):
+    x, layer = torch.ones(3, 6, dtype=dtype), LoraXSLinear.from_linear(torch.nn.Linear(6, 4), 2, init="random")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=f"x: got shape .* and {dtype} for linear, must be"):
+            layer(x)
+        with pytest.raises(TypeError, match="dtype"):
+            lora_xs_delta(x, layer.A, layer.R, layer.B, 1.0)
 
 
 def test_out_must_be_writable_in_place():

@@ -25,7 +25,7 @@ from loraxs_kernels.matching import adapted_layers
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from loraxs_kernels.integrations.transformers import LoraXSCallback  # noqa: E402
+from loraxs_kernels.integrations.transformers import LoraXSCallback, monitor  # noqa: E402
 
 VOCABULARY, LENGTH, CLASSES = 40, 8, 3
 FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
@@ -416,6 +416,12 @@ def test_figures_without_the_weights_of_a_layer(tmp_path):
     trainer = trainer_of(model, tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loraxs_delta_max"] < 1  # of the two that are not zero
+
+
+def test_the_size_of_a_delta_knows_no_sign():
+    layer = lx.LoraXSLinear.from_linear(nn.Linear(6, 5), 2, alpha=-4, init_std=1.0)
+    size = (layer.delta_weight().norm() / layer.base_layer.weight.norm()).item()
+    assert monitor.Sizes(monitor.adapters_of(layer)).figures()["loraxs_delta_max"] == pytest.approx(size, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)

@@ -603,6 +603,12 @@ FAILURES = {
     "dtype": (None, dict(dtype=torch.int32), ValueError, r"dtype: got torch\.int32 for module 'bert"),
     "init": (None, dict(init="pissa"), ValueError, "init: got 'pissa'"),
     "init without a pair": (None, dict(init={"x": 1}), ValueError, "init: has no pair"),
+    "init of no kind": (None, dict(init=None), TypeError, "init: got None, must be"),
+    "a glob": (None, dict(target_modules="*.query"), ValueError, r"target_modules: got '\*\.query', must be a regular"),
+    "a glob to leave out": (None, dict(exclude_modules="*.query"), ValueError, "exclude_modules: got .* must be a reg"),
+    "a glob with a rank": (None, dict(rank_pattern={"*": 2}), ValueError, r"rank_pattern: got '\*', must be a regular"),
+    "patterns in a list": (None, dict(alpha_pattern=["query"]), TypeError, "alpha_pattern: got .* must be a mapping"),
+    "device": (None, dict(device=0), ValueError, "device: got 0"),
 }  # fmt: skip
 
 
@@ -718,8 +724,34 @@ def test_every_adapter_of_a_mamba_gets_its_gradient(kind, way):
 
 
 def test_an_unused_name_in_the_list_is_a_warning(bert):
-    with pytest.warns(UserWarning, match="no module matches q_proj, v_proj"):
-        lx.attach(bert, 4, target_modules=["query", "q_proj", "v_proj"])
+    targets, left_out = ["query", "value", "q_proj", "v_proj"], ["value", "k_proj"]  # value is there, and left out
+    with pytest.warns(UserWarning, match="no module matches") as warned:
+        lx.attach(bert, 4, target_modules=targets, exclude_modules=left_out)
+    said = [str(each.message) for each in warned if "no module matches" in str(each.message)]
+    assert said == [
+        "target_modules: no module matches q_proj, v_proj", "exclude_modules: no module matches k_proj"
+    ]  # fmt: skip
+    assert {each.filename for each in warned} == {__file__}
+
+
+def test_what_is_attached_or_loaded_in_inference_mode_trains_outside(bert, tmp_path):
+    other = copy.deepcopy(bert)
+    with torch.inference_mode():
+        lx.attach(bert, 4, target_modules=["query"], progress=False)
+        lx.save_adapter(bert, tmp_path / "a.safetensors")
+        lx.load_adapter(other, tmp_path / "a.safetensors", progress=False)
+        layer = LoraXSLinear.from_linear(nn.Linear(6, 5), 2)
+    for model in (bert, other):
+        model(IDS).logits.sum().backward()
+        assert all(m.R.grad is not None for m in adapters(model).values())
+        lx.load_adapter(model, tmp_path / "a.safetensors")
+    layer(torch.randn(3, 6)).sum().backward()
+
+
+def test_a_rollback_hides_no_error():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(6, 5))  # the first has parameters that refuse to be set
+    with pytest.raises(ValueError, match="rank: got 20 for module '1'"):
+        lx.attach(model, 20, target_modules=["1"], progress=False)
 
 
 def test_given_factors(bert):

@@ -185,7 +185,7 @@ class AdapterBank(Store):
             if attached.put_on:
                 detach(model)
             for name, p in model.named_parameters():
-                p.requires_grad_(name in attached.trained)
+                p.requires_grad_(p.requires_grad or name in attached.trained)
         self._models.pop(model, None)
         return given
 

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..linear import LoraXSLinear
 from ..route import layer_output
-from ..weights import held
 
 if TYPE_CHECKING:
     from .adapter_bank import AdapterBank
@@ -28,28 +26,24 @@ class Seat:
     def __deepcopy__(self, memo: dict) -> Seat:
         return self
 
-    def output(self, layer: LoraXSLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def output(self, layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """y of the layer, for the samples of the selection that this call belongs to, or by the layer's own R."""
         if torch.compiler.is_compiling():
-            return _uncompiled(self, layer, x, *args, **kwargs)
+            return _uncompiled(self, layer, x, args, kwargs)
         selection = self.bank.selections.current()
-        base, A, B = layer._modules["base_layer"], layer._buffers["A"], layer._buffers["B"]
-        s, index = layer.scaling, None
-        if selection is not None:
+        if selection is None:
+            y = layer.own_output(x, args, kwargs)
+        else:
             self.refuse_merged(layer)
             if torch.jit.is_tracing():
                 raise RuntimeError(
                     "torch.jit.trace: adapters are selected, which would be those of the trace for good; trace outside "
                     "of selections, with the adapter in the model itself (lx.load_adapter)"
                 )
+            A, B = layer._buffers["A"], layer._buffers["B"]
             index, s = selection.index(x, A.device, layer.label), self.bank.scalings[self.module]
-            R = selection.source.table(self.module, A.device)
-        elif layer.merged:
-            return F.linear(x, layer.merged_weight, base.bias, *args, **kwargs)
-        else:
-            R = held(layer, "R")
-        p = layer.dropout if layer.training else 0.0
-        y = layer_output(base, x, ((A, R, B, s, p),), layer.recipe.name, index, args, kwargs)
+            R, p = selection.source.table(self.module, A.device), layer.dropout if layer.training else 0.0
+            y = layer_output(layer.base_layer, x, ((A, R, B, s, p),), layer.recipe.name, index, args, kwargs)
         if y.requires_grad:
             self.bank.selections.remember(y, selection)
         return y

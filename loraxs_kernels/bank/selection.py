@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Use:
-    """The adapters that a selection has brought, as the graphs hold them that are made with it."""
+    """The adapters that a selection brought in; the graphs that are made under it hold this object."""
 
     def __init__(self, selection: Selection) -> None:
         self.selection, self.source, self.names = selection, selection.source, selection.names
         self.state = self.source.state(_adapters(self.names))
-        self.ahead = 0  # of the graphs: how many layers no backward pass has been through
+        self.ahead = 0  # how many layer calls in these graphs no backward pass has reached yet
 
     def is_current(self) -> bool:
         """Whether the selection, whose block may have ended, still has them, where and as they were."""

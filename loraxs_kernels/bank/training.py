@@ -195,7 +195,7 @@ class AdapterAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         if self.param_groups:
-            raise ValueError("param_group: this optimizer is for the adapters alone; use another one beside it")
+            raise ValueError("param_group: this optimizer takes only the adapters, use another one beside it")
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -368,7 +368,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"adapter {name!r}: scaling of {label_of(module)} is {self.scaling[name]}, must be {s}, as its config "
                 f"(lora_alpha {config.lora_alpha}, alpha_pattern {config.alpha_pattern}) and its rank {r} say, to be "
-                "saved: files hold the config alone"
+                "saved: files hold only the config, not the scaling"
             )
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

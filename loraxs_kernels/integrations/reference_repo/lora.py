@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_contents import base_model, plain, whole_R
+from ...adapter_contents import base_model, layers_to_save, plain, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import adapted_layers, base_name, saved_modules, targets_for, unwrapped
+from ...matching import base_name, saved_modules, targets_for, unwrapped
 from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
@@ -57,35 +56,19 @@ def export_as_lora(
     PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
     is not finite in that dtype.
     """
-    model = unwrapped(model)
+    model, dtype, folder = unwrapped(model), as_dtype("dtype", dtype, FLOATS), Path(folder)
     if isinstance(model, LoraXSLinear):
         raise ValueError("model: is itself a LoraXSLinear, must be a model that contains such layers")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         layers, saved = _parts_of_peft(model, adapter)
         task_type = task_type or model.peft_config[adapter].task_type
-        write_lora(model.get_base_model(), folder, layers, saved, dtype=dtype, task_type=task_type)
-        return
-    layers = [
-        (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
-        for name, layer in adapted_layers(model)
-    ]
-    saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
-    write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
-
-
-@torch.no_grad()
-def write_lora(
-    model: nn.Module,
-    folder: str | os.PathLike,
-    layers: Iterable[Part],
-    saved: Mapping[str, Mapping[str, Tensor]],
-    *,
-    dtype: torch.dtype | str | None = None,
-    task_type: str | None = None,
-) -> None:
-    """`export_as_lora` for given layers and modules_to_save (name: state dict), by the names in `model`."""
-    dtype = as_dtype("dtype", dtype, FLOATS)
-    folder = Path(folder)
+        model = model.get_base_model()
+    else:
+        layers = [
+            (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
+            for name, layer in layers_to_save(model)
+        ]
+        saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
     tensors, ranks, conv1d = {}, {}, False

@@ -58,7 +58,7 @@ class Sizes:
             else:
                 size = torch.linalg.vector_norm(W, dtype=torch.float64)
                 size = size.where(size > 0, torch.nan)
-            record = (adapter, A @ A.t(), B.t() @ B, layer.scaling / size.to(A.device))
+            record = (adapter, A @ A.t(), B.t() @ B, abs(layer.scaling) / size.to(A.device))
             self.groups.setdefault((layer.rank, A.device), []).append(record)
 
     @torch.no_grad()
