@@ -250,7 +250,7 @@ def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -
     """Devices to compute on, each with its index, so that it equals that of the tensors there."""
     try:
         devices = [torch.device(each) for each in ([device] if isinstance(device, (str, torch.device)) else device)]
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
     if not devices:
         raise ValueError("device: got no device, must be one or more, or None")

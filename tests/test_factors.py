@@ -340,6 +340,7 @@ def test_devices_are_checked():
         ("meta", "must be the CPU or CUDA devices"),
         ("cuda:99", "torch sees"),
         ("gpu", "Expected one of"),
+        (0.5, "not iterable"),
     ):
         with pytest.raises(ValueError, match=f"device: {message}|device: got .*{message}"):
             compute_devices(bad)
