@@ -410,7 +410,7 @@ def test_a_weight_of_equal_singular_values_is_warned_of_and_named(tmp_path):
         for model, W in zip(models, weights, strict=True):
             model[0].weight.data.copy_(W)
         lx.attach(models[0], 4)[0].R.data.normal_()
-        with pytest.warns(UserWarning, match="of 1 modules, the first module '0', have singular values so nearly equal"):
+        with pytest.warns(UserWarning, match="of 1 modules, the first module '0', have singular values so"):
             lx.save_adapter(models[0], path)
         with pytest.raises(AdapterMismatch, match="values of its weight are nearly equal, so that rounding decides on"):
             lx.load_adapter(models[1], path)
