@@ -207,6 +207,8 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     A class with a forward of its own may do more with W than that: its forward is called.
     """
     conv1d = is_conv1d(layer)
+    if "weight" in vars(layer):
+        _made_anew(layer)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
@@ -230,6 +232,21 @@ def _linear(layer: nn.Module, label: str) -> Weight:
 
     copies = not plain or hasattr(weight, "ds_id") or hook is not None
     return _weight(layer, label, (N, K), _float_dtype(weight.dtype), device, read, copies)
+
+
+@torch.no_grad()
+def _made_anew(layer: nn.Module) -> None:
+    """Has hooks of torch (the old weight_norm and spectral_norm, prune) make `weight` of the parameters as they are.
+
+    Before a forward it is that of the last one, even if a state dict has been loaded since.
+    """
+    training, layer.training = layer.training, False  # in which spectral_norm would change its vectors
+    try:
+        for hook in layer._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(layer, ())
+    finally:
+        layer.training = training
 
 
 def _offloading(layer: nn.Module) -> Any:

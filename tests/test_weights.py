@@ -515,6 +515,20 @@ def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
         assert snapshot(model) == before and torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize(
+    "made", [weight_normed, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 9)]
+)
+def test_a_weight_that_a_hook_makes_is_that_of_the_state_dict(made):
+    """Before the first forward `weight` is still the one of the parameters that were there before it."""
+    model, trained = made(nn.Linear(K, N)), made(nn.Linear(K, N))
+    trained(torch.randn(3, K))
+    model.load_state_dict(trained.state_dict())
+    assert not torch.equal(model.weight, trained.weight)
+    W, left = weight_of(model).read(), {name: t.clone() for name, t in model.state_dict().items()}
+    model.eval()(torch.randn(3, K))
+    assert torch.equal(W, model.weight) and all(torch.equal(t, left[name]) for name, t in model.state_dict().items())
+
+
 def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():
     model = nn.Sequential(nn.Linear(K, K), Scaled(K, N))
     plain = nn.Linear(K, N)
