@@ -297,7 +297,9 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile, (Distributed)DataParallel and swa_utils.AveragedModel, which has
-    the base model's names."""
+    the base model's names.  TypeError for what is no module, such as the name of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
