@@ -29,7 +29,6 @@ from setuptools import Extension, build_meta, setup
 from setuptools.build_meta import (  # noqa: F401
     build_editable,
     build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
@@ -58,6 +57,13 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     return requirements() + build_meta.get_requires_for_build_editable(config_settings)
+
+
+def build_wheel(*arguments: Any, **named: Any) -> str:
+    """setuptools' `build_wheel` from an empty folder: modules that an earlier version had would stay in the wheel."""
+    for left in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(left)
+    return build_meta.build_wheel(*arguments, **named)
 
 
 def requirements() -> list[str]:

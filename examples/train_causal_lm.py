@@ -77,6 +77,9 @@ class Task:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, must be {', '.join(DTYPES)}")
+        for name in ("max_samples", "max_length"):  # of -1 samples the last would be left out
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: got {value}, must be at least 1")
         if len(self.data_fields) != 2:
             raise ValueError(f"data_fields: got {self.data_fields}, must be two names")
 
@@ -236,6 +239,8 @@ def encode(records: list[dict], task: Task, tokenizer: Any) -> list[dict]:
         if len(prompt) < task.max_length:
             ids = [*text, tokenizer.eos_token_id][: task.max_length]
             examples.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    if not examples:
+        raise ValueError(f"max_length: got {task.max_length}, must leave room for a response; every prompt is longer")
     return examples
 
 

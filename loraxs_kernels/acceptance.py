@@ -50,6 +50,11 @@ def mismatch(
             "without adapters and without basis=, so that A and B are made as the file says"
         )
     same_values = basis.same_values(entry["S"], S)
+    if same_values and basis.is_flat(S):
+        return AdapterMismatch(
+            f"{found}: the singular values of its weight are nearly equal, so that rounding decides on A and B. {load} "
+            "on the device, and with the number of threads, that it was saved with, and save it with save_factors=True"
+        )
     if error > DIFFERENT or not same_values:
         base = entry["base_model"]
         why = "" if same_values else ", and the singular values of the weight differ"

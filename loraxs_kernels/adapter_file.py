@@ -32,7 +32,7 @@ from .adapter_contents import (
     whole_R,
 )
 from .adapter_format import NUMBERS, packed, read
-from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
+from .basis import ACCEPT, ALIGNED, is_flat, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
@@ -147,7 +147,7 @@ def _packed_adapter(
     """The parts of an adapter file and the text of its card; `where` is what the card loads."""
     dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
     model = unwrapped(model)
-    descriptions, records, factors, moved, changed = {}, {}, {}, [], []
+    descriptions, records, factors, moved, changed, flat = {}, {}, {}, [], [], []
     for name, layer in layers_to_save(model):
         R = whole_R(layer)
         if not torch.isfinite(R).all():
@@ -169,6 +169,8 @@ def _packed_adapter(
             factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
         elif not portable and layer.why_no_load():
             moved.append(layer)
+        elif recipe.init == "svd" and is_flat(record["S"]):
+            flat.append(layer)
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
     base = base_model(model)
@@ -189,6 +191,13 @@ def _packed_adapter(
             f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
             "will load into a model with the weights that A and B were made from, but not into this one as it is now; "
             "for that, save with save_factors=True",
+            stacklevel=4,  # past no_grad's wrapper and the caller
+        )
+    if flat:
+        warnings.warn(
+            f"{where}: the weights of {len(flat)} modules, the first {flat[0].label}, have singular values so nearly "
+            "equal that rounding decides on A and B. The file may not load on another device or with another number of "
+            "threads; for that, save with save_factors=True",
             stacklevel=4,  # past no_grad's wrapper and the caller
         )
     return parts, card.card(model, base, descriptions, whole, where)

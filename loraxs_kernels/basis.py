@@ -24,12 +24,18 @@ PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
 SAMPLED = 64  # rows and columns of a weight that tell whether A and B are still its own
 DIFFERENT = 0.5  # relative error from which the weights are different ones, and not the same ones in another dtype
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
+FLAT = 0.998  # the least singular value over the largest from which rounding decides what their vectors are
 SAME_WEIGHT = 1e-5  # relative distance of two weights up to which they make the same A and B
 
 
 def singular_values(A: Tensor) -> Tensor:
     """The norms of the rows of A (r,), fp32: for A = S V^T the singular values S."""
     return torch.linalg.vector_norm(A.float(), dim=1)
+
+
+def is_flat(S: Tensor) -> bool:
+    """Whether singular values (r,) are nearly equal, as of an orthogonal weight: then rounding decides on A and B."""
+    return len(S) > 1 and bool(S.min() >= FLAT * S.max() > 0)
 
 
 def probes(A: Tensor, R: Tensor, B: Tensor) -> Tensor:

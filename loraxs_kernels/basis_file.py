@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +237,16 @@ def _checkpoint(
 ) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
     """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
     files, index = _files(model), model / INDEX
-    config = model / "config.json"
+    config = (model.parent if model.is_file() else model) / "config.json"
     described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}
     transposed = described.get("model_type") in CONV1D_MODELS
     weights: dict[str, tuple[list[int], str, Weight | None]] = {}
-    for file in files:
+    for file, named in files.items():
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
         with _opened(file) as f:
+            if lost := named.difference(f.keys()):
+                raise ValueError(f"model: {index} names a tensor {min(lost)!r} in {file.name}, which has none")
             for key in f.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")
                 if kind == "weight":
@@ -258,22 +261,28 @@ def _checkpoint(
     return weights, base_model
 
 
-def _files(model: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whether they are there or not."""
+def _files(model: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a checkpoint, whether they are there or not, and the tensors that an index names."""
     index = model / INDEX
+    files: dict[Path, set[str]] = {}
     if model.is_file() or (model / SINGLE).is_file():
-        files = [model / SINGLE if model.is_dir() else model]
+        files[model / SINGLE if model.is_dir() else model] = set()
     elif index.is_file():
         names = read_json(index.read_bytes(), f"model: {index}").get("weight_map")
         if not (isinstance(names, dict) and names and all(isinstance(each, str) for each in names.values())):
             raise ValueError(f"model: {index} is not an index of safetensors files: it has no weight_map of file names")
-        files = [model / name for name in sorted(set(names.values()))]
+        for key, name in sorted(names.items(), key=itemgetter(1)):
+            files.setdefault(model / name, set()).add(key)
     else:
-        files = sorted(model.glob("*.safetensors"))
-    files = [file for file in files if not any(key.startswith("loraxs") for key in metadata_of(file))]  # this library's
+        files = {file: set() for file in sorted(model.glob("*.safetensors"))}
+    files = {file: named for file, named in files.items() if not _is_this_librarys(file)}
     if not files:
         raise FileNotFoundError(f"model: {model} is neither a safetensors file nor a folder with safetensors files")
     return files
+
+
+def _is_this_librarys(file: Path) -> bool:
+    return any(key.startswith("loraxs") for key in metadata_of(file))
 
 
 def _weight(

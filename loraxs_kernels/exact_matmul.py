@@ -76,11 +76,18 @@ def _save_settings(to: ExitStack) -> None:
     cuda = torch.backends.cuda.matmul
     if settings := _fp32_settings():
         for each in settings:
-            to.callback(setattr, each, "fp32_precision", each.fp32_precision)
+            to.callback(_restore, each, each.fp32_precision)
     else:
         to.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     if getattr(cuda, "allow_fp16_accumulation", False):
         to.callback(setattr, cuda, "allow_fp16_accumulation", True)
+
+
+def _restore(setting: Any, precision: str) -> None:
+    """Put back what torch said of a setting, which may be what it inherits, and goes on inheriting then."""
+    setting.fp32_precision = "none"
+    if setting.fp32_precision != precision:
+        setting.fp32_precision = precision
 
 
 def _multiply_exactly() -> None:

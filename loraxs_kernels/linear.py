@@ -17,7 +17,7 @@ from .exact_matmul import exact_matmul
 from .functional import together
 from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
 from .padded import PaddedB, sparing_what_trains
-from .recipe import INITS, Factors, Recipe, check, check_given, check_rank
+from .recipe import INITS, Factors, Recipe, check, check_given, check_range, check_rank
 from .route import check_merge, computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
@@ -158,6 +158,7 @@ class LoraXSLinear(PaddedB):
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
+            check_range((A, B), label)
             kept = None if W is None or dtype == W.dtype else dtype_name(dtype)
             recipe = replace(recipe, dtype=kept, weight_dtype=None if W is None else dtype_name(W.dtype))
         else:

@@ -18,7 +18,10 @@ from .weights import is_linear, is_unread_linear, unread
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Whether a regular expression matches the whole name, or the name is or ends with one of a list."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            raise ValueError(f"got {patterns!r} for names of modules, no regular expression: {error}") from None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
@@ -330,7 +333,9 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile, (Distributed)DataParallel and swa_utils.AveragedModel, which has
-    the base model's names."""
+    the base model's names.  TypeError for what is no module, such as the name of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module

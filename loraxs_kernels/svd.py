@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
@@ -151,8 +152,9 @@ def truncated_svd(
         ValueError: W has fewer than 2 dimensions, has NaN or Inf values, or has singular values too large for the
             result's dtype; or a different argument is out of range.
     """
-    if not isinstance(W, Tensor) or W.dtype not in FLOATS or W.layout != torch.strided:
-        what = type(W).__name__ if not isinstance(W, Tensor) else f"dtype {W.dtype}, layout {W.layout}"
+    plain = isinstance(W, Tensor) and not is_traceable_wrapper_subclass(W)  # as DTensors and quantised tensors are
+    if not plain or W.dtype not in FLOATS or W.layout != torch.strided:
+        what = f"dtype {W.dtype}, layout {W.layout}" if plain else type(W).__name__
         raise TypeError(f"W: got {what}, must be a dense bfloat16, float16, float32 or float64 tensor")
     if W.dim() < 2:
         raise ValueError(f"W: got shape {tuple(W.shape)}, must have at least 2 dimensions")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,7 +193,9 @@ def _registered_weight(layer: nn.Module, label: str, read: Read, shape_of: Shape
     held = [*layer.parameters(), *layer.buffers()]
     device = held[0].device if held else torch.device("cpu")
     dtype = _float_dtype(getattr(layer, "compute_dtype", None), *(t.dtype for t in held))
-    return _weight(layer, label, tuple(shape), dtype, device, lambda: read(layer))
+    weight = _weight(layer, label, tuple(shape), dtype, device, lambda: read(layer))
+    # Several weights are on their way at a time, and a reader may fill one buffer again for every layer.
+    return replace(weight, read=lambda: weight.read().clone())
 
 
 def _features(layer: nn.Module) -> tuple:
@@ -206,6 +208,8 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     A class with a forward of its own may do more with W than that: its forward is called.
     """
     conv1d = is_conv1d(layer)
+    if "weight" in vars(layer):
+        _made_anew(layer)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
@@ -229,6 +233,21 @@ def _linear(layer: nn.Module, label: str) -> Weight:
 
     copies = not plain or hasattr(weight, "ds_id") or hook is not None
     return _weight(layer, label, (N, K), _float_dtype(weight.dtype), device, read, copies)
+
+
+@torch.no_grad()
+def _made_anew(layer: nn.Module) -> None:
+    """Has hooks of torch (the old weight_norm and spectral_norm, prune) make `weight` of the parameters as they are.
+
+    Before a forward it is that of the last one, even if a state dict has been loaded since.
+    """
+    training, layer.training = layer.training, False  # in which spectral_norm would change its vectors
+    try:
+        for hook in layer._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(layer, ())
+    finally:
+        layer.training = training
 
 
 def _offloading(layer: nn.Module) -> Any:
@@ -303,9 +322,10 @@ def _weight(
     @torch.no_grad()
     def checked() -> Tensor:
         W = read()
-        must = f"must be a dense tensor of shape {shape} in bf16, fp16, fp32 or fp64"
-        if type(W) not in (Tensor, nn.Parameter) or W.layout is not torch.strided or W.dtype not in FLOATS:
-            found = f"a {type(W).__name__} of {W.dtype}, {W.layout}" if isinstance(W, Tensor) else repr(W)
+        must = f"must be a dense tensor of shape {shape} in bf16, fp16, fp32 or fp64, with its values"
+        dense = type(W) in (Tensor, nn.Parameter) and W.layout is torch.strided and not W.is_meta
+        if not dense or W.dtype not in FLOATS:
+            found = f"a {type(W).__name__} of {W.dtype}, {W.layout} on {W.device}" if isinstance(W, Tensor) else repr(W)
             raise TypeError(f"{label}: reading the weight of a {type(layer).__name__} gave {found}, {must}")
         if tuple(W.shape) != shape:
             raise ValueError(

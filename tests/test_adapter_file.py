@@ -402,6 +402,24 @@ def test_the_recipe_follows_the_dtype_of_A_and_B(minilm, tmp_path, case):
                     lx.load_adapter(bases[name], path)
 
 
+def test_a_weight_of_equal_singular_values_is_warned_of_and_named(tmp_path):
+    """Rounding decides what their vectors are: another number of threads is as good as another weight."""
+    path, weights = tmp_path / "adapter.safetensors", [nn.init.orthogonal_(torch.empty(40, 40)) for _ in range(2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [nn.Sequential(nn.Linear(40, 40)).to(dtype) for _ in weights]
+        for model, W in zip(models, weights, strict=True):
+            model[0].weight.data.copy_(W)
+        lx.attach(models[0], 4)[0].R.data.normal_()
+        with pytest.warns(UserWarning, match="of 1 modules, the first module '0', have singular values so"):
+            lx.save_adapter(models[0], path)
+        with pytest.raises(AdapterMismatch, match="values of its weight are nearly equal, so that rounding decides on"):
+            lx.load_adapter(models[1], path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lx.save_adapter(models[0], path, save_factors=True)
+        lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(40, 40)), 4), path)
+
+
 def test_the_message_says_what_was_found(trained):
     """Different weights are called that, whatever their dtype; nothing is advised that the file has already."""
     model, path = trained

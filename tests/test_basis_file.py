@@ -11,6 +11,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -115,7 +116,9 @@ def test_gpt2_stores_its_weights_the_other_way(tmp_path):
     torch.manual_seed(0)
     gpt2 = GPT2Model(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     gpt2.save_pretrained(tmp_path / "gpt2")
-    names = make_basis(tmp_path / "gpt2", 4, tmp_path / "basis.safetensors")
+    for model in (tmp_path / "gpt2" / "model.safetensors", tmp_path / "gpt2"):
+        names = make_basis(model, 4, tmp_path / "basis.safetensors")
+        assert read_basis(tmp_path / "basis.safetensors").file.get_slice("h.0.mlp.c_fc.A").get_shape() == [4, 16]
     assert names == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
     computed = lx.attach(copy.deepcopy(gpt2), 4, target_modules="all-linear")
     read = lx.attach(gpt2, 4, target_modules="all-linear", basis=tmp_path / "basis.safetensors")
@@ -129,6 +132,8 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(basis_file, "_opened", lambda path: opened.append(path.name) or real(path))
     with pytest.warns(UserWarning, match="target_modules: no module matches sideways"):
         make_basis(checkpoint, 4, out, target_modules=["up", "sideways"])
+    with pytest.raises(ValueError, match=r"got '\(' for names of modules, no regular expression: missing \)"):
+        make_basis(checkpoint, 4, out, target_modules="(")
     opened.clear()
     names = make_basis(
         checkpoint,
@@ -187,7 +192,19 @@ def test_quantised_checkpoints_are_refused_and_not_skipped(tmp_path, dtype):
     assert make_basis(tmp_path, 4, tmp_path / "basis.safetensors", exclude_modules=["q_proj"]) == ["0.gate"]
 
 
+def test_a_rank_that_is_no_integer_is_refused_before_anything_is_computed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(basis_file, "factor", lambda *_, **__: pytest.fail("computes"))
+    for rank in ("4", None, 0, np.int64(4)):
+        with pytest.raises(ValueError, match=r"rank: got .* for module 'layers.0.down', must be an integer of at"):
+            make_basis(checkpoint, rank, tmp_path / "basis.safetensors")
+
+
 def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
+    whole = (checkpoint / INDEX).read_text()
+    (checkpoint / INDEX).write_text(whole.replace("}}", ', "layers.3.up.weight": "b.safetensors"}}'))
+    with pytest.raises(ValueError, match=r"names a tensor 'layers\.3\.up\.weight' in b\.safetensors, which has none"):
+        make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+    (checkpoint / INDEX).write_text(whole)
     (checkpoint / "b.safetensors").write_bytes((checkpoint / "b.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match=r"b\.safetensors: is not a whole safetensors file"):
         make_basis(checkpoint, 4, tmp_path / "basis.safetensors")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -127,11 +128,15 @@ def test_the_page_on_PyPI_leads_nowhere_that_is_not_there(sdist):
 )
 def test_without_a_core_the_wheel_is_pure_and_says_why(settings, why, source, tmp_path):
     assert "[]" in passed(run(PYTHON, "-c", BACKEND.replace("setup.g", "print(setup.g") + ")", cwd=source, **settings))
+    # Of an earlier version: the package would be imported in place of the module recipe.py.
+    left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/loraxs_kernels/recipe"
+    left.mkdir(parents=True)
+    (left / "__init__.py").touch()
     passed(run(PYTHON, "-c", "import setup; setup.build_wheel('dist')", cwd=source, **settings))
     wheel = next((source / "dist").iterdir())
     assert wheel.name.endswith("-py3-none-any.whl")
     assert installed(wheel, tmp_path / "site") == f"not built: {why}"
-    assert not list((tmp_path / "site").rglob("_core*"))
+    assert not [*(tmp_path / "site").rglob("_core*"), *(tmp_path / "site").rglob("recipe/")]
 
 
 REFUSED = {

@@ -119,6 +119,10 @@ def test_causal_lm_data(tmp_path):
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) + 2, 2] and batch["input_ids"][1, 2:].eq(2).all()
     with pytest.raises(ValueError, match="dtype: got 'half', must be auto, float32, bfloat16, float16"):
         example.Task("m", "d", dtype="half")
+    with pytest.raises(ValueError, match="max_samples: got -1, must be at least 1"):
+        example.Task("m", "d", max_samples=-1)
+    with pytest.raises(ValueError, match="max_length: got 3, must leave room for a response"):
+        example.encode(read, example.Task("m", "d", data_fields=["question", "answer"], max_length=3), tokenizer)
     with pytest.raises(FileNotFoundError, match="data_path: there is no file or folder"):
         example.read_records(tmp_path / "none.json")
     with pytest.raises(ValueError, match="record 0 has no field 'query'; it has question, answer"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraxs_kernels import factors, svd, svd_math, truncated_svd
+from loraxs_kernels import attach, factors, svd, svd_math, truncated_svd
 from loraxs_kernels.factors import Job, compute_devices, factor
 from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.svd import Group, plan
@@ -85,6 +85,18 @@ def test_a_weight_that_is_not_finite_is_named(devices):
     with pytest.raises(ValueError, match=r"module '5': W: has a largest magnitude of inf, must be finite"):
         made(jobs, devices=devices)
     assert before == (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_factors_past_the_range_of_fp16_are_refused(given):
+    """A has singular values, which a weight's dtype need not hold although it holds the weight."""
+    model = nn.Sequential(nn.Linear(48, 32, bias=False)).half()
+    nn.init.constant_(model[0].weight, 3e4)
+    init = {"0": (torch.full((4, 48), 1e5), torch.ones(32, 4))} if given else "svd"
+    with pytest.raises(ValueError, match=r"dtype: got float16 for A and B of module '0', .* 65504; must be"):
+        attach(model, 4, init=init)
+    assert type(model[0]) is nn.Linear
+    assert attach(model, 4, init=init, dtype="float32")[0].A.isfinite().all()
 
 
 def test_what_the_caller_raises_comes_through():
@@ -328,6 +340,7 @@ def test_devices_are_checked():
         ("meta", "must be the CPU or CUDA devices"),
         ("cuda:99", "torch sees"),
         ("gpu", "Expected one of"),
+        (0.5, "not iterable"),
     ):
         with pytest.raises(ValueError, match=f"device: {message}|device: got .*{message}"):
             compute_devices(bad)

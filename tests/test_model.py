@@ -88,6 +88,12 @@ def test_attach_says_what_its_arguments_did_not_do(bert):
         lx.attach(MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40)), 4, target_modules="all-linear")
 
 
+def test_the_name_of_a_model_is_no_model(tmp_path):
+    for call, *more in ((lx.attach, 4), (lx.summary,), (lx.save_adapter, tmp_path), (lx.load_adapter, tmp_path)):
+        with pytest.raises(TypeError, match=r"model: got 'gpt2', must be an nn\.Module"):
+            call("gpt2", *more)
+
+
 def test_attach_trains_R_and_the_saved_modules_alone(bert):
     y = bert(IDS).logits
     assert lx.attach(bert, 4, target_modules=["query", "value"], modules_to_save=["classifier"], alpha=8) is bert

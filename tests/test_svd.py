@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from loraxs_kernels import exact_matmul, svd, truncated_svd
 from loraxs_kernels.rademacher import rademacher
@@ -192,6 +193,16 @@ def test_torchs_newer_precision_settings_do_not_reach_in_either(fp32_precision):
     assert [each.fp32_precision for each in fp32_precision.values()] == ["tf32", "bf16"]
 
 
+def test_a_precision_that_torch_inherits_is_inherited_afterwards_too(fp32_precision, monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    for each in fp32_precision.values():
+        each.fp32_precision = "none"
+    truncated_svd(torch.randn(6, 4), 2)
+    assert {each.fp32_precision for each in fp32_precision.values()} == {"tf32"}
+    torch.backends.fp32_precision = "ieee"
+    assert {each.fp32_precision for each in fp32_precision.values()} == {"ieee"}
+
+
 @pytest.mark.parametrize("newer", [False, True])
 def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, newer):
     """As of two threads: the first block ends while the second one still needs exact products."""
@@ -285,6 +296,7 @@ BAD = {
     "oversample": (torch.ones(3, 5), 2, {"oversample": -1}, ValueError, "oversample: got -1, must be at least 0"),
     "method": (torch.ones(3, 5), 1, {"method": "qr"}, ValueError, "method: got 'qr', must be"),
     "sparse": (torch.ones(3, 3).to_sparse(), 1, {}, TypeError, "W: got dtype torch.float32, layout torch.sparse_coo"),
+    "wrapped": (TwoTensor(torch.ones(3, 3), torch.ones(3, 3)), 1, {}, TypeError, "W: got TwoTensor, must be a dense"),
     "NaN in a batch": (
         torch.stack([torch.ones(3, 3), torch.full((3, 3), float("nan"))]),
         1,

@@ -215,6 +215,19 @@ def test_only_what_is_new_is_measured(world):
     assert rows[16, "forward", True].N == (8, 40) and rows[64, "forward", True].N == (8, 8)
 
 
+def test_what_another_process_has_measured_meanwhile_stays(world):
+    def other():
+        if not others:
+            others.append(True)
+            world.run({16: (Shape(48, 40),)}, weights=(True,))
+
+    others = []
+    world.run(weights=(True,), step=other)
+    assert {(row["N"], row["direction"]) for row in world.table()["measured"]} == {
+        (N, direction) for N in (24, 40, 48) for direction in choice.DIRECTIONS
+    }
+
+
 def test_a_table_of_other_conditions_is_replaced(world, capsys):
     world.run()
     table = world.table()

@@ -334,6 +334,16 @@ def test_a_registered_layer_is_adapted_like_any_other(register):
         lx.merge(model)
 
 
+def test_a_reader_may_fill_one_buffer_for_every_layer(register, monkeypatch):
+    buffer = torch.empty(N, K)
+    register(Halved, lambda layer: buffer.copy_(whole(layer)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # as many weights are in use at a time
+    model = lx.attach(nn.Sequential(*(nn.Sequential(Halved(nn.Linear(K, N))) for _ in range(6))), 4)
+    for (layer,) in model:
+        U, S, Vh = lx.truncated_svd(whole(layer.base_layer), 4)
+        torch.testing.assert_close(layer.B @ layer.A, U * S @ Vh, rtol=0, atol=1e-5)
+
+
 def test_layers_that_share_a_parameter_but_not_what_is_read_of_it_have_factors_of_their_own(register):
     class Rescaled(nn.Module):
         def __init__(self, weight: nn.Parameter, factor: float):
@@ -436,8 +446,9 @@ BAD = {
     "sparse": (
         lambda layer: whole(layer).to_sparse(),
         TypeError,
-        r"gave a Tensor .* torch\.sparse_coo, must be a dense",
+        r"gave a Tensor .* torch\.sparse_coo on cpu, must be a dense",
     ),
+    "no values": (lambda layer: whole(layer).to("meta"), TypeError, r"gave a Tensor .* on meta, .*, with its values"),
 }
 
 
@@ -502,6 +513,20 @@ def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
         with pytest.raises(TypeError, match=r"module '1': got a \w*Linear .*is a parameter, not made from oth"):
             merge(model)
         assert snapshot(model) == before and torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize(
+    "made", [weight_normed, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 9)]
+)
+def test_a_weight_that_a_hook_makes_is_that_of_the_state_dict(made):
+    """Before the first forward `weight` is still the one of the parameters that were there before it."""
+    model, trained = made(nn.Linear(K, N)), made(nn.Linear(K, N))
+    trained(torch.randn(3, K))
+    model.load_state_dict(trained.state_dict())
+    assert not torch.equal(model.weight, trained.weight)
+    W, left = weight_of(model).read(), {name: t.clone() for name, t in model.state_dict().items()}
+    model.eval()(torch.randn(3, K))
+    assert torch.equal(W, model.weight) and all(torch.equal(t, left[name]) for name, t in model.state_dict().items())
 
 
 def test_a_linear_with_a_forward_of_its_own_is_called_and_the_delta_added():

@@ -183,10 +183,18 @@ class _Run:
     step: Callable[[], None]
 
     def keep(self, new: Sequence[dict[str, Any]] = (), **lists: list[dict[str, Any]]) -> None:
-        """Write the table with new entries of "measured" and other lists in place of its own, and put it in force."""
-        replaced = set(map(_call, new))
-        measured = [entry for entry in self.table["measured"] if _call(entry) not in replaced]
-        table = self.table | lists | {"measured": [*measured, *new]}
+        """Write the table with new entries of "measured" and other lists in place of its own, and put it in force.
+
+        What another process has added to the file meanwhile stays in it.
+        """
+        table = self.table | lists
+        theirs = _table(table["path"], table["made_on"], lambda line: None)
+        measured: list[dict[str, Any]] = []
+        for entries in (new, table["measured"], theirs["measured"]):  # a call has several rows, all of one origin
+            known = set(map(_call, measured))
+            measured += [entry for entry in entries if _call(entry) not in known]
+        rows = tiles.merged(*(map(config.parse, each["tiles"]) for each in (table, theirs)))
+        table |= {"measured": measured, "tiles": [config.plain(each) for each in rows]}
         device, kernels = self.request.device, {name: tuned.kernels(name) for name in self.names}
         chosen = question.decide(_rows(table), facts(device), kernels, tiles.source(device), torch_too=True)
         table["choices"] = [row._asdict() for row in chosen]
