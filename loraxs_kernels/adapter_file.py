@@ -417,7 +417,9 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
                 raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(shape)}")
             if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
                 raise ValueError(f"{name}.{key}: is of {value.dtype} in the file, must be of {target.dtype}")
-            if not is_finite(value.to(target.dtype)) and (target.is_meta or is_finite(target)):
+            if target.is_meta:  # whose copy_ does nothing
+                raise ValueError(f"{name}.{key}: is not in memory (meta device, or offloaded); load its values first")
+            if not is_finite(value.to(target.dtype)) and is_finite(target):
                 raise ValueError(f"{name}.{key}: has values in the file that are NaN or Inf in {target.dtype}")
             pairs.append((target, value))
         for key in tensors:

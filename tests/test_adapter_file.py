@@ -254,6 +254,19 @@ def test_what_trains_and_is_in_no_file_is_named(trained):
     assert seen[0].filename == __file__
 
 
+def test_a_head_without_memory_is_neither_loaded_nor_saved(trained, tmp_path):
+    """As accelerate leaves what it has offloaded: copy_ into it does nothing, and says nothing."""
+    model, file = trained
+    fresh = mlp()
+    fresh[3].to("meta")
+    with pytest.raises(ValueError, match=r"does not fit this model: 3\.weight: is not in memory"):
+        lx.load_adapter(fresh, file)
+    assert type(fresh[0]) is nn.Linear
+    model[3].to("meta")
+    with pytest.raises(ValueError, match=r"model: 3\.weight is not in memory"):
+        lx.save_adapter(model, tmp_path / "new.safetensors")
+
+
 def test_modules_to_save_of_a_file_and_of_the_model_that_it_is_loaded_into(trained, tmp_path):
     _, path = trained
     other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, modules_to_save=[])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lx
+from loraxs_kernels.integrations.reference_repo import export_as_lora
 from loraxs_kernels.linear import LoraXSLinear
 from loraxs_kernels.matching import adapted_layers
 
@@ -383,6 +384,17 @@ def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tune
     assert all(type(layer) is LoraXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
 
 
+def test_a_model_that_has_its_own_adapters_must_have_the_bank_s_head(tmp_path):
+    own = lx.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), 2, target_modules=["0"], modules_to_save=["1"])
+    with lx.AdapterBank.create(tmp_path / "bank", own) as bank:
+        other = copy.deepcopy(own)
+        nn.init.normal_(other[1].weight)
+        with pytest.raises(ValueError, match=r"its modules_to_save \(1\) have other values than the bank's"):
+            bank.attach(other)
+        assert other[0].seat is None and other[1].weight.requires_grad
+        bank.attach(own)
+
+
 def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
     other = copy.deepcopy(base)
     with torch.no_grad():
@@ -549,7 +561,7 @@ def test_a_selection_that_has_ended_is_no_base_model(model, bank):
 def test_what_would_take_the_layers_or_their_own_R_is_refused(model, folder, bank, tmp_path):
     with pytest.raises(ValueError, match="belongs to a bank"):
         lx.detach(model.model)
-    for call in (lx.save_adapter, lx.load_adapter, lambda model, path: bank.add("zed", model)):
+    for call in (lx.save_adapter, lx.load_adapter, export_as_lora, lambda model, path: bank.add("zed", model)):
         with pytest.raises(ValueError, match="has a bank of adapters"):
             call(model, tmp_path / "adapter.safetensors")
 

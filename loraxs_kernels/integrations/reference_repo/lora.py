@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_contents import base_model, plain, whole_R
+from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import adapted_layers, base_name, saved_modules, targets_for, unwrapped
+from ...matching import base_name, targets_for, unwrapped
 from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
@@ -54,8 +54,8 @@ def export_as_lora(
         task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), needed by AutoPeftModel; None: a PeftModel's own, or none.
         adapter: the name of the adapter, if model is a PeftModel.
 
-    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
-    is not finite in that dtype.
+    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters of its own
+    (but a bank's, for example) or a factor is not finite in that dtype.
     """
     model = unwrapped(model)
     if isinstance(model, LoraXSLinear):
@@ -67,9 +67,13 @@ def export_as_lora(
         return
     layers = [
         (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
-        for name, layer in adapted_layers(model)
+        for name, layer in layers_to_save(model)
     ]
-    saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
+    names, tensors = saved_tensors(model)
+    saved = {
+        name: {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        for name in names
+    }
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
 
 
