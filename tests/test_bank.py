@@ -222,6 +222,22 @@ def test_what_changes_in_the_bank_is_seen(model, tuned, folder, bank):
         model(IDS[:1], adapter_ids=["alice"])
 
 
+@torch.no_grad()
+def test_what_is_replaced_while_it_is_used_has_two_slots_until_then(model, tuned, bank):
+    def call(name):
+        assert_close(model(IDS[:1], adapter_ids=["alice"]).logits, alone(tuned, [name]))
+
+    with bank.select(["alice", "eve"]):
+        for name in ("bob", "carol", "dave"):  # in more versions than there are slots, of which one is used at a time
+            bank.add("alice", tuned[name], replace=True)
+            call(name)
+        assert_close(model(IDS[:2]).logits, alone(tuned, ["alice", "eve"]))
+    with bank.select(["alice", "bob", "carol", "dave"], fixed=True) as selection:  # all slots are free again
+        bank.add("alice", tuned["bob"], replace=True)
+        selection.change(["alice", "bob", "eve", None])
+        assert_close(model(IDS).logits, alone(tuned, ["bob", "bob", "eve", None]))
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [

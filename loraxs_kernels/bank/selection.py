@@ -109,7 +109,7 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank.selections.lock:
-            self._places = self.source.bring(_adapters(names), _adapters(self.names))
+            self._places = self.source.bring(_adapters(names), self._places.values())
             self.names = names
             self._used()
             for index in self._indices.values():
@@ -129,7 +129,7 @@ class Selection(AbstractContextManager):
             self._last = weakref.ref(self.use)
 
     def release(self) -> None:
-        self.source.release(_adapters(self.names))
+        self.source.release(self._places.values())
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
