@@ -508,6 +508,26 @@ def test_generation_refuses_what_it_cannot_follow(model):
         model.generate(IDS, adapter_ids=["alice"] * 4, custom_generate=guided)
 
 
+def test_batches_that_a_model_makes_of_the_samples_itself(base, tuned, bank):
+    class Own(type(base)):
+        def generate(self, ids, **_):  # as Whisper's, for which some samples end before others
+            return torch.cat([self(ids[:3]).logits, self(ids[3:]).logits])
+
+    model = Own(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    bank.attach(model, progress=False)
+    with torch.no_grad():
+        assert_close(model.generate(IDS, adapter_ids=["alice"] * 4), alone(tuned, ["alice"] * 4))
+    with pytest.raises(ValueError, match="a generate that is the model's own"):
+        model.generate(IDS, adapter_ids=["alice", None, None, None])
+    for names in (["alice"] * 4, None):
+        with bank.select(["alice"] * 4) if names is None else contextlib.nullcontext():
+            with pytest.raises(ValueError, match=r"generate_batch \(continuous batching\) packs the prompts"):
+                model.generate_batch(IDS.tolist(), adapter_ids=names)
+            with pytest.raises(ValueError, match=r"init_continuous_batching \(continuous batching\)"):
+                model.init_continuous_batching(adapter_ids=names)
+
+
 class Routed(nn.Module):
     def __init__(self):
         super().__init__()

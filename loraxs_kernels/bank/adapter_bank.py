@@ -132,8 +132,8 @@ class AdapterBank(Store):
                     layer.R.zero_()
             elif not all(torch.equal(whole(target).cpu(), value.to(target.dtype)) for target, value in values):
                 raise ValueError(
-                    f"model: its modules_to_save ({', '.join(self.modules_to_save)}) have other values than the bank's, "
-                    "which all adapters of the bank share; attach the bank to the base model, or load the bank's there"
+                    f"model: its modules_to_save ({', '.join(self.modules_to_save)}) have other values than the "
+                    "bank's, which all adapters of the bank share; attach the bank to the base model, or load them"
                 )
             for module, (name, _) in enumerate(self.modules):
                 layers[name].seat = Seat(self, module, put_on)

@@ -61,6 +61,7 @@ class Selection(AbstractContextManager):
         self.thread = 0
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
         self.factor = 1  # by how much `generate` repeats each sample
+        self.counted = True  # whether calls must be of as many samples; a model's own `generate` may end some of them
 
     def __enter__(self) -> Selection:
         return self.open(nested=False)
@@ -163,14 +164,14 @@ class Selection(AbstractContextManager):
         return index
 
     @contextmanager
-    def during(self, batch: tuple[int, int] | None, factor: int) -> Iterator[None]:
+    def during(self, batch: tuple[int, int] | None, factor: int, counted: bool) -> Iterator[None]:
         """While the model runs on so many samples, and so many rows of each, or generates."""
-        before = self.batch, self.factor
-        self.batch, self.factor = batch, factor
+        before = self.batch, self.factor, self.counted
+        self.batch, self.factor, self.counted = batch, factor, counted
         try:
             yield
         finally:
-            self.batch, self.factor = before
+            self.batch, self.factor, self.counted = before
 
 
 def _adapters(names: Iterable[str | None]) -> list[str]:
