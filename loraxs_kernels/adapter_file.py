@@ -34,7 +34,7 @@ from .adapter_contents import (
 from .adapter_format import NUMBERS, packed, read
 from .basis import ACCEPT, ALIGNED, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
-from .files import is_finite, target_of, write_atomically
+from .files import check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
@@ -69,20 +69,22 @@ def save_adapter(
         path: a file, by convention *.safetensors, or a folder: one that exists, or a path that ends in "/".  The folder
             gets adapter.safetensors and a model card, README.md, for the Hugging Face Hub.  A README.md that was edited
             stays as it is, with a warning.  Each file is replaced in one step: whatever stops this process, a reader
-            finds the whole old file or the whole new one.  So all ranks may give the same path.
+            finds the whole old file or the whole new one.  So all ranks may give the same path.  A file that is no
+            adapter is not replaced.
         dtype: of R in the file, fp32 or bf16; None: the dtype that R has.
         portable: add random projections of the singular vectors (8 columns for each side).  With them `load_adapter`
             can align R to slightly different A and B, such as those of the same weights in a different dtype.
         save_factors: add A and B themselves (large).  A and B that were given to `attach`, not computed, are always in
             the file.
 
-    Raises ValueError, before anything is written, if the model has no adapters, or if R or a parameter of the
-    modules_to_save is not finite.  Warns if other parameters train, which no file holds; if A and B can no longer be
-    made from the weights, so that the file holds them; and if the base weights were rounded since A and B were made
-    (fp32 moved to bf16, even if moved back): the file then loads only into a model whose weights are as they were
-    before.
+    Raises ValueError, before anything is written, if the model has no adapters, if R or a parameter of the
+    modules_to_save is not finite, or if there is a file that is no adapter.  Warns if other parameters train, which no
+    file holds; if A and B can no longer be made from the weights, so that the file holds them; and if the base weights
+    were rounded since A and B were made (fp32 moved to bf16, even if moved back): the file then loads only into a model
+    whose weights are as they were before.
     """
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
+    check_replaces(path if folder is None else folder / FILE, "loraxs", "LoRA-XS adapter")
     if folder is None:
         parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
         write_atomically(path, *parts)

@@ -910,6 +910,19 @@ def test_missing_files_and_folders(trained, tmp_path):
     assert lx.load_adapter(mlp(), tmp_path / "new" / "folder" / "a.safetensors")
 
 
+def test_a_file_that_is_no_adapter_is_not_replaced(trained, tmp_path):
+    thesis = tmp_path / "thesis.txt"
+    weights = tmp_path / "model" / "adapter.safetensors"
+    weights.parent.mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, weights)
+    thesis.write_text("chapter 1")
+    for path, file in ((thesis, thesis), (weights, weights), (weights.parent, weights)):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"path: {re.escape(str(file))} is there and is no LoRA-XS adapter"):
+            lx.save_adapter(trained[0], path)
+        assert file.read_bytes() == before and [*weights.parent.iterdir()] == [weights]
+
+
 def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(trained):
     model, path = trained
     old = path.read_bytes()
