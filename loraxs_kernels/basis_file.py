@@ -280,8 +280,8 @@ def _files(model: Path) -> list[Path]:
     files = [file for file in files if not any(key.startswith("loraxs") for key in metadata_of(file))]  # this library's
     if not files:
         raise FileNotFoundError(
-            f"model: {model} is neither a safetensors file nor a folder with safetensors files; adapter, basis and bank "
-            "files of loraxs_kernels do not count, which hold no model"
+            f"model: {model} is neither a safetensors file nor a folder with safetensors files; adapter, basis and "
+            "bank files of loraxs_kernels do not count, which hold no model"
         )
     return files
 
