@@ -383,7 +383,7 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"{path}: module {name!r} has rank {entry['rank']} in the file and {layer.rank} in the model"
             )
-        if layer.A.is_meta:
+        if layer.A.is_meta or any(p.is_meta for p in makers_of_R(layer)):  # whose copy_ does nothing
             raise ValueError(f"model: module {name!r} is not in memory (meta device); load its weights first")
         if layer.merged:
             raise ValueError(f"model: module {name!r} is merged; unmerge it before loading an adapter")

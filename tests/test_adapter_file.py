@@ -254,9 +254,13 @@ def test_what_trains_and_is_in_no_file_is_named(trained):
     assert seen[0].filename == __file__
 
 
-def test_a_head_without_memory_is_neither_loaded_nor_saved(trained, tmp_path):
-    """As accelerate leaves what it has offloaded: copy_ into it does nothing, and says nothing."""
+def test_what_is_offloaded_is_neither_loaded_nor_saved(trained, tmp_path):
+    """As accelerate leaves parameters that it has offloaded: copy_ into them does nothing, and says nothing."""
     model, file = trained
+    other = copy.deepcopy(model)
+    other[0].R = nn.Parameter(other[0].R.to("meta"))
+    with pytest.raises(ValueError, match=r"module '0' is not in memory"):
+        lx.load_adapter(other, file)
     fresh = mlp()
     fresh[3].to("meta")
     with pytest.raises(ValueError, match=r"does not fit this model: 3\.weight: is not in memory"):
