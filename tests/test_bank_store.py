@@ -757,8 +757,13 @@ def test_the_name_of_a_file_is_all_of_it_but_the_ending(tmp_path, bank, capsys):
     assert main(["bank", "add", str(bank.path), *(str(tmp_path / name) for name in ("alice.v2", "files"))]) == 0
     assert "1 not named *.safetensors left out, the first 'carol.SAFETENSORS'" in capsys.readouterr().err
     bank.add("x\ny", R_of(1))
+    lx.save_adapter(trained(3), f"{tmp_path}/dave/")
+    bank.add("eve", tmp_path / "dave")
+    assert main(["bank", "add", str(bank.path), str(tmp_path / "dave")]) == 0
+    assert torch.equal(bank.read("dave"), bank.read("eve"))
+    capsys.readouterr()
     assert main(["bank", "list", str(bank.path)]) == 0
-    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\n"x\\ny"\n'
+    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\ndave\neve\n"x\\ny"\n'
     assert bank.digests(["alice"]) == before
 
 
