@@ -6,9 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
 from ..peft_files import PREFIX
+from .keys import part
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,8 +50,9 @@ def export_as_lora(
     Args:
         model: a model from `attach`, or a PeftModel with LoraXSConfig; merged or not.  If FSDP2 has sharded R, every
             rank must call.
-        folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
-            this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
+        folder: made if it is missing; its files of these names are replaced, each in one step, the config last, but not
+            those of a LoRA-XS adapter.  If this is interrupted, the folder cannot be loaded: it is never half of one
+            adapter and half of another.
         dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 halves the size, with a relative error of
             delta W of about 2e-3.  s B R is computed in fp64 in both cases.
         task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), needed by AutoPeftModel; None: a PeftModel's own, or none.
@@ -92,6 +96,7 @@ def write_lora(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
+    _check_no_R(folder / "adapter_model.safetensors")
     tensors, ranks, conv1d = {}, {}, False
     for name, base, A, R, B, s in layers:
         to = dtype or torch.promote_types(A.dtype, torch.float32)
@@ -143,6 +148,16 @@ def write_lora(
             write_atomically(file, before)
         raise
     write_atomically(file, text)
+
+
+def _check_no_R(file: Path) -> None:
+    """ValueError for a file with the R of an adapter of PEFT's or the reference's: no LoRA in its place has that."""
+    keys: Iterable[str] = ()
+    with suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(file, framework="pt") as f:
+        keys = f.keys()
+    for key in keys:
+        if key.endswith(".loraxs_R") or (part(key) or ("", ""))[1] == "R":
+            raise ValueError(f"folder: {file} holds R of a LoRA-XS adapter ({key!r}), must be another folder")
 
 
 def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str, dict[str, Tensor]]]:
