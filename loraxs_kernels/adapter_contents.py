@@ -96,6 +96,10 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
                     f"model: {name}.{key}, of get_extra_state, has no place in an adapter file; leave the module "
                     "out of modules_to_save"
                 )
+            if t.is_meta:
+                raise ValueError(
+                    f"model: {name}.{key} is not in memory (meta device, or offloaded), must be in memory to be saved"
+                )
             tensors[f"{name}.{base_name(key)}"] = t = plain(t)
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")

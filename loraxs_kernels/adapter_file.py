@@ -34,7 +34,7 @@ from .adapter_contents import (
 from .adapter_format import NUMBERS, packed, read
 from .basis import ACCEPT, ALIGNED, is_flat, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
-from .files import is_finite, target_of, write_atomically
+from .files import check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
@@ -69,20 +69,22 @@ def save_adapter(
         path: a file, by convention *.safetensors, or a folder: one that exists, or a path that ends in "/".  The folder
             gets adapter.safetensors and a model card, README.md, for the Hugging Face Hub.  A README.md that was edited
             stays as it is, with a warning.  Each file is replaced in one step: whatever stops this process, a reader
-            finds the whole old file or the whole new one.  So all ranks may give the same path.
+            finds the whole old file or the whole new one.  So all ranks may give the same path.  A file that is no
+            adapter is not replaced.
         dtype: of R in the file, fp32 or bf16; None: the dtype that R has.
         portable: add random projections of the singular vectors (8 columns for each side).  With them `load_adapter`
             can align R to slightly different A and B, such as those of the same weights in a different dtype.
         save_factors: add A and B themselves (large).  A and B that were given to `attach`, not computed, are always in
             the file.
 
-    Raises ValueError, before anything is written, if the model has no adapters, or if R or a parameter of the
-    modules_to_save is not finite.  Warns if other parameters train, which no file holds; if A and B can no longer be
-    made from the weights, so that the file holds them; and if the base weights were rounded since A and B were made
-    (fp32 moved to bf16, even if moved back): the file then loads only into a model whose weights are as they were
-    before.
+    Raises ValueError, before anything is written, if the model has no adapters, if R or a parameter of the
+    modules_to_save is not finite, or if there is a file that is no adapter.  Warns if other parameters train, which no
+    file holds; if A and B can no longer be made from the weights, so that the file holds them; and if the base weights
+    were rounded since A and B were made (fp32 moved to bf16, even if moved back): the file then loads only into a model
+    whose weights are as they were before.
     """
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
+    check_replaces(path if folder is None else folder / FILE, "loraxs", "LoRA-XS adapter")
     if folder is None:
         parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
         write_atomically(path, *parts)
@@ -390,7 +392,7 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"{path}: module {name!r} has rank {entry['rank']} in the file and {layer.rank} in the model"
             )
-        if layer.A.is_meta:
+        if layer.A.is_meta or any(p.is_meta for p in makers_of_R(layer)):  # whose copy_ does nothing
             raise ValueError(f"model: module {name!r} is not in memory (meta device); load its weights first")
         if layer.merged:
             raise ValueError(f"model: module {name!r} is merged; unmerge it before loading an adapter")
@@ -426,7 +428,9 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
                 raise ValueError(f"{name}.{key}: is {there} in the file, must be of shape {tuple(shape)}")
             if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
                 raise ValueError(f"{name}.{key}: is of {value.dtype} in the file, must be of {target.dtype}")
-            if not is_finite(value.to(target.dtype)) and (target.is_meta or is_finite(target)):
+            if target.is_meta:  # whose copy_ does nothing
+                raise ValueError(f"{name}.{key}: is not in memory (meta device, or offloaded); load its values first")
+            if not is_finite(value.to(target.dtype)) and is_finite(target):
                 raise ValueError(f"{name}.{key}: has values in the file that are NaN or Inf in {target.dtype}")
             pairs.append((target, value))
         for key in tensors:

@@ -277,7 +277,10 @@ def _files(model: Path) -> dict[Path, set[str]]:
         files = {file: set() for file in sorted(model.glob("*.safetensors"))}
     files = {file: named for file, named in files.items() if not _is_this_librarys(file)}
     if not files:
-        raise FileNotFoundError(f"model: {model} is neither a safetensors file nor a folder with safetensors files")
+        raise FileNotFoundError(
+            f"model: {model} is neither a safetensors file nor a folder with safetensors files; adapter, basis and "
+            "bank files of loraxs_kernels do not count, which hold no model"
+        )
     return files
 
 

@@ -254,6 +254,23 @@ def test_what_trains_and_is_in_no_file_is_named(trained):
     assert seen[0].filename == __file__
 
 
+def test_what_is_offloaded_is_neither_loaded_nor_saved(trained, tmp_path):
+    """As accelerate leaves parameters that it has offloaded: copy_ into them does nothing, and says nothing."""
+    model, file = trained
+    other = copy.deepcopy(model)
+    other[0].R = nn.Parameter(other[0].R.to("meta"))
+    with pytest.raises(ValueError, match=r"module '0' is not in memory"):
+        lx.load_adapter(other, file)
+    fresh = mlp()
+    fresh[3].to("meta")
+    with pytest.raises(ValueError, match=r"does not fit this model: 3\.weight: is not in memory"):
+        lx.load_adapter(fresh, file)
+    assert type(fresh[0]) is nn.Linear
+    model[3].to("meta")
+    with pytest.raises(ValueError, match=r"model: 3\.weight is not in memory"):
+        lx.save_adapter(model, tmp_path / "new.safetensors")
+
+
 def test_modules_to_save_of_a_file_and_of_the_model_that_it_is_loaded_into(trained, tmp_path):
     _, path = trained
     other = lx.attach(mlp(), 4, target_modules=["0", "2"], rank_pattern={"2": 3}, modules_to_save=[])
@@ -913,6 +930,19 @@ def test_missing_files_and_folders(trained, tmp_path):
         lx.save_adapter(trained[0], f"{tmp_path}/")
     lx.save_adapter(trained[0], tmp_path / "new" / "folder" / "a.safetensors")
     assert lx.load_adapter(mlp(), tmp_path / "new" / "folder" / "a.safetensors")
+
+
+def test_a_file_that_is_no_adapter_is_not_replaced(trained, tmp_path):
+    thesis = tmp_path / "thesis.txt"
+    weights = tmp_path / "model" / "adapter.safetensors"
+    weights.parent.mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, weights)
+    thesis.write_text("chapter 1")
+    for path, file in ((thesis, thesis), (weights, weights), (weights.parent, weights)):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"path: {re.escape(str(file))} is there and is no LoRA-XS adapter"):
+            lx.save_adapter(trained[0], path)
+        assert file.read_bytes() == before and [*weights.parent.iterdir()] == [weights]
 
 
 def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(trained):

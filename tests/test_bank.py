@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lx
 from loraxs_kernels import linear
+from loraxs_kernels.integrations.reference_repo import export_as_lora
 from loraxs_kernels.linear import LoraXSLinear
 from loraxs_kernels.matching import adapted_layers
 
@@ -222,6 +223,22 @@ def test_what_changes_in_the_bank_is_seen(model, tuned, folder, bank):
         model(IDS[:1], adapter_ids=["alice"])
 
 
+@torch.no_grad()
+def test_what_is_replaced_while_it_is_used_has_two_slots_until_then(model, tuned, bank):
+    def call(name):
+        assert_close(model(IDS[:1], adapter_ids=["alice"]).logits, alone(tuned, [name]))
+
+    with bank.select(["alice", "eve"]):
+        for name in ("bob", "carol", "dave"):  # in more versions than there are slots, of which one is used at a time
+            bank.add("alice", tuned[name], replace=True)
+            call(name)
+        assert_close(model(IDS[:2]).logits, alone(tuned, ["alice", "eve"]))
+    with bank.select(["alice", "bob", "carol", "dave"], fixed=True) as selection:  # all slots are free again
+        bank.add("alice", tuned["bob"], replace=True)
+        selection.change(["alice", "bob", "eve", None])
+        assert_close(model(IDS).logits, alone(tuned, ["bob", "bob", "eve", None]))
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
@@ -361,7 +378,7 @@ def test_attach_and_detach_leave_the_model_as_it_was(base, bank, tmp_path):
     before, kinds = model.state_dict(), [type(m) for m in model.modules()]
     bank.attach(model, progress=False)
     with pytest.raises(ValueError, match=r"export\(name, path\) of the bank"):
-        lx.integrations.reference_repo.export_as_lora(model, tmp_path / "lora")
+        export_as_lora(model, tmp_path / "lora")
     assert isinstance(model, type(base)) and type(model).__name__ == type(base).__name__
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="has a bank already"):
@@ -404,6 +421,17 @@ def test_own_adapters_are_computed_as_without_a_bank(tuned, bank, monkeypatch):
     lx.merge(model.train())
     with pytest.warns(UserWarning, match="merged"):
         model(IDS)
+
+
+def test_a_model_that_has_its_own_adapters_must_have_the_bank_s_head(tmp_path):
+    own = lx.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), 2, target_modules=["0"], modules_to_save=["1"])
+    with lx.AdapterBank.create(tmp_path / "bank", own) as bank:
+        other = copy.deepcopy(own)
+        nn.init.normal_(other[1].weight)
+        with pytest.raises(ValueError, match=r"its modules_to_save \(1\) have other values than the bank's"):
+            bank.attach(other)
+        assert other[0].seat is None and other[1].weight.requires_grad
+        bank.attach(own)
 
 
 def test_another_base_model_is_refused_and_left_as_it_was(base, bank):
@@ -503,6 +531,26 @@ def test_generation_refuses_what_it_cannot_follow(model):
         model.generate(IDS, adapter_ids=["alice"] * 4, custom_generate=guided)
 
 
+def test_batches_that_a_model_makes_of_the_samples_itself(base, tuned, bank):
+    class Own(type(base)):
+        def generate(self, ids, **_):  # as Whisper's, for which some samples end before others
+            return torch.cat([self(ids[:3]).logits, self(ids[3:]).logits])
+
+    model = Own(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    bank.attach(model, progress=False)
+    with torch.no_grad():
+        assert_close(model.generate(IDS, adapter_ids=["alice"] * 4), alone(tuned, ["alice"] * 4))
+    with pytest.raises(ValueError, match="a generate that is the model's own"):
+        model.generate(IDS, adapter_ids=["alice", None, None, None])
+    for names in (["alice"] * 4, None):
+        with bank.select(["alice"] * 4) if names is None else contextlib.nullcontext():
+            with pytest.raises(ValueError, match=r"generate_batch \(continuous batching\) packs the prompts"):
+                model.generate_batch(IDS.tolist(), adapter_ids=names)
+            with pytest.raises(ValueError, match=r"init_continuous_batching \(continuous batching\)"):
+                model.init_continuous_batching(adapter_ids=names)
+
+
 class Routed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -572,7 +620,7 @@ def test_a_selection_that_has_ended_is_no_base_model(model, bank):
 def test_what_would_take_the_layers_or_their_own_R_is_refused(model, folder, bank, tmp_path):
     with pytest.raises(ValueError, match="belongs to a bank"):
         lx.detach(model.model)
-    for call in (lx.save_adapter, lx.load_adapter, lambda model, path: bank.add("zed", model)):
+    for call in (lx.save_adapter, lx.load_adapter, export_as_lora, lambda model, path: bank.add("zed", model)):
         with pytest.raises(ValueError, match="has a bank of adapters"):
             call(model, tmp_path / "adapter.safetensors")
 

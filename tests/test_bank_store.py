@@ -243,6 +243,17 @@ def test_adapters_of_another_basis_are_refused(bank, tmp_path, what, how):
     assert len(bank) == 0
 
 
+def test_a_dropout_that_a_bank_does_not_keep_is_told(bank, tmp_path):
+    dropping = trained(dropout=0.25)
+    lx.save_adapter(dropping, tmp_path / "a.safetensors")
+    for what in (dropping, tmp_path / "a.safetensors"):
+        with pytest.warns(UserWarning, match="dropout: is 0.25 in module '0' of an adapter and 0 in the bank") as seen:
+            bank.add("alice", what, replace=True)
+        assert len(seen) == 1
+    bank.export("alice", tmp_path / "b.safetensors")
+    assert lx.load_adapter(mlp(), tmp_path / "b.safetensors")[0].dropout == 0
+
+
 @pytest.mark.parametrize("how", ["file", "model"])
 def test_other_modules_to_save_are_refused(bank, tmp_path, how):
     model, without = trained(), lx.attach(mlp(), 4, **OPTIONS)
@@ -746,8 +757,13 @@ def test_the_name_of_a_file_is_all_of_it_but_the_ending(tmp_path, bank, capsys):
     assert main(["bank", "add", str(bank.path), *(str(tmp_path / name) for name in ("alice.v2", "files"))]) == 0
     assert "1 not named *.safetensors left out, the first 'carol.SAFETENSORS'" in capsys.readouterr().err
     bank.add("x\ny", R_of(1))
+    lx.save_adapter(trained(3), f"{tmp_path}/dave/")
+    bank.add("eve", tmp_path / "dave")
+    assert main(["bank", "add", str(bank.path), str(tmp_path / "dave")]) == 0
+    assert torch.equal(bank.read("dave"), bank.read("eve"))
+    capsys.readouterr()
     assert main(["bank", "list", str(bank.path)]) == 0
-    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\n"x\\ny"\n'
+    assert capsys.readouterr().out == 'alice\nalice.v2\nbob.v2\ndave\neve\n"x\\ny"\n'
     assert bank.digests(["alice"]) == before
 
 

@@ -216,6 +216,11 @@ def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
 V1, V2 = (Path(__file__).parent / "data" / f"basis_v{version}.safetensors" for version in (1, 2))
 
 
+def test_files_of_this_library_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter, basis and bank files of loraxs_kernels do not count"):
+        make_basis(V2, 4, tmp_path / "basis.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_basis_in_bf16_serves_the_model_in_any_dtype(minilm, tmp_path, dtype):
     """A and B were rounded to bf16, as the recipe says: what is trained on them loads without the basis and with it."""

@@ -707,6 +707,17 @@ def test_an_export_that_fails_writes_nothing(tmp_path):
         export_as_lora(model, tmp_path / "file")
 
 
+def test_an_export_takes_the_place_of_no_R(tmp_path):
+    """The folder that the adapter was saved to is at hand, and the export has no R to train on from."""
+    model = trained()
+    for which in (model, replace_reference_layers(model)):  # the reference's layers, and those of our method
+        file = saved(which, tmp_path) / "adapter_model.safetensors"
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"folder: {file} holds R of a LoRA-XS adapter"):
+            export_as_lora(adapted(*EXPORTS["one rank"]), file.parent)
+        assert file.read_bytes() == before
+
+
 def test_an_export_that_stops_in_between_is_not_half_of_another(tmp_path, monkeypatch):
     export_as_lora(adapted(*EXPORTS["ranks and scales"]), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

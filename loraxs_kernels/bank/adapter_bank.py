@@ -23,7 +23,7 @@ from ..linear import LoraXSLinear
 from ..matching import adapted_layers, unwrapped, why_not_mixed
 from ..model import detach
 from ..naming import aliases
-from ..sharding import assign
+from ..sharding import assign, whole
 from ..transaction import keep, transaction
 from .calls import MEDIA, Attached, turn, with_adapter_ids
 from .seat import Seat
@@ -79,7 +79,7 @@ class AdapterBank(Store):
         Args:
             model: the base model, or a model that already has adapters for the same modules and ranks.  A and B are
                 made by the bank's recipe and checked against its fingerprint, once for all adapters.  The
-                modules_to_save of a base model get the bank's values.
+                modules_to_save of a base model get the bank's values; a model with adapters must have these already.
             slots: how many adapters a device holds at a time, at least as many as there are different ones in a
                 batch; a slot takes 4 bytes for each element of R.  A bank has the same number of slots on all its
                 models.
@@ -122,14 +122,19 @@ class AdapterBank(Store):
                     f"model: module {name!r} is on the meta device, must be in memory: load the weights first"
                 )
             self.check_basis(layers)
+            with adapter_file.naming_file(self.path):
+                values = adapter_file.saved_values(model, self.modules_to_save, self.saved)
             if put_on:
-                with adapter_file.naming_file(self.path):
-                    values = adapter_file.saved_values(model, self.modules_to_save, self.saved)
                 keep(undo, [target for target, _ in values])
                 for target, value in values:
                     assign(target, value)
                 for layer in layers.values():
                     layer.R.zero_()
+            elif not all(torch.equal(whole(target).cpu(), value.to(target.dtype)) for target, value in values):
+                raise ValueError(
+                    f"model: its modules_to_save ({', '.join(self.modules_to_save)}) have other values than the "
+                    "bank's, which all adapters of the bank share; attach the bank to the base model, or load them"
+                )
             for module, (name, _) in enumerate(self.modules):
                 layers[name].seat = Seat(self, module, put_on)
             seated = {id(layer) for layer in layers.values()}

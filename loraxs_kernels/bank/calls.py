@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Arguments of a model's forward with one entry of the first dimension for each sample, as transformers names them.
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+PACKED = ("generate_batch", "init_continuous_batching")
 # In the names of a model's arguments of which a sample may have any number.
 MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^image$")
 
@@ -76,8 +77,24 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
             return super(made, self)._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
         body |= {"generate": generate, "_expand_inputs_for_generation": expand}
+        body |= {name: unpacked(getattr(kind, name)) for name in PACKED if hasattr(kind, name)}
     made = type(kind.__name__, (kind,), body)
     return made
+
+
+def unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that makes batches of its own in another thread, refused where adapters are selected for it."""
+
+    @wraps(run)
+    def checked(self: Any, *args: Any, adapter_ids: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        if adapter_ids is not None or self.loraxs_bank.bank.selections.current() is not None:
+            raise ValueError(
+                f"adapter_ids: got names, or a selection is open, and {run.__name__} (continuous batching) packs the "
+                "prompts as it goes, so that adapters cannot follow them; must be generate, with another cache"
+            )
+        return run(self, *args, **kwargs)
+
+    return checked
 
 
 def turn(module: nn.Module, kind: type[nn.Module], undo: Any) -> None:
@@ -113,12 +130,12 @@ def calling(
                     "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
                 )
         expected = (samples, samples and samples * selection.factor)
-        known = batch is not None and samples is not None and (attached.whole or selection.mixed)
+        known = batch is not None and samples is not None and selection.counted and (attached.whole or selection.mixed)
         if known and batch[0] not in expected:
             raise ValueError(
                 f"adapter_ids: got {samples} names for a batch of {batch[0]} samples, must be one for each"
             )
-        with selection.during(batch, selection.factor):
+        with selection.during(batch, selection.factor, selection.counted):
             yield
 
 
@@ -145,7 +162,7 @@ def generating(
             raise ValueError(
                 f"adapter_ids: got {selection.samples} names for {prompts[0]} prompts, must be one for each"
             )
-        with selection.during(None, 1):
+        with selection.during(None, 1, standard):
             yield
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import adapter_file, adapter_format
+from ..hub import FILE
 from .adapter_bank import AdapterBank
 
 
@@ -27,8 +28,8 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     create.add_argument("--adapter", type=Path, required=True, help="a file of lx.save_adapter for that model")
     create.add_argument("--dtype", metavar="DTYPE", default="float32", help="of R in the bank: float32 or bfloat16")
-    adding = add("add", "store adapter files by their names without .safetensors, all of them or none")
-    adding.add_argument("files", type=Path, nargs="+", help="adapter files, or folders of them")
+    adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
+    adding.add_argument("files", type=Path, nargs="+", help="adapter files, folders of them or of lx.save_adapter")
     adding.add_argument("--replace", action="store_true", help="adapters of the same names")
     add("list", "print the names of the adapters, one a line, as JSON where one has control characters")
     add("verify", "read every adapter; exit 1 if one is damaged")
@@ -94,6 +95,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not (files := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"files: the folder {path} has no *.safetensors")
+    if files == [path / FILE]:  # of save_adapter
+        return [path.absolute()]
     if others := sorted({*path.iterdir()} - {*files}):
         what = f"{len(others)} not named *.safetensors left out, the first {others[0].name!r}"
         warnings.warn(f"files: of {path}, {what}", stacklevel=2)

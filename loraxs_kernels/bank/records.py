@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +35,7 @@ from .. import adapter_contents, adapter_format, basis
 from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
+from ..hub import FILE
 from ..linear import LoraXSLinear
 from ..matching import unwrapped
 from ..naming import DTYPES, FLOATS, dtype_name
@@ -112,11 +114,11 @@ class Records:
             where = f"adapter {name!r}"
             return self._packed(name, self._matrices(what, where), {}, where)
         elif isinstance(what, (str, os.PathLike)):
-            where = str(what)
-            entries, names, saved = adapter_format.read(Path(what))
+            where, path = str(what), Path(what)
+            entries, names, saved = adapter_format.read(path / FILE if path.is_dir() else path)
         else:
             raise TypeError(
-                f"what: got a {type(what).__name__} for {name!r}, must be the path of an adapter file, a model with "
+                f"what: got a {type(what).__name__} for {name!r}, must be the path of an adapter, a model with "
                 "adapters or a mapping of R by module"
             )
         self._check_names(entries, where)
@@ -124,6 +126,14 @@ class Records:
             if entry["rank"] != self.entries[module]["rank"]:
                 there = self.entries[module]["rank"]
                 raise ValueError(f"{where}: module {module!r} has rank {entry['rank']} there and {there} in the bank")
+        differ = (each for each, entry in entries.items() if entry["dropout"] != self.entries[each]["dropout"])
+        if module := next(differ, None):
+            warnings.warn(  # without the adapter's name, so that it is shown once
+                f"dropout: is {entries[module]['dropout']:g} in module {module!r} of an adapter and "
+                f"{self.entries[module]['dropout']:g} in the bank, which keeps one for all adapters: bank.train and "
+                "bank.export use the bank's",
+                stacklevel=5,  # past this, _put, add_many and no_grad's wrapper
+            )
         if sorted(names) != sorted(self.modules_to_save):
             raise ValueError(f"{where}: its modules_to_save are {names}, must be the bank's: {self.modules_to_save}")
         for key in sorted(saved.keys() | self.saved.keys()):
@@ -142,7 +152,7 @@ class Records:
             R = adapter_contents.whole_R(layer)
             entry = {"R": R, "S": basis.singular_values(layer.A), "probe": basis.probes(layer.A, R, layer.B)}
             entries[name] = {key: t.cpu() for key, t in entry.items()}
-            entries[name] |= {"recipe": layer.recipe, "rank": numbers["rank"], "alpha": numbers["alpha"]}
+            entries[name] |= {"recipe": layer.recipe, **{key: numbers[key] for key in ("rank", "alpha", "dropout")}}
             entries[name]["base_model"] = adapter_contents.base_model(model)
             if not is_finite(R):
                 raise ValueError(f"{where}: module {name!r}: R has NaN or Inf values")

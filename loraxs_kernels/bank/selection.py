@@ -61,6 +61,7 @@ class Selection(AbstractContextManager):
         self.thread = 0
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
         self.factor = 1  # by how much `generate` repeats each sample
+        self.counted = True  # whether calls must be of as many samples; a model's own `generate` may end some of them
 
     def __enter__(self) -> Selection:
         return self.open(nested=False)
@@ -109,7 +110,7 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank.selections.lock:
-            self._places = self.source.bring(_adapters(names), _adapters(self.names))
+            self._places = self.source.bring(_adapters(names), self._places.values())
             self.names = names
             self._used()
             for index in self._indices.values():
@@ -129,7 +130,7 @@ class Selection(AbstractContextManager):
             self._last = weakref.ref(self.use)
 
     def release(self) -> None:
-        self.source.release(_adapters(self.names))
+        self.source.release(self._places.values())
 
     def _numbers(self) -> list[int]:
         by_name = [NONE if name is None else self._places[name] for name in self.names]
@@ -163,14 +164,14 @@ class Selection(AbstractContextManager):
         return index
 
     @contextmanager
-    def during(self, batch: tuple[int, int] | None, factor: int) -> Iterator[None]:
+    def during(self, batch: tuple[int, int] | None, factor: int, counted: bool) -> Iterator[None]:
         """While the model runs on so many samples, and so many rows of each, or generates."""
-        before = self.batch, self.factor
-        self.batch, self.factor = batch, factor
+        before = self.batch, self.factor, self.counted
+        self.batch, self.factor, self.counted = batch, factor, counted
         try:
             yield
         finally:
-            self.batch, self.factor = before
+            self.batch, self.factor, self.counted = before
 
 
 def _adapters(names: Iterable[str | None]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,13 +20,13 @@ class Source(Protocol):
 
     n: int
 
-    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
         """The places of these adapters, which they keep until `release`; KeyError for an unknown name.
 
-        instead: of adapters that are released by the same step.  After an error they are still where they were.
+        instead: places that are released by the same step.  After an error they hold what they held.
         """
 
-    def release(self, names: Sequence[str]) -> None: ...
+    def release(self, places: Collection[int]) -> None: ...
 
     def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
         """Where these adapters are, and what tells one R from another; without those that are nowhere."""
@@ -38,20 +38,22 @@ class Source(Protocol):
 class Slots:
     """A table on each device of the model for a few adapters, into which those that are asked for are copied.
 
-    The adapter that has not been used for longest gives its slot to one that is not there, unless it is in use.
+    The adapter that has not been used for longest gives its slot to one that is not there, unless it is in use.  An
+    adapter that is replaced in the bank while it is in use keeps its slot until then, and the new record gets another.
     """
 
     def __init__(self, bank: AdapterBank, n: int) -> None:
         self.n, self.bank = n, bank
         self._there: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # slot and digest, the latest used last
         self._free = list(range(n))
-        self._users: dict[str, int] = {}
+        self._users: Counter[int] = Counter()  # how many selections use a slot
+        self._replaced: set[int] = set()  # slots in use whose adapter has another record by now
         self._tables: dict[torch.device, Tensor] = {}
         self._views: dict[torch.device, list[Tensor]] = {}
         self._staged = torch.empty(0, device="cpu")
         self._events: dict[tuple[torch.device, int], torch.cuda.Event] = {}
 
-    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
         wanted = dict.fromkeys(names)
         digests = self.bank.digests(wanted)
         if len(wanted) > self.n:
@@ -60,42 +62,46 @@ class Slots:
                 "bank.attach(model, slots=...)"
             )
         self._follow(self.bank.devices())
-        places, users = {}, Counter(self._users)
-        users.subtract({*instead})
-        stale = [name for name in wanted if name in self._there and self._there[name][1] != digests[name]]
-        for name in stale:
-            if users[name]:
-                raise RuntimeError(f"adapter {name!r}: has changed in the bank while another selection uses it")
-        idle = [name for name in self._there if name not in wanted and not users[name]]
-        missing = [name for name in wanted if name not in self._there or name in stale]
-        if len(missing) > len(self._free) + len(stale) + len(idle):
-            left = self.n - sum(name not in wanted for name in +users)
+        missing = [name for name in wanted if name not in self._there or self._there[name][1] != digests[name]]
+        kept = {self._there[name][0] for name in wanted.keys() - {*missing}}
+        used = (self._users - Counter(instead)).keys()
+        if len(missing) > self.n - len(used | kept):
+            left = self.n - len(used - kept)
             raise RuntimeError(
                 f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
                 f"{self.n - left} of {self.n} slots are in use by open selections"
             )
         # Where slots in use are written to, what can fail comes first.
         records = {name: self.bank.read(name) for name in missing} if instead else {}
-        self._free += [self._there.pop(name)[0] for name in stale]
+        for name in missing:
+            self._give_up(name)
         self.release(instead)
+        idle = [name for name, (slot, _) in self._there.items() if name not in wanted and slot not in self._users]
         for name in missing:
             if not self._free:
-                self._free.append(self._there.pop(idle.pop(0))[0])
+                self._give_up(idle.pop(0))
             slot = self._free[-1]
             self._copy(name, slot, records.get(name))
             self._there[name] = (self._free.pop(), digests[name])
         for name in wanted:
             self._there.move_to_end(name)
-            places[name] = self._there[name][0]
-            self._users[name] = self._users.get(name, 0) + 1
+        places = {name: self._there[name][0] for name in wanted}
+        self._users.update(places.values())
         return places
 
-    def release(self, names: Sequence[str]) -> None:
-        for name in dict.fromkeys(names):
-            if self._users[name] == 1:
-                del self._users[name]
-            else:
-                self._users[name] -= 1
+    def _give_up(self, name: str) -> None:
+        """Let an adapter that may be there be there no more."""
+        slot, _ = self._there.pop(name, (None, b""))
+        if slot in self._users:
+            self._replaced.add(slot)
+        elif slot is not None:
+            self._free.append(slot)
+
+    def release(self, places: Collection[int]) -> None:
+        self._users -= Counter(places)  # without those that nobody uses any more
+        ended = self._replaced - self._users.keys()
+        self._free += ended
+        self._replaced -= ended
         for device in self._tables:
             if device.type == "cuda":
                 stream = torch.cuda.current_stream(device)

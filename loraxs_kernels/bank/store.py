@@ -285,9 +285,10 @@ class Store(Records):
 
         Args:
             name: 1 to 511 bytes in UTF-8, without a null byte.
-            what: the path of an adapter file, a model with adapters, or {module: R}.  R of a file or a model is
-                checked: with the bank's A and B it must make the same delta W = s B R A, to a relative error of
-                1e-3.  R in a mapping is not checked: it must have been trained with the bank's own A, B and alpha.
+            what: the path of an adapter (a file or folder of `save_adapter`), a model with adapters, or {module: R}.  R
+                of a file or a model is checked: with the bank's A and B it must make the same delta W = s B R A, to a
+                relative error of 1e-3.  R in a mapping is not checked: it must have been trained with the bank's own A,
+                B and alpha.
             replace: whether to replace an adapter of that name; if False, such an adapter is an error.
 
         Raises ValueError, or AdapterMismatch if A and B are not the bank's, naming the file and the module; nothing is

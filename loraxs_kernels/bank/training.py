@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +134,11 @@ class Training(AbstractContextManager):
             )
         return slots
 
-    def bring(self, names: Sequence[str], instead: Sequence[str] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
         self.check_open()
         return {name: self._place(name) for name in names}
 
-    def release(self, names: Sequence[str]) -> None:
+    def release(self, places: Collection[int]) -> None:
         pass
 
     def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:

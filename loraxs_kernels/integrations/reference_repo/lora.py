@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_contents import base_model, layers_to_save, plain, whole_R
+from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
-from ...matching import base_name, saved_modules, targets_for, unwrapped
+from ...matching import base_name, targets_for, unwrapped
 from ...naming import FLOATS, as_dtype
 from ...sharding import whole
 from ...weights import is_conv1d
 from ..peft_files import PREFIX
+from .keys import part
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,15 +49,16 @@ def export_as_lora(
     Args:
         model: a model from `attach`, or a PeftModel with LoraXSConfig; merged or not.  If FSDP2 has sharded R, every
             rank must call.
-        folder: made if it is missing; its files of these names are replaced, each in one step, the config last.  If
-            this is interrupted, the folder cannot be loaded: it is never half of one adapter and half of another.
+        folder: made if it is missing; its files of these names are replaced, each in one step, the config last, but not
+            those of a LoRA-XS adapter.  If this is interrupted, the folder cannot be loaded: it is never half of one
+            adapter and half of another.
         dtype: of lora_A and lora_B; None: fp32 (fp64 for fp64 layers).  bf16 halves the size, with a relative error of
             delta W of about 2e-3.  s B R is computed in fp64 in both cases.
         task_type: as in PEFT ("CAUSAL_LM", "SEQ_CLS", ...), needed by AutoPeftModel; None: a PeftModel's own, or none.
         adapter: the name of the adapter, if model is a PeftModel.
 
-    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters or a factor
-    is not finite in that dtype.
+    PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters of its own
+    (but a bank's, for example) or a factor is not finite in that dtype.
     """
     model, dtype, folder = unwrapped(model), as_dtype("dtype", dtype, FLOATS), Path(folder)
     if isinstance(model, LoraXSLinear):
@@ -68,9 +72,14 @@ def export_as_lora(
             (name, layer.base_layer, layer.A, whole_R(layer), layer.B, layer.scaling)
             for name, layer in layers_to_save(model)
         ]
-        saved = {name: model.get_submodule(name).state_dict(keep_vars=True) for name in saved_modules(model)}
+        names, tensors = saved_tensors(model)
+        saved = {
+            name: {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            for name in names
+        }
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
+    _check_no_R(folder / "adapter_model.safetensors")
     tensors, ranks, conv1d = {}, {}, False
     for name, base, A, R, B, s in layers:
         to = dtype or torch.promote_types(A.dtype, torch.float32)
@@ -122,6 +131,16 @@ def export_as_lora(
             write_atomically(file, before)
         raise
     write_atomically(file, text)
+
+
+def _check_no_R(file: Path) -> None:
+    """ValueError for a file with the R of an adapter of PEFT's or the reference's: no LoRA in its place has that."""
+    keys: Iterable[str] = ()
+    with suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(file, framework="pt") as f:
+        keys = f.keys()
+    for key in keys:
+        if key.endswith(".loraxs_R") or (part(key) or ("", ""))[1] == "R":
+            raise ValueError(f"folder: {file} holds R of a LoRA-XS adapter ({key!r}), must be another folder")
 
 
 def _parts_of_peft(model: PeftModel, adapter: str) -> tuple[list[Part], dict[str, dict[str, Tensor]]]:
