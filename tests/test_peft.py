@@ -1395,6 +1395,24 @@ def test_trainer_resumes_to_the_bit(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_does():
+    """DPOTrainer adds an adapter "ref" with the config of "default", and copies parameters by names R does not have."""
+    model = randomise(get_peft_model(llama(), config()))
+    for layer in layers(model).values():  # neither what its config says nor what an SVD would give
+        layer.scaling["default"] = 3.0
+        layer.loraxs_B["default"].mul_(2)
+    y = logits(model)
+    for name, same in (("other", False), ("ref", True)):
+        model.add_adapter(name, model.peft_config["default"])
+        model.set_adapter(name)
+        assert torch.equal(logits(model), y) is same
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.loraxs_R["default"].zero_()
+            layer.loraxs_B["default"].zero_()
+    assert torch.equal(logits(model), y)  # a copy of its own
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trl_sft_trainer(tmp_path):
     pytest.importorskip("trl")

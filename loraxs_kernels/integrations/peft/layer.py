@@ -90,6 +90,18 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         fingerprint = torch.zeros(adapter.rank + basis.PROBES, dtype=torch.float32, device=adapter.A.device)
         self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
 
+    @torch.no_grad()
+    def copy(self, source: str, name: str) -> None:
+        """Let an adapter, if it is there, compute what another one with the same config does."""
+        if name not in self.r:
+            return
+        self.check_fingerprints([source])
+        for factors in (self.loraxs_A, self.loraxs_B):
+            factors[name] = factors[source].clone()
+        assign(self.loraxs_R[name], whole(self.loraxs_R[source]))
+        for setting in (self.lora_alpha, self.scaling, self.recipe):
+            setting[name] = setting[source]
+
     def discard(self, name: str) -> None:
         """Forget an adapter, if it is there."""
         for attribute in self.adapter_layer_names + self.other_param_names:

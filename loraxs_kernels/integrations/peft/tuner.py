@@ -86,10 +86,15 @@ class LoraXSModel(BaseTuner):
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             settle_fast_paths(model)
-            fill(model, self._new)
-            shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
-            for layer in self._layers():
-                layer.shares = shares.get(id(layer.base_layer), layer.shares)
+            # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
+            if adapter_name == "ref" and config is self.peft_config.get("default"):
+                for layer in self._layers():
+                    layer.copy("default", "ref")
+            else:
+                fill(model, self._new)
+                shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
+                for layer in self._layers():
+                    layer.shares = shares.get(id(layer.base_layer), layer.shares)
             del self._new, self._refused
             if all(each.hook is not check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(check_before_loading)
