@@ -187,7 +187,7 @@ def _check_reference(trainer: Any) -> None:
         raise ValueError(
             f"trainer: its ref_model is the base model without adapters, but the model's adapters change weights by up "
             f"to {size:.1e} of their size; pass ref_model= with a second model that has the same adapters, such as "
-            "lx.load_adapter(fresh_base, file), or callbacks=[LoraXSCallback()] in place of add_to if the base model is "
+            "lx.load_adapter(fresh_base, file), or callbacks=[LoraXSCallback()], not add_to, if the base model is "
             "the reference that you want"
         )
 
