@@ -1759,6 +1759,15 @@ def test_a_scaling_that_no_file_would_hold_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"k_proj' is 1\.75, must be 2\.0, as its config \(lora_alpha 8"):
         model.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
+    model.peft_config["default"].lora_alpha = 7
+    model.add_adapter("other", config())
+    first.scaling["other"] *= 2
+    if hasattr(BaseTuner, "_get_adapter_state_dict"):  # peft tells which adapter is saved
+        model.save_pretrained(tmp_path / "one", selected_adapters=["default"])
+        assert (tmp_path / "one" / "adapter_config.json").exists()
+    with pytest.raises(ValueError, match=r"adapter 'other': scaling of module 'model.*0\.self_attn.q_proj' is 2\.0"):
+        model.save_pretrained(tmp_path / "two", selected_adapters=["other"])
+    assert not (tmp_path / "two" / "other" / "adapter_model.safetensors").exists()
 
 
 def test_settings_that_choose_modules():

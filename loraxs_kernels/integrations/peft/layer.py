@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import basis, parallel
@@ -371,7 +371,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
-    def _check_scaling(self, name: str, config: LoraXSConfig) -> None:
+    def check_scaling(self, name: str, config: LoraXSConfig) -> None:
         """Raise a ValueError if the layer multiplies by another s than one that is made from the config would."""
         module, r = self.recipe[name].name, self.r[name]
         alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
@@ -384,12 +384,15 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             )
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # PEFT asks for the state dict before it says which adapter it saves; from 0.21 on it says so (tuner.py).
+        checked = self.active_adapters if hasattr(BaseTuner, "_get_adapter_state_dict") else self.config
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
             try:
                 config.check()
             except ValueError as error:
                 raise ValueError(f"adapter {name!r}: {error}") from error
-            self._check_scaling(name, config)
+            if name in checked:
+                self.check_scaling(name, config)
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]

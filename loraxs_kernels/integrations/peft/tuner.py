@@ -16,7 +16,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
@@ -267,6 +267,16 @@ class LoraXSModel(BaseTuner):
         for layer in self._layers():
             if adapter_name in layer.loraxs_R:
                 layer.cast_R(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, **options: Any
+    ) -> dict[str, Tensor]:
+        """PEFT 0.21 and later calls this for each adapter that it saves, before it writes anything."""
+        for layer in model.modules():
+            if isinstance(layer, LoraXSLinearLayer) and adapter_name in layer.r:
+                layer.check_scaling(adapter_name, config)
+        return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **options)
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""
