@@ -1770,6 +1770,31 @@ def test_a_scaling_that_no_file_would_hold_is_not_saved(tmp_path):
     assert not (tmp_path / "two" / "other" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="peft does not ask what to save")
+def test_an_adapter_whose_weights_were_loaded_after_it_was_made_is_saved_with_its_A_and_B(tmp_path):
+    def other() -> nn.Module:
+        return llama(initializer_range=0.1)
+
+    model = randomise(get_peft_model(llama(), config()))
+    weights = dict(other().named_modules())
+    for name, layer in layers(model.base_model.model).items():
+        layer.base_layer.load_state_dict(weights[name].state_dict())
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")  # whose weights are not looked at
+    model.unmerge_adapter()
+    assert not model.peft_config["default"].save_factors
+    with pytest.warns(
+        UserWarning, match=r"adapter 'default': A and B of 14 modules, the first module 'model.*0"
+    ) as seen:
+        model.save_pretrained(tmp_path / "saved")
+    assert seen[0].filename == __file__
+    base = other()
+    base.load_state_dict(
+        {key.replace(".base_layer", ""): t for key, t in model.get_base_model().state_dict().items()}, False
+    )
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "saved")), logits(model))
+
+
 def test_settings_that_choose_modules():
     model = get_peft_model(
         llama(), config(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])

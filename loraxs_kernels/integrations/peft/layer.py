@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ... import basis, parallel
 from ...acceptance import aligned, mismatch
+from ...adapter_contents import lasting_recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, warn_of_training
@@ -382,6 +383,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 f"(lora_alpha {config.lora_alpha}, alpha_pattern {config.alpha_pattern}) and its rank {r} say, to be "
                 "saved: files hold the config alone"
             )
+
+    def can_make(self, name: str) -> bool:
+        """Whether the recipe makes A and B of the weight as it is now, as far as that can be read while it stands."""
+        adapter = self.adapter(name)
+        if self.merged_adapters or adapter.A.is_meta:
+            return True
+        return lasting_recipe(adapter).init == adapter.recipe.init
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # PEFT asks for the state dict before it says which adapter it saves; from 0.21 on it says so (tuner.py).

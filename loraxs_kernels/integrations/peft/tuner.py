@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -272,11 +273,27 @@ class LoraXSModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, **options: Any
     ) -> dict[str, Tensor]:
-        """PEFT 0.21 and later calls this for each adapter that it saves, before it writes anything."""
-        for layer in model.modules():
-            if isinstance(layer, LoraXSLinearLayer) and adapter_name in layer.r:
-                layer.check_scaling(adapter_name, config)
-        return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **options)
+        """What is saved of an adapter.  PEFT 0.21 and later asks for it before it writes anything."""
+        layers = {
+            name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinearLayer) and adapter_name in m.r
+        }
+        for layer in layers.values():
+            layer.check_scaling(adapter_name, config)
+        saved = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **options)
+        changed = [] if config.save_factors else [m for m in layers.values() if not m.can_make(adapter_name)]
+        if changed:
+            warnings.warn(
+                f"adapter {adapter_name!r}: A and B of {len(changed)} modules, the first "
+                f"{label_of(changed[0].recipe[adapter_name].name)}, are not what its config makes of the weights as "
+                "they are now: A, B or the weights were changed, loaded or rounded since. The adapter is saved with A "
+                "and B (save_factors=True), and is larger for that",
+                stacklevel=4,  # past get_peft_model_state_dict and save_pretrained
+            )
+            config.save_factors = True
+            for name, layer in layers.items():
+                for factor in ("loraxs_A", "loraxs_B"):
+                    saved[f"{name}.{factor}.{adapter_name}"] = getattr(layer, factor)[adapter_name].contiguous()
+        return saved
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""
