@@ -148,7 +148,8 @@ def run(
             y = ops.linear(rows, W, A, R, B, s, bias, forced or "", ops.CODE)
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
-    if (x.requires_grad or R.requires_grad) and in_grad_mode():
+    # torch.jit.trace, also for ONNX, records the library's operators, and no Function with arguments of other kinds.
+    if (x.requires_grad or R.requires_grad) and in_grad_mode() and not torch._C._is_tracing():
         if transformed(x, W, A, R, B, bias, out):
             what = "lora_xs_delta" if W is None else "lora_xs_linear"
             refuse_transforms(f"{what}: a call whose x or R requires a gradient")

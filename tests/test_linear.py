@@ -653,6 +653,17 @@ def test_equal_blocks_compile_once(through):
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_trace_computes_and_trains_as_the_layer_does(dropout):
+    layer, x = make(dropout=dropout).eval(), torch.randn(2, 3, 40)
+    traced = torch.jit.trace(layer, x)
+    other = torch.randn(2, 3, 40, requires_grad=True)
+    results = [(y := call(other), *torch.autograd.grad(y.square().sum(), (other, layer.R))) for call in (traced, layer)]
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right)
+
+
 def test_autocast_over_an_fp32_layer():
     layer = make()
     x = torch.randn(3, 40)
