@@ -223,7 +223,7 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
     if loaded_by_one and not fsdp and os.environ.get("FSDP_VERSION") != "1":
         raise ValueError(
             "FSDP_CPU_RAM_EFFICIENT_LOADING: got true, by which only one rank has the weights, must be false, since "
-            "each makes A and B from them: set cpu_ram_efficient_loading=false in the fsdp_config of Trainer or accelerate"
+            "each makes A and B from them: set cpu_ram_efficient_loading=false in Trainer's fsdp_config or accelerate's"
         )
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
