@@ -139,14 +139,20 @@ def _makes(recipe: Recipe, layer: LoraXSLinear) -> bool:
         made_A, made_B = recipe.round(recipe.drawn(layer.rank, shape))
         return distance((A, B), (made_A.to(A.device), made_B.to(A.device))) <= ACCEPT
     W = weight_view(layer.base_layer)
-    if W is None or W.is_meta or W.shape != shape:
-        return True
-    roundings = [A.dtype, coarsest or W.dtype, *(DTYPES[each] for each in recipe.rounded)]
-    if distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings)):
-        return False
+    if W is not None:
+        if W.is_meta or W.shape != shape:
+            return True
+        roundings = [A.dtype, coarsest or W.dtype, *(DTYPES[each] for each in recipe.rounded)]
+        if distance_from_svd(W, A, B) > max(ACCEPT, *(2 * torch.finfo(each).eps for each in roundings)):
+            return False
     if recipe.init == "svd" and layer._as_made is None and not layer.why_no_load():
-        made = recipe.round(recipe.factors(weight_of(layer.base_layer, layer.label), layer.rank))
-        layer._as_made = distance((A, B), made) <= ACCEPT
+        try:
+            weight = weight_of(layer.base_layer, layer.label)
+        except TypeError:  # bitsandbytes may have packed it anew since
+            return True
+        if weight.groups:
+            return True
+        layer._as_made = distance((A, B), recipe.round(recipe.factors(weight, layer.rank))) <= ACCEPT
     return layer._as_made is not False
 
 

@@ -61,7 +61,7 @@ def lora_xs_linear(
     """
     if weight is None:
         raise TypeError("weight: got NoneType, must be a torch.Tensor; lora_xs_delta computes only the adapter's part")
-    return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R))
+    return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R), all_unknown=True)
 
 
 def lora_xs_delta(
@@ -86,7 +86,7 @@ def lora_xs_delta(
             itself or a different operand, or cannot be written.  The message names the operand, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
-    return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R))
+    return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R), all_unknown=True)
 
 
 def _row_index(index: Index, x: Tensor, R: Tensor) -> RowIndex | None:
@@ -115,19 +115,22 @@ def run(
     s: float,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    name: str | None = None,
+    name: str = "",
     index: RowIndex | None = None,
+    *,
+    all_unknown: bool = False,
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
-    name: None: all operands are checked.  A layer passes its name ("" if it has none): its operands are known to fit
-    each other, so only x is checked.
+    name: of a layer, whose operands are known to fit each other, so that only x is checked.  It is for errors alone:
+    if anything else depended on it, torch.compile would compile each of a model's equal blocks by itself.
+    all_unknown: the operands are a caller's, and all of them are checked.
     """
     if autocast_on(x):
         x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
         with no_autocast(x):  # the fp32 side (z, u, R) stays as it is
-            return run(x, W, A, R, B, s, bias, out, name, index)
-    if name is None:
+            return run(x, W, A, R, B, s, bias, out, name, index, all_unknown=all_unknown)
+    if all_unknown:
         check(x, A, R, B, s, weight=W, bias=bias, out=out, index=index)
     else:
         check_x(x, A, R, B, name)
@@ -147,7 +150,8 @@ def run(
             y = ops.linear(rows, W, A, R, B, s, bias, forced or "", ops.CODE)
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
-    if (x.requires_grad or R.requires_grad) and in_grad_mode():
+    # torch.jit.trace, also for ONNX, records the library's operators, and no Function with arguments of other kinds.
+    if (x.requires_grad or R.requires_grad) and in_grad_mode() and not torch._C._is_tracing():
         if transformed(x, W, A, R, B, bias, out):
             what = "lora_xs_delta" if W is None else "lora_xs_linear"
             refuse_transforms(f"{what}: a call whose x or R requires a gradient")

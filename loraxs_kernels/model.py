@@ -209,6 +209,12 @@ def _check_called(parent: nn.Module, name: str) -> None:
 def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
     """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
     fsdp = parallel.below_fsdp(model)
+    loaded_by_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    if loaded_by_one and not fsdp and os.environ.get("FSDP_VERSION") != "1":
+        raise ValueError(
+            "FSDP_CPU_RAM_EFFICIENT_LOADING: got true, by which only one rank has the weights, must be false, since "
+            "each makes A and B from them: set cpu_ram_efficient_loading=false in Trainer's fsdp_config or accelerate's"
+        )
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
     others: list[tuple[LoraXSLinear, LoraXSLinear]] = []

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -184,6 +185,23 @@ def test_A_and_B_that_no_load_could_make_are_in_the_file(tmp_path, case):
         lx.save_adapter(model, path)
     assert seen[0].filename == __file__ and len(seen) == 1
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model.float())) < 1e-6
+
+
+def test_A_and_B_of_another_seed_on_a_quantised_base_are_in_the_file(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def attached(seed: int = 0) -> nn.Sequential:
+        quantization.quantize_(model := mlp(), quantization.Int8WeightOnlyConfig())
+        return randomise(lx.attach(model, 4, target_modules=["0", "2"], seed=seed, n_iter=0))
+
+    model, path, x = attached(), tmp_path / "a.safetensors", torch.randn(6, 20)
+    for seed in (0, 1):
+        others = attached(seed).state_dict()
+        model.load_state_dict({key: t for key, t in others.items() if key[-1] in "ABR"}, strict=False)
+        with pytest.warns(UserWarning, match="A and B of 2 modules") if seed else nullcontext():
+            lx.save_adapter(model, path)
+        fresh = lx.load_adapter(lx.detach(attached()), path)
+        torch.testing.assert_close(fresh(x), model(x))
 
 
 def test_a_state_dict_with_the_weights_of_its_A_and_B_is_saved_without_them(tmp_path):

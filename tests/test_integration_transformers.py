@@ -459,6 +459,15 @@ def test_gradients_that_deepspeed_keeps_are_not_missed(tmp_path):
             callback.on_pre_optimizer_step(args, None, None, model=attached())
 
 
+def test_an_R_in_half_precision_is_warned_of(tmp_path):
+    """TRL makes it so in quantised models."""
+    model = attached()
+    for p in model.parameters():
+        p.data = p.data.bfloat16() if p.requires_grad else p.data
+    with pytest.warns(UserWarning, match=r"R of 14 modules, the first 'model\..*', trains in half precision"):
+        trainer_of(model, tmp_path, max_steps=1).train()
+
+
 def test_refuses_before_it_trains(tmp_path):
     for model, message in [(llama(), "has no LoRA-XS adapters"), (lx.merge(attached()), "is merged")]:
         model.lm_head.requires_grad_(True)

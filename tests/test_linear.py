@@ -10,7 +10,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers import assert_accurate
+from peft import get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, forward_together
+from loraxs_kernels.integrations.peft import LoraXSConfig
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
@@ -633,6 +636,32 @@ def test_compile(compiled):
     run(x).sum().backward()
     expected = torch.autograd.grad((model[1](model[0](x))).relu().sum(), layer.R)[0]
     torch.testing.assert_close(layer.R.grad, expected)
+
+
+@pytest.mark.parametrize("through", ["attach", "peft"])
+def test_equal_blocks_compile_once(through):
+    """As torch.compile of each block of a model does: their names must be no reason to compile each by itself."""
+    model = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+    if through == "attach":
+        attach(model, 2)
+    else:
+        get_peft_model(model, LoraXSConfig(r=2))
+    torch.compiler.reset()
+    counter, x = CompileCounter(), torch.randn(4, 8)
+    for block in model:
+        torch.compile(block, fullgraph=True, backend=counter)(x)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_trace_computes_and_trains_as_the_layer_does(dropout):
+    layer, x = make(dropout=dropout).eval(), torch.randn(2, 3, 40)
+    traced = torch.jit.trace(layer, x)
+    other = torch.randn(2, 3, 40, requires_grad=True)
+    results = [(y := call(other), *torch.autograd.grad(y.square().sum(), (other, layer.R))) for call in (traced, layer)]
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_autocast_over_an_fp32_layer():

@@ -663,6 +663,15 @@ def test_calls_out_of_order_say_what_to_do(bert):
     assert [p.requires_grad for p in bert.parameters()] == before
 
 
+def test_weights_that_only_one_rank_has_are_refused(monkeypatch):
+    """As transformers loads them for accelerate's FSDP2; FSDP1 also sends what attach made from rank 0 to all."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
+    with pytest.raises(ValueError, match=r"FSDP_CPU_RAM_EFFICIENT_LOADING: got true, .* must be false"):
+        lx.attach(nn.Sequential(nn.Linear(8, 8)), 2)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    lx.attach(nn.Sequential(nn.Linear(8, 8)), 2)
+
+
 def test_no_target_modules_are_refused_by_name():
     with pytest.raises(TypeError, match='target_modules: got None, must be "all-linear", names or a regular expressi'):
         lx.attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)

@@ -1395,6 +1395,24 @@ def test_trainer_resumes_to_the_bit(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_does():
+    """DPOTrainer adds an adapter "ref" with the config of "default", and copies parameters by names R does not have."""
+    model = randomise(get_peft_model(llama(), config()))
+    for layer in layers(model).values():  # neither what its config says nor what an SVD would give
+        layer.scaling["default"] = 3.0
+        layer.loraxs_B["default"].mul_(2)
+    y = logits(model)
+    for name, same in (("other", False), ("ref", True)):
+        model.add_adapter(name, model.peft_config["default"])
+        model.set_adapter(name)
+        assert torch.equal(logits(model), y) is same
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.loraxs_R["default"].zero_()
+            layer.loraxs_B["default"].zero_()
+    assert torch.equal(logits(model), y)  # a copy of its own
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trl_sft_trainer(tmp_path):
     pytest.importorskip("trl")
@@ -1741,6 +1759,40 @@ def test_a_scaling_that_no_file_would_hold_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"k_proj' is 1\.75, must be 2\.0, as its config \(lora_alpha 8"):
         model.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
+    model.peft_config["default"].lora_alpha = 7
+    model.add_adapter("other", config())
+    first.scaling["other"] *= 2
+    if hasattr(BaseTuner, "_get_adapter_state_dict"):  # peft tells which adapter is saved
+        model.save_pretrained(tmp_path / "one", selected_adapters=["default"])
+        assert (tmp_path / "one" / "adapter_config.json").exists()
+    with pytest.raises(ValueError, match=r"adapter 'other': scaling of module 'model.*0\.self_attn.q_proj' is 2\.0"):
+        model.save_pretrained(tmp_path / "two", selected_adapters=["other"])
+    assert not (tmp_path / "two" / "other" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="peft does not ask what to save")
+def test_an_adapter_whose_weights_were_loaded_after_it_was_made_is_saved_with_its_A_and_B(tmp_path):
+    def other() -> nn.Module:
+        return llama(initializer_range=0.1)
+
+    model = randomise(get_peft_model(llama(), config()))
+    weights = dict(other().named_modules())
+    for name, layer in layers(model.base_model.model).items():
+        layer.base_layer.load_state_dict(weights[name].state_dict())
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")  # whose weights are not looked at
+    model.unmerge_adapter()
+    assert not model.peft_config["default"].save_factors
+    with pytest.warns(
+        UserWarning, match=r"adapter 'default': A and B of 14 modules, the first module 'model.*0"
+    ) as seen:
+        model.save_pretrained(tmp_path / "saved")
+    assert seen[0].filename == __file__
+    base = other()
+    base.load_state_dict(
+        {key.replace(".base_layer", ""): t for key, t in model.get_base_model().state_dict().items()}, False
+    )
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "saved")), logits(model))
 
 
 def test_settings_that_choose_modules():

@@ -9,11 +9,12 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import basis, parallel
 from ...acceptance import aligned, mismatch
+from ...adapter_contents import lasting_recipe
 from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, warn_of_training
@@ -89,6 +90,18 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_B.register_buffer(name, adapter.B, config.save_factors)
         fingerprint = torch.zeros(adapter.rank + basis.PROBES, dtype=torch.float32, device=adapter.A.device)
         self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
+
+    @torch.no_grad()
+    def copy(self, source: str, name: str) -> None:
+        """Let an adapter, if it is there, compute what another one with the same config does."""
+        if name not in self.r:
+            return
+        self.check_fingerprints([source])
+        for factors in (self.loraxs_A, self.loraxs_B):
+            factors[name] = factors[source].clone()
+        assign(self.loraxs_R[name], whole(self.loraxs_R[source]))
+        for setting in (self.lora_alpha, self.scaling, self.recipe):
+            setting[name] = setting[source]
 
     def discard(self, name: str) -> None:
         """Forget an adapter, if it is there."""
@@ -359,7 +372,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
 
-    def _check_scaling(self, name: str, config: LoraXSConfig) -> None:
+    def check_scaling(self, name: str, config: LoraXSConfig) -> None:
         """Raise a ValueError if the layer multiplies by another s than one that is made from the config would."""
         module, r = self.recipe[name].name, self.r[name]
         alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
@@ -371,13 +384,23 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 "saved: files hold only the config, not the scaling"
             )
 
+    def can_make(self, name: str) -> bool:
+        """Whether the recipe makes A and B of the weight as it is now, as far as that can be read while it stands."""
+        adapter = self.adapter(name)
+        if self.merged_adapters or adapter.A.is_meta:
+            return True
+        return lasting_recipe(adapter).init == adapter.recipe.init
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # PEFT asks for the state dict before it says which adapter it saves; from 0.21 on it says so (tuner.py).
+        checked = self.active_adapters if hasattr(BaseTuner, "_get_adapter_state_dict") else self.config
         for name, config in self.config.items():  # before PEFT writes the weights: fields may have been set since
             try:
                 config.check()
             except ValueError as error:
                 raise ValueError(f"adapter {name!r}: {error}") from error
-            self._check_scaling(name, config)
+            if name in checked:
+                self.check_scaling(name, config)
         # Before the children write theirs.  What came from a file and was not checked yet is kept as it came.
         for name, R in self.loraxs_R.items():
             A, B = self.loraxs_A[name], self.loraxs_B[name]

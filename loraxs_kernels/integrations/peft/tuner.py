@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
@@ -86,10 +87,15 @@ class LoraXSModel(BaseTuner):
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             settle_fast_paths(model)
-            fill(model, self._new)
-            shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
-            for layer in self._layers():
-                layer.shares = shares.get(id(layer.base_layer), layer.shares)
+            # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
+            if adapter_name == "ref" and config is self.peft_config.get("default"):
+                for layer in self._layers():
+                    layer.copy("default", "ref")
+            else:
+                fill(model, self._new)
+                shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
+                for layer in self._layers():
+                    layer.shares = shares.get(id(layer.base_layer), layer.shares)
             del self._new, self._refused
             if all(each.hook is not check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(check_before_loading)
@@ -262,6 +268,32 @@ class LoraXSModel(BaseTuner):
         for layer in self._layers():
             if adapter_name in layer.loraxs_R:
                 layer.cast_R(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, **options: Any
+    ) -> dict[str, Tensor]:
+        """What is saved of an adapter.  PEFT 0.21 and later asks for it before it writes anything."""
+        layers = {
+            name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinearLayer) and adapter_name in m.r
+        }
+        for layer in layers.values():
+            layer.check_scaling(adapter_name, config)
+        saved = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **options)
+        changed = [] if config.save_factors else [m for m in layers.values() if not m.can_make(adapter_name)]
+        if changed:
+            warnings.warn(
+                f"adapter {adapter_name!r}: A and B of {len(changed)} modules, the first "
+                f"{label_of(changed[0].recipe[adapter_name].name)}, are not what its config makes of the weights as "
+                "they are now: A, B or the weights were changed, loaded or rounded since. The adapter is saved with A "
+                "and B (save_factors=True), and is larger for that",
+                stacklevel=4,  # past get_peft_model_state_dict and save_pretrained
+            )
+            config.save_factors = True
+            for name, layer in layers.items():
+                for factor in ("loraxs_A", "loraxs_B"):
+                    saved[f"{name}.{factor}.{adapter_name}"] = getattr(layer, factor)[adapter_name].contiguous()
+        return saved
 
     def reset_parameters(self) -> None:
         """Make A, B and R of all adapters, for a model that was adapted on the meta device and then got its weights."""

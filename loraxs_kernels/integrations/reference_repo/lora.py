@@ -135,7 +135,7 @@ def export_as_lora(
 
 def _check_no_R(file: Path) -> None:
     """ValueError for a file with the R of an adapter of PEFT's or the reference's: no LoRA in its place has that."""
-    keys: Iterable[str] = ()
+    keys: list[str] = []
     with suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(file, framework="pt") as f:
         keys = f.keys()
     for key in keys:

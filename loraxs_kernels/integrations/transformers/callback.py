@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class LoraXSCallback(TrainerCallback):
     When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
     if an adapter would have no effect because something reads the weight of its layer without calling the layer (as
     TRL's fused lm_head does), or if safetensors are switched off; warns if parameters train that an adapter file does
-    not hold.  When a run is resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if
-    its R was trained with different A and B or a different alpha.
+    not hold, and if an R trains in half precision.  When a run is resumed, raises ValueError if the checkpoint has no R
+    for a module, and AdapterMismatch if its R was trained with different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
@@ -158,6 +159,14 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
             )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise _sharded(f"R of module {adapter.name!r}")
+    coarse = [adapter.name for adapter in adapters if any(p.dtype.itemsize < 4 for p in adapter.trained)]
+    if coarse and not getattr(args, "deepspeed_plugin", None):  # which steps in fp32, and rounds for the model
+        warnings.warn(
+            f"model: R of {len(coarse)} modules, the first {coarse[0]!r}, trains in half precision, in which small "
+            "steps are lost. TRL converts what trains in a quantised model to bf16; once the trainer is made, and "
+            "before train(), p.data = p.data.float() for each parameter p that trains takes that back",
+            stacklevel=4,
+        )
     read = weights_read(model)
     for name, m in model.named_modules():
         if (isinstance(m, LoraXSLinear) or is_peft_layer(m)) and (why := read.get(id(m))):
@@ -187,7 +196,8 @@ def _check_reference(trainer: Any) -> None:
         raise ValueError(
             f"trainer: its ref_model is the base model without adapters, but the model's adapters change weights by up "
             f"to {size:.1e} of their size; pass ref_model= with a second model that has the same adapters, such as "
-            "lx.load_adapter(fresh_base, file)"
+            "lx.load_adapter(fresh_base, file), or callbacks=[LoraXSCallback()], not add_to, if the base model is "
+            "the reference that you want"
         )
 
 
