@@ -37,7 +37,7 @@ from .matching import (
     stacked_experts,
     unwrapped,
 )
-from .naming import FLOATS, aliases, as_dtype, label_of
+from .naming import FLOATS, aliases, as_dtype, kinds, label_of
 from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, weight_of
 
@@ -175,11 +175,10 @@ class Summary:
         return self.R + sum(self.beside.values())
 
     def __str__(self) -> str:
-        kinds = Counter(name.rpartition(".")[2] for name in self.ranks)
         linear = len(self.ranks) + sum(why != EXPERTS for why in self.skipped.values())
         ranks = sorted(set(self.ranks.values()))
         line = f"{len(self.ranks)} of {linear} linear layers have an adapter "
-        line += f"({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}) "
+        line += f"({kinds(self.ranks)}) "
         line += f"of rank {', '.join(map(str, ranks))}; {self.trainable:,} of {self.total:,} parameters train: "
         line += ", ".join([f"{self.R:,} in R", *_counts(self.beside)])
         alike = defaultdict(list)

@@ -37,7 +37,7 @@ from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
-from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
+from .matching import adapted_layers, base_name, by_base_name, has_adapters, saved_modules, unwrapped
 from .model import Attachment, basis_for, install
 from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
 from .sharding import assign, check_writable, written
@@ -257,7 +257,7 @@ def load_adapter(
         raise ValueError(f"model: {HAS_BANK}; add(name, path) of the bank takes the file in")
     path = local_file(path, revision, token)
     entries, modules_to_save, saved = read(path)
-    fresh = not any(isinstance(m, LoraXSLinear) for m in model.modules())
+    fresh = not has_adapters(model)
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
     # Earlier files of compiled blocks had the names of their wrappers.

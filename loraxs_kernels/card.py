@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from .naming import kinds
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")  # else it is a file
@@ -48,10 +49,9 @@ def card(
     public = base_model if HUB_ID.fullmatch(base_model) and not os.path.exists(base_model) else ""
     ranks = sorted({each["rank"] for each in modules.values()})
     scales = sorted({each["alpha"] / each["rank"] for each in modules.values()})
-    kinds = Counter(name.rpartition(".")[2] or "the model itself" for name in modules)
     facts = {
         "base model": f"[{public}](https://huggingface.co/{public})" if public else shown or "not known",
-        "adapted modules": f"{len(modules)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}",
+        "adapted modules": f"{len(modules)}: {kinds(modules)}",
         "rank r": ", ".join(map(str, ranks)),
         "scaling s = alpha / r": ", ".join(f"{s:g}" for s in scales),
         "A and B": ", ".join(sorted({each["init"] for each in modules.values()})),

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,6 +18,7 @@ import torch
 from . import demo, hub
 from .bench import BenchError
 from .demo import DemoError
+from .files import read_json
 from .naming import FLOATS, as_dtype
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
     _add_inspect(add("inspect", _inspect, "say what an adapter file, a basis file or a bank holds; no model is needed"))
     bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
-    serve_cli.add_serve(add("serve", _serve, "serve a model with all adapters of a bank, by vLLM"))
+    serve_cli.add_serve(add("serve", serve_cli.command, "serve a model with all adapters of a bank, by vLLM"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
     _add_demo(add("demo", _demo, "fine-tune a real model on real questions, offline"))
     command.add_bench(add("bench", command.bench, "time LoRA-XS layers and their neighbours, side by side"))
@@ -251,14 +252,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _bank(arguments: argparse.Namespace) -> int:
     from .bank import cli as bank_cli
 
-    with _told_in_lines("loraxs bank"), _quiet_transformers():
+    loads_a_model = arguments.action == "create"  # or transformers, which takes a second to import, is not needed
+    with _told_in_lines("loraxs bank"), _quiet_transformers() if loads_a_model else nullcontext():
         return bank_cli.command(arguments)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from . import serve_cli
-
-    return serve_cli.command(arguments)
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:
@@ -375,14 +371,7 @@ def _configuration(name: str) -> PretrainedConfig:
 
 def _check_config(path: Path) -> None:
     """Refuse a config.json that is no JSON object, or of so many layers or labels that they would fill the memory."""
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, must hold a JSON object")
+    config = read_json(path.read_bytes(), str(path))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
             if ("layer" in key or "label" in key) and isinstance(value, int) and value > MOST_LAYERS:

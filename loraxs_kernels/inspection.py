@@ -16,7 +16,7 @@ from .basis import PROBES
 from .basis_file import read_basis
 from .files import WRITER, unsealed
 from .hub import local_file
-from .naming import dtype_name
+from .naming import dtype_name, kinds
 from .recipe import Recipe
 
 # {name of the header in a file's metadata: what the file is}.
@@ -41,7 +41,7 @@ def inspected(path: str, revision: str | None = None) -> dict[str, Any]:
 
 def _kind(file: Path) -> str:
     if not file.is_file():
-        raise FileNotFoundError(f"path: there is no file, folder or repository on the Hub {file}")
+        raise FileNotFoundError(f'path: there is no file or folder {file}; a name on the Hub is "user/name"')
     try:
         with safetensors.safe_open(file, framework="pt") as f:
             names = f.metadata() or {}
@@ -54,7 +54,7 @@ def _kind(file: Path) -> str:
 
 def _adapter(file: Path) -> dict[str, Any]:
     header, f = unsealed(file, "loraxs", KINDS["loraxs"])
-    seal = _seal(header["version"], f, "loraxs")
+    seal = _seal(f, "loraxs")
     entries, names, saved = read_opened(header, f, file)
     modules = list(entries.values())
     whole = {name: sum(t.numel() for key, t in saved.items() if key.startswith(f"{name}.")) for name in names}
@@ -76,13 +76,13 @@ def _adapter(file: Path) -> dict[str, Any]:
 
 
 def _basis_file(file: Path) -> dict[str, Any]:
-    header, f = unsealed(file, "loraxs_basis", KINDS["loraxs_basis"])
     found = read_basis(file)
+    f = found.file
     shapes = {
         name: [f.get_slice(f"{name}.B").get_shape()[0], f.get_slice(f"{name}.A").get_shape()[1]]
         for name in found.modules
     }
-    return _seal(header["version"], f, "loraxs_basis") | {
+    return _seal(f, "loraxs_basis") | {
         "base_model": found.base_model,
         "modules": {name: {"rank": rank, "shape": shapes[name]} for name, (rank, _) in found.modules.items()},
         "recipes": _recipes(recipe for _, recipe in found.modules.values()),
@@ -107,13 +107,13 @@ def _bank(path: str | os.PathLike) -> dict[str, Any]:
         }
 
 
-def _seal(version: int, f: Any, kind: str) -> dict[str, Any]:
+def _seal(f: Any, kind: str) -> dict[str, Any]:
     """The version of a file, of what wrote it, and its checksum, which has been checked."""
-    metadata = f.metadata()
+    header = json.loads(f.metadata()[kind])
     return {
-        "format_version": version,
-        "written_by": metadata.get(WRITER),
-        "sha256": json.loads(metadata[kind]).get("sha256"),
+        "format_version": header["version"],
+        "written_by": f.metadata().get(WRITER),
+        "sha256": header.get("sha256"),
     }
 
 
@@ -143,8 +143,7 @@ def as_text(found: Mapping[str, Any]) -> Iterator[str]:
     if "adapters" in found:
         facts["adapters"] = f"{found['adapters']:,}"
     facts["base model"] = found["base_model"] or "not named"
-    kinds = Counter(name.rpartition(".")[2] for name in modules)
-    facts["modules"] = f"{len(modules)}: {', '.join(f'{n} {kind}'.rstrip() for kind, n in kinds.items())}"
+    facts["modules"] = f"{len(modules)}: {kinds(modules)}"
     shapes = Counter("{} x {}".format(*each["shape"]) for each in modules.values() if "shape" in each)
     if shapes:
         facts["shapes (out x in)"] = ", ".join(f"{n} of {shape}" for shape, n in shapes.items())

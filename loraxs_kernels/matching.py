@@ -326,6 +326,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
     yield from found
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has LoraXSLinear layers."""
+    return any(isinstance(m, LoraXSLinear) for m in model.modules())
+
+
 def is_peft_layer(module: nn.Module) -> bool:
     """Whether a module is a layer with adapters of integrations.peft, which is not imported."""
     return hasattr(module, "loraxs_R")

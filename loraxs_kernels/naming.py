@@ -1,11 +1,12 @@
-"""Names: other and earlier names of an argument, dtypes by name, and what errors call a layer."""
+"""Names: other and earlier names of an argument, dtypes by name, and what people are told of modules."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +41,12 @@ class Former:
 
     new: str
     convert: Callable[[Any, Mapping[str, Any]], Any] | None = None
+
+
+def kinds(names: Iterable[str]) -> str:
+    """ "2 q_proj, 2 v_proj": how many modules have each last part of a name."""
+    found = Counter(name.rpartition(".")[2] or "the model itself" for name in names)
+    return ", ".join(f"{n} {kind}" for kind, n in found.items())
 
 
 def aliases(**names: str | Former) -> Callable[[F], F]:

@@ -233,7 +233,7 @@ def test_the_summary_says_what_has_an_adapter_what_trains_and_what_was_left_out(
     assert found.trainable == trained(bert) == R + 66
     assert found.total == sum(p.numel() for p in bert.parameters())
     line = (
-        "11 of 14 linear layers have an adapter (7 dense, 2 query, 2 value) of rank 2, 4; "
+        "11 of 14 linear layers have an adapter (2 query, 2 value, 7 dense) of rank 2, 4; "
         f"{R + 66} of {found.total:,} parameters train: {R} in R, 66 in classifier; "
         "no adapter: classifier (trains whole), 2 key (not a target)"
     )

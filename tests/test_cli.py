@@ -156,9 +156,9 @@ LLAMA = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (b"[]", "config.json holds a list, must hold a JSON object"),
-        (b"\xff\xfe{}", "config.json is not a JSON file"),
-        (b"[" * 100_000, "config.json is not a JSON file"),
+        (b"[]", "config.json: is damaged, no JSON object but a list"),
+        (b"\xff\xfe{}", "config.json: is damaged, no JSON"),
+        (b"[" * 100_000, "config.json: is damaged, no JSON"),
         (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, must be at most 100000"),
         (LLAMA | {"num_labels": 10**9}, "num_labels is 1000000000"),
         (LLAMA | {"num_hidden_layers": 200}, "LlamaForCausalLM can be made: it has more than 1,000 modules"),

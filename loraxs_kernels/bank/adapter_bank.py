@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import adapter_file
 from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ..linear import LoraXSLinear
-from ..matching import adapted_layers, unwrapped, why_not_mixed
+from ..matching import adapted_layers, has_adapters, unwrapped, why_not_mixed
 from ..model import detach
 from ..naming import aliases
 from ..sharding import assign, whole
@@ -106,7 +106,7 @@ class AdapterBank(Store):
             raise RuntimeError("model: adapters of this bank train on another one; close() the training first")
         if len(self._models) and self._slots.n != slots:
             raise ValueError(f"slots: got {slots}, must be {self._slots.n} as on the model that has this bank already")
-        put_on = not any(isinstance(m, LoraXSLinear) for m in model.modules())
+        put_on = not has_adapters(model)
         if basis is not None and not put_on:
             raise ValueError("basis: got a file for a model that has adapters already, A and B included; must be None")
         compute = compute_options(device, workspace_gib, progress)

@@ -23,6 +23,7 @@ from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
+    has_adapters,
     matches,
     no_adapter,
     pattern_value,
@@ -77,7 +78,7 @@ class LoraXSModel(BaseTuner):
             if loaded:
                 model._hf_peft_config_loaded = True
             _check_name(adapter_name)
-            if any(isinstance(m, LoraXSLinear) for m in model.modules()):
+            if has_adapters(model):
                 raise ValueError(
                     "model: already has LoRA-XS adapters that lx.attach put on, which PEFT would freeze; take them off "
                     "with lx.detach(model), or start from a fresh model"

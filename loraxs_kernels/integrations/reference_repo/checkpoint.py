@@ -20,8 +20,7 @@ from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
 from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ...files import read_json
-from ...linear import LoraXSLinear
-from ...matching import adapted_layers, matches, pattern_value
+from ...matching import adapted_layers, has_adapters, matches, pattern_value
 from ...model import detach, install
 from ...naming import FLOATS, Former, aliases, as_dtype
 from ...recipe import Recipe
@@ -92,7 +91,7 @@ def load_reference_adapter(
     if factors not in ("file", "recompute"):
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
     dtype = as_dtype("dtype", dtype, FLOATS)
-    if any(isinstance(m, LoraXSLinear) for m in model.modules()):
+    if has_adapters(model):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
     if hasattr(model, "get_base_model") or any("base_layer" in m._modules for m in model.modules()):
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...adapter_contents import warn_of_unsaved
 from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
-from ...matching import is_peft_layer
+from ...matching import has_adapters, is_peft_layer
 from ...reads import weights_read
 from ...sharding import is_dtensor
 from ...transaction import transaction
@@ -74,7 +74,7 @@ class LoraXSCallback(TrainerCallback):
     ) -> None:
         """Hook the loading of checkpoints already now: Trainer loads the one it resumes from before training begins."""
         root = extract_model_from_parallel(model, keep_torch_compile=False)
-        if any(isinstance(m, LoraXSLinear) for m in root.modules()):
+        if has_adapters(root):
             self._hook(root)
 
     def on_train_begin(
@@ -83,7 +83,7 @@ class LoraXSCallback(TrainerCallback):
         self._clean()  # after a training that was broken off
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         adapters = adapters_of(model)
-        attached = any(isinstance(m, LoraXSLinear) for m in model.modules())
+        attached = has_adapters(model)
         _check(model, adapters, attached, args)
         self._sizes = Sizes(adapters)
         self._unchecked = not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
@@ -128,7 +128,7 @@ class LoraXSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        attached = any(isinstance(m, LoraXSLinear) for m in model.modules())
+        attached = has_adapters(model)
         if args.should_save and attached and not isinstance(model, PreTrainedModel):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if folder.is_dir():  # a hyperparameter search has folders of its own

@@ -20,6 +20,7 @@ from ...acceptance import AdapterMismatch
 from ...adapter_file import save_adapter
 from ...files import write_atomically
 from ...linear import LoraXSLinear
+from ...matching import has_adapters
 
 FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
 SCALING = "loraxs_scaling"  # and of s, which R was trained with; earlier checkpoints have none
@@ -37,7 +38,7 @@ def save_pretrained(
     """model.save_pretrained during training: only R into a checkpoint of this run, the whole model anywhere else."""
     folder = Path(save_directory).absolute()
     of_run = run in folder.parents and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)
-    if not of_run or not any(isinstance(m, LoraXSLinear) for m in model.modules()):  # detached after a broken-off run
+    if not of_run or not has_adapters(model):  # detached after a broken-off run
         return whole_model(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
     if is_main_process:
         # The names must be those of Trainer's model, which a user may have compiled.
