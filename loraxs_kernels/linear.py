@@ -307,8 +307,8 @@ class LoraXSLinear(PaddedB):
         if not self.merged:
             if self.seat is not None:
                 self.seat.check_merge(self)
-            check_merge(self.base_layer, self.label, called=called)
             merged = self.merged_dense_weight()
+            check_merge(self.base_layer, self.label, called=called)
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
             self.register_buffer("merged_weight", merged, persistent=False)

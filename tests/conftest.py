@@ -75,7 +75,7 @@ def transformers_takes_peft():
 @pytest.fixture
 def fp32_precision():
     """torch's newer settings of how fp32 is multiplied, by device, which go back to what they were."""
-    settings = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    settings = {"cuda": torch.backends.cuda.matmul, "cpu": getattr(torch.backends.mkldnn, "matmul", None)}
     if not all(hasattr(each, "fp32_precision") for each in settings.values()):
         pytest.skip("this torch has no fp32_precision")
     before = {name: each.fp32_precision for name, each in settings.items()}

@@ -638,6 +638,16 @@ def test_graphs_outlive_what_is_brought_in_later(model, tuned):
         torch.testing.assert_close(embeds.grad[i : i + 1], own.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_a_torch_that_tells_nothing_of_recomputations_is_refused(model, monkeypatch):
+    """As torch 2.6 does."""
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss = model.train()(inputs_embeds=embeds, adapter_ids=["alice"] * 4).logits.sum()
+    with pytest.raises(RuntimeError, match=r"torch 2\..* must be newer"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("how", ["another call", "change", "the same block again", "names inside"])
 def test_a_recomputation_with_other_adapters_is_refused(model, tuned, bank, how):
     embeds, names = model.get_input_embeddings()(IDS).detach().requires_grad_(), ["alice"] * 4

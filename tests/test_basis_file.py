@@ -132,7 +132,7 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(basis_file, "_opened", lambda path: opened.append(path.name) or real(path))
     with pytest.warns(UserWarning, match="target_modules: no module matches sideways"):
         make_basis(checkpoint, 4, out, target_modules=["up", "sideways"])
-    with pytest.raises(ValueError, match=r"got '\(' for names of modules, no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"target_modules: got '\(', must be a regular expression: missing \)"):
         make_basis(checkpoint, 4, out, target_modules="(")
     opened.clear()
     names = make_basis(

@@ -288,7 +288,13 @@ class Selections:
 
     def _of_recomputation(self) -> Selection | None:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        if hooks is None:
+            raise RuntimeError(
+                f"gradient checkpointing: torch {torch.__version__} does not tell how a layer is called again, so that "
+                "a bank's model cannot be checkpointed; torch must be newer"
+            )
+        if hooks(False) is None:
             raise RuntimeError(
                 "gradient checkpointing: a backward pass calls a layer again and does not know which adapters its "
                 "forward pass had, as with use_reentrant=True; must be use_reentrant=False"
