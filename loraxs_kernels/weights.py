@@ -345,7 +345,12 @@ def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
 def _dense(weight: Tensor) -> Tensor:
     if is_dtensor(weight):
         return _dense(whole(weight))
-    return weight.dequantize() if _dequantises(weight) else weight
+    if not _dequantises(weight):
+        return weight
+    # The `dequantize` of torchao's NF4Tensor is of something else.  Its AWQ and SmoothQuant scale the input of a layer,
+    # which is to scale the columns of its weight.
+    W, of_input = getattr(weight, "get_original_weight", weight.dequantize)(), getattr(weight, "act_pre_scale", None)
+    return W if of_input is None else W.float() * of_input.float()
 
 
 def _dequantises(weight: Tensor) -> bool:
