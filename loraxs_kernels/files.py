@@ -50,7 +50,7 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
         _replace(target, parts)
     except OSError as error:
         if error.errno:  # a full disk has no name, and the temporary file has one that says nothing
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
