@@ -38,7 +38,7 @@ from .files import (
 )
 from .matching import is_everything, matches
 from .naming import FLOATS, as_dtype, dtype_name
-from .recipe import Factors, Recipe, as_header, check_rank, modules_in
+from .recipe import Factors, Recipe, as_header, check_range, check_rank, modules_in
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -210,7 +210,8 @@ def make_basis(
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
         recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype
-        for which, t in zip("AB", recipe.round((A, B)), strict=True):
+        check_range(factors := recipe.round((A, B)), jobs[i].label)
+        for which, t in zip("AB", factors, strict=True):
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
     factor(jobs, keep, **compute)
