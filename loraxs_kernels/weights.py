@@ -243,7 +243,7 @@ def _made_anew(layer: nn.Module) -> None:
     training, layer.training = layer.training, False  # in which spectral_norm would change its vectors
     try:
         for hook in layer._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
+            if any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
                 hook(layer, ())
     finally:
         layer.training = training

@@ -529,9 +529,16 @@ def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
         assert snapshot(model) == before and torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize(
-    "made", [weight_normed, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 9)]
-)
+class Half(prune.BasePruningMethod):
+    """A user's own."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t, default_mask):
+        return default_mask * (t > t.median())
+
+
+@pytest.mark.parametrize("made", [weight_normed, nn.utils.spectral_norm, lambda m: Half.apply(m, "weight") and m])
 def test_a_weight_that_a_hook_makes_is_that_of_the_state_dict(made):
     """Before the first forward `weight` is still the one of the parameters that were there before it."""
     model, trained = made(nn.Linear(K, N)), made(nn.Linear(K, N))
