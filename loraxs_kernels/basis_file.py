@@ -169,7 +169,8 @@ def make_basis(
         rank: r of every module.
         out: the file to write, in one step: a new one, or a basis file, which is replaced.
         target_modules, exclude_modules: as in `attach`, on the names of the tensors without ".weight"; "all-linear" is
-            every matrix but embeddings and output embeddings, told by the last part of their names.
+            every matrix but embeddings and output embeddings, told by the last part of their names, and, with a
+            warning, those that are too small for the rank.
         seed, n_iter: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
@@ -184,6 +185,7 @@ def make_basis(
     check_replaces(out, "loraxs_basis", "LoRA-XS basis", "out")
     everything = is_everything(target_modules)
     jobs: list[Job] = []
+    small: dict[str, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
         if exclude_modules and matches(name, exclude_modules):
@@ -197,16 +199,28 @@ def make_basis(
                 f"target_modules: module {name!r} of {model} has a weight of shape {tuple(shape)} and dtype {kind}, "
                 "must be a matrix of bf16, fp16, fp32 or fp64; leave it out, or attach to the loaded model"
             )
-        check_rank(rank, f"module {name!r}", weight.shape)
+        check_rank(rank, f"module {name!r}", None if everything else weight.shape)
+        if rank > min(weight.shape):
+            small[name] = weight.shape
+            continue
         chosen = None if dtype in (None, weight.dtype) else dtype_name(dtype)
         recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=dtype_name(weight.dtype))
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
+    if small and not jobs:
+        check_rank(rank, f"module {min(small)!r}", small[min(small)])
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
     asked = [] if isinstance(target_modules, str) else target_modules
     if unused := [each for each in asked if not any(matches(job.recipe.name, [each]) for job in jobs)]:
         warnings.warn(f"target_modules: no module matches {', '.join(unused)}", stacklevel=2)
+    if small:
+        shape = " x ".join(map(str, small[min(small)]))
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(small)} modules that are too small for rank {rank}; the "
+            f"first is {min(small)!r}, of shape {shape}",
+            stacklevel=2,
+        )
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
         recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype
