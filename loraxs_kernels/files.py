@@ -15,6 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -69,7 +70,8 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
         except BaseException:
             Path(f.name).unlink(missing_ok=True)
             raise
-    if os.name == "posix":  # the rename itself, too
+    # The rename itself, too, where that can be: network file systems refuse it for a folder, Windows has no such thing.
+    with suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -137,6 +138,19 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
 
     assert os.waitpid(forked(write), 0)[1] == 0
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_alone(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff{}", b'{"a":' * 20000, b"[" + b"9" * 5000 + b"]", b"null"])
