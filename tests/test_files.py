@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from loraxs_kernels import files
 from loraxs_kernels.files import read_json, target_of, write_atomically
 
 
@@ -138,6 +139,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
 
     assert os.waitpid(forked(write), 0)[1] == 0
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_system_that_does_not_know_its_files_again_ends_in_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_WRITERS", 9)
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with pytest.raises(OSError, match=f"no new file can be made beside it that stays where it is: '{tmp_path / 'a'}'"):
+        write_atomically(tmp_path / "a", b"new")
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch):
