@@ -149,6 +149,7 @@ def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Ba
     return found
 
 
+@torch.inference_mode(False)  # or what is made could never be trained through
 def install(
     model: M,
     options: Mapping[str, Mapping[str, Any]],
