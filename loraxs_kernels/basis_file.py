@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from .files import (
 )
 from .matching import check_patterns, is_everything, matches, warn_of_unmatched
 from .naming import FLOATS, as_dtype, dtype_name, label_of
-from .recipe import Factors, Recipe, as_header, check_rank, modules_in
+from .recipe import Factors, Recipe, as_header, check_range, check_rank, modules_in
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -167,7 +168,8 @@ def make_basis(
         rank: r of every module.
         out: the file to write, in one step: a new one, or a basis file, which is replaced.
         target_modules, exclude_modules: as in `attach`, on the names of the tensors without ".weight"; "all-linear" is
-            every matrix but embeddings and output embeddings, told by the last part of their names.
+            every matrix but embeddings and output embeddings, told by the last part of their names, and, with a
+            warning, those that are too small for the rank.
         seed, n_iter: of `truncated_svd`.
         dtype: of A and B; None: of each weight.
         weight_dtype: that the model will be loaded in, to which weights are rounded first; None: as they are stored.
@@ -183,6 +185,7 @@ def make_basis(
     check_replaces(out, "loraxs_basis", "LoRA-XS basis", "out")
     everything = is_everything(target_modules)
     jobs: list[Job] = []
+    small: dict[str, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
         if exclude_modules and matches(name, exclude_modules):
@@ -196,18 +199,31 @@ def make_basis(
                 f"target_modules: module {name!r} of {model} has a weight of shape {tuple(shape)} and dtype {kind}, "
                 "must be a matrix of bf16, fp16, fp32 or fp64; leave it out, or attach to the loaded model"
             )
-        check_rank(rank, label_of(name), weight.shape)
+        check_rank(rank, label_of(name), None if everything else weight.shape)
+        if rank > min(weight.shape):
+            small[name] = weight.shape
+            continue
         chosen = None if dtype in (None, weight.dtype) else dtype_name(dtype)
         recipe = Recipe("svd", seed, name, chosen, n_iter=n_iter, weight_dtype=dtype_name(weight.dtype))
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
+    if small and not jobs:
+        check_rank(rank, f"module {min(small)!r}", small[min(small)])
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
     warn_of_unmatched(weights, 3, target_modules=target_modules, exclude_modules=exclude_modules)
+    if small:
+        shape = " x ".join(map(str, small[min(small)]))
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {len(small)} modules that are too small for rank {rank}; the "
+            f"first is {min(small)!r}, of shape {shape}",
+            stacklevel=2,
+        )
 
     def keep(i: int, A: Tensor, B: Tensor) -> None:
         recipe, to = jobs[i].recipe, dtype or jobs[i].weight.dtype
-        for which, t in zip("AB", recipe.round((A, B)), strict=True):
+        check_range(factors := recipe.round((A, B)), jobs[i].label)
+        for which, t in zip("AB", factors, strict=True):
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
     factor(jobs, keep, **compute)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -34,6 +34,7 @@ except ImportError:  # Windows
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
+MOST_WRITERS = 64  # names that are tried: a file system that does not know its own files again would take any number
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
 
@@ -50,7 +51,7 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
         _replace(target, parts)
     except OSError as error:
         if error.errno:  # a full disk has no name, and the temporary file has one that says nothing
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -69,7 +70,8 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
         except BaseException:
             Path(f.name).unlink(missing_ok=True)
             raise
-    if os.name == "posix":  # the rename itself, too
+    # The rename itself, too, where that can be: network file systems refuse it for a folder, Windows has no such thing.
+    with suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -131,11 +133,10 @@ def _temporary(target: Path) -> FileIO:
     left is found without reading the folder.
     """
     stem = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    paths = (target.with_name(f".loraxs-{stem}-{i}.tmp") for i in itertools.count())
-    first = list(itertools.islice(paths, WRITERS))
-    for path in first:
+    paths = [target.with_name(f".loraxs-{stem}-{i}.tmp") for i in range(MOST_WRITERS)]
+    for path in paths[:WRITERS]:
         _remove_if_left(path)
-    for path in itertools.chain(first, paths):
+    for path in paths:
         try:
             f = open(path, "xb", buffering=0)  # noqa: SIM115
         except FileExistsError:  # another process is writing the same file
@@ -144,6 +145,7 @@ def _temporary(target: Path) -> FileIO:
         if _is_at(path, f):  # else another process took it for a leftover, before it was locked
             return f
         f.close()
+    raise OSError(errno.EBUSY, "no new file can be made beside it that stays where it is", str(target))
 
 
 def _remove_if_left(temporary: Path) -> None:

@@ -158,7 +158,6 @@ class LoraXSLinear(PaddedB):
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
-            check_range((A, B), label)
             kept = None if W is None or dtype == W.dtype else dtype_name(dtype)
             recipe = replace(recipe, dtype=kept, weight_dtype=None if W is None else dtype_name(W.dtype))
         else:
@@ -212,7 +211,8 @@ class LoraXSLinear(PaddedB):
 
     @torch.no_grad()
     def reset_R(self) -> None:
-        """Draw R again."""
+        """Draw R again, for an A and B that are made: ValueError where their dtype could not hold them."""
+        check_range((self.A, self.B), self.label)
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -243,7 +243,7 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
 
     factor(jobs, deliver, **compute)
     for layer in made:
-        layer.reset_R()  # only now: it comes from the host, and each would have waited for the GPU
+        layer.reset_R()  # only now: it comes from the host and looks at A and B, and each would have waited for the GPU
     for layer, like in others:
         layer.reset_parameters((like.A, like.B))
     for layer in layers:

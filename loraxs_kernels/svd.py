@@ -123,7 +123,7 @@ def truncated_svd(
     have no effect.  The same call gives the same bits with the same device, libraries and number of threads.  A
     different device, a different number of threads, or other weights in the batch change only the rounding: U S Vh by
     1e-5, B R A by less than 1e-4, or more if singular values are so close that their vectors are not determined better.
-    Singular values that are zero to working precision get orthonormal vectors, too.
+    Singular values that are zero to working precision get orthonormal vectors, too.  No gradient reaches W.
 
     Args:
         W: (..., m, n), bf16, fp16, fp32 or fp64, finite.  With CUDA and torch 2.8 or later a W in half precision is

@@ -244,7 +244,7 @@ def _made_anew(layer: nn.Module) -> None:
     training, layer.training = layer.training, False  # in which spectral_norm would change its vectors
     try:
         for hook in layer._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
+            if any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
                 hook(layer, ())
     finally:
         layer.training = training
@@ -346,7 +346,12 @@ def _gathered(weight: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
 def _dense(weight: Tensor) -> Tensor:
     if is_dtensor(weight):
         return _dense(whole(weight))
-    return weight.dequantize() if _dequantises(weight) else weight
+    if not _dequantises(weight):
+        return weight
+    # The `dequantize` of torchao's NF4Tensor is of something else.  Its AWQ and SmoothQuant scale the input of a layer,
+    # which is to scale the columns of its weight.
+    W, of_input = getattr(weight, "get_original_weight", weight.dequantize)(), getattr(weight, "act_pre_scale", None)
+    return W if of_input is None else W.float() * of_input.float()
 
 
 def _dequantises(weight: Tensor) -> bool:

@@ -192,6 +192,22 @@ def test_quantised_checkpoints_are_refused_and_not_skipped(tmp_path, dtype):
     assert make_basis(tmp_path, 4, tmp_path / "basis.safetensors", exclude_modules=["q_proj"]) == ["0.gate"]
 
 
+def test_all_linear_leaves_out_what_is_too_small_for_the_rank(tmp_path):
+    state = {"up.weight": torch.randn(32, 48), "gate.weight": torch.randn(1, 48)}  # as of some mixtures of experts
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="leaves out 1 modules .* for rank 4; the first is 'gate', of shape 1 x 48"):
+        assert make_basis(tmp_path, 4, tmp_path / "basis.safetensors") == ["up"]
+    with pytest.raises(ValueError, match="rank: got 4 for module 'gate' of shape 1 x 48, must be at most 1"):
+        make_basis(tmp_path, 4, tmp_path / "basis.safetensors", target_modules=["up", "gate"])
+
+
+def test_factors_past_the_range_of_fp16_are_refused(tmp_path):
+    safetensors.torch.save_file({"up.weight": torch.full((32, 48), 3e4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"dtype: got float16 for A and B of module 'up', .* must be another dtype"):
+        make_basis(tmp_path, 4, tmp_path / "basis.safetensors", dtype="float16")
+    assert not (tmp_path / "basis.safetensors").exists()
+
+
 def test_a_rank_that_is_no_integer_is_refused_before_anything_is_computed(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(basis_file, "factor", lambda *_, **__: pytest.fail("computes"))
     for rank in ("4", None, 0, np.int64(4)):

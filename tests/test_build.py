@@ -157,6 +157,12 @@ REFUSED_BY_CMAKE = {
 }
 
 
+def test_an_old_setuptools_is_refused_in_one_sentence():
+    refused = run(PYTHON, "-c", "import setuptools; setuptools.__version__ = '65.5.0'; import setup", cwd=ROOT)
+    message = "loraxs_kernels: setuptools: got 65.5.0, must be 77 or later: pip install -U setuptools\n"
+    assert (refused.returncode, refused.stderr) == (1, message)
+
+
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("way", [("-c", BACKEND), ("setup.py", "build_ext", "--inplace")], ids=["pip", "setup.py"])
 def test_what_cannot_be_is_refused_in_one_sentence(way, settings, message, source):

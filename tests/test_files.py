@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from loraxs_kernels import files
 from loraxs_kernels.files import read_json, target_of, write_atomically
 
 
@@ -132,11 +134,31 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
     def write() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        with pytest.raises(OSError, match=f"too large: '{path}'"):
+        with pytest.raises(OSError, match=f"too large: '{path}'$"):
             write_atomically(path, b"new" * 10000)
 
     assert os.waitpid(forked(write), 0)[1] == 0
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_system_that_does_not_know_its_files_again_ends_in_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_WRITERS", 9)
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with pytest.raises(OSError, match=f"no new file can be made beside it that stays where it is: '{tmp_path / 'a'}'"):
+        write_atomically(tmp_path / "a", b"new")
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_alone(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff{}", b'{"a":' * 20000, b"[" + b"9" * 5000 + b"]", b"null"])

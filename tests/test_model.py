@@ -88,6 +88,17 @@ def test_attach_says_what_its_arguments_did_not_do(bert):
         lx.attach(MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40)), 4, target_modules="all-linear")
 
 
+def test_what_is_attached_in_inference_mode_trains(tmp_path):
+    model, other = (nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        lx.save_adapter(lx.attach(model, 4), tmp_path / "adapter.safetensors")
+        lx.load_adapter(other, tmp_path / "adapter.safetensors")
+    for each in (model, other):
+        each(torch.randn(3, 8)).sum().backward()
+        assert each[0].R.grad.any()
+
+
 def test_the_name_of_a_model_is_no_model(tmp_path):
     for call, *more in ((lx.attach, 4), (lx.summary,), (lx.save_adapter, tmp_path), (lx.load_adapter, tmp_path)):
         with pytest.raises(TypeError, match=r"model: got 'gpt2', must be an nn\.Module"):

@@ -136,6 +136,20 @@ def test_what_is_read_is_what_the_quantised_layer_computes_with(kind):
     assert layer.weight is weight and type(weight) is not nn.Parameter
 
 
+def test_a_scale_of_the_input_belongs_to_the_weight():
+    """As of torchao's AWQ and SmoothQuant."""
+    layer = torchao(nn.Linear(K, N), 8)
+    layer.weight.act_pre_scale = torch.linspace(0.5, 2, K)
+    torch.testing.assert_close(weight_of(layer).read(), effective(layer), rtol=1e-4, atol=1e-4)
+
+
+def test_torchaos_nf4_is_read():
+    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    layer = nn.Linear(K, N, bias=False)
+    layer.weight = nn.Parameter(nf4.to_nf4(layer.weight.detach().bfloat16(), 64, 4), requires_grad=False)
+    torch.testing.assert_close(weight_of(layer).read(), layer(torch.eye(K).bfloat16()).t())
+
+
 def test_4bit_layers_say_their_dtype_and_lose_nothing_by_it(bnb):
     linear = nn.Linear(K, N)
     exact = weight_of(linear4bit(linear, compute_dtype=torch.float16)).read()
@@ -515,9 +529,16 @@ def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
         assert snapshot(model) == before and torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize(
-    "made", [weight_normed, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 9)]
-)
+class Half(prune.BasePruningMethod):
+    """A user's own."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t, default_mask):
+        return default_mask * (t > t.median())
+
+
+@pytest.mark.parametrize("made", [weight_normed, nn.utils.spectral_norm, lambda m: Half.apply(m, "weight") and m])
 def test_a_weight_that_a_hook_makes_is_that_of_the_state_dict(made):
     """Before the first forward `weight` is still the one of the parameters that were there before it."""
     model, trained = made(nn.Linear(K, N)), made(nn.Linear(K, N))
