@@ -654,11 +654,14 @@ def test_a_checkpointed_call_with_names_is_made_again(model, bank):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch.jit has to say
-def test_a_trace_in_a_selection_is_refused(tmp_path):
+def test_a_trace_in_a_selection_and_an_export_are_refused(tmp_path):
     with bank_of_one_layer(tmp_path) as bank:
         model, x = bank.attach(nn.Sequential(copy.deepcopy(PLAIN)), progress=False), torch.randn(2, 8)
         with bank.select(["alice", None]), pytest.raises(RuntimeError, match="adapters are selected, which would be"):
             torch.jit.trace(model, x, check_trace=False)
+        for part in (model, model[0]):
+            with pytest.raises(RuntimeError, match=r"torch\.export: the model has a bank"):
+                torch.export.export(part, (x,), strict=False)
 
 
 @torch.no_grad()

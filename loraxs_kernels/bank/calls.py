@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .seat import refuse_export
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_export()
         return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
 
     @wraps(kind.forward)
