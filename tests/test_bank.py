@@ -867,6 +867,9 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         step(again)
         for p, value in zip(training.parameters, expected, strict=True):
             torch.testing.assert_close(p.detach(), value)
+        training.device = torch.device("meta")  # in the place of a GPU, for a state that was read into memory
+        again.load_state_dict(state)
+        assert again.state[training.parameters[0]]["step"].is_meta
 
 
 def test_gradients_decide_which_adapters_a_step_changes(model, bank):
