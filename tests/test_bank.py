@@ -528,6 +528,34 @@ def test_batches_that_a_model_makes_of_the_samples_itself(base, tuned, bank):
                 model.init_continuous_batching(adapter_ids=names)
 
 
+def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
+    class Own(type(base)):
+        def scored(self, ids, **kwargs):
+            return self(ids, **kwargs).logits
+
+        def features(self, ids, **_):
+            return self(ids).logits
+
+        @staticmethod
+        def named(**names):
+            return names
+
+    class Narrower(Own):
+        def scored(self, ids):
+            return self(ids, adapter_ids=["bob"] * 4).logits
+
+    names = ["alice", None, "bob", "eve"]
+    model, narrower = Own(base.config).eval(), Narrower(base.config).eval()
+    for each in (model, narrower):
+        each.load_state_dict(base.state_dict())
+        bank.attach(each, progress=False)
+    with torch.no_grad():
+        for call in (model.scored, model.features, narrower.features):
+            assert_close(call(IDS, adapter_ids=names), alone(tuned, names))
+        assert_close(narrower.scored(IDS), alone(tuned, ["bob"] * 4))
+    assert model.named(adapter_ids=1) == {"adapter_ids": 1}
+
+
 class Routed(nn.Module):
     def __init__(self):
         super().__init__()

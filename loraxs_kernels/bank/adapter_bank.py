@@ -87,7 +87,8 @@ class AdapterBank(Store):
 
         Returns:
             `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
-            does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
+            do its methods with **kwargs, such as get_text_features, and `generate` of transformers' models, with one
+            name for each prompt.  Without `adapter_ids`, and outside
             of `select`, the model computes as before: as the base model, or with the adapters that it had.  But the
             modules_to_save of a base model, such as a head of its own, are the bank's from here on, after `detach`,
             too.

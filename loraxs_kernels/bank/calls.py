@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,13 +58,18 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
         refuse_export()
         return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
 
-    @wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_ids" not in kwargs:  # which `__call__` has taken out
-            return kind.forward(self, *args, **kwargs)
-        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.forward, self, args, kwargs)
+    def taking(run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "adapter_ids" not in kwargs:  # which `__call__` has taken out
+                return run(self, *args, **kwargs)
+            return (uncompiled if torch.compiler.is_compiling() else inside)(run, self, args, kwargs)
 
-    body = {"__call__": __call__, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        return method
+
+    body = {name: taking(run) for name, run in methods_with_kwargs(kind).items()}
+    body |= {"__call__": __call__, "forward": taking(kind.forward)}
+    body |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
     body["__qualname__"] = kind.__qualname__
     if callable(getattr(kind, "generate", None)):
 
@@ -82,6 +88,18 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
         body |= {name: unpacked(getattr(kind, name)) for name in PACKED if hasattr(kind, name)}
     made = type(kind.__name__, (kind,), body)
     return made
+
+
+def methods_with_kwargs(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of a model, such as get_text_features, that would take `adapter_ids` for one of their **kwargs."""
+    own = (each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "transformers.")))
+    models = (each for each in kind.__mro__ if each.__module__.startswith("transformers.models."))
+    found = {}
+    for name in {name for each in (*own, *models) for name in vars(each) if not name.startswith("_")}:
+        run = inspect.getattr_static(kind, name)
+        if isinstance(run, FunctionType) and inspect.getfullargspec(run).varkw is not None:
+            found[name] = run
+    return found
 
 
 def unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
