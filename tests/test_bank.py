@@ -714,6 +714,34 @@ def test_media_beside_text_are_told_by_their_names(tmp_path):
                 model(*args, adapter_ids=["alice", None], **kwargs)
 
 
+@torch.no_grad()
+def test_generation_with_any_number_of_images_for_a_sample(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    parts = {
+        "vision_config": transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        "text_config": transformers.LlamaConfig(**sizes, vocab_size=32),
+    }
+    torch.manual_seed(0)
+    plain = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**parts, image_token_index=31)).eval()
+    ids, pixels = torch.randint(30, (2, 9)), torch.randn(2, 3, 16, 16)
+    ids[0, :8] = 31  # both images are the first sample's
+    inputs = {"attention_mask": torch.ones_like(ids), "pixel_values": pixels, "max_new_tokens": 2, "do_sample": False}
+    for targets, refused in ((r".*(language_model.*q_proj|lm_head)", False), (r".*q_proj", True)):
+        attached = lx.attach(copy.deepcopy(plain), 2, target_modules=targets, progress=False)
+        for _, layer in adapted_layers(attached):
+            nn.init.normal_(layer.R)
+        with lx.AdapterBank.create(tmp_path / f"bank{refused}", attached) as bank:
+            bank.add("alice", attached)
+            model = bank.attach(copy.deepcopy(plain), progress=False)
+            if refused:
+                with pytest.raises(ValueError, match=r"for one batch with images or sounds, and module 'model\.vision"):
+                    model.generate(ids, adapter_ids=["alice", None], **inputs)
+                continue
+            found = model.generate(ids, adapter_ids=["alice", None], **inputs)
+            assert torch.equal(found[0], attached.generate(ids, **inputs)[0])
+            assert torch.equal(found[1], plain.generate(ids, **inputs)[1])
+
+
 PLAIN = nn.Linear(8, 8)
 
 

@@ -139,16 +139,10 @@ def calling(
         if selection.mixed:
             if attached.unmixed is not None:
                 raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-            given = {**kwargs}
-            if attached.beside and args:
-                given |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
-            has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
-            if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
-                raise ValueError(
-                    "adapter_ids: got different adapters for one batch with images or sounds, and module "
-                    f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
-                    "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
-                )
+            given = (
+                dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if attached.beside else {}
+            )
+            _refuse_media(attached, given | {**kwargs})
         expected = (samples, samples and samples * selection.factor)
         known = batch is not None and samples is not None and selection.counted and (attached.whole or selection.mixed)
         if known and batch[0] not in expected:
@@ -157,6 +151,17 @@ def calling(
             )
         with selection.during(batch, selection.factor, selection.counted):
             yield
+
+
+def _refuse_media(attached: Attached, given: Mapping[str, Any]) -> None:
+    """ValueError for media beside text, of which a sample may have any number, where the bank's layers get them."""
+    has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
+    if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
+        raise ValueError(
+            "adapter_ids: got different adapters for one batch with images or sounds, and module "
+            f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by sample; leave "
+            "it out of the bank (exclude_modules), or use one adapter for the batch"
+        )
 
 
 @contextmanager
@@ -177,6 +182,8 @@ def generating(
                 "custom_generate, or a generate that is the model's own, may change the order of the samples"
             )
         prompts = kwargs.get("inputs", args[0] if args else None)
+        if selection.mixed:  # here, since it may make features of the media before it calls the model
+            _refuse_media(model.loraxs_bank, {getattr(model, "main_input_name", "inputs"): prompts} | {**kwargs})
         prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
         if prompts is not None and selection.samples not in (None, prompts[0]):
             raise ValueError(
