@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 PACKED = ("generate_batch", "init_continuous_batching")
 # In the names of a model's arguments of which a sample may have any number.
-MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^image$")
+MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^(image|video|sound)s?$")
 
 
 @dataclass(frozen=True)
