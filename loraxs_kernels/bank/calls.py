@@ -142,7 +142,7 @@ def calling(
             given = (
                 dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if attached.beside else {}
             )
-            _refuse_media(attached, given | {**kwargs})
+            _refuse_mixed(attached, given | {**kwargs})
         expected = (samples, samples and samples * selection.factor)
         known = batch is not None and samples is not None and selection.counted and (attached.whole or selection.mixed)
         if known and batch[0] not in expected:
@@ -153,8 +153,13 @@ def calling(
             yield
 
 
-def _refuse_media(attached: Attached, given: Mapping[str, Any]) -> None:
-    """ValueError for media beside text, of which a sample may have any number, where the bank's layers get them."""
+def _refuse_mixed(attached: Attached, given: Mapping[str, Any]) -> None:
+    """ValueError where the samples of a batch cannot have different adapters.
+
+    given: the arguments.  Of images or sounds beside text a sample may have any number.
+    """
+    if attached.unmixed is not None:
+        raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
     has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
     if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
         raise ValueError(
@@ -182,8 +187,8 @@ def generating(
                 "custom_generate, or a generate that is the model's own, may change the order of the samples"
             )
         prompts = kwargs.get("inputs", args[0] if args else None)
-        if selection.mixed:  # here, since it may make features of the media before it calls the model
-            _refuse_media(model.loraxs_bank, {getattr(model, "main_input_name", "inputs"): prompts} | {**kwargs})
+        if selection.mixed:  # here, since it may call parts of the model by themselves, such as that for images
+            _refuse_mixed(model.loraxs_bank, {getattr(model, "main_input_name", "inputs"): prompts} | {**kwargs})
         prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
         if prompts is not None and selection.samples not in (None, prompts[0]):
             raise ValueError(
