@@ -255,6 +255,8 @@ def test_a_batch_that_cannot_be_is_refused_before_anything_runs(model, bank, nam
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(error, match=message):
         model(IDS, adapter_ids=names)
+    with pytest.raises(TypeError, match="adapter_names: is an argument of PEFT's"):
+        model(IDS, adapter_names=names)
     assert not ran and not bank.is_open()
 
 

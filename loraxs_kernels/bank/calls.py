@@ -131,6 +131,8 @@ def calling(
     attached = model.loraxs_bank
     if attached.whole:
         attached.bank.know(model)
+    if "adapter_names" in kwargs:  # which most models would ignore
+        raise TypeError("adapter_names: is an argument of PEFT's; the names of a bank's adapters are adapter_ids")
     with _selecting(attached.bank, names) as selection:
         if selection is None:
             yield
