@@ -452,6 +452,10 @@ def test_torch_compile_runs_the_layers_as_they_are(model, tuned, bank):
     compiled = torch.compile(model, backend="eager")
     for names in (["alice", "bob", None, "carol"], ["bob", "alice", "dave", None]):
         assert_close(compiled(IDS, adapter_ids=names).logits, alone(tuned, names))
+    bank.detach(model)
+    assert_close(compiled(IDS).logits, alone(tuned, [None] * 4))
+    with pytest.raises(ValueError, match="for a model whose bank was detached"):
+        compiled(IDS, adapter_ids=["alice"] * 4)
     torch._dynamo.reset()
 
 

@@ -128,7 +128,12 @@ def calling(
     model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
     """Around a call of the model, or of a transformers model inside of it."""
-    attached = model.loraxs_bank
+    attached = model.__dict__.get("loraxs_bank")
+    if attached is None and names is None:  # of a model that was compiled before the bank was detached
+        yield
+        return
+    if attached is None:
+        raise ValueError("adapter_ids: got names for a model whose bank was detached")
     if attached.whole:
         attached.bank.know(model)
     if "adapter_names" in kwargs:  # which most models would ignore
