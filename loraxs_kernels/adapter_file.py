@@ -356,7 +356,11 @@ def attach_as(
     modules = by_base_name(model)
     for name in [*entries, *modules_to_save]:
         if name not in modules:
-            raise ValueError(f"model: has no module {name!r}, but the adapter has: it is for a different base model")
+            like = next((each for each in modules if each.endswith(f".{name}") or name.endswith(f".{each}")), None)
+            part = f", or one of the two is a part of the other: there is {like!r} here" if like else ""
+            raise ValueError(
+                f"model: has no module {name!r}, but the adapter has: it is for a different base model{part}"
+            )
         if not name:
             raise ValueError(
                 "model: is a layer without an adapter, but the file holds the adapter of a single LoraXSLinear; pass "

@@ -29,7 +29,7 @@ def inspected(path: str, revision: str | None = None) -> dict[str, Any]:
     Everything is checked as it is when it is loaded, its checksum first.  Raises FileNotFoundError and ValueError,
     naming the file, as `load_adapter` does, and ImportError for a bank without lmdb.
     """
-    if (Path(path) / "data.mdb").is_file():
+    if (Path(path) / "data.mdb").is_file() and revision is None:
         return _bank(path)
     file = local_file(path, revision)
     kind = _kind(file)

@@ -272,6 +272,11 @@ def test_what_trains_and_is_in_no_file_is_named(trained):
     assert seen[0].filename == __file__
 
 
+def test_an_adapter_of_a_part_is_told_by_the_names(trained):
+    with pytest.raises(ValueError, match=r"no module '0', but .* is a part of the other: there is 'model\.0' here"):
+        lx.load_adapter(nn.ModuleDict({"model": mlp()}), trained[1])
+
+
 def test_what_is_offloaded_is_neither_loaded_nor_saved(trained, tmp_path):
     """As accelerate leaves parameters that it has offloaded: copy_ into them does nothing, and says nothing."""
     model, file = trained

@@ -256,6 +256,8 @@ def test_a_batch_that_cannot_be_is_refused_before_anything_runs(model, bank, nam
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(error, match=message):
         model(IDS, adapter_ids=names)
+    with pytest.raises(TypeError, match="adapter_names: is an argument of PEFT's"):
+        model(IDS, adapter_names=names)
     assert not ran and not bank.is_open()
 
 
@@ -473,6 +475,10 @@ def test_torch_compile_runs_the_layers_as_they_are(model, tuned, bank):
     compiled = torch.compile(model, backend="eager")
     for names in (["alice", "bob", None, "carol"], ["bob", "alice", "dave", None]):
         assert_close(compiled(IDS, adapter_ids=names).logits, alone(tuned, names))
+    bank.detach(model)
+    assert_close(compiled(IDS).logits, alone(tuned, [None] * 4))
+    with pytest.raises(ValueError, match="for a model whose bank was detached"):
+        compiled(IDS, adapter_ids=["alice"] * 4)
     torch._dynamo.reset()
 
 
@@ -549,6 +555,34 @@ def test_batches_that_a_model_makes_of_the_samples_itself(base, tuned, bank):
                 model.generate_batch(IDS.tolist(), adapter_ids=names)
             with pytest.raises(ValueError, match=r"init_continuous_batching \(continuous batching\)"):
                 model.init_continuous_batching(adapter_ids=names)
+
+
+def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
+    class Own(type(base)):
+        def scored(self, ids, **kwargs):
+            return self(ids, **kwargs).logits
+
+        def features(self, ids, **_):
+            return self(ids).logits
+
+        @staticmethod
+        def named(**names):
+            return names
+
+    class Narrower(Own):
+        def scored(self, ids):
+            return self(ids, adapter_ids=["bob"] * 4).logits
+
+    names = ["alice", None, "bob", "eve"]
+    model, narrower = Own(base.config).eval(), Narrower(base.config).eval()
+    for each in (model, narrower):
+        each.load_state_dict(base.state_dict())
+        bank.attach(each, progress=False)
+    with torch.no_grad():
+        for call in (model.scored, model.features, narrower.features):
+            assert_close(call(IDS, adapter_ids=names), alone(tuned, names))
+        assert_close(narrower.scored(IDS), alone(tuned, ["bob"] * 4))
+    assert model.named(adapter_ids=1) == {"adapter_ids": 1}
 
 
 class Routed(nn.Module):
@@ -687,11 +721,14 @@ def test_a_checkpointed_call_with_names_is_made_again(model, bank):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch.jit has to say
-def test_a_trace_in_a_selection_is_refused(tmp_path):
+def test_a_trace_in_a_selection_and_an_export_are_refused(tmp_path):
     with bank_of_one_layer(tmp_path) as bank:
         model, x = bank.attach(nn.Sequential(copy.deepcopy(PLAIN)), progress=False), torch.randn(2, 8)
         with bank.select(["alice", None]), pytest.raises(RuntimeError, match="adapters are selected, which would be"):
             torch.jit.trace(model, x, check_trace=False)
+        for part in (model, model[0]):
+            with pytest.raises(RuntimeError, match=r"torch\.export: the model has a bank"):
+                torch.export.export(part, (x,), strict=False)
 
 
 @torch.no_grad()
@@ -714,6 +751,34 @@ def test_media_beside_text_are_told_by_their_names(tmp_path):
         for args, kwargs in (((ids, sounds), {}), ((), {"input_ids": ids, "audio_input_features": sounds})):
             with pytest.raises(ValueError, match="for one batch with images or sounds, and module '0'"):
                 model(*args, adapter_ids=["alice", None], **kwargs)
+
+
+@torch.no_grad()
+def test_generation_with_any_number_of_images_for_a_sample(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    parts = {
+        "vision_config": transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        "text_config": transformers.LlamaConfig(**sizes, vocab_size=32),
+    }
+    torch.manual_seed(0)
+    plain = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**parts, image_token_index=31)).eval()
+    ids, pixels = torch.randint(30, (2, 9)), torch.randn(2, 3, 16, 16)
+    ids[0, :8] = 31  # both images are the first sample's
+    inputs = {"attention_mask": torch.ones_like(ids), "pixel_values": pixels, "max_new_tokens": 2, "do_sample": False}
+    for targets, refused in ((r".*(language_model.*q_proj|lm_head)", False), (r".*q_proj", True)):
+        attached = lx.attach(copy.deepcopy(plain), 2, target_modules=targets, progress=False)
+        for _, layer in adapted_layers(attached):
+            nn.init.normal_(layer.R)
+        with lx.AdapterBank.create(tmp_path / f"bank{refused}", attached) as bank:
+            bank.add("alice", attached)
+            model = bank.attach(copy.deepcopy(plain), progress=False)
+            if refused:
+                with pytest.raises(ValueError, match=r"for one batch with images or sounds, and module 'model\.vision"):
+                    model.generate(ids, adapter_ids=["alice", None], **inputs)
+                continue
+            found = model.generate(ids, adapter_ids=["alice", None], **inputs)
+            assert torch.equal(found[0], attached.generate(ids, **inputs)[0])
+            assert torch.equal(found[1], plain.generate(ids, **inputs)[1])
 
 
 PLAIN = nn.Linear(8, 8)
@@ -897,6 +962,9 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         step(again)
         for p, value in zip(training.parameters, expected, strict=True):
             torch.testing.assert_close(p.detach(), value)
+        training.device = torch.device("meta")  # in the place of a GPU, for a state that was read into memory
+        again.load_state_dict(state)
+        assert again.state[training.parameters[0]]["step"].is_meta
 
 
 def test_gradients_decide_which_adapters_a_step_changes(model, bank):

@@ -108,6 +108,8 @@ def test_a_bank(model, capsys):
     assert "  adapters           2" in inspected(capsys, "bank").splitlines()
     assert main(["inspect", "bank/basis.safetensors"]) == 1
     assert "is a part of a bank; inspect its folder, bank" in capsys.readouterr().err
+    assert main(["inspect", "bank", "--revision", "v2"]) == 1
+    assert "revision: got 'v2' for the local path bank" in capsys.readouterr().err
 
 
 def test_an_adapter_of_the_hub(model, capsys, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import adapter_file
 from ..factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from ..linear import LoraXSLinear
-from ..matching import adapted_layers, has_adapters, unwrapped, why_not_mixed
+from ..matching import adapted_layers, embeddings, has_adapters, unwrapped, why_not_mixed
 from ..model import detach
 from ..naming import aliases
 from ..sharding import assign, whole
@@ -87,10 +87,10 @@ class AdapterBank(Store):
 
         Returns:
             `model`.  Its call takes `adapter_ids`, a list with one name for each sample (None: the base model), and so
-            does `generate` of transformers' models, with one name for each prompt.  Without `adapter_ids`, and outside
-            of `select`, the model computes as before: as the base model, or with the adapters that it had.  But the
-            modules_to_save of a base model, such as a head of its own, are the bank's from here on, after `detach`,
-            too.
+            do its methods with **kwargs, such as get_text_features, and `generate` of transformers' models, with one
+            name for each prompt.  Without `adapter_ids`, and outside of `select`, the model computes as before: as the
+            base model, or with the adapters that it had.  But the modules_to_save of a base model, such as a head of
+            its own, are the bank's from here on, after `detach`, too.
 
         Raises:
             TypeError, ValueError: an argument or a module is wrong, or the model has a bank already.
@@ -150,7 +150,8 @@ class AdapterBank(Store):
                 decoder = model.get_decoder()
                 if any(map(MEDIA.search, inspect.signature(decoder.forward).parameters)):  # its parts for media, too
                     decoder = getattr(decoder, "layers", None)
-            inside = set() if decoder is None else {id(m) for m in decoder.modules()}
+            inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
+            inside.add(id(embeddings(model, "output")))  # which gets what comes out of the decoder
             beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
             told = {"put_on": put_on, "trained": trained, "unmixed": why_not_mixed(model), "beside": beside}
             for part in [*parts, model]:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .seat import refuse_export
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 PACKED = ("generate_batch", "init_continuous_batching")
 # In the names of a model's arguments of which a sample may have any number.
-MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^image$")
+MEDIA = re.compile("pixel|patches|input_features|input_values|audio_|^(image|video|sound)s?$")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_export()
         return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
 
-    @wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_ids" not in kwargs:  # which `__call__` has taken out
-            return kind.forward(self, *args, **kwargs)
-        return (uncompiled if torch.compiler.is_compiling() else inside)(kind.forward, self, args, kwargs)
+    def taking(run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "adapter_ids" not in kwargs:  # which `__call__` has taken out
+                return run(self, *args, **kwargs)
+            return (uncompiled if torch.compiler.is_compiling() else inside)(run, self, args, kwargs)
 
-    body = {"__call__": __call__, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        return method
+
+    body = {name: taking(run) for name, run in methods_with_kwargs(kind).items()}
+    body |= {"__call__": __call__, "forward": taking(kind.forward)}
+    body |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
     body["__qualname__"] = kind.__qualname__
     if callable(getattr(kind, "generate", None)):
 
@@ -80,6 +88,18 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
         body |= {name: unpacked(getattr(kind, name)) for name in PACKED if hasattr(kind, name)}
     made = type(kind.__name__, (kind,), body)
     return made
+
+
+def methods_with_kwargs(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of a model, such as get_text_features, that would take `adapter_ids` for one of their **kwargs."""
+    own = (each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "transformers.")))
+    models = (each for each in kind.__mro__ if each.__module__.startswith("transformers.models."))
+    found = {}
+    for name in {name for each in (*own, *models) for name in vars(each) if not name.startswith("_")}:
+        run = inspect.getattr_static(kind, name)
+        if isinstance(run, FunctionType) and inspect.getfullargspec(run).varkw is not None:
+            found[name] = run
+    return found
 
 
 def unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,9 +128,16 @@ def calling(
     model: nn.Module, names: Sequence[str | None] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
     """Around a call of the model, or of a transformers model inside of it."""
-    attached = model.loraxs_bank
+    attached = model.__dict__.get("loraxs_bank")
+    if attached is None and names is None:  # of a model that was compiled before the bank was detached
+        yield
+        return
+    if attached is None:
+        raise ValueError("adapter_ids: got names for a model whose bank was detached")
     if attached.whole:
         attached.bank.know(model)
+    if "adapter_names" in kwargs:  # which most models would ignore
+        raise TypeError("adapter_names: is an argument of PEFT's; the names of a bank's adapters are adapter_ids")
     with _selecting(attached.bank, names) as selection:
         if selection is None:
             yield
@@ -119,16 +146,10 @@ def calling(
         if selection.mixed:
             if attached.unmixed is not None:
                 raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
-            given = {**kwargs}
-            if attached.beside and args:
-                given |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
-            has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
-            if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
-                raise ValueError(
-                    "adapter_ids: got different adapters for one batch with images or sounds, and module "
-                    f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by "
-                    "sample; leave it out of the bank (exclude_modules), or use one adapter for the batch"
-                )
+            given = (
+                dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if attached.beside else {}
+            )
+            _refuse_mixed(attached, given | {**kwargs})
         expected = (samples, samples and samples * selection.factor)
         known = batch is not None and samples is not None and selection.counted and (attached.whole or selection.mixed)
         if known and batch[0] not in expected:
@@ -137,6 +158,22 @@ def calling(
             )
         with selection.during(batch, selection.factor, selection.counted):
             yield
+
+
+def _refuse_mixed(attached: Attached, given: Mapping[str, Any]) -> None:
+    """ValueError where the samples of a batch cannot have different adapters.
+
+    given: the arguments.  Of images or sounds beside text a sample may have any number.
+    """
+    if attached.unmixed is not None:
+        raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
+    has = {name for name, value in given.items() if not (value is None or isinstance(value, bool))}
+    if attached.beside and any(map(MEDIA.search, has)) and has & {"input_ids", "inputs_embeds"}:
+        raise ValueError(
+            "adapter_ids: got different adapters for one batch with images or sounds, and module "
+            f"{attached.beside!r} is not in the text decoder, so that its rows cannot be told apart by sample; leave "
+            "it out of the bank (exclude_modules), or use one adapter for the batch"
+        )
 
 
 @contextmanager
@@ -157,6 +194,8 @@ def generating(
                 "custom_generate, or a generate that is the model's own, may change the order of the samples"
             )
         prompts = kwargs.get("inputs", args[0] if args else None)
+        if selection.mixed:  # here, since it may call parts of the model by themselves, such as that for images
+            _refuse_mixed(model.loraxs_bank, {getattr(model, "main_input_name", "inputs"): prompts} | {**kwargs})
         prompts = batch_of([] if prompts is None else [prompts], {k: kwargs[k] for k in BATCHED if k in kwargs})
         if prompts is not None and selection.samples not in (None, prompts[0]):
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linear import LoraXSLinear
+from ..ops import exporting
 from ..route import layer_output
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Seat:
 
     def output(self, layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """y of the layer, for the samples of the selection that this call belongs to, or by the layer's own R."""
+        refuse_export()
         if torch.compiler.is_compiling():
             return _uncompiled(self, layer, x, args, kwargs)
         selection = self.bank.selections.current()
@@ -57,6 +59,15 @@ class Seat:
     def refuse_merged(self, layer: LoraXSLinear) -> None:
         if layer.merged:
             raise RuntimeError(f"{layer.label}: is merged; lx.unmerge(model) before adapters are selected")
+
+
+def refuse_export() -> None:
+    """RuntimeError while torch.export is at work, whose program would not follow the bank."""
+    if exporting():
+        raise RuntimeError(
+            "torch.export: the model has a bank of adapters, whose selections no program can hold; export it after "
+            "bank.detach(model), or with one adapter by lx.load_adapter"
+        )
 
 
 # What is selected changes from call to call: compiled code is interrupted for it.

@@ -76,10 +76,10 @@ class Slots:
         for name in missing:
             self._give_up(name)
         self.release(instead)
-        idle = [name for name, (slot, _) in self._there.items() if name not in wanted and slot not in self._users]
+        idle = (name for name, (slot, _) in [*self._there.items()] if name not in wanted and slot not in self._users)
         for name in missing:
             if not self._free:
-                self._give_up(idle.pop(0))
+                self._give_up(next(idle))
             slot = self._free[-1]
             self._copy(name, slot, records.get(name))
             self._there[name] = (self._free.pop(), digests[name])

@@ -204,6 +204,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         if theirs != ours:
             raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
         super().load_state_dict(state_dict)
+        for state in self.state.values():  # torch moves all but "step", as of a file that was read into memory
+            state["step"] = state["step"].to(self._training.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
