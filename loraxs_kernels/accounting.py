@@ -130,7 +130,8 @@ def count_parameters(
         if rank is None:
             raise ValueError("rank: must be given, because the model has no LoRA-XS adapters to count")
         targets = "all-linear" if target_modules is None else target_modules
-        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save)
+        ranks = {**(rank_pattern or {}), "(.*)": rank}
+        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save, ranks)
         layers = []
         for name in names:
             N, K = weight_of(model.get_submodule(name), label_of(name)).shape

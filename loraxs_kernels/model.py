@@ -73,8 +73,9 @@ def attach(
         rank: r of every adapter that `rank_pattern` does not match.  `r` means the same.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer except the output
-            embeddings.  In a transformers model for classification "all-linear" leaves out the head, too; all weights
-            of the head then train, as if it were named in `modules_to_save`.
+            embeddings and, with a warning, layers that are too small for their rank.  In a transformers model for
+            classification "all-linear" leaves out the head, too; all weights of the head then train, as if it were
+            named in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression of modules that get no adapter.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: the scale is s = alpha / r; None: alpha = r, so s = 1 everywhere.  `lora_alpha` means the same.
@@ -105,7 +106,8 @@ def attach(
     """
     given, model = model, unwrapped(model)
     _check_unadapted(model)
-    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
+    ranks = {**(rank_pattern or {}), "(.*)": rank} if init == "svd" else None
+    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save, ranks)
     if idle:
         warnings.warn(
             f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "

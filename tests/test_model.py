@@ -660,6 +660,34 @@ def test_weights_that_only_one_rank_has_are_refused(monkeypatch):
     lx.attach(nn.Sequential(nn.Linear(8, 8)), 2)
 
 
+@pytest.mark.parametrize("through", ["attach", "peft"])
+def test_all_linear_leaves_out_what_is_too_small_for_its_rank(through):
+    """Such as shared_expert_gate of Qwen's experts, which has one row."""
+    if through == "peft":
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def adapted(rank: int, **options) -> list[str]:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        if through == "attach":
+            lx.attach(model, rank, **options)
+        else:
+            peft.get_peft_model(model, LoraXSConfig(r=rank, **options))
+        return [name for name, m in model.named_children() if not isinstance(m, nn.Linear)]
+
+    for options in ({}, {"rank_pattern": {"0": 3, "1": 2}}):
+        with pytest.warns(
+            UserWarning, match=r"'all-linear' leaves out 1 layer .* is of shape 1 x 8, too small for rank 2"
+        ):
+            assert adapted(2, **options) == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert adapted(2, rank_pattern={"1": 1}) == adapted(1) == adapted(2, init="random") == ["0", "1"]
+    for rank, options in ((9, {}), (2, {"target_modules": ["1"]})):
+        with pytest.raises(ValueError, match="must be at most"):
+            adapted(rank, **options)
+
+
 def test_no_target_modules_are_refused_by_name():
     with pytest.raises(TypeError, match='target_modules: got None, must be "all-linear", names or a regular expressi'):
         lx.attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)

@@ -26,6 +26,7 @@ from ...matching import (
     matches,
     no_adapter,
     pattern_value,
+    too_small,
     warn_of_experts,
     warn_of_unread,
     warn_of_unsuited,
@@ -120,6 +121,13 @@ class LoraXSModel(BaseTuner):
         head = [] if alone else classification_head(model)
         inside = tuple(f"{name}." for name in head)
         config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
+        if config.init == "svd":
+            ranks = {**config.rank_pattern, "(.*)": config.r}
+            bases = {name: getattr(m, "base_layer", m) for name, m in model.named_modules(remove_duplicate=False)}
+            small = {name: why for name in config.target_modules if (why := too_small(name, bases[name], ranks))}
+            if small.keys() != config.target_modules:  # else the rank is wrong
+                config.target_modules -= small.keys()
+                refused |= small
         if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
             config.modules_to_save = [*(config.modules_to_save or []), *new]
         if not config.target_modules:
