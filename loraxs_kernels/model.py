@@ -104,6 +104,7 @@ def attach(
         RuntimeError: a different rank could not read its weights or compute their SVD.
     After an error the model is as it was.
     """
+    check_not_in_ddp(model)
     given, model = model, unwrapped(model)
     _check_unadapted(model)
     ranks = {**(rank_pattern or {}), "(.*)": rank} if init == "svd" else None
@@ -202,6 +203,15 @@ def _check_called(parent: nn.Module, name: str) -> None:
         )
 
 
+def check_not_in_ddp(model: nn.Module) -> None:
+    """ValueError for a model in which new parameters would train without a word, on each rank as it likes."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "model: is inside DistributedDataParallel, which averages the gradients of the parameters that it has "
+            "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
+        )
+
+
 def _check_unadapted(model: nn.Module) -> None:
     """Refuse a model that has adapters, from here or through PEFT: new ones would nest, and freeze them."""
     for m in model.modules():
@@ -220,6 +230,7 @@ def _check_unadapted(model: nn.Module) -> None:
 
 def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
     """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
+    check_not_in_ddp(model)
     fsdp = parallel.below_fsdp(model)
     loaded_by_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes", "y", "on", "t")
     if loaded_by_one and not fsdp and os.environ.get("FSDP_VERSION") != "1":

@@ -651,6 +651,23 @@ def test_calls_out_of_order_say_what_to_do(bert):
     assert [p.requires_grad for p in bert.parameters()] == before
 
 
+def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
+    """It would average no gradient of R: each rank would train its own."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+        lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2), tmp_path / "a.safetensors")
+        for put_on in (lambda: lx.attach(wrapped, 2), lambda: lx.load_adapter(wrapped, tmp_path / "a.safetensors")):
+            with pytest.raises(ValueError, match=r"model: is inside DistributedDataParallel, .* after its adapters"):
+                put_on()
+        assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
+        adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
+        lx.save_adapter(adapted, tmp_path / "b.safetensors", save_factors=True)
+        lx.load_adapter(adapted, tmp_path / "b.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_weights_that_only_one_rank_has_are_refused(monkeypatch):
     """As transformers loads them for accelerate's FSDP2; FSDP1 also sends what attach made from rank 0 to all."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
