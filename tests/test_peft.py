@@ -1257,6 +1257,19 @@ def test_a_layer_in_two_places_and_a_shared_weight():
     torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
 
 
+def test_a_layer_in_two_places_is_saved_and_loaded(tmp_path):
+    def twice() -> nn.Module:
+        attention = (model := llama()).model.layers[0].self_attn
+        attention.v_proj = attention.k_proj
+        return model
+
+    model = randomise(get_peft_model(twice(), config(target_modules=["k_proj", "v_proj", "q_proj"])))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(twice(), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match=r"has no R for module 'model.layers.0.self_attn.v_proj'"):
+        PeftModel.from_pretrained(llama(), tmp_path)  # where the two are not one
+
+
 def test_dropout_acts_while_training_alone():
     model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
     plain = get_peft_model(llama(), config())
