@@ -141,7 +141,9 @@ def too_small(name: str, layer: nn.Module, ranks: Mapping[str, int] | None) -> s
         return None
     check_rank(rank, label_of(name))
     N, K = weight_of(layer, label_of(name)).shape
-    return f"of shape {N} x {K}, too small for rank {rank}" if rank > min(N, K) else None
+    if rank <= min(N, K):
+        return None
+    return f"of shape {N} x {K}, too small for rank {rank}, and stays frozen (modules_to_save would train it whole)"
 
 
 def classification_head(model: nn.Module) -> list[str]:
