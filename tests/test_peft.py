@@ -1810,6 +1810,19 @@ def test_an_adapter_whose_weights_were_loaded_after_it_was_made_is_saved_with_it
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "saved")), logits(model))
 
 
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="peft does not ask what to save")
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.bfloat16, torch.float32)], ids=str)
+def test_an_adapter_that_was_rounded_since_is_saved_with_its_A_and_B(tmp_path, dtypes):
+    """No load would round A and B as these were."""
+    model, base = randomise(get_peft_model(llama(), config())), llama()
+    for dtype in dtypes:
+        model.to(dtype)
+        base.to(dtype)
+    with pytest.warns(UserWarning, match="A and B of 14 modules"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
+
+
 def test_settings_that_choose_modules():
     model = get_peft_model(
         llama(), config(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])
