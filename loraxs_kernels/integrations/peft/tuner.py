@@ -124,8 +124,9 @@ class LoraXSModel(BaseTuner):
         if config.init == "svd":
             ranks = {**config.rank_pattern, "(.*)": config.r}
             bases = {name: getattr(m, "base_layer", m) for name, m in model.named_modules(remove_duplicate=False)}
-            small = {name: why for name in config.target_modules if (why := too_small(name, bases[name], ranks))}
-            if small.keys() != config.target_modules:  # else the rank is wrong
+            wanted = {name for name in config.target_modules if not matches(name, config.exclude_modules or [])}
+            small = {name: why for name in wanted if (why := too_small(name, bases[name], ranks))}
+            if small.keys() != wanted:  # else the rank is wrong
                 config.target_modules -= small.keys()
                 refused |= small
         if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
