@@ -134,7 +134,8 @@ def count_parameters(
         check_unadapted(model)
         check_patterns(rank_pattern=rank_pattern)
         targets = "all-linear" if target_modules is None else target_modules
-        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save)
+        ranks = {**(rank_pattern or {}), "(.*)": rank}
+        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save, ranks)
         layers = []
         for name in names:
             N, K = weight_of(model.get_submodule(name), label_of(name)).shape

@@ -38,7 +38,7 @@ from .files import check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, has_adapters, saved_modules, unwrapped
-from .model import Attachment, basis_for, install
+from .model import Attachment, basis_for, check_not_in_ddp, install
 from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
 from .sharding import assign, check_writable, written
 from .transaction import keep, transaction
@@ -258,6 +258,8 @@ def load_adapter(
     path = local_file(path, revision, token)
     entries, modules_to_save, saved = read(path)
     fresh = not has_adapters(model)
+    if fresh:
+        check_not_in_ddp(given)
     if basis is not None and not fresh:
         raise ValueError("basis: got a file for a model that has adapters already, with their A and B; must be None")
     # Earlier files of compiled blocks had the names of their wrappers.

@@ -11,8 +11,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
+from .naming import label_of
 from .reads import weights_read
-from .weights import is_linear, is_unread_linear, unread
+from .recipe import check_rank
+from .weights import is_linear, is_unread_linear, unread, weight_of
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -60,13 +62,17 @@ def choose(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None,
     modules_to_save: Sequence[str] | None,
+    rank: Mapping[str, int] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`."""
+    """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`.
+
+    rank: {regular expression for the end of a name: rank of an SVD}, for which "all-linear" leaves out small layers.
+    """
     saved, head = names_to_save(model, modules_to_save or ()), classification_head(model)
     everything, keeps = is_everything(target_modules), modules_to_save is not None and not modules_to_save
     if everything and not keeps:
         saved += [name for name in head if name not in saved]
-    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved)
+    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved, rank)
     idle = []
     for name in () if keeps else head:
         parts = [
@@ -84,6 +90,7 @@ def match(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
     without: Sequence[str] = (),
+    rank: Mapping[str, int] | None = None,
 ) -> list[str]:
     """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
 
@@ -99,7 +106,7 @@ def match(
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     head = embeddings(model, "output")
     refused = no_adapter(model)
-    names, left_out, unsuited = [], [], []
+    names, left_out, unsuited, small = [], [], [], {}
     for name, module in modules.items():
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
@@ -123,6 +130,11 @@ def match(
         if why := refused.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
+        if everything and (why := too_small(name, module, rank)):
+            small[name] = why
+    if len(small) < len(names):  # else the rank is wrong
+        names = [name for name in names if name not in small]
+        unsuited += small.items()
     if not names and left_out:
         name, module = left_out[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r}, {unread(module)}")
@@ -141,6 +153,17 @@ def match(
         warn_of_unread(left_out, stacklevel=6)
         warn_of_unsuited(unsuited, stacklevel=6)
     return names
+
+
+def too_small(name: str, layer: nn.Module, ranks: Mapping[str, int] | None) -> str | None:
+    """Why a layer has no SVD of the rank that a pattern says, as the end of a sentence; None: it has, or none says."""
+    if (rank := pattern_value(ranks, name, None)) is None:
+        return None
+    check_rank(rank, label_of(name))
+    N, K = weight_of(layer, label_of(name)).shape
+    if rank <= min(N, K):
+        return None
+    return f"of shape {N} x {K}, too small for rank {rank}, and stays frozen (modules_to_save would train it whole)"
 
 
 def classification_head(model: nn.Module) -> list[str]:

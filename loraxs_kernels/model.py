@@ -74,8 +74,9 @@ def attach(
         rank: r of every adapter that `rank_pattern` does not match.  `r` means the same.
         target_modules: as in PEFT: a list of names or name endings ("q_proj" is every module of that name), or a
             regular expression that matches the whole name, or "all-linear": every linear layer except the output
-            embeddings.  In a transformers model for classification "all-linear" leaves out the head, too; all weights
-            of the head then train, as if it were named in `modules_to_save`.
+            embeddings and, with a warning, layers that are too small for their rank.  In a transformers model for
+            classification "all-linear" leaves out the head, too; all weights of the head then train, as if it were
+            named in `modules_to_save`.
         exclude_modules: names, name endings or a regular expression of modules that get no adapter.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}, as in PEFT.
         alpha: the scale is s = alpha / r; None: alpha = r, so s = 1 everywhere.  `lora_alpha` means the same.
@@ -104,12 +105,14 @@ def attach(
         RuntimeError: a different rank could not read its weights or compute their SVD.
     After an error the model is as it was.
     """
+    check_not_in_ddp(model)
     given, model = model, unwrapped(model)
     if not isinstance(init, (str, Mapping)):
         raise TypeError(f'init: got {init!r}, must be "svd", "random" or {{module name: (A, B)}}')
     check_patterns(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     check_unadapted(model)
-    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save)
+    ranks = {**(rank_pattern or {}), "(.*)": rank} if init == "svd" else None
+    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save, ranks)
     if idle:
         warnings.warn(
             f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
@@ -206,8 +209,18 @@ def _check_called(parent: nn.Module, name: str) -> None:
         )
 
 
+def check_not_in_ddp(model: nn.Module) -> None:
+    """ValueError for a model in which new parameters would train without a word, on each rank as it likes."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "model: is inside DistributedDataParallel, which averages the gradients of the parameters that it has "
+            "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
+        )
+
+
 def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
     """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
+    check_not_in_ddp(model)
     fsdp = parallel.below_fsdp(model)
     loaded_by_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes", "y", "on", "t")
     if loaded_by_one and not fsdp and os.environ.get("FSDP_VERSION") != "1":

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import backends, reference
 from .backends import torch as torch_backend
 from .backends.device import in_forward_mode, refuse_transforms
-from .backends.torch import cast, scaled_mm, shrink
+from .backends.torch import cast, plus_product, scaled_mm, shrink
 
 _NOTHING = nullcontext()
 
@@ -127,7 +127,7 @@ class LowRankLinears(torch.autograd.Function):
         ys = []
         for (W, _, R, B, s, bias, *_), z_i in zip(layers, z.split([len(R) for R in Rs], dim=1), strict=True):
             u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
-            ys.append(F.linear(u, B, bias).addmm_(x, W.t()))
+            ys.append(plus_product(F.linear(u, B, bias), x, W.t()))
         need_gX, _, *need_gR = ctx.needs_input_grad
         kept = (t for W, A, R, B, *_ in layers for t in (W if need_gX else None, A, R, B))
         ctx.save_for_backward(z if any(need_gR) else None, *kept)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
@@ -651,6 +652,24 @@ def test_equal_blocks_compile_once(through):
     for block in model:
         torch.compile(block, fullgraph=True, backend=counter)(x)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", ["fused", "delta", "together"])
+def test_selective_checkpointing_may_save_products(how):
+    """It keeps what an operator returns, and refuses to find it changed."""
+    layers = [make(seed=i, dropout=0.5 if how == "delta" else 0.0) for i in range(2)]
+    x, products = torch.randn(5, 40, requires_grad=True), [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    context = partial(create_selective_checkpoint_contexts, products)
+
+    def call(x):
+        return sum(forward_together(x, *layers) if how == "together" else [layer(x) for layer in layers])
+
+    results = []
+    for run in (call, lambda x: checkpoint(call, x, use_reentrant=False, context_fn=context)):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(run(x).square().sum(), (x, *(layer.R for layer in layers))))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")

@@ -674,6 +674,23 @@ def test_calls_out_of_order_say_what_to_do(bert):
     assert [p.requires_grad for p in bert.parameters()] == before
 
 
+def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
+    """It would average no gradient of R: each rank would train its own."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+        lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2), tmp_path / "a.safetensors")
+        for put_on in (lambda: lx.attach(wrapped, 2), lambda: lx.load_adapter(wrapped, tmp_path / "a.safetensors")):
+            with pytest.raises(ValueError, match=r"model: is inside DistributedDataParallel, .* after its adapters"):
+                put_on()
+        assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
+        adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
+        lx.save_adapter(adapted, tmp_path / "b.safetensors", save_factors=True)
+        lx.load_adapter(adapted, tmp_path / "b.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_weights_that_only_one_rank_has_are_refused(monkeypatch):
     """As transformers loads them for accelerate's FSDP2; FSDP1 also sends what attach made from rank 0 to all."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
@@ -681,6 +698,35 @@ def test_weights_that_only_one_rank_has_are_refused(monkeypatch):
         lx.attach(nn.Sequential(nn.Linear(8, 8)), 2)
     monkeypatch.setenv("FSDP_VERSION", "1")
     lx.attach(nn.Sequential(nn.Linear(8, 8)), 2)
+
+
+@pytest.mark.parametrize("through", ["attach", "peft"])
+def test_all_linear_leaves_out_what_is_too_small_for_its_rank(through):
+    """Such as shared_expert_gate of Qwen's experts, which has one row."""
+    if through == "peft":
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    def adapted(rank: int, **options) -> list[str]:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        if through == "attach":
+            lx.attach(model, rank, **options)
+        else:
+            peft.get_peft_model(model, LoraXSConfig(r=rank, **options))
+        return [name for name, m in model.named_children() if not isinstance(m, nn.Linear)]
+
+    for options in ({}, {"rank_pattern": {"0": 3, "1": 2}}):
+        with pytest.warns(
+            UserWarning, match=r"'all-linear' leaves out 1 layer .* is of shape 1 x 8, too small for rank 2"
+        ):
+            assert adapted(2, **options) == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert adapted(2, rank_pattern={"1": 1}) == adapted(1) == adapted(2, init="random") == ["0", "1"]
+        assert adapted(2, exclude_modules=["1"]) == ["0"]
+    for rank, options in ((9, {}), (2, {"target_modules": ["1"]})):
+        with pytest.raises(ValueError, match="must be at most"):
+            adapted(rank, **options)
 
 
 def test_no_target_modules_are_refused_by_name():

@@ -1257,6 +1257,21 @@ def test_a_layer_in_two_places_and_a_shared_weight():
     torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
 
 
+def test_a_layer_in_two_places_is_saved_and_loaded(tmp_path):
+    def twice() -> nn.Module:
+        attention = (model := llama()).model.layers[0].self_attn
+        attention.v_proj = attention.k_proj
+        return model
+
+    model = randomise(get_peft_model(twice(), config(target_modules=["k_proj", "v_proj", "q_proj"])))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        assert torch.equal(logits(PeftModel.from_pretrained(twice(), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match=r"has no R for module 'model.layers.0.self_attn.v_proj'"):
+        PeftModel.from_pretrained(llama(), tmp_path)  # where the two are not one
+
+
 def test_dropout_acts_while_training_alone():
     model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
     plain = get_peft_model(llama(), config())
@@ -1793,6 +1808,19 @@ def test_an_adapter_whose_weights_were_loaded_after_it_was_made_is_saved_with_it
         {key.replace(".base_layer", ""): t for key, t in model.get_base_model().state_dict().items()}, False
     )
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="peft does not ask what to save")
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.bfloat16, torch.float32)], ids=str)
+def test_an_adapter_that_was_rounded_since_is_saved_with_its_A_and_B(tmp_path, dtypes):
+    """No load would round A and B as these were."""
+    model, base = randomise(get_peft_model(llama(), config())), llama()
+    for dtype in dtypes:
+        model.to(dtype)
+        base.to(dtype)
+    with pytest.warns(UserWarning, match="A and B of 14 modules"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
 
 
 def test_settings_that_choose_modules():

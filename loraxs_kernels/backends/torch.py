@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only, and not on ROCm.
 _MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
@@ -68,8 +69,20 @@ def products(
     else:
         y = torch.mm(u, B)
     if W is not None:
-        y.addmm_(x, W)
+        y = plus_product(y, x, W)
     return y, z, None if other is None else scaled_mm(z.t(), other, s, R)
+
+
+def plus_product(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """y + x W, in place if y may be written."""
+    return torch.addmm(y, x, W) if results_are_kept() else y.addmm_(x, W)
+
+
+def results_are_kept() -> bool:
+    """Whether selective checkpointing runs: it may keep what an operator returns, and must not find that changed."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, warn_of_training
 from ...matching import pattern_value
-from ...naming import FLOATS, label_of
+from ...naming import DTYPES, FLOATS, label_of
 from ...ops import autocast_on
 from ...padded import sparing_what_trains
 from ...recipe import Recipe
@@ -385,10 +385,13 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             )
 
     def can_make(self, name: str) -> bool:
-        """Whether the recipe makes A and B of the weight as it is now, as far as that can be read while it stands."""
+        """Whether a load makes A and B again, of the weight as it is now, as far as that can be read here."""
         adapter = self.adapter(name)
         if self.merged_adapters or adapter.A.is_meta:
             return True
+        made, now = adapter.recipe.dtype or adapter.recipe.weight_dtype, torch.finfo(adapter.A.dtype).eps
+        if adapter.recipe.init == "svd" and made and now > max(2 * basis.ACCEPT, torch.finfo(DTYPES[made]).eps):
+            return False  # rounded since, which no load repeats
         return lasting_recipe(adapter).init == adapter.recipe.init
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

@@ -37,11 +37,29 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
         translate(state_dict, layers, whole_model=True)
         configs = {name: config for layer in layers.values() for name, config in layer.config.items()}
         files = {name: c._loaded[0] for name, c in configs.items() if _is_what_was_loaded(c, name, state_dict, prefix)}
+        _fill_in(layers, state_dict)
         for name, layer in layers.items():
             check_layer(layer, state_dict, f"{name}.", files)
         for name, file in files.items():
             _check_all_belongs(model, state_dict, prefix, file)
             configs[name]._loaded = None  # later state dicts are not known to be this file
+
+
+def _fill_in(layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tensor]) -> None:
+    """Give a layer that stands in several places by all its names what the state dict has by one.
+
+    PEFT 0.21 and later saves it by the first alone.
+    """
+    names: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        names.setdefault(id(layer), []).append(name)
+    for several in (each for each in names.values() if len(each) > 1):
+        parts = [
+            (name, key, t) for key, t in state_dict.items() for name in several if key.startswith(f"{name}.loraxs_")
+        ]
+        for name, key, t in parts:
+            for other in several:
+                state_dict.setdefault(other + key.removeprefix(name), t)
 
 
 def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str, Tensor], prefix: str) -> bool:

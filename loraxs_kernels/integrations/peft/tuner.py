@@ -27,6 +27,7 @@ from ...matching import (
     matches,
     no_adapter,
     pattern_value,
+    too_small,
     warn_of_experts,
     warn_of_unread,
     warn_of_unsuited,
@@ -121,6 +122,14 @@ class LoraXSModel(BaseTuner):
         head = [] if alone else classification_head(model)
         inside = tuple(f"{name}." for name in head)
         config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
+        if config.init == "svd":
+            ranks = {**config.rank_pattern, "(.*)": config.r}
+            bases = {name: getattr(m, "base_layer", m) for name, m in model.named_modules(remove_duplicate=False)}
+            wanted = {name for name in config.target_modules if not matches(name, config.exclude_modules or [])}
+            small = {name: why for name in wanted if (why := too_small(name, bases[name], ranks))}
+            if small.keys() != wanted:  # else the rank is wrong
+                config.target_modules -= small.keys()
+                refused |= small
         if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
             config.modules_to_save = [*(config.modules_to_save or []), *new]
         if not config.target_modules:
