@@ -486,6 +486,7 @@ def test_a_killed_create_can_be_made_again(tmp_path, monkeypatch):
         pid = os.fork()
         if pid == 0:
             try:
+                torch.set_num_threads(1)  # a child has none of the threads of the pool that it remembers
                 setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
                 lx.AdapterBank.create(path, trained())
             finally:
