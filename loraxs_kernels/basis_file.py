@@ -63,16 +63,32 @@ class Basis:
     def find(self, name: str) -> str:
         """The module of the file that a model's module is: by its name, else by the one whose name ends alike.
 
-        A checkpoint says model.layers.0.q_proj where the model without its head says layers.0.q_proj.  Raises
-        ValueError where there is none, or more than one.
+        A checkpoint says model.layers.0.q_proj where the model without its head says layers.0.q_proj, and
+        language_model.model.layers.0.q_proj where transformers 5 says model.language_model.layers.0.q_proj.  `read`
+        finds out where a name misleads.  Raises ValueError where there is none, or more than one.
         """
         if name in self.modules:
             return name
         found = [there for there in self.modules if there.endswith(f".{name}") or name.endswith(f".{there}")]
+        if not found:
+            found = self._alike(name.split("."))
         if len(found) != 1:
             what = "no module" if not found else f"{len(found)} modules, {', '.join(found[:3])},"
-            raise ValueError(f"basis: {self.path} has {what} for module {name!r}; it is for another model or targets")
+            raise ValueError(
+                f"basis: {self.path} has {what} for module {name!r}; it is for another model or targets, or the model "
+                "gives the tensors of its checkpoint other names: attach without basis"
+            )
         return found[0]
+
+    def _alike(self, parts: Sequence[str]) -> list[str]:
+        """The modules whose names have the same numbers and the most last parts, at least two; then the most of all."""
+        shared = {}
+        for there in self.modules:
+            others = there.split(".")
+            if others[-2:] == parts[-2:] and list(filter(str.isdigit, others)) == list(filter(str.isdigit, parts)):
+                ends = next((i for i, (a, b) in enumerate(zip(parts[::-1], others[::-1], strict=False)) if a != b), 0)
+                shared[there] = ends, len({*parts} & {*others})
+        return [there for there, each in shared.items() if each == max(shared.values())]
 
     def read(self, there: str, W: Weight, label: str) -> Factors:
         """A and B of one module, on the weight's device; ValueError where they were made from another weight.

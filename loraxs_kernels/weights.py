@@ -121,7 +121,7 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
             precedence over the readers of this library: a reader for nn.Linear reads every kind of nn.Linear.
         read: a function of the layer that returns W (N, K), a dense bf16, fp16, fp32 or fp64 tensor; None removes the
             reader.  It is called when A and B of the layer are made, and never in the forward pass, which calls the
-            layer and adds the delta.
+            layer and adds the delta.  What it returns is copied, so it may fill one buffer for every layer.
         shape: a function of the layer that returns (N, K) without reading W; None: (layer.out_features,
             layer.in_features).
 

@@ -25,6 +25,7 @@ from loraxs_kernels.basis_file import INDEX, make_basis, read_basis
 from loraxs_kernels.cli import main
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.linear import LoraXSLinear
+from loraxs_kernels.recipe import Recipe
 
 
 def model() -> nn.Module:
@@ -86,6 +87,18 @@ def test_names_that_differ_by_a_prefix_meet(checkpoint, tmp_path):
         found.find("up")
     with pytest.raises(ValueError, match=r"basis: .* has no module for module 'layers.0.down'"):
         lx.attach(model(), 4, target_modules=["down"], basis=tmp_path / "basis.safetensors")
+
+
+def test_names_that_transformers_has_changed_meet(tmp_path):
+    """As of vision-language models, whose checkpoints on the Hub have the names of transformers 4."""
+    ends = [f"layers.{i}.self_attn.q_proj" for i in (1, 11)]
+    there = [f"{part}.{end}" for part in ("language_model.model", "vision.model") for end in ends]
+    found = basis_file.Basis(tmp_path, "", dict.fromkeys(there, (4, Recipe())), None)
+    here = [f"{part}.{end}" for part in ("model.language_model", "model.vision") for end in ends]
+    assert list(map(found.find, here)) == there
+    for name in (f"model.audio.{ends[0]}", "model.vision.layers.1.mlp.q_proj", "vision.layers.2.self_attn.q_proj"):
+        with pytest.raises(ValueError, match=f"basis: .* for module '{name}'; .* other names: attach w"):
+            found.find(name)
 
 
 @pytest.mark.parametrize("what", ["other weights", "rank", "init"])
