@@ -74,10 +74,15 @@ def export_as_lora(
         for name, layer in layers_to_save(model)
     ]
     names, tensors = saved_tensors(model)
-    saved = {
+    saved: dict[str, Mapping[str, Tensor]] = {
         name: {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         for name in names
     }
+    trained = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    for name, module in model.named_modules():  # tied to these: PEFT trains copies, and would leave it as it was
+        tied = any(id(p) in trained for p in module.parameters(recurse=False))
+        if tied and not f"{base_name(name)}.".startswith(tuple(f"{each}." for each in names)):
+            saved[base_name(name)] = module.state_dict()
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
 
 
