@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, whole_R
+from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, tied_to_saved, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import base_name, targets_for, unwrapped
@@ -78,11 +78,8 @@ def export_as_lora(
         name: {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         for name in names
     }
-    trained = {id(p) for name in names for p in model.get_submodule(name).parameters()}
-    for name, module in model.named_modules():  # tied to these: PEFT trains copies, and would leave it as it was
-        tied = any(id(p) in trained for p in module.parameters(recurse=False))
-        if tied and not f"{base_name(name)}.".startswith(tuple(f"{each}." for each in names)):
-            saved[base_name(name)] = module.state_dict()
+    # PEFT trains copies of the modules_to_save, and would leave what is tied to them as it was.
+    saved |= {name: module.state_dict() for name, module in tied_to_saved(model, names).items()}
     write_lora(model, folder, layers, saved, dtype=dtype, task_type=task_type)
 
 
