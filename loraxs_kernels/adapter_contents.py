@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +104,17 @@ def saved_tensors(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
             if key not in masks and not is_finite(t):
                 raise ValueError(f"tensor '{name}.{key}' has NaN or Inf values; nothing was written")
     return names, tensors
+
+
+def tied_to_saved(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules, by their names, that share a parameter with these modules_to_save and are no parts of them."""
+    trained = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    return {
+        base_name(name): module
+        for name, module in model.named_modules()
+        if any(id(p) in trained for p in module.parameters(recurse=False))
+        and not f"{base_name(name)}.".startswith(tuple(f"{each}." for each in names))
+    }
 
 
 def description(layer: LoraXSLinear, name: str, recipe: Recipe) -> dict[str, Any]:

@@ -420,7 +420,7 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
 
 def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """(tensor of the model, its saved value) for everything in the modules_to_save; ValueError where they differ."""
-    pairs = []
+    pairs, seen = [], {}
     for name in names:
         try:
             state = {base_name(k): t for k, t in model.get_submodule(name).state_dict(keep_vars=True).items()}
@@ -438,6 +438,12 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
                 raise ValueError(f"{name}.{key}: is not in memory (meta device, or offloaded); load its values first")
             if not is_finite(value.to(target.dtype)) and is_finite(target):
                 raise ValueError(f"{name}.{key}: has values in the file that are NaN or Inf in {target.dtype}")
+            other, same = seen.setdefault(id(target), (f"{name}.{key}", value))
+            if same.dtype != value.dtype or not torch.equal(same, value):
+                raise ValueError(
+                    f"{name}.{key}: is one with {other} in this model, and has another value in the file; load it into "
+                    "a model in which each has its own (tie_word_embeddings=False)"
+                )
             pairs.append((target, value))
         for key in tensors:
             if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in state:

@@ -277,6 +277,22 @@ def test_an_adapter_of_a_part_is_told_by_the_names(trained):
         lx.load_adapter(nn.ModuleDict({"model": mlp()}), trained[1])
 
 
+def test_modules_to_save_that_are_tied_where_they_are_loaded(tmp_path):
+    def layers(tied):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        model[2].weight = model[1].weight if tied else model[2].weight
+        return model
+
+    model = lx.attach(layers(False), 2, target_modules=["0"], modules_to_save=["1", "2"])
+    lx.save_adapter(model, tmp_path / "two")
+    with pytest.raises(ValueError, match=r"2\.weight: is one with 1\.weight in this model, and has another value"):
+        lx.load_adapter(layers(True), tmp_path / "two")
+    model[2].weight.data.copy_(model[1].weight)
+    lx.save_adapter(model, tmp_path / "alike")
+    assert torch.equal(lx.load_adapter(layers(True), tmp_path / "alike")[2].weight, model[1].weight)
+
+
 def test_what_is_offloaded_is_neither_loaded_nor_saved(trained, tmp_path):
     """As accelerate leaves parameters that it has offloaded: copy_ into them does nothing, and says nothing."""
     model, file = trained

@@ -707,6 +707,25 @@ def test_an_export_that_fails_writes_nothing(tmp_path):
         export_as_lora(model, tmp_path / "file")
 
 
+def test_what_is_tied_to_modules_to_save_is_exported_with_them(tmp_path):
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    model = lx.attach(copy.deepcopy(base), 2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    nn.init.normal_(model.lm_head.weight)
+    export_as_lora(model, tmp_path)
+    ids = torch.arange(8)[None]
+    assert relative_error(peft.PeftModel.from_pretrained(base, tmp_path)(ids).logits, model(ids).logits) < 1e-5
+
+
+def test_a_head_that_is_tied_takes_no_copy_of_peft(tmp_path):
+    model = bert()
+    model.tied = nn.Linear(*reversed(model.classifier.weight.shape), bias=False)
+    model.tied.weight = model.classifier.weight
+    with pytest.raises(ValueError, match=r"has values for classifier, which PEFT trained as copies, .* 'tied' shares"):
+        load_reference_adapter(model, saved(trained(), tmp_path))
+    assert model.tied.weight is model.classifier.weight
+
+
 def test_an_export_takes_the_place_of_no_R(tmp_path):
     """The folder that the adapter was saved to is at hand, and the export has no R to train on from."""
     model = trained()

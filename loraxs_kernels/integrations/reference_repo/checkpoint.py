@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...acceptance import AdapterMismatch
+from ...adapter_contents import tied_to_saved
 from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
 from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
@@ -109,6 +110,11 @@ def load_reference_adapter(
         head = saved_values(model, saved, others)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    if tied := tied_to_saved(model, saved):
+        raise ValueError(
+            f"{folder}: has values for {', '.join(saved)}, which PEFT trained as copies, and in this model "
+            f"{next(iter(tied))!r} shares them; load the model with tie_word_embeddings=False"
+        )
     dropout = _dropout(config, folder)
     compute = compute_options(device, workspace_gib, progress)
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, whole_R
+from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, tied_to_saved, whole_R
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import base_name, targets_for, unwrapped
@@ -77,6 +77,8 @@ def export_as_lora(
             name: {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
             for name in names
         }
+        # PEFT trains copies of the modules_to_save, and would leave what is tied to them as it was.
+        saved |= {name: module.state_dict() for name, module in tied_to_saved(model, names).items()}
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
     _check_no_R(folder / "adapter_model.safetensors")
