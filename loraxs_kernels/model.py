@@ -204,12 +204,13 @@ def _check_called(parent: nn.Module, name: str) -> None:
 
 
 def check_not_in_ddp(model: nn.Module) -> None:
-    """ValueError for a model in which new parameters would train without a word, on each rank as it likes."""
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            "model: is inside DistributedDataParallel, which averages the gradients of the parameters that it has "
-            "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
-        )
+    """ValueError for a model in which new parameters would train without a word, on each rank as it likes, or not."""
+    for m in model.modules():
+        if isinstance(m, nn.parallel.DistributedDataParallel) or type(m).__name__ == "DeepSpeedEngine":
+            raise ValueError(
+                f"model: is inside a {type(m).__name__}, which averages the gradients of the parameters that it has "
+                "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
+            )
 
 
 def _check_unadapted(model: nn.Module) -> None:

@@ -658,9 +658,12 @@ def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
         lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2), tmp_path / "a.safetensors")
         for put_on in (lambda: lx.attach(wrapped, 2), lambda: lx.load_adapter(wrapped, tmp_path / "a.safetensors")):
-            with pytest.raises(ValueError, match=r"model: is inside DistributedDataParallel, .* after its adapters"):
+            with pytest.raises(ValueError, match=r"model: is inside a DistributedDataParallel, .* after its"):
                 put_on()
         assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(nn.Linear(8, 8))
+        with pytest.raises(ValueError, match="model: is inside a DeepSpeedEngine"):
+            lx.attach(engine, 2)
         adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
         lx.save_adapter(adapted, tmp_path / "b.safetensors", save_factors=True)
         lx.load_adapter(adapted, tmp_path / "b.safetensors")
