@@ -152,6 +152,8 @@ def basis_for(path: str | os.PathLike, options: dict[str, dict[str, Any]]) -> Ba
     return found
 
 
+@torch.inference_mode(False)  # or what is made could never be trained
+@torch.no_grad()
 def install(
     model: M,
     options: Mapping[str, Mapping[str, Any]],
