@@ -105,8 +105,8 @@ def attach(
         RuntimeError: a different rank could not read its weights or compute their SVD.
     After an error the model is as it was.
     """
-    check_not_in_ddp(model)
     given, model = model, unwrapped(model)
+    check_not_in_ddp(given)
     if not isinstance(init, (str, Mapping)):
         raise TypeError(f'init: got {init!r}, must be "svd", "random" or {{module name: (A, B)}}')
     check_patterns(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
@@ -210,12 +210,13 @@ def _check_called(parent: nn.Module, name: str) -> None:
 
 
 def check_not_in_ddp(model: nn.Module) -> None:
-    """ValueError for a model in which new parameters would train without a word, on each rank as it likes."""
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            "model: is inside DistributedDataParallel, which averages the gradients of the parameters that it has "
-            "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
-        )
+    """ValueError for a model in which new parameters would train without a word, on each rank as it likes, or not."""
+    for m in model.modules():
+        if isinstance(m, nn.parallel.DistributedDataParallel) or type(m).__name__ == "DeepSpeedEngine":
+            raise ValueError(
+                f"model: is inside a {type(m).__name__}, which averages the gradients of the parameters that it has "
+                "found when it was made, and of no R that comes later; must be wrapped after its adapters are put on"
+            )
 
 
 def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:

@@ -674,6 +674,17 @@ def test_calls_out_of_order_say_what_to_do(bert):
     assert [p.requires_grad for p in bert.parameters()] == before
 
 
+def test_adapters_that_are_put_on_in_inference_mode_train(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lx.save_adapter(lx.attach(copy.deepcopy(base), 2), tmp_path / "a.safetensors")
+    for put_on in (lambda m: lx.attach(m, 2), lambda m: lx.load_adapter(m, tmp_path / "a.safetensors")):
+        model = copy.deepcopy(base)
+        with torch.inference_mode():
+            put_on(model)
+        model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+        assert model[0].R.grad.any()
+
+
 def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
     """It would average no gradient of R: each rank would train its own."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -681,9 +692,12 @@ def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
         lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2), tmp_path / "a.safetensors")
         for put_on in (lambda: lx.attach(wrapped, 2), lambda: lx.load_adapter(wrapped, tmp_path / "a.safetensors")):
-            with pytest.raises(ValueError, match=r"model: is inside DistributedDataParallel, .* after its adapters"):
+            with pytest.raises(ValueError, match=r"model: is inside a DistributedDataParallel, .* after its"):
                 put_on()
         assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(nn.Linear(8, 8))
+        with pytest.raises(ValueError, match="model: is inside a DeepSpeedEngine"):
+            lx.attach(engine, 2)
         adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
         lx.save_adapter(adapted, tmp_path / "b.safetensors", save_factors=True)
         lx.load_adapter(adapted, tmp_path / "b.safetensors")

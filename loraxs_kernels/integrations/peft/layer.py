@@ -92,7 +92,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.loraxs_fingerprint.register_buffer(name, fingerprint, config.init != "given")
 
     @torch.no_grad()
-    def copy(self, source: str, name: str) -> None:
+    def copy_adapter(self, source: str, name: str) -> None:
         """Let an adapter, if it is there, compute what another one with the same config does."""
         if name not in self.r:
             return

@@ -92,7 +92,7 @@ class LoraXSModel(BaseTuner):
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
             if adapter_name == "ref" and config is self.peft_config.get("default"):
                 for layer in self._layers():
-                    layer.copy("default", "ref")
+                    layer.copy_adapter("default", "ref")
             else:
                 fill(model, self._new)
                 shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
