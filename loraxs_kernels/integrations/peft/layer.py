@@ -386,9 +386,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def can_make(self, name: str) -> bool:
         """Whether a load makes A and B again, of the weight as it is now, as far as that can be read here."""
-        adapter = self.adapter(name)
-        if self.merged_adapters or adapter.A.is_meta:
+        if self.merged_adapters or self.loraxs_A[name].is_meta or hasattr(self.loraxs_R[name], "ds_id"):  # ZeRO-3's
             return True
+        adapter = self.adapter(name)
         made, now = adapter.recipe.dtype or adapter.recipe.weight_dtype, torch.finfo(adapter.A.dtype).eps
         if adapter.recipe.init == "svd" and made and now > max(2 * basis.ACCEPT, torch.finfo(DTYPES[made]).eps):
             return False  # rounded since, which no load repeats
