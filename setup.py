@@ -26,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which --no-build-isolation does not bring
+    raise SystemExit(
+        f"loraxs_kernels: setuptools: got {setuptools.__version__}, must be 77 or later: pip install -U setuptools"
+    )
 from setuptools import Extension, build_meta, setup
 from setuptools.build_meta import (  # noqa: F401
     build_editable,
@@ -36,10 +41,6 @@ from setuptools.build_meta import (  # noqa: F401
 )
 from setuptools.command.build_ext import build_ext
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # which --no-build-isolation does not bring
-    raise SystemExit(
-        f"loraxs_kernels: setuptools: got {setuptools.__version__}, must be 77 or later: pip install -U setuptools"
-    )
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"

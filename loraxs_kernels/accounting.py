@@ -134,12 +134,15 @@ def count_parameters(
         check_unadapted(model)
         check_patterns(rank_pattern=rank_pattern)
         targets = "all-linear" if target_modules is None else target_modules
-        ranks = {**(rank_pattern or {}), "(.*)": rank}
-        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save, ranks)
+
+        def rank_of(name: str) -> int:
+            return pattern_value(rank_pattern, name, rank)
+
+        names, saved, _ = choose(model, targets, exclude_modules, modules_to_save, rank_of)
         layers = []
         for name in names:
             N, K = weight_of(model.get_submodule(name), label_of(name)).shape
-            r = pattern_value(rank_pattern, name, rank)
+            r = rank_of(name)
             check_rank(r, label_of(name), (N, K))
             layers.append((N, K, r))
     sizes = _sizes(model)

@@ -439,7 +439,7 @@ def saved_values(model: nn.Module, names: Sequence[str], tensors: Mapping[str, T
             if not is_finite(value.to(target.dtype)) and is_finite(target):
                 raise ValueError(f"{name}.{key}: has values in the file that are NaN or Inf in {target.dtype}")
             other, same = seen.setdefault(id(target), (f"{name}.{key}", value))
-            if same.dtype != value.dtype or not torch.equal(same, value):
+            if same is not value and (same.dtype != value.dtype or not torch.equal(same, value)):
                 raise ValueError(
                     f"{name}.{key}: is one with {other} in this model, and has another value in the file; load it into "
                     "a model in which each has its own (tie_word_embeddings=False)"

@@ -34,8 +34,11 @@ def singular_values(A: Tensor) -> Tensor:
 
 
 def is_flat(S: Tensor) -> bool:
-    """Whether singular values (r,) are nearly equal, as of an orthogonal weight: then rounding decides on A and B."""
-    return len(S) > 1 and bool(S.min() >= FLAT * S.max() > 0)
+    """Whether singular values (r,) are nearly equal, as of an orthogonal weight: then rounding decides on A and B.
+
+    Two that are nearly equal are no news: the first two of many weights are.
+    """
+    return len(S) > 2 and bool(S.min() >= FLAT * S.max() > 0)
 
 
 def probes(A: Tensor, R: Tensor, B: Tensor) -> Tensor:

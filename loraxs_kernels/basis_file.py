@@ -85,7 +85,9 @@ class Basis:
         shared = {}
         for there in self.modules:
             others = there.split(".")
-            if others[-2:] == parts[-2:] and list(filter(str.isdigit, others)) == list(filter(str.isdigit, parts)):
+            inside = {*parts} <= {*others} or {*others} <= {*parts}  # no part of one is another tower's
+            numbers = [list(filter(str.isdigit, each)) for each in (others, parts)]
+            if inside and others[-2:] == parts[-2:] and numbers[0] == numbers[1]:
                 ends = next((i for i, (a, b) in enumerate(zip(parts[::-1], others[::-1], strict=False)) if a != b), 0)
                 shared[there] = ends, len({*parts} & {*others})
         return [there for there, each in shared.items() if each == max(shared.values())]
@@ -277,7 +279,7 @@ def _checkpoint(
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
         with _opened(file) as f:
-            if lost := named.difference(f.keys()):
+            if lost := {key for key in named.difference(f.keys()) if key.endswith(".weight")}:
                 raise ValueError(f"model: {index} names a tensor {min(lost)!r} in {file.name}, which has none")
             for key in f.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")

@@ -389,7 +389,8 @@ def _params_table(name: str, counts: dict[int, Parameters], dtype: torch.dtype, 
             rows.append([str(r), title, f"{trainable:,}", f"{trainable / count.base:.5%}", _binary(size)])
             rows[-1] += [_binary(size * adapters)] * (adapters > 1)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    yield f"{name}: {count.base:,} parameters, {count.modules} linear layers adapted"
+    layers = " to ".join(map(str, sorted({each.modules for each in counts.values()})))
+    yield f"{name}: {count.base:,} parameters, {layers} linear layers adapted"
     if count.saved:
         yield f"modules to save: {count.saved:,} parameters more, which train with any method and count as bytes"
     yield ""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -34,7 +34,9 @@ except ImportError:  # Windows
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
-MOST_WRITERS = 64  # names that are tried: a file system that does not know its own files again would take any number
+MOST_LOST = 8  # new files that may be lost: a file system that does not know its own files again would take any number
+# Of a folder that cannot be flushed, as on network file systems.
+UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
 
@@ -70,13 +72,15 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
         except BaseException:
             Path(f.name).unlink(missing_ok=True)
             raise
-    # The rename itself, too, where that can be: network file systems refuse it for a folder, Windows has no such thing.
-    with suppress(OSError):
+    try:  # the rename itself, too, where that can be; Windows opens no folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno not in UNFLUSHED:
+            raise
 
 
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
@@ -114,7 +118,9 @@ def check_replaces(path: str | os.PathLike, kind: str, what: str, argument: str 
     """
     target = target_of(path, argument)
     if target.exists() and target.stat().st_size and kind not in metadata_of(target):
-        raise ValueError(f"{argument}: {path} is there and is no {what}, so it is not replaced; must be another name")
+        raise ValueError(
+            f"{argument}: {path} is there and is damaged or no {what}, so it is not replaced; must be another name"
+        )
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
@@ -133,10 +139,12 @@ def _temporary(target: Path) -> FileIO:
     left is found without reading the folder.
     """
     stem = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-    paths = [target.with_name(f".loraxs-{stem}-{i}.tmp") for i in range(MOST_WRITERS)]
-    for path in paths[:WRITERS]:
+    paths = (target.with_name(f".loraxs-{stem}-{i}.tmp") for i in itertools.count())
+    first = list(itertools.islice(paths, WRITERS))
+    for path in first:
         _remove_if_left(path)
-    for path in paths:
+    lost = 0
+    for path in itertools.chain(first, paths):
         try:
             f = open(path, "xb", buffering=0)  # noqa: SIM115
         except FileExistsError:  # another process is writing the same file
@@ -145,7 +153,10 @@ def _temporary(target: Path) -> FileIO:
         if _is_at(path, f):  # else another process took it for a leftover, before it was locked
             return f
         f.close()
-    raise OSError(errno.EBUSY, "no new file can be made beside it that stays where it is", str(target))
+        lost += 1
+        if lost == MOST_LOST:
+            raise OSError(errno.EBUSY, "no new file can be made beside it that stays where it is", str(target))
+    raise AssertionError("there is no end of names")
 
 
 def _remove_if_left(temporary: Path) -> None:

@@ -198,7 +198,8 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
     would with a kernel, and z and u are small.
     """
-    if in_forward_mode() or transformed():  # single calls are right there, or refused with a reason
+    # Single calls are right there, or refused with a reason.
+    if in_forward_mode() or transformed() or torch._C._is_tracing():
         return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
     if autocast_on(x):
         (h,) = _autocast(x, x)
@@ -215,17 +216,14 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 
 def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands in the dtype that torch.autocast, which is on for x's device, asks for.
+    """The operands in the dtype that torch.autocast, which is on for x's device, asks for; all stay with x in fp64.
 
-    As with torch's own functions fp64 stays fp64, and tensors without floating-point numbers stay as they are.
+    As with torch's own functions, tensors without floating-point numbers stay as they are.
     """
     if x.dtype == torch.float64:
         return operands
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in operands
-    )
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands)
 
 
 def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .backends import Forced
-from .backends.torch import cast, shrink
+from .backends.torch import cast, plus_product, results_are_kept, shrink
 from .ops import no_autocast, rows_of, rows_of_out
 
 NONE = -1  # the index of rows that use no R: the base model
@@ -241,7 +241,7 @@ def lowrank_linear(
 
     forced: the backend that `lx.backend` asks for.
     """
-    T = len(x)
+    T, forced = len(x), "torch" if results_are_kept() else forced
     if T and forced == "triton":
         from .backends import triton_indexed
 
@@ -259,7 +259,7 @@ def lowrank_linear(
     z = shrink(x, A.t())
     u = cast(mix(z, R, index.blocks(T), s) if T else z, x.dtype)
     y = F.linear(u, B, bias) if out is None else out.addmm_(u, B.t())
-    return (y if W is None else y.addmm_(x, W.t())), z
+    return (y if W is None else plus_product(y, x, W.t())), z
 
 
 class IndexedLowRankLinear(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,7 +32,7 @@ def check_patterns(**given: Any) -> None:
             raise TypeError(f"{argument}: got {patterns!r}, must be a mapping from regular expressions to values")
         for pattern in (patterns or ()) if mapping else [patterns] if isinstance(patterns, str) else ():
             try:
-                re.compile(pattern)
+                re.compile(f"(.*)({pattern})" if mapping else pattern)
             except (re.error, TypeError) as error:
                 raise ValueError(f"{argument}: got {pattern!r}, must be a regular expression: {error}") from error
 
@@ -62,17 +62,17 @@ def choose(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None,
     modules_to_save: Sequence[str] | None,
-    rank: Mapping[str, int] | None = None,
+    rank_of: Callable[[str], int] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
     """The names of the modules to adapt, of those that train whole, and of a head that does neither; see `attach`.
 
-    rank: {regular expression for the end of a name: rank of an SVD}, for which "all-linear" leaves out small layers.
+    rank_of: gives the rank of the SVD of a module of that name, for which "all-linear" leaves out small layers.
     """
     saved, head = names_to_save(model, modules_to_save or ()), classification_head(model)
     everything, keeps = is_everything(target_modules), modules_to_save is not None and not modules_to_save
     if everything and not keeps:
         saved += [name for name in head if name not in saved]
-    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved, rank)
+    names = match(model, target_modules, exclude_modules, [*saved, *head] if everything else saved, rank_of)
     idle = []
     for name in () if keeps else head:
         parts = [
@@ -90,7 +90,7 @@ def match(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
     without: Sequence[str] = (),
-    rank: Mapping[str, int] | None = None,
+    rank_of: Callable[[str], int] | None = None,
 ) -> list[str]:
     """The names of the modules that `target_modules` means in this model, none of those in `without`; see `attach`.
 
@@ -130,7 +130,7 @@ def match(
         if why := refused.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
-        if everything and (why := too_small(name, module, rank)):
+        if everything and rank_of and (why := too_small(name, module, rank_of(name))):
             small[name] = why
     if len(small) < len(names):  # else the rank is wrong
         names = [name for name in names if name not in small]
@@ -155,10 +155,8 @@ def match(
     return names
 
 
-def too_small(name: str, layer: nn.Module, ranks: Mapping[str, int] | None) -> str | None:
-    """Why a layer has no SVD of the rank that a pattern says, as the end of a sentence; None: it has, or none says."""
-    if (rank := pattern_value(ranks, name, None)) is None:
-        return None
+def too_small(name: str, layer: nn.Module, rank: int) -> str | None:
+    """Why a layer has no SVD of this rank, as the end of a sentence; None: it has."""
     check_rank(rank, label_of(name))
     N, K = weight_of(layer, label_of(name)).shape
     if rank <= min(N, K):

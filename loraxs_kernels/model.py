@@ -111,8 +111,8 @@ def attach(
         raise TypeError(f'init: got {init!r}, must be "svd", "random" or {{module name: (A, B)}}')
     check_patterns(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     check_unadapted(model)
-    ranks = {**(rank_pattern or {}), "(.*)": rank} if init == "svd" else None
-    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save, ranks)
+    rank_of = (lambda name: pattern_value(rank_pattern, name, rank)) if init == "svd" else None
+    names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save, rank_of)
     if idle:
         warnings.warn(
             f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
@@ -192,7 +192,10 @@ def install(
         for layer in layers.values():
             layer.R.requires_grad_(True)
         for name in modules_to_save:
-            saved = model.get_submodule(name).requires_grad_(True)
+            saved = model.get_submodule(name)
+            for p in saved.parameters():
+                with torch.inference_mode(p.is_inference()):  # of a model that was made in inference mode
+                    p.requires_grad_(True)
             before = (each for each, _ in saved.named_parameters() if f"{name}.{each}" in trainable_before)
             saved.loraxs = Attachment(("",), frozenset(before))
         model.loraxs = Attachment(tuple(modules_to_save), frozenset(trainable_before))
@@ -219,16 +222,24 @@ def check_not_in_ddp(model: nn.Module) -> None:
             )
 
 
-def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
-    """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
-    check_not_in_ddp(model)
-    fsdp = parallel.below_fsdp(model)
-    loaded_by_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes", "y", "on", "t")
-    if loaded_by_one and not fsdp and os.environ.get("FSDP_VERSION") != "1":
+def _check_loaded_by_all() -> None:
+    """ValueError where transformers loads the weights of a model on one rank only, for accelerate's FSDP."""
+    dist = torch.distributed
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if ranks > 1 and all(os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on", "t") for name in names):
         raise ValueError(
             "FSDP_CPU_RAM_EFFICIENT_LOADING: got true, by which only one rank has the weights, must be false, since "
             "each makes A and B from them: set cpu_ram_efficient_loading=false in Trainer's fsdp_config or accelerate's"
         )
+
+
+def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None = None, **compute: Any) -> None:
+    """Make A, B and R of a model's new layers: A and B from the basis file, or by the SVD, all together."""
+    check_not_in_ddp(model)
+    fsdp = parallel.below_fsdp(model)
+    if not fsdp and os.environ.get("FSDP_VERSION") != "1" and any(each.recipe.init == "svd" for each in layers):
+        _check_loaded_by_all()
     parallel.check(((layer.label, layer.base_layer) for layer in layers), fsdp)
     first: dict[tuple, LoraXSLinear] = {}  # a weight that two layers share is factored once
     others: list[tuple[LoraXSLinear, LoraXSLinear]] = []

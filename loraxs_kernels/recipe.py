@@ -253,7 +253,7 @@ def check_rank(rank: int, label: str, shape: tuple[int, int] | None = None) -> N
 
 def check_range(factors: Factors, label: str) -> None:
     """ValueError where A or B, which were finite, have become infinite in fp16, the one dtype of so little range."""
-    if factors[0].dtype == torch.float16 and not all(torch.isfinite(t).all() for t in factors):
+    if factors[0].dtype == torch.float16 and not all(t.is_meta or torch.isfinite(t).all() for t in factors):
         raise ValueError(
             f"dtype: got float16 for A and B of {label}, whose values go past its largest, 65504; must be another "
             'dtype, such as "bfloat16" or "float32"'

@@ -55,7 +55,8 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: lis
             held.extend(content) if isinstance(held, list) else held.update(content)
     for p, requires_grad in trained:
         if p.requires_grad != requires_grad:  # a parameter may refuse to be set, such as one that is not initialized
-            p.requires_grad_(requires_grad)
+            with torch.inference_mode(p.is_inference()):
+                p.requires_grad_(requires_grad)
 
 
 @torch.no_grad()

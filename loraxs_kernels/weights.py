@@ -208,9 +208,7 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     A class with a forward of its own may do more with W than that: its forward is called.
     """
     conv1d = is_conv1d(layer)
-    if "weight" in vars(layer):
-        _made_anew(layer)
-    weight = getattr(layer, "weight", None)
+    weight = _made_anew(layer) if "weight" in vars(layer) else getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
     shape = getattr(weight, "ds_shape", weight.shape)
@@ -236,18 +234,20 @@ def _linear(layer: nn.Module, label: str) -> Weight:
 
 
 @torch.no_grad()
-def _made_anew(layer: nn.Module) -> None:
-    """Has hooks of torch (the old weight_norm and spectral_norm, prune) make `weight` of the parameters as they are.
+def _made_anew(layer: nn.Module) -> Any:
+    """`weight` as hooks of torch (the old weight_norm and spectral_norm, prune) make it of the parameters as they are.
 
-    Before a forward it is that of the last one, even if a state dict has been loaded since.
+    Before a forward that of the layer is of the last one, even if a state dict has been loaded since.
     """
-    training, layer.training = layer.training, False  # in which spectral_norm would change its vectors
+    training, before = layer.training, vars(layer)["weight"]
+    layer.training = False  # in True spectral_norm would change its vectors
     try:
         for hook in layer._forward_pre_hooks.values():
             if any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
                 hook(layer, ())
+        return layer.weight
     finally:
-        layer.training = training
+        layer.training, vars(layer)["weight"] = training, before
 
 
 def _offloading(layer: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import copy
@@ -565,6 +566,15 @@ def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
         def features(self, ids, **_):
             return self(ids).logits
 
+        def streamed(self, ids, **kwargs):  # which calls when its names have been taken
+            yield self(ids, **kwargs).logits
+
+        async def later(self, ids, **kwargs):
+            return self(ids, **kwargs).logits
+
+        def weighted(self, weights, ids, **kwargs):  # by position, and of another length
+            return self(ids, **kwargs).logits
+
         @staticmethod
         def named(**names):
             return names
@@ -581,6 +591,10 @@ def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
     with torch.no_grad():
         for call in (model.scored, model.features, narrower.features):
             assert_close(call(IDS, adapter_ids=names), alone(tuned, names))
+        assert_close(next(model.streamed(IDS, adapter_ids=names)), alone(tuned, names))
+        assert_close(asyncio.run(model.later(IDS, adapter_ids=names)), alone(tuned, names))
+        assert_close(model(IDS, adapter_ids=names, adapter_names=None).logits, alone(tuned, names))
+        assert_close(model.weighted(torch.ones(9, 2), IDS, adapter_ids=names), alone(tuned, names))
         assert_close(narrower.scored(IDS), alone(tuned, ["bob"] * 4))
     assert model.named(adapter_ids=1) == {"adapter_ids": 1}
 

@@ -776,7 +776,7 @@ def test_what_is_not_the_bank_s_is_not_written_over(tmp_path, bank):
                 bank.export("a", folder / file)
     config = tmp_path / "config.json"
     config.write_text("{}")
-    with pytest.raises(ValueError, match=r"path: .*config\.json is there and is no LoRA-XS adapter"):
+    with pytest.raises(ValueError, match=r"path: .*config\.json is there and is damaged or no LoRA-XS adapter"):
         bank.export("a", config)
     assert config.read_text() == "{}"
     (tmp_path / "other").mkdir()

@@ -142,10 +142,16 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
 
 
 def test_a_file_system_that_does_not_know_its_files_again_ends_in_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_WRITERS", 9)
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with pytest.raises(OSError, match=f"no new file can be made beside it that stays where it is: '{tmp_path / 'a'}'"):
         write_atomically(tmp_path / "a", b"new")
+
+
+def test_any_number_of_processes_may_write_a_file(tmp_path):
+    held = [files._temporary(tmp_path / "a") for _ in range(70)]
+    write_atomically(tmp_path / "a", b"new")
+    for each in held:
+        each.close()
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch):

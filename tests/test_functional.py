@@ -823,6 +823,12 @@ def test_autocast_makes_floating_point_numbers_of_nothing_else(dtype):
             lora_xs_delta(x, layer.A, layer.R, layer.B, 1.0)
 
 
+def test_autocast_takes_A_and_B_in_fp64_too():
+    layer = LoraXSLinear.from_linear(torch.nn.Linear(6, 4), 2, init="random", dtype="float64")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(3, 6)).dtype == torch.bfloat16
+
+
 def test_out_must_be_writable_in_place():
     o = operands(6, 5, 7, 3)
     with pytest.raises(ValueError, match=r"out: got shape \(6, 4\), must be \(6, 5\)"):

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
 import loraxs_kernels.route
-from loraxs_kernels import LoraXSLinear, attach, forward_together
+from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
 from loraxs_kernels.integrations.peft import LoraXSConfig
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
@@ -654,14 +654,32 @@ def test_equal_blocks_compile_once(through):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("how", ["fused", "delta", "together"])
-def test_selective_checkpointing_may_save_products(how):
+@pytest.mark.parametrize("how", ["fused", "delta", "together", "forced", "index"])
+def test_selective_checkpointing_may_save_products(how, monkeypatch):
     """It keeps what an operator returns, and refuses to find it changed."""
     layers = [make(seed=i, dropout=0.5 if how == "delta" else 0.0) for i in range(2)]
     x, products = torch.randn(5, 40, requires_grad=True), [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     context = partial(create_selective_checkpoint_contexts, products)
 
+    def indexed(layer, x):
+        R, operands = layer.R.unsqueeze(0), (layer.base_layer.weight.detach(), layer.A)
+        return functional.lora_xs_linear(x, *operands, R, layer.B, 1.0, index=[0, -1, 0, 0, -1])
+
+    def kernel(x, W, A, R, B, s, bias=None, out=None, other=None):
+        """Adds to a product of torch's where torch does not see it."""
+        y = nn.functional.linear(x, W, bias)
+        delta, z, gram = of_torch(x, None, A, R, B, s, None, None, other)
+        y.detach().numpy()[:] += delta.numpy()
+        return y, z, gram
+
+    if how == "forced":
+        of_torch = backends.primitive("torch")
+        monkeypatch.setattr(backends, "primitive", {"torch": of_torch, "cuda": kernel}.__getitem__)
+        monkeypatch.setattr(backends, "_forced", "cuda")
+
     def call(x):
+        if how == "index":
+            return sum(indexed(layer, x) for layer in layers)
         return sum(forward_together(x, *layers) if how == "together" else [layer(x) for layer in layers])
 
     results = []
@@ -677,6 +695,9 @@ def test_selective_checkpointing_may_save_products(how):
 def test_a_trace_computes_and_trains_as_the_layer_does(dropout):
     layer, x = make(dropout=dropout).eval(), torch.randn(2, 3, 40)
     traced = torch.jit.trace(layer, x)
+    both = nn.ModuleList([layer, layer])
+    both.forward = lambda x: forward_together(x, *both)
+    torch.testing.assert_close(torch.jit.trace(both, x)(x), (layer(x), layer(x)))
     other = torch.randn(2, 3, 40, requires_grad=True)
     results = [(y := call(other), *torch.autograd.grad(y.square().sum(), (other, layer.R))) for call in (traced, layer)]
     for got, right in zip(*results, strict=True):

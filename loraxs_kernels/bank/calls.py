@@ -52,23 +52,31 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
         with calling(self, kwargs.pop("adapter_ids", None), args, kwargs):
             return run(self, *args, **kwargs)
 
+    def selected(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if (attached := self.loraxs_bank).whole:
+            attached.bank.know(self)
+        with _selecting(attached.bank, kwargs["adapter_ids"]):
+            return run(self, *args, **kwargs)  # with the names, for calls that it may make later or in another thread
+
     uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_export()
         return (uncompiled if torch.compiler.is_compiling() else inside)(kind.__call__, self, args, kwargs)
 
-    def taking(run: Callable[..., Any]) -> Callable[..., Any]:
+    def taking(run: Callable[..., Any], how: Callable[..., Any]) -> Callable[..., Any]:
+        eager = torch._disable_dynamo(how, recursive=False)
+
         @wraps(run)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if "adapter_ids" not in kwargs:  # which `__call__` has taken out
                 return run(self, *args, **kwargs)
-            return (uncompiled if torch.compiler.is_compiling() else inside)(run, self, args, kwargs)
+            return (eager if torch.compiler.is_compiling() else how)(run, self, args, kwargs)
 
         return method
 
-    body = {name: taking(run) for name, run in methods_with_kwargs(kind).items()}
-    body |= {"__call__": __call__, "forward": taking(kind.forward)}
+    body = {name: taking(run, selected) for name, run in methods_with_kwargs(kind).items()}
+    body |= {"__call__": __call__, "forward": taking(kind.forward, inside)}
     body |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
     body["__qualname__"] = kind.__qualname__
     if callable(getattr(kind, "generate", None)):
@@ -136,7 +144,7 @@ def calling(
         raise ValueError("adapter_ids: got names for a model whose bank was detached")
     if attached.whole:
         attached.bank.know(model)
-    if "adapter_names" in kwargs:  # which most models would ignore
+    if kwargs.get("adapter_names") is not None:  # which most models would ignore
         raise TypeError("adapter_names: is an argument of PEFT's; the names of a bank's adapters are adapter_ids")
     with _selecting(attached.bank, names) as selection:
         if selection is None:
@@ -144,8 +152,6 @@ def calling(
             return
         batch, samples = batch_of(args, kwargs), selection.samples
         if selection.mixed:
-            if attached.unmixed is not None:
-                raise ValueError(f"adapter_ids: got different adapters for one batch, and {attached.unmixed}")
             given = (
                 dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if attached.beside else {}
             )

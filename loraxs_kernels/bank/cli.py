@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _files(path: Path) -> list[Path]:
     if not (files := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"files: the folder {path} has no *.safetensors")
     if files == [path / FILE]:  # of save_adapter
-        return [path.absolute()]
+        return [Path(os.path.abspath(path))]
     if others := sorted({*path.iterdir()} - {*files}):
         what = f"{len(others)} not named *.safetensors left out, the first {others[0].name!r}"
         warnings.warn(f"files: of {path}, {what}", stacklevel=2)

@@ -76,7 +76,8 @@ class Slots:
         for name in missing:
             self._give_up(name)
         self.release(instead)
-        idle = (name for name, (slot, _) in [*self._there.items()] if name not in wanted and slot not in self._users)
+        there = [*self._there.items()] if missing else []
+        idle = (name for name, (slot, _) in there if name not in wanted and slot not in self._users)
         for name in missing:
             if not self._free:
                 self._give_up(next(idle))

@@ -123,10 +123,10 @@ class LoraXSModel(BaseTuner):
         inside = tuple(f"{name}." for name in head)
         config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
         if config.init == "svd":
-            ranks = {**config.rank_pattern, "(.*)": config.r}
             bases = {name: getattr(m, "base_layer", m) for name, m in model.named_modules(remove_duplicate=False)}
             wanted = {name for name in config.target_modules if not matches(name, config.exclude_modules or [])}
-            small = {name: why for name in wanted if (why := too_small(name, bases[name], ranks))}
+            rank_of = {name: pattern_value(config.rank_pattern, name, config.r) for name in wanted}
+            small = {name: why for name, r in rank_of.items() if (why := too_small(name, bases[name], r))}
             if small.keys() != wanted:  # else the rank is wrong
                 config.target_modules -= small.keys()
                 refused |= small
@@ -300,9 +300,10 @@ class LoraXSModel(BaseTuner):
                 stacklevel=4,  # past get_peft_model_state_dict and save_pretrained
             )
             config.save_factors = True
-            for name, layer in layers.items():
-                for factor in ("loraxs_A", "loraxs_B"):
-                    saved[f"{name}.{factor}.{adapter_name}"] = getattr(layer, factor)[adapter_name].contiguous()
+        # Those of a state dict that was made before are missing there.
+        for name, layer in layers.items() if config.save_factors else ():
+            for factor in ("loraxs_A", "loraxs_B"):
+                saved.setdefault(f"{name}.{factor}.{adapter_name}", getattr(layer, factor)[adapter_name].contiguous())
         return saved
 
     def reset_parameters(self) -> None:

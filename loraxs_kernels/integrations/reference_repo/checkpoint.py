@@ -113,7 +113,8 @@ def load_reference_adapter(
     if tied := tied_to_saved(model, saved):
         raise ValueError(
             f"{folder}: has values for {', '.join(saved)}, which PEFT trained as copies, and in this model "
-            f"{next(iter(tied))!r} shares them; load the model with tie_word_embeddings=False"
+            f"{next(iter(tied))!r} shares them; give that a weight of its own first: module.weight = nn.Parameter("
+            "module.weight.detach().clone()), and config.tie_word_embeddings = False"
         )
     dropout = _dropout(config, folder)
     compute = compute_options(device, workspace_gib, progress)
