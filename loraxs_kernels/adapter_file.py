@@ -180,28 +180,27 @@ def _packed_adapter(
     parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
     whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
     warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
-    if changed:
-        warnings.warn(
-            f"{where}: A and B of {len(changed)} modules, the first {changed[0].label}, are not what their recipe "
-            "makes of the weights as they are now: A, B or the weights were changed, loaded or rounded after attach. "
-            "The file holds these A and B, and is larger for that; no load can tell whether a model has the right "
-            "weights",
-            stacklevel=4,  # past no_grad's wrapper and the caller
-        )
-    if moved:
-        warnings.warn(
-            f"{where}: A and B of {len(moved)} modules, the first {moved[0].label}, {moved[0].why_no_load()}. The file "
-            "will load into a model with the weights that A and B were made from, but not into this one as it is now; "
-            "for that, save with save_factors=True",
-            stacklevel=4,  # past no_grad's wrapper and the caller
-        )
-    if flat:
-        warnings.warn(
-            f"{where}: the weights of {len(flat)} modules, the first {flat[0].label}, have singular values so nearly "
-            "equal that rounding decides on A and B. The file may not load on another device or with another number of "
-            "threads; for that, save with save_factors=True",
-            stacklevel=4,  # past no_grad's wrapper and the caller
-        )
+    for layers, why in (
+        (
+            changed,
+            "are not what their recipe makes of the weights as they are now: A, B or the weights were changed, loaded "
+            "or rounded after attach. The file holds these A and B, and is larger for that; no load can tell whether a "
+            "model has the right weights",
+        ),
+        (
+            moved,
+            "{}. The file will load into a model with the weights that A and B were made from, but not into this one "
+            "as it is now; for that, save with save_factors=True",
+        ),
+        (
+            flat,
+            "depend on rounding, since the singular values of each weight are nearly equal. The file may not load on "
+            "another device or with another number of threads; for that, save with save_factors=True",
+        ),
+    ):
+        if layers:
+            which, why = f"{len(layers)} modules, the first {layers[0].label}", why.format(layers[0].why_no_load())
+            warnings.warn(f"{where}: A and B of {which}, {why}", stacklevel=4)  # past no_grad's wrapper and the caller
     return parts, card.card(model, base, descriptions, whole, where)
 
 

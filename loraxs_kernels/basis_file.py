@@ -81,11 +81,15 @@ class Basis:
         return found[0]
 
     def _alike(self, parts: Sequence[str]) -> list[str]:
-        """The modules whose names have the same numbers and the most last parts, at least two; then the most of all."""
+        """The modules of the file that may be this one by another name.
+
+        Their names have the same numbers and the same last two parts, and one of the two names has all parts of the
+        other.  Of several the one with the most last parts in common is taken, then that with the most parts.
+        """
         shared = {}
         for there in self.modules:
             others = there.split(".")
-            inside = {*parts} <= {*others} or {*others} <= {*parts}  # no part of one is another tower's
+            inside = {*parts} <= {*others} or {*others} <= {*parts}  # else they may be of two towers
             numbers = [list(filter(str.isdigit, each)) for each in (others, parts)]
             if inside and others[-2:] == parts[-2:] and numbers[0] == numbers[1]:
                 ends = next((i for i, (a, b) in enumerate(zip(parts[::-1], others[::-1], strict=False)) if a != b), 0)
@@ -226,7 +230,7 @@ def make_basis(
         recipe = recipe.pinned(rank, weight.shape).cast(dtype or weight.dtype)
         jobs.append(Job(f"module {name!r}", _probed(name, weight, tensors), rank, recipe))
     if small and not jobs:
-        check_rank(rank, f"module {min(small)!r}", small[min(small)])
+        check_rank(rank, label_of(min(small)), small[min(small)])
     if not jobs:
         raise ValueError(f"target_modules: got {target_modules!r}, which matches no matrix of {model}")
     warn_of_unmatched(weights, 3, target_modules=target_modules, exclude_modules=exclude_modules)
@@ -309,17 +313,14 @@ def _files(model: Path) -> dict[Path, set[str]]:
             files.setdefault(model / name, set()).add(key)
     else:
         files = {file: set() for file in sorted(model.glob("*.safetensors"))}
-    files = {file: named for file, named in files.items() if not _is_this_librarys(file)}
+    own = [file for file in files if any(key.startswith("loraxs") for key in metadata_of(file))]
+    files = {file: named for file, named in files.items() if file not in own}
     if not files:
         raise FileNotFoundError(
             f"model: {model} is neither a safetensors file nor a folder with safetensors files; adapter, basis and "
             "bank files of loraxs_kernels do not count, which hold no model"
         )
     return files
-
-
-def _is_this_librarys(file: Path) -> bool:
-    return any(key.startswith("loraxs") for key in metadata_of(file))
 
 
 def _weight(

@@ -156,7 +156,6 @@ def _temporary(target: Path) -> FileIO:
         lost += 1
         if lost == MOST_LOST:
             raise OSError(errno.EBUSY, "no new file can be made beside it that stays where it is", str(target))
-    raise AssertionError("there is no end of names")
 
 
 def _remove_if_left(temporary: Path) -> None:

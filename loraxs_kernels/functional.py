@@ -61,7 +61,7 @@ def lora_xs_linear(
     """
     if weight is None:
         raise TypeError("weight: got NoneType, must be a torch.Tensor; lora_xs_delta computes only the adapter's part")
-    return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R), all_unknown=True)
+    return run(x, weight, A, R, B, scale, bias, index=_row_index(index, x, R), check_all=True)
 
 
 def lora_xs_delta(
@@ -86,7 +86,7 @@ def lora_xs_delta(
             itself or a different operand, or cannot be written.  The message names the operand, and out is as it was.
         RuntimeError: as for `lora_xs_linear`.
     """
-    return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R), all_unknown=True)
+    return run(x, None, A, R, B, scale, out=out, index=_row_index(index, x, R), check_all=True)
 
 
 def _row_index(index: Index, x: Tensor, R: Tensor) -> RowIndex | None:
@@ -118,19 +118,19 @@ def run(
     name: str = "",
     index: RowIndex | None = None,
     *,
-    all_unknown: bool = False,
+    check_all: bool = False,
 ) -> Tensor:
     """The one way from a call to a backend: cast by autocast, check, flatten x to rows, join autograd.
 
     name: of a layer, whose operands are known to fit each other, so that only x is checked.  It is for errors alone:
     if anything else depended on it, torch.compile would compile each of a model's equal blocks by itself.
-    all_unknown: the operands are a caller's, and all of them are checked.
+    check_all: check all operands, which are a caller's.
     """
     if autocast_on(x):
         x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
         with no_autocast(x):  # the fp32 side (z, u, R) stays as it is
-            return run(x, W, A, R, B, s, bias, out, name, index, all_unknown=all_unknown)
-    if all_unknown:
+            return run(x, W, A, R, B, s, bias, out, name, index, check_all=check_all)
+    if check_all:
         check(x, A, R, B, s, weight=W, bias=bias, out=out, index=index)
     else:
         check_x(x, A, R, B, name)

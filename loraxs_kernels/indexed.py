@@ -241,7 +241,9 @@ def lowrank_linear(
 
     forced: the backend that `lx.backend` asks for.
     """
-    T, forced = len(x), "torch" if results_are_kept() else forced
+    T = len(x)
+    if forced and results_are_kept():  # into which a kernel would write behind torch's back
+        forced = "torch"
     if T and forced == "triton":
         from .backends import triton_indexed
 

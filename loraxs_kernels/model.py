@@ -213,7 +213,7 @@ def _check_called(parent: nn.Module, name: str) -> None:
 
 
 def check_not_in_ddp(model: nn.Module) -> None:
-    """ValueError for a model in which new parameters would train without a word, on each rank as it likes, or not."""
+    """ValueError for a model that is wrapped for several ranks already: gradients of a new R would not be averaged."""
     for m in model.modules():
         if isinstance(m, nn.parallel.DistributedDataParallel) or type(m).__name__ == "DeepSpeedEngine":
             raise ValueError(

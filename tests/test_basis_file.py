@@ -96,7 +96,8 @@ def test_names_that_transformers_has_changed_meet(tmp_path):
     found = basis_file.Basis(tmp_path, "", dict.fromkeys(there, (4, Recipe())), None)
     here = [f"{part}.{end}" for part in ("model.language_model", "model.vision") for end in ends]
     assert list(map(found.find, here)) == there
-    for name in (f"model.audio.{ends[0]}", "model.vision.layers.1.mlp.q_proj", "vision.layers.2.self_attn.q_proj"):
+    others = [f"model.audio.{ends[0]}", f"audio.encoder.{ends[0]}"]
+    for name in (*others, "model.vision.layers.1.mlp.q_proj", "vision.layers.2.self_attn.q_proj"):
         with pytest.raises(ValueError, match=f"basis: .* for module '{name}'; .* other names: attach w"):
             found.find(name)
 
@@ -233,6 +234,8 @@ def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
     (checkpoint / INDEX).write_text(whole.replace("}}", ', "layers.3.up.weight": "b.safetensors"}}'))
     with pytest.raises(ValueError, match=r"names a tensor 'layers\.3\.up\.weight' in b\.safetensors, which has none"):
         make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
+    (checkpoint / INDEX).write_text(whole.replace("}}", ', "layers.3.inv_freq": "b.safetensors"}}'))
+    make_basis(checkpoint, 4, tmp_path / "basis.safetensors")  # which needs no such tensor
     (checkpoint / INDEX).write_text(whole)
     (checkpoint / "b.safetensors").write_bytes((checkpoint / "b.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match=r"b\.safetensors: is not a whole safetensors file"):

@@ -181,7 +181,7 @@ def test_an_index_that_does_not_fit_is_refused(index, error, message):
         lora_xs_linear(o.x.view(2, 2, 12), o.W, o.A, R, o.B, o.s, index=index)
 
 
-def test_an_index_for_one_sample_of_no_row():
+def test_an_index_for_a_single_row():
     """x (K,) is one sample, and one row."""
     o, R = operands(4, 16, 12, 4), stacked(4)
     with pytest.raises(ValueError, match="index: got 2 numbers, must be one for each of 1 samples or 1 rows"):

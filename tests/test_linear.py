@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_accurate
-from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -22,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
-from loraxs_kernels.integrations.peft import LoraXSConfig
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
@@ -646,7 +644,10 @@ def test_equal_blocks_compile_once(through):
     if through == "attach":
         attach(model, 2)
     else:
-        get_peft_model(model, LoraXSConfig(r=2))
+        peft = pytest.importorskip("peft")
+        from loraxs_kernels.integrations.peft import LoraXSConfig
+
+        peft.get_peft_model(model, LoraXSConfig(r=2))
     torch.compiler.reset()
     counter, x = CompileCounter(), torch.randn(4, 8)
     for block in model:

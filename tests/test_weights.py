@@ -545,7 +545,9 @@ def test_a_weight_that_a_hook_makes_is_that_of_the_state_dict(made):
     trained(torch.randn(3, K))
     model.load_state_dict(trained.state_dict())
     assert not torch.equal(model.weight, trained.weight)
+    before = model.weight
     W, left = weight_of(model).read(), {name: t.clone() for name, t in model.state_dict().items()}
+    assert model.weight is before  # with its gradient
     model.eval()(torch.randn(3, K))
     assert torch.equal(W, model.weight) and all(torch.equal(t, left[name]) for name, t in model.state_dict().items())
 

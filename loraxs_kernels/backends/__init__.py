@@ -111,9 +111,9 @@ def select(x: Tensor, N: int, r: int, has_weight: bool, direction: str, forced: 
     """
     if callable(forced):
         return forced
-    if torch_backend.results_are_kept():  # kernels write behind torch's back into what it keeps
-        return torch_backend.lowrank_linear
     name = forced or choose(x, N, r, has_weight, direction)
+    if name != "torch" and torch_backend.results_are_kept():  # into which a kernel would write behind torch's back
+        name = "torch"
     if name == "torch" or (forced and first_use.setting() != "always"):
         return primitive(name)
     return first_use.checked(name, direction)
