@@ -29,7 +29,7 @@ BASIS = "LORAXS_BASIS"  # a basis file of the base model, so that A and B are no
 TOKEN = "LORAXS_TOKEN"  # what a client must say to write adapters; without it nobody can
 SCHEME = "loraxs"  # of the paths in LoRARequests
 
-TESTED = ("0.32.0",)  # versions of vLLM
+TESTED = ("0.32.0", "0.33.0")  # versions of vLLM; how: docs/serving.md
 # What is replaced in vLLM ("replaced") or relied on beyond its documented interfaces ("used"): module, name, how.
 NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager", "replaced"),

@@ -199,8 +199,8 @@ def test_without_a_bank_nothing_is_replaced(monkeypatch):
 
 
 def test_another_vllm_is_refused(monkeypatch, served):
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(RuntimeError, match=r"got version 0\.33\.0, must be 0\.32\.0"):
+    monkeypatch.setattr(vllm, "__version__", "0.99")
+    with pytest.raises(RuntimeError, match=r"got version 0\.99, must be 0\.32\.0 or"):
         ours.register()
 
 
