@@ -13,6 +13,7 @@ for only where a core will be built.
 _build.json, beside the core or in its place, says what came of it (loraxs_kernels/backends/cuda/core.py).
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json
@@ -22,15 +23,19 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 from typing import Any
 
 import setuptools
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # which --no-build-isolation does not bring
-    raise SystemExit(
-        f"loraxs_kernels: setuptools: got {setuptools.__version__}, must be 77 or later: pip install -U setuptools"
-    )
+# setuptools.__version__ is not asked: within pip 24.3 to 26.2 it is the version of this checkout.
+_beside = DistributionFinder.Context(name="setuptools", path=[str(Path(setuptools.__file__).parents[1])])
+for _found in MetadataPathFinder.find_distributions(_beside):
+    if int(_found.version.partition(".")[0]) < 77:  # which --no-build-isolation does not bring
+        raise SystemExit(
+            f"loraxs_kernels: setuptools: got {_found.version}, must be 77 or later: pip install -U setuptools"
+        )
 from setuptools import Extension, build_meta, setup
 from setuptools.build_meta import (  # noqa: F401
     build_editable,

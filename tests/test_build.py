@@ -157,10 +157,30 @@ REFUSED_BY_CMAKE = {
 }
 
 
-def test_an_old_setuptools_is_refused_in_one_sentence():
-    refused = run(PYTHON, "-c", "import setuptools; setuptools.__version__ = '65.5.0'; import setup", cwd=ROOT)
+def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").touch()
+    (tmp_path / "setuptools-65.5.0.dist-info").mkdir()
+    (tmp_path / "setuptools-65.5.0.dist-info" / "METADATA").write_text("Name: setuptools\nVersion: 65.5.0\n")
+    refused = run(PYTHON, "-c", "import setup", cwd=ROOT, PYTHONPATH=str(tmp_path))
     message = "loraxs_kernels: setuptools: got 65.5.0, must be 77 or later: pip install -U setuptools\n"
     assert (refused.returncode, refused.stderr) == (1, message)
+
+
+def test_builds_where_every_package_has_the_version_of_the_checkout(source):
+    """As in pip 24.3 to 26.2, whose finder for a backend in the source tree answers every name with what lies there."""
+    (source / "loraxs_kernels.egg-info").mkdir(exist_ok=True)
+    (source / "loraxs_kernels.egg-info" / "PKG-INFO").write_text("Name: loraxs_kernels\nVersion: 0.1.0\n")
+    finder = """
+import importlib.metadata as metadata, sys
+class Finder:
+    def find_spec(self, *args): return None
+    def find_distributions(self, context):
+        return metadata.MetadataPathFinder.find_distributions(metadata.DistributionFinder.Context(path=["."]))
+sys.meta_path.insert(0, Finder())
+"""
+    assert passed(run(PYTHON, "-c", f"{finder}print(metadata.version('setuptools'))", cwd=source)) == "0.1.0\n"
+    passed(run(PYTHON, "-c", finder + BACKEND, cwd=source, LORAXS_BUILD_CUDA="0"))
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
