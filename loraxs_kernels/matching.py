@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
 from .naming import label_of
-from .reads import weights_read
+from .reads import held_beside, read_or_asked
 from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, unread, weight_of
 
@@ -265,7 +265,7 @@ _NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
 
 def no_adapter(model: nn.Module) -> dict[int, str]:
     """{id of a linear layer that takes no adapter: why not, as the end of a sentence that begins with its name}."""
-    read = weights_read(model)
+    around = held_beside(model) | read_or_asked(model)
     found = {}
     for parent in model.modules():
         for name, layer in parent._modules.items():
@@ -278,8 +278,8 @@ def no_adapter(model: nn.Module) -> dict[int, str]:
                 found[id(layer)] = (
                     f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
                 )
-            elif id(layer) in read:
-                found[id(layer)] = f"{read[id(layer)]}: an adapter there has no effect"
+            elif id(layer) in around:
+                found[id(layer)] = around[id(layer)]
     return found
 
 
