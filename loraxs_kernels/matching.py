@@ -25,11 +25,13 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def check_patterns(**given: Any) -> None:
-    """TypeError or ValueError, naming the argument, for a regular expression that is none; lists have names."""
+    """TypeError or ValueError, naming the argument, for what is neither a regular expression nor names."""
     for argument, patterns in given.items():
         mapping = argument.endswith("_pattern")
         if mapping and not (patterns is None or isinstance(patterns, Mapping)):
             raise TypeError(f"{argument}: got {patterns!r}, must be a mapping from regular expressions to values")
+        if not (patterns is None or isinstance(patterns, Collection)):  # a generator has its names only once
+            raise TypeError(f"{argument}: got {patterns!r}, must be a list of names or a regular expression")
         for pattern in (patterns or ()) if mapping else [patterns] if isinstance(patterns, str) else ():
             try:
                 re.compile(f"(.*)({pattern})" if mapping else pattern)
@@ -142,6 +144,11 @@ def match(
         name, why = unsuited[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
     if not names:
+        if is_linear(model):
+            raise ValueError(
+                f"model: is itself a {type(model).__name__}, must contain the layers to adapt; "
+                "LoraXSLinear.from_linear(layer, rank) adapts one layer"
+            )
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
         raise ValueError(
@@ -249,6 +256,7 @@ def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The names of the modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
+    check_patterns(modules_to_save=endings)
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
     for ending in endings:
         if not any(matches(name, [ending]) for name in names):

@@ -144,6 +144,8 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is a linear one by its type, so that asking for its weight makes sense."""
+    if isinstance(layer, torch.jit.ScriptModule):  # whose class has no forward to ask for
+        return False
     return (
         isinstance(layer, nn.Linear)
         or is_conv1d(layer)

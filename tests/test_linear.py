@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -73,6 +74,27 @@ def test_forward_and_gradients(kind, dtype):
     chain = run(separate, x, separate.lora_latent.weight)
     for name, *three in zip(("y", "gX", "gR"), run(layer, x, layer.R), chain, oracle, strict=True):
         assert_accurate(*three, dtype, name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_x_may_be_given_by_the_name_that_linear_has_for_it(merged):
+    layer, x = make(), torch.randn(3, 40)
+    if merged:
+        layer.eval().merge()
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_hooks_of_all_modules_get_the_output_of_a_base_that_is_called_as_it_was():
+    layer, x, seen = make(dropout=0.5), torch.randn(3, 40, requires_grad=True), []
+    hooks = nn.modules.module
+    with contextlib.ExitStack() as stack:
+        for handle in (
+            hooks.register_module_forward_hook(lambda module, args, y: seen.append((y, y.detach().clone()))),
+            hooks.register_module_full_backward_hook(lambda *_: None),
+        ):
+            stack.callback(handle.remove)
+        layer(x).sum().backward()
+    assert len(seen) == 2 and all(torch.equal(y, then) for y, then in seen) and layer.R.grad is not None
 
 
 def test_opaque_bases_get_the_delta_on_top():
@@ -518,6 +540,7 @@ def test_meta_device_then_real_weights():
     assert layer.A.is_meta and layer.R.is_meta
     linear = nn.Linear(40, 24)
     layer.to_empty(device="cpu").base_layer.load_state_dict(linear.state_dict())
+    assert layer(torch.zeros(1, 40)).isnan().all()  # memory of zeros would make an adapter that never trains
     layer.reset_parameters()
     expected = LoraXSLinear.from_linear(linear, 6)
     assert all(
