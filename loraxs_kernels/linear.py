@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -349,6 +349,11 @@ class LoraXSLinear(PaddedB):
             with torch.no_grad():
                 self.A.fill_(torch.nan)
         return self
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The base layer's first: code takes the dtype of a model from its first parameter, and R is in fp32."""
+        found = [*super().named_modules(*args, **options)]  # none where it has been listed already
+        yield from (*found[1:], *found[:1])
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:

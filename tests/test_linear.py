@@ -534,6 +534,22 @@ def test_moves_keep_R_in_full_precision():
     assert layer.to("meta").R.is_meta
 
 
+class CastsByItsFirstParameter(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+def test_a_model_that_takes_its_dtype_from_its_first_parameter_gets_that_of_its_weights():
+    model = CastsByItsFirstParameter(nn.Linear(8, 8)).bfloat16()
+    lx.attach(model, 2)
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        assert call(torch.ones(1, 8)).dtype == torch.bfloat16
+    assert [name for name, _ in model.named_modules()] == ["", "0.base_layer", "0"]
+    both = nn.Sequential(model[0], model[0])
+    assert [name for name, _ in both.named_parameters()] == ["0.base_layer.weight", "0.base_layer.bias", "0.R"]
+    assert len([*both.modules()]) == 3 and len([*both.named_modules(remove_duplicate=False)]) == 5
+
+
 def test_meta_device_then_real_weights():
     with torch.device("meta"):
         layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
