@@ -34,7 +34,7 @@ from torch import nn
 Path = tuple[str, ...]
 Names = dict[str, list[Path]]  # a function's names for parts of its module
 
-READS, ASKS = "reads its weight without calling it", "asks whether it is an nn.Linear"
+READS, ASKS = "which reads its weight without calling it", "which asks whether it is an nn.Linear"
 _EFFECTS = {READS: "an adapter there has no effect", ASKS: "a layer with an adapter is none"}
 MOST_PATHS = 9  # for one name of a function, which a loop might give more and more
 
@@ -63,7 +63,7 @@ def read_or_asked(model: nn.Module) -> dict[int, str]:
         for where, function in (*replaced, *functions[type(module)]):
             for read in _reads(function.__code__):
                 if all(_value(test, module, read.settings) in (wanted, None) for test, wanted in read.conditions):
-                    why = f"of a {type(module).__name__}, which {read.what} (in {where}): {_EFFECTS[read.what]}"
+                    why = f"of a {type(module).__name__}, {read.what} (in {where}): {_EFFECTS[read.what]}"
                     found |= {id(layer): why for layer in _at(module, read.layer) if id(layer) not in found}
     for module in model.modules():  # who reads the `weight` of a wrapper reads that of the layer in it
         if READS in found.get(id(module), "") and isinstance(getattr(type(module), "weight", None), property):
@@ -227,6 +227,9 @@ def _paths(node: ast.AST | None, known: Names) -> list[Path]:
         if isinstance(node.slice, ast.Slice):
             return owners
         return [owner[:-1] if owner[-1:] == ("(...)",) else (*owner, "[]") for owner in owners]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else "[]"  # made at run time: any child's
+        return [(*owner, name) for owner in _paths(node.args[0], known) if name != "weight"]
     if isinstance(node, ast.Call) and not (node.args or node.keywords):
         called = _paths(node.func, known)
         children = [path[:-1] for path in called if path[-1:] in (("children",), ("values",), ("items",))]

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
     NAMES = (
         *("called", "aliased", "rebound", "looped", "counted", "returned", "helped", "partly", "nested", "read_if"),
-        *("listed", "in_tuple", "zipped", "sliced", "valued"),
+        *("listed", "in_tuple", "zipped", "sliced", "valued", "by_name", "by_a_name"),
         *(
             "read_if_changed",
             "read_if_either",
@@ -56,6 +56,7 @@ class Block(nn.Module):
         self.inner = nn.ModuleDict({"partly": self.partly})
         self.parts = nn.ModuleList([self.sliced])
         self.named = nn.ModuleDict({"valued": self.valued})
+        self.box = nn.ModuleDict({"by_a_name": self.by_a_name})
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -102,6 +103,9 @@ class Block(nn.Module):
         x = x @ self.parts[:1][0].weight
         for each in reversed(self.named.values()):
             x = x @ each.weight
+        for suffix in ("a_name",):
+            x = x @ getattr(self.box, f"by_{suffix}").weight @ getattr(self, "by_name").weight  # noqa: B009
+        x = x * getattr(self.called, "weight").sum()  # noqa: B009
         head = self.get_output_embeddings()
         x = helped(self, x @ head.weight)
         mode = self.exact
@@ -127,7 +131,7 @@ NOT_READ = {"called", "asked", "cast", "compared", "tied", "not_read_if", "initi
 
 
 def test_reads_are_told_from_what_only_asks_or_never_runs():
-    said = r"leaves out 16 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
+    said = r"leaves out 18 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
     with pytest.warns(UserWarning, match=said):
         assert set(match(Block(exact=True), "all-linear")) == NOT_READ
     model = nn.Sequential(Block(exact=False))
