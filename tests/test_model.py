@@ -761,6 +761,29 @@ def test_weights_of_zeros_are_warned_of():
     assert [each.filename for each in warned] == [__file__]
 
 
+class WithLayersInside(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+def test_no_adapter_is_inside_another(tmp_path):
+    base = nn.Sequential(WithLayersInside(), nn.Linear(8, 8))
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="leaves out 2 layers .* '0.down', is inside '0', which has an adapter itself"):
+        lx.attach(model, 2, init_std=1.0)
+    assert list(adapters(model)) == ["0", "1"]
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    x = torch.ones(1, 8)
+    assert torch.equal(lx.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(x), model(x))
+    with pytest.raises(TypeError, match=r"matches module '0\.up' inside '0', which has"):
+        match(base, ["0", "up"])
+    assert match(base, ["up"]) == ["0.up"]
+
+
 def test_a_scripted_layer_is_left_out():
     model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match="leaves out 1 layer .RecursiveScriptModule"):
