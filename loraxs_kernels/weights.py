@@ -213,6 +213,10 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     weight = _made_anew(layer) if "weight" in vars(layer) else getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
+    if nn.parameter.is_lazy(weight):
+        raise TypeError(
+            f"{label}: got a {type(layer).__name__} whose weight has no shape yet, must have one: call the model once"
+        )
     shape = getattr(weight, "ds_shape", weight.shape)
     plain = type(weight) in (nn.Parameter, Tensor)
     if plain and _is_fsdp1_part(weight, whole=len(shape) == 2):

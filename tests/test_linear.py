@@ -818,6 +818,8 @@ def test_bad_layers_are_named():
     sharded.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(TypeError, match=r"module 'z': got a Linear with a Parameter weight of shape \(0,\)"):
         LoraXSLinear.from_linear(sharded, 2, name="z")
+    with pytest.raises(TypeError, match="module '0': got a LazyLinear whose weight has no shape yet"):
+        attach(nn.Sequential(nn.LazyLinear(8)), 2)
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
         LoraXSLinear.from_linear(make(), 2)
 
