@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -129,7 +129,7 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Until then a call is a ValueError.
+        loaded.  Until then a call is a ValueError, and after `to_empty` its result is NaN.
 
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
@@ -215,7 +215,9 @@ class LoraXSLinear(PaddedB):
         check_range((self.A, self.B), self.label)
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if x is None and "input" in kwargs:  # as nn.Linear calls it
+            x = kwargs.pop("input")
         return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)
 
     def own_output(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -338,12 +340,20 @@ class LoraXSLinear(PaddedB):
         return ", ".join(f"{key}={value}" for key, value in shown.items()) + (", merged" if self.merged else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLinear:
-        dtype = self.A.dtype
+        dtype, meta = self.A.dtype, self.A.is_meta
         super()._apply(sparing_what_trains(fn, self.base_layer, self), recurse)
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
         self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
+        if meta and not self.A.is_meta:  # by to_empty: zeros, perhaps, with which nothing would train
+            with torch.no_grad():
+                self.A.fill_(torch.nan)
         return self
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The base layer's first: code takes the dtype of a model from its first parameter, and R is in fp32."""
+        found = [*super().named_modules(*args, **options)]  # none where it has been listed already
+        yield from (*found[1:], *found[:1])
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
 from .naming import label_of
-from .reads import weights_read
+from .reads import held_beside, read_or_asked
 from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, unread, weight_of
 
@@ -25,11 +25,13 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def check_patterns(**given: Any) -> None:
-    """TypeError or ValueError, naming the argument, for a regular expression that is none; lists have names."""
+    """TypeError or ValueError, naming the argument, for what is neither a regular expression nor names."""
     for argument, patterns in given.items():
         mapping = argument.endswith("_pattern")
         if mapping and not (patterns is None or isinstance(patterns, Mapping)):
             raise TypeError(f"{argument}: got {patterns!r}, must be a mapping from regular expressions to values")
+        if not (patterns is None or isinstance(patterns, Collection)):  # a generator has its names only once
+            raise TypeError(f"{argument}: got {patterns!r}, must be a list of names or a regular expression")
         for pattern in (patterns or ()) if mapping else [patterns] if isinstance(patterns, str) else ():
             try:
                 re.compile(f"(.*)({pattern})" if mapping else pattern)
@@ -132,6 +134,9 @@ def match(
         names.append(name)
         if everything and rank_of and (why := too_small(name, module, rank_of(name))):
             small[name] = why
+            continue
+        # One adapter around the other would give it a name that no model without adapters has.
+        refused |= {id(m): f"inside {name!r}, which has an adapter itself" for m in module.modules() if m is not module}
     if len(small) < len(names):  # else the rank is wrong
         names = [name for name in names if name not in small]
         unsuited += small.items()
@@ -142,6 +147,11 @@ def match(
         name, why = unsuited[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
     if not names:
+        if is_linear(model):
+            raise ValueError(
+                f"model: is itself a {type(model).__name__}, must contain the layers to adapt; "
+                "LoraXSLinear.from_linear(layer, rank) adapts one layer"
+            )
         linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
         raise ValueError(
@@ -249,6 +259,7 @@ def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The names of the modules that modules_to_save means; every entry must match."""
     if isinstance(endings, str):
         raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
+    check_patterns(modules_to_save=endings)
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
     for ending in endings:
         if not any(matches(name, [ending]) for name in names):
@@ -265,7 +276,7 @@ _NO_LINEAR_MAP = {"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
 
 def no_adapter(model: nn.Module) -> dict[int, str]:
     """{id of a linear layer that takes no adapter: why not, as the end of a sentence that begins with its name}."""
-    read = weights_read(model)
+    around = held_beside(model) | read_or_asked(model)
     found = {}
     for parent in model.modules():
         for name, layer in parent._modules.items():
@@ -278,8 +289,8 @@ def no_adapter(model: nn.Module) -> dict[int, str]:
                 found[id(layer)] = (
                     f"{of}whose weight the model rescales in eval mode: the delta of an adapter would not be rescaled"
                 )
-            elif id(layer) in read:
-                found[id(layer)] = f"{read[id(layer)]}: an adapter there has no effect"
+            elif id(layer) in around:
+                found[id(layer)] = around[id(layer)]
     return found
 
 

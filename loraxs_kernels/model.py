@@ -273,6 +273,13 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
         layer.reset_parameters((like.A, like.B))
     for layer in layers:
         layer.shares = parallel.shares(layer.base_layer, fsdp)
+    if idle := [layer.label for layer in layers if not (layer.A.is_meta or layer.A.any())]:
+        others = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        warnings.warn(
+            f"model: the weight of {idle[0]}{others} has only zeros, and so has A: the adapter has no effect, and R "
+            "does not train. Load the weights before lx.attach, or leave such layers out (exclude_modules)",
+            stacklevel=7,  # of attach, past its decorators and those of install
+        )
 
 
 def detach(model: M, *, merge: bool = False) -> M:

@@ -1,4 +1,5 @@
-"""Whose weight a model's own code reads without calling the layer, so that an adapter there has no effect.
+"""Layers that take no adapter because of the code around them: it reads their weight without calling them, so that an
+adapter there has no effect, or asks whether they are an nn.Linear, which a layer with an adapter is not.
 
 Told from the source of the methods: `F.linear(x, self.qkv.weight)` reads the weight of `self.qkv`, and so does
 
@@ -28,23 +29,32 @@ from typing import Any
 
 from torch import nn
 
-Path = tuple[str, ...]  # from a module to one inside it; "[]" is any of its children, "name()" what a method returns
+# From a module to one inside it; "[]" is any of its children, "name()" what a method returns, "(...)" at the end any of
+# several modules in a tuple or list.
+Path = tuple[str, ...]
 Names = dict[str, list[Path]]  # a function's names for parts of its module
 
+READS, ASKS = "which reads its weight without calling it", "which asks whether it is an nn.Linear"
+_EFFECTS = {READS: "an adapter there has no effect", ASKS: "a layer with an adapter is none"}
 MOST_PATHS = 9  # for one name of a function, which a loop might give more and more
 
 
 @dataclass(frozen=True)
 class Read:
-    """One place where a function of a module reads a weight, and the conditions on the way there."""
+    """One place where a function of a module does something with a layer, and the conditions on the way there.
+
+    what: READS or ASKS.
+    """
 
     layer: Path
+    what: str
     conditions: tuple[tuple[ast.expr, bool], ...]
     settings: Names  # the names that have one value only
 
 
-def weights_read(model: nn.Module) -> dict[int, str]:
-    """{id of a module: whose code reads its weight, as the end of a sentence}, for every part of a model."""
+def read_or_asked(model: nn.Module) -> dict[int, str]:
+    """{id of a module: whose code reads its weight, or asks for its type, and what of that, as the end of a sentence},
+    for every part of a model."""
     found: dict[int, str] = {}
     functions = {kind: _functions(kind) for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
@@ -53,16 +63,43 @@ def weights_read(model: nn.Module) -> dict[int, str]:
         for where, function in (*replaced, *functions[type(module)]):
             for read in _reads(function.__code__):
                 if all(_value(test, module, read.settings) in (wanted, None) for test, wanted in read.conditions):
-                    why = f"of a {type(module).__name__}, which reads its weight without calling it (in {where})"
+                    why = f"of a {type(module).__name__}, {read.what} (in {where}): {_EFFECTS[read.what]}"
                     found |= {id(layer): why for layer in _at(module, read.layer) if id(layer) not in found}
     for module in model.modules():  # who reads the `weight` of a wrapper reads that of the layer in it
-        if id(module) in found and isinstance(getattr(type(module), "weight", None), property):
+        if READS in found.get(id(module), "") and isinstance(getattr(type(module), "weight", None), property):
             found |= {id(layer): found[id(module)] for layer in module.children() if id(layer) not in found}
     return found
 
 
+def held_beside(model: nn.Module) -> dict[int, str]:
+    """{id of a module: in which attribute another one holds it, not as its child, as the end of a sentence}.
+
+    Code that calls what is in a plain list, say, would go on calling the layer itself.
+    """
+    return {
+        id(held): f"of a {type(module).__name__}, which also holds it in {name!r}: an adapter would be missing there"
+        for module in model.modules()
+        for name, value in vars(module).items()
+        for held in (() if name == "_modules" else _modules_in(value))
+        if held is not module
+    }
+
+
+def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in the values, lists and dicts that an attribute is made of, and those whose methods it has."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__)
+    elif isinstance(value, functools.partial):
+        yield from _modules_in([value.func, *value.args, *value.keywords.values()])
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(each, depth - 1)
+
+
 def _functions(kind: type) -> list[tuple[str, FunctionType]]:
-    """The functions of a class that run when its modules do and have a weight in them.
+    """The functions of a class that run when its modules do and have a weight, or the class Linear, in them.
 
     None for a wrapper around a layer that only has the layer's weight as a property of its own.
     """
@@ -81,7 +118,7 @@ def _all_functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
             if not any("super" in f.__code__.co_names for f in functions):
                 seen.add(name)
             for function in functions:
-                yield from ((where, f) for f in (function, *_helpers(function)) if _mentions_weight(f.__code__))
+                yield from ((where, f) for f in (function, *_helpers(function)) if _mentions(f.__code__))
 
 
 # Methods that make, tie, load, convert or freeze weights, or collect them for an optimizer.
@@ -121,13 +158,14 @@ def _helpers(function: FunctionType) -> Iterator[FunctionType]:
             yield helper
 
 
-def _mentions_weight(code: CodeType) -> bool:
-    return "weight" in code.co_names or any(_mentions_weight(c) for c in code.co_consts if isinstance(c, CodeType))
+def _mentions(code: CodeType) -> bool:
+    inside = (c for c in code.co_consts if isinstance(c, CodeType))
+    return not {"weight", "Linear"}.isdisjoint(code.co_names) or any(map(_mentions, inside))
 
 
 @functools.cache
 def _reads(code: CodeType) -> tuple[Read, ...]:
-    if not _mentions_weight(code):
+    if not _mentions(code):
         return ()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
@@ -147,30 +185,33 @@ def reads_of(function: ast.FunctionDef) -> Iterator[Read]:
     weights: Names = {}  # names of weights
     nodes = [*ast.walk(function)]
     stored = Counter(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
-    for target, value in 3 * [binding for node in nodes if (binding := _binding(node))[0] is not None]:
+    for target, value in 3 * [binding for node in nodes for binding in _bindings(node)]:
         for path in [*_paths(value, known)]:  # again, as nested blocks come after what may follow them
             of_weight = path[-1:] == ("weight",)
             paths = (weights if of_weight else known).setdefault(target, [])
             if len(paths) < MOST_PATHS and (layer := path[:-1] if of_weight else path) not in paths:
                 paths.append(layer)
     settings = {name: paths for name, paths in known.items() if stored[name] < 2}
-    for layer, conditions in _visit(function, (), False, known, weights):
-        yield Read(layer, conditions, settings)
+    for layer, what, conditions in _visit(function, (), False, known, weights):
+        yield Read(layer, what, conditions, settings)
 
 
-def _binding(node: ast.AST) -> tuple[str | None, ast.expr | None]:
-    """The name and the value of `name = value`, `(name := value)` and `for name in value`, whose value it is one of."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-        return node.targets[0].id, node.value
-    if isinstance(node, ast.NamedExpr):
-        return node.target.id, node.value
-    if isinstance(node, (ast.For, ast.comprehension)):
-        target, iterated = node.target, node.iter
-        if isinstance(target, ast.Tuple) and isinstance(iterated, ast.Call) and iterated.args:  # enumerate
-            target, iterated = target.elts[-1], iterated.args[0]
-        if isinstance(target, ast.Name):
-            return target.id, ast.Subscript(iterated, ast.Constant(0), ast.Load())
-    return None, None
+def _bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """The names and values of `name = value`, `(name := value)` and `for name in value`, whose value it is one of."""
+    pairs: list[tuple[ast.expr, ast.expr]] = []
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        pairs = [(node.targets[0], node.value)]
+    elif isinstance(node, ast.NamedExpr):
+        pairs = [(node.target, node.value)]
+    elif isinstance(node, (ast.For, ast.comprehension)):
+        iterated = [node.iter]
+        if isinstance(node.iter, ast.Call) and (arguments := node.iter.args):  # of enumerate, reversed, zip
+            iterated = arguments if getattr(node.iter.func, "id", "") == "zip" else arguments[:1]
+        targets = node.target.elts[-len(iterated) :] if isinstance(node.target, ast.Tuple) else [node.target]
+        pairs = [
+            (to, ast.Subscript(of, ast.Constant(0), ast.Load())) for to, of in zip(targets, iterated, strict=False)
+        ]
+    yield from ((target.id, value) for target, value in pairs if isinstance(target, ast.Name))
 
 
 def _paths(node: ast.AST | None, known: Names) -> list[Path]:
@@ -179,35 +220,61 @@ def _paths(node: ast.AST | None, known: Names) -> list[Path]:
         return known.get(node.id, [])
     if isinstance(node, ast.Attribute):
         return [(*owner, node.attr) for owner in _paths(node.value, known)]
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [(*path, "(...)") for each in node.elts for path in _paths(each, known)]
     if isinstance(node, ast.Subscript):
-        return [(*owner, "[]") for owner in _paths(node.value, known)]
+        owners = _paths(node.value, known)
+        if isinstance(node.slice, ast.Slice):
+            return owners
+        return [owner[:-1] if owner[-1:] == ("(...)",) else (*owner, "[]") for owner in owners]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else "[]"  # made at run time: any child's
+        return [(*owner, name) for owner in _paths(node.args[0], known) if name != "weight"]
     if isinstance(node, ast.Call) and not (node.args or node.keywords):
         called = _paths(node.func, known)
-        return [(*path[:-1], f"{path[-1]}()") for path in called if path[-1:] == ("get_output_embeddings",)]
+        children = [path[:-1] for path in called if path[-1:] in (("children",), ("values",), ("items",))]
+        made = [(*path[:-1], f"{path[-1]}()") for path in called if path[-1:] == ("get_output_embeddings",)]
+        return children + made
     return []
 
 
 def _visit(
     node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...], harmless: bool, known: Names, weights: Names
-) -> Iterator[tuple[Path, tuple[tuple[ast.expr, bool], ...]]]:
-    """The layers read in and below a node; `harmless`: what stands here is only asked for what it is like."""
+) -> Iterator[tuple[Path, str, tuple[tuple[ast.expr, bool], ...]]]:
+    """The layers read or asked for in and below a node, and what is done with them; `harmless`: what stands here is
+    only asked for what it is like."""
     if isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Load) and not harmless:
         layers = weights.get(node.id, []) if isinstance(node, ast.Name) else []
         layers = layers or [path[:-1] for path in _paths(node, known) if path[-1:] == ("weight",)]
-        yield from ((layer, conditions) for layer in layers if layer)
+        yield from ((layer, READS, conditions) for layer in layers if layer)
+    yield from ((layer, ASKS, conditions) for layer in _paths(_asked_for_its_type(node), known) if layer)
     if isinstance(node, (ast.If, ast.IfExp)):
         yield from _visit(node.test, conditions, False, known, weights)
         for wanted, part in ((True, node.body), (False, node.orelse)):
             for child in part if isinstance(part, list) else [part]:
                 yield from _visit(child, (*conditions, (node.test, wanted)), False, known, weights)
         return
-    target, value = _binding(node)
-    bound = target in weights and _paths(value, known)  # what is done with the name tells
+    bound = [value for name, value in _bindings(node) if name in weights and _paths(value, known)]
     same = harmless and isinstance(node, ast.Attribute) and node.attr in ("data", "T", "mT", "detach", "float")
     for child in ast.iter_child_nodes(node):
         called = harmless and isinstance(node, ast.Call) and child is node.func
-        asked = same or called or bool(bound and child is value) or _only_asks(node, child)
+        asked = same or called or child in bound or _only_asks(node, child)
         yield from _visit(child, conditions, asked, known, weights)
+
+
+def _asked_for_its_type(node: ast.AST) -> ast.expr | None:
+    """What an expression compares with the class Linear, as isinstance(it, Linear) and type(it) is Linear do."""
+    asked = kinds = None
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance" and len(node.args) == 2:
+        asked, kinds = node.args
+    elif (
+        isinstance(node, ast.Compare)
+        and isinstance(node.left, ast.Call)
+        and getattr(node.left.func, "id", "") == "type"
+    ):
+        (asked, *_), (kinds, *_) = node.left.args, node.comparators
+    named = {getattr(each, "attr", getattr(each, "id", "")) for each in (ast.walk(kinds) if kinds else ())}
+    return asked if "Linear" in named and "LoraXSLinear" not in named else None
 
 
 def _only_asks(node: ast.AST, child: ast.AST) -> bool:

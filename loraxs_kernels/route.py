@@ -48,7 +48,7 @@ def layer_output(
             h = hook.pre_forward(base, x)[0][0]
             y = hook.post_forward(base, run(h, W, A, R, B, s, held(base, "bias"), None, name, index))
     else:
-        plain = weight_view(base) is not None and not _hooked(base)
+        plain = weight_view(base) is not None and not (_hooked(base) or nn.modules.module._has_any_global_hook())
         if not plain and parallel.is_cut(base):
             return _cut_output(base, x, adapters, name, index, args, kwargs)
         y = base(x, *args, **kwargs)

@@ -144,6 +144,8 @@ def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, sh
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is a linear one by its type, so that asking for its weight makes sense."""
+    if isinstance(layer, torch.jit.ScriptModule):  # whose class has no forward to ask for
+        return False
     return (
         isinstance(layer, nn.Linear)
         or is_conv1d(layer)
@@ -211,6 +213,10 @@ def _linear(layer: nn.Module, label: str) -> Weight:
     weight = _made_anew(layer) if "weight" in vars(layer) else getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not (conv1d or isinstance(layer, nn.Linear)):
         raise _unreadable(layer, label)
+    if nn.parameter.is_lazy(weight):
+        raise TypeError(
+            f"{label}: got a {type(layer).__name__} whose weight has no shape yet, must have one: call the model once"
+        )
     shape = getattr(weight, "ds_shape", weight.shape)
     plain = type(weight) in (nn.Parameter, Tensor)
     if plain and _is_fsdp1_part(weight, whole=len(shape) == 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -73,6 +74,27 @@ def test_forward_and_gradients(kind, dtype):
     chain = run(separate, x, separate.lora_latent.weight)
     for name, *three in zip(("y", "gX", "gR"), run(layer, x, layer.R), chain, oracle, strict=True):
         assert_accurate(*three, dtype, name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_x_may_be_given_by_the_name_that_linear_has_for_it(merged):
+    layer, x = make(), torch.randn(3, 40)
+    if merged:
+        layer.eval().merge()
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_hooks_of_all_modules_get_the_output_of_a_base_that_is_called_as_it_was():
+    layer, x, seen = make(dropout=0.5), torch.randn(3, 40, requires_grad=True), []
+    hooks = nn.modules.module
+    with contextlib.ExitStack() as stack:
+        for handle in (
+            hooks.register_module_forward_hook(lambda module, args, y: seen.append((y, y.detach().clone()))),
+            hooks.register_module_full_backward_hook(lambda *_: None),
+        ):
+            stack.callback(handle.remove)
+        layer(x).sum().backward()
+    assert len(seen) == 2 and all(torch.equal(y, then) for y, then in seen) and layer.R.grad is not None
 
 
 def test_opaque_bases_get_the_delta_on_top():
@@ -512,12 +534,29 @@ def test_moves_keep_R_in_full_precision():
     assert layer.to("meta").R.is_meta
 
 
+class CastsByItsFirstParameter(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+def test_a_model_that_takes_its_dtype_from_its_first_parameter_gets_that_of_its_weights():
+    model = CastsByItsFirstParameter(nn.Linear(8, 8)).bfloat16()
+    lx.attach(model, 2)
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        assert call(torch.ones(1, 8)).dtype == torch.bfloat16
+    assert [name for name, _ in model.named_modules()] == ["", "0.base_layer", "0"]
+    both = nn.Sequential(model[0], model[0])
+    assert [name for name, _ in both.named_parameters()] == ["0.base_layer.weight", "0.base_layer.bias", "0.R"]
+    assert len([*both.modules()]) == 3 and len([*both.named_modules(remove_duplicate=False)]) == 5
+
+
 def test_meta_device_then_real_weights():
     with torch.device("meta"):
         layer = LoraXSLinear.from_linear(nn.Linear(40, 24), 6)
     assert layer.A.is_meta and layer.R.is_meta
     linear = nn.Linear(40, 24)
     layer.to_empty(device="cpu").base_layer.load_state_dict(linear.state_dict())
+    assert layer(torch.zeros(1, 40)).isnan().all()  # memory of zeros would make an adapter that never trains
     layer.reset_parameters()
     expected = LoraXSLinear.from_linear(linear, 6)
     assert all(
@@ -779,6 +818,8 @@ def test_bad_layers_are_named():
     sharded.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(TypeError, match=r"module 'z': got a Linear with a Parameter weight of shape \(0,\)"):
         LoraXSLinear.from_linear(sharded, 2, name="z")
+    with pytest.raises(TypeError, match="module '0': got a LazyLinear whose weight has no shape yet"):
+        attach(nn.Sequential(nn.LazyLinear(8)), 2)
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
         LoraXSLinear.from_linear(make(), 2)
 

@@ -741,6 +741,55 @@ def test_no_target_modules_are_refused_by_name():
         lx.attach(nn.Sequential(nn.Linear(8, 8)), 2, target_modules=None)
 
 
+@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_that_can_be_read_only_once_are_refused(argument):
+    with pytest.raises(TypeError, match=rf"{argument}: got <generator .*, must be a list of names or a regular expres"):
+        lx.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 2, **{argument: (name for name in "01")})
+
+
+def test_a_model_that_is_a_layer_is_told_what_adapts_it():
+    with pytest.raises(ValueError, match=r"model: is itself a Linear, .*; LoraXSLinear\.from_linear\(layer, rank\) ad"):
+        lx.attach(nn.Linear(8, 8), 2)
+
+
+def test_weights_of_zeros_are_warned_of():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    for i in (1, 2):
+        nn.init.zeros_(model[i].weight)
+    with pytest.warns(UserWarning, match="weight of module '1' and 1 more has only zeros") as warned:
+        lx.attach(model, 2)
+    assert [each.filename for each in warned] == [__file__]
+
+
+class WithLayersInside(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+def test_no_adapter_is_inside_another(tmp_path):
+    base = nn.Sequential(WithLayersInside(), nn.Linear(8, 8))
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="leaves out 2 layers .* '0.down', is inside '0', which has an adapter itself"):
+        lx.attach(model, 2, init_std=1.0)
+    assert list(adapters(model)) == ["0", "1"]
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    x = torch.ones(1, 8)
+    assert torch.equal(lx.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(x), model(x))
+    with pytest.raises(TypeError, match=r"matches module '0\.up' inside '0', which has"):
+        match(base, ["0", "up"])
+    assert match(base, ["up"]) == ["0.up"]
+
+
+def test_a_scripted_layer_is_left_out():
+    model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="leaves out 1 layer .RecursiveScriptModule"):
+        assert list(adapters(lx.attach(model, 2))) == ["1"]
+
+
 def test_multihead_attention_is_refused_where_an_adapter_would_do_nothing():
     model = nn.TransformerEncoderLayer(16, 2, 32)
     with pytest.raises(TypeError, match=r"'self_attn\.out_proj' of a MultiheadAttention, which reads its weight"):

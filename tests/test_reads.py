@@ -9,6 +9,7 @@ import linecache
 import pickle
 import re
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ class Block(nn.Module):
 
     NAMES = (
         *("called", "aliased", "rebound", "looped", "counted", "returned", "helped", "partly", "nested", "read_if"),
+        *("listed", "in_tuple", "zipped", "sliced", "valued", "by_name", "by_a_name"),
         *(
             "read_if_changed",
             "read_if_either",
@@ -52,6 +54,9 @@ class Block(nn.Module):
         self.helper, self.blocks, self.exact, self.changed = self.helped, nn.ModuleList([self.looped]), exact, False
         self.more = nn.ModuleList([self.counted])
         self.inner = nn.ModuleDict({"partly": self.partly})
+        self.parts = nn.ModuleList([self.sliced])
+        self.named = nn.ModuleDict({"valued": self.valued})
+        self.box = nn.ModuleDict({"by_a_name": self.by_a_name})
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -89,6 +94,18 @@ class Block(nn.Module):
             x = x @ each.weight
         for _, each in enumerate(self.more):
             x = x @ each.weight
+        some = [self.listed]
+        for each in some:
+            x = x @ each.weight
+        x = x @ torch.cat([each.weight for each in (self.in_tuple,)])
+        for _, each in zip(self.blocks, (self.zipped,), strict=True):
+            x = x @ each.weight
+        x = x @ self.parts[:1][0].weight
+        for each in reversed(self.named.values()):
+            x = x @ each.weight
+        for suffix in ("a_name",):
+            x = x @ getattr(self.box, f"by_{suffix}").weight @ getattr(self, "by_name").weight  # noqa: B009
+        x = x * getattr(self.called, "weight").sum()  # noqa: B009
         head = self.get_output_embeddings()
         x = helped(self, x @ head.weight)
         mode = self.exact
@@ -114,7 +131,7 @@ NOT_READ = {"called", "asked", "cast", "compared", "tied", "not_read_if", "initi
 
 
 def test_reads_are_told_from_what_only_asks_or_never_runs():
-    said = r"leaves out 11 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
+    said = r"leaves out 18 layers that .* 'aliased', is of a Block, .* \(in Block.forward"
     with pytest.warns(UserWarning, match=said):
         assert set(match(Block(exact=True), "all-linear")) == NOT_READ
     model = nn.Sequential(Block(exact=False))
@@ -244,6 +261,54 @@ def test_what_only_an_argument_that_no_model_passes_would_read_is_adapted():
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     model = transformers.DebertaModel(transformers.DebertaConfig(**sizes))
     assert "encoder.layer.0.attention.self.in_proj" in match(model, "all-linear")
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.exact, self.ours, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu() if isinstance(layer, (nn.Linear, nn.Conv1d)) else layer(x)
+        x = self.exact(x) if type(self.exact) is nn.Linear else x
+        x = self.ours(x) if isinstance(self.ours, (nn.Linear, LoraXSLinear)) else x
+        return self.other(x) if isinstance(self.other, nn.Module) else x
+
+
+def test_code_that_asks_for_linear_layers_would_not_find_adapted_ones():
+    model = Asking()
+    with pytest.warns(
+        UserWarning, match=r"2 layers .* 'layers.0', is of a Asking, which asks whether .*Asking.forward"
+    ):
+        lx.attach(model, 2, init_std=0.0)
+    assert [name for name, m in model.named_modules() if isinstance(m, LoraXSLinear)] == ["ours", "other"]
+
+
+class Listing(nn.Module):
+    """Holds layers beside its children, in each way that code has."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("listed", "bound", "partial", "hidden", "child"):
+            setattr(self, name, nn.Linear(4, 4))
+        self.calls = {"first": [self.listed], "others": (self.bound.forward, partial(self.partial))}
+        vars(self)["tied"] = self.hidden
+
+    def forward(self, x):
+        return self.child(self.calls["first"][0](x))
+
+
+def test_layers_that_are_held_beside_the_children_are_left_out():
+    model = nn.Sequential(Listing())
+    said = r"4 layers .* '0.listed', is of a Listing, which also holds it in 'calls': an adapter would be missing there"
+    with pytest.warns(UserWarning, match=said):
+        assert match(model, "all-linear") == ["0.child"]
+    with pytest.raises(TypeError, match=r"'0.hidden' of a Listing, which also holds it in 'tied'"):
+        match(model, ["hidden"])
+    model[0].child.forward = partial(nn.Linear.forward, model[0].child)  # a layer that holds itself
+    assert match(model, ["child"]) == ["0.child"]
 
 
 def test_a_function_put_in_the_place_of_forward_may_read():

@@ -18,7 +18,7 @@ from ...adapter_contents import warn_of_unsaved
 from ...adapter_file import save_adapter
 from ...linear import LoraXSLinear
 from ...matching import has_adapters, is_peft_layer
-from ...reads import weights_read
+from ...reads import read_or_asked
 from ...sharding import is_dtensor
 from ...transaction import transaction
 from .checkpoints import changing, check_checkpoint, forgive_the_frozen, save_pretrained
@@ -167,13 +167,10 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
             "before train(), p.data = p.data.float() for each parameter p that trains takes that back",
             stacklevel=4,
         )
-    read = weights_read(model)
+    read = read_or_asked(model)
     for name, m in model.named_modules():
         if (isinstance(m, LoraXSLinear) or is_peft_layer(m)) and (why := read.get(id(m))):
-            raise ValueError(
-                f"model: module {name!r} is {why}: its adapter would have no effect and not train; leave it out of "
-                "target_modules"
-            )
+            raise ValueError(f"model: module {name!r} is {why}; leave it out of target_modules")
     if not attached:
         return
     if cut := [name for name, t in changing(model) if is_dtensor(t)]:
