@@ -521,6 +521,29 @@ def test_what_does_not_fit_is_refused_without_a_checksum(case, saved, low_cpu_me
         PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=str
+)
+def test_a_vocabulary_of_another_size_is_loaded_with_the_adapter(changes, low_cpu_mem_usage, tmp_path):
+    """PEFT saves the embeddings with it, those that train twice; each model has other random values in the new rows."""
+
+    def larger(seed: int) -> nn.Module:
+        base = llama()
+        base.resize_token_embeddings(44, mean_resizing=False)
+        torch.manual_seed(seed)
+        for m in (base.get_input_embeddings(), base.get_output_embeddings()):
+            nn.init.normal_(m.weight.data[40:])
+        return base
+
+    model = randomise(get_peft_model(larger(0), config(**changes)))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(larger(1), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    head = [m.get_output_embeddings() for m in (model, loaded)]
+    assert not torch.equal(larger(0).lm_head.weight, larger(1).lm_head.weight)
+    assert torch.equal(*(each(torch.eye(32)) for each in head))
+
+
 def test_a_head_of_another_kind_is_refused(tmp_path):
     model = get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path)

@@ -82,8 +82,8 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
             continue  # of another adapter, which PEFT 0.18 saves too, or what a parametrization makes R of
         what = f"{file}: tensor {key.removeprefix(PREFIX)!r}"
         if key not in own:
-            if key.endswith(".bias") and (".modules_to_save." in key or ".original_module." in key):
-                continue  # PEFT saves biases of heads a second time, by names without the adapter's
+            if ".modules_to_save." in key or ".original_module." in key:
+                continue  # PEFT saves embeddings and biases of heads a second time, by names without the adapter's
             raise ValueError(f"{what} belongs to no part of this model")
         if hasattr(own[key], "ds_id"):  # ZeRO-3 holds a part of it
             continue
