@@ -565,13 +565,20 @@ def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_p
     settings.inference_mode = False
     model = get_peft_model(llama(), settings)
     part = {key: 2 * t for key, t in trained.state_dict().items() if "layers.0" in key and "loraxs_R" in key}
-    model.load_state_dict(part | {"extra.w": torch.ones(1)}, strict=False)
+    with pytest.warns(UserWarning, match=r"'default': the state dict has no R for 7 of its modules, .*layers\.1"):
+        model.load_state_dict(part | {"extra.w": torch.ones(1)}, strict=False)
     model.load_adapter(saved, "second")
     model.set_adapter("second")
     assert torch.equal(logits(model), logits(trained))
     half = {key: t for key, t in get_peft_model_state_dict(trained).items() if "layers.0" in key}
     set_peft_model_state_dict(model, half)
     assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
+    fewer = get_peft_model(llama(), config(target_modules=["q_proj"], lora_alpha=8))
+    with pytest.warns(UserWarning, match="has R for 12 modules that the adapter has not here, .*: left out"):
+        fewer.load_adapter(saved, "default")  # as Trainer resumes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(saved, "default")
 
 
 def test_a_file_is_blamed_for_its_own_damage_alone(trained, saved, tmp_path):
