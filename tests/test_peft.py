@@ -1273,6 +1273,23 @@ def test_all_linear_leaves_a_head_to_train_whole(task_type, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model))
 
 
+def test_a_head_that_does_not_train_is_warned_of():
+    model, query = bert(), dict(target_modules=["query"])
+    with pytest.warns(
+        UserWarning, match=r"head \(classifier\) of this BertForS.* Pass modules_to_save=\['classifier'\]"
+    ):
+        get_peft_model(model, config(**query, task_type=None))
+    with pytest.warns(UserWarning, match=r"head \(classifier\)"):  # where PEFT's "all-linear" leaves it out
+        bert().add_adapter(config(r=2, task_type="SEQ_CLS"))
+    tokens = BertForTokenClassification(model.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "modules_to_save")
+        get_peft_model(bert(), config(**query, task_type="SEQ_CLS"))
+        get_peft_model(tokens, config(**query, task_type="TOKEN_CLS"))
+        for options in (query | {"modules_to_save": []}, query | {"inference_mode": True}, {}):
+            get_peft_model(bert(), config(**options, task_type=None))
+
+
 def test_a_layer_in_two_places_and_a_shared_weight():
     model = llama(tie_word_embeddings=True)
     attention = model.model.layers[0].self_attn

@@ -29,6 +29,7 @@ from ...matching import (
     pattern_value,
     too_small,
     warn_of_experts,
+    warn_of_idle_head,
     warn_of_unread,
     warn_of_unsuited,
     why_not_mixed,
@@ -88,6 +89,7 @@ class LoraXSModel(BaseTuner):
             self._refused = no_adapter(model)
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._warn_of_idle_head(config, model)
             settle_fast_paths(model)
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
             if adapter_name == "ref" and config is self.peft_config.get("default"):
@@ -137,6 +139,20 @@ class LoraXSModel(BaseTuner):
         warn_of_experts(model, stacklevel=3)
         warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
         warn_of_unsuited([*refused.items()], stacklevel=3)
+
+    def _warn_of_idle_head(self, config: LoraXSConfig, model: nn.Module) -> None:
+        """Warn if a classification head, which is random in most models, will not train."""
+        if config.inference_mode or config.modules_to_save == []:
+            return
+        saved = [*(config.modules_to_save or ())]
+        if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") and not getattr(model, "_hf_peft_config_loaded", False):
+            saved += ["classifier", "score", "qa_outputs"]  # which get_peft_model adds once the adapter is there
+        idle = [
+            name
+            for name in classification_head(model)
+            if not matches(name, saved) and not any(p.requires_grad for p in model.get_submodule(name).parameters())
+        ]
+        warn_of_idle_head(model, idle, config.modules_to_save, stacklevel=3)
 
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
