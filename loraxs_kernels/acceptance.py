@@ -64,7 +64,7 @@ def mismatch(
         base = entry["base_model"]
         why = "" if same_values else ", and the singular values of the weight differ"
         trained = f"the base model {base!r}" if base else "a base model that the file does not name"
-        again = ", quantised (or not) as they were then" if same_values else ""
+        again = ", in the dtype and the quantisation that they had then" if same_values else ""
         return AdapterMismatch(
             f"{found}{why}: this model has different weights. The adapter was trained on {trained}: load its weights"
             f"{again}"

@@ -330,8 +330,8 @@ def check_unadapted(model: nn.Module) -> None:
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
         if is_peft_layer(m):
             raise ValueError(
-                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
-                "gives a model without them"
+                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel, or "
+                "delete_adapter(name) of a transformers model, gives a model without them"
             )
         if "base_layer" in m._modules and hasattr(m, "active_adapters"):
             raise ValueError(

@@ -494,7 +494,7 @@ def test_the_message_says_what_was_found(trained):
             other[0].weight.data = other[0].weight @ turned.to(dtype)  # of the same singular values
             message = (
                 r"is \d\.\de[+-]\d\d: this model has different weights\. The adapter .* file does not name: load its "
-                r"weights, quantised \(or not\) as they were then"
+                "weights, in the dtype and the quantisation that they had then"
             )
             with pytest.raises(AdapterMismatch, match=message) as refusal:
                 lx.load_adapter(other, file)

@@ -251,6 +251,26 @@ def test_another_base_model_is_refused_and_stays_unusable(saved):
 
 
 @pytest.mark.usefixtures("transformers_takes_peft")
+def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
+    """Also by transformers' own loading, and by a file that says nothing of it, as those of earlier versions."""
+    message = "were made from weights in float32, this model's from weights in bfloat16"
+    with pytest.raises(lx.AdapterMismatch, match=f"{message}.* Load the adapter into the model in float32"):
+        PeftModel.from_pretrained(llama().bfloat16(), saved)
+    with pytest.raises(lx.AdapterMismatch, match=message):
+        other = llama().bfloat16()
+        other.load_adapter(str(saved))
+        other(IDS)
+    loaded = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
+    loaded.save_pretrained(saved.parent / "again")
+    assert PeftConfig.from_pretrained(saved.parent / "again").weight_dtype == "float32"
+    old = json.loads((saved / "adapter_config.json").read_text())
+    assert old.pop("weight_dtype") == trained.peft_config["default"].weight_dtype == "float32"
+    (saved / "adapter_config.json").write_text(json.dumps(old))
+    with pytest.raises(lx.AdapterMismatch, match="the weights were edited, quantised or converted to another dtype"):
+        PeftModel.from_pretrained(llama().bfloat16(), saved)
+
+
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_another_base_model_is_refused_where_transformers_loads(saved):
     torch.manual_seed(7)
     other = LlamaForCausalLM(llama().config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -352,7 +353,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                             "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
                             "inside deepspeed.zero.GatheredParameters of all trained parameters"
                         )
-                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
+                    recipe = self.recipe[name]
+                    if config.weight_dtype in (None, recipe.weight_dtype):
+                        recipe = None  # nothing is known that differs
+                    else:
+                        entry["recipe"] = replace(recipe, weight_dtype=config.weight_dtype)
+                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY, recipe)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
                         f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "

@@ -73,7 +73,7 @@ class LoraXSModel(BaseTuner):
         config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
         if loaded and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
-        filled_in = ("target_modules", "modules_to_save", "svd_recipe")
+        filled_in = ("target_modules", "modules_to_save", "svd_recipe", "weight_dtype")
         with transaction(self) as undo:
             undo.callback(vars(config).update, {name: copy.copy(getattr(config, name)) for name in filled_in})
             self.peft_config[adapter_name] = config
@@ -97,6 +97,9 @@ class LoraXSModel(BaseTuner):
                     layer.copy_adapter("default", "ref")
             else:
                 fill(model, self._new)
+                if not config._from_file:  # which says what the adapter was made with
+                    made = {adapter.recipe.weight_dtype for adapter in self._new}
+                    config.weight_dtype = made.pop() if len(made) == 1 else None
                 shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
                 for layer in self._layers():
                     layer.shares = shares.get(id(layer.base_layer), layer.shares)
