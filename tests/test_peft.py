@@ -263,6 +263,8 @@ def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
     loaded = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
     loaded.save_pretrained(saved.parent / "again")
     assert PeftConfig.from_pretrained(saved.parent / "again").weight_dtype == "float32"
+    other = dataclasses.replace(trained.peft_config["default"], r=2)  # for another model
+    assert get_peft_model(llama().bfloat16(), other).peft_config["default"].weight_dtype == "bfloat16"
     old = json.loads((saved / "adapter_config.json").read_text())
     assert old.pop("weight_dtype") == trained.peft_config["default"].weight_dtype == "float32"
     (saved / "adapter_config.json").write_text(json.dumps(old))

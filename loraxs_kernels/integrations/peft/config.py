@@ -129,7 +129,7 @@ def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
                 warnings.warn("LoraXSConfig: sigma is now called init_std", FutureWarning, stacklevel=2)
             given[field] = given.pop(name)
         if "peft_type" in given:  # which a file has, and no caller passes
-            self._from_file = True
+            self._from_file = bool(given.get("sha256"))  # which dataclasses.replace passes empty
             given = _without_tier(self, given)
         init(self, *args, **given)
 
