@@ -38,10 +38,13 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BitsAndBytesConfig,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TorchAoConfig,
@@ -1138,6 +1141,33 @@ def test_merge_and_unload_gives_a_plain_model(trained):
     torch.testing.assert_close(logits(plain), y, atol=1e-5, rtol=0)
     again = get_peft_model(plain, config())
     assert torch.equal(logits(again.unload()), logits(plain))
+
+
+def test_a_merged_head_is_loaded_as_one_of_its_own(tmp_path):
+    """Its configurations, the outer and that of the text, no longer tie it to the embeddings."""
+    text = LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=39, tie_word_embeddings=True)
+    ).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    merged = randomise(get_peft_model(model, config(target_modules=["lm_head"]))).merge_and_unload()
+    assert not merged.config.tie_word_embeddings and not merged.config.text_config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_a_merged_adapter_is_not_deleted(trained, monkeypatch):
+    monkeypatch.setattr("peft.tuners.tuners_utils._check_adapters_not_merged", lambda *_: None, raising=False)  # 0.18
+    trained.add_adapter("second", config())
+    trained.merge_adapter()
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
+        trained.delete_adapter("default")
+    trained.unmerge_adapter()
+    trained.delete_adapter("default")
+    assert trained.active_adapters == ["second"]
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])

@@ -23,6 +23,7 @@ from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
+    embeddings,
     has_adapters,
     matches,
     no_adapter,
@@ -181,7 +182,11 @@ class LoraXSModel(BaseTuner):
             super().unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """From all layers or none."""
+        """From all layers or none; refused while it is merged, as it is by PEFT 0.21."""
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         with transaction(self):
             super().delete_adapter(adapter_name)
 
@@ -190,6 +195,7 @@ class LoraXSModel(BaseTuner):
         with self._all_or_none():
             model = super()._unload_and_optionally_merge(*args, **options)
             settle_fast_paths(model)
+            _note_untied(model)
             return model
 
     @contextmanager
@@ -359,6 +365,20 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLine
             config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
         recipe = replace(recipe, **config.svd_recipe[at])
     return LoraXSLinear.from_linear(base, r, init=recipe, **options)
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Let the configurations say so if the head has another weight now than the embeddings, or they are loaded as one.
+
+    PEFT 0.21 does that, in the outer configuration; earlier versions do not.
+    """
+    config = getattr(model, "config", None)
+    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    tied = [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
+    weights = [getattr(embeddings(model, each), "weight", None) for each in ("output", "input")] if tied else []
+    if all(isinstance(each, Tensor) for each in weights) and len({each.data_ptr() for each in weights}) > 1:
+        for each in tied:
+            each.tie_word_embeddings = False
 
 
 def _backend_of(base: nn.Module, model: nn.Module) -> Any:
