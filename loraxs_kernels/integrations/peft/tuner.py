@@ -375,10 +375,13 @@ def _note_untied(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     tied = [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
-    weights = [getattr(embeddings(model, each), "weight", None) for each in ("output", "input")] if tied else []
-    if all(isinstance(each, Tensor) for each in weights) and len({each.data_ptr() for each in weights}) > 1:
-        for each in tied:
-            each.tie_word_embeddings = False
+    if tied:
+        head, table = (getattr(embeddings(model, each), "weight", None) for each in ("output", "input"))
+        holders = sum(each is table for m in model.modules() for each in m._parameters.values())
+        both = isinstance(head, Tensor) and isinstance(table, Tensor)
+        if both and head.data_ptr() != table.data_ptr() and holders == 1:  # else an encoder's and a decoder's are tied
+            for each in tied:
+                each.tie_word_embeddings = False
 
 
 def _backend_of(base: nn.Module, model: nn.Module) -> Any:
