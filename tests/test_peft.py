@@ -690,6 +690,7 @@ def test_names_of_attach_mean_the_same(dtype, tmp_path):
     assert warned[0].filename == __file__
     fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
     assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
+    assert LoraXSConfig(lora_dropout=0.1).loraxs_dropout == 0.1
     short.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written | fields | {"dtype": "bfloat16"} == written and not {"rank", "alpha", "sigma"} & written.keys()

@@ -114,6 +114,7 @@ FREE = {
 # What lx.attach calls these fields.  The constructor takes either name; a file has the field's.
 ATTACH = {"rank": "r", "alpha": "lora_alpha", "dropout": "loraxs_dropout", "sigma": "init_std"}
 ATTACH |= {name: f"svd_{name}" for name in ("seed", "n_iter", "oversample")}
+ATTACH |= {"lora_dropout": "loraxs_dropout"}  # as LoraConfig calls it
 
 
 def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
@@ -165,7 +166,7 @@ class LoraXSConfig(PeftConfig):
     """The settings of a LoRA-XS adapter for PEFT: y = W x + s B R A x, s = lora_alpha / r, where only R (r x r) trains.
 
     The names that `lx.attach` and `lx.truncated_svd` have for these settings are accepted too: rank, alpha, dropout,
-    seed, n_iter and oversample; so is sigma, the earlier name of init_std.
+    seed, n_iter and oversample; so are lora_dropout, as LoraConfig calls it, and sigma, the earlier name of init_std.
 
     Args:
         r: rank of every adapter, unless rank_pattern says otherwise.
