@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from .basis import ACCEPT, ALIGNED, DIFFERENT
 from .recipe import Factors, Recipe
 
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
+
+
+# What a checkpoint of LoraXSCallback has of each layer beside R; earlier ones have no s.
+FINGERPRINT, SCALING = "loraxs_basis", "loraxs_scaling"
 
 
 class AdapterMismatch(ValueError):
@@ -59,8 +64,10 @@ def mismatch(
         base = entry["base_model"]
         why = "" if same_values else ", and the singular values of the weight differ"
         trained = f"the base model {base!r}" if base else "a base model that the file does not name"
+        again = ", in the dtype and the quantisation that they had then" if same_values else ""
         return AdapterMismatch(
             f"{found}{why}: this model has different weights. The adapter was trained on {trained}: load its weights"
+            f"{again}"
         )
     again = "" if can_align(entry) or not keeping else f", or save the adapter from its own model with {keeping}"
     more = f"{found}, more than {ALIGNED if can_align(entry) else ACCEPT:.0e}"
@@ -81,6 +88,29 @@ def mismatch(
         f"{more}: the weights were {how}, or one of the two models has its A and B from a state dict. Load the weights "
         f"that the adapter was trained on{again}"
     )
+
+
+def check_resumed(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Take what a checkpoint of LoraXSCallback has of a layer beside R out of a state dict, where it is `prefix`.
+
+    AdapterMismatch if that R was trained with other A and B than the layer's, or with another s.
+    """
+    expected = state_dict.pop(f"{prefix}{FINGERPRINT}", None)
+    scaling = state_dict.pop(f"{prefix}{SCALING}", None)
+    if scaling is not None and scaling.item() != layer.scaling:
+        raise AdapterMismatch(
+            f"resume_from_checkpoint: alpha of module {prefix[:-1]!r} is {layer.alpha:g}, must be "
+            f"{scaling.item() * layer.rank:g}, with which its R in the checkpoint was trained"
+        )
+    if expected is None:  # the state dict is a whole model, with A and B
+        return
+    fits = expected.shape == (basis.PROBES,)
+    error = basis.residual(expected, layer.A, basis.mixing(layer.rank, layer.A.device), layer.B) if fits else math.inf
+    if error > ACCEPT:
+        raise AdapterMismatch(
+            f"resume_from_checkpoint: A and B of module {prefix[:-1]!r} are not those of the checkpoint (relative "
+            f"error {error:.1e}, must be at most {ACCEPT:.0e}). Attach to the same weights, with the same seed"
+        )
 
 
 def aligned(entry: dict[str, Any], A: Tensor, B: Tensor) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
+from .acceptance import check_resumed
 from .backends import forced
 from .exact_matmul import exact_matmul
 from .functional import together
@@ -374,6 +375,7 @@ class LoraXSLinear(PaddedB):
                 "checkpoint of the reference implementation is loaded by load_reference_adapter(model, folder) of "
                 "loraxs_kernels.integrations.reference_repo, into the plain base model"
             )
+        check_resumed(self, state_dict, prefix)  # of a model that the callback does not know, as one from model_init
         A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
         before = self.A.clone(), self.B.clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -195,6 +195,17 @@ def classification_head(model: nn.Module) -> list[str]:
     return names
 
 
+def warn_of_idle_head(model: nn.Module, idle: Sequence[str], saved: Sequence[str] | None, stacklevel: int) -> None:
+    """Say that parts of a classification head neither train nor have an adapter, if there are any."""
+    if idle:
+        warnings.warn(
+            f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
+            f"and has no adapter. Pass modules_to_save={[*(saved or ()), *idle]} to train it whole, or [] to "
+            "keep it as it is",
+            stacklevel=stacklevel,
+        )
+
+
 _CLASSIFIES = re.compile(
     r"For\w*(Classification|QuestionAnswering|MultipleChoice|SentencePrediction|Regression|CTC|XVector)"
 )
@@ -330,8 +341,8 @@ def check_unadapted(model: nn.Module) -> None:
             raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")
         if is_peft_layer(m):
             raise ValueError(
-                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel "
-                "gives a model without them"
+                "model: already has LoRA-XS adapters through PEFT; unload() or merge_and_unload() of the PeftModel, or "
+                "delete_adapter(name) of a transformers model, gives a model without them"
             )
         if "base_layer" in m._modules and hasattr(m, "active_adapters"):
             raise ValueError(

@@ -18,7 +18,16 @@ from .basis_file import Basis, read_basis
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, Job, compute_options, factor
 from .fast_path import settle_fast_paths
 from .linear import LoraXSLinear
-from .matching import adapted_layers, check_patterns, check_unadapted, choose, embeddings, pattern_value, unwrapped
+from .matching import (
+    adapted_layers,
+    check_patterns,
+    check_unadapted,
+    choose,
+    embeddings,
+    pattern_value,
+    unwrapped,
+    warn_of_idle_head,
+)
 from .naming import Former, aliases
 from .recipe import Factors
 from .route import hooks_of
@@ -113,13 +122,7 @@ def attach(
     check_unadapted(model)
     rank_of = (lambda name: pattern_value(rank_pattern, name, rank)) if init == "svd" else None
     names, saved, idle = choose(model, target_modules, exclude_modules, modules_to_save, rank_of)
-    if idle:
-        warnings.warn(
-            f"modules_to_save: the head ({', '.join(idle)}) of this {type(model).__name__} will not train "
-            f"and has no adapter. Pass modules_to_save={[*(modules_to_save or ()), *idle]} to train it whole, or [] to "
-            "keep it as it is",
-            stacklevel=3,  # past the wrapper of `aliases`
-        )
+    warn_of_idle_head(model, idle, modules_to_save, stacklevel=4)  # past the wrapper of `aliases`
     options: dict[str, dict[str, Any]] = {}
     for name in names:
         r = pattern_value(rank_pattern, name, rank)

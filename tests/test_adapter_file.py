@@ -492,7 +492,10 @@ def test_the_message_says_what_was_found(trained):
         for dtype in (torch.float32, torch.bfloat16):
             other = mlp().to(dtype)
             other[0].weight.data = other[0].weight @ turned.to(dtype)  # of the same singular values
-            message = r"is \d\.\de[+-]\d\d: this model has different weights\. The adapter .* file does not name: load"
+            message = (
+                r"is \d\.\de[+-]\d\d: this model has different weights\. The adapter .* file does not name: load its "
+                "weights, in the dtype and the quantisation that they had then"
+            )
             with pytest.raises(AdapterMismatch, match=message) as refusal:
                 lx.load_adapter(other, file)
             assert "float" not in str(refusal.value) and "portable" not in str(refusal.value)

@@ -295,6 +295,18 @@ def test_another_basis_is_not_resumed(whole, tmp_path):
         assert same(trained(model), before)
 
 
+def test_a_model_from_model_init_is_looked_at_too(whole, tmp_path):
+    """Trainer makes it after the callback, and loads the checkpoint before training begins."""
+    trainer = transformers.Trainer(
+        model_init=lambda: attached(init="random"),
+        args=arguments(tmp_path),
+        train_dataset=texts(),
+        callbacks=[LoraXSCallback()],
+    )
+    with pytest.raises(lx.AdapterMismatch, match=r"A and B of module 'model\.layers\.0\.self_attn\.q_proj'"):
+        trainer.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+
+
 CHANGES = {
     "NaN": lambda t: t.fill_(torch.nan),
     "another shape": lambda t: torch.ones(3, 3),
@@ -465,6 +477,17 @@ def test_an_R_in_half_precision_is_warned_of(tmp_path):
     for p in model.parameters():
         p.data = p.data.bfloat16() if p.requires_grad else p.data
     with pytest.warns(UserWarning, match=r"R of 14 modules, the first 'model\..*', trains in half precision"):
+        trainer_of(model, tmp_path, max_steps=1).train()
+
+
+def test_a_frozen_adapter_is_no_training(tmp_path):
+    """As PEFT loads one without is_trainable; with checkpointing, Trainer itself would not tell."""
+    model = attached().requires_grad_(False)
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="no R trains; load the adapter with is_trainable=True"):
+        trainer_of(model, tmp_path).train()
+    model.lm_head.requires_grad_(True)
+    with pytest.warns(UserWarning, match="no R trains"):
         trainer_of(model, tmp_path, max_steps=1).train()
 
 

@@ -38,10 +38,13 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BitsAndBytesConfig,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TorchAoConfig,
@@ -248,6 +251,28 @@ def test_another_base_model_is_refused_and_stays_unusable(saved):
     (saved / "adapter_config.json").write_text(json.dumps(unchecked))
     torch.manual_seed(7)
     assert logits(PeftModel.from_pretrained(LlamaForCausalLM(llama().config), saved)).isfinite().all()
+
+
+@pytest.mark.usefixtures("transformers_takes_peft")
+def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
+    """Also by transformers' own loading, and by a file that says nothing of it, as those of earlier versions."""
+    message = "were made from weights in float32, this model's from weights in bfloat16"
+    with pytest.raises(lx.AdapterMismatch, match=f"{message}.* Load the adapter into the model in float32"):
+        PeftModel.from_pretrained(llama().bfloat16(), saved)
+    with pytest.raises(lx.AdapterMismatch, match=message):
+        other = llama().bfloat16()
+        other.load_adapter(str(saved))
+        other(IDS)
+    loaded = PeftModel.from_pretrained(llama(), saved, is_trainable=True)
+    loaded.save_pretrained(saved.parent / "again")
+    assert PeftConfig.from_pretrained(saved.parent / "again").weight_dtype == "float32"
+    other = dataclasses.replace(trained.peft_config["default"], r=2)  # for another model
+    assert get_peft_model(llama().bfloat16(), other).peft_config["default"].weight_dtype == "bfloat16"
+    old = json.loads((saved / "adapter_config.json").read_text())
+    assert old.pop("weight_dtype") == trained.peft_config["default"].weight_dtype == "float32"
+    (saved / "adapter_config.json").write_text(json.dumps(old))
+    with pytest.raises(lx.AdapterMismatch, match="the weights were edited, quantised or converted to another dtype"):
+        PeftModel.from_pretrained(llama().bfloat16(), saved)
 
 
 @pytest.mark.usefixtures("transformers_takes_peft")
@@ -521,6 +546,29 @@ def test_what_does_not_fit_is_refused_without_a_checksum(case, saved, low_cpu_me
         PeftModel.from_pretrained(llama(), saved, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=str
+)
+def test_a_vocabulary_of_another_size_is_loaded_with_the_adapter(changes, low_cpu_mem_usage, tmp_path):
+    """PEFT saves the embeddings with it, those that train twice; each model has other random values in the new rows."""
+
+    def larger(seed: int) -> nn.Module:
+        base = llama()
+        base.resize_token_embeddings(44, mean_resizing=False)
+        torch.manual_seed(seed)
+        for m in (base.get_input_embeddings(), base.get_output_embeddings()):
+            nn.init.normal_(m.weight.data[40:])
+        return base
+
+    model = randomise(get_peft_model(larger(0), config(**changes)))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(larger(1), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    head = [m.get_output_embeddings() for m in (model, loaded)]
+    assert not torch.equal(larger(0).lm_head.weight, larger(1).lm_head.weight)
+    assert torch.equal(*(each(torch.eye(32)) for each in head))
+
+
 def test_a_head_of_another_kind_is_refused(tmp_path):
     model = get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path)
@@ -542,13 +590,20 @@ def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_p
     settings.inference_mode = False
     model = get_peft_model(llama(), settings)
     part = {key: 2 * t for key, t in trained.state_dict().items() if "layers.0" in key and "loraxs_R" in key}
-    model.load_state_dict(part | {"extra.w": torch.ones(1)}, strict=False)
+    with pytest.warns(UserWarning, match=r"'default': the state dict has no R for 7 of its modules, .*layers\.1"):
+        model.load_state_dict(part | {"extra.w": torch.ones(1)}, strict=False)
     model.load_adapter(saved, "second")
     model.set_adapter("second")
     assert torch.equal(logits(model), logits(trained))
     half = {key: t for key, t in get_peft_model_state_dict(trained).items() if "layers.0" in key}
     set_peft_model_state_dict(model, half)
     assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
+    fewer = get_peft_model(llama(), config(target_modules=["q_proj"], lora_alpha=8))
+    with pytest.warns(UserWarning, match="has R for 12 modules that the adapter has not here, .*: left out"):
+        fewer.load_adapter(saved, "default")  # as Trainer resumes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(saved, "default")
 
 
 def test_a_file_is_blamed_for_its_own_damage_alone(trained, saved, tmp_path):
@@ -635,6 +690,7 @@ def test_names_of_attach_mean_the_same(dtype, tmp_path):
     assert warned[0].filename == __file__
     fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
     assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
+    assert LoraXSConfig(lora_dropout=0.1).loraxs_dropout == 0.1
     short.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written | fields | {"dtype": "bfloat16"} == written and not {"rank", "alpha", "sigma"} & written.keys()
@@ -907,7 +963,7 @@ def test_an_adapter_of_another_base_is_refused_in_a_mixed_batch(mixed):
     mixed(BATCH, adapter_names=MIXED)
     assert not layer.unchecked
     layer.unchecked.add("second")
-    layer.loraxs_A["second"].neg_().add_(0.1)
+    layer.loraxs_fingerprint["second"].mul_(2)
     mixed(BATCH, adapter_names=["default"] * 5)
     with pytest.raises(ValueError, match=r"adapter 'second'.*layers\.1\.mlp\.up_proj"):
         mixed(BATCH, adapter_names=MIXED)
@@ -1088,6 +1144,33 @@ def test_merge_and_unload_gives_a_plain_model(trained):
     assert torch.equal(logits(again.unload()), logits(plain))
 
 
+def test_a_merged_head_is_loaded_as_one_of_its_own(tmp_path):
+    """Its configurations, the outer and that of the text, no longer tie it to the embeddings."""
+    text = LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=39, tie_word_embeddings=True)
+    ).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    merged = randomise(get_peft_model(model, config(target_modules=["lm_head"]))).merge_and_unload()
+    assert not merged.config.tie_word_embeddings and not merged.config.text_config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_a_merged_adapter_is_not_deleted(trained, monkeypatch):
+    monkeypatch.setattr("peft.tuners.tuners_utils._check_adapters_not_merged", lambda *_: None, raising=False)  # 0.18
+    trained.add_adapter("second", config())
+    trained.merge_adapter()
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
+        trained.delete_adapter("default")
+    trained.unmerge_adapter()
+    trained.delete_adapter("default")
+    assert trained.active_adapters == ["second"]
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_a_merge_that_is_not_finite_changes_no_layer(trained, merge):
     *_, broken = layers(trained).values()
@@ -1241,6 +1324,23 @@ def test_all_linear_leaves_a_head_to_train_whole(task_type, tmp_path):
     nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model))
+
+
+def test_a_head_that_does_not_train_is_warned_of():
+    model, query = bert(), dict(target_modules=["query"])
+    with pytest.warns(
+        UserWarning, match=r"head \(classifier\) of this BertForS.* Pass modules_to_save=\['classifier'\]"
+    ):
+        get_peft_model(model, config(**query, task_type=None))
+    with pytest.warns(UserWarning, match=r"head \(classifier\)"):  # where PEFT's "all-linear" leaves it out
+        bert().add_adapter(config(r=2, task_type="SEQ_CLS"))
+    tokens = BertForTokenClassification(model.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "modules_to_save")
+        get_peft_model(bert(), config(**query, task_type="SEQ_CLS"))
+        get_peft_model(tokens, config(**query, task_type="TOKEN_CLS"))
+        for options in (query | {"modules_to_save": []}, query | {"inference_mode": True}, {}):
+            get_peft_model(bert(), config(**options, task_type=None))
 
 
 def test_a_layer_in_two_places_and_a_shared_weight():

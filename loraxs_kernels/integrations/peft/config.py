@@ -96,6 +96,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "{rank and shape: the method, block and n_iter of an SVD}",
     ),
     "dtype": (lambda v: v in (None, "bfloat16", "float16", "float32"), "bfloat16, float16, float32 or None"),
+    "weight_dtype": MUST["dtype"],
     "save_factors": (lambda v: v in (True, False), "True or False"),
     "check_fingerprint": (lambda v: v in (True, False), "True or False"),
     "inference_mode": (lambda v: v in (True, False, None), "True, False or None"),
@@ -107,12 +108,13 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # Fields without a checksum: users edit them by hand, PEFT changes them, or they only matter in training.
 FREE = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"),
-    *("peft_version", "loraxs_dropout", "init_std", "check_fingerprint", "sha256"),
+    *("peft_version", "loraxs_dropout", "init_std", "check_fingerprint", "weight_dtype", "sha256"),
 }
 
 # What lx.attach calls these fields.  The constructor takes either name; a file has the field's.
 ATTACH = {"rank": "r", "alpha": "lora_alpha", "dropout": "loraxs_dropout", "sigma": "init_std"}
 ATTACH |= {name: f"svd_{name}" for name in ("seed", "n_iter", "oversample")}
+ATTACH |= {"lora_dropout": "loraxs_dropout"}  # as LoraConfig calls it
 
 
 def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
@@ -128,6 +130,7 @@ def _takes_other_names(config: type[LoraXSConfig]) -> type[LoraXSConfig]:
                 warnings.warn("LoraXSConfig: sigma is now called init_std", FutureWarning, stacklevel=2)
             given[field] = given.pop(name)
         if "peft_type" in given:  # which a file has, and no caller passes
+            self._from_file = bool(given.get("sha256"))  # which dataclasses.replace passes empty
             given = _without_tier(self, given)
         init(self, *args, **given)
 
@@ -163,7 +166,7 @@ class LoraXSConfig(PeftConfig):
     """The settings of a LoRA-XS adapter for PEFT: y = W x + s B R A x, s = lora_alpha / r, where only R (r x r) trains.
 
     The names that `lx.attach` and `lx.truncated_svd` have for these settings are accepted too: rank, alpha, dropout,
-    seed, n_iter and oversample; so is sigma, the earlier name of init_std.
+    seed, n_iter and oversample; so are lora_dropout, as LoraConfig calls it, and sigma, the earlier name of init_std.
 
     Args:
         r: rank of every adapter, unless rank_pattern says otherwise.
@@ -184,6 +187,7 @@ class LoraXSConfig(PeftConfig):
             when the adapter is made, so that later versions compute the same A and B.  Do not set it.
         dtype: of A and B: torch.bfloat16, "bfloat16" or "bf16", and likewise fp16 and fp32; None: the weight's.  With a
             dtype that differs from the weight's, the delta costs one more pass over y.
+        weight_dtype: of the weights that A and B were made from, which a refusal to load names.  Do not set it.
         save_factors: save A and B in the file, too (large), and read them from there when the adapter is loaded,
             rounded to the base's dtype.
         check_fingerprint: refuse a saved adapter if A and B recomputed here change its delta W, or if its file has no
@@ -222,6 +226,7 @@ class LoraXSConfig(PeftConfig):
     svd_seed: int = field(default=0, metadata={"help": "of the SVD's start, of R and of random factors"})
     svd_recipe: dict = field(default_factory=dict, metadata={"help": "what the SVD did; not to be set"})
     dtype: str | None = field(default=None, metadata={"help": "of A and B, such as bfloat16; None: the weight's"})
+    weight_dtype: str | None = field(default=None, metadata={"help": "of the base's weights; not to be set"})
     save_factors: bool = field(default=False, metadata={"help": "keep A and B in the adapter's file"})
     check_fingerprint: bool = field(default=True, metadata={"help": "check A and B when an adapter is loaded"})
     sha256: dict = field(default_factory=dict, metadata={"help": "of the files and fields; not to be set"})
@@ -229,6 +234,7 @@ class LoraXSConfig(PeftConfig):
     # The file that this was loaded with, the modules that have an R there, and the number of its tensors.  PEFT then
     # loads a state dict of exactly these, which must be the whole adapter and nothing else.
     _loaded = None
+    _from_file = False  # whether its fields come from a file, which transformers reads without noting the above
     _earlier: ClassVar[dict[str, Any]] = {}  # fields of a file of an earlier version that decided its checksum
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -339,9 +340,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                 label = self.recipe[name].name
                 if not torch.isfinite(entry["R"]).all():
                     raise ValueError(f"adapter {name!r}: R of {label_of(label)} has NaN or Inf values")
-                R_aligned, error = aligned(entry, A, B)
                 accepted = basis.ACCEPT + torch.finfo(R.dtype).eps / 2  # R may have been rounded when it was loaded
                 limit = basis.ALIGNED if config.save_factors else accepted
+                R_aligned, error = aligned(entry, A, B)
+                if (error > limit or not basis.same_base(S, A)) and self._make_again(name):
+                    A, B = self.loraxs_A[name], self.loraxs_B[name]
+                    R_aligned, error = aligned(entry, A, B)
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
                     if entry["R"].any() and not (S.any() or probe.any()):
                         raise ValueError(
@@ -349,7 +353,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                             "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
                             "inside deepspeed.zero.GatheredParameters of all trained parameters"
                         )
-                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY)
+                    recipe = self.recipe[name]
+                    if config.weight_dtype in (None, recipe.weight_dtype):
+                        recipe = None  # nothing is known that differs
+                    else:
+                        entry["recipe"] = replace(recipe, weight_dtype=config.weight_dtype)
+                    raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY, recipe)
                 if error > accepted:  # its own A and B, rounded to this model's dtype
                     warnings.warn(
                         f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "
@@ -358,6 +367,15 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     )
                 assign(R, R_aligned)
             self.unchecked.discard(name)
+
+    def _make_again(self, name: str) -> bool:
+        """Make A and B of the weight as it is now, if they are of another: files have weights of resized heads, too."""
+        adapter = self.adapter(name)
+        if self.config[name].save_factors or adapter.recipe.init != "svd" or self.can_make(name):
+            return False
+        adapter.set_factors(*adapter.recipe.factors(weight_of(self.base_layer, adapter.label), adapter.rank))
+        self.loraxs_A[name], self.loraxs_B[name] = adapter.A, adapter.B
+        return True
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:
         """Convert R to fp32; or, if asked not to, to the dtype of the base weight (of A, if that is quantised).

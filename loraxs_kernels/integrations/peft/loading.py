@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
         _fill_in(layers, state_dict)
         for name, layer in layers.items():
             check_layer(layer, state_dict, f"{name}.", files)
+        if not any(".base_layer." in key for key in state_dict):  # else perhaps one shard of a whole model
+            _warn_of_modules(layers, state_dict, configs)
         for name, file in files.items():
             _check_all_belongs(model, state_dict, prefix, file)
             configs[name]._loaded = None  # later state dicts are not known to be this file
@@ -62,6 +65,33 @@ def _fill_in(layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tens
                 state_dict.setdefault(other + key.removeprefix(name), t)
 
 
+def _warn_of_modules(
+    layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tensor], adapters: Iterable
+) -> None:
+    """Warn if a state dict has R of an adapter, but not for exactly the modules that it adapts here."""
+    there: dict[str, set[str]] = {name: set() for name in adapters}
+    strays = []
+    for key in state_dict:
+        module, found, adapter = key.rpartition(".loraxs_R")
+        if found and adapter.count(".") < 2:  # else it is what a parametrization makes R of
+            here = module in layers and adapter[1:] in layers[module].r  # PEFT adds the adapter's name only then
+            there[adapter[1:]].add(module) if here else strays.append(module)
+    if strays:
+        warnings.warn(
+            f"the state dict has R for {len(strays)} modules that the adapter has not here, the first {strays[0]!r}: "
+            "left out",
+            stacklevel=3,
+        )
+    for name, modules in there.items():
+        left = [each for each, layer in layers.items() if name in layer.loraxs_R._parameters and each not in modules]
+        if modules and left:
+            warnings.warn(
+                f"adapter {name!r}: the state dict has no R for {len(left)} of its modules, the first {left[0]!r}, "
+                "which keep theirs",
+                stacklevel=3,
+            )
+
+
 def _is_what_was_loaded(config: LoraXSConfig, adapter: str, state_dict: dict[str, Tensor], prefix: str) -> bool:
     """Whether a state dict has for this adapter exactly the tensors of the file that the config was loaded with."""
     if config._loaded is None or len(state_dict) != config._loaded[2]:
@@ -82,8 +112,8 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
             continue  # of another adapter, which PEFT 0.18 saves too, or what a parametrization makes R of
         what = f"{file}: tensor {key.removeprefix(PREFIX)!r}"
         if key not in own:
-            if key.endswith(".bias") and (".modules_to_save." in key or ".original_module." in key):
-                continue  # PEFT saves biases of heads a second time, by names without the adapter's
+            if ".modules_to_save." in key or ".original_module." in key:
+                continue  # PEFT saves embeddings and biases of heads a second time, by names without the adapter's
             raise ValueError(f"{what} belongs to no part of this model")
         if hasattr(own[key], "ds_id"):  # ZeRO-3 holds a part of it
             continue

@@ -23,12 +23,14 @@ from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
 from ...matching import (
     classification_head,
+    embeddings,
     has_adapters,
     matches,
     no_adapter,
     pattern_value,
     too_small,
     warn_of_experts,
+    warn_of_idle_head,
     warn_of_unread,
     warn_of_unsuited,
     why_not_mixed,
@@ -72,7 +74,7 @@ class LoraXSModel(BaseTuner):
         config, loaded = self.peft_config.pop(adapter_name), getattr(model, "_hf_peft_config_loaded", False)
         if loaded and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
-        filled_in = ("target_modules", "modules_to_save", "svd_recipe")
+        filled_in = ("target_modules", "modules_to_save", "svd_recipe", "weight_dtype")
         with transaction(self) as undo:
             undo.callback(vars(config).update, {name: copy.copy(getattr(config, name)) for name in filled_in})
             self.peft_config[adapter_name] = config
@@ -88,6 +90,7 @@ class LoraXSModel(BaseTuner):
             self._refused = no_adapter(model)
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._warn_of_idle_head(config, model)
             settle_fast_paths(model)
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
             if adapter_name == "ref" and config is self.peft_config.get("default"):
@@ -95,6 +98,9 @@ class LoraXSModel(BaseTuner):
                     layer.copy_adapter("default", "ref")
             else:
                 fill(model, self._new)
+                if not config._from_file:  # which says what the adapter was made with
+                    made = {adapter.recipe.weight_dtype for adapter in self._new}
+                    config.weight_dtype = made.pop() if len(made) == 1 else None
                 shares = {id(adapter.base_layer): adapter.shares for adapter in self._new}
                 for layer in self._layers():
                     layer.shares = shares.get(id(layer.base_layer), layer.shares)
@@ -138,6 +144,20 @@ class LoraXSModel(BaseTuner):
         warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
         warn_of_unsuited([*refused.items()], stacklevel=3)
 
+    def _warn_of_idle_head(self, config: LoraXSConfig, model: nn.Module) -> None:
+        """Warn if a classification head, which is random in most models, will not train."""
+        if config.inference_mode or config.modules_to_save == []:
+            return
+        saved = [*(config.modules_to_save or ())]
+        if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") and not getattr(model, "_hf_peft_config_loaded", False):
+            saved += ["classifier", "score", "qa_outputs"]  # which get_peft_model adds once the adapter is there
+        idle = [
+            name
+            for name in classification_head(model)
+            if not matches(name, saved) and not any(p.requires_grad for p in model.get_submodule(name).parameters())
+        ]
+        warn_of_idle_head(model, idle, config.modules_to_save, stacklevel=3)
+
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
 
@@ -162,7 +182,11 @@ class LoraXSModel(BaseTuner):
             super().unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """From all layers or none."""
+        """From all layers or none; refused while it is merged, as it is by PEFT 0.21."""
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         with transaction(self):
             super().delete_adapter(adapter_name)
 
@@ -171,6 +195,7 @@ class LoraXSModel(BaseTuner):
         with self._all_or_none():
             model = super()._unload_and_optionally_merge(*args, **options)
             settle_fast_paths(model)
+            _note_untied(model)
             return model
 
     @contextmanager
@@ -340,6 +365,23 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLine
             config.svd_recipe[at] = asdict(plan(r, weight.shape, **asked))
         recipe = replace(recipe, **config.svd_recipe[at])
     return LoraXSLinear.from_linear(base, r, init=recipe, **options)
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Let the configurations say so if the head has another weight now than the embeddings, or they are loaded as one.
+
+    PEFT 0.21 does that, in the outer configuration; earlier versions do not.
+    """
+    config = getattr(model, "config", None)
+    of_text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    tied = [each for each in (config, of_text) if getattr(each, "tie_word_embeddings", False)]
+    if tied:
+        head, table = (getattr(embeddings(model, each), "weight", None) for each in ("output", "input"))
+        holders = sum(each is table for m in model.modules() for each in m._parameters.values())
+        both = isinstance(head, Tensor) and isinstance(table, Tensor)
+        if both and head.data_ptr() != table.data_ptr() and holders == 1:  # else an encoder's and a decoder's are tied
+            for each in tied:
+                each.tie_word_embeddings = False
 
 
 def _backend_of(base: nn.Module, model: nn.Module) -> Any:

@@ -41,11 +41,12 @@ class LoraXSCallback(TrainerCallback):
     With reentrant gradient checkpointing no R would get a gradient, so the output of the frozen embeddings is made to
     require grad during training.  If no R has a gradient after the first step, that is an error.
 
-    When training begins, raises ValueError if the model has no adapters, if they are merged or sharded (FSDP, ZeRO-3),
-    if an adapter would have no effect because something reads the weight of its layer without calling the layer (as
-    TRL's fused lm_head does), or if safetensors are switched off; warns if parameters train that an adapter file does
-    not hold, and if an R trains in half precision.  When a run is resumed, raises ValueError if the checkpoint has no R
-    for a module, and AdapterMismatch if its R was trained with different A and B or a different alpha.
+    When training begins, raises ValueError if the model has no adapters or nothing in it trains, if the adapters are
+    merged or sharded (FSDP, ZeRO-3), if an adapter would have no effect because something reads the weight of its layer
+    without calling the layer (as TRL's fused lm_head does), or if safetensors are switched off; warns if parameters
+    train that an adapter file does not hold, if no R trains, and if an R trains in half precision. When a run is
+    resumed, raises ValueError if the checkpoint has no R for a module, and AdapterMismatch if its R was trained with
+    different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
@@ -159,6 +160,14 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
             )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise _sharded(f"R of module {adapter.name!r}")
+    if not any(adapter.trained for adapter in adapters):
+        frozen = (
+            "model: no R trains; load the adapter with is_trainable=True through PEFT, or set requires_grad of R, "
+            "before Trainer is made"
+        )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(frozen)
+        warnings.warn(frozen, stacklevel=4)
     coarse = [adapter.name for adapter in adapters if any(p.dtype.itemsize < 4 for p in adapter.trained)]
     if coarse and not getattr(args, "deepspeed_plugin", None):  # which steps in fp32, and rounds for the model
         warnings.warn(

@@ -16,14 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ... import basis
-from ...acceptance import AdapterMismatch
+from ...acceptance import FINGERPRINT, SCALING, check_resumed
 from ...adapter_file import save_adapter
 from ...files import write_atomically
 from ...linear import LoraXSLinear
 from ...matching import has_adapters
-
-FINGERPRINT = "loraxs_basis"  # the last part of a fingerprint's name in model.safetensors
-SCALING = "loraxs_scaling"  # and of s, which R was trained with; earlier checkpoints have none
 
 
 def save_pretrained(
@@ -82,25 +79,8 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
                 f"must be finite and have shape {tuple(p.shape)}"
             )
     for name, layer in module.named_modules():
-        if not isinstance(layer, LoraXSLinear):
-            continue
-        expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
-        scaling = state_dict.pop(f"{prefix}{name}.{SCALING}", None)
-        if scaling is not None and scaling.item() != layer.scaling:
-            raise AdapterMismatch(
-                f"resume_from_checkpoint: alpha of module {name!r} is {layer.alpha:g}, must be "
-                f"{scaling.item() * layer.rank:g}, with which its R in the checkpoint was trained"
-            )
-        if expected is None:  # the checkpoint is a whole model, with A and B
-            continue
-        fits = expected.shape == (basis.PROBES,)
-        R = basis.mixing(layer.rank, layer.A.device)
-        error = basis.residual(expected, layer.A, R, layer.B) if fits else float("inf")
-        if error > basis.ACCEPT:
-            raise AdapterMismatch(
-                f"resume_from_checkpoint: A and B of module {name!r} are not those of the checkpoint (relative error "
-                f"{error:.1e}, must be at most {basis.ACCEPT:.0e}). Attach to the same weights, with the same seed"
-            )
+        if isinstance(layer, LoraXSLinear):
+            check_resumed(layer, state_dict, f"{prefix}{name}.")
 
 
 def forgive_the_frozen(module: nn.Module, keys: Any) -> None:
