@@ -32,7 +32,7 @@ from .svd import (
     to_host,
     working_bytes,
 )
-from .svd_math import Q_TERMS, Pieces, can_sum_in_fp32
+from .svd_math import Q_TERMS, can_sum_in_fp32
 from .upload import InPieces, Upload
 from .weights import Weight
 
@@ -305,7 +305,7 @@ def _groups(
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
     weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
 
-    def whole(batch: list[tuple[int, Tensor | Pieces]], rank: int, how: Plan, seed: int) -> Group:
+    def whole(batch: list[tuple[int, Tensor | InPieces]], rank: int, how: Plan, seed: int) -> Group:
         """The batch as a group, which alone holds its weights from then on."""
         started.append([i for i, _ in batch])
         group = Group([W for _, W in batch], rank, how, seed)
@@ -313,7 +313,7 @@ def _groups(
         return group
 
     for (_, _, rank, how, seed), members in alike.items():
-        batch: list[tuple[int, Tensor | Pieces]] = []
+        batch: list[tuple[int, Tensor | InPieces]] = []
         for i in members:
             W = next(weights)
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
@@ -363,10 +363,10 @@ def _in_pieces(weight: Weight, device: torch.device, workspace: int, dtype: torc
 
 def _brought(
     jobs: Sequence[Job], order: Sequence[int], device: torch.device, workspace: int
-) -> Iterator[Tensor | Pieces]:
+) -> Iterator[Tensor | InPieces]:
     """The weights of jobs in this order, read when their turn comes, on the device or to be brought there in pieces."""
 
-    def read(i: int) -> Tensor | Pieces:
+    def read(i: int) -> Tensor | InPieces:
         W = jobs[i].weight.read()
         large = _in_pieces(jobs[i].weight, device, workspace, W.dtype)
         return InPieces(W, upload, workspace // PIECES) if large else W

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
 from .naming import FLOATS, Former, aliases
-from .svd_math import GRAM_BYTES, Pieces, Products
+from .svd_math import GRAM_BYTES, Products
 
-# The last one is for recipes of earlier versions alone.
+if TYPE_CHECKING:
+    from .upload import InPieces
+
+# "chebyshev" is only for recipes of earlier versions.
 METHODS = {"krylov": arithmetic.krylov, "subspace": arithmetic.subspace, "chebyshev": arithmetic.chebyshev}
 KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
 GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
@@ -230,7 +233,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
 class Group:
     """Up to `group_size` weights of one shape, dtype and device, and what is to be made of them."""
 
-    weights: Sequence[Tensor | Pieces]
+    weights: Sequence[Tensor | InPieces]
     rank: int
     how: Plan
     seed: int

@@ -22,14 +22,17 @@ and Saad, SIAM J. Matrix Anal. Appl. 29, 2007 (Chebyshev filters).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .rademacher import rademacher
+
+if TYPE_CHECKING:
+    from .upload import InPieces
 
 # Half-precision terms of X in X W^T, which chooses the subspace, and of Q in Q W, which Rayleigh-Ritz computes with.
 # With one term of X and two of Q delta W would be up to 2e-3 from that of a device that multiplies fp32; with these it
@@ -72,7 +75,7 @@ class Products:
     peak: max |W| of each (g,), fp64; NaN or inf where W is not finite.
     """
 
-    def __init__(self, weights: Sequence[Tensor | Pieces]) -> None:
+    def __init__(self, weights: Sequence[Tensor | InPieces]) -> None:
         first = weights[0]
         self.flip = first.shape[0] > first.shape[1]
         self.m, self.n = sorted(first.shape)
@@ -131,19 +134,7 @@ class Products:
         return out
 
 
-class Pieces(Protocol):
-    """A weight that does not fit beside the rest: some of its rows at a time, brought anew for each product."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """The rows and W[rows] on the device, in order."""
-        ...
-
-
-def _ends(W: Tensor | Pieces) -> tuple[Tensor, Tensor]:
+def _ends(W: Tensor | InPieces) -> tuple[Tensor, Tensor]:
     """The least and the largest element, on the device; NaN where there is one."""
     if not isinstance(W, Tensor):
         W = torch.stack([end for _, part in W.parts() for end in torch.aminmax(part)])
