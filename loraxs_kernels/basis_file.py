@@ -12,14 +12,12 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from .files import (
     damaged,
     has_shape,
     metadata_of,
+    opened,
     read_json,
     sealed,
     unsealed,
@@ -210,11 +209,11 @@ def make_basis(
     small: dict[str, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
-        if exclude_modules and matches(name, exclude_modules):
-            continue
-        if everything and (len(shape) != 2 or EMBEDDINGS.fullmatch(name.rpartition(".")[2])):
-            continue
-        if not everything and not matches(name, target_modules):
+        if everything:
+            wanted = len(shape) == 2 and not EMBEDDINGS.fullmatch(name.rpartition(".")[2])
+        else:
+            wanted = matches(name, target_modules)
+        if not wanted or (exclude_modules and matches(name, exclude_modules)):
             continue
         if weight is None:
             raise ValueError(
@@ -249,7 +248,9 @@ def make_basis(
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
     factor(jobs, keep, **compute)
-    entries = {job.recipe.name: _entry(job) for job in jobs}
+    entries = {job.recipe.name: {"rank": job.rank} | asdict(job.recipe) for job in jobs}
+    for entry in entries.values():
+        del entry["name"]
     header = {"base_model": base_model, **as_header(entries, "recipe")}
     write_atomically(out, *sealed(tensors, "loraxs_basis", header))
     return list(entries)
@@ -266,10 +267,6 @@ def _probed(name: str, weight: Weight, tensors: dict[str, Tensor]) -> Weight:
     return replace(weight, read=read)
 
 
-def _entry(job: Job) -> dict[str, Any]:
-    return {"rank": job.rank} | {key: value for key, value in asdict(job.recipe).items() if key != "name"}
-
-
 def _checkpoint(
     model: Path, rounded: torch.dtype | None
 ) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
@@ -282,7 +279,7 @@ def _checkpoint(
     for file, named in files.items():
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
-        with _opened(file) as f:
+        with opened(file) as f:
             if lost := {key for key in named.difference(f.keys()) if key.endswith(".weight")}:
                 raise ValueError(f"model: {index} names a tensor {min(lost)!r} in {file.name}, which has none")
             for key in f.keys():  # noqa: SIM118
@@ -330,19 +327,10 @@ def _weight(
         return None
 
     def read() -> Tensor:
-        with _opened(file) as f:
+        with opened(file) as f:
             W = f.get_tensor(key).to(to)
         return W.mT if transposed else W
 
     to = rounded or DTYPES[dtype]
     N, K = reversed(shape) if transposed else shape
     return Weight((N, K), to, torch.device("cpu"), copies=True, read=read)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            yield f
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 arguments = _arguments(sys.argv[1:] if argv is None else list(argv))
                 command = f"loraxs {arguments.command}"
-                return arguments.run(arguments)
+                return arguments.run(arguments) or 0
             finally:
                 if output is not None:
                     output.flush()
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(command, _line(f"{what}: {error.strerror}" if what else error), 1)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _failed(command, _line(f"out of memory: {error}"), 1)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: of a package that is wanted, which says how to get it
         return _failed(command, _line(error), 1)
 
 
@@ -127,7 +127,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The arguments of every command, and as `run` the function that runs it."""
+    """The arguments of every command, and as `run` the function that runs it and returns a status other than 0."""
     from . import serve_cli
     from .bank import cli as bank_cli
     from .bench import command
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary)
         added.set_defaults(run=run)
         return added
@@ -154,12 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace) -> None:
     from .info import info
 
     for key, value in info().items():
         print(f"{key:16} {value}")
-    return 0
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -174,9 +173,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     demo.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device, arguments.many)
-    return 0
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +208,7 @@ def _targets(arguments: argparse.Namespace) -> str | list[str]:
     return "all-linear" if targets == ["all-linear"] else targets
 
 
-def _init(arguments: argparse.Namespace) -> int:
+def _init(arguments: argparse.Namespace) -> None:
     from .basis_file import make_basis
 
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
@@ -229,7 +227,6 @@ def _init(arguments: argparse.Namespace) -> int:
             workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
-    return 0
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -238,23 +235,19 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import as_text, inspected
 
-    try:
-        found = inspected(arguments.path, arguments.revision)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    found = inspected(arguments.path, arguments.revision)
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_text(found)))
-    return 0
 
 
-def _bank(arguments: argparse.Namespace) -> int:
+def _bank(arguments: argparse.Namespace) -> None:
     from .bank import cli as bank_cli
 
     loads_a_model = arguments.action == "create"  # or transformers, which takes a second to import, is not needed
     with _told_in_lines("loraxs bank"), _quiet_transformers() if loads_a_model else nullcontext():
-        return bank_cli.command(arguments)
+        bank_cli.command(arguments)
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +267,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
 
 
-def _params(arguments: argparse.Namespace) -> int:
+def _params(arguments: argparse.Namespace) -> None:
     from .accounting import count_parameters, from_config
 
     dtype = as_dtype("dtype", arguments.dtype, FLOATS)
@@ -297,10 +290,9 @@ def _params(arguments: argparse.Namespace) -> int:
         except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
     print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
-    return 0
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> None:
     from .accounting import from_config
     from .bench.shapes import MODELS
     from .tuning.command import command
@@ -315,7 +307,7 @@ def _tune(arguments: argparse.Namespace) -> int:
                 shapes = of_model(model, arguments.rank).shapes
             except TypeError as error:  # that there are linear layers, but none that can have an adapter
                 raise ValueError(str(error)) from error
-    return command(arguments, shapes)
+    command(arguments, shapes)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def machine(device: Device) -> dict[str, Any]:
     gpu = next((torch.cuda.get_device_name(each) for each in there if facts(each) == device), None)
     return {
         **{"gpu": gpu, "capability": list(device.capability), "multiprocessors": device.multiprocessors},
-        **{name: _version(name) for name in ("torch", "triton")},
+        **{name: version(name) for name in ("torch", "triton")},
         **{f"{name} kernels": kernels(name) for name in ("triton", "cuda")},
         "backends": [name for name in NAMES if unavailable(name) is None],
     }
@@ -155,7 +155,8 @@ def kernels(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of an installed package; None: it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -40,15 +40,12 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     add("remove", "delete an adapter").add_argument("name")
 
 
-def command(arguments: argparse.Namespace) -> int:
-    """Run `loraxs bank`; unknown names and missing packages are errors in one line like any other."""
+def command(arguments: argparse.Namespace) -> None:
+    """Run `loraxs bank`; an unknown name is an error in one line like any other."""
     try:
         arguments.act(arguments)
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    return 0
 
 
 def _create(arguments: argparse.Namespace) -> None:
