@@ -134,7 +134,7 @@ def check(folder: Path) -> dict[str, Any]:
 
 
 def version_of(python: str) -> str:
-    """Of the Python a kit is for."""
+    """The version of the Python that a kit is for."""
     command = [python, "-c", "import platform; print(platform.python_version())"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

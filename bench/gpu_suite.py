@@ -251,7 +251,7 @@ def show_text(text: str) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """And all that it has started."""
+    """End a process, and all that it has started."""
     with deaf():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

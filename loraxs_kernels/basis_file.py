@@ -41,7 +41,7 @@ from .recipe import Factors, Recipe, as_header, check_range, check_rank, modules
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of which transformers prefers the first
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers prefers the first
 # By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 # Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
@@ -88,7 +88,7 @@ class Basis:
         shared = {}
         for there in self.modules:
             others = there.split(".")
-            inside = {*parts} <= {*others} or {*others} <= {*parts}  # else they may be of two towers
+            inside = {*parts} <= {*others} or {*others} <= {*parts}  # else they may belong to two towers
             numbers = [list(filter(str.isdigit, each)) for each in (others, parts)]
             if inside and others[-2:] == parts[-2:] and numbers[0] == numbers[1]:
                 ends = next((i for i, (a, b) in enumerate(zip(parts[::-1], others[::-1], strict=False)) if a != b), 0)

@@ -287,7 +287,7 @@ def _params(arguments: argparse.Namespace) -> None:
                 )
                 for r in arguments.rank
             }
-        except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
+        except TypeError as error:  # a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
     print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
 
@@ -305,7 +305,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         with _told_in_lines("loraxs tune"):
             try:
                 shapes = of_model(model, arguments.rank).shapes
-            except TypeError as error:  # that there are linear layers, but none that can have an adapter
+            except TypeError as error:  # there are linear layers, but none that can have an adapter
                 raise ValueError(str(error)) from error
     command(arguments, shapes)
 
@@ -339,7 +339,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _configuration(name: str) -> PretrainedConfig:
-    """Of a model by its name here, its folder, its config.json or its name on the hub; ValueError for anything else."""
+    """The configuration of a model: by a known name, a folder, a config.json or a name on the Hub; else ValueError."""
     from .bench.shapes import MODELS
 
     try:
@@ -353,7 +353,7 @@ def _configuration(name: str) -> PretrainedConfig:
         path = path / "config.json" if path.is_dir() else path
         _check_config(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of many kinds: no such file, no such name, no network, no JSON, no model_type
+    except Exception as error:  # there are many kinds: no such file, no such name, no network, no JSON, no model_type
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: got {name!r}, must be one of {', '.join(MODELS)}, a folder with a config.json, such a file, or a "

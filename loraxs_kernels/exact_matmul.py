@@ -24,7 +24,7 @@ def exact_matmul() -> Iterator[None]:
     threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
     """
     block = object()
-    # Not by torch.autocast(enabled=False): if Ctrl-C comes before such a block has been left, torch never again drops
+    # torch.autocast(enabled=False) will not do: if Ctrl-C comes before its block is left, torch never again drops
     # the casts of weights that it keeps during a block of autocast, and training goes on with stale ones.
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cuda", "cpu")}
     # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.

@@ -38,7 +38,7 @@ from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
 WORKSPACE_IN_BYTES = Former("workspace_gib", lambda nbytes, _: nbytes / 2**30 if is_number(nbytes) else nbytes)
-PIECES = 16  # of the workspace: one of a weight is in use, one on its way, one let go
+PIECES = 16  # in a workspace, of which one is in use, one on its way and one let go
 
 Deliver = Callable[[int, Tensor, Tensor], None]
 
@@ -53,19 +53,14 @@ class Job:
     recipe: Recipe
 
 
-def workspace_bytes(workspace_gib: float) -> int:
-    """The bytes of an argument `workspace_gib`; ValueError for anything that is not a size of memory."""
-    if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
-        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
-    return int(workspace_gib * 2**30)
-
-
 def compute_options(
     device: torch.device | str | Sequence[torch.device | str] | None, workspace_gib: float, progress: bool
 ) -> dict[str, Any]:
     """The options of `factor` for these arguments of `attach`; ValueError, naming the argument, for a wrong one."""
     devices = None if device is None else compute_devices(device)
-    return {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
+    if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
+        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
+    return {"devices": devices, "workspace": int(workspace_gib * 2**30), "progress": progress}
 
 
 @torch.no_grad()

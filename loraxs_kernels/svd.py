@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 # "chebyshev" is only for recipes of earlier versions.
 METHODS = {"krylov": arithmetic.krylov, "subspace": arithmetic.subspace, "chebyshev": arithmetic.chebyshev}
 KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
-GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
-GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
-KEEP_BYTES = 384 * 2**20  # and what those may hold
+GROUP_BYTES = 384 * 2**20  # working memory for the weights that are factored together on a GPU
+GROUP = 16  # the most weights that are factored together, and that may wait for the host's eigenproblems
+KEEP_BYTES = 384 * 2**20  # what those that wait may hold
 # On a CPU a weight of up to ALONE elements that is computed alone gets one thread; of up to AMONG_OTHERS elements each
 # thread takes one of its own; larger ones get all threads.  A second thread on a small weight saves little, and costs
 # much where it has to wait for a busy core.
@@ -213,14 +213,14 @@ class NotFinite(ValueError):
 
 
 def group_size(shape: Sequence[int], dtype: torch.dtype, device: torch.device, how: Plan) -> int:
-    """How many weights of a shape are taken apart together, at most."""
+    """How many weights of a shape are factored together, at most."""
     if device.type == "cpu":
         return 1
     return min(GROUP, max(1, GROUP_BYTES // working_bytes(shape, dtype, how)))
 
 
 def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
-    """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
+    """Bytes of device memory to factor one weight of this shape, beside W, U, S and Vh; an upper estimate."""
     m, n = sorted(shape[-2:])
     itemsize, D, b = max(4, dtype.itemsize), basis_size(m, how), how.block
     # Bytes of X's terms, of their product with W and of the sum over terms; the same for Q.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # With one term of X and two of Q delta W would be up to 2e-3 from that of a device that multiplies fp32; with these it
 # is below 1e-4.
 X_TERMS, Q_TERMS = 2, 3
-GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
+GRAM_BYTES = 8 * 2**20  # of one weight's rows that are copied to fp64 at a time
 
 
 def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
@@ -53,7 +53,7 @@ def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
 
     def made(*arguments: Any) -> Tensor:
         t = kept(*arguments)
-        if type(t) is not Tensor:  # of a mode that is for a time, such as FakeTensorMode
+        if type(t) is not Tensor:  # made under a mode that ends, such as FakeTensorMode
             kept.cache_clear()
         return t
 
@@ -86,7 +86,7 @@ class Products:
             weights = [W.to(self.dtype) if isinstance(W, Tensor) else W for W in weights]
         self.weights = weights
         scale = scales(self.peak, self.dtype)[:, None, None]
-        if first.dtype == torch.float16:  # of little range: factors as large as they can be, |Q| <= 1, |Q W| <= sqrt(m)
+        if first.dtype == torch.float16:  # of little range: factors as large as can be, |Q| <= 1, |Q W| <= sqrt(m)
             before = 2.0**15, 2.0 ** (15 - math.ceil(math.log2(self.m) / 2))
         else:  # the root of the scale: with all of it the last terms of the factor, or the sums, would leave the range
             before = (_power_of_two(scale.sqrt()).to(self.dtype),) * 2

@@ -61,7 +61,7 @@ def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> t
         if key not in _rows:
             try:
                 _rows[key] = _parsed(device, name, parse)
-            except Warning:  # where warnings are errors it comes once, too
+            except Warning:  # if warnings are errors, this one is raised once, too
                 _rows[key] = ()
                 raise
         return _rows[key]
@@ -148,7 +148,7 @@ def kernels(name: str) -> str:
     """A hash of a backend's own files, and of cuda the core's sources too."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / name).glob("*")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]:
-        if file.suffix in (".py", ".json") and file.name != "aot.py":  # which is for tests
+        if file.suffix in (".py", ".json") and file.name != "aot.py":  # aot.py is for tests
             digest.update(f"{file.name}\n".encode() + file.read_bytes())
     if name == "cuda":
         digest.update(str(core.sources() or core.compiled()).encode())

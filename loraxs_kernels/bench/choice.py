@@ -34,8 +34,8 @@ ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
 LONG = 1e11  # flops of x W^T from which a call is a long one: 0.15 ms on an H100
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers or for one
-WORST = 1.01  # of torch's time, that it may take for any one of the layers
-EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
+WORST = 1.01  # times torch's time is the most that it may take for any one of the layers
+EAGER = 1.03  # times torch's time is the most for all layers together, if the host issues them one by one
 BESIDE = "the work beside"  # the copies that follow each long call in a CUDA graph
 LOST = "its time is lost in that of"  # how a reason begins that another try may not find
 

@@ -21,7 +21,7 @@ from . import BenchError, timer
 from .request import Request
 from .timer import Call
 
-ROWS = 64  # of y and gX that are compared with an oracle; what is small is compared whole
+ROWS = 64  # so many rows of y and gX are compared with an oracle; what is small is compared whole
 
 Row = dict[str, Any]
 Results = dict[str, Tensor]

@@ -99,7 +99,7 @@ def compared(
 
 
 def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:
-    """Those of the paths that have rows, in their order."""
+    """The names of paths that have rows, in their order."""
     found = {row["path"] for row in rows}
     return [name for name in names if name in found]
 

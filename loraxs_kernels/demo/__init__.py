@@ -49,7 +49,7 @@ class Settings:
     out: Path
     length: str  # "quick", "default" or "full"
     device: torch.device
-    started: float  # of time.perf_counter
+    started: float  # by time.perf_counter
 
     @property
     def seeds(self) -> tuple[int, ...]:

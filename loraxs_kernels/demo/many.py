@@ -78,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
         answer(model, job.test, [(i, draw.choice(names)) for i in range(TESTED)], size.slots)
         memory[f"{len(bank):,} adapters"] = resident()
         mixtures = mix(bank, names, size.adapters)
-        half = CHECKED // 2  # of those that are checked were trained
+        half = CHECKED // 2  # as many of those that are checked were trained
         chosen = draw.sample(names, half) + draw.sample(mixtures, size.slots - half)
         checks = check(bank, model, job, chosen, settings)
         memory[f"{len(bank):,} adapters"] = resident()

@@ -43,7 +43,7 @@ class Curve:
 
     @property
     def seconds(self) -> float:
-        """Of training alone, validation left out."""
+        """The seconds of training, without those of validation."""
         return sum(self.step_seconds)
 
 
