@@ -13,6 +13,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
@@ -173,22 +175,10 @@ class Store(Records):
         return list(self)
 
     def _keys(self) -> Iterator[bytes]:
-        after = TIE
-        while True:
-
-            def page(txn: Any, after: bytes = after) -> list[bytes]:
-                cursor, keys = txn.cursor(), []
-                there = cursor.set_range(after + b"\0")  # the least key after it
-                while there and len(keys) < PAGE:
-                    keys.append(bytes(cursor.key()))
-                    there = cursor.next()
-                return keys
-
-            keys = self._run(page)
+        keys = [TIE]
+        while keys:
+            keys = self._run(partial(_keys_after, keys[-1]))
             yield from keys
-            if len(keys) < PAGE:
-                return
-            after = keys[-1]
 
     def _name(self, key: bytes) -> str:
         try:
@@ -435,6 +425,13 @@ def _checked_pairs(items: Any) -> Iterator[tuple[str, Any]]:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise TypeError(f"items: got {pair!r} among them, must be {must}")
         yield tuple(pair)
+
+
+def _keys_after(key: bytes, txn: Any) -> list[bytes]:
+    """The next PAGE keys, or as many as there are."""
+    cursor = txn.cursor()
+    there = cursor.set_range(key + b"\0")  # the least key after it; if there is none, iternext would begin anew
+    return [bytes(each) for each in islice(cursor.iternext(values=False), PAGE)] if there else []
 
 
 def _part(f: BinaryIO, start: int, length: int) -> bytes:
