@@ -145,7 +145,7 @@ def version_of(python: str) -> str:
 
 
 def git(*command: str) -> str:
-    """What git says of this tree; nothing where it is no checkout."""
+    """What git says of this tree; "" if it is no checkout."""
     try:
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
     except OSError:

@@ -156,7 +156,7 @@ def read_basis(path: str | os.PathLike) -> Basis:
 
 
 def _check_shape(f: Any, key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype of a tensor in an open file, once it and the shape are what they must be (None: any size)."""
+    """The dtype of a tensor in an open file; ValueError if it or the shape (None: any size) is not what it must be."""
     if key not in f.keys():  # noqa: SIM118
         raise ValueError(f"tensor {key!r} is missing")
     found = f.get_slice(key)
@@ -270,7 +270,7 @@ def _probed(name: str, weight: Weight, tensors: dict[str, Tensor]) -> Weight:
 def _checkpoint(
     model: Path, rounded: torch.dtype | None
 ) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
-    """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
+    """{module: shape and dtype of its weight, and the weight itself if it is a matrix of floats}; the model's name."""
     files, index = _files(model), model / INDEX
     config = (model.parent if model.is_file() else model) / "config.json"
     described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}

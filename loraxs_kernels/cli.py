@@ -97,7 +97,7 @@ class _Output:
             raise
 
     def close(self) -> None:
-        """Let what is still buffered go nowhere, so that Python does not fail to write it once more when it ends."""
+        """Discard what is still buffered, so that Python does not try and fail to write it when it ends."""
         with suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
@@ -162,15 +162,14 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
+    add = parser.add_argument
+    add("--model", choices=("minilm", "smollm2"), default="minilm")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
     length.add_argument("--full", action="store_true", help="three seeds")
-    parser.add_argument("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter"
-    )
-    parser.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
+    add("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
+    add("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")
+    add("--device", default=None, help="default: the GPU where there is one, else the CPU")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -178,20 +177,17 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder of a model with *.safetensors, or one such file")
-    parser.add_argument("-r", "--rank", type=int, required=True)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
-    _add_modules(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    parser.add_argument("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
-    parser.add_argument(
-        "--weight-dtype",
-        metavar="DTYPE",
-        help=f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored",
-    )
-    parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     add = parser.add_argument
+    add("model", type=Path, help="folder of a model with *.safetensors, or one such file")
+    add("-r", "--rank", type=int, required=True)
+    add("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
+    _add_modules(parser)
+    add("--seed", type=int, default=0)
+    add("--n-iter", type=int, help="of the SVD; default: by rank and shape")
+    add("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
+    loaded = f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored"
+    add("--weight-dtype", metavar="DTYPE", help=loaded)
+    add("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
     add("--workspace", dest="workspace_gib", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -253,18 +249,13 @@ def _bank(arguments: argparse.Namespace) -> None:
 def _add_params(parser: argparse.ArgumentParser) -> None:
     from .bench.shapes import MODELS
 
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"{', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging Face's hub",
-    )
-    parser.add_argument("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
+    add, known = parser.add_argument, ", ".join(MODELS)
+    add("--model", required=True, help=f"{known}; or a folder with a config.json, such a file, or a name on the Hub")
+    add("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
     _add_modules(parser)
-    parser.add_argument(
-        "--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method"
-    )
-    parser.add_argument("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
-    parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
+    add("--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method")
+    add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
+    add("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
 
 
 def _params(arguments: argparse.Namespace) -> None:

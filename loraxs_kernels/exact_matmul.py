@@ -70,7 +70,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _restore(setting: Any, precision: str) -> None:
-    """Put back what torch said of a setting, which may be what it inherits, and goes on inheriting then."""
+    """Put a setting back as it was; if it had inherited its value, it goes on inheriting."""
     setting.fp32_precision = "none"
     if setting.fp32_precision != precision:
         setting.fp32_precision = precision

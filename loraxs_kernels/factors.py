@@ -182,7 +182,7 @@ def _raise_on_all(error: Exception | None, groups: Sequence[Any]) -> None:
 
 
 def _factor(jobs: Sequence[Job], deliver: Deliver, devices: Sequence[torch.device] | None, workspace: int) -> None:
-    """`factor` for weights of which this process has the whole."""
+    """`factor` for weights that are not sharded."""
     queues: dict[torch.device, list[int]] = defaultdict(list)
     load = dict.fromkeys(devices or (), 0)
     for i, job in enumerate(jobs):
@@ -301,7 +301,7 @@ def _groups(
     weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
 
     def whole(batch: list[tuple[int, Tensor | InPieces]], rank: int, how: Plan, seed: int) -> Group:
-        """The batch as a group, which alone holds its weights from then on."""
+        """The batch as a group; from then on only the group holds its weights."""
         started.append([i for i, _ in batch])
         group = Group([W for _, W in batch], rank, how, seed)
         batch.clear()

@@ -302,5 +302,5 @@ def read_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def damaged(path: str | os.PathLike, problem: str, cause: BaseException | None = None) -> NoReturn:
-    """Raise the ValueError of a file that cannot be what was written."""
+    """Raise the ValueError for a file that is not what was written."""
     raise ValueError(f"{path}: is damaged: {problem}") from cause

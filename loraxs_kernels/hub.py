@@ -105,7 +105,7 @@ def _huggingface_hub() -> ModuleType:
 
 @contextmanager
 def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
-    """Errors of huggingface_hub as ones that say what is wrong and what to do."""
+    """Turn errors of huggingface_hub into errors that say what is wrong and what to do."""
     errors, log_in = _huggingface_hub().errors, "log in (hf auth login) or pass token="
     not_here = "is not here, and " if name else ""  # for something that is to be loaded
     try:

@@ -138,7 +138,7 @@ class RowIndex:
         if self.fixed:
             return self._make(L, self.index)
         runs = [(i, len(list(run)) * L) for i, run in groupby(self.index)]
-        if len({count for _, count in runs}) == 1:  # as in a batch of different samples, or of one adapter alone
+        if len({count for _, count in runs}) == 1:  # as in a batch of all different adapters, or of one adapter
             return self._make(runs[0][1], [i for i, _ in runs])
         counts = Counter(self.index)
         if L > 1 or len(counts) * FEW > T:

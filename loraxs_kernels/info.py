@@ -80,7 +80,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, where its own tool tells it."""
+    """The NVIDIA driver's version by nvidia-smi; None if that does not run."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
@@ -89,7 +89,7 @@ def _driver() -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's name, where the system tells one."""
+    """The processor's name; if the system tells none, its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

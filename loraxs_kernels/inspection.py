@@ -103,7 +103,7 @@ def _bank(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _seal(f: Any, kind: str) -> dict[str, Any]:
-    """The version of a file, of what wrote it, and its checksum, which has been checked."""
+    """The file's format version, the package version that wrote it, and its checksum, which has been checked."""
     header = json.loads(f.metadata()[kind])
     return {
         "format_version": header["version"],

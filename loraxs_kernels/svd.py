@@ -422,6 +422,6 @@ def to_host(t: Tensor) -> Callable[[], Tensor]:
 
 
 def _to_device(t: Tensor, like: Tensor) -> Tensor:
-    """A host tensor on the device and in the dtype of another; the host does not wait for what is there to finish."""
+    """A host tensor on the device and in the dtype of another; the host does not wait for the device's earlier work."""
     t = t.to(like.dtype)
     return t.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else t

@@ -135,7 +135,7 @@ class Products:
 
 
 def _ends(W: Tensor | InPieces) -> tuple[Tensor, Tensor]:
-    """The least and the largest element, on the device; NaN where there is one."""
+    """The least and the largest element, on the device; both are NaN if any element is."""
     if not isinstance(W, Tensor):
         W = torch.stack([end for _, part in W.parts() for end in torch.aminmax(part)])
     return torch.aminmax(W)

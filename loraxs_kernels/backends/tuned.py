@@ -180,7 +180,7 @@ def user_path(gpu: str | None) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A table, its rows unparsed.  Raises FileNotFoundError, or ValueError that names the file where it is not one."""
+    """A table, its rows unparsed.  Raises FileNotFoundError, or a ValueError that names a file that is no table."""
     try:
         table = json.loads(path.read_text())
         if (table["format"], table["version"]) != (FORMAT, VERSION):

@@ -212,7 +212,7 @@ def generating(
 
 @contextmanager
 def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterator[Selection | None]:
-    """The selection that a call belongs to: of these names, or without names the one that is open, if any."""
+    """The selection that a call belongs to: a new one of these names or, without names, the open one, if any."""
     if names is None:
         yield bank.selections.current()
         return

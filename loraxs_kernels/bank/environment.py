@@ -117,7 +117,7 @@ class Environment:
 
     @classmethod
     def at(cls, path: Path, create: bool = False) -> Environment:
-        """The environment of a folder, opened where it is not."""
+        """The environment of a folder, which is opened if this process does not have it open."""
         with _lock:
             try:
                 there = _environments.get(identity_of(path))

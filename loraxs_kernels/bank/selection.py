@@ -53,7 +53,7 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
-        self.use: Use | None = None  # while it is open: then graphs alone hold it, which end with their outputs
+        self.use: Use | None = None  # while it is open; later only graphs hold it, which end with their outputs
         self._last: Callable[[], Use | None] = lambda: None
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None

@@ -162,7 +162,7 @@ def speed(measured: list[Row], name: str, mode: str | None = None) -> float:
 
 
 def _gain(measured: list[Row], name: str) -> float:
-    """`speed` of a backend, or 0.0 where it may not be chosen."""
+    """`speed` of a backend, or 0.0 if it may not be chosen."""
     slowest = max((over for _, over in _layers(measured, name).values()), default=math.inf)
     one_by_one = speed(measured, name, "eager") if _layers(measured, name, "eager") else 1.0
     return speed(measured, name) if slowest <= WORST and one_by_one * EAGER >= 1 else 0.0

@@ -65,7 +65,7 @@ class Point:
 
 
 def grid(request: Request, rows: Callable[..., Iterator[Row]], **more: Sequence[Any]) -> list[Point]:
-    """rows(request, shape, T, r, ...) for all shapes at each T and r, and each of what is more."""
+    """Points of rows(request, shape, T, r, ...) for all shapes at each T, each r and each value of `more`."""
     return [
         Point(
             {**shape.where, "T": T, "r": r, **dict(zip(more, values, strict=True))},
@@ -147,7 +147,7 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
 def _with_paths(request: Request, questions: Sequence[Question]) -> Request:
     """Which paths run, the floor always among them, and those left out because they cannot run here.
 
-    Of questions whose paths are others, those that were named choose among their own alone.
+    Questions may have different paths: a name that was given chooses only among those that have it.
     """
     groups = {id(question.paths): question.paths for question in questions}.values()
     known("path", request.paths, [*(name for paths in groups for name in paths), "all"])

@@ -105,7 +105,7 @@ def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:
 
 
 def grouped(rows: Iterable[Row], key: str = "mode") -> dict[Any, list[Row]]:
-    """Rows by what they have there."""
+    """{value of this key: the rows that have it}."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(row[key], []).append(row)

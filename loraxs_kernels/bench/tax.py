@@ -19,7 +19,7 @@ NOISE = "its quartiles are too far apart"
 
 
 class Point(NamedTuple):
-    """A point of the grid, but for the shape."""
+    """A point of the grid, without the shape."""
 
     run: str  # the step of bench/gpu_suite.py; "" in a report of `loraxs bench`
     model: str

@@ -26,7 +26,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> None:
-    """Run `loraxs tune`; shapes: by padded rank, those of --model, where it is none of shapes.MODELS."""
+    """Run `loraxs tune`; shapes: by padded rank, those of --model if that is none of shapes.MODELS."""
     at_least_one(rank=arguments.rank)
     shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
     given = (arguments.tokens, arguments.dtype, arguments.budget, arguments.out)
