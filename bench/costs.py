@@ -191,7 +191,7 @@ def banks(folder: Path) -> Iterator[Row]:
         data = folder / how / "data.mdb"
         yield {"what": f"size, {how}", "bytes": data.stat().st_size, "of_R": size * RECORDS}
         random.Random(0).shuffle(names)
-        with open(data, "rb") as f:  # that nobody has mapped: out of the page cache
+        with open(data, "rb") as f:  # no process has it mapped: it leaves the page cache
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with lx.AdapterBank(folder / how) as bank:

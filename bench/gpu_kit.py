@@ -134,7 +134,7 @@ def check(folder: Path) -> dict[str, Any]:
 
 
 def version_of(python: str) -> str:
-    """Of the Python a kit is for."""
+    """The version of the Python that a kit is for."""
     command = [python, "-c", "import platform; print(platform.python_version())"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -145,7 +145,7 @@ def version_of(python: str) -> str:
 
 
 def git(*command: str) -> str:
-    """What git says of this tree; nothing where it is no checkout."""
+    """What git says of this tree; "" if it is no checkout."""
     try:
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
     except OSError:

@@ -243,7 +243,7 @@ class Suite:
 
 
 def show_text(text: str) -> None:
-    """Print it; where nobody reads any more, neither this nor what follows."""
+    """Print it; once the reader of the output has gone, print nothing from then on."""
     try:
         print(text, flush=True)
     except OSError:
@@ -251,7 +251,7 @@ def show_text(text: str) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """And all that it has started."""
+    """End a process, and all that it has started."""
     with deaf():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -271,7 +271,7 @@ def deaf() -> Iterator[None]:
 
 
 def with_paths(arguments: list[str], left_out: dict[str, str]) -> list[str]:
-    """Arguments of a bench with its paths named, where it names some or must do without some."""
+    """The arguments of a bench, with its paths named if it names some itself or if some are left out."""
     if arguments[0] not in SIDE_BY_SIDE or not ("--paths" in arguments or left_out):
         return arguments
     there = [name for name, path in PATHS.items() if path.missing() is None]

@@ -61,7 +61,7 @@ def why_not(path: Path, component: str, test: str) -> str:
 
 
 def named(text: str, asked: Iterable[str]) -> list[str]:
-    """Those of the components asked for that a file of tests is of, by its gpu("..."); all, where it does not say."""
+    """The components asked for that a file of tests names in gpu("..."); all of them, if it names none."""
     names = re.findall(r"""\bgpu\(\s*f?["']([^"']+)["']""", text)
     found = [re.compile(".+".join(map(re.escape, re.split(r"{.*?}", name)))) for name in names]
     return [name for name in asked if not found or any(each.fullmatch(name) for each in found)]

@@ -117,7 +117,7 @@ def limit(item: pytest.Item) -> float:
 
 
 def wait() -> str | None:
-    """Wait for the GPU and give back its memory, of which other processes want some; what it says if it cannot."""
+    """Wait for the GPU and free memory for other processes; returns the error if that fails."""
     torch = sys.modules.get("torch")
     try:
         if torch and torch.cuda.is_initialized():

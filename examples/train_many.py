@@ -17,17 +17,18 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.demo import Settings, minilm
-from loraxs_kernels.demo.training import Encoded
+from loraxs_kernels.demo.many import answer, by_length
+from loraxs_kernels.demo.training import EVALUATION_BATCH, Encoded, accuracy
 from loraxs_kernels.files import write_atomically
 from loraxs_kernels.info import environment
 
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with lx.AdapterBank.create(options.bank, adapted) as bank:
         bank.attach(model, progress=False)
         losses, seconds = together(bank, model, job.train, plans, rates)
-        scores = {name: accuracy(model, job.test, name) for name in names[: options.tested]}
+        scores = {}
+        for name in names[: options.tested]:
+            logits = answer(model, job.test, [(i, name) for i in range(len(job.test))], EVALUATION_BATCH)
+            scores[name] = accuracy(logits, job.test)
         bank.detach(model)
     print(f"{len(names)} at once: {options.steps} steps in {seconds:.1f} s, kept in {options.bank}")
     for name, score in scores.items():
@@ -132,8 +136,9 @@ def together(
         for step in zip(*plans.values(), strict=True):
             optimizer.zero_grad()
             totals, shares = dict.fromkeys(names, 0.0), dict(zip(names, step, strict=True))
-            for some in chunks(data, [(row, name) for name, part in shares.items() for row in part]):
-                rows, users = map(list, zip(*some, strict=True))
+            pairs = [(row, name) for name, own in shares.items() for row in own]
+            for part in by_length(data, [row for row, _ in pairs], CHUNK):
+                rows, users = map(list, zip(*(pairs[i] for i in part), strict=True))
                 logits = model(**data.batch(rows), adapter_ids=users)
                 counts = torch.tensor([len(shares[name]) for name in users], device=data.device)
                 own = F.cross_entropy(logits, data.labels[rows], reduction="none") / counts
@@ -146,12 +151,6 @@ def together(
         seconds = time.perf_counter() - began
         training.commit()
     return losses, seconds
-
-
-def chunks(data: Encoded, pairs: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """The questions of a step, each with its user, in parts of similar length, of which little is padding."""
-    pairs = sorted(pairs, key=lambda pair: len(data.tokens[pair[0]]))
-    return (pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK))
 
 
 def alone(model: nn.Module, data: Encoded, plan: list[list[int]], lr: float) -> tuple[list[float], float]:
@@ -187,16 +186,6 @@ def compare(
         f"{for_all / seconds:.1f} times as long; losses differ by up to {off:.1e}"
     )
     return {"users": len(plans), "seconds": took, "times_as_long": for_all / seconds, "largest_loss_difference": off}
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Encoded, name: str) -> float:
-    """The part of the test questions that one adapter gets right."""
-    right = 0
-    for rows in torch.arange(len(data)).split(64):
-        logits: Tensor = model(**data.batch(rows.tolist()), adapter_ids=[name] * len(rows))
-        right += int((logits.argmax(-1) == data.labels[rows]).sum())
-    return right / len(data)
 
 
 if __name__ == "__main__":

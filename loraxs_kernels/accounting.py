@@ -48,8 +48,8 @@ METHODS = {"loraxs": "LoRA-XS", "lora": "LoRA", "vera": "VeRA"}
 
 EXPERTS = "experts, stacked in one parameter"
 
-MOST_MODULES = 300_000  # of a model; the largest mixtures of experts have a third of that
-# Of a configuration that names no class: the first of these that knows it.  Encoders come before the decoders that
+MOST_MODULES = 300_000  # in a model; the largest mixtures of experts have a third of that
+# If a configuration names no class, the first of these that knows it is taken.  Encoders come before the decoders that
 # most of them can also be built as.
 HEADS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
 
@@ -285,7 +285,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     counting = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"):
-            return kind(copy.deepcopy(config))  # which models write to
+            return kind(copy.deepcopy(config))  # a model may write into its configuration
     except Exception as error:  # sizes that do not fit each other fail as they like in there
         why = str(error).strip().partition("\n")[0]
         raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error
@@ -297,7 +297,7 @@ def _model_class(transformers: ModuleType, name: str) -> type[nn.Module] | None:
     """The model's class of this name; a configuration may name anything else that the package has."""
     try:
         found = getattr(transformers, name, None)
-    except Exception:  # as the import of a module raises
+    except Exception:  # whatever the import of a module raises
         return None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 

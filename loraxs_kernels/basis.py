@@ -18,9 +18,9 @@ from .recipe import Recipe as Recipe  # pickles of earlier versions have it here
 
 PROBES = 8  # bilinear probes of a delta, and columns of a sketch
 ACCEPT = 1e-3  # relative error of delta W up to which two bases are the same
-ALIGNED = 3e-2  # and up to which an aligned R may be used, with a warning
+ALIGNED = 3e-2  # relative error of delta W up to which an aligned R is used, with a warning
 OTHER_BASE = 5e-2  # relative distance of the singular values from which the base is another model
-PROBE_ROWS = 1024  # of an fp64 copy of a weight at a time
+PROBE_ROWS = 1024  # rows of a weight that are copied to fp64 at a time
 SAMPLED = 64  # rows and columns of a weight that tell whether A and B are still its own
 DIFFERENT = 0.5  # relative error from which the weights are different ones, and not the same ones in another dtype
 CLUSTER = 1e-2  # singular values closer than this may have mixed their vectors
@@ -81,7 +81,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor) -> Fingerprint:
-        """Of the factors of one module."""
+        """The fingerprint of one module's A and B."""
         A64, B64 = A.double(), B.double()
         return cls(singular_values(A), *_halves(A64, B64), A64 @ A64.t(), B64.t() @ B64)
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from .files import (
     damaged,
     has_shape,
     metadata_of,
+    opened,
     read_json,
     sealed,
     unsealed,
@@ -42,7 +41,7 @@ from .recipe import Factors, Recipe, as_header, check_range, check_rank, modules
 from .weights import Weight
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of which transformers prefers the first
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers prefers the first
 # By the model_type of config.json: models of Conv1D layers, whose weights are stored (K, N).
 CONV1D_MODELS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 # Last parts of names that "all-linear" leaves out: matrices of embeddings and output embeddings.
@@ -89,7 +88,7 @@ class Basis:
         shared = {}
         for there in self.modules:
             others = there.split(".")
-            inside = {*parts} <= {*others} or {*others} <= {*parts}  # else they may be of two towers
+            inside = {*parts} <= {*others} or {*others} <= {*parts}  # else they may belong to two towers
             numbers = [list(filter(str.isdigit, each)) for each in (others, parts)]
             if inside and others[-2:] == parts[-2:] and numbers[0] == numbers[1]:
                 ends = next((i for i, (a, b) in enumerate(zip(parts[::-1], others[::-1], strict=False)) if a != b), 0)
@@ -157,7 +156,7 @@ def read_basis(path: str | os.PathLike) -> Basis:
 
 
 def _check_shape(f: Any, key: str, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype of a tensor in an open file, once it and the shape are what they must be (None: any size)."""
+    """The dtype of a tensor in an open file; ValueError if it or the shape (None: any size) is not what it must be."""
     if key not in f.keys():  # noqa: SIM118
         raise ValueError(f"tensor {key!r} is missing")
     found = f.get_slice(key)
@@ -210,11 +209,11 @@ def make_basis(
     small: dict[str, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind, weight) in weights.items():
-        if exclude_modules and matches(name, exclude_modules):
-            continue
-        if everything and (len(shape) != 2 or EMBEDDINGS.fullmatch(name.rpartition(".")[2])):
-            continue
-        if not everything and not matches(name, target_modules):
+        if everything:
+            wanted = len(shape) == 2 and not EMBEDDINGS.fullmatch(name.rpartition(".")[2])
+        else:
+            wanted = matches(name, target_modules)
+        if not wanted or (exclude_modules and matches(name, exclude_modules)):
             continue
         if weight is None:
             raise ValueError(
@@ -249,7 +248,9 @@ def make_basis(
             tensors[f"{recipe.name}.{which}"] = t.to("cpu", to).contiguous()
 
     factor(jobs, keep, **compute)
-    entries = {job.recipe.name: _entry(job) for job in jobs}
+    entries = {job.recipe.name: {"rank": job.rank} | asdict(job.recipe) for job in jobs}
+    for entry in entries.values():
+        del entry["name"]
     header = {"base_model": base_model, **as_header(entries, "recipe")}
     write_atomically(out, *sealed(tensors, "loraxs_basis", header))
     return list(entries)
@@ -266,14 +267,10 @@ def _probed(name: str, weight: Weight, tensors: dict[str, Tensor]) -> Weight:
     return replace(weight, read=read)
 
 
-def _entry(job: Job) -> dict[str, Any]:
-    return {"rank": job.rank} | {key: value for key, value in asdict(job.recipe).items() if key != "name"}
-
-
 def _checkpoint(
     model: Path, rounded: torch.dtype | None
 ) -> tuple[dict[str, tuple[list[int], str, Weight | None]], str]:
-    """{module: the shape and dtype of its weight, and where it is a matrix of floats, itself}; the model's name."""
+    """{module: shape and dtype of its weight, and the weight itself if it is a matrix of floats}; the model's name."""
     files, index = _files(model), model / INDEX
     config = (model.parent if model.is_file() else model) / "config.json"
     described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}
@@ -282,7 +279,7 @@ def _checkpoint(
     for file, named in files.items():
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
-        with _opened(file) as f:
+        with opened(file) as f:
             if lost := {key for key in named.difference(f.keys()) if key.endswith(".weight")}:
                 raise ValueError(f"model: {index} names a tensor {min(lost)!r} in {file.name}, which has none")
             for key in f.keys():  # noqa: SIM118
@@ -330,19 +327,10 @@ def _weight(
         return None
 
     def read() -> Tensor:
-        with _opened(file) as f:
+        with opened(file) as f:
             W = f.get_tensor(key).to(to)
         return W.mT if transposed else W
 
     to = rounded or DTYPES[dtype]
     N, K = reversed(shape) if transposed else shape
     return Weight((N, K), to, torch.device("cpu"), copies=True, read=read)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            yield f
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error

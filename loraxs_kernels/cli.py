@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 arguments = _arguments(sys.argv[1:] if argv is None else list(argv))
                 command = f"loraxs {arguments.command}"
-                return arguments.run(arguments)
+                return arguments.run(arguments) or 0
             finally:
                 if output is not None:
                     output.flush()
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(command, _line(f"{what}: {error.strerror}" if what else error), 1)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _failed(command, _line(f"out of memory: {error}"), 1)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: of a package that is wanted, which says how to get it
         return _failed(command, _line(error), 1)
 
 
@@ -97,7 +97,7 @@ class _Output:
             raise
 
     def close(self) -> None:
-        """Let what is still buffered go nowhere, so that Python does not fail to write it once more when it ends."""
+        """Discard what is still buffered, so that Python does not try and fail to write it when it ends."""
         with suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
@@ -127,7 +127,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The arguments of every command, and as `run` the function that runs it."""
+    """The arguments of every command, and as `run` the function that runs it and returns a status other than 0."""
     from . import serve_cli
     from .bank import cli as bank_cli
     from .bench import command
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary)
         added.set_defaults(run=run)
         return added
@@ -154,46 +154,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace) -> None:
     from .info import info
 
     for key, value in info().items():
         print(f"{key:16} {value}")
-    return 0
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
+    add = parser.add_argument
+    add("--model", choices=("minilm", "smollm2"), default="minilm")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
     length.add_argument("--full", action="store_true", help="three seeds")
-    parser.add_argument("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter"
-    )
-    parser.add_argument("--device", default=None, help="default: the GPU where there is one, else the CPU")
+    add("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
+    add("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")
+    add("--device", default=None, help="default: the GPU where there is one, else the CPU")
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     demo.run(arguments.model, arguments.out, arguments.quick, arguments.full, arguments.device, arguments.many)
-    return 0
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder of a model with *.safetensors, or one such file")
-    parser.add_argument("-r", "--rank", type=int, required=True)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
-    _add_modules(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    parser.add_argument("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
-    parser.add_argument(
-        "--weight-dtype",
-        metavar="DTYPE",
-        help=f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored",
-    )
-    parser.add_argument("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     add = parser.add_argument
+    add("model", type=Path, help="folder of a model with *.safetensors, or one such file")
+    add("-r", "--rank", type=int, required=True)
+    add("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
+    _add_modules(parser)
+    add("--seed", type=int, default=0)
+    add("--n-iter", type=int, help="of the SVD; default: by rank and shape")
+    add("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
+    loaded = f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored"
+    add("--weight-dtype", metavar="DTYPE", help=loaded)
+    add("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
     add("--workspace", dest="workspace_gib", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -210,7 +204,7 @@ def _targets(arguments: argparse.Namespace) -> str | list[str]:
     return "all-linear" if targets == ["all-linear"] else targets
 
 
-def _init(arguments: argparse.Namespace) -> int:
+def _init(arguments: argparse.Namespace) -> None:
     from .basis_file import make_basis
 
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
@@ -229,7 +223,6 @@ def _init(arguments: argparse.Namespace) -> int:
             workspace_gib=arguments.workspace_gib,
         )
     print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
-    return 0
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -238,43 +231,34 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import as_text, inspected
 
-    try:
-        found = inspected(arguments.path, arguments.revision)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    found = inspected(arguments.path, arguments.revision)
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_text(found)))
-    return 0
 
 
-def _bank(arguments: argparse.Namespace) -> int:
+def _bank(arguments: argparse.Namespace) -> None:
     from .bank import cli as bank_cli
 
     loads_a_model = arguments.action == "create"  # or transformers, which takes a second to import, is not needed
     with _told_in_lines("loraxs bank"), _quiet_transformers() if loads_a_model else nullcontext():
-        return bank_cli.command(arguments)
+        bank_cli.command(arguments)
 
 
 def _add_params(parser: argparse.ArgumentParser) -> None:
     from .bench.shapes import MODELS
 
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"{', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging Face's hub",
-    )
-    parser.add_argument("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
+    add, known = parser.add_argument, ", ".join(MODELS)
+    add("--model", required=True, help=f"{known}; or a folder with a config.json, such a file, or a name on the Hub")
+    add("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
     _add_modules(parser)
-    parser.add_argument(
-        "--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method"
-    )
-    parser.add_argument("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
-    parser.add_argument("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
+    add("--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method")
+    add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
+    add("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
 
 
-def _params(arguments: argparse.Namespace) -> int:
+def _params(arguments: argparse.Namespace) -> None:
     from .accounting import count_parameters, from_config
 
     dtype = as_dtype("dtype", arguments.dtype, FLOATS)
@@ -294,13 +278,12 @@ def _params(arguments: argparse.Namespace) -> int:
                 )
                 for r in arguments.rank
             }
-        except TypeError as error:  # that a target is no linear layer, which here is a wrong argument like any other
+        except TypeError as error:  # a target is no linear layer, which here is a wrong argument like any other
             raise ValueError(str(error)) from error
     print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
-    return 0
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> None:
     from .accounting import from_config
     from .bench.shapes import MODELS
     from .tuning.command import command
@@ -313,9 +296,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         with _told_in_lines("loraxs tune"):
             try:
                 shapes = of_model(model, arguments.rank).shapes
-            except TypeError as error:  # that there are linear layers, but none that can have an adapter
+            except TypeError as error:  # there are linear layers, but none that can have an adapter
                 raise ValueError(str(error)) from error
-    return command(arguments, shapes)
+    command(arguments, shapes)
 
 
 @contextmanager
@@ -347,7 +330,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _configuration(name: str) -> PretrainedConfig:
-    """Of a model by its name here, its folder, its config.json or its name on the hub; ValueError for anything else."""
+    """The configuration of a model: by a known name, a folder, a config.json or a name on the Hub; else ValueError."""
     from .bench.shapes import MODELS
 
     try:
@@ -361,7 +344,7 @@ def _configuration(name: str) -> PretrainedConfig:
         path = path / "config.json" if path.is_dir() else path
         _check_config(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of many kinds: no such file, no such name, no network, no JSON, no model_type
+    except Exception as error:  # there are many kinds: no such file, no such name, no network, no JSON, no model_type
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: got {name!r}, must be one of {', '.join(MODELS)}, a folder with a config.json, such a file, or a "

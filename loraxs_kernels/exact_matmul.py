@@ -24,7 +24,7 @@ def exact_matmul() -> Iterator[None]:
     threads, the first saves the user's settings and the last restores them.  Autocast belongs to a thread.
     """
     block = object()
-    # Not by torch.autocast(enabled=False): if Ctrl-C comes before such a block has been left, torch never again drops
+    # torch.autocast(enabled=False) will not do: if Ctrl-C comes before its block is left, torch never again drops
     # the casts of weights that it keeps during a block of autocast, and training goes on with stale ones.
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cuda", "cpu")}
     # Each lock on one line: between the lines of a longer block Ctrl-C can come before the lock is let go.
@@ -47,10 +47,8 @@ def _set_autocast(enabled: dict[str, bool]) -> None:
 
 
 def _begin(block: object) -> None:
-    if not _exact:
-        _save_settings(_users_settings)
+    _multiply_exactly(save=not _exact)
     _exact.add(block)
-    _multiply_exactly()
 
 
 def _end(block: object) -> None:
@@ -71,33 +69,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _save_settings(to: ExitStack) -> None:
-    """Has `to` restore, when it is closed, how products are made in this process now."""
-    cuda = torch.backends.cuda.matmul
-    if settings := _fp32_settings():
-        for each in settings:
-            to.callback(_restore, each, each.fp32_precision)
-    else:
-        to.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    if getattr(cuda, "allow_fp16_accumulation", False):
-        to.callback(setattr, cuda, "allow_fp16_accumulation", True)
-
-
 def _restore(setting: Any, precision: str) -> None:
-    """Put back what torch said of a setting, which may be what it inherits, and goes on inheriting then."""
+    """Put a setting back as it was; if it had inherited its value, it goes on inheriting."""
     setting.fp32_precision = "none"
     if setting.fp32_precision != precision:
         setting.fp32_precision = precision
 
 
-def _multiply_exactly() -> None:
-    cuda = torch.backends.cuda.matmul
+def _multiply_exactly(save: bool) -> None:
+    """Set how products are made in this process; save: and note the user's settings, each before it is changed."""
+    cuda, restore = torch.backends.cuda.matmul, _users_settings.callback if save else lambda *_: None
     if settings := _fp32_settings():
         for each in settings:
+            restore(_restore, each, each.fp32_precision)
             each.fp32_precision = "ieee"
     else:
+        restore(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
     if getattr(cuda, "allow_fp16_accumulation", False):
+        restore(setattr, cuda, "allow_fp16_accumulation", True)
         cuda.allow_fp16_accumulation = False
 
 

@@ -32,13 +32,13 @@ from .svd import (
     to_host,
     working_bytes,
 )
-from .svd_math import Q_TERMS, Pieces, can_sum_in_fp32
+from .svd_math import Q_TERMS, can_sum_in_fp32
 from .upload import InPieces, Upload
 from .weights import Weight
 
 WORKSPACE = 4 * 2**30  # bytes
 WORKSPACE_IN_BYTES = Former("workspace_gib", lambda nbytes, _: nbytes / 2**30 if is_number(nbytes) else nbytes)
-PIECES = 16  # of the workspace: one of a weight is in use, one on its way, one let go
+PIECES = 16  # in a workspace, of which one is in use, one on its way and one let go
 
 Deliver = Callable[[int, Tensor, Tensor], None]
 
@@ -53,19 +53,14 @@ class Job:
     recipe: Recipe
 
 
-def workspace_bytes(workspace_gib: float) -> int:
-    """The bytes of an argument `workspace_gib`; ValueError for anything that is not a size of memory."""
-    if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
-        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
-    return int(workspace_gib * 2**30)
-
-
 def compute_options(
     device: torch.device | str | Sequence[torch.device | str] | None, workspace_gib: float, progress: bool
 ) -> dict[str, Any]:
     """The options of `factor` for these arguments of `attach`; ValueError, naming the argument, for a wrong one."""
     devices = None if device is None else compute_devices(device)
-    return {"devices": devices, "workspace": workspace_bytes(workspace_gib), "progress": progress}
+    if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
+        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
+    return {"devices": devices, "workspace": int(workspace_gib * 2**30), "progress": progress}
 
 
 @torch.no_grad()
@@ -187,7 +182,7 @@ def _raise_on_all(error: Exception | None, groups: Sequence[Any]) -> None:
 
 
 def _factor(jobs: Sequence[Job], deliver: Deliver, devices: Sequence[torch.device] | None, workspace: int) -> None:
-    """`factor` for weights of which this process has the whole."""
+    """`factor` for weights that are not sharded."""
     queues: dict[torch.device, list[int]] = defaultdict(list)
     load = dict.fromkeys(devices or (), 0)
     for i, job in enumerate(jobs):
@@ -305,15 +300,15 @@ def _groups(
         alike[job.weight.shape, job.weight.dtype, job.rank, how, job.recipe.seed].append(i)
     weights = _brought(jobs, [i for members in alike.values() for i in members], device, workspace)
 
-    def whole(batch: list[tuple[int, Tensor | Pieces]], rank: int, how: Plan, seed: int) -> Group:
-        """The batch as a group, which alone holds its weights from then on."""
+    def whole(batch: list[tuple[int, Tensor | InPieces]], rank: int, how: Plan, seed: int) -> Group:
+        """The batch as a group; from then on only the group holds its weights."""
         started.append([i for i, _ in batch])
         group = Group([W for _, W in batch], rank, how, seed)
         batch.clear()
         return group
 
     for (_, _, rank, how, seed), members in alike.items():
-        batch: list[tuple[int, Tensor | Pieces]] = []
+        batch: list[tuple[int, Tensor | InPieces]] = []
         for i in members:
             W = next(weights)
             if batch and W.dtype != batch[0][1].dtype:  # what is read need not have the dtype that was announced
@@ -363,10 +358,10 @@ def _in_pieces(weight: Weight, device: torch.device, workspace: int, dtype: torc
 
 def _brought(
     jobs: Sequence[Job], order: Sequence[int], device: torch.device, workspace: int
-) -> Iterator[Tensor | Pieces]:
+) -> Iterator[Tensor | InPieces]:
     """The weights of jobs in this order, read when their turn comes, on the device or to be brought there in pieces."""
 
-    def read(i: int) -> Tensor | Pieces:
+    def read(i: int) -> Tensor | InPieces:
         W = jobs[i].weight.read()
         large = _in_pieces(jobs[i].weight, device, workspace, W.dtype)
         return InPieces(W, upload, workspace // PIECES) if large else W

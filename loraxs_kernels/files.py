@@ -33,9 +33,9 @@ except ImportError:  # Windows
 # several places: a reader of version 3 would adapt one of the places where the other model has two modules.
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
-WRITERS = 8  # temporary names for a file that are looked through for what killed writers have left
-MOST_LOST = 8  # new files that may be lost: a file system that does not know its own files again would take any number
-# Of a folder that cannot be flushed, as on network file systems.
+WRITERS = 8  # of a file's temporary names, how many are searched for leftovers of killed writers
+MOST_LOST = 8  # new files that may vanish at once: a file system that mistakes its own files would take any number
+# The errors by which a file system, such as one on a network, says that it cannot flush a folder.
 UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
@@ -210,14 +210,18 @@ def unsealed(path: Path, kind: str, what: str, argument: str = "path") -> tuple[
         raise FileNotFoundError(f"{argument}: there is no file {path}")
     for _ in range(100):
         with open(path, "rb") as raw:
-            try:
-                f = safetensors.safe_open(path, framework="pt")
-                text = (f.metadata() or {}).get(kind)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+            f = opened(path)
             if _is_at(path, raw):  # else another one has taken its place, before or after `f` was opened
-                return _checked_header(path, kind, what, text, raw), f
+                return _checked_header(path, kind, what, (f.metadata() or {}).get(kind), raw), f
     raise OSError(f"{path}: is replaced by other processes faster than it can be read")
+
+
+def opened(path: Path) -> Any:
+    """An open safetensors file, which a `with` block closes; ValueError, naming it, where it is not a whole one."""
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
 def _checked_header(path: Path, kind: str, what: str, text: str | None, raw: BinaryIO) -> dict[str, Any]:
@@ -298,5 +302,5 @@ def read_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def damaged(path: str | os.PathLike, problem: str, cause: BaseException | None = None) -> NoReturn:
-    """Raise the ValueError of a file that cannot be what was written."""
+    """Raise the ValueError for a file that is not what was written."""
     raise ValueError(f"{path}: is damaged: {problem}") from cause

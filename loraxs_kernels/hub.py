@@ -1,9 +1,4 @@
-"""Hugging Face's Hub: finding an adapter there, and putting one there.  huggingface_hub is imported when it is needed.
-
-local_file    the adapter file that a path, a folder or a name on the Hub means
-download      one file of a repository
-upload        an adapter file and its card, in one commit
-"""
+"""Adapters on Hugging Face's Hub, found there and put there.  huggingface_hub is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -110,9 +105,9 @@ def _huggingface_hub() -> ModuleType:
 
 @contextmanager
 def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[None]:
-    """Errors of huggingface_hub as ones that say what is wrong and what to do."""
+    """Turn errors of huggingface_hub into errors that say what is wrong and what to do."""
     errors, log_in = _huggingface_hub().errors, "log in (hf auth login) or pass token="
-    not_here = "is not here, and " if name else ""  # of what is to be loaded
+    not_here = "is not here, and " if name else ""  # for something that is to be loaded
     try:
         yield
     except errors.HFValidationError as error:
@@ -133,7 +128,7 @@ def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[No
         raise ConnectionError(f"{repo}: {not_here}HF_HUB_OFFLINE is set, so the Hub is not asked") from error
     except (FileNotFoundError, PermissionError, ConnectionError):  # as above, from `download`
         raise
-    # Of the library below, httpx or, before huggingface_hub 1.0, requests, whose errors are OSErrors.
+    # An error of the library below: of httpx or, before huggingface_hub 1.0, of requests, whose errors are OSErrors.
     except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise PermissionError(f"{repo}: the Hub refuses; {log_in}. The token must allow what you do") from error

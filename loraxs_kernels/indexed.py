@@ -99,7 +99,7 @@ class RowIndex:
         """T rows in blocks."""
         if T not in self._blocks:
             with plain_tensors():
-                self._blocks[T] = self._fixed(T) if self.fixed else self._grouped(T)
+                self._blocks[T] = self._laid_out(T)
         return self._blocks[T]
 
     def compact(self) -> tuple[RowIndex, Tensor]:
@@ -129,14 +129,16 @@ class RowIndex:
         for T, rows in self._rows.items():
             rows.copy_(torch.tensor(new, dtype=torch.int32).repeat_interleave(T // len(new)))
         for T, blocks in self._blocks.items():
-            there = self._fixed(T)
+            there = self._laid_out(T)
             for part in ("owner", "idle", "places"):
                 getattr(blocks, part).copy_(getattr(there, part))
 
-    def _grouped(self, T: int) -> Blocks:
+    def _laid_out(self, T: int) -> Blocks:
         L = self.per_sample(T)
+        if self.fixed:
+            return self._make(L, self.index)
         runs = [(i, len(list(run)) * L) for i, run in groupby(self.index)]
-        if len({count for _, count in runs}) == 1:  # as in a batch of different samples, or of one adapter alone
+        if len({count for _, count in runs}) == 1:  # as in a batch of all different adapters, or of one adapter
             return self._make(runs[0][1], [i for i, _ in runs])
         counts = Counter(self.index)
         if L > 1 or len(counts) * FEW > T:
@@ -153,9 +155,6 @@ class RowIndex:
             owners += [i] * blocks
             order += rows + [T] * (blocks * size - len(rows))
         return self._make(size, owners, order, back)
-
-    def _fixed(self, T: int) -> Blocks:
-        return self._make(self.per_sample(T), self.index)
 
     def _make(
         self, size: int, owners: Sequence[int], order: list[int] | None = None, back: list[int] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,9 +15,9 @@ import torch
 from . import backends
 from .backends import choice
 from .backends.device import Device, facts
+from .backends.tuned import version
 
 PACKAGES = ("loraxs_kernels", "torch", "triton", "safetensors", "transformers", "peft", "scikit-learn")
-NOT_INSTALLED = "not installed"
 
 
 def info() -> dict[str, str]:
@@ -29,7 +28,8 @@ def info() -> dict[str, str]:
     """
     from .backends.cuda import core
 
-    report = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    report = {"python": platform.python_version()}
+    report |= {name: version(name) or "not installed" for name in PACKAGES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["devices"] = ", ".join(["cpu", *devices])
     report["cuda core"] = core.state()
@@ -71,7 +71,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             "driver": _driver(),
             "cuda": torch.version.cuda,
         }
-    versions = {name: version for name in PACKAGES if (version := _version(name)) != NOT_INSTALLED}
+    versions = {name: found for name in PACKAGES if (found := version(name))}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
@@ -79,15 +79,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return NOT_INSTALLED
-
-
 def _driver() -> str | None:
-    """The NVIDIA driver's version, where its own tool tells it."""
+    """The NVIDIA driver's version by nvidia-smi; None if that does not run."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
@@ -96,7 +89,7 @@ def _driver() -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's name, where the system tells one."""
+    """The processor's name; if the system tells none, its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

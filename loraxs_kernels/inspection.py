@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from .adapter_format import read_opened
 from .basis import PROBES
 from .basis_file import read_basis
-from .files import WRITER, unsealed
+from .files import WRITER, opened, unsealed
 from .hub import local_file
 from .naming import dtype_name, kinds
 from .recipe import Recipe
@@ -42,11 +40,8 @@ def inspected(path: str, revision: str | None = None) -> dict[str, Any]:
 def _kind(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f'path: there is no file or folder {file}; a name on the Hub is "user/name"')
-    try:
-        with safetensors.safe_open(file, framework="pt") as f:
-            names = f.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: is not a whole safetensors file ({error})") from error
+    with opened(file) as f:
+        names = f.metadata() or {}
     if found := next((kind for kind in KINDS if kind in names), None):
         return found
     raise ValueError(f"{file}: is a safetensors file, but neither a LoRA-XS adapter nor a basis file")
@@ -67,7 +62,7 @@ def _adapter(file: Path) -> dict[str, Any]:
         },
         "parameters": sum(each["R"].numel() for each in modules),
         "modules_to_save": whole,
-        "dtype": _only(dtype_name(each["R"].dtype) for each in modules),
+        "dtype": ", ".join(dict.fromkeys(dtype_name(each["R"].dtype) for each in modules)),
         "recipes": _recipes(each["recipe"] for each in modules),
         "portable": all("U" in each or "A" in each for each in modules),
         "factors": all("A" in each for each in modules),
@@ -108,7 +103,7 @@ def _bank(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _seal(f: Any, kind: str) -> dict[str, Any]:
-    """The version of a file, of what wrote it, and its checksum, which has been checked."""
+    """The file's format version, the package version that wrote it, and its checksum, which has been checked."""
     header = json.loads(f.metadata()[kind])
     return {
         "format_version": header["version"],
@@ -124,10 +119,6 @@ def _recipes(recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
         way = {key: value for key, value in vars(recipe).items() if key != "name"}
         ways.setdefault(json.dumps(way), way)
     return list(ways.values())
-
-
-def _only(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
 
 
 def as_text(found: Mapping[str, Any]) -> Iterator[str]:

@@ -242,7 +242,7 @@ def shares(base: nn.Module, fsdp: set[int]) -> Any:
 
 
 def averaged(R: Tensor, mesh: Any) -> Tensor:
-    """R, of which FSDP2 does not know: its gradient is the mean over the ranks of a mesh."""
+    """R, whose gradient becomes the mean over the ranks of a mesh, since FSDP2 does not know R."""
     return _Reduced.apply(R, mesh, mesh.size()) if _has_gradient(R) else R
 
 

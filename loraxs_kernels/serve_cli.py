@@ -39,10 +39,7 @@ def command(arguments: argparse.Namespace) -> NoReturn:
     if find_spec("vllm") is None:
         raise ValueError(f"serving needs the packages vllm and lmdb: pip install vllm=={TESTED[-1]} lmdb")
     token()
-    try:
-        Store(arguments.bank).close()
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    Store(arguments.bank).close()
     environment = {**os.environ, BANK: os.path.abspath(arguments.bank), "VLLM_PLUGINS": _plugins()}
     if arguments.basis is not None:
         read_basis(arguments.basis)

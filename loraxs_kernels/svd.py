@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import svd_math as arithmetic
 from .exact_matmul import exact_matmul
 from .naming import FLOATS, Former, aliases
-from .svd_math import GRAM_BYTES, Pieces, Products
+from .svd_math import GRAM_BYTES, Products
 
-# The last one is for recipes of earlier versions alone.
+if TYPE_CHECKING:
+    from .upload import InPieces
+
+# "chebyshev" is only for recipes of earlier versions.
 METHODS = {"krylov": arithmetic.krylov, "subspace": arithmetic.subspace, "chebyshev": arithmetic.chebyshev}
 KRYLOV_ROWS = 512  # D up to which "auto" takes krylov; past it Q, Z and the eigenproblem grow too large
-GROUP_BYTES = 384 * 2**20  # of working memory for the weights taken apart together on a GPU
-GROUP = 16  # and at most so many of them; also how many may wait for the host's eigenproblems
-KEEP_BYTES = 384 * 2**20  # and what those may hold
+GROUP_BYTES = 384 * 2**20  # working memory for the weights that are factored together on a GPU
+GROUP = 16  # the most weights that are factored together, and that may wait for the host's eigenproblems
+KEEP_BYTES = 384 * 2**20  # what those that wait may hold
 # On a CPU a weight of up to ALONE elements that is computed alone gets one thread; of up to AMONG_OTHERS elements each
 # thread takes one of its own; larger ones get all threads.  A second thread on a small weight saves little, and costs
 # much where it has to wait for a busy core.
@@ -210,14 +213,14 @@ class NotFinite(ValueError):
 
 
 def group_size(shape: Sequence[int], dtype: torch.dtype, device: torch.device, how: Plan) -> int:
-    """How many weights of a shape are taken apart together, at most."""
+    """How many weights of a shape are factored together, at most."""
     if device.type == "cpu":
         return 1
     return min(GROUP, max(1, GROUP_BYTES // working_bytes(shape, dtype, how)))
 
 
 def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
-    """Bytes of device memory to take apart one weight of this shape, beside W, U, S and Vh; an upper estimate."""
+    """Bytes of device memory to factor one weight of this shape, beside W, U, S and Vh; an upper estimate."""
     m, n = sorted(shape[-2:])
     itemsize, D, b = max(4, dtype.itemsize), basis_size(m, how), how.block
     # Bytes of X's terms, of their product with W and of the sum over terms; the same for Q.
@@ -230,7 +233,7 @@ def working_bytes(shape: Sequence[int], dtype: torch.dtype, how: Plan) -> int:
 class Group:
     """Up to `group_size` weights of one shape, dtype and device, and what is to be made of them."""
 
-    weights: Sequence[Tensor | Pieces]
+    weights: Sequence[Tensor | InPieces]
     rank: int
     how: Plan
     seed: int
@@ -419,6 +422,6 @@ def to_host(t: Tensor) -> Callable[[], Tensor]:
 
 
 def _to_device(t: Tensor, like: Tensor) -> Tensor:
-    """A host tensor on the device and in the dtype of another; the host does not wait for what is there to finish."""
+    """A host tensor on the device and in the dtype of another; the host does not wait for the device's earlier work."""
     t = t.to(like.dtype)
     return t.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else t

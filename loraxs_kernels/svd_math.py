@@ -22,20 +22,23 @@ and Saad, SIAM J. Matrix Anal. Appl. 29, 2007 (Chebyshev filters).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .rademacher import rademacher
 
+if TYPE_CHECKING:
+    from .upload import InPieces
+
 # Half-precision terms of X in X W^T, which chooses the subspace, and of Q in Q W, which Rayleigh-Ritz computes with.
 # With one term of X and two of Q delta W would be up to 2e-3 from that of a device that multiplies fp32; with these it
 # is below 1e-4.
 X_TERMS, Q_TERMS = 2, 3
-GRAM_BYTES = 8 * 2**20  # of an fp64 copy of the rows of one weight at a time
+GRAM_BYTES = 8 * 2**20  # of one weight's rows that are copied to fp64 at a time
 
 
 def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
@@ -50,7 +53,7 @@ def _shared(make: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
 
     def made(*arguments: Any) -> Tensor:
         t = kept(*arguments)
-        if type(t) is not Tensor:  # of a mode that is for a time, such as FakeTensorMode
+        if type(t) is not Tensor:  # made under a mode that ends, such as FakeTensorMode
             kept.cache_clear()
         return t
 
@@ -72,7 +75,7 @@ class Products:
     peak: max |W| of each (g,), fp64; NaN or inf where W is not finite.
     """
 
-    def __init__(self, weights: Sequence[Tensor | Pieces]) -> None:
+    def __init__(self, weights: Sequence[Tensor | InPieces]) -> None:
         first = weights[0]
         self.flip = first.shape[0] > first.shape[1]
         self.m, self.n = sorted(first.shape)
@@ -83,7 +86,7 @@ class Products:
             weights = [W.to(self.dtype) if isinstance(W, Tensor) else W for W in weights]
         self.weights = weights
         scale = scales(self.peak, self.dtype)[:, None, None]
-        if first.dtype == torch.float16:  # of little range: factors as large as they can be, |Q| <= 1, |Q W| <= sqrt(m)
+        if first.dtype == torch.float16:  # of little range: factors as large as can be, |Q| <= 1, |Q W| <= sqrt(m)
             before = 2.0**15, 2.0 ** (15 - math.ceil(math.log2(self.m) / 2))
         else:  # the root of the scale: with all of it the last terms of the factor, or the sums, would leave the range
             before = (_power_of_two(scale.sqrt()).to(self.dtype),) * 2
@@ -131,20 +134,8 @@ class Products:
         return out
 
 
-class Pieces(Protocol):
-    """A weight that does not fit beside the rest: some of its rows at a time, brought anew for each product."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """The rows and W[rows] on the device, in order."""
-        ...
-
-
-def _ends(W: Tensor | Pieces) -> tuple[Tensor, Tensor]:
-    """The least and the largest element, on the device; NaN where there is one."""
+def _ends(W: Tensor | InPieces) -> tuple[Tensor, Tensor]:
+    """The least and the largest element, on the device; both are NaN if any element is."""
     if not isinstance(W, Tensor):
         W = torch.stack([end for _, part in W.parts() for end in torch.aminmax(part)])
     return torch.aminmax(W)

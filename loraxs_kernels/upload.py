@@ -9,8 +9,6 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from .svd_math import Pieces
-
 
 class Upload:
     """Brings tensors to a device.
@@ -34,7 +32,7 @@ class Upload:
         if self.device.type == "cuda":
             self.stager.shutdown()
 
-    def each(self, weights: Iterable[Tensor | Pieces]) -> Iterator[Tensor | Pieces]:
+    def each(self, weights: Iterable[Tensor | InPieces]) -> Iterator[Tensor | InPieces]:
         """Each on the device, in order, unless it goes there in pieces; the next one is read and staged by then.
 
         Before one in pieces is given out all others are, so that both buffers are its own.
@@ -77,7 +75,7 @@ class Upload:
 
 
 class InPieces:
-    """A weight on the host that goes to a device some rows at a time, anew for each product (svd_math.Pieces)."""
+    """A weight on the host that does not fit beside the rest: some rows at a time go to a device, for each product."""
 
     def __init__(self, W: Tensor, upload: Upload, nbytes: int) -> None:
         self.W, self.shape, self.dtype, self.device, self.upload = W, W.shape, W.dtype, upload.device, upload
@@ -85,4 +83,5 @@ class InPieces:
         self.slices = [slice(i, i + rows) for i in range(0, len(W), rows)]
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows and W[rows] on the device, in order."""
         return zip(self.slices, self.upload.each(self.W[at] for at in self.slices), strict=True)

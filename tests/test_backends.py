@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import re
 import sys
 import types
@@ -71,7 +69,6 @@ def plugged_in(monkeypatch):
     """A backend put where its file would be, which counts its calls."""
     name = f"{backends.__name__}.triton"
     module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.calls = []
     module.unavailable = lambda: None
     module.lowrank_linear = lambda *args, **more: (

@@ -142,8 +142,8 @@ def test_gpt2_stores_its_weights_the_other_way(tmp_path):
 def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "basis.safetensors"
     opened = []
-    real = basis_file._opened
-    monkeypatch.setattr(basis_file, "_opened", lambda path: opened.append(path.name) or real(path))
+    real = basis_file.opened
+    monkeypatch.setattr(basis_file, "opened", lambda path: opened.append(path.name) or real(path))
     with pytest.warns(UserWarning, match="target_modules: no module matches sideways"):
         make_basis(checkpoint, 4, out, target_modules=["up", "sideways"])
     with pytest.raises(ValueError, match=r"target_modules: got '\(', must be a regular expression: missing \)"):

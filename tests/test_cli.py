@@ -103,6 +103,7 @@ def test_an_ascii_terminal_shows_other_letters_escaped(checkpoint, monkeypatch):
         (PermissionError(13, "Permission denied", "there\udcff"), 1, "there\\udcff: Permission denied"),
         (BrokenPipeError(32, "Broken pipe", "a fifo"), 1, "a fifo: Broken pipe"),
         (ValueError("rank: got 0,\n  must be 1"), 1, "rank: got 0, must be 1"),
+        (ImportError("a bank needs the package lmdb"), 1, "a bank needs the package lmdb"),
         (MemoryError("8 EiB"), 1, "out of memory: 8 EiB"),
         (torch.OutOfMemoryError("8 EiB"), 1, "out of memory: 8 EiB"),
     ],

@@ -13,26 +13,19 @@ from types import SimpleNamespace
 import hubstub
 import pytest
 import torch
+from test_adapter_file import mlp
 from torch import nn
 
 import loraxs_kernels as lx
 from loraxs_kernels.card import is_as_written
 from loraxs_kernels.hub import download
-from loraxs_kernels.matching import adapted_layers
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
-def mlp() -> nn.Sequential:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20), nn.Linear(20, 5))
-
-
 @pytest.fixture
 def trained():
-    model = lx.attach(mlp(), 4, target_modules=["0", "2"], modules_to_save=["3"], alpha=8)
-    for _, layer in adapted_layers(model):
-        nn.init.normal_(layer.R)
+    model = lx.attach(mlp(), 4, target_modules=["0", "2"], modules_to_save=["3"], alpha=8, init_std=1.0)
     nn.init.normal_(model[3].weight)
     return model
 
@@ -90,8 +83,7 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     base = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).eval()
     model = copy.deepcopy(base)
     model.config._name_or_path = name
-    for _, layer in adapted_layers(lx.attach(model, 4)):
-        nn.init.normal_(layer.R)
+    lx.attach(model, 4, init_std=1.0)
     lx.save_adapter(model, "out/")
     text = Path("out/README.md").read_text()
     assert ('\nbase_model: "bert/base"\n' in text) == (name == "bert/base")

@@ -11,16 +11,11 @@ import hubstub
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from test_adapter_file import mlp
 
 import loraxs_kernels as lx
 from loraxs_kernels import files
 from loraxs_kernels.cli import main
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20), nn.Linear(20, 5))
 
 
 @pytest.fixture

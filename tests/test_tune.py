@@ -5,7 +5,6 @@ There is no GPU: two backends plugged in where Triton's and CUDA's would be run 
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import os
 import sys
@@ -64,7 +63,6 @@ def plug_in(monkeypatch, path: Path) -> World:
     for name in ("triton", "cuda"):
         full = f"{backends.__name__}.{name}"
         module = types.ModuleType(full)
-        module.__spec__ = importlib.machinery.ModuleSpec(full, None)
         module.unavailable, module.lowrank_linear = lambda: None, torch_backend.lowrank_linear
         monkeypatch.setitem(sys.modules, full, module)
 

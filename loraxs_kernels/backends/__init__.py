@@ -13,7 +13,6 @@ before it is asked for.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -92,8 +91,6 @@ if hasattr(os, "register_at_fork"):
 
 def unavailable(name: str) -> str | None:
     """Why the backend `name` cannot run here, as a sentence for a person; None: it can."""
-    if importlib.util.find_spec(f"{__name__}.{name}") is None:
-        return f"this version of loraxs_kernels has no {name} backend"
     return load(name).unavailable()
 
 

@@ -78,8 +78,8 @@ class Checked:
     def __init__(self, name: str, direction: str) -> None:
         self.name, self.direction, self.setting = name, direction, setting()
         self.backend = importlib.import_module(f"{__package__}.{name}")
-        self.right: dict[tuple, bool] = {}  # by case: whether the backend's results were
-        self.calls: dict[tuple, int] = {}  # by case that no check has decided: its calls so far
+        self.right: dict[tuple, bool] = {}  # for each case: whether the backend's results were right
+        self.calls: dict[tuple, int] = {}  # for each case that no check has decided: its calls so far
         self.warned = False
 
     def __call__(
@@ -149,7 +149,7 @@ class Checked:
             raise error
 
     def _report(self, wrong: str, x: Tensor, W: Tensor | None, A: Tensor, R: Tensor, *more: Any) -> str:
-        from ..info import environment  # which imports the backends
+        from ..info import environment  # it imports the backends
 
         names = ("x", "W", "A", "R", "B", "s", "bias", "out", "other")
         operands = {name: t for name, t in zip(names, (x, W, A, R, *more), strict=True) if isinstance(t, Tensor)}
@@ -269,10 +269,10 @@ def _compared(
     z, x_squares = torch_backend.shrink(x, A.t()), squares(x)
     B_few, B_squares = folded(B.t())
     B_squares = B_squares.mean(0)
-    rest_few, rest_squares = x_squares.new_zeros(T, groups), x_squares.new_zeros(T, groups)  # of all but the adapter
+    rest_few, rest_squares = x_squares.new_zeros(T, groups), x_squares.new_zeros(T, groups)  # not the adapter's part
     if W is not None:
         W_few, W_squares = folded(W.t())
-        if wide is not x.dtype:  # in two parts, of which the second has the digits that the first one rounds off
+        if wide is not x.dtype:  # in two parts: the second has the digits that the first rounds off
             W_few = torch.cat([high := W_few.to(x.dtype), (W_few - high).to(x.dtype)], 1)
         products = torch_backend.shrink(x, W_few).split(groups, 1)
         rest_few, rest_squares = sum(products), torch.outer(x_squares, W_squares.mean(0))

@@ -61,7 +61,7 @@ def rows(device: Device, name: str, parse: Callable[[dict[str, Any]], Row]) -> t
         if key not in _rows:
             try:
                 _rows[key] = _parsed(device, name, parse)
-            except Warning:  # where warnings are errors it comes once, too
+            except Warning:  # if warnings are errors, this one is raised once, too
                 _rows[key] = ()
                 raise
         return _rows[key]
@@ -137,7 +137,7 @@ def machine(device: Device) -> dict[str, Any]:
     gpu = next((torch.cuda.get_device_name(each) for each in there if facts(each) == device), None)
     return {
         **{"gpu": gpu, "capability": list(device.capability), "multiprocessors": device.multiprocessors},
-        **{name: _version(name) for name in ("torch", "triton")},
+        **{name: version(name) for name in ("torch", "triton")},
         **{f"{name} kernels": kernels(name) for name in ("triton", "cuda")},
         "backends": [name for name in NAMES if unavailable(name) is None],
     }
@@ -148,14 +148,15 @@ def kernels(name: str) -> str:
     """A hash of a backend's own files, and of cuda the core's sources too."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / name).glob("*")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]:
-        if file.suffix in (".py", ".json") and file.name != "aot.py":  # which is for tests
+        if file.suffix in (".py", ".json") and file.name != "aot.py":  # aot.py is for tests
             digest.update(f"{file.name}\n".encode() + file.read_bytes())
     if name == "cuda":
         digest.update(str(core.sources() or core.compiled()).encode())
     return digest.hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of an installed package; None: it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -179,7 +180,7 @@ def user_path(gpu: str | None) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A table, its rows unparsed.  Raises FileNotFoundError, or ValueError that names the file where it is not one."""
+    """A table, its rows unparsed.  Raises FileNotFoundError, or a ValueError that names a file that is no table."""
     try:
         table = json.loads(path.read_text())
         if (table["format"], table["version"]) != (FORMAT, VERSION):

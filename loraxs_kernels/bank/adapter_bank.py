@@ -142,16 +142,16 @@ class AdapterBank(Store):
                 part
                 for part in model.modules()
                 if part is not model
-                and hasattr(part, "base_model_prefix")  # of transformers, which may be called by itself
+                and hasattr(part, "base_model_prefix")  # a transformers model, which may be called by itself
                 and any(id(m) in seated for m in part.modules())
             ]
             decoder = None
-            with suppress(AttributeError, NotImplementedError, ValueError):  # of models that have none
+            with suppress(AttributeError, NotImplementedError, ValueError):  # the model has no decoder
                 decoder = model.get_decoder()
                 if any(map(MEDIA.search, inspect.signature(decoder.forward).parameters)):  # its parts for media, too
                     decoder = getattr(decoder, "layers", None)
             inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
-            inside.add(id(embeddings(model, "output")))  # which gets what comes out of the decoder
+            inside.add(id(embeddings(model, "output")))  # its input is the decoder's output
             beside = next((name for name, layer in layers.items() if id(layer) not in inside), None)
             told = {"put_on": put_on, "trained": trained, "unmixed": why_not_mixed(model), "beside": beside}
             for part in [*parts, model]:
@@ -236,7 +236,7 @@ class AdapterBank(Store):
                 raise ValueError(
                     f"tokens: got {found}, must be -1 (the base model) to {len(names) - 1}, one for each row"
                 )
-            names = (*names, None)  # which -1 means
+            names = (*names, None)  # -1 means the last one
         return Selection(self, source, names, tokens, fixed)
 
     def train(self, names: Sequence[str], *, create: bool = False) -> Training:
@@ -281,10 +281,6 @@ class AdapterBank(Store):
         self._training = Training(self, layers, listed, create)
         return self._training
 
-    def _end(self, training: Training) -> None:
-        if self._training is training:
-            self._training = None
-
     def is_open(self) -> bool:
         """Whether adapters are selected, in any thread."""
         return self.selections.any_open()
@@ -303,7 +299,7 @@ class AdapterBank(Store):
             )
 
     def devices(self) -> set[torch.device]:
-        """Of the layers that the bank is on."""
+        """The devices of the layers that the bank is on."""
         devices = {layer.A.device for layers in self._models.values() for layer in layers}
         if torch.device("meta") in devices:
             raise RuntimeError("model: has adapted layers on the meta device (offloaded, or without weights)")

@@ -58,7 +58,7 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
         with _selecting(attached.bank, kwargs["adapter_ids"]):
             return run(self, *args, **kwargs)  # with the names, for calls that it may make later or in another thread
 
-    uncompiled = torch._disable_dynamo(inside, recursive=False)  # what it calls is compiled
+    uncompiled = torch._disable_dynamo(inside, recursive=False)  # the model that it calls is still compiled
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_export()
@@ -77,8 +77,7 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
 
     body = {name: taking(run, selected) for name, run in methods_with_kwargs(kind).items()}
     body |= {"__call__": __call__, "forward": taking(kind.forward, inside)}
-    body |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
-    body["__qualname__"] = kind.__qualname__
+    body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     if callable(getattr(kind, "generate", None)):
 
         @wraps(kind.generate)
@@ -137,14 +136,14 @@ def calling(
 ) -> Iterator[None]:
     """Around a call of the model, or of a transformers model inside of it."""
     attached = model.__dict__.get("loraxs_bank")
-    if attached is None and names is None:  # of a model that was compiled before the bank was detached
+    if attached is None and names is None:  # the model was compiled before the bank was detached
         yield
         return
     if attached is None:
         raise ValueError("adapter_ids: got names for a model whose bank was detached")
     if attached.whole:
         attached.bank.know(model)
-    if kwargs.get("adapter_names") is not None:  # which most models would ignore
+    if kwargs.get("adapter_names") is not None:  # most models would ignore it
         raise TypeError("adapter_names: is an argument of PEFT's; the names of a bank's adapters are adapter_ids")
     with _selecting(attached.bank, names) as selection:
         if selection is None:
@@ -213,7 +212,7 @@ def generating(
 
 @contextmanager
 def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterator[Selection | None]:
-    """The selection that a call belongs to: of these names, or without names the one that is open, if any."""
+    """The selection that a call belongs to: a new one of these names or, without names, the open one, if any."""
     if names is None:
         yield bank.selections.current()
         return

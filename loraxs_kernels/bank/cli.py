@@ -40,15 +40,12 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     add("remove", "delete an adapter").add_argument("name")
 
 
-def command(arguments: argparse.Namespace) -> int:
-    """Run `loraxs bank`; unknown names and missing packages are errors in one line like any other."""
+def command(arguments: argparse.Namespace) -> None:
+    """Run `loraxs bank`; an unknown name is an error in one line like any other."""
     try:
         arguments.act(arguments)
     except KeyError as error:
         raise ValueError(error.args[0]) from error
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    return 0
 
 
 def _create(arguments: argparse.Namespace) -> None:
@@ -72,7 +69,7 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, config.architectures[0])
         return kind.from_pretrained(folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", local_files_only=True)
-    except Exception as error:  # of many kinds, as for `loraxs params`
+    except Exception as error:  # there are many kinds, as for `loraxs params`
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: {folder} cannot be loaded as a transformers model ({reason}); in Python: load it, then "
@@ -96,7 +93,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not (files := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"files: the folder {path} has no *.safetensors")
-    if files == [path / FILE]:  # of save_adapter
+    if files == [path / FILE]:  # the folder is one of save_adapter
         return [Path(os.path.abspath(path))]
     if others := sorted({*path.iterdir()} - {*files}):
         what = f"{len(others)} not named *.safetensors left out, the first {others[0].name!r}"

@@ -117,7 +117,7 @@ class Environment:
 
     @classmethod
     def at(cls, path: Path, create: bool = False) -> Environment:
-        """The environment of a folder, opened where it is not."""
+        """The environment of a folder, which is opened if this process does not have it open."""
         with _lock:
             try:
                 there = _environments.get(identity_of(path))
@@ -131,7 +131,7 @@ class Environment:
                         there = cls(path)
                         _environments[there.identity] = there
                     return there
-                except load_lmdb().Error as error:  # that it is open: another thread is about to close it
+                except load_lmdb().Error as error:  # if it is "already open", another thread is about to close it
                     if attempt == ATTEMPTS or "already open" not in str(error):
                         raise OSError(
                             f"{path}: LMDB says {error}; if {DATA} was replaced, close the bank that was opened before"
@@ -168,7 +168,7 @@ class Environment:
 
 
 _gate = _Gate()
-_lock = threading.Lock()  # for what follows
+_lock = threading.Lock()  # guards _environments
 _environments: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()
 
 

@@ -43,8 +43,8 @@ from ..sharding import whole
 
 KIND = "loraxs_bank"
 BASIS = "basis.safetensors"
-STORED = (torch.float32, torch.bfloat16)  # that R of a bank may have
-LAYOUT = 1  # of a record
+STORED = (torch.float32, torch.bfloat16)  # the dtypes that R may have in a bank
+LAYOUT = 1  # the version of a record's layout
 LONGEST = 511  # bytes of a key that LMDB takes
 HEAD, ALPHA = struct.Struct("<II"), struct.Struct("<Id")
 DIGEST = 32

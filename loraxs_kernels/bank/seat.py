@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Seat:
     """What a bank puts on a LoraXSLinear: within a selection each sample uses the R of its own adapter.
 
-    put_on: whether the layer is the bank's own, so that R of the layer itself is not anybody's.
+    put_on: whether the layer is the bank's own, so that the layer's own R is no adapter.
     """
 
     def __init__(self, bank: AdapterBank, module: int, put_on: bool) -> None:

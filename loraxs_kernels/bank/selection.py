@@ -53,7 +53,7 @@ class Selection(AbstractContextManager):
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
         self._places: dict[str, int] = {}
-        self.use: Use | None = None  # while it is open: then graphs alone hold it, which end with their outputs
+        self.use: Use | None = None  # while it is open; later only graphs hold it, which end with their outputs
         self._last: Callable[[], Use | None] = lambda: None
         self._indices: dict[torch.device, RowIndex] = {}
         self._leave: Callable[[], None] | None = None
@@ -211,7 +211,7 @@ class Selections:
         for selection in [each for each in self._open if each.thread != threading.get_ident()]:
             self._open.remove(selection)
             selection._leave = None  # it has ended, also for this thread, which may have a copy of the other's context
-            with suppress(RuntimeError):  # of CUDA, which no child can use
+            with suppress(RuntimeError):  # CUDA cannot be used in a child
                 selection.release()
 
     def any_open(self) -> bool:
@@ -229,7 +229,7 @@ class Selections:
         token = self._selected.set(selection)
 
         def leave() -> None:
-            with suppress(ValueError):  # in another context, as of an asyncio task that closes a generator
+            with suppress(ValueError):  # this is another context, as when an asyncio task closes a generator
                 self._selected.reset(token)
             with self.lock:
                 self._open.remove(selection)
@@ -268,7 +268,7 @@ class Selections:
             self._in_graphs.add(used)
 
         def passed(*_: Any) -> None:  # holds `used` as long as the graph is there
-            if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)():  # for another backward pass
+            if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)():  # another backward pass comes
                 return
             with self.lock:
                 used.ahead -= 1

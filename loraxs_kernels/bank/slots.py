@@ -99,7 +99,7 @@ class Slots:
             self._free.append(slot)
 
     def release(self, places: Collection[int]) -> None:
-        self._users -= Counter(places)  # without those that nobody uses any more
+        self._users -= Counter(places)  # Counter's -= drops the slots that are no longer used
         ended = self._replaced - self._users.keys()
         self._free += ended
         self._replaced -= ended

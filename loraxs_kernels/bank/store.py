@@ -12,10 +12,11 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ IN_MEMORY = 2**26  # bytes of records that wait in memory, and not in a temporar
 T = TypeVar("T")
 
 
-class Store(Records):
+class Store(Records, AbstractContextManager):
     """A folder of adapters by name, which all have the same A and B.  The files are described above.
 
     Args:
@@ -127,10 +128,7 @@ class Store(Records):
         """Close the files.  Every later call raises ValueError; a second `close` does nothing."""
         self._environment = None
 
-    def __enter__(self: T) -> T:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
     def _run(self, call: Callable[[Any], T], write: bool = False, room: int = 0) -> T:
@@ -173,22 +171,10 @@ class Store(Records):
         return list(self)
 
     def _keys(self) -> Iterator[bytes]:
-        after = TIE
-        while True:
-
-            def page(txn: Any, after: bytes = after) -> list[bytes]:
-                cursor, keys = txn.cursor(), []
-                there = cursor.set_range(after + b"\0")  # the least key after it
-                while there and len(keys) < PAGE:
-                    keys.append(bytes(cursor.key()))
-                    there = cursor.next()
-                return keys
-
-            keys = self._run(page)
+        keys = [TIE]
+        while keys:
+            keys = self._run(partial(_keys_after, keys[-1]))
             yield from keys
-            if len(keys) < PAGE:
-                return
-            after = keys[-1]
 
     def _name(self, key: bytes) -> str:
         try:
@@ -347,7 +333,9 @@ class Store(Records):
                             f"nothing was written; commit the others by their names, or add({name!r}, ..., "
                             "replace=True)"
                         )
-                    if not txn.put(key, _part(waiting, *places[key]), overwrite=replace):
+                    start, length = places[key]
+                    waiting.seek(start)
+                    if not txn.put(key, waiting.read(length), overwrite=replace):
                         raise self._exists(key.decode())
 
             if places:
@@ -437,9 +425,11 @@ def _checked_pairs(items: Any) -> Iterator[tuple[str, Any]]:
         yield tuple(pair)
 
 
-def _part(f: BinaryIO, start: int, length: int) -> bytes:
-    f.seek(start)
-    return f.read(length)
+def _keys_after(key: bytes, txn: Any) -> list[bytes]:
+    """The next PAGE keys, or as many as there are."""
+    cursor = txn.cursor()
+    there = cursor.set_range(key + b"\0")  # the least key after it; if there is none, iternext would begin anew
+    return [bytes(each) for each in islice(cursor.iternext(values=False), PAGE)] if there else []
 
 
 def _copy(value: memoryview | None) -> bytearray | None:

@@ -84,7 +84,7 @@ class Training(AbstractContextManager):
 
         A step changes only the adapters that have a gradient.
         """
-        return AdapterAdamW(self, lr, betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm)
+        return AdapterAdamW(self, lr, betas, eps, weight_decay, max_norm)
 
     def commit(self, names: Sequence[str] | None = None) -> None:
         """Write these adapters, or all, to the bank as they are now, in one transaction, rounded to the bank's dtype.
@@ -109,7 +109,8 @@ class Training(AbstractContextManager):
 
     def close(self) -> None:
         """End the training: selections use the bank's records again.  What was not committed is lost."""
-        self.bank._end(self)
+        if self.bank._training is self:
+            self.bank._training = None
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -154,20 +155,14 @@ class AdapterAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, as torch.optim.AdamW) whose state and step count are each adapter's own.
 
     A step changes the adapters that have a gradient, and only those.  The others, whose gradient is zero everywhere,
-    keep their values, moments and counts, where AdamW would decay and go on moving them.
-
-    Args:
-        lr: for all, or for each name.  A scheduler of torch changes the largest, param_groups[0]["lr"]; the others
-            keep their ratio to it.
-        max_norm: each adapter's gradient, over all modules, is scaled down to at most this 2-norm, as
-            clip_grad_norm_ does; None: never.
+    keep their values, moments and counts, where AdamW would decay and go on moving them.  `Training.optimizer` makes
+    it, and describes its arguments.
     """
 
     def __init__(
         self,
         training: Training,
         lr: float | Mapping[str, float],
-        *,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,

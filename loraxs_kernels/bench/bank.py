@@ -41,8 +41,8 @@ from .tables import Table, over
 
 SHAPES, TOKENS = (Shape(4096, 4096), Shape(11008, 4096)), (1, 16, 64, 512)  # where none are asked for
 RECORDS = (1, 1_000, 100_000)
-SAMPLES = 64  # of a batch on a bank, and slots
-MODULES, ADAPTERS, SIZE = 224, 1_000, 64  # of the bank of whole adapters: linears, SIZE x SIZE, and records
+SAMPLES = 64  # in a batch on a bank, and slots of the bank
+MODULES, ADAPTERS, SIZE = 224, 1_000, 64  # a bank of whole adapters: linears, records, and the linears are SIZE x SIZE
 PEFT_TOKENS = 64  # rows up to which PEFT's layer is measured: it holds a LoRA for each
 CHUNK = 10_000  # records in a transaction
 FLAT_SECONDS = 4  # so many times the seconds of other passes: the figures are meant to part by less than 5 %

@@ -34,8 +34,8 @@ ROUNDS = 5  # at least
 COPIED = 2**26  # bytes, which take 45 us on an H100
 LONG = 1e11  # flops of x W^T from which a call is a long one: 0.15 ms on an H100
 GAIN = 1.03  # a backend is chosen from so many times the speed of torch's on, over all layers or for one
-WORST = 1.01  # of torch's time, that it may take for any one of the layers
-EAGER = 1.03  # of torch's time, that it may take over all layers where the host issues them one by one
+WORST = 1.01  # times torch's time is the most that it may take for any one of the layers
+EAGER = 1.03  # times torch's time is the most for all layers together, if the host issues them one by one
 BESIDE = "the work beside"  # the copies that follow each long call in a CUDA graph
 LOST = "its time is lost in that of"  # how a reason begins that another try may not find
 
@@ -162,7 +162,7 @@ def speed(measured: list[Row], name: str, mode: str | None = None) -> float:
 
 
 def _gain(measured: list[Row], name: str) -> float:
-    """`speed` of a backend, or 0.0 where it may not be chosen."""
+    """`speed` of a backend, or 0.0 if it may not be chosen."""
     slowest = max((over for _, over in _layers(measured, name).values()), default=math.inf)
     one_by_one = speed(measured, name, "eager") if _layers(measured, name, "eager") else 1.0
     return speed(measured, name) if slowest <= WORST and one_by_one * EAGER >= 1 else 0.0

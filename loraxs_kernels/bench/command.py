@@ -108,7 +108,7 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
     add("--direction", default="both", choices=roofline.DIRECTIONS)
 
 
-def show_roofline(arguments: argparse.Namespace) -> int:
+def show_roofline(arguments: argparse.Namespace) -> None:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
     model, shapes = request.model_or_shapes(arguments.model, arguments.shape)
     request.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
@@ -135,7 +135,6 @@ def show_roofline(arguments: argparse.Namespace) -> int:
     head = ["least time, and tax", *(f"ms T {T} r {r}" for T, r in points), *(f"% T {T} r {r}" for T, r in points)]
     direction = roofline.DIRECTIONS[arguments.direction]
     tables.show([tables.Table(f"Floors for {what}, 16-bit weights, {direction}", head, lines, notes)])
-    return 0
 
 
 def _ceilings(arguments: argparse.Namespace) -> roofline.Ceilings:

@@ -21,7 +21,7 @@ from . import BenchError, timer
 from .request import Request
 from .timer import Call
 
-ROWS = 64  # of y and gX that are compared with an oracle; what is small is compared whole
+ROWS = 64  # so many rows of y and gX are compared with an oracle; what is small is compared whole
 
 Row = dict[str, Any]
 Results = dict[str, Tensor]
@@ -104,7 +104,7 @@ def checked(
 def timed(
     request: Request, right: dict[str, Candidate], mode: str, min_rounds: int = timer.MIN_ROUNDS, issue: bool = False
 ) -> Generator[Row, None, dict[str, Tensor]]:
-    """Yields the rows of paths that cannot be made ready, and of all where one breaks; returns {path: samples}."""
+    """Yields the rows of paths that cannot be made ready, or of all if timing breaks off; returns {path: samples}."""
     passes = {}
     for name, candidate in right.items():
         try:
@@ -150,7 +150,7 @@ def release() -> None:
 
 
 def errors(got: dict[str, Tensor | None], rounded: Results, exact: Results, dtype: torch.dtype) -> dict[str, dict]:
-    """By the accuracy rule: of each result its relative error, and what is allowed beside `rounded`, in dtype."""
+    """The relative error of each result, and what the accuracy rule allows beside `rounded`, which is in dtype."""
     return {
         what: {
             "error": reference.relative_error(value, exact[what]),

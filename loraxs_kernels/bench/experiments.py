@@ -50,7 +50,7 @@ def _prediction(row: Row) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """To three digits or hundredths, what is more."""
+    """The value with no digit after its point from 100 on, with one from 10 on, else with three."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 

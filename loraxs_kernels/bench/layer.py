@@ -125,12 +125,12 @@ def _of_layers(rows: list[Row]) -> Iterator[Row]:
 
 
 def _of_blocks(report: dict[str, Any], rows: list[Row]) -> Iterator[Row]:
-    """Of a path in a block its tax, where it was measured, and the floor of that, where there is one."""
+    """The tax of each path in a block, if it was measured, and its floor, if there is one."""
     seen: set[tuple] = set()
     for at, paths in tax.points(rows).items():
         for path in (*paths, "one-pass"):
             found, least = tax.measured(paths, path), tax.least(report, at, paths, path)
-            where = (*at[1:], path)  # of several runs the first
+            where = (*at[1:], path)  # of several runs the first one counts
             if path != "frozen" and where not in seen and (found or least is not None):
                 seen.add(where)
                 of = f"{at.model} {at.dtype} {DIRECTIONS[at.direction]}".strip()

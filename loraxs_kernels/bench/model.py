@@ -33,7 +33,7 @@ from .tables import Table, over
 
 # Half precision accumulates over a whole model; this finds another function.  The fine check is the question layer's.
 GROSS = 0.1  # relative difference of the first step's gR, over all layers, from the reference layers'
-DRIFT = 0.03  # of the frozen model between start and end: more, and the run is noisy
+DRIFT = 0.03  # relative change of the frozen model's time from start to end above which the run is noisy
 STEPS = 7
 
 
@@ -226,7 +226,7 @@ def adapted(model: nn.Module, name: str, r: int, checkpointing: bool) -> Iterato
     # Not backend(None), which would take its backend from another way that is open: the frozen twin runs beside one.
     forced = backends.backend(way) if way in backends.NAMES else nullcontext()
     with warnings.catch_warnings(), forced:
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns of its own names
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         changed = ADAPTERS[way](model, r)

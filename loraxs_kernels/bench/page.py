@@ -56,7 +56,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def machine(report: dict[str, Any]) -> str:
-    """The GPU, or the processor with its cores and, where they were not all used, torch's threads."""
+    """The GPU, or the processor with its cores and, if that is another number, torch's threads."""
     where = report["machine"]
     if tables.gpu(report):
         return where["device"]

@@ -284,7 +284,7 @@ def forward_and_backward(layer: Layer, o: Operands) -> tuple[Tensor, ...]:
 
 
 def layer_errors(layer: Layer, o: Operands) -> dict[str, dict[str, float]]:
-    """Of y, gX and, where R itself trains, gR: the relative error against the fp64 oracle, and what is allowed.
+    """The relative errors of y, gX and, if R itself trains, gR against the fp64 oracle, and what is allowed.
 
     y and gX are compared on rows spread over all of x, gR whole: its oracle is low-rank and costs little.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 3  # of panels
+COLUMNS = 3  # panels side by side
 MOST_PANELS = 12
 
 Bar = tuple[str, str, dict[str, float]]  # colour, label, spread

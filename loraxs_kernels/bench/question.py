@@ -48,7 +48,7 @@ def earlier(name: str, colour: str, what: str) -> Path:
 
 
 def colour(paths: Mapping[str, Path], name: str) -> str:
-    """Of a path, or of what a report has that is none of today's."""
+    """The colour of a path; grey for a path of an earlier version."""
     return paths[name].colour if name in paths else GREY
 
 
@@ -60,12 +60,12 @@ class Point:
     rows: Callable[[], Iterator[Row]]
 
     def __str__(self) -> str:
-        """For whoever waits."""
+        """As the lines that show the progress have it."""
         return " ".join(f"{key} {value}" for key, value in self.where.items() if key not in ("layers", "count"))
 
 
 def grid(request: Request, rows: Callable[..., Iterator[Row]], **more: Sequence[Any]) -> list[Point]:
-    """rows(request, shape, T, r, ...) for all shapes at each T and r, and each of what is more."""
+    """Points of rows(request, shape, T, r, ...) for all shapes at each T, each r and each value of `more`."""
     return [
         Point(
             {**shape.where, "T": T, "r": r, **dict(zip(more, values, strict=True))},
@@ -81,11 +81,11 @@ class Question:
     """What a file of this package asks: its grid, its paths, its rows, and its tables and plots."""
 
     name: str
-    tables: Callable[[dict[str, Any], list[Row]], Iterator[Table]]  # of a report and its rows of this question
+    tables: Callable[[dict[str, Any], list[Row]], Iterator[Table]]  # from a report and its rows of this question
     plan: Callable[[Request], list[Point]] = lambda request: []  # the grid, in the order in which it is measured
     plots: Callable[[dict[str, Any], list[Row]], Iterator[Plot]] = lambda report, rows: iter(())
     paths: Mapping[str, Path] = field(default_factory=dict)  # that may be named
-    options: tuple[str, ...] = ()  # of Request's own ones, those that it reads
+    options: tuple[str, ...] = ()  # the fields of Request marked `own` that it reads
     folders: bool = False  # whether its model may be a folder with a Hugging Face model
     check: Callable[[Request], Request] = lambda request: request  # refuses (BenchError), and fills in what is its own
     how: str = ""  # it is measured, in a sentence for the page
@@ -147,7 +147,7 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
 def _with_paths(request: Request, questions: Sequence[Question]) -> Request:
     """Which paths run, the floor always among them, and those left out because they cannot run here.
 
-    Of questions whose paths are others, those that were named choose among their own alone.
+    Questions may have different paths: a name that was given chooses only among those that have it.
     """
     groups = {id(question.paths): question.paths for question in questions}.values()
     known("path", request.paths, [*(name for paths in groups for name in paths), "all"])

@@ -199,6 +199,6 @@ def _target(out: Path | None, data: dict[str, Any]) -> Path:
 
 
 def free(path: Path) -> Path:
-    """The path, with a number where it is taken."""
+    """The path, with a number if it is taken."""
     numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())

@@ -23,7 +23,7 @@ def _option(
 ) -> Any:
     """A field that is an option of the command line; several: of which, by that name, there may be more than one.
 
-    own: of the questions alone that name it in `Question.options`.
+    own: only for the questions that name it in `Question.options`.
     """
     if several:
         default, more = (), {"nargs": "+", "metavar": several, **more}
@@ -32,7 +32,7 @@ def _option(
 
 @dataclass(frozen=True)
 class Request:
-    """The options of `loraxs bench`; `question.check` makes one of which each is right and none is open."""
+    """The options of `loraxs bench`; `question.check` makes one in which all are valid and none is left open."""
 
     questions: tuple[str, ...] = ()
     model: str = _option(f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")

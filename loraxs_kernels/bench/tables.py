@@ -34,12 +34,7 @@ class Table:
         return [*self.notes, *([f"~ too noisy to be trusted: {self.noise}."] if noisy else [])]
 
     def plain(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-            for cells in (self.head, *self.rows)
-        ]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *self.below])
+        return "\n".join([self.title, aligned([self.head, *self.rows]), *self.below])
 
     def markdown(self) -> str:
         bars = ["| " + " | ".join(cells) + " |" for cells in (self.head, *self.rows)]
@@ -56,6 +51,16 @@ class Table:
             f"<h2>{html.escape(self.title)}</h2>\n<div class=wide><table><thead>{line(self.head, 'th')}</thead>"
             f"<tbody>\n{body}\n</tbody></table></div>{notes}"
         )
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text: the first column to the left, the others to the right, a rule below the first line."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def show(tables: Iterable[Table]) -> None:
@@ -94,13 +99,13 @@ def compared(
 
 
 def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:
-    """Those of the paths that have rows, in their order."""
+    """The names of paths that have rows, in their order."""
     found = {row["path"] for row in rows}
     return [name for name in names if name in found]
 
 
 def grouped(rows: Iterable[Row], key: str = "mode") -> dict[Any, list[Row]]:
-    """Rows by what they have there."""
+    """{value of this key: the rows that have it}."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(row[key], []).append(row)

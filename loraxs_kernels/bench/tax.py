@@ -19,9 +19,9 @@ NOISE = "its quartiles are too far apart"
 
 
 class Point(NamedTuple):
-    """A point of the grid, but for the shape."""
+    """A point of the grid, without the shape."""
 
-    run: str  # of bench/gpu_suite.py; "" where there is but one
+    run: str  # the step of bench/gpu_suite.py; "" in a report of `loraxs bench`
     model: str
     dtype: str
     direction: str
@@ -59,7 +59,7 @@ def points(rows: Iterable[Row]) -> dict[Point, Paths]:
 
 
 def measured(paths: Paths, path: str) -> Spread | None:
-    """Of one path at one point; None where it lacks a shape."""
+    """The tax of a path at a point; None if a shape is missing."""
     frozen, own = paths["frozen"], paths.get(path, {})
     if set(own) != set(frozen):
         return None

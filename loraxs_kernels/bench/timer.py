@@ -122,7 +122,7 @@ def on(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """The garbage collector, which runs before all samples and CUDA graphs, does not look at what is there by now."""
+    """Meanwhile the garbage collector, which runs before all samples, passes over the objects that are there now."""
     gc.collect()
     gc.freeze()
     try:

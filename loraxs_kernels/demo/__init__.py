@@ -49,7 +49,7 @@ class Settings:
     out: Path
     length: str  # "quick", "default" or "full"
     device: torch.device
-    started: float  # of time.perf_counter
+    started: float  # by time.perf_counter
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ def _check_out(out: Path) -> None:
 
 
 def package_folder(name: str) -> Path:
-    """The folder of an installed package, which is not imported: all that is wanted are files in it."""
+    """The folder of an installed package, which is not imported: only files in it are wanted."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise DemoError(f"the package {name} is not installed")

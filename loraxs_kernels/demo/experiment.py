@@ -47,6 +47,10 @@ class Variant:
     fused: bool = True
 
 
+SVD = Variant("svd", "LoRA-XS r = 16, SVD factors", init="svd")
+UNFUSED = Variant("unfused", "LoRA-XS r = 16, SVD factors, unfused", init="svd", fused=False)
+
+
 @dataclass
 class Row:
     """What a variant reached; the lists have an entry for each seed."""

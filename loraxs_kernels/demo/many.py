@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import loraxs_kernels as lx
 from loraxs_kernels.bank.environment import DATA
+from loraxs_kernels.bench.tables import aligned
 from loraxs_kernels.matching import adapted_layers
 
 from . import DemoError, Settings, minilm, report
@@ -77,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
         answer(model, job.test, [(i, draw.choice(names)) for i in range(TESTED)], size.slots)
         memory[f"{len(bank):,} adapters"] = resident()
         mixtures = mix(bank, names, size.adapters)
-        half = CHECKED // 2  # of those that are checked were trained
+        half = CHECKED // 2  # as many of those that are checked were trained
         chosen = draw.sample(names, half) + draw.sample(mixtures, size.slots - half)
         checks = check(bank, model, job, chosen, settings)
         memory[f"{len(bank):,} adapters"] = resident()
@@ -242,14 +243,14 @@ def _accuracies(result: dict[str, Any]) -> str:
         percent = (f"{each[way]:.1%}" for way in ("accuracy_mixed", "accuracy_alone"))
         cells.append((name, *percent, str(each["different_predictions"]), f"{each['largest_logit_difference']:.1e}"))
     cells.append((f"{checks['others']} others", f"{checks['accuracy_of_others']:.1%}", "-", "-", "-"))
-    return report.table(cells)
+    return aligned(cells)
 
 
 def _speeds(result: dict[str, Any]) -> str:
     cells = [(f"batches of {result['adapters']['slots']} questions", "questions/s at best", "time over one adapter")]
     for kind, each in result["throughput"].items():
         cells.append((KINDS[kind], f"{each['questions_per_second']:,.0f}", f"{each['time_over_one']:.2f}"))
-    return report.table(cells)
+    return aligned(cells)
 
 
 def _sizes(result: dict[str, Any]) -> str:
@@ -261,4 +262,4 @@ def _sizes(result: dict[str, Any]) -> str:
     ]
     cells.append((f"the bank on disk, {disk['adapters']:,} adapters", f"{disk['bank'] / 2**20:,.1f}"))
     cells.append(("an adapter on disk, of it R", f"{disk['record'] / 2**20:.3f}"))
-    return report.table(cells)
+    return aligned(cells)

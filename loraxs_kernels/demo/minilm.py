@@ -11,15 +11,13 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from . import Settings, experiment, package_folder, trec
-from .experiment import Job, Row, Variant
+from .experiment import SVD, UNFUSED, Job, Row, Variant
 from .report import say
 from .training import Encoded, Schedule, predict
 
 HEAD = Variant("head", "head only, as many steps")
 RANDOM = Variant("random", "LoRA-XS r = 16, random factors", init="random")
 RANDOM4 = Variant("random4", "LoRA-XS r = 4, random factors", init="random", rank=4)
-SVD = Variant("svd", "LoRA-XS r = 16, SVD factors", init="svd")
-UNFUSED = Variant("unfused", "LoRA-XS r = 16, SVD factors, unfused", init="svd", fused=False)
 SVD4 = Variant("svd4", "LoRA-XS r = 4, SVD factors", init="svd", rank=4)
 VARIANTS = {
     "quick": (HEAD, SVD),

@@ -12,6 +12,7 @@ import json
 import time
 from typing import Any
 
+from ..bench.tables import aligned
 from ..files import write_atomically
 from ..info import environment
 from . import Settings
@@ -71,7 +72,7 @@ def _results(report: dict[str, Any]) -> str:
         parts += [f"{row['head_parameters']:,} head"] if row["head_parameters"] else []
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         cells.append((row["label"], accuracy, " + ".join(parts) or "-", seconds))
-    return table(cells)
+    return aligned(cells)
 
 
 def _storage(report: dict[str, Any]) -> str:
@@ -84,7 +85,7 @@ def _storage(report: dict[str, Any]) -> str:
     }
     cells = [("a fine-tuned copy on disk", "KiB", "times")]
     cells += [(what, f"{n / 1024:,.1f}", f"{n / sizes['adapter_file']:,.1f}") for what, n in rows.items()]
-    return table(cells)
+    return aligned(cells)
 
 
 def _checks(report: dict[str, Any]) -> str:
@@ -101,16 +102,6 @@ def _checks(report: dict[str, Any]) -> str:
             f"a step takes {unfused['time_ratio']:.2f} times as long (median)"
         )
     return "\n".join(lines)
-
-
-def table(cells: list[tuple[str, ...]]) -> str:
-    """Aligned text: the first column to the left, numbers to the right, a rule below the first line."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _plot(report: dict[str, Any]) -> bytes:

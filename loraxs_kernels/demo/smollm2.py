@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from . import Settings, experiment, package_folder, trec
-from .experiment import Job, Variant
+from .experiment import SVD, UNFUSED, Job, Variant
 from .report import say
 from .training import Encoded, Schedule
 
@@ -21,8 +21,6 @@ PROMPT = "Question: {}\nThe answer is a"
 WORDS = (" abbreviation", " description", " thing", " person", " place", " number")  # in the order of trec.CLASSES
 ZERO_SHOT = Variant("zero-shot", "zero-shot")
 RANDOM = Variant("random", "LoRA-XS r = 16, random factors, same lr", init="random")
-SVD = Variant("svd", "LoRA-XS r = 16, SVD factors", init="svd")
-UNFUSED = Variant("unfused", "LoRA-XS r = 16, SVD factors, unfused", init="svd", fused=False)
 VARIANTS = {
     "quick": (ZERO_SHOT, SVD),
     "default": (ZERO_SHOT, RANDOM, SVD),

@@ -43,7 +43,7 @@ class Curve:
 
     @property
     def seconds(self) -> float:
-        """Of training alone, validation left out."""
+        """The seconds of training, without those of validation."""
         return sum(self.step_seconds)
 
 
@@ -90,7 +90,8 @@ def train(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups or trainable, lr=schedule.lr, weight_decay=0.0)
-    scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, schedule))
+    rise, fall = schedule.warmup, schedule.steps - schedule.warmup
+    scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / rise, (schedule.steps - step) / fall))
     curve = Curve()
     model.eval()
     for step, rows in enumerate(islice(_bucketed(data, schedule.batch, seed), schedule.steps), 1):
@@ -129,10 +130,6 @@ def _report(curve: Curve, step: int, steps: int) -> None:
     line = f"    step {step:3} of {steps}   loss {sum(recent) / len(recent):.3f}   {curve.seconds:5.1f} s"
     validated, value = curve.validation[-1] if curve.validation else (0, 0.0)
     say(line + (f"   validation {value:.1%}" if validated == step else ""))
-
-
-def _lr_factor(step: int, schedule: Schedule) -> float:
-    return min((step + 1) / schedule.warmup, (schedule.steps - step) / (schedule.steps - schedule.warmup))
 
 
 def _bucketed(data: Encoded, batch: int, seed: int) -> Iterator[list[int]]:

@@ -25,8 +25,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="default: the table that is used from then on")
 
 
-def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
-    """Run `loraxs tune`; shapes: by padded rank, those of --model, where it is none of shapes.MODELS."""
+def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> None:
+    """Run `loraxs tune`; shapes: by padded rank, those of --model if that is none of shapes.MODELS."""
     at_least_one(rank=arguments.rank)
     shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
     given = (arguments.tokens, arguments.dtype, arguments.budget, arguments.out)
@@ -35,7 +35,6 @@ def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> int:
     print(f"\n{table['path']} has the table; what it has is not measured again (--again: it is)")
     if table["path"] != tuned.user_path(table["made_on"]["gpu"]):
         print(f"It is used where it is named: LORAXS_TUNED={table['path']}")
-    return 0
 
 
 def summary(rows: list[choice.Row]) -> Table:

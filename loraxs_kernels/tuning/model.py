@@ -25,7 +25,7 @@ from .run import Table
 
 
 class Found(NamedTuple):
-    """What of a model decides what is measured."""
+    """The facts of a model that decide what is measured."""
 
     shapes: dict[int, tuple[Shape, ...]]  # by padded rank, that of the most layers first
     dtype: torch.dtype

@@ -42,11 +42,11 @@ DECODING = 64  # rows up to which hardly anyone calls a backward
 BUDGET = 300.0  # seconds
 SECONDS = 0.03  # for each backend and mode, shape and kind of call
 WIDEST = config.WIDEST["half"]  # wider ranks only the GEMM of the CUDA backend takes, on Hopper
-NEAR = 0.9  # of the fastest backend's speed: from there on other tiles may make Triton's the fastest
+NEAR = 0.9  # times the fastest backend's speed: from there on other tiles may make Triton's the fastest
 BETTER = 1.01  # times as fast: from there on new tiles are kept
 LEAST, MOST = 30.0, 120.0  # seconds of a search: not begun with less; so that others have their turn, too
 REST, AFTER = 15.0, 3.0  # seconds that the end of a search takes, and then each kind of call that is measured again
-# Of a row, beside where it was measured: what `decide` reads, and why a backend did not run.
+# The fields of a row that are kept beside where it was measured: what `decide` reads, and why a backend did not run.
 KEPT = {"path", "mode", "status", "reason", "over", "seconds"}
 PASSING = ("out of memory", question.LOST)  # how reasons begin that another run may not find
 
