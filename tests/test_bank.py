@@ -682,7 +682,7 @@ def test_gradients_are_those_of_the_adapters_of_the_forward_whatever_is_brought_
 
 def test_a_torch_that_tells_nothing_of_recomputations_is_refused(model, monkeypatch):
     """As torch 2.6 does."""
-    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    monkeypatch.setattr("loraxs_kernels.bank.selection._hooks", None)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
     loss = model.train()(inputs_embeds=embeds, adapter_ids=["alice"] * 4).logits.sum()
@@ -1061,3 +1061,45 @@ def test_a_module_with_two_names_is_one_where_a_bank_is_attached(tmp_path):
             with pytest.raises(ValueError, match="modules '0' and '2' are two here, but are one in the model"):
                 put_on(two)
         assert bank.attach(fresh) is fresh
+
+
+def test_a_bank_refuses_calls_out_of_turn(bank, base, tuned):
+    first = bank.attach(copy.deepcopy(base), slots=2, progress=False)
+    with pytest.raises(ValueError, match=r"slots: got 3, must be 2 as on the model"):
+        bank.attach(copy.deepcopy(base), slots=3)
+    with pytest.raises(ValueError, match="model: has a bank already"):
+        bank.attach(first, slots=2)
+    with pytest.raises(ValueError, match="basis: got a file for a model that has adapters already"):
+        bank.attach(copy.deepcopy(tuned["bob"]), slots=2, basis="basis.safetensors")
+    for items, wrong in ((3, "a int"), ([("zoe",)], r"\('zoe',\) among them")):
+        with pytest.raises(TypeError, match=f"items: got {wrong}, must be"):
+            bank.add_many(items)
+    with bank.select([None]):
+        for call in (lambda: bank.detach(first), lambda: bank.train(NAMES)):
+            with pytest.raises(RuntimeError, match=r"adapters of (its|this) bank are selected"):
+                call()
+    lx.merge(first)
+    with pytest.raises(ValueError, match="model: is merged"):
+        bank.detach(first)
+    lx.unmerge(first)
+    with bank.train(NAMES[:2]) as training:
+        with pytest.raises(RuntimeError, match="adapters of this bank train on another"):
+            bank.attach(copy.deepcopy(base), slots=2)
+        with pytest.raises(RuntimeError, match="adapters of its bank train"):
+            bank.detach(first)
+        with pytest.raises(TypeError, match=r"names: got .alice., must be a list"):
+            training.commit("alice")
+        with pytest.raises(ValueError, match=r"betas: got 0\.9, must be two numbers"):
+            training.optimizer(lr=1e-3, betas=0.9)
+        assert training.optimizer(lr=1e-3).step(lambda: 7) == 7
+    second = bank.attach(copy.deepcopy(base), slots=2, progress=False)
+    with pytest.raises(RuntimeError, match="train: the bank is on 2 models"):
+        bank.train(NAMES)
+    kind = type(second)
+    second.__class__ = type("Changed", (kind,), {})
+    with pytest.raises(ValueError, match=r"the class of a Changed was changed after bank\.attach"):
+        bank.detach(second)
+    second.__class__ = kind
+    bank.detach(second)
+    bank.detach(first)
+    assert [*first.state_dict()] == [*base.state_dict()] and type(first) is type(base)

@@ -21,6 +21,8 @@ from .slots import Source
 if TYPE_CHECKING:
     from .adapter_bank import AdapterBank
 
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 has none
+
 
 class Use:
     """The adapters that a selection brought in; the graphs that are made under it hold this object."""
@@ -288,13 +290,12 @@ class Selections:
 
     def _of_recomputation(self) -> Selection | None:
         """The selection of a layer that is called by a backward pass, in whichever thread that runs."""
-        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        if hooks is None:
+        if _hooks is None:
             raise RuntimeError(
                 f"gradient checkpointing: torch {torch.__version__} does not tell how a layer is called again, so that "
                 "a bank's model cannot be checkpointed; torch must be newer"
             )
-        if hooks(False) is None:
+        if _hooks(False) is None:
             raise RuntimeError(
                 "gradient checkpointing: a backward pass calls a layer again and does not know which adapters its "
                 "forward pass had, as with use_reentrant=True; must be use_reentrant=False"
