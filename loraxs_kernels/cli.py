@@ -64,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(command, _line(f"{what}: {error.strerror}" if what else error), 1)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _failed(command, _line(f"out of memory: {error}"), 1)
-    except (ValueError, ImportError) as error:  # ImportError: of a package that is wanted, which says how to get it
-        return _failed(command, _line(error), 1)
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name is not None:  # raised by Python: a broken import
+            raise
+        return _failed(command, _line(error), 1)  # an ImportError of this package says which package to install
 
 
 class _Output:

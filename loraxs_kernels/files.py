@@ -263,13 +263,15 @@ def _digest_of_rest(f: BinaryIO, digest: Any) -> str:
 
 def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
     """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read."""
-    tensors = {}
-    for key in f.keys():  # noqa: SIM118
-        try:
-            tensors[key] = f.get_tensor(key)
-        except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
-            damaged(path, f"tensor {key!r} cannot be read ({error})", error)
-    return tensors
+    return {key: tensor_of(f, key, path) for key in f.keys()}  # noqa: SIM118
+
+
+def tensor_of(f: Any, key: str, path: Path) -> Tensor:
+    """One tensor of an open safetensors file; ValueError, naming the file, if it cannot be read."""
+    try:
+        return f.get_tensor(key)
+    except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
+        damaged(path, f"tensor {key!r} cannot be read ({error})", error)
 
 
 def check_finite(t: Tensor, path: Path, what: str) -> None:
