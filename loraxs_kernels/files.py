@@ -34,7 +34,7 @@ except ImportError:  # Windows
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # of a file's temporary names, how many are searched for leftovers of killed writers
-MOST_LOST = 8  # new files that may vanish at once: a file system that mistakes its own files would take any number
+MOST_LOST = 8  # new files that one write may lose: a file system that mistakes its own files would take any number
 # The errors by which a file system, such as one on a network, says that it cannot flush a folder.
 UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
