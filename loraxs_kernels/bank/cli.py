@@ -28,7 +28,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter file")
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     create.add_argument("--adapter", type=Path, required=True, help="a file of lx.save_adapter for that model")
-    create.add_argument("--dtype", metavar="DTYPE", default="float32", help="dtype of R in the bank: float32 or bfloat16")
+    create.add_argument("--dtype", metavar="DTYPE", default="float32", help="the dtype of R: float32 or bfloat16")
     adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
     adding.add_argument("files", type=Path, nargs="+", help="adapter files, folders of them or of lx.save_adapter")
     adding.add_argument("--replace", action="store_true", help="adapters of the same names")
