@@ -32,6 +32,7 @@ from .files import (
     opened,
     read_json,
     sealed,
+    tensor_of,
     unsealed,
     write_atomically,
 )
@@ -328,7 +329,7 @@ def _weight(
 
     def read() -> Tensor:
         with opened(file) as f:
-            W = f.get_tensor(key).to(to)
+            W = tensor_of(f, key, file).to(to)
         return W.mT if transposed else W
 
     to = rounded or DTYPES[dtype]

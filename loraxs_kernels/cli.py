@@ -64,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(command, _line(f"{what}: {error.strerror}" if what else error), 1)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _failed(command, _line(f"out of memory: {error}"), 1)
-    except (ValueError, ImportError) as error:  # ImportError: of a package that is wanted, which says how to get it
-        return _failed(command, _line(error), 1)
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name is not None:  # raised by Python: a broken import
+            raise
+        return _failed(command, _line(error), 1)  # an ImportError of this package says which package to install
 
 
 class _Output:
@@ -183,9 +185,9 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
     _add_modules(parser)
     add("--seed", type=int, default=0)
-    add("--n-iter", type=int, help="of the SVD; default: by rank and shape")
-    add("--dtype", metavar="DTYPE", help=f"of A and B: {_DTYPES}; default: the weight's")
-    loaded = f"in which the model will be loaded: {_DTYPES}; default: as the weights are stored"
+    add("--n-iter", type=int, help="iterations of the SVD; default: by rank and shape")
+    add("--dtype", metavar="DTYPE", help=f"dtype of A and B: {_DTYPES}; default: the weight's")
+    loaded = f"dtype in which the model will be loaded: {_DTYPES}; default: as the weights are stored"
     add("--weight-dtype", metavar="DTYPE", help=loaded)
     add("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
     add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
@@ -227,7 +229,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="an adapter: a file, its folder or user/name on the Hub; a basis file; a bank")
-    parser.add_argument("--revision", help="of a repository on the Hub: a branch, tag or commit")
+    parser.add_argument("--revision", help="a branch, tag or commit of a repository on the Hub")
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 
@@ -255,7 +257,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     _add_modules(parser)
     add("--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method")
     add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
-    add("--dtype", metavar="DTYPE", default="bfloat16", help=f"of the numbers in a file: {_DTYPES}")
+    add("--dtype", metavar="DTYPE", default="bfloat16", help=f"dtype of the numbers in a file: {_DTYPES}")
 
 
 def _params(arguments: argparse.Namespace) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-# The open blocks of `exact_matmul`, and what puts the user's settings back once there are none.
+# The open blocks of `exact_matmul`, and the calls that put the user's settings back once there are none.
 _exact: set[object] = set()
-_users_settings = ExitStack()
+_users_settings: list[Callable[[], None]] = []
 _exact_lock = threading.RLock()
 
 
@@ -54,7 +55,7 @@ def _begin(block: object) -> None:
 def _end(block: object) -> None:
     _exact.discard(block)
     if not _exact:
-        _users_settings.close()
+        _restore_users_settings()
 
 
 def _after_fork() -> None:
@@ -62,11 +63,17 @@ def _after_fork() -> None:
     global _exact_lock
     _exact_lock = threading.RLock()  # another thread may have held it
     _exact.clear()
-    _users_settings.close()
+    _restore_users_settings()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _restore_users_settings() -> None:
+    while _users_settings:
+        _users_settings[-1]()
+        _users_settings.pop()  # only now: if Ctrl-C stops the call, the next one makes it again
 
 
 def _restore(setting: Any, precision: str) -> None:
@@ -78,7 +85,12 @@ def _restore(setting: Any, precision: str) -> None:
 
 def _multiply_exactly(save: bool) -> None:
     """Set how products are made in this process; save: and note the user's settings, each before it is changed."""
-    cuda, restore = torch.backends.cuda.matmul, _users_settings.callback if save else lambda *_: None
+    cuda = torch.backends.cuda.matmul
+
+    def restore(*call: Any) -> None:
+        if save:
+            _users_settings.append(partial(*call))
+
     if settings := _fp32_settings():
         for each in settings:
             restore(_restore, each, each.fp32_precision)

@@ -34,7 +34,7 @@ except ImportError:  # Windows
 FORMAT_VERSION, NEWEST = 3, 4
 WRITER, METADATA = "loraxs_kernels", b'{"__metadata__":{'
 WRITERS = 8  # of a file's temporary names, how many are searched for leftovers of killed writers
-MOST_LOST = 8  # new files that may vanish at once: a file system that mistakes its own files would take any number
+MOST_LOST = 8  # new files that one write may lose: a file system that mistakes its own files would take any number
 # The errors by which a file system, such as one on a network, says that it cannot flush a folder.
 UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
@@ -263,13 +263,15 @@ def _digest_of_rest(f: BinaryIO, digest: Any) -> str:
 
 def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
     """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read."""
-    tensors = {}
-    for key in f.keys():  # noqa: SIM118
-        try:
-            tensors[key] = f.get_tensor(key)
-        except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
-            damaged(path, f"tensor {key!r} cannot be read ({error})", error)
-    return tensors
+    return {key: tensor_of(f, key, path) for key in f.keys()}  # noqa: SIM118
+
+
+def tensor_of(f: Any, key: str, path: Path) -> Tensor:
+    """One tensor of an open safetensors file; ValueError, naming the file, if it cannot be read."""
+    try:
+        return f.get_tensor(key)
+    except Exception as error:  # of many kinds: a dtype that this torch does not have, a shape that does not fit
+        damaged(path, f"tensor {key!r} cannot be read ({error})", error)
 
 
 def check_finite(t: Tensor, path: Path, what: str) -> None:

@@ -17,11 +17,11 @@ from .integrations.vllm import BANK, BASIS, TESTED, TOKEN, token
 DEFAULTS = {"--max-loras": "256", "--max-cpu-loras": "1024"}
 # Where VLLM_PLUGINS is unset vLLM loads all plugins of these groups, and where it is set those that it names.
 GROUPS = tuple(f"vllm.{each}_plugins" for each in ("general", "io_processor", "platform", "stat_logger"))
-ABOUT = f"""Serve a model and all adapters of a bank with vLLM (tested: {", ".join(TESTED)}), each by its name as the
-name of the model in a request. All other options are those of `vllm serve` and come after MODEL; defaults here:
-{" ".join(f"{option} {value}" for option, value in DEFAULTS.items())}, where --config is not given. With {TOKEN} in the
-environment, 16 characters or more, clients that say it in the header LoraXS-Token may write adapters: POST
-/v1/loraxs/adapters/NAME, the body a file of lx.save_adapter."""
+ABOUT = f"""Serve a model and all adapters of a bank with vLLM (tested: {", ".join(TESTED)}): a request names an adapter
+as its model. All other options are those of `vllm serve` and come after MODEL. If --config is not given, the defaults
+here are {" ".join(f"{option} {value}" for option, value in DEFAULTS.items())}. If {TOKEN} is set in the environment, to
+16 characters or more, clients that send it in the header LoraXS-Token may write adapters: POST
+/v1/loraxs/adapters/NAME, with a file of lx.save_adapter as the body."""
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:

@@ -169,6 +169,19 @@ def test_names_are_read_in_pages(bank, monkeypatch):
     assert list(names) == [f"{i:03}" for i in range(1, 49)]
 
 
+def test_names_are_read_to_their_end_and_no_further(bank, monkeypatch):
+    monkeypatch.setattr(bank_store, "PAGE", 3)
+    bank.add_many((f"{i}", R_of(i)) for i in range(6))  # full pages alone
+    for count in (6, 3, 1, 0):
+        for name in list(bank)[count:]:
+            bank.remove(name)
+        assert list(bank) == [f"{i}" for i in range(count)]
+    bank.add("a", R_of(0))
+    for added, name in enumerate(bank):
+        assert added < 3, "the loop follows the names that it adds"
+        bank.add(name + "a", R_of(0))
+
+
 def test_what_is_there_is_replaced_only_when_asked(bank):
     bank.add("a", R_of(1))
     with pytest.raises(ValueError, match=r"has an adapter 'a' already; replace=True"):

@@ -248,6 +248,17 @@ def test_a_shard_that_is_missing_or_broken_is_named(checkpoint, tmp_path):
 V1, V2 = (Path(__file__).parent / "data" / f"basis_v{version}.safetensors" for version in (1, 2))
 
 
+def test_a_shard_that_is_replaced_meanwhile_is_named(checkpoint, tmp_path, monkeypatch, capsys):
+    def replace_shard(jobs, *more, **how):
+        safetensors.torch.save_file({"other": torch.zeros(1)}, checkpoint / "a.safetensors")
+        return factor(jobs, *more, **how)
+
+    factor = basis_file.factor
+    monkeypatch.setattr(basis_file, "factor", replace_shard)
+    assert main(["init", str(checkpoint), "-r", "4", "-o", str(tmp_path / "basis.safetensors")]) == 1
+    assert re.search(r"a\.safetensors: is damaged: tensor '.*' cannot be read", capsys.readouterr().err)
+
+
 def test_files_of_this_library_are_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter, basis and bank files of loraxs_kernels do not count"):
         make_basis(V2, 4, tmp_path / "basis.safetensors")

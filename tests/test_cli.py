@@ -121,6 +121,13 @@ def test_mistakes_of_the_program_keep_their_traceback(monkeypatch, kind):
         main(["info"])
 
 
+@pytest.mark.parametrize("code", ["import no_such_package", "from loraxs_kernels.info import no_such_name"])
+def test_an_import_that_is_broken_keeps_its_traceback(monkeypatch, code):
+    monkeypatch.setattr(cli, "_info", lambda arguments: exec(code, {}))
+    with pytest.raises(ImportError, match="no_such"):
+        main(["info"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_svd_no_worse_than_scikit_learn
+from helpers import assert_svd_no_worse_than_scikit_learn, interrupted_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -222,6 +222,19 @@ def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, n
     assert precision() == exact != users
     second.__exit__(None, None, None)
     assert precision() == users
+
+
+def test_ctrl_c_at_any_line_gives_the_users_settings_back(fp32_precision):
+    def use() -> None:
+        with exact_matmul.exact_matmul():
+            pass
+
+    k = 1
+    fp32_precision["cuda"].fp32_precision, fp32_precision["cpu"].fp32_precision = "tf32", "bf16"
+    while interrupted_at(k, use, within="exact_matmul.py"):
+        assert [each.fp32_precision for each in fp32_precision.values()] == ["tf32", "bf16"], f"line {k}"
+        k += 1
+    assert k > 40
 
 
 def test_start_vectors_are_pinned():

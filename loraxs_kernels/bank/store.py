@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ IN_MEMORY = 2**26  # bytes of records that wait in memory, and not in a temporar
 T = TypeVar("T")
 
 
-class Store(Records, AbstractContextManager):
+class Store(Records):
     """A folder of adapters by name, which all have the same A and B.  The files are described above.
 
     Args:
@@ -128,6 +128,9 @@ class Store(Records, AbstractContextManager):
         """Close the files.  Every later call raises ValueError; a second `close` does nothing."""
         self._environment = None
 
+    def __enter__(self: T) -> T:
+        return self
+
     def __exit__(self, *_: Any) -> None:
         self.close()
 
@@ -171,10 +174,11 @@ class Store(Records, AbstractContextManager):
         return list(self)
 
     def _keys(self) -> Iterator[bytes]:
-        keys = [TIE]
-        while keys:
+        keys, full = [TIE], True
+        while full:  # what is not full is the last page, or a loop that adds a name for each name would never end
             keys = self._run(partial(_keys_after, keys[-1]))
             yield from keys
+            full = len(keys) == PAGE
 
     def _name(self, key: bytes) -> str:
         try:

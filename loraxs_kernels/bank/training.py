@@ -84,7 +84,7 @@ class Training(AbstractContextManager):
 
         A step changes only the adapters that have a gradient.
         """
-        return AdapterAdamW(self, lr, betas, eps, weight_decay, max_norm)
+        return AdapterAdamW(self, lr, betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm)
 
     def commit(self, names: Sequence[str] | None = None) -> None:
         """Write these adapters, or all, to the bank as they are now, in one transaction, rounded to the bank's dtype.
@@ -163,6 +163,7 @@ class AdapterAdamW(torch.optim.Optimizer):
         self,
         training: Training,
         lr: float | Mapping[str, float],
+        *,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,

@@ -32,7 +32,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"paths: {', '.join(names)}"
     add("--out", type=Path, help="a new .json file, or a folder: <folder>/<device>/<date>-<commit>.json")
     add("--html", type=Path, metavar="FILE", help="also write one self-contained page with plots (needs matplotlib)")
-    add("--commit", help="what to note as the source, where it is not a git checkout")
+    add("--commit", help="what to note as the source, if it is not a git checkout")
 
 
 def bench(arguments: argparse.Namespace) -> int:

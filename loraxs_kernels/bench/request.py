@@ -35,7 +35,7 @@ class Request:
     """The options of `loraxs bench`; `question.check` makes one in which all are valid and none is left open."""
 
     questions: tuple[str, ...] = ()
-    model: str = _option(f"whose shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
+    model: str = _option(f"take its shapes: {', '.join(MODELS)}; for the question model also a folder with a HF model")
     shapes: tuple[Shape, ...] = _option("shapes instead of a model's, such as 4096x14336", "shape", several="NxK")
     tokens: tuple[int, ...] = _option("rows of x", several="T", type=int)
     ranks: tuple[int, ...] = _option("of the adapter", "rank", several="r", type=int)
@@ -45,10 +45,10 @@ class Request:
     modes: tuple[str, ...] = _option("eager, graph; default on a GPU: both", "mode", several="mode")
     device: torch.device = _option("default: the GPU where there is one, else the CPU")
     seconds: float = _option("for each path at each point of the grid; default 0.1 on a GPU, 0.5 on a CPU", type=float)
-    blocks: int | None = _option("of the model, where not all: questions model and svd", own=True, type=int)
+    blocks: int | None = _option("blocks of the model, if not all: questions model and svd", own=True, type=int)
     sequence: int | None = _option("tokens in a sequence: question model", own=True, type=int)
     batch: int | None = _option("sequences in a step: question model", own=True, type=int)
-    records: tuple[int, ...] = _option("of the banks: question bank", several="n", own=True, type=int)
+    records: tuple[int, ...] = _option("adapters in the banks: question bank", several="n", own=True, type=int)
     # Paths that were not asked for by name and cannot run here: why.
     left_out: dict[str, str] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from .run import BUDGET, Shapes, run
 def add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     known = f"{', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging Face's hub"
-    add("--model", help=f"whose shapes: {known}; default: mistral-7b")
+    add("--model", help=f"the model whose shapes to tune for: {known}; default: mistral-7b")
     add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
     add("--rank", nargs="+", type=int, default=[16, 64, 32], metavar="r", help="in this order; default: 16 64 32")
     add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: the powers of two to 32768")
