@@ -37,7 +37,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> NoReturn:
     """Check what can be checked before a model is loaded, then become vLLM's server."""
     if find_spec("vllm") is None:
-        raise ValueError(f"serving needs the packages vllm and lmdb: pip install vllm=={TESTED[-1]} lmdb")
+        raise ValueError(f"serving needs the packages vllm and lmdb: pip install vllm=={TESTED[0]} lmdb")
     token()
     Store(arguments.bank).close()
     environment = {**os.environ, BANK: os.path.abspath(arguments.bank), "VLLM_PLUGINS": _plugins()}

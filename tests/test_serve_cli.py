@@ -110,7 +110,7 @@ def test_what_is_missing_is_told_before_anything_starts(started, monkeypatch, ca
     monkeypatch.setattr(serve_cli, "Store", no_lmdb)
     assert "needs the package lmdb" in refused("--bank", "bank")
     monkeypatch.setattr(serve_cli, "find_spec", lambda name: None)
-    assert refused("--bank", "bank").endswith(f"pip install vllm=={TESTED[-1]} lmdb")
+    assert refused("--bank", "bank").endswith(f"pip install vllm=={TESTED[0]} lmdb")
 
 
 @pytest.mark.parametrize(

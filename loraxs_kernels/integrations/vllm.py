@@ -29,7 +29,7 @@ BASIS = "LORAXS_BASIS"  # a basis file of the base model, so that A and B are no
 TOKEN = "LORAXS_TOKEN"  # what a client must say to write adapters; without it nobody can
 SCHEME = "loraxs"  # of the paths in LoRARequests
 
-TESTED = ("0.32.0", "0.33.0")  # versions of vLLM; how: docs/serving.md
+TESTED = ("0.32.0", "0.33.0")  # versions of vLLM; the second only in part: docs/serving.md
 # What is replaced in vLLM ("replaced") or relied on beyond its documented interfaces ("used"): module, name, how.
 NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager", "replaced"),
@@ -122,7 +122,7 @@ def check_vllm() -> None:
     if vllm.__version__.partition("+")[0] not in TESTED:
         raise RuntimeError(
             f"vllm: got version {vllm.__version__}, must be {' or '.join(TESTED)} to serve the bank in {BANK}: "
-            "loraxs_kernels replaces parts of vLLM, and was tried only with that"
+            "loraxs_kernels replaces parts of vLLM, and was tried with no other version"
         )
     for module, name, _ in NAMES:
         found: Any = importlib.import_module(module)
