@@ -217,8 +217,8 @@ class LoraXSLinear(PaddedB):
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if x is None and "input" in kwargs:  # as nn.Linear calls it
-            x = kwargs.pop("input")
+        if x is None and (x := kwargs.pop("input", None)) is None:  # as nn.Linear calls it
+            raise TypeError(f"{self.label}: got no x, must be a tensor of shape (..., {self.in_features})")
         return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)
 
     def own_output(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:

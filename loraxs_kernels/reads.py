@@ -80,22 +80,31 @@ def held_beside(model: nn.Module) -> dict[int, str]:
         id(held): f"of a {type(module).__name__}, which also holds it in {name!r}: an adapter would be missing there"
         for module in model.modules()
         for name, value in vars(module).items()
-        for held in (() if name == "_modules" else _modules_in(value))
+        for held in (() if name in _OF_TORCH else _modules_in(value))
         if held is not module
     }
 
 
-def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+# The children, and what torch.compile of a layer by itself keeps of the layer, which `attach` refuses with advice.
+_OF_TORCH = ("_modules", "_torchdynamo_orig_callable")
+
+
+def _modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
     """The modules in the values, lists and dicts that an attribute is made of, and those whose methods it has."""
-    if isinstance(value, nn.Module):
+    kind = type(value)  # as isinstance would ask proxies for what they stand for, which may be gone
+    if issubclass(kind, nn.Module):
         yield value
-    elif isinstance(value, MethodType):
-        yield from _modules_in(value.__self__)
-    elif isinstance(value, functools.partial):
-        yield from _modules_in([value.func, *value.args, *value.keywords.values()])
-    elif isinstance(value, (list, tuple, set, dict)) and depth:
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(each, depth - 1)
+    elif issubclass(kind, MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif depth and issubclass(kind, functools.partial):
+        yield from _modules_in([value.func, *value.args, *value.keywords.values()], depth - 1)
+    elif depth and issubclass(kind, (list, tuple, set, dict)):
+        for each in value.values() if issubclass(kind, dict) else value:
+            if type(each) not in _PLAIN:  # a vocabulary may have a million
+                yield from _modules_in(each, depth - 1)
+
+
+_PLAIN = (str, int, float)
 
 
 def _functions(kind: type) -> list[tuple[str, FunctionType]]:
@@ -271,6 +280,7 @@ def _asked_for_its_type(node: ast.AST) -> ast.expr | None:
         isinstance(node, ast.Compare)
         and isinstance(node.left, ast.Call)
         and getattr(node.left.func, "id", "") == "type"
+        and node.left.args
     ):
         (asked, *_), (kinds, *_) = node.left.args, node.comparators
     named = {getattr(each, "attr", getattr(each, "id", "")) for each in (ast.walk(kinds) if kinds else ())}

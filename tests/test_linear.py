@@ -82,6 +82,8 @@ def test_x_may_be_given_by_the_name_that_linear_has_for_it(merged):
     if merged:
         layer.eval().merge()
     assert torch.equal(layer(input=x), layer(x))
+    with pytest.raises(TypeError, match=r"linear: got no x, must be a tensor of shape \(\.\.\., 40\)"):
+        layer()
 
 
 def test_hooks_of_all_modules_get_the_output_of_a_base_that_is_called_as_it_was():

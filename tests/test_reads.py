@@ -9,6 +9,7 @@ import linecache
 import pickle
 import re
 import types
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -276,6 +277,9 @@ class Asking(nn.Module):
         x = self.ours(x) if isinstance(self.ours, (nn.Linear, LoraXSLinear)) else x
         return self.other(x) if isinstance(self.other, nn.Module) else x
 
+    def told(self, type):
+        return type() is nn.Linear  # a function of the caller's
+
 
 def test_code_that_asks_for_linear_layers_would_not_find_adapted_ones():
     model = Asking()
@@ -309,6 +313,20 @@ def test_layers_that_are_held_beside_the_children_are_left_out():
         match(model, ["hidden"])
     model[0].child.forward = partial(nn.Linear.forward, model[0].child)  # a layer that holds itself
     assert match(model, ["child"]) == ["0.child"]
+
+
+def test_attributes_of_any_kind_are_no_obstacle():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.itself = {}
+    model.itself["update"] = partial(print, model.itself)
+    model.gone = [weakref.proxy(nn.Identity())]
+    assert match(model, "all-linear") == ["0"]
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused_with_advice():
+    model = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"))
+    with pytest.raises(ValueError, match="is compiled by itself"):
+        lx.attach(model, 2)
 
 
 def test_a_function_put_in_the_place_of_forward_may_read():
