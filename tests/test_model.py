@@ -752,13 +752,22 @@ def test_a_model_that_is_a_layer_is_told_what_adapts_it():
         lx.attach(nn.Linear(8, 8), 2)
 
 
-def test_weights_of_zeros_are_warned_of():
+def test_weights_of_zeros_are_warned_of(tmp_path):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     for i in (1, 2):
         nn.init.zeros_(model[i].weight)
-    with pytest.warns(UserWarning, match="weight of module '1' and 1 more has only zeros") as warned:
+    fresh = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="A has only zeros in module '1' and 1 more") as warned:
         lx.attach(model, 2)
     assert [each.filename for each in warned] == [__file__]
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is to be trained here
+        lx.load_adapter(fresh, tmp_path / "a.safetensors")
+        lx.detach(fresh)
+        with pytest.raises(UserWarning, match="only zeros"):
+            lx.attach(fresh, 2)
+    assert all(type(m) is nn.Linear for m in fresh)
 
 
 class WithLayersInside(nn.Linear):
