@@ -319,7 +319,7 @@ def test_attributes_of_any_kind_are_no_obstacle():
     model = nn.Sequential(nn.Linear(4, 4))
     model.itself = {}
     model.itself["update"] = partial(print, model.itself)
-    model.gone = weakref.proxy(other := types.SimpleNamespace())
+    model.gone = weakref.proxy(other := {1})
     del other
     assert type(lx.attach(model, 2)[0]) is LoraXSLinear
 
