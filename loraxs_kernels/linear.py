@@ -130,7 +130,7 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Until then a call is a ValueError, and after `to_empty` its result is NaN.
+        loaded.  Until then a call is a ValueError, or returns NaN if `to_empty` has been called.
 
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
@@ -346,13 +346,13 @@ class LoraXSLinear(PaddedB):
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
         self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
-        if meta and not self.A.is_meta:  # by to_empty: zeros, perhaps, with which nothing would train
+        if meta and not self.A.is_meta:  # to_empty leaves what the memory had: with zeros, R would never train
             with torch.no_grad():
                 self.A.fill_(torch.nan)
         return self
 
     def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The base layer's first: code takes the dtype of a model from its first parameter, and R is in fp32."""
+        """Lists the base layer before this one: code takes a model's dtype from its first parameter; R is in fp32."""
         found = [*super().named_modules(*args, **options)]  # none where it has been listed already
         yield from (*found[1:], *found[:1])
 

@@ -135,7 +135,7 @@ def match(
         if everything and rank_of and (why := too_small(name, module, rank_of(name))):
             small[name] = why
             continue
-        # One adapter around the other would give it a name that no model without adapters has.
+        # An adapter inside this layer would have a name that a model without adapters does not have.
         refused |= {id(m): f"inside {name!r}, which has an adapter itself" for m in module.modules() if m is not module}
     if len(small) < len(names):  # else the rank is wrong
         names = [name for name in names if name not in small]

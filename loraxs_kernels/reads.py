@@ -35,7 +35,7 @@ Path = tuple[str, ...]
 Names = dict[str, list[Path]]  # a function's names for parts of its module
 
 READS, ASKS = "which reads its weight without calling it", "which asks whether it is an nn.Linear"
-_EFFECTS = {READS: "an adapter there has no effect", ASKS: "a layer with an adapter is none"}
+_EFFECTS = {READS: "an adapter there has no effect", ASKS: "with an adapter it would not be one"}
 MOST_PATHS = 9  # for one name of a function, which a loop might give more and more
 
 
@@ -72,12 +72,13 @@ def read_or_asked(model: nn.Module) -> dict[int, str]:
 
 
 def held_beside(model: nn.Module) -> dict[int, str]:
-    """{id of a module: in which attribute another one holds it, not as its child, as the end of a sentence}.
+    """{id of a module: which other one holds it, in an attribute that is no child, as the end of a sentence}.
 
     Code that calls what is in a plain list, say, would go on calling the layer itself.
     """
     return {
-        id(held): f"of a {type(module).__name__}, which also holds it in {name!r}: an adapter would be missing there"
+        id(held): f"of a {type(module).__name__}, which also holds it in its attribute {name!r}: "
+        "an adapter would be missing there"
         for module in model.modules()
         for name, value in vars(module).items()
         for held in (() if name in _OF_TORCH else _modules_in(value))
@@ -132,7 +133,8 @@ def _all_functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
 
 # Methods that make, tie, load, convert or freeze weights, or collect them for an optimizer.
 NOT_WHILE_IT_RUNS = re.compile(
-    r".*init|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|optim|configure_optim)"
+    r".*(init|param(eter)?_groups)"
+    r"|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|(get_)?optim|configure_optim)"
 )
 
 # Methods in which only arguments that models do not pass, or a fast path that fast_path.py closes, lead to a read.

@@ -60,6 +60,9 @@ class Block(nn.Module):
         self.box = nn.ModuleDict({"by_a_name": self.by_a_name})
         self.reset_parameters()
 
+    def get_param_groups(self):
+        return [{"params": layer.weight} for layer in (self.called, self.asked)]
+
     def reset_parameters(self):
         nn.init.zeros_(self.initialised.weight)
 
@@ -306,10 +309,10 @@ class Listing(nn.Module):
 
 def test_layers_that_are_held_beside_the_children_are_left_out():
     model = nn.Sequential(Listing())
-    said = r"4 layers .* '0.listed', is of a Listing, which also holds it in 'calls': an adapter would be missing there"
+    said = r"4 layers .* '0.listed', is of a Listing, which also holds it in its attribute 'calls': an adapter wou"
     with pytest.warns(UserWarning, match=said):
         assert match(model, "all-linear") == ["0.child"]
-    with pytest.raises(TypeError, match=r"'0.hidden' of a Listing, which also holds it in 'tied'"):
+    with pytest.raises(TypeError, match=r"'0.hidden' of a Listing, which also holds it in its attribute 'tied'"):
         match(model, ["hidden"])
     model[0].child.forward = partial(nn.Linear.forward, model[0].child)  # a layer that holds itself
     assert match(model, ["child"]) == ["0.child"]
