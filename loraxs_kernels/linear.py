@@ -351,10 +351,13 @@ class LoraXSLinear(PaddedB):
                 self.A.fill_(torch.nan)
         return self
 
-    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Lists the base layer before this one: code takes a model's dtype from its first parameter; R is in fp32."""
-        found = [*super().named_modules(*args, **options)]  # none where it has been listed already
-        yield from (*found[1:], *found[:1])
+    def named_modules(self, memo: set | None = None, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Within a model, the base layer first: code takes a model's dtype from its first parameter, and R is in fp32.
+
+        A layer that is asked by itself comes first, as torch.export expects of what it is given.
+        """
+        found = [*super().named_modules(memo, *args, **options)]  # none where it has been listed already
+        yield from found if memo is None else (*found[1:], *found[:1])
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:
