@@ -743,7 +743,8 @@ def test_no_target_modules_are_refused_by_name():
 
 @pytest.mark.parametrize("argument", ["target_modules", "exclude_modules", "modules_to_save"])
 def test_names_that_can_be_read_only_once_are_refused(argument):
-    with pytest.raises(TypeError, match=rf"{argument}: got <generator .*, must be a list of names or a regular expres"):
+    must = "a list of module names" if argument == "modules_to_save" else "a list of names or a regular expression"
+    with pytest.raises(TypeError, match=f"{argument}: got <generator .*, must be {must}"):
         lx.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 2, **{argument: (name for name in "01")})
 
 
@@ -791,6 +792,8 @@ def test_no_adapter_is_inside_another(tmp_path):
     with pytest.raises(TypeError, match=r"matches module '0\.up' inside '0', which has"):
         match(base, ["0", "up"])
     assert match(base, ["up"]) == ["0.up"]
+    with pytest.raises(ValueError, match="its linear layers: down, up"):
+        match(base[0], ["left"])
 
 
 def test_a_scripted_layer_is_left_out():
