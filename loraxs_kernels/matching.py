@@ -147,12 +147,12 @@ def match(
         name, why = unsuited[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
     if not names:
-        if is_linear(model):
+        linear = [name for name, m in modules.items() if name and is_linear(m)]
+        if is_linear(model) and not linear:
             raise ValueError(
                 f"model: is itself a {type(model).__name__}, must contain the layers to adapt; "
                 "LoraXSLinear.from_linear(layer, rank) adapts one layer"
             )
-        linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
         raise ValueError(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
@@ -268,9 +268,8 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
 
 def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The names of the modules that modules_to_save means; every entry must match."""
-    if isinstance(endings, str):
-        raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
-    check_patterns(modules_to_save=endings)
+    if isinstance(endings, str) or not isinstance(endings, Collection):
+        raise TypeError(f"modules_to_save: got {endings!r}, must be a list of module names")
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
     for ending in endings:
         if not any(matches(name, [ending]) for name in names):
