@@ -130,7 +130,7 @@ class LoraXSLinear(PaddedB):
             fill: False leaves A, B and R empty until `reset_parameters` is called.
 
         If the weight is on the meta device, A, B and R have only shapes; call `reset_parameters` once the weight is
-        loaded.  Until then a call is a ValueError, and after `to_empty` its result is NaN.
+        loaded.  Until then a call is a ValueError, or returns NaN if `to_empty` has been called.
 
         Raises TypeError or ValueError, naming the layer, before anything is changed.
         """
@@ -217,8 +217,8 @@ class LoraXSLinear(PaddedB):
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if x is None and "input" in kwargs:  # as nn.Linear calls it
-            x = kwargs.pop("input")
+        if x is None and (x := kwargs.pop("input", None)) is None:  # as nn.Linear calls it
+            raise TypeError(f"{self.label}: got no x, must be a tensor of shape (..., {self.in_features})")
         return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)
 
     def own_output(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -346,15 +346,18 @@ class LoraXSLinear(PaddedB):
         if self.A.dtype != dtype:
             self.recipe = self.recipe.cast(self.A.dtype)
         self._coarsest = _coarser(self._coarsest, dense_dtype(self.base_layer))
-        if meta and not self.A.is_meta:  # by to_empty: zeros, perhaps, with which nothing would train
+        if meta and not self.A.is_meta:  # to_empty leaves what the memory had: with zeros, R would never train
             with torch.no_grad():
                 self.A.fill_(torch.nan)
         return self
 
-    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The base layer's first: code takes the dtype of a model from its first parameter, and R is in fp32."""
-        found = [*super().named_modules(*args, **options)]  # none where it has been listed already
-        yield from (*found[1:], *found[:1])
+    def named_modules(self, memo: set | None = None, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Within a model, the base layer first: code takes a model's dtype from its first parameter, and R is in fp32.
+
+        A layer that is asked by itself comes first, as torch.export expects of what it is given.
+        """
+        found = [*super().named_modules(memo, *args, **options)]  # none where it has been listed already
+        yield from found if memo is None else (*found[1:], *found[:1])
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:

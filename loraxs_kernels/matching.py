@@ -135,7 +135,7 @@ def match(
         if everything and rank_of and (why := too_small(name, module, rank_of(name))):
             small[name] = why
             continue
-        # One adapter around the other would give it a name that no model without adapters has.
+        # An adapter inside this layer would have a name that a model without adapters does not have.
         refused |= {id(m): f"inside {name!r}, which has an adapter itself" for m in module.modules() if m is not module}
     if len(small) < len(names):  # else the rank is wrong
         names = [name for name in names if name not in small]
@@ -147,12 +147,12 @@ def match(
         name, why = unsuited[0]
         raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
     if not names:
-        if is_linear(model):
+        linear = [name for name, m in modules.items() if name and is_linear(m)]
+        if is_linear(model) and not linear:
             raise ValueError(
                 f"model: is itself a {type(model).__name__}, must contain the layers to adapt; "
                 "LoraXSLinear.from_linear(layer, rank) adapts one layer"
             )
-        linear = [name for name, m in modules.items() if is_linear(m)]
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
         raise ValueError(
             f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
@@ -268,9 +268,8 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
 
 def names_to_save(model: nn.Module, endings: Sequence[str]) -> list[str]:
     """The names of the modules that modules_to_save means; every entry must match."""
-    if isinstance(endings, str):
-        raise TypeError(f"modules_to_save: got the string {endings!r}, must be a list of module names")
-    check_patterns(modules_to_save=endings)
+    if isinstance(endings, str) or not isinstance(endings, Collection):
+        raise TypeError(f"modules_to_save: got {endings!r}, must be a list of module names")
     names = [name for name, _ in model.named_modules() if name and matches(name, endings)]
     for ending in endings:
         if not any(matches(name, [ending]) for name in names):
@@ -353,7 +352,10 @@ def check_unadapted(model: nn.Module) -> None:
 def embeddings(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model, where it has any."""
     get = getattr(model, f"get_{which}_embeddings", None)
-    return get() if callable(get) else None
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:  # what transformers says where there are none, as in models for speech
+        return None
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:

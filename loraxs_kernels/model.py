@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -138,7 +138,9 @@ def attach(
         if unused:
             warnings.warn(f"{argument}: no adapted module matches {', '.join(map(repr, unused))}", stacklevel=3)
     opened = None if basis is None else basis_for(basis, options)
-    install(model, options, saved, opened, **compute_options(device, workspace_gib, progress))
+    with transaction(model):  # which the warning may end
+        install(model, options, saved, opened, **compute_options(device, workspace_gib, progress))
+        warn_of_zeros((layer for _, layer in adapted_layers(model)), stacklevel=4)
     if logger.isEnabledFor(logging.INFO):  # counting takes as long as a small model's SVD
         logger.info("attach: %s", summary(model))
     return given
@@ -276,12 +278,17 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
         layer.reset_parameters((like.A, like.B))
     for layer in layers:
         layer.shares = parallel.shares(layer.base_layer, fsdp)
+
+
+def warn_of_zeros(layers: Iterable[LoraXSLinear], stacklevel: int) -> None:
+    """Say that new adapters would never train, since A has only zeros, if there are any such."""
     if idle := [layer.label for layer in layers if not (layer.A.is_meta or layer.A.any())]:
         others = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
         warnings.warn(
-            f"model: the weight of {idle[0]}{others} has only zeros, and so has A: the adapter has no effect, and R "
-            "does not train. Load the weights before lx.attach, or leave such layers out (exclude_modules)",
-            stacklevel=7,  # of attach, past its decorators and those of install
+            f"model: A has only zeros in {idle[0]}{others}, as it has where the weight has: the adapter has no effect "
+            "there, and its R does not train. Load the weights before the adapters are put on, or leave such layers "
+            "out (exclude_modules)",
+            stacklevel=stacklevel,
         )
 
 

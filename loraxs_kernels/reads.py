@@ -35,7 +35,7 @@ Path = tuple[str, ...]
 Names = dict[str, list[Path]]  # a function's names for parts of its module
 
 READS, ASKS = "which reads its weight without calling it", "which asks whether it is an nn.Linear"
-_EFFECTS = {READS: "an adapter there has no effect", ASKS: "a layer with an adapter is none"}
+_EFFECTS = {READS: "an adapter there has no effect", ASKS: "with an adapter it would not be one"}
 MOST_PATHS = 9  # for one name of a function, which a loop might give more and more
 
 
@@ -72,30 +72,40 @@ def read_or_asked(model: nn.Module) -> dict[int, str]:
 
 
 def held_beside(model: nn.Module) -> dict[int, str]:
-    """{id of a module: in which attribute another one holds it, not as its child, as the end of a sentence}.
+    """{id of a module: which other one holds it, in an attribute that is no child, as the end of a sentence}.
 
     Code that calls what is in a plain list, say, would go on calling the layer itself.
     """
     return {
-        id(held): f"of a {type(module).__name__}, which also holds it in {name!r}: an adapter would be missing there"
+        id(held): f"of a {type(module).__name__}, which also holds it in its attribute {name!r}: "
+        "an adapter would be missing there"
         for module in model.modules()
         for name, value in vars(module).items()
-        for held in (() if name == "_modules" else _modules_in(value))
+        for held in (() if name in _OF_TORCH else _modules_in(value))
         if held is not module
     }
 
 
-def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+# The children, and what torch.compile of a layer by itself keeps of the layer, which `attach` refuses with advice.
+_OF_TORCH = ("_modules", "_torchdynamo_orig_callable")
+
+
+def _modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
     """The modules in the values, lists and dicts that an attribute is made of, and those whose methods it has."""
-    if isinstance(value, nn.Module):
+    kind = type(value)  # as isinstance would ask proxies for what they stand for, which may be gone
+    if issubclass(kind, nn.Module):
         yield value
-    elif isinstance(value, MethodType):
-        yield from _modules_in(value.__self__)
-    elif isinstance(value, functools.partial):
-        yield from _modules_in([value.func, *value.args, *value.keywords.values()])
-    elif isinstance(value, (list, tuple, set, dict)) and depth:
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(each, depth - 1)
+    elif issubclass(kind, MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif depth and issubclass(kind, functools.partial):
+        yield from _modules_in([value.func, *value.args, *value.keywords.values()], depth - 1)
+    elif depth and issubclass(kind, (list, tuple, set, dict)):
+        for each in value.values() if issubclass(kind, dict) else value:
+            if type(each) not in _PLAIN:  # a vocabulary may have a million
+                yield from _modules_in(each, depth - 1)
+
+
+_PLAIN = (str, int, float)
 
 
 def _functions(kind: type) -> list[tuple[str, FunctionType]]:
@@ -123,7 +133,8 @@ def _all_functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
 
 # Methods that make, tie, load, convert or freeze weights, or collect them for an optimizer.
 NOT_WHILE_IT_RUNS = re.compile(
-    r".*init|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|optim|configure_optim)"
+    r".*(init|param(eter)?_groups)"
+    r"|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|(get_)?optim|configure_optim)"
 )
 
 # Methods in which only arguments that models do not pass, or a fast path that fast_path.py closes, lead to a read.
@@ -271,6 +282,7 @@ def _asked_for_its_type(node: ast.AST) -> ast.expr | None:
         isinstance(node, ast.Compare)
         and isinstance(node.left, ast.Call)
         and getattr(node.left.func, "id", "") == "type"
+        and node.left.args
     ):
         (asked, *_), (kinds, *_) = node.left.args, node.comparators
     named = {getattr(each, "attr", getattr(each, "id", "")) for each in (ast.walk(kinds) if kinds else ())}

@@ -41,9 +41,10 @@ def keep(undo: ExitStack, tensors: Iterable[Tensor]) -> None:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    # By the kind's constructor: DeepSpeed's ZeRO-3 has dictionaries that cannot copy themselves.
+    # By the kind's constructor: DeepSpeed's ZeRO-3 has dictionaries that cannot copy themselves.  By the type: a proxy
+    # whose object is gone has no class.
     held = vars(module).values()
-    return [(each, kind(each)) for each in held for kind in (dict, list, set) if isinstance(each, kind)]
+    return [(each, kind(each)) for each in held for kind in (dict, list, set) if issubclass(type(each), kind)]
 
 
 def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: list[tuple[Tensor, bool]]) -> None:

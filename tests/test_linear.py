@@ -82,6 +82,8 @@ def test_x_may_be_given_by_the_name_that_linear_has_for_it(merged):
     if merged:
         layer.eval().merge()
     assert torch.equal(layer(input=x), layer(x))
+    with pytest.raises(TypeError, match=r"linear: got no x, must be a tensor of shape \(\.\.\., 40\)"):
+        layer()
 
 
 def test_hooks_of_all_modules_get_the_output_of_a_base_that_is_called_as_it_was():
@@ -548,6 +550,7 @@ def test_a_model_that_takes_its_dtype_from_its_first_parameter_gets_that_of_its_
     both = nn.Sequential(model[0], model[0])
     assert [name for name, _ in both.named_parameters()] == ["0.base_layer.weight", "0.base_layer.bias", "0.R"]
     assert len([*both.modules()]) == 3 and len([*both.named_modules(remove_duplicate=False)]) == 5
+    assert [name for name, _ in model[0].named_modules(prefix="x")] == ["x", "x.base_layer"]
 
 
 def test_meta_device_then_real_weights():

@@ -743,7 +743,8 @@ def test_no_target_modules_are_refused_by_name():
 
 @pytest.mark.parametrize("argument", ["target_modules", "exclude_modules", "modules_to_save"])
 def test_names_that_can_be_read_only_once_are_refused(argument):
-    with pytest.raises(TypeError, match=rf"{argument}: got <generator .*, must be a list of names or a regular expres"):
+    must = "a list of module names" if argument == "modules_to_save" else "a list of names or a regular expression"
+    with pytest.raises(TypeError, match=f"{argument}: got <generator .*, must be {must}"):
         lx.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 2, **{argument: (name for name in "01")})
 
 
@@ -752,13 +753,22 @@ def test_a_model_that_is_a_layer_is_told_what_adapts_it():
         lx.attach(nn.Linear(8, 8), 2)
 
 
-def test_weights_of_zeros_are_warned_of():
+def test_weights_of_zeros_are_warned_of(tmp_path):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     for i in (1, 2):
         nn.init.zeros_(model[i].weight)
-    with pytest.warns(UserWarning, match="weight of module '1' and 1 more has only zeros") as warned:
+    fresh = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="A has only zeros in module '1' and 1 more") as warned:
         lx.attach(model, 2)
     assert [each.filename for each in warned] == [__file__]
+    lx.save_adapter(model, tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is to be trained here
+        lx.load_adapter(fresh, tmp_path / "a.safetensors")
+        lx.detach(fresh)
+        with pytest.raises(UserWarning, match="only zeros"):
+            lx.attach(fresh, 2)
+    assert all(type(m) is nn.Linear for m in fresh)
 
 
 class WithLayersInside(nn.Linear):
@@ -782,6 +792,8 @@ def test_no_adapter_is_inside_another(tmp_path):
     with pytest.raises(TypeError, match=r"matches module '0\.up' inside '0', which has"):
         match(base, ["0", "up"])
     assert match(base, ["up"]) == ["0.up"]
+    with pytest.raises(ValueError, match="its linear layers: down, up"):
+        match(base[0], ["left"])
 
 
 def test_a_scripted_layer_is_left_out():

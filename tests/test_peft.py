@@ -1326,6 +1326,17 @@ def test_all_linear_leaves_a_head_to_train_whole(task_type, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model))
 
 
+def test_weights_of_zeros_are_warned_of_where_an_adapter_is_to_be_trained(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.zeros_(base[1].weight)
+    fresh = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="A has only zeros in module '1', as it has where the weight has"):
+        get_peft_model(base, loraxs_peft.LoraXSConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*only zeros")
+        PeftModel.from_pretrained(fresh, tmp_path)
+
+
 def test_a_head_that_does_not_train_is_warned_of():
     model, query = bert(), dict(target_modules=["query"])
     with pytest.warns(

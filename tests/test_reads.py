@@ -9,6 +9,7 @@ import linecache
 import pickle
 import re
 import types
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,9 @@ class Block(nn.Module):
         self.named = nn.ModuleDict({"valued": self.valued})
         self.box = nn.ModuleDict({"by_a_name": self.by_a_name})
         self.reset_parameters()
+
+    def get_param_groups(self):
+        return [{"params": layer.weight} for layer in (self.called, self.asked)]
 
     def reset_parameters(self):
         nn.init.zeros_(self.initialised.weight)
@@ -276,6 +280,9 @@ class Asking(nn.Module):
         x = self.ours(x) if isinstance(self.ours, (nn.Linear, LoraXSLinear)) else x
         return self.other(x) if isinstance(self.other, nn.Module) else x
 
+    def told(self, type):
+        return type() is nn.Linear  # a function of the caller's
+
 
 def test_code_that_asks_for_linear_layers_would_not_find_adapted_ones():
     model = Asking()
@@ -302,13 +309,28 @@ class Listing(nn.Module):
 
 def test_layers_that_are_held_beside_the_children_are_left_out():
     model = nn.Sequential(Listing())
-    said = r"4 layers .* '0.listed', is of a Listing, which also holds it in 'calls': an adapter would be missing there"
+    said = r"4 layers .* '0.listed', is of a Listing, which also holds it in its attribute 'calls': an adapter wou"
     with pytest.warns(UserWarning, match=said):
         assert match(model, "all-linear") == ["0.child"]
-    with pytest.raises(TypeError, match=r"'0.hidden' of a Listing, which also holds it in 'tied'"):
+    with pytest.raises(TypeError, match=r"'0.hidden' of a Listing, which also holds it in its attribute 'tied'"):
         match(model, ["hidden"])
     model[0].child.forward = partial(nn.Linear.forward, model[0].child)  # a layer that holds itself
     assert match(model, ["child"]) == ["0.child"]
+
+
+def test_attributes_of_any_kind_are_no_obstacle():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.itself = {}
+    model.itself["update"] = partial(print, model.itself)
+    model.gone = weakref.proxy(other := {1})
+    del other
+    assert type(lx.attach(model, 2)[0]) is LoraXSLinear
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused_with_advice():
+    model = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"))
+    with pytest.raises(ValueError, match="is compiled by itself"):
+        lx.attach(model, 2)
 
 
 def test_a_function_put_in_the_place_of_forward_may_read():

@@ -35,7 +35,7 @@ from ...matching import (
     warn_of_unsuited,
     why_not_mixed,
 )
-from ...model import fill
+from ...model import fill, warn_of_zeros
 from ...naming import label_of
 from ...recipe import Recipe
 from ...svd import plan
@@ -98,6 +98,8 @@ class LoraXSModel(BaseTuner):
                     layer.copy_adapter("default", "ref")
             else:
                 fill(model, self._new)
+                if not config.inference_mode:
+                    warn_of_zeros(self._new, stacklevel=3)
                 if not config._from_file:  # which says what the adapter was made with
                     made = {adapter.recipe.weight_dtype for adapter in self._new}
                     config.weight_dtype = made.pop() if len(made) == 1 else None
