@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from test_adapter_file import mlp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 from transformers import (
     AutoModelForCausalLM,
@@ -599,11 +600,27 @@ def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_p
     set_peft_model_state_dict(model, half)
     assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
     fewer = get_peft_model(llama(), config(target_modules=["q_proj"], lora_alpha=8))
-    with pytest.warns(UserWarning, match="has R for 12 modules that the adapter has not here, .*: left out"):
+    with pytest.warns(UserWarning, match="has R for 12 modules that have no such adapter here, .*: left out"):
         fewer.load_adapter(saved, "default")  # as Trainer resumes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_adapter(saved, "default")
+
+
+def test_layers_in_torchs_wrapper_for_checkpointing_are_found_in_a_state_dict(trained):
+    """It leaves its own name out of state dicts."""
+    model = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    blocks = model.base_model.model.model.layers
+    blocks[1] = checkpoint_wrapper(blocks[1])
+    tensors = {key: t for key, t in trained.state_dict().items() if "loraxs_" in key}
+    before, last = logits(model), "base_model.model.model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=r"R for module 'model\.layers\.1\.mlp\.up_proj' has shape"):
+        model.load_state_dict(tensors | {f"{last}.loraxs_R.default": torch.ones(2, 2)}, strict=False)
+    assert torch.equal(logits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(tensors, strict=False)
+    assert torch.equal(logits(model), logits(trained))
 
 
 def test_a_file_is_blamed_for_its_own_damage_alone(trained, saved, tmp_path):
