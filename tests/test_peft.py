@@ -276,6 +276,20 @@ def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
         PeftModel.from_pretrained(llama().bfloat16(), saved)
 
 
+def test_an_adapter_of_a_base_that_was_converted_later_is_an_ordinary_one_again(tmp_path):
+    """model.to() rounds A and B; a load makes them again, of the weights as they are, and files need not hold them."""
+    saved = randomise(get_peft_model(llama().bfloat16(), config()))
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config()).bfloat16()
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), logits(saved))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "again")
+    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 28
+    assert torch.equal(logits(PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "again")), logits(saved))
+
+
 @pytest.mark.usefixtures("transformers_takes_peft")
 def test_another_base_model_is_refused_where_transformers_loads(saved):
     torch.manual_seed(7)
