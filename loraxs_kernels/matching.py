@@ -353,7 +353,10 @@ def check_unadapted(model: nn.Module) -> None:
 def embeddings(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model, where it has any."""
     get = getattr(model, f"get_{which}_embeddings", None)
-    return get() if callable(get) else None
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:  # what transformers says where there are none, as in models for speech
+        return None
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:

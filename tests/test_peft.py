@@ -284,7 +284,7 @@ def test_an_adapter_of_a_base_that_was_converted_later_is_an_ordinary_one_again(
     model.load_adapter(tmp_path, "default")
     assert torch.equal(logits(model), logits(saved))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "adapter")
         model.save_pretrained(tmp_path / "again")
     assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 28
     assert torch.equal(logits(PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "again")), logits(saved))
@@ -1189,6 +1189,20 @@ def test_a_merged_head_is_loaded_as_one_of_its_own(tmp_path):
     assert not merged.config.tie_word_embeddings and not merged.config.text_config.tie_word_embeddings
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_a_model_without_embeddings_is_merged(monkeypatch):
+    """transformers 4 says of all models that their embeddings are tied, and for speech that it knows of none."""
+
+    def none(self):
+        raise NotImplementedError("`get_input_embeddings` not auto-handled")
+
+    model = bert()
+    monkeypatch.setattr(BertForSequenceClassification, "get_input_embeddings", none)
+    model.config.tie_word_embeddings = True
+    trained = randomise(get_peft_model(model, LoraXSConfig(r=2, target_modules=["query"], modules_to_save=[])))
+    expected = logits(trained)
+    assert torch.allclose(logits(trained.merge_and_unload()), expected, atol=1e-5)
 
 
 def test_a_merged_adapter_is_not_deleted(trained, monkeypatch):
