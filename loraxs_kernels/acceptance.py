@@ -73,7 +73,8 @@ def mismatch(
     if None not in dtypes and dtypes[0] != dtypes[1]:
         return AdapterMismatch(
             f"{more}: the adapter's A and B were made from weights in {dtypes[0]}, this model's from weights in "
-            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be converted afterwards{again}"
+            f"{dtypes[1]}. {load} into the model in {dtypes[0]} (and quantised, if it was), which can be converted "
+            f"afterwards{again}"
         )
     if there is not None and there.rounded != here.rounded:
         ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
