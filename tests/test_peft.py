@@ -1876,7 +1876,13 @@ def test_fsdp1_takes_a_bf16_model_whose_R_is_bf16():
     plain = copy.deepcopy(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+        options, blocks = dict(use_orig_params=True, device_id=torch.device("cpu")), model.base_model.model.model.layers
+        blocks[0] = FSDP(blocks[0], **options)
+        wrapped = FSDP(model, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the state dict has R for")  # whose names are without those of FSDP
+            R = {key: t for key, t in plain.state_dict().items() if "loraxs_R" in key}
+            wrapped.load_state_dict(R, strict=False)
         y = wrapped(IDS).logits
         y.float().sum().backward()
         gradients = [p.grad for name, p in wrapped.named_parameters() if "loraxs_R" in name]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .layer import LoraXSLinearLayer
 
 NO_FILES: Mapping[str, str] = {}
+_FSDP1 = "_fsdp_wrapped_module."  # its wrapper: in the names of modules, and of tensors in a state dict only in front
 
 
 def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -69,11 +70,11 @@ def _warn_of_modules(
     layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tensor], adapters: Iterable
 ) -> None:
     """Warn if a state dict has R of an adapter, but not for exactly the modules that it adapts here."""
-    layers = {name.replace("_fsdp_wrapped_module.", ""): m for name, m in layers.items()}  # as FSDP1 has it there
+    layers = {name.replace(_FSDP1, ""): m for name, m in layers.items()}
     there: dict[str, set[str]] = {name: set() for name in adapters}
     strays = []
     for key in state_dict:
-        module, found, adapter = key.rpartition(".loraxs_R")
+        module, found, adapter = key.replace(_FSDP1, "").rpartition(".loraxs_R")
         if found and adapter.count(".") < 2:  # else it is what a parametrization makes R of
             here = module in layers and adapter[1:] in layers[module].r  # PEFT adds the adapter's name only then
             there[adapter[1:]].add(module) if here else strays.append(key)
