@@ -180,10 +180,7 @@ def classification_head(model: nn.Module) -> list[str]:
     Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
     """
     names = []
-    for (
-        prefix,
-        m,
-    ) in model.named_modules():  # by their types, since wrappers of PEFT 0.18 cannot be asked before the end
+    for prefix, m in model.named_modules():  # asked by type: wrappers of PEFT 0.18 that have no adapter yet raise
         if not (hasattr(type(m), "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
             continue
         backbone = getattr(m, m.base_model_prefix, None)

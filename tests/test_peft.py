@@ -58,6 +58,7 @@ from transformers import (
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.matching import classification_head
 from loraxs_kernels.padding import readable_columns
 
 LoraXSConfig, LoraXSLinearLayer = loraxs_peft.LoraXSConfig, loraxs_peft.LoraXSLinearLayer
@@ -1386,6 +1387,18 @@ def test_a_head_that_does_not_train_is_warned_of():
         get_peft_model(tokens, config(**query, task_type="TOKEN_CLS"))
         for options in (query | {"modules_to_save": []}, query | {"inference_mode": True}, {}):
             get_peft_model(bert(), config(**options, task_type=None))
+
+
+def test_a_head_is_looked_for_beside_modules_that_cannot_be_asked_yet():
+    """As PEFT 0.18's wrappers of modules_to_save cannot while their adapter is being added."""
+
+    class Wrapper(nn.Module):
+        def __getattr__(self, name):
+            raise IndexError("list index out of range")
+
+    model = bert()
+    model.dropout = Wrapper()
+    assert classification_head(model) == ["classifier"]
 
 
 def test_a_layer_in_two_places_and_a_shared_weight():
