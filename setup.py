@@ -31,11 +31,12 @@ import setuptools
 
 # setuptools.__version__ is not asked: within pip 24.3 to 26.2 it is the version of this checkout.
 _beside = DistributionFinder.Context(name="setuptools", path=[str(Path(setuptools.__file__).parents[1])])
-for _found in MetadataPathFinder.find_distributions(_beside):
-    if int(_found.version.partition(".")[0]) < 77:  # which --no-build-isolation does not bring
-        raise SystemExit(
-            f"loraxs_kernels: setuptools: got {_found.version}, must be 77 or later: pip install -U setuptools"
-        )
+_versions = [each.version for each in MetadataPathFinder.find_distributions(_beside) if each.version]
+# There may be more than one, or one without metadata: folders that an update has left behind.
+if _versions and all(int(each.partition(".")[0]) < 77 for each in _versions):  # --no-build-isolation brings no other
+    raise SystemExit(
+        f"loraxs_kernels: setuptools: got {', '.join(_versions)}, must be 77 or later: pip install -U setuptools"
+    )
 from setuptools import Extension, build_meta, setup
 from setuptools.build_meta import (  # noqa: F401
     build_editable,

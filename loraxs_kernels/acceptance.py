@@ -13,8 +13,6 @@ from .basis import ACCEPT, ALIGNED, DIFFERENT
 from .recipe import Factors, Recipe
 
 HOW = ("init", "seed", "method", "block", "n_iter")  # of a recipe: what decides A and B of one weight
-
-
 # What a checkpoint of LoraXSCallback has of each layer beside R; earlier ones have no s.
 FINGERPRINT, SCALING = "loraxs_basis", "loraxs_scaling"
 
@@ -75,7 +73,8 @@ def mismatch(
     if None not in dtypes and dtypes[0] != dtypes[1]:
         return AdapterMismatch(
             f"{more}: the adapter's A and B were made from weights in {dtypes[0]}, this model's from weights in "
-            f"{dtypes[1]}. {load} into the model in {dtypes[0]}, which can be converted afterwards{again}"
+            f"{dtypes[1]}. {load} into the model in {dtypes[0]} (and quantised, if it was), which can be converted "
+            f"afterwards{again}"
         )
     if there is not None and there.rounded != here.rounded:
         ways = [f"rounded to {' and then '.join(r)}" if r else "not rounded" for r in (there.rounded, here.rounded)]
@@ -97,19 +96,24 @@ def check_resumed(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Non
     """
     expected = state_dict.pop(f"{prefix}{FINGERPRINT}", None)
     scaling = state_dict.pop(f"{prefix}{SCALING}", None)
-    if scaling is not None and scaling.item() != layer.scaling:
+    if scaling is not None and not scaling.equal(torch.full_like(scaling, layer.scaling)):  # in the dtype it has there
         raise AdapterMismatch(
-            f"resume_from_checkpoint: alpha of module {prefix[:-1]!r} is {layer.alpha:g}, must be "
+            f"resume_from_checkpoint: alpha of {layer.label} is {layer.alpha:g}, must be "
             f"{scaling.item() * layer.rank:g}, with which its R in the checkpoint was trained"
         )
     if expected is None:  # the state dict is a whole model, with A and B
         return
+    if layer.A.is_meta:
+        raise ValueError(
+            f"resume_from_checkpoint: A and B of {layer.label} are on the meta device, must be made before R is loaded"
+        )
     fits = expected.shape == (basis.PROBES,)
     error = basis.residual(expected, layer.A, basis.mixing(layer.rank, layer.A.device), layer.B) if fits else math.inf
-    if error > ACCEPT:
+    limit = max(ACCEPT, torch.finfo(expected.dtype).eps)
+    if error > limit:
         raise AdapterMismatch(
-            f"resume_from_checkpoint: A and B of module {prefix[:-1]!r} are not those of the checkpoint (relative "
-            f"error {error:.1e}, must be at most {ACCEPT:.0e}). Attach to the same weights, with the same seed"
+            f"resume_from_checkpoint: A and B of {layer.label} are not those of the checkpoint (relative error "
+            f"{error:.1e}, must be at most {limit:.0e}). Attach to the same weights, with the same seed"
         )
 
 

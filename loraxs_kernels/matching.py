@@ -180,11 +180,11 @@ def classification_head(model: nn.Module) -> list[str]:
     Such a head is seldom pretrained: its random weights are not worth a basis, and have to train.
     """
     names = []
-    for prefix, m in model.named_modules():
-        if not (hasattr(m, "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
+    for prefix, m in model.named_modules():  # asked by type: wrappers of PEFT 0.18 that have no adapter yet raise
+        if not (hasattr(type(m), "base_model_prefix") and any(map(_CLASSIFIES.search, _names(m)))):
             continue
         backbone = getattr(m, m.base_model_prefix, None)
-        bodies = [c for c in m.children() if any(hasattr(each, "base_model_prefix") for each in c.modules())]
+        bodies = [c for c in m.children() if any(hasattr(type(each), "base_model_prefix") for each in c.modules())]
         bodies = bodies if backbone is None else [backbone]
         names += [
             f"{prefix}.{name}".removeprefix(".")

@@ -165,6 +165,12 @@ def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path):
     refused = run(PYTHON, "-c", "import setup", cwd=ROOT, PYTHONPATH=str(tmp_path))
     message = "loraxs_kernels: setuptools: got 65.5.0, must be 77 or later: pip install -U setuptools\n"
     assert (refused.returncode, refused.stderr) == (1, message)
+    for name, version in (("setuptools-70.0.0", ""), ("setuptools-80.0.0", "Name: setuptools\nVersion: 80.0.0\n")):
+        (tmp_path / f"{name}.dist-info").mkdir()  # what updates leave behind
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(version)
+    assert (
+        "cannot import name 'Extension'" in run(PYTHON, "-c", "import setup", cwd=ROOT, PYTHONPATH=str(tmp_path)).stderr
+    )
 
 
 def test_builds_where_every_package_has_the_version_of_the_checkout(source):

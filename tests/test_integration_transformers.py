@@ -307,6 +307,23 @@ def test_a_model_from_model_init_is_looked_at_too(whole, tmp_path):
         trainer.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
 
 
+def test_a_checkpoint_that_is_read_by_hand_is_compared_in_its_dtype(whole):
+    """s = 0.3 / 4 is another number in bf16, and so is what it says of A and B."""
+    tensors = load_file(f"{whole.args.output_dir}/checkpoint-2/model.safetensors")
+    model, meta = attached(alpha=0.3), attached(llama().to("meta"))
+    for key in tensors:
+        if key.endswith("scaling"):
+            tensors[key].fill_(0.3 / 4)
+    assert not model.load_state_dict({key: t.bfloat16() for key, t in tensors.items()}, strict=False).unexpected_keys
+    layer = model.model.layers[0].self_attn.q_proj
+    with pytest.raises(
+        lx.AdapterMismatch, match=r"alpha of module 'model\.layers\.0\.self_attn\.q_proj' is 0.3, must be 4"
+    ):
+        layer.load_state_dict({"loraxs_scaling": torch.tensor(1.0)}, strict=False)
+    with pytest.raises(ValueError, match=r"A and B of module '.*q_proj' are on the meta device, must be made before"):
+        meta.load_state_dict({key: t for key, t in tensors.items() if "scaling" not in key}, strict=False)
+
+
 CHANGES = {
     "NaN": lambda t: t.fill_(torch.nan),
     "another shape": lambda t: torch.ones(3, 3),

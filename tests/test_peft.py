@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from test_adapter_file import mlp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 from transformers import (
     AutoModelForCausalLM,
@@ -57,6 +58,7 @@ from transformers import (
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.matching import classification_head
 from loraxs_kernels.padding import readable_columns
 
 LoraXSConfig, LoraXSLinearLayer = loraxs_peft.LoraXSConfig, loraxs_peft.LoraXSLinearLayer
@@ -257,7 +259,7 @@ def test_another_base_model_is_refused_and_stays_unusable(saved):
 def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
     """Also by transformers' own loading, and by a file that says nothing of it, as those of earlier versions."""
     message = "were made from weights in float32, this model's from weights in bfloat16"
-    with pytest.raises(lx.AdapterMismatch, match=f"{message}.* Load the adapter into the model in float32"):
+    with pytest.raises(lx.AdapterMismatch, match=rf"{message}.* the model in float32 \(and quantised, if it was\)"):
         PeftModel.from_pretrained(llama().bfloat16(), saved)
     with pytest.raises(lx.AdapterMismatch, match=message):
         other = llama().bfloat16()
@@ -273,6 +275,20 @@ def test_a_base_in_another_dtype_is_refused_as_that(trained, saved):
     (saved / "adapter_config.json").write_text(json.dumps(old))
     with pytest.raises(lx.AdapterMismatch, match="the weights were edited, quantised or converted to another dtype"):
         PeftModel.from_pretrained(llama().bfloat16(), saved)
+
+
+def test_an_adapter_of_a_base_that_was_converted_later_is_an_ordinary_one_again(tmp_path):
+    """model.to() rounds A and B; a load makes them again, of the weights as they are, and files need not hold them."""
+    saved = randomise(get_peft_model(llama().bfloat16(), config()))
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config()).bfloat16()
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), logits(saved))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "adapter")
+        model.save_pretrained(tmp_path / "again")
+    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 28
+    assert torch.equal(logits(PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "again")), logits(saved))
 
 
 @pytest.mark.usefixtures("transformers_takes_peft")
@@ -599,11 +615,27 @@ def test_a_loaded_config_asks_nothing_of_other_state_dicts(trained, saved, tmp_p
     set_peft_model_state_dict(model, half)
     assert torch.equal(model.state_dict()[next(iter(part))], part[next(iter(part))] / 2)
     fewer = get_peft_model(llama(), config(target_modules=["q_proj"], lora_alpha=8))
-    with pytest.warns(UserWarning, match="has R for 12 modules that the adapter has not here, .*: left out"):
+    with pytest.warns(UserWarning, match="has R for 12 modules that have no such adapter here, .*: left out"):
         fewer.load_adapter(saved, "default")  # as Trainer resumes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_adapter(saved, "default")
+
+
+def test_layers_in_torchs_wrapper_for_checkpointing_are_found_in_a_state_dict(trained):
+    """It leaves its own name out of state dicts."""
+    model = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    blocks = model.base_model.model.model.layers
+    blocks[1] = checkpoint_wrapper(blocks[1])
+    tensors = {key: t for key, t in trained.state_dict().items() if "loraxs_" in key}
+    before, last = logits(model), "base_model.model.model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=r"R for module 'model\.layers\.1\.mlp\.up_proj' has shape"):
+        model.load_state_dict(tensors | {f"{last}.loraxs_R.default": torch.ones(2, 2)}, strict=False)
+    assert torch.equal(logits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(tensors, strict=False)
+    assert torch.equal(logits(model), logits(trained))
 
 
 def test_a_file_is_blamed_for_its_own_damage_alone(trained, saved, tmp_path):
@@ -1160,6 +1192,20 @@ def test_a_merged_head_is_loaded_as_one_of_its_own(tmp_path):
     assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), logits(merged))
 
 
+def test_a_model_without_embeddings_is_merged(monkeypatch):
+    """transformers 4 says of all models that their embeddings are tied, and for speech that it knows of none."""
+
+    def none(self):
+        raise NotImplementedError("`get_input_embeddings` not auto-handled")
+
+    model = bert()
+    monkeypatch.setattr(BertForSequenceClassification, "get_input_embeddings", none)
+    model.config.tie_word_embeddings = True
+    trained = randomise(get_peft_model(model, LoraXSConfig(r=2, target_modules=["query"], modules_to_save=[])))
+    expected = logits(trained)
+    assert torch.allclose(logits(trained.merge_and_unload()), expected, atol=1e-5)
+
+
 def test_a_merged_adapter_is_not_deleted(trained, monkeypatch):
     monkeypatch.setattr("peft.tuners.tuners_utils._check_adapters_not_merged", lambda *_: None, raising=False)  # 0.18
     trained.add_adapter("second", config())
@@ -1352,6 +1398,18 @@ def test_a_head_that_does_not_train_is_warned_of():
         get_peft_model(tokens, config(**query, task_type="TOKEN_CLS"))
         for options in (query | {"modules_to_save": []}, query | {"inference_mode": True}, {}):
             get_peft_model(bert(), config(**options, task_type=None))
+
+
+def test_a_head_is_looked_for_beside_modules_that_cannot_be_asked_yet():
+    """As PEFT 0.18's wrappers of modules_to_save cannot while their adapter is being added."""
+
+    class Wrapper(nn.Module):
+        def __getattr__(self, name):
+            raise IndexError("list index out of range")
+
+    model = bert()
+    model.dropout = Wrapper()
+    assert classification_head(model) == ["classifier"]
 
 
 def test_a_layer_in_two_places_and_a_shared_weight():
@@ -1842,7 +1900,13 @@ def test_fsdp1_takes_a_bf16_model_whose_R_is_bf16():
     plain = copy.deepcopy(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+        options, blocks = dict(use_orig_params=True, device_id=torch.device("cpu")), model.base_model.model.model.layers
+        blocks[0] = FSDP(blocks[0], **options)
+        wrapped = FSDP(model, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the state dict has R for")  # whose names are without those of FSDP
+            R = {key: t for key, t in plain.state_dict().items() if "loraxs_R" in key}
+            wrapped.load_state_dict(R, strict=False)
         y = wrapped(IDS).logits
         y.float().sum().backward()
         gradients = [p.grad for name, p in wrapped.named_parameters() if "loraxs_R" in name]

@@ -20,7 +20,7 @@ from ...functional import Adapter
 from ...indexed import RowIndex
 from ...linear import LoraXSLinear, warn_of_training
 from ...matching import pattern_value
-from ...naming import DTYPES, FLOATS, label_of
+from ...naming import DTYPES, FLOATS, dtype_name, label_of
 from ...ops import autocast_on
 from ...padded import sparing_what_trains
 from ...recipe import Recipe
@@ -373,8 +373,12 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         adapter = self.adapter(name)
         if self.config[name].save_factors or adapter.recipe.init != "svd" or self.can_make(name):
             return False
-        adapter.set_factors(*adapter.recipe.factors(weight_of(self.base_layer, adapter.label), adapter.rank))
-        self.loraxs_A[name], self.loraxs_B[name] = adapter.A, adapter.B
+        weight = weight_of(self.base_layer, adapter.label)
+        recipe = replace(adapter.recipe, rounded=(), weight_dtype=dtype_name(weight.dtype)).cast(adapter.A.dtype)
+        made = recipe.round(recipe.factors(weight, adapter.rank))
+        for each, t in zip((self.loraxs_A, self.loraxs_B), made, strict=True):
+            each[name] = t.to(each[name])
+        self.recipe[name] = recipe
         return True
 
     def cast_R(self, name: str, autocast_adapter_dtype: bool) -> None:

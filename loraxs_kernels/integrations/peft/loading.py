@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .layer import LoraXSLinearLayer
 
 NO_FILES: Mapping[str, str] = {}
+_FSDP1 = "_fsdp_wrapped_module."  # its wrapper: in the names of modules, and of tensors in a state dict only in front
 
 
 def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -29,8 +30,8 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
 
     The keys of the reference implementation are translated here too: some stand beside a layer, where it does not look.
     """
-    layers = {
-        f"{prefix}{name}": module
+    layers = {  # by the names in state dicts, from which torch leaves out its wrapper for activation checkpointing
+        prefix + name.replace("_checkpoint_wrapped_module.", ""): module
         for name, module in model.named_modules(remove_duplicate=False)
         if is_peft_layer(module)
     }
@@ -69,16 +70,17 @@ def _warn_of_modules(
     layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tensor], adapters: Iterable
 ) -> None:
     """Warn if a state dict has R of an adapter, but not for exactly the modules that it adapts here."""
+    layers = {name.replace(_FSDP1, ""): m for name, m in layers.items()}
     there: dict[str, set[str]] = {name: set() for name in adapters}
     strays = []
     for key in state_dict:
-        module, found, adapter = key.rpartition(".loraxs_R")
+        module, found, adapter = key.replace(_FSDP1, "").rpartition(".loraxs_R")
         if found and adapter.count(".") < 2:  # else it is what a parametrization makes R of
             here = module in layers and adapter[1:] in layers[module].r  # PEFT adds the adapter's name only then
-            there[adapter[1:]].add(module) if here else strays.append(module)
+            there[adapter[1:]].add(module) if here else strays.append(key)
     if strays:
         warnings.warn(
-            f"the state dict has R for {len(strays)} modules that the adapter has not here, the first {strays[0]!r}: "
+            f"the state dict has R for {len(strays)} modules that have no such adapter here, the first {strays[0]!r}: "
             "left out",
             stacklevel=3,
         )
