@@ -84,7 +84,7 @@ def layouts(rank: int) -> None:
     m = training(attached(of_last(Replicate())))
     h = m[1](m[0](X)).detach()
     summed = DTensor.from_local(h if rank == 0 else torch.zeros_like(h), mesh, [Partial()])
-    found = results(m[2], m[2](summed))
+    found = results(nn.Sequential(m[2]), m[2](summed))
     assert_same(found, [expected[0], *expected[-len(found) + 1 :]])
 
     # A hook that multiplies by another weight, with names for the arguments
