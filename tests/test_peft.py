@@ -1389,8 +1389,6 @@ def test_a_head_that_does_not_train_is_warned_of():
         UserWarning, match=r"head \(classifier\) of this BertForS.* Pass modules_to_save=\['classifier'\]"
     ):
         get_peft_model(model, config(**query, task_type=None))
-    with pytest.warns(UserWarning, match=r"head \(classifier\)"):  # where PEFT's "all-linear" leaves it out
-        bert().add_adapter(config(r=2, task_type="SEQ_CLS"))
     tokens = BertForTokenClassification(model.config)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "modules_to_save")
@@ -1398,6 +1396,12 @@ def test_a_head_that_does_not_train_is_warned_of():
         get_peft_model(tokens, config(**query, task_type="TOKEN_CLS"))
         for options in (query | {"modules_to_save": []}, query | {"inference_mode": True}, {}):
             get_peft_model(bert(), config(**options, task_type=None))
+
+
+@pytest.mark.usefixtures("transformers_takes_peft")
+def test_a_head_that_all_linear_leaves_out_through_add_adapter_is_warned_of():
+    with pytest.warns(UserWarning, match=r"head \(classifier\)"):
+        bert().add_adapter(config(r=2, task_type="SEQ_CLS"))
 
 
 def test_a_head_is_looked_for_beside_modules_that_cannot_be_asked_yet():
