@@ -125,7 +125,7 @@ class LoraXSModel(BaseTuner):
             if id(m) in self._refused and name in config.target_modules
         }
         config.target_modules -= refused.keys()
-        # What transformers' add_adapter trains whole its load_adapter does not load: there a head is adapted.
+        # Through transformers' add_adapter only what modules_to_save names trains whole.
         alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
         head = [] if alone else classification_head(model)
         inside = tuple(f"{name}." for name in head)
