@@ -300,7 +300,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         columns = [(name, name, partial(over, other="one")) for name in names if name != "one"]
         notes = [
             *(f"{name}: {PATHS[name][2]}." for name in names),
-            "one is 1; below 1 is faster. Quartiles in brackets.",
+            tables.ratios_to("one"),
         ]
         points = tables.labelled(said, "{dtype} {direction}, T {T}, {N} x {K}, r {r}")
         yield tables.compared(f"One layer, T rows of different adapters, {mode}", points, columns, *notes)
@@ -313,10 +313,9 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         lines.append([what, took, *(over(row, other) for other in ("fewest", "warm"))])
     if lines:
         notes = (
-            f"warm, cold: select {SAMPLES} names and run one layer, all of them in the slots or none. read: one "
-            f"record, checked. adapter: select one of {MODULES} modules that is in no slot. All from the page "
-            "cache.",
-            "Quartiles in brackets.",
+            f"warm: select {SAMPLES} names that are all in slots, and run one layer. cold: the same, with none of them "
+            f"in a slot. read: read and check one record. adapter: select one name, in no slot, of {MODULES} modules. "
+            f"The files are in the page cache. {tables.QUARTILES}",
         )
         yield Table("A bank, by its records", ["", "ms", "over the fewest records", "over warm"], lines, notes)
 

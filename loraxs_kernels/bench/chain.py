@@ -100,10 +100,10 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     for mode, group in tables.grouped(rows).items():
         points = tables.labelled(group, "{dtype} {direction} T {T}, {N} x {K}, r {r}")
         names = tables.present(PATHS, group)
-        columns, notes = [], ["reference: four ops in the dtype of x, is 1; below 1 is faster. Quartiles in brackets."]
+        columns, notes = [], [tables.ratios_to("reference, which is four ops in the dtype of x")]
         if tables.gpu(report):
             columns = [(f"{name}, TB/s", name, partial(tables.bandwidth, report=report)) for name in names]
-            notes.append("TB/s: x once and y once, over the time; in brackets, of this GPU's copy.")
+            notes.append(f"TB/s: the bytes of x and y divided by the time; {tables.OF_COPY}.")
         over = partial(tables.over, other="reference")
         columns += [(f"{name} over reference", name, over) for name in names if name != "reference"]
         yield tables.compared(f"x, A, R, B without W, {mode}", points, columns, *notes)

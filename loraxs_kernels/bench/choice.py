@@ -191,7 +191,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         said = (row | {"with W": " with W" * row["weight"]} for row in group)
         points = tables.labelled(said, "{dtype} {direction}{with W}, T {T}, r {r}, {N} x {K}")
         columns = [(name, name, partial(tables.over, other="torch")) for name in names]
-        note = "The torch backend is 1; below 1 is faster. Quartiles in brackets."
+        note = tables.ratios_to("the torch backend")
         yield tables.compared(f"Calls of the primitive, {mode}", points, columns, note)
 
 

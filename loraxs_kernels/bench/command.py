@@ -130,7 +130,7 @@ def show_roofline(arguments: argparse.Namespace) -> None:
     notes = (
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.half / 1e12:.0f} TFLOP/s in 16 bits, "
         f"{ceilings.single / 1e12:.0f} in fp32 ({ceilings.source}).",
-        "A model: bytes and flops counted once, launches free, nothing kept in the cache between steps.",
+        "Counted, not measured: all bytes and flops once, launches free, nothing kept in the cache between steps.",
     )
     head = ["least time, and tax", *(f"ms T {T} r {r}" for T, r in points), *(f"% T {T} r {r}" for T, r in points)]
     direction = roofline.DIRECTIONS[arguments.direction]

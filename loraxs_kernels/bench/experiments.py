@@ -22,7 +22,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     """A line for each prediction; then the GEMM with a tail, by the order of its tiles, over the library's x W^T."""
     if lines := [_prediction(row) for row in rows if "predicted" in row]:
         head = ["", "predicted", "measured", "measured / predicted"]
-        yield Table("What was predicted", head, lines, ["Quartiles in brackets."])
+        yield Table("What was predicted", head, lines, [tables.QUARTILES])
     points: dict[str, dict[str, Row]] = {}
     for row in (row for row in rows if "wave_bytes" in row):
         tile, cut = row["path"].split(" ", 1)
@@ -31,8 +31,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     if points:
         names = sorted({cut for point in points.values() for cut in point}, key=lambda cut: (cut[10:], cut))
         note = (
-            "Time over x W^T by the library; in brackets TB/s that each wave of tiles would ask of memory, at the time "
-            "measured, if nothing stayed in the cache from the one before."
+            "Each figure is a time divided by that of the library's x W^T. In brackets: the TB/s that the tiles would "
+            "have read from memory if no wave of them had found in the cache what the one before read."
         )
         columns = [(name, name, _wave) for name in names]
         yield tables.compared("x W^T + u B^T by the order of tiles", points, columns, note)

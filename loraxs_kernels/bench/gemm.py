@@ -141,21 +141,23 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     rows = _with_picked(rows)
     others = [name for name in dict.fromkeys(row["path"] for row in rows) if name != "frozen"]
     columns = [(f"{name} over frozen", name, partial(tables.over, other="frozen")) for name in others]
-    notes, noise = ["Quartiles in brackets."], {}
+    notes, noise = [tables.ratios_to("frozen, the library's x W^T")], {}
     if tables.gpu(report):
         columns = [("frozen, TFLOP/s", "frozen", _flops)]
         for name in others:
             columns += [] if name in ("addmm", "torch") else [(f"{name}, TFLOP/s", name, _flops)]
             columns.append((f"{name}, % added", name, _added))
         notes = [
-            "frozen: the library's x W^T, the floor; in brackets of TFLOP/s, of the floor's. "
-            "% added: time added to the floor's, quartiles in brackets."
+            "frozen: the library's x W^T. TFLOP/s: in brackets as a share of frozen's. "
+            f"% added: what a path takes longer than frozen. {tables.QUARTILES}"
         ]
         noise = {"noise": tax.NOISE}
     if any("tile" in row for row in rows):
-        notes.append(f"cuda-...: tiles of y by size; u in steps of {STEP} columns, all of which are counted.")
+        notes.append(
+            f"cuda-...: our GEMM, by its tiles of y; of u it takes {STEP} columns at a time, whose flops all count."
+        )
     if "cuda" in others:
-        notes.append("cuda: the tile that the backend picks; expand first (torch), where it picks none.")
+        notes.append("cuda: the one of these paths that the cuda backend would take: our GEMM in some tiles, or torch.")
     for mode, group in tables.grouped(rows).items():
         yield tables.compared(f"x W^T + u B^T, u given, {mode}", _points(group), columns, *notes, **noise)
 

@@ -109,7 +109,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
     if lines:
         head = ["", *times, "over their frozen linears", "over separate layers"]
         title = "Layers that share their input, together or one by one, forward + backward"
-        yield Table(title, head, lines, ["Quartiles in brackets."])
+        yield Table(title, head, lines, [tables.QUARTILES])
 
 
 QUESTION = Question(name="group", plan=plan, tables=show)

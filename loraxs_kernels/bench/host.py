@@ -83,7 +83,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         lines.append(line)
     what = f"{DIRECTIONS[rows[0]['direction']]} of one token on a {rows[0]['N']} x {rows[0]['K']} layer"
     title = f"Host: issuing {what}, {rows[0]['dtype']}"
-    yield Table(title, head, lines, ["Quartiles in brackets."])
+    yield Table(title, head, lines, [tables.QUARTILES])
 
 
 def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:

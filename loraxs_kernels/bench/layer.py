@@ -80,8 +80,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             ["", *(f"T {at.T} r {at.r}" for at in grid)],
             lines,
             [
-                f"Linears: {shapes}. Quartiles in brackets; in square ones what bytes and flops alone add at this "
-                "run's own ceilings.",
+                f"Linears: {shapes}. {tables.QUARTILES} In square brackets: the least that can be added, counted from "
+                "bytes and flops at the bandwidth and the speed that this run has measured.",
             ],
             tax.NOISE,
         )
@@ -97,8 +97,8 @@ def _ratios(rows: list[Row]) -> Iterator[Table]:
     if rows:
         points, other = tables.labelled(rows, "{dtype} T {T}, {N} x {K}, r {r}"), tables.baseline(rows)
         names = [name for name in tables.present(PATHS, rows) if name != other]
-        title = f"One layer, {DIRECTIONS[rows[0]['direction']]}, as a multiple of the time of: {other}"
-        note = f"{other}: {PATHS[other].what}, is 1; below 1 is faster. Quartiles in brackets."
+        title = f"One layer, {DIRECTIONS[rows[0]['direction']]}, as a multiple of the time of {other}"
+        note = f"{other}: {PATHS[other].what}. {tables.ratios_to(other)}"
         columns = [(name, name, partial(tables.over, other=other)) for name in names]
         yield tables.compared(title, points, columns, note)
 

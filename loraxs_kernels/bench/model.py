@@ -288,8 +288,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
             ["", "r", "trained", *cost, "time over the frozen model", *compiled],
             lines,
             [
-                "One way after another, by the host's clock. The frozen model: forward, and gradients for its input. "
-                "Quartiles in brackets."
+                "Timed one way after another, by the host's clock. A step of the frozen model is its forward and the "
+                f"gradient of its input. {tables.QUARTILES}"
             ],
         )
 

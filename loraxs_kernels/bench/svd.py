@@ -235,8 +235,8 @@ def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which
     points = tables.labelled(rows, what)
     rivals = [name for name in tables.present(METHODS, rows) if name != OURS]
     notes = [
-        "time: over that of truncated_svd, quartiles in brackets; error: the largest relative one of a singular "
-        f"value; excess: squared reconstruction error beyond the best of that rank, relative{which}"
+        "time: divided by truncated_svd's, quartiles in brackets; error: the largest relative error of a singular "
+        f"value; excess: how far the squared reconstruction error is above the least of that rank, relative{which}"
     ]
     cells: list[tuple[str, Callable[[Row], str]]] = []
     if tables.gpu(report):
@@ -245,7 +245,7 @@ def _table(report: dict[str, Any], title: str, rows: list[Row], what: str, which
             ("peak MiB", lambda row: f"{row['peak_bytes'] / 2**20:,.0f}"),
             ("W read at, TB/s", partial(tables.bandwidth, report=report)),
         ]
-        notes.append("W read at: all reads of W, by the whole time; in brackets, of this GPU's copy.")
+        notes.append(f"W read at: the bytes of all reads of W divided by the whole time; {tables.OF_COPY}.")
     errors = [
         ("error", lambda row: f"{row['sigma_error']:.1e}"),
         ("excess", lambda row: tables.NO_FIGURE if row["excess"] is None else f"{row['excess']:.1e}"),

@@ -11,6 +11,8 @@ from .compare import Row
 from .timer import NOISY, Spread
 
 NO_FIGURE = "-"
+QUARTILES = "Quartiles are in brackets."
+OF_COPY = "in brackets as a share of what this GPU reaches when it copies"
 
 
 class Noisy(str):
@@ -25,13 +27,14 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     notes: Sequence[str] = ()
-    noise: str = f"quartiles over {NOISY:.0%} of the median apart"  # why a figure is not to be trusted
+    noise: str = f"more than {NOISY:.0%} of the median"  # how far apart are the quartiles of figures not to be trusted
 
     @property
     def below(self) -> list[str]:
         """The notes, and what explains a "~", where there is one."""
         noisy = any(isinstance(cell, Noisy) for line in self.rows for cell in line)
-        return [*self.notes, *([f"~ too noisy to be trusted: {self.noise}."] if noisy else [])]
+        explained = f"~ marks a figure too noisy to be trusted: its quartiles are {self.noise} apart."
+        return [*self.notes, *([explained] if noisy else [])]
 
     def plain(self) -> str:
         return "\n".join([self.title, aligned([self.head, *self.rows]), *self.below])
@@ -96,6 +99,11 @@ def compared(
         for where, point in points.items()
     ]
     return Table(title, ["", *(head for head, *_ in columns)], lines, notes, **more)
+
+
+def ratios_to(what: str) -> str:
+    """The note below ratios of times."""
+    return f"Each figure is a time divided by that of {what}: below 1 is faster. {QUARTILES}"
 
 
 def present(names: Iterable[str], rows: Iterable[Row]) -> list[str]:

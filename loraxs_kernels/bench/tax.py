@@ -15,7 +15,7 @@ from .shapes import MODELS, Shape
 from .timer import Spread
 
 Paths = dict[str, dict[Shape, Row]]
-NOISE = "its quartiles are too far apart"
+NOISE = "more than one point, and more than a quarter of it,"
 
 
 class Point(NamedTuple):
