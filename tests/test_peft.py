@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -848,7 +849,7 @@ def test_each_sample_has_its_own_adapter(mixed, dtype, minimal):
     with torch.no_grad():
         y = mixed(BATCH, adapter_names=names).logits
     torch.testing.assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
-    assert all(layer._samples is None for layer in layers(mixed).values())
+    assert all(layer._mixed_calls is None for layer in layers(mixed).values())
     mixed.set_adapter("default")
     assert torch.equal(logits(mixed), logits(copy.deepcopy(mixed)))
 
@@ -1064,7 +1065,27 @@ def test_batches_that_cannot_be_mixed_are_refused(mixed):
     mixed.eval().merge_adapter(["second"])
     with pytest.raises(ValueError, match="merged adapters"):
         mixed(IDS, adapter_names=two)
-    assert not ran and all(layer._samples is None for layer in layers(mixed).values())
+    assert not ran and all(layer._mixed_calls is None for layer in layers(mixed).values())
+
+
+def test_calls_in_two_threads_do_not_mix_their_adapters(mixed):
+    """The second call runs whole while the first waits between two layers; one without adapter_names is refused."""
+    expected = dict(zip(("default", "narrow"), alone(mixed, lambda model, _: logits(model), ("default", "narrow"))))
+
+    def meanwhile(*_):
+        hook.remove()  # or the call below would wait, too
+        with ThreadPoolExecutor() as pool:
+            found["narrow"] = pool.submit(lambda: mixed(IDS, adapter_names=["narrow"] * len(IDS)).logits).result()
+            with pytest.raises(RuntimeError, match="runs on this model in another thread"):
+                pool.submit(mixed, IDS).result()
+
+    found = {}
+    hook = mixed.base_model.model.model.layers[1].register_forward_pre_hook(meanwhile)
+    found["default"] = mixed(IDS, adapter_names=["default"] * len(IDS)).logits
+    for name, y in expected.items():
+        torch.testing.assert_close(found[name], y, atol=1e-5, rtol=0)
+    mixed.set_adapter("default")
+    assert torch.equal(logits(mixed), expected["default"])
 
 
 def test_layers_that_do_not_have_the_samples_first_are_refused():

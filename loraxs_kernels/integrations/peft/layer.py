@@ -32,7 +32,7 @@ from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
 from .loading import check_layer, is_in_parts
 from .merging import Unmerged
-from .samples import Samples
+from .samples import MixedCalls, Samples
 
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
 # For each layer and each pair of adapters: the A and B that were compared, their versions then, and whether both
@@ -76,7 +76,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.config: dict[str, LoraXSConfig] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Unmerged | None = None
-        self._samples: Samples | None = None  # during a call with adapter_names
+        self._mixed_calls: MixedCalls | None = None  # while there are calls with adapter_names
         self.shares: Any = None  # as that of LoraXSLinear
         self.register_load_state_dict_post_hook(_check_what_was_loaded)
         self.train(base_layer.training)
@@ -120,7 +120,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
-        base, R, samples = self._modules["base_layer"], self._modules["loraxs_R"], self._samples
+        base, R = self._modules["base_layer"], self._modules["loraxs_R"]
+        samples = None if self._mixed_calls is None else self._mixed_calls.here()
         used = self.active_adapters if samples is None else samples.adapters
         if self.unchecked and not self._disable_adapters:
             self.check_fingerprints(used)
@@ -454,6 +455,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._mixed_calls = None
         self.loraxs_B.__class__ = PaddedBuffers  # in a pickle of an earlier version it is of the class Buffers
         self.loraxs_B._pad()
 

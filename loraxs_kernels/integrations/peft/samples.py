@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -62,8 +64,53 @@ class Samples:
         return args, kwargs | {"adapter_names": [n if n in module._adapters else BASE for n in self.names]}
 
 
-def expanded(expand: Callable[..., Any], samples: Samples, *args: Any, **kwargs: Any) -> Any:
-    """Called by `generate` to repeat its inputs for beams and returned sequences, after the encoder has run."""
-    inputs = expand(*args, **kwargs)
-    samples.expand(args[0] if args else kwargs.get("expand_size", 1))
-    return inputs
+class MixedCalls:
+    """The calls with adapter_names that run on a model, one in a thread."""
+
+    def __init__(self) -> None:
+        self._of_thread: dict[int, Samples] = {}
+        self._lock, self._installed = Lock(), ExitStack()
+
+    @contextmanager
+    def open(self, names: Sequence[str], install: Callable[[ExitStack], None]) -> Iterator[None]:
+        """A call in this thread.  `install` runs where it is the only one; what it puts on the stack, after the last."""
+        thread = get_ident()
+        before = self._of_thread.get(thread)
+        try:
+            with self._lock:
+                if not self._of_thread:
+                    install(self._installed)
+                self._of_thread[thread] = Samples(names)
+            yield
+        finally:
+            with self._lock:
+                if before is None:
+                    self._of_thread.pop(thread, None)
+                else:
+                    self._of_thread[thread] = before
+                if not self._of_thread:
+                    self._installed.close()
+
+    @torch.compiler.disable
+    def here(self) -> Samples:
+        """The samples of the call in this thread; RuntimeError if there are only calls in others."""
+        if (samples := self._of_thread.get(get_ident())) is None:
+            raise RuntimeError(
+                "adapter_names: a call with adapter_names runs on this model in another thread, and none in this one; "
+                "give this call adapter_names, too, or wait for the other"
+            )
+        return samples
+
+    def check(self, *call: Any) -> None:
+        """A hook before the forward of the model."""
+        self.here().check(*call)
+
+    def tell(self, *call: Any) -> tuple[tuple, dict]:
+        """A hook before the forward of one of modules_to_save."""
+        return self.here().tell(*call)
+
+    def expanded(self, expand: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate` to repeat its inputs for beams and returned sequences, after the encoder has run."""
+        inputs = expand(*args, **kwargs)
+        self.here().expand(args[0] if args else kwargs.get("expand_size", 1))
+        return inputs

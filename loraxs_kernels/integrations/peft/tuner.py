@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -46,13 +47,14 @@ from .config import LoraXSConfig
 from .layer import LoraXSLinearLayer
 from .loading import check_before_loading
 from .merging import Unmerged
-from .samples import BASE, Samples, expanded
+from .samples import BASE, MixedCalls
 
 try:
     from peft.utils import quantization_utils
 except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
     quantization_utils = None
 
+_MIXED_CALLS: WeakKeyDictionary[LoraXSModel, MixedCalls] = WeakKeyDictionary()
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
 
 
@@ -210,23 +212,26 @@ class LoraXSModel(BaseTuner):
             yield
             return
         self._check_mixed(adapter_names)
-        samples = Samples(adapter_names)
-        with ExitStack() as undo:
-            for layer in (layers := self._layers()):
-                undo.callback(setattr, layer, "_samples", layer._samples)
-                layer._samples = samples
-            hooks = [(self, samples.check), (self.model, samples.check)]
-            for module in self._trained_whole().values():
-                hooks.append((module, samples.tell))
-                # PEFT 0.18 disables those that the active adapter does not have.
-                undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
-                module._disable_adapters = layers[0]._disable_adapters
-            for module, hook in hooks:
-                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if expand := getattr(self.model, "_expand_inputs_for_generation", None):
-                undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
-                self.model._expand_inputs_for_generation = partial(expanded, expand, samples)
+        calls = _MIXED_CALLS.setdefault(self, MixedCalls())
+        with calls.open(adapter_names, partial(self._tell_of, calls)):
             yield
+
+    def _tell_of(self, calls: MixedCalls, undo: ExitStack) -> None:
+        """Let the layers and `generate` know of calls with adapter_names."""
+        for layer in (layers := self._layers()):
+            undo.callback(setattr, layer, "_mixed_calls", None)
+            layer._mixed_calls = calls
+        hooks = [(self, calls.check), (self.model, calls.check)]
+        for module in self._trained_whole().values():
+            hooks.append((module, calls.tell))
+            # PEFT 0.18 disables those that the active adapter does not have.
+            undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+            module._disable_adapters = layers[0]._disable_adapters
+        for module, hook in hooks:
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if expand := getattr(self.model, "_expand_inputs_for_generation", None):
+            undo.callback(vars(self.model).pop, "_expand_inputs_for_generation", None)
+            self.model._expand_inputs_for_generation = partial(calls.expanded, expand)
 
     def _check_mixed(self, names: Any) -> None:
         """Raise a TypeError or ValueError if a name is unknown, or if this model cannot mix adapters now."""
