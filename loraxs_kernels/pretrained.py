@@ -84,7 +84,7 @@ def _keeping_adapted_heads(resize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained` as it was, except that it warns if from_pretrained could not load what is saved."""
+    """`save_pretrained` as it was, except that it warns of, or refuses, what from_pretrained could not load."""
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
@@ -93,6 +93,14 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
             return save(self, *args, **options)
         given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
         if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+            head, table = (embeddings(self, which) for which in ("output", "input"))
+            shared = isinstance(head, LoraXSLinear) and not head.merged and head.weight is getattr(table, "weight", 0)
+            if shared and not given:
+                raise ValueError(
+                    "save_pretrained: the head has an adapter and shares its weight with the embeddings, which "
+                    "transformers does not save by the names of both; save the adapter with lx.save_adapter(model, "
+                    "file) or call lx.merge(model) first; in Trainer, use LoraXSCallback, which saves R"
+                )
             warnings.warn(
                 "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
                 "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "

@@ -506,9 +506,12 @@ def test_shared_modules_and_tied_weights_are_handled_once(monkeypatch):
     assert torch.equal(model(x), y)
 
 
-def test_a_tied_head_with_an_adapter_is_tied_again_and_not_resized(gpt2):
+def test_a_tied_head_with_an_adapter_is_tied_again_not_resized_and_not_saved_unmerged(gpt2, tmp_path):
     model = randomise(lx.attach(gpt2, 4, target_modules=["lm_head"]))
     y = model(IDS).logits
+    with pytest.raises(ValueError, match="save_pretrained: the head has an adapter and shares its weight"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     for _ in range(2):
         model.tie_weights()
         model.lm_head.out_features = 50  # as transformers 4 does then
