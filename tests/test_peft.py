@@ -1070,7 +1070,8 @@ def test_batches_that_cannot_be_mixed_are_refused(mixed):
 
 def test_calls_in_two_threads_do_not_mix_their_adapters(mixed):
     """The second call runs whole while the first waits between two layers; one without adapter_names is refused."""
-    expected = dict(zip(("default", "narrow"), alone(mixed, lambda model, _: logits(model), ("default", "narrow"))))
+    names = "default", "narrow"
+    expected = dict(zip(names, alone(mixed, lambda model, _: logits(model), names), strict=True))
 
     def meanwhile(*_):
         hook.remove()  # or the call below would wait, too

@@ -73,7 +73,7 @@ class MixedCalls:
 
     @contextmanager
     def open(self, names: Sequence[str], install: Callable[[ExitStack], None]) -> Iterator[None]:
-        """A call in this thread.  `install` runs where it is the only one; what it puts on the stack, after the last."""
+        """A call in this thread.  `install` runs before the first of several, what it puts on the stack after the last."""
         thread = get_ident()
         before = self._of_thread.get(thread)
         try:
