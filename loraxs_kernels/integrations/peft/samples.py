@@ -73,9 +73,17 @@ class MixedCalls:
 
     @contextmanager
     def open(self, names: Sequence[str], install: Callable[[ExitStack], None]) -> Iterator[None]:
-        """A call in this thread.  `install` runs before the first of several, what it puts on the stack after the last."""
-        thread = get_ident()
-        before = self._of_thread.get(thread)
+        """One call, in this thread.  `install` runs before the first of several; its stack is closed after the last."""
+        thread, before = get_ident(), self._of_thread.get(get_ident())
+
+        def end() -> None:
+            if before is None:
+                self._of_thread.pop(thread, None)
+            else:
+                self._of_thread[thread] = before
+            if not self._of_thread:
+                self._installed.close()
+
         try:
             with self._lock:
                 if not self._of_thread:
@@ -83,13 +91,10 @@ class MixedCalls:
                 self._of_thread[thread] = Samples(names)
             yield
         finally:
-            with self._lock:
-                if before is None:
-                    self._of_thread.pop(thread, None)
-                else:
-                    self._of_thread[thread] = before
-                if not self._of_thread:
-                    self._installed.close()
+            try:
+                with self._lock: end()  # fmt: skip  # noqa: E701
+            finally:  # once more, if Ctrl-C has stopped that
+                with self._lock: end()  # fmt: skip  # noqa: E701
 
     @torch.compiler.disable
     def here(self) -> Samples:
