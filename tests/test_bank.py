@@ -493,6 +493,10 @@ def test_a_fixed_selection_changes_in_place(model, tuned, bank):
         assert_close(model(IDS).logits, alone(tuned, [None, "eve", "alice", "carol"]))
         with pytest.raises(KeyError, match="mallory"):
             selection.change(["mallory", None, None, None])
+        with pytest.raises(ValueError, match="names: got 3, must be 4 as before"):
+            selection.change(["alice"] * 3)
+        with pytest.raises(TypeError, match="adapter_ids: got 'abcd', must be a list"):
+            selection.change("abcd")
         assert_close(model(IDS).logits, alone(tuned, [None, "eve", "alice", "carol"]))
     with pytest.raises(RuntimeError, match="fixed=True"):
         selection.change(["alice"] * 4)
@@ -790,6 +794,19 @@ def test_a_fixed_selection_of_all_slots_can_change_all(base, tuned, bank):
     with bank.select(["alice", "bob"], fixed=True) as selection:
         selection.change(["carol", "dave"])
         assert_close(model(IDS[:2]).logits, alone(tuned, ["carol", "dave"]))
+
+
+@torch.no_grad()
+def test_a_selection_that_is_opened_again_follows_its_adapters_to_other_slots(base, tuned, bank):
+    model = bank.attach(copy.deepcopy(base), slots=2, progress=False)
+    selection, places = bank.select(["alice", "bob"]), []
+    for others in (["alice", "carol"], ["dave"]), ():
+        with selection:
+            places.append(bank._slots.state(["alice", "bob"]))
+            assert_close(model(IDS[:2]).logits, alone(tuned, ["alice", "bob"]))
+        for names in others:  # first bob's slot is taken, then alice's
+            model(IDS[: len(names)], adapter_ids=names)
+    assert [places[0][name][0] for name in ("alice", "bob")] == [places[1][name][0] for name in ("bob", "alice")]
 
 
 def test_a_change_that_fails_changes_nothing(base, tuned, bank, monkeypatch):
