@@ -562,6 +562,22 @@ def test_another_dtype_needs_and_gets_alignment(minilm, tmp_path, dtypes, how):
     assert worst_error(base, deltas(minilm)) < 3e-2
 
 
+@pytest.mark.parametrize("how", [dict(portable=True), dict(save_factors=True)], ids=str)
+def test_a_load_turns_R_where_rounding_decides_on_A_and_B(tmp_path, how):
+    """Four equal singular values: A and B of the rounded weight are others, and R as it is makes another delta."""
+    base, path = mlp(), tmp_path / "a.safetensors"
+    U, S, Vh = torch.linalg.svd(base[0].weight.detach(), full_matrices=False)
+    base[0].weight.data = U * torch.where(torch.arange(len(S)) < 4, 2.0, 0.1) @ Vh
+    model = randomise(lx.attach(copy.deepcopy(base), 4, target_modules=["0"]))
+    lx.save_adapter(model, path)
+    with pytest.raises(AdapterMismatch, match="nearly equal, so that rounding decides"):
+        lx.load_adapter(copy.deepcopy(base).bfloat16(), path)
+    lx.save_adapter(model, path, **how)
+    with pytest.warns(UserWarning, match="R was aligned"):
+        loaded = lx.load_adapter(copy.deepcopy(base).bfloat16(), path)
+    assert worst_error(loaded, deltas(model)) < 5e-3
+
+
 def test_a_flipped_sign_is_mended_by_the_probes_alone(trained):
     """No rule for signs is safe, so one pair of vectors the other way round is found and undone."""
     model, path = trained
