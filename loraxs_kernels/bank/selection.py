@@ -64,6 +64,7 @@ class Selection(AbstractContextManager):
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
         self.factor = 1  # by how much `generate` repeats each sample
         self.counted = True  # whether calls must be of as many samples; a model's own `generate` may end some of them
+        self.method: str | None = None  # the method that got the names, if the samples of its calls may be in any order
 
     def __enter__(self) -> Selection:
         return self.open(nested=False)
@@ -147,6 +148,12 @@ class Selection(AbstractContextManager):
         index, rows = self._indices[device], math.prod(x.shape[:-1])
         if len(index) == 1 and self._tokens is None:  # all samples use the same
             return index
+        if self.method is not None:
+            raise ValueError(
+                f"adapter_ids: got different adapters for {self.method}, which has not passed them on to a call of the "
+                "model, and may call it on the samples in another order; must be the same for all samples, or be "
+                "passed on"
+            )
         samples = len(index if self._tokens is None else self._tokens)
         batch, length = self.batch or (samples, 1)
         if self._tokens is not None:
