@@ -930,20 +930,48 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         step(optimizer)
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == 5e-3
-        held, state = [p.detach().clone() for p in training.parameters], copy.deepcopy(optimizer.state_dict())
+        state = copy.deepcopy(optimizer.state_dict())
         step(optimizer)
         expected = [p.detach().clone() for p in training.parameters]
-        with torch.no_grad():
-            for p, value in zip(training.parameters, held, strict=True):
-                p.copy_(value)
+    with bank.train(["alice", "bob"]) as training:
         again = training.optimizer({"alice": 1e-2, "bob": 1e-3})
-        again.load_state_dict(state)
+        again.load_state_dict(state)  # with R as it was then, and not as it is in the bank
         step(again)
         for p, value in zip(training.parameters, expected, strict=True):
-            torch.testing.assert_close(p.detach(), value)
+            assert torch.equal(p.detach(), value)
         training.device = torch.device("meta")  # in the place of a GPU, for a state that was read into memory
         again.load_state_dict(state)
         assert again.state[training.parameters[0]]["step"].is_meta
+        state["state"][0]["R"] = torch.zeros(2, 3)
+        with pytest.raises(ValueError, match="it is another bank's"):
+            again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_each_step_has_its_own_gradients_where_only_a_module_s_are_zeroed(model, bank, wrapped):
+    """As Trainer does, of the model or of one that holds it."""
+    module = nn.ModuleDict({"inner": model}) if wrapped else model
+    found = []
+    for zeroing in (module, None):
+        with bank.train(["alice", "bob"]) as training:
+            optimizer = training.optimizer(1e-2)
+            for _ in range(3):
+                model(IDS, labels=IDS, adapter_ids=["alice", "bob"] * 2).loss.backward()
+                optimizer.step()
+                (zeroing or optimizer).zero_grad()
+            found.append(torch.cat([p.detach().flatten() for p in training.parameters]))
+    assert torch.equal(*found)
+
+
+def test_zero_grad_of_the_model_is_that_of_what_trains(model, bank):
+    with bank.train(["alice"]) as training:
+        model(IDS, labels=IDS, adapter_ids=["alice"] * 4).loss.backward()
+        assert all(p.grad is not None for p in training.parameters)
+        model.model.zero_grad()  # of a part
+        assert all(p.grad is not None for p in training.parameters)
+        model.zero_grad()
+        assert all(p.grad is None for p in training.parameters)
+    model.zero_grad()
 
 
 def test_gradients_decide_which_adapters_a_step_changes(model, bank):
