@@ -943,7 +943,7 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         again.load_state_dict(state)
         assert again.state[training.parameters[0]]["step"].is_meta
         state["state"][0]["R"] = torch.zeros(2, 3)
-        with pytest.raises(ValueError, match="it is another bank's"):
+        with pytest.raises(ValueError, match="must be of adapters of this bank"):
             again.load_state_dict(state)
 
 

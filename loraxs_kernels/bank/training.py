@@ -212,8 +212,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         if theirs != ours:
             raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
         must = training._records.shape
-        if found := [R.shape for each in state_dict["state"].values() for R in [each["R"]] if R.shape != must]:
-            raise ValueError(f"state_dict: has R of shape {tuple(found[0])}, must be {tuple(must)}: it is another bank's")
+        if any(getattr(each.get("R"), "shape", None) != must for each in state_dict["state"].values()):
+            raise ValueError(f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank")
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch moves all but "step", as of a file that was read into memory
             state["step"] = state["step"].to(training.device)
