@@ -13,6 +13,7 @@ import threading
 
 import pytest
 import torch
+from helpers import interrupted_at
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -1134,3 +1135,30 @@ def test_a_bank_refuses_calls_out_of_turn(bank, base, tuned):
     bank.detach(second)
     bank.detach(first)
     assert [*first.state_dict()] == [*base.state_dict()] and type(first) is type(base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [False, True])
+def test_ctrl_c_leaves_nothing_selected_and_no_slot_in_use(tmp_path, block):
+    """At any line that brings adapters, opens a selection or closes it, except for the first of `close`."""
+    plain, x, names = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), ["alice", "bob", "carol", "dave"]
+    with serving(plain, tmp_path, names, 2, target_modules=["0"]) as (models, bank, model):
+        bank.detach(model)
+        bank.attach(model, slots=2, progress=False)
+
+        def call(names):
+            if not block:
+                return model(x, adapter_ids=names)
+            with bank.select(names):
+                return model(x)
+
+        k, at_first = 0, 0
+        while interrupted_at(k := k + 1, lambda: call(["alice", "bob"]), "/bank/s"):
+            at_first += bank.is_open()
+            for selection in [*bank.selections._open]:
+                selection.close()
+            assert_close(model(x), plain(x))
+            for two in (["carol", "dave"], ["alice", "carol"], ["bob", "dave"], ["carol", "dave"]):
+                expected = [models[name](x[i : i + 1]) for i, name in enumerate(two)]
+                assert_close(model(x, adapter_ids=two), torch.cat(expected))
+        assert k > 100 and at_first <= 1

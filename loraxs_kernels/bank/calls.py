@@ -224,9 +224,9 @@ def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterato
     if names is None:
         yield bank.selections.current()
         return
-    selection = bank.select(names).open(nested=True)
+    selection = bank.select(names)
     try:
-        yield selection
+        yield selection.open(nested=True)
     finally:
         selection.close()
 

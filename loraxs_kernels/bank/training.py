@@ -141,11 +141,11 @@ class Training(AbstractContextManager):
             )
         return slots
 
-    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], used: Collection[int], changing: bool = False) -> dict[str, int]:
         self.check_open()
         return {name: self._place(name) for name in names}
 
-    def release(self, places: Collection[int]) -> None:
+    def release(self) -> None:
         pass
 
     def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
