@@ -636,6 +636,23 @@ def test_models_that_mix_the_rows_of_samples_can_use_one_adapter(tmp_path, plain
             model(x, adapter_ids=["alice", None, "alice"])
 
 
+@torch.no_grad()
+def test_as_many_positions_as_samples_are_not_taken_for_samples(tmp_path):
+    """MLCD's out_proj gets the sequence first."""
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    plain = transformers.MLCDVisionModel(transformers.MLCDVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    pixels = torch.randn(5, 3, 16, 16)  # 4 patches of each of 5 images, and its class
+    with serving(plain, tmp_path, ["alice"], 2) as (models, _, model):
+        found = model(pixels, adapter_ids=["alice"] * 5).last_hidden_state
+        assert_close(found, models["alice"](pixels).last_hidden_state)
+        with pytest.raises(
+            ValueError, match="whose first dimension is not the batch"
+        ):
+            model(pixels, adapter_ids=["alice", None, None, None, None])
+
+
 def test_the_first_use_may_be_in_inference_mode(model, tuned):
     with torch.inference_mode():
         model(IDS, adapter_ids=["alice"] * 4)
