@@ -647,9 +647,7 @@ def test_as_many_positions_as_samples_are_not_taken_for_samples(tmp_path):
     with serving(plain, tmp_path, ["alice"], 2) as (models, _, model):
         found = model(pixels, adapter_ids=["alice"] * 5).last_hidden_state
         assert_close(found, models["alice"](pixels).last_hidden_state)
-        with pytest.raises(
-            ValueError, match="whose first dimension is not the batch"
-        ):
+        with pytest.raises(ValueError, match="whose first dimension is not the batch"):
             model(pixels, adapter_ids=["alice", None, None, None, None])
 
 
