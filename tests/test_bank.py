@@ -684,6 +684,8 @@ def test_what_would_take_the_layers_or_their_own_R_is_refused(model, folder, ban
     for call in (lx.save_adapter, lx.load_adapter, export_as_lora, lambda model, path: bank.add("zed", model)):
         with pytest.raises(ValueError, match="has a bank of adapters"):
             call(model, tmp_path / "adapter.safetensors")
+    with pytest.warns(UserWarning, match=r"They are a bank's, which holds the adapters: bank\.detach\(model\)"):
+        model.save_pretrained(tmp_path / "model")
 
 
 def test_gradients_are_those_of_the_adapters_of_the_forward_whatever_is_brought_in_later(model, tuned):
