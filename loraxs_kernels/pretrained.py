@@ -94,8 +94,8 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
         given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
         if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
             instead = (
-                "Save the adapter with lx.save_adapter(model, file) or, where the base layers are plain and dense, call "
-                "lx.merge(model) first; in Trainer, LoraXSCallback saves R"
+                "Save the adapter with lx.save_adapter(model, file) or, where the base layers are plain and dense, "
+                "call lx.merge(model) first; in Trainer, LoraXSCallback saves R"
             )
             if any(layer.seat is not None and layer.seat.put_on for layer in layers):
                 instead = "They are a bank's, which holds the adapters: bank.detach(model) leaves the base model"
