@@ -567,6 +567,21 @@ def test_a_map_that_cannot_grow_leaves_the_bank_usable(bank, monkeypatch):
         assert list(again) == ["a", "b"]
 
 
+@posix
+def test_a_reader_that_was_killed_lets_the_file_grow_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
+    with lx.AdapterBank.create(tmp_path / "bank", trained()) as bank:
+        pid = os.fork()
+        if pid == 0:
+            list(bank)
+            reading = bank._environment.lmdb.begin()  # noqa: F841
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for i in range(100):
+            bank.add("a", R_of(i), replace=True)
+        assert bank._environment.lmdb.info()["map_size"] <= 2**17
+
+
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"

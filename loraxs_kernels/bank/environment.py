@@ -149,7 +149,8 @@ class Environment:
                 with _explained(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
                     return call(txn)
             except lmdb.MapFullError:
-                self._resize(2 * self.lmdb.info()["map_size"] + room)
+                if not self.lmdb.reader_check():  # else readers that were killed kept pages from being used again
+                    self._resize(2 * self.lmdb.info()["map_size"] + room)
             except lmdb.MapResizedError:  # another process has made it larger
                 self._resize(0)
 
