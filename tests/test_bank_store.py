@@ -15,6 +15,7 @@ from pathlib import Path
 import fuzzing
 import pytest
 import torch
+from helpers import interrupted_at
 from hypothesis import event, given
 from test_adapter_file import mlp
 from test_fuzz_files import _change, _set, changed_bytes, damages
@@ -580,6 +581,18 @@ def test_a_reader_that_was_killed_lets_the_file_grow_no_further(tmp_path, monkey
         for i in range(100):
             bank.add("a", R_of(i), replace=True)
         assert bank._environment.lmdb.info()["map_size"] <= 2**17
+
+
+def test_ctrl_c_in_a_read_lets_the_map_grow_and_the_process_fork(bank):
+    """At any line but that which ends the transaction for others, and is one step."""
+    bank.add("a", R_of(1))
+    gate, k, left = bank_environment._gate, 0, 0
+    while interrupted_at(k := k + 1, lambda: bank.read("a"), "/bank/environment"):
+        left += len(gate.inside)
+        gate.inside.clear()
+    assert k > 15 and left <= 1
+    bank._environment._resize(2**22)
+    assert torch.equal(bank.read("a"), flat(R_of(1)))
 
 
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
