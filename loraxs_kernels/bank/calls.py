@@ -228,7 +228,11 @@ def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterato
     try:
         yield selection.open(nested=True)
     finally:
-        selection.close()
+        try:
+            selection.close()
+        except BaseException:  # Ctrl-C as it begins
+            selection.close()
+            raise
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
