@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -1179,3 +1180,28 @@ def test_ctrl_c_leaves_nothing_selected_and_no_slot_in_use(tmp_path, block):
                 expected = [models[name](x[i : i + 1]) for i, name in enumerate(two)]
                 assert_close(model(x, adapter_ids=two), torch.cat(expected))
         assert k > 100 and at_first <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operation", ["attach", "detach"])
+def test_ctrl_c_in_attach_and_detach_leaves_a_model_with_the_bank_or_without(tmp_path, operation):
+    plain, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    with serving(plain, tmp_path, ["alice"], 2, target_modules=["0"]) as (models, bank, model):
+        bank.detach(model)
+        k = found = 0
+        while True:
+            model = copy.deepcopy(plain)
+            if operation == "detach":
+                bank.attach(model, progress=False)
+            act = {"attach": partial(bank.attach, model, progress=False), "detach": partial(bank.detach, model)}
+            if not interrupted_at(k := k + 1, act[operation], "/bank/adapter_bank"):
+                break
+            has = "loraxs_bank" in vars(model)
+            found |= 1 + has
+            assert (model in bank._models) == has
+            if not has:
+                assert torch.equal(model(x), plain(x))
+                bank.attach(model, progress=False)
+            assert_close(model(x, adapter_ids=["alice"] * 2), models["alice"](x))
+            bank.detach(model)
+        assert k > 10 and found == 3
