@@ -269,8 +269,12 @@ def _digest_of_rest(f: BinaryIO, digest: Any) -> str:
 
 
 def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
-    """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read."""
-    return {key: tensor_of(f, key, path) for key in f.keys()}  # noqa: SIM118
+    """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read.
+
+    They are copies: the file is mapped, and a program that writes over it in place, as cp does, would change them after
+    they were checked, or crash this process.
+    """
+    return {key: tensor_of(f, key, path).clone() for key in f.keys()}  # noqa: SIM118
 
 
 def tensor_of(f: Any, key: str, path: Path) -> Tensor:
