@@ -34,7 +34,7 @@ from .adapter_contents import (
 from .adapter_format import NUMBERS, packed, read
 from .basis import ACCEPT, ALIGNED, is_flat, probes, same_base, singular_values, sketch
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
-from .files import check_replaces, is_finite, target_of, write_atomically
+from .files import SEPARATORS, check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, has_adapters, saved_modules, unwrapped
@@ -43,8 +43,6 @@ from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
 from .sharding import assign, check_writable, written
 from .transaction import keep, transaction
 from .weights import weight_of
-
-SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -37,6 +37,8 @@ WRITERS = 8  # of a file's temporary names, how many are searched for leftovers 
 MOST_LOST = 8  # new files that one write may lose: a file system that mistakes its own files would take any number
 # The errors by which a file system, such as one on a network, says that it cannot flush a folder.
 UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+SHOWN = 1000  # characters of what is wrong with a file, which may quote what is in it
+SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 UNKNOWN = "0" * 64  # in the place of a digest that is being computed
 
 
@@ -98,6 +100,11 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
         ) from None
     if target.is_symlink():
         raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
+    if not os.fspath(path) or os.fspath(path).endswith(SEPARATORS):
+        raise ValueError(f"{argument}: got {str(path)!r}, must be the name of a file")
+    first, *others = Path(path).parts
+    if others and first.startswith("~") and not os.path.exists(first):
+        raise ValueError(f"{argument}: got {str(path)!r}, must be without ~, as os.path.expanduser makes it")
     if os.path.exists(path) and not target.is_file():  # /dev/stdout may exist where its target does not: a pipe
         what = "a folder" if target.is_dir() else "no regular file"
         raise ValueError(f"{argument}: {path} is {what}, must be the name of a file")
@@ -262,8 +269,12 @@ def _digest_of_rest(f: BinaryIO, digest: Any) -> str:
 
 
 def tensors_of(f: Any, path: Path) -> dict[str, Tensor]:
-    """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read."""
-    return {key: tensor_of(f, key, path) for key in f.keys()}  # noqa: SIM118
+    """All tensors of an open safetensors file; ValueError, naming the file, for one that cannot be read.
+
+    They are copies: the file is mapped, and a program that writes over it in place, as cp does, would change them after
+    they were checked, or crash this process.
+    """
+    return {key: tensor_of(f, key, path).clone() for key in f.keys()}  # noqa: SIM118
 
 
 def tensor_of(f: Any, key: str, path: Path) -> Tensor:
@@ -305,4 +316,5 @@ def read_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 def damaged(path: str | os.PathLike, problem: str, cause: BaseException | None = None) -> NoReturn:
     """Raise the ValueError for a file that is not what was written."""
-    raise ValueError(f"{path}: is damaged: {problem}") from cause
+    shown = problem if len(problem) <= SHOWN else f"{problem[:SHOWN]}..."
+    raise ValueError(f"{path}: is damaged: {shown}") from cause

@@ -305,7 +305,8 @@ def no_adapter(model: nn.Module) -> dict[int, str]:
 
 
 # Types of transformers models whose layers get (length, samples, features), or samples in parts of others.
-_SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt", "mask2former", "oneformer")
+_SEQUENCE_FIRST = {"xlnet", "longformer", "led", "fsmt", "bros"}
+_SEQUENCE_FIRST |= {"mask2former", "oneformer", "omdet-turbo", "mlcd", "mlcd_vision_model"}
 _TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 

@@ -93,18 +93,22 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
             return save(self, *args, **options)
         given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
         if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+            instead = (
+                "Save the adapter with lx.save_adapter(model, file) or, where the base layers are plain and dense, "
+                "call lx.merge(model) first; in Trainer, LoraXSCallback saves R"
+            )
+            if any(layer.seat is not None and layer.seat.put_on for layer in layers):
+                instead = "They are a bank's, which holds the adapters: bank.detach(model) leaves the base model"
             head, table = (embeddings(self, which) for which in ("output", "input"))
             shared = isinstance(head, LoraXSLinear) and not head.merged and head.weight is getattr(table, "weight", 0)
             if shared and not given:
                 raise ValueError(
                     "save_pretrained: the head has an adapter and shares its weight with the embeddings, which "
-                    "transformers does not save by the names of both; save the adapter with lx.save_adapter(model, "
-                    "file) or call lx.merge(model) first; in Trainer, use LoraXSCallback, which saves R"
+                    f"transformers does not save by the names of both. {instead}"
                 )
             warnings.warn(
                 "save_pretrained: the model has LoRA-XS adapters, and from_pretrained would put random weights in the "
-                "place of every adapted layer. Save the adapter with lx.save_adapter(model, file) or, where the base "
-                "layers are plain and dense, call lx.merge(model) first; in Trainer, LoraXSCallback saves R",
+                f"place of every adapted layer. {instead}",
                 stacklevel=2,
             )
         marked, tied = _is_marked(self), [config for config in tying(self) if embeddings(self, "output").merged]

@@ -877,6 +877,16 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_no_damaged_one(trained, m
     assert worst_error(lx.load_adapter(mlp(), path), deltas(model)) == 0 and len(opened) == 2
 
 
+def test_a_file_that_is_written_over_in_place_changes_nothing_that_was_read(trained):
+    """As cp does it, while A and B are computed."""
+    _, path = trained
+    tensors = tensors_of(unsealed(path, "loraxs", "adapter")[1], path)
+    before = {key: t.clone() for key, t in tensors.items()}
+    with open(path, "r+b") as f:
+        f.write(b"\x11" * path.stat().st_size)
+    assert tensors and all(torch.equal(t, before[key]) for key, t in tensors.items())
+
+
 def test_values_that_a_head_cannot_hold_are_refused(tmp_path):
     """A parameter that is Inf here is damage; a buffer may be of Inf, as masks are."""
 

@@ -10,9 +10,11 @@ import gc
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
+from helpers import interrupted_at
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -591,8 +593,11 @@ def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
         each.load_state_dict(base.state_dict())
         bank.attach(each, progress=False)
     with torch.no_grad():
-        for call in (model.scored, model.features, narrower.features):
-            assert_close(call(IDS, adapter_ids=names), alone(tuned, names))
+        assert_close(model.scored(IDS, adapter_ids=names), alone(tuned, names))
+        for call in (model.features, narrower.features):  # they might sort the samples, as an `encode` does
+            assert_close(call(IDS, adapter_ids=["eve"] * 4), alone(tuned, ["eve"] * 4))
+            with pytest.raises(ValueError, match="for features, which has not passed them on to a call of the model"):
+                call(IDS, adapter_ids=names)
         assert_close(next(model.streamed(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(asyncio.run(model.later(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(model(IDS, adapter_ids=names, adapter_names=None).logits, alone(tuned, names))
@@ -636,6 +641,21 @@ def test_models_that_mix_the_rows_of_samples_can_use_one_adapter(tmp_path, plain
             model(x, adapter_ids=["alice", None, "alice"])
 
 
+@torch.no_grad()
+def test_as_many_positions_as_samples_are_not_taken_for_samples(tmp_path):
+    """MLCD's out_proj gets the sequence first."""
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    plain = transformers.MLCDVisionModel(transformers.MLCDVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    pixels = torch.randn(5, 3, 16, 16)  # 4 patches of each of 5 images, and its class
+    with serving(plain, tmp_path, ["alice"], 2) as (models, _, model):
+        found = model(pixels, adapter_ids=["alice"] * 5).last_hidden_state
+        assert_close(found, models["alice"](pixels).last_hidden_state)
+        with pytest.raises(ValueError, match="whose first dimension is not the batch"):
+            model(pixels, adapter_ids=["alice", None, None, None, None])
+
+
 def test_the_first_use_may_be_in_inference_mode(model, tuned):
     with torch.inference_mode():
         model(IDS, adapter_ids=["alice"] * 4)
@@ -669,6 +689,8 @@ def test_what_would_take_the_layers_or_their_own_R_is_refused(model, folder, ban
     for call in (lx.save_adapter, lx.load_adapter, export_as_lora, lambda model, path: bank.add("zed", model)):
         with pytest.raises(ValueError, match="has a bank of adapters"):
             call(model, tmp_path / "adapter.safetensors")
+    with pytest.warns(UserWarning, match=r"They are a bank's, which holds the adapters: bank\.detach\(model\)"):
+        model.save_pretrained(tmp_path / "model")
 
 
 def test_gradients_are_those_of_the_adapters_of_the_forward_whatever_is_brought_in_later(model, tuned):
@@ -944,20 +966,48 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         step(optimizer)
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == 5e-3
-        held, state = [p.detach().clone() for p in training.parameters], copy.deepcopy(optimizer.state_dict())
+        state = copy.deepcopy(optimizer.state_dict())
         step(optimizer)
         expected = [p.detach().clone() for p in training.parameters]
-        with torch.no_grad():
-            for p, value in zip(training.parameters, held, strict=True):
-                p.copy_(value)
+    with bank.train(["alice", "bob"]) as training:
         again = training.optimizer({"alice": 1e-2, "bob": 1e-3})
-        again.load_state_dict(state)
+        again.load_state_dict(state)  # with R as it was then, and not as it is in the bank
         step(again)
         for p, value in zip(training.parameters, expected, strict=True):
-            torch.testing.assert_close(p.detach(), value)
+            assert torch.equal(p.detach(), value)
         training.device = torch.device("meta")  # in the place of a GPU, for a state that was read into memory
         again.load_state_dict(state)
         assert again.state[training.parameters[0]]["step"].is_meta
+        state["state"][0]["R"] = torch.zeros(2, 3)
+        with pytest.raises(ValueError, match="must be of adapters of this bank"):
+            again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_each_step_has_its_own_gradients_where_only_a_module_s_are_zeroed(model, bank, wrapped):
+    """As Trainer does, of the model or of one that holds it."""
+    module = nn.ModuleDict({"inner": model}) if wrapped else model
+    found = []
+    for zeroing in (module, None):
+        with bank.train(["alice", "bob"]) as training:
+            optimizer = training.optimizer(1e-2)
+            for _ in range(3):
+                model(IDS, labels=IDS, adapter_ids=["alice", "bob"] * 2).loss.backward()
+                optimizer.step()
+                (zeroing or optimizer).zero_grad()
+            found.append(torch.cat([p.detach().flatten() for p in training.parameters]))
+    assert torch.equal(*found)
+
+
+def test_zero_grad_of_the_model_is_that_of_what_trains(model, bank):
+    with bank.train(["alice"]) as training:
+        model(IDS, labels=IDS, adapter_ids=["alice"] * 4).loss.backward()
+        assert all(p.grad is not None for p in training.parameters)
+        model.model.zero_grad()  # of a part
+        assert all(p.grad is not None for p in training.parameters)
+        model.zero_grad()
+        assert all(p.grad is None for p in training.parameters)
+    model.zero_grad()
 
 
 def test_gradients_decide_which_adapters_a_step_changes(model, bank):
@@ -1120,3 +1170,55 @@ def test_a_bank_refuses_calls_out_of_turn(bank, base, tuned):
     bank.detach(second)
     bank.detach(first)
     assert [*first.state_dict()] == [*base.state_dict()] and type(first) is type(base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [False, True])
+def test_ctrl_c_leaves_nothing_selected_and_no_slot_in_use(tmp_path, block):
+    """At any line that brings adapters, opens a selection or closes it, except for the first of `close`."""
+    plain, x, names = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), ["alice", "bob", "carol", "dave"]
+    with serving(plain, tmp_path, names, 2, target_modules=["0"]) as (models, bank, model):
+        bank.detach(model)
+        bank.attach(model, slots=2, progress=False)
+
+        def call(names):
+            if not block:
+                return model(x, adapter_ids=names)
+            with bank.select(names):
+                return model(x)
+
+        k, at_first = 0, 0
+        while interrupted_at(k := k + 1, lambda: call(["alice", "bob"]), "/bank/s"):
+            at_first += bank.is_open()
+            for selection in [*bank.selections._open]:
+                selection.close()
+            assert_close(model(x), plain(x))
+            for two in (["carol", "dave"], ["alice", "carol"], ["bob", "dave"], ["carol", "dave"]):
+                expected = [models[name](x[i : i + 1]) for i, name in enumerate(two)]
+                assert_close(model(x, adapter_ids=two), torch.cat(expected))
+        assert k > 100 and at_first <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operation", ["attach", "detach"])
+def test_ctrl_c_in_attach_and_detach_leaves_a_model_with_the_bank_or_without(tmp_path, operation):
+    plain, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    with serving(plain, tmp_path, ["alice"], 2, target_modules=["0"]) as (models, bank, model):
+        bank.detach(model)
+        k = found = 0
+        while True:
+            model = copy.deepcopy(plain)
+            if operation == "detach":
+                bank.attach(model, progress=False)
+            act = {"attach": partial(bank.attach, model, progress=False), "detach": partial(bank.detach, model)}
+            if not interrupted_at(k := k + 1, act[operation], "/bank/adapter_bank"):
+                break
+            has = "loraxs_bank" in vars(model)
+            found |= 1 + has
+            assert (model in bank._models) == has
+            if not has:
+                assert torch.equal(model(x), plain(x))
+                bank.attach(model, progress=False)
+            assert_close(model(x, adapter_ids=["alice"] * 2), models["alice"](x))
+            bank.detach(model)
+        assert k > 10 and found == 3

@@ -15,6 +15,7 @@ from pathlib import Path
 import fuzzing
 import pytest
 import torch
+from helpers import interrupted_at
 from hypothesis import event, given
 from test_adapter_file import mlp
 from test_fuzz_files import _change, _set, changed_bytes, damages
@@ -303,6 +304,7 @@ def test_tensors_that_cannot_be_R_are_refused(tmp_path):
             ({"0": R["0"]}, ValueError, "other modules than the bank.*'2'"),
             (3, TypeError, "what: got a int for 'a', must be the path"),
             (tmp_path / "none.safetensors", FileNotFoundError, "none.safetensors"),
+            ("", ValueError, "what: got '', must be the path of an adapter"),
         ):
             with pytest.raises(error, match=message):
                 bank.add("a", what)
@@ -565,6 +567,33 @@ def test_a_map_that_cannot_grow_leaves_the_bank_usable(bank, monkeypatch):
     bank.add("b", R_of(2))
     with lx.AdapterBank(bank.path) as again:
         assert list(again) == ["a", "b"]
+
+
+@posix
+def test_a_reader_that_was_killed_lets_the_file_grow_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
+    with lx.AdapterBank.create(tmp_path / "bank", trained()) as bank:
+        pid = os.fork()
+        if pid == 0:
+            list(bank)
+            reading = bank._environment.lmdb.begin()  # noqa: F841
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for i in range(100):
+            bank.add("a", R_of(i), replace=True)
+        assert bank._environment.lmdb.info()["map_size"] <= 2**17
+
+
+def test_ctrl_c_in_a_read_lets_the_map_grow_and_the_process_fork(bank):
+    """At any line but that which ends the transaction for others, and is one step."""
+    bank.add("a", R_of(1))
+    gate, k, left = bank_environment._gate, 0, 0
+    while interrupted_at(k := k + 1, lambda: bank.read("a"), "/bank/environment"):
+        left += len(gate.inside)
+        gate.inside.clear()
+    assert k > 15 and left <= 1
+    bank._environment._resize(2**22)
+    assert torch.equal(bank.read("a"), flat(R_of(1)))
 
 
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):

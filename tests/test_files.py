@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from loraxs_kernels import files
-from loraxs_kernels.files import read_json, target_of, write_atomically
+from loraxs_kernels.files import damaged, read_json, target_of, write_atomically
 
 
 def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_gets_the_usual_one(tmp_path):
@@ -59,9 +59,15 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     loop.unlink()
     with pytest.raises(ValueError, match="must be a name in UTF-8"):
         write_atomically("a\0b", b"data")
+    for name in ("", "new/", "~/a/b", "~somebody/a"):
+        with pytest.raises(ValueError, match=f"path: got '{name}', must be"):
+            write_atomically(name, b"data")
     with pytest.raises(ValueError, match=r"out: .*/a/b is in .*/fifo, which is no folder"):
         target_of(fifo / "a" / "b", "out")
     assert stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
+    with pytest.raises(ValueError) as refused:
+        damaged("file", "got " + "x" * 10**6)
+    assert len(str(refused.value)) < 1100
 
 
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):

@@ -141,6 +141,8 @@ def test_a_folder_without_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"it is an adapter of PEFT"):
         lx.load_adapter(mlp(), tmp_path)
+    with pytest.raises(ValueError, match="path: got '', must be the path of an adapter"):
+        lx.load_adapter(mlp(), "")
 
 
 # --- the Hub

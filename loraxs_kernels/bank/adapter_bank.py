@@ -158,9 +158,10 @@ class AdapterBank(Store):
                 turn(part, with_adapter_ids(type(part)), undo)
                 part.loraxs_bank = Attached(self, whole=part is model, **told)
             model.requires_grad_(False)
-        if not len(self._models):
-            self._slots = Slots(self, slots)
-        self.know(model)
+            if not len(self._models):
+                self._slots = Slots(self, slots)
+            undo.callback(self._models.pop, model, None)
+            self.know(model)
         return given
 
     def detach(self, model: M) -> M:
@@ -179,6 +180,9 @@ class AdapterBank(Store):
         if any(layer.merged for _, layer in adapted_layers(model)):
             raise ValueError("model: is merged; lx.unmerge(model) before bank.detach")
         with transaction(model) as undo:
+            self.know(model)
+            undo.callback(self._models.__setitem__, model, self._models[model])
+            del self._models[model]
             for part in model.modules():
                 if "loraxs_bank" in part.__dict__:
                     before = type(part).__mro__[1]
@@ -192,7 +196,6 @@ class AdapterBank(Store):
                 detach(model)
             for name, p in model.named_parameters():
                 p.requires_grad_(p.requires_grad or name in attached.trained)
-        self._models.pop(model, None)
         return given
 
     def select(

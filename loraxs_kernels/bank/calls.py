@@ -42,7 +42,7 @@ class Attached:
 
 @cache
 def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
-    """A model's class whose calls, and `generate` where there is one, take `adapter_ids`.
+    """A model's class whose calls, and `generate` where there is one, take `adapter_ids`; zero_grad knows what trains.
 
     As torch.nn.utils.parametrize does, it takes the place of the class of one model, so that no other model changes
     and copies of this one keep it.
@@ -55,7 +55,9 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     def selected(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if (attached := self.loraxs_bank).whole:
             attached.bank.know(self)
-        with _selecting(attached.bank, kwargs["adapter_ids"]):
+        with _selecting(attached.bank, kwargs["adapter_ids"]) as selection:
+            if not run.__module__.startswith("transformers.models."):  # an `encode` may sort the samples by length
+                selection.method = run.__name__
             return run(self, *args, **kwargs)  # with the names, for calls that it may make later or in another thread
 
     uncompiled = torch._disable_dynamo(inside, recursive=False)  # the model that it calls is still compiled
@@ -75,8 +77,14 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
 
         return method
 
+    @wraps(kind.zero_grad)
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.zero_grad(self, *args, **kwargs)
+        if (attached := self.loraxs_bank).whole and (training := attached.bank._training) is not None:
+            training.zero_grad()  # of parameters that are not the model's, when Trainer asks
+
     body = {name: taking(run, selected) for name, run in methods_with_kwargs(kind).items()}
-    body |= {"__call__": __call__, "forward": taking(kind.forward, inside)}
+    body |= {"__call__": __call__, "forward": taking(kind.forward, inside), "zero_grad": zero_grad}
     body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     if callable(getattr(kind, "generate", None)):
 
@@ -216,11 +224,15 @@ def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterato
     if names is None:
         yield bank.selections.current()
         return
-    selection = bank.select(names).open(nested=True)
+    selection = bank.select(names)
     try:
-        yield selection
+        yield selection.open(nested=True)
     finally:
-        selection.close()
+        try:
+            selection.close()
+        except BaseException:  # Ctrl-C as it begins
+            selection.close()
+            raise
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -45,39 +45,34 @@ def load_lmdb() -> ModuleType:
 
 class _Gate:
     """Transactions of this process run together; what must not meet one (a new map, a fork) shuts the gate, waits for
-    those inside, and keeps others out."""
+    those inside, and keeps others out.
+
+    A transaction takes its token out of `inside` by one step that Ctrl-C cannot divide, or all would wait for it.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside, self._shut = 0, False
+        self.inside: set[object] = set()
+        self._shut = threading.Lock()
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._shut)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
+    def enter(self, token: object) -> None:
+        self.inside.add(token)  # before it is asked whether the gate is shut, so that `shut` sees it
+        while self._shut.locked():
+            self.inside.discard(token)
+            with self._shut:
+                pass
+            self.inside.add(token)
 
     def shut(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._shut)
-            self._shut = True
-            try:
-                self._changed.wait_for(lambda: not self._inside)
-            except BaseException:  # Ctrl-C
-                self._shut = False
-                self._changed.notify_all()
-                raise
+        self._shut.acquire()
+        try:
+            while self.inside:
+                time.sleep(0.0001)
+        except BaseException:  # Ctrl-C
+            self._shut.release()
+            raise
 
     def open(self) -> None:
-        with self._changed:
-            self._shut = False
-            self._changed.notify_all()
+        self._shut.release()
 
 
 class Environment:
@@ -111,9 +106,9 @@ class Environment:
         if size < must:
             damaged(path / DATA, f"it has {size} bytes and must have {must}; copy it again")
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, there is no `os`
         if self.lock is not None:
-            os.close(self.lock)
+            close(self.lock)
 
     @classmethod
     def at(cls, path: Path, create: bool = False) -> Environment:
@@ -145,11 +140,17 @@ class Environment:
         """
         lmdb = load_lmdb()
         while True:
+            gate, token = _gate, object()
             try:
-                with _explained(self.path), _gate.together(), self.lmdb.begin(write=write, buffers=True) as txn:
-                    return call(txn)
+                try:
+                    gate.enter(token)
+                    with _explained(self.path), self.lmdb.begin(write=write, buffers=True) as txn:
+                        return call(txn)
+                finally:
+                    gate.inside.discard(token)
             except lmdb.MapFullError:
-                self._resize(2 * self.lmdb.info()["map_size"] + room)
+                if not self.lmdb.reader_check():  # else readers that were killed kept pages from being used again
+                    self._resize(2 * self.lmdb.info()["map_size"] + room)
             except lmdb.MapResizedError:  # another process has made it larger
                 self._resize(0)
 

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -54,42 +54,45 @@ class Selection(AbstractContextManager):
     ) -> None:
         self.bank, self.source, self.names, self.fixed = bank, source, names, fixed
         self._tokens = tokens
-        self._places: dict[str, int] = {}
+        self.places: dict[str, int] = {}
+        self.entered = False
+        self.before: Selection | None = None  # what was selected in this thread
         self.use: Use | None = None  # while it is open; later only graphs hold it, which end with their outputs
         self._last: Callable[[], Use | None] = lambda: None
         self._indices: dict[torch.device, RowIndex] = {}
-        self._leave: Callable[[], None] | None = None
         self.task = -1  # the backward pass in which it was opened
         self.thread = 0
         self.batch: tuple[int, int] | None = None  # samples and rows of each in the call of the model that runs
         self.factor = 1  # by how much `generate` repeats each sample
         self.counted = True  # whether calls must be of as many samples; a model's own `generate` may end some of them
+        self.method: str | None = None  # the method that got the names, if the samples of its calls may be in any order
 
     def __enter__(self) -> Selection:
         return self.open(nested=False)
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
     def open(self, nested: bool) -> Selection:
         """nested: whether another selection may be open in this thread."""
-        if self._leave is not None:
+        if self.entered:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
         self.task, self.thread = torch._C._current_graph_task_id(), threading.get_ident()
         if (source := self.bank.source_of(self.names)) is not self.source:  # a training began or ended since
-            self.source, self._places, self._indices = source, {}, {}
-        self._leave = self.bank.selections.enter(self, nested)
-        return self
+            self.source, self.places, self._indices = source, {}, {}
+        try:
+            self.bank.selections.enter(self, nested)
+            return self
+        except BaseException:
+            self.close()
+            raise
 
-    def close(self) -> None:
-        leave, self._leave = self._leave, None
-        if leave is not None:
-            self.use = None
-            leave()
+    def __exit__(self, *_: Any) -> None:
+        """End it, as far as it has begun."""
+        try:
+            self.bank.selections.leave(self)
+        except BaseException:  # Ctrl-C
+            self.bank.selections.leave(self)
+            raise
 
-    @property
-    def entered(self) -> bool:
-        return self._leave is not None
+    close = __exit__
 
     @property
     def samples(self) -> int | None:
@@ -112,7 +115,7 @@ class Selection(AbstractContextManager):
         if len(names) != len(self.names):
             raise ValueError(f"names: got {len(names)}, must be {len(self.names)} as before")
         with self.bank.selections.lock:
-            self._places = self.source.bring(_adapters(names), self._places.values())
+            self.places = self.source.bring(_adapters(names), self.bank.selections.used(self), changing=True)
             self.names = names
             self._used()
             for index in self._indices.values():
@@ -120,10 +123,11 @@ class Selection(AbstractContextManager):
 
     def bring(self) -> None:
         self.bank.refuse_merged()
-        before, self._places = self._places, self.source.bring(_adapters(self.names))
-        self._used()
-        if before != self._places:
+        places = self.source.bring(_adapters(self.names), self.bank.selections.used(self))
+        if places != self.places:
             self._indices = {}
+        self.places = places
+        self._used()
 
     def _used(self) -> None:
         self.use = self._last()
@@ -131,11 +135,8 @@ class Selection(AbstractContextManager):
             self.use = Use(self)
             self._last = weakref.ref(self.use)
 
-    def release(self) -> None:
-        self.source.release(self._places.values())
-
     def _numbers(self) -> list[int]:
-        by_name = [NONE if name is None else self._places[name] for name in self.names]
+        by_name = [NONE if name is None else self.places[name] for name in self.names]
         return by_name if self._tokens is None else [by_name[i] for i in self._tokens]
 
     def index(self, x: Tensor, device: torch.device, label: str) -> RowIndex:
@@ -145,8 +146,14 @@ class Selection(AbstractContextManager):
             numbers = numbers if self.mixed or self.fixed else numbers[:1]
             self._indices[device] = RowIndex(numbers, self.source.n, device, fixed=self.fixed)
         index, rows = self._indices[device], math.prod(x.shape[:-1])
-        if len(index) == 1 and self._tokens is None:  # all samples use the same
+        if not rows or (len(index) == 1 and self._tokens is None):  # all samples use the same
             return index
+        if self.method is not None:
+            raise ValueError(
+                f"adapter_ids: got different adapters for {self.method}, which has not passed them on to a call of the "
+                "model, and may call it on the samples in another order; must be the same for all samples, or be "
+                "passed on"
+            )
         samples = len(index if self._tokens is None else self._tokens)
         batch, length = self.batch or (samples, 1)
         if self._tokens is not None:
@@ -212,32 +219,37 @@ class Selections:
         self.lock = threading.RLock()
         for selection in [each for each in self._open if each.thread != threading.get_ident()]:
             self._open.remove(selection)
-            selection._leave = None  # it has ended, also for this thread, which may have a copy of the other's context
-            with suppress(RuntimeError):  # CUDA cannot be used in a child
-                selection.release()
+            selection.entered = False  # also for this thread, which may have a copy of the other's context
 
     def any_open(self) -> bool:
         """Whether a selection is open, in any thread."""
         return bool(self._open)
 
-    def enter(self, selection: Selection, nested: bool) -> Callable[[], None]:
-        """Open a selection in this thread; returns what closes it."""
-        before = self._selected.get()
-        if not nested and before is not None and before.entered:
+    def used(self, but: Selection) -> set[int]:
+        """The places that open selections have in the source of this one, without its own."""
+        others = (each for each in self._open if each is not but and each.source is but.source)
+        return {place for each in others for place in each.places.values()}
+
+    def enter(self, selection: Selection, nested: bool) -> None:
+        """Open a selection in this thread."""
+        selection.before = self._selected.get()
+        if not nested and selection.before is not None and selection.before.entered:
             raise RuntimeError("select: a block is open in this thread; leave it, or give the call its adapter_ids")
         with self.lock:
             selection.bring()
             self._open.append(selection)
-        token = self._selected.set(selection)
+            selection.entered = True
+        self._selected.set(selection)
 
-        def leave() -> None:
-            with suppress(ValueError):  # this is another context, as when an asyncio task closes a generator
-                self._selected.reset(token)
-            with self.lock:
+    def leave(self, selection: Selection) -> None:
+        """Undo what `enter` has done, if anything."""
+        if self._selected.get() is selection:  # not in another context, as when an asyncio task closes a generator
+            self._selected.set(selection.before)
+        with self.lock:
+            selection.entered, selection.use, selection.before = False, None, None
+            if selection in self._open:
                 self._open.remove(selection)
-                selection.release()
-
-        return leave
+                selection.source.release()
 
     def current(self) -> Selection | None:
         """The selection that a layer called now belongs to; None: there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,13 +20,15 @@ class Source(Protocol):
 
     n: int
 
-    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
-        """The places of these adapters, which they keep until `release`; KeyError for an unknown name.
+    def bring(self, names: Sequence[str], used: Collection[int], changing: bool = False) -> dict[str, int]:
+        """The places of these adapters; KeyError for an unknown name.
 
-        instead: places that are released by the same step.  After an error they hold what they held.
+        used: places that open selections have, which keep what they hold.  changing: whether a selection is open whose
+        places are not among these: after an error they hold what they held.
         """
 
-    def release(self, places: Collection[int]) -> None: ...
+    def release(self) -> None:
+        """Note that places which were in use may be written to from here on."""
 
     def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
         """Where these adapters are, and what tells one R from another; without those that are nowhere."""
@@ -40,20 +42,18 @@ class Slots:
 
     The adapter that has not been used for longest gives its slot to one that is not there, unless it is in use.  An
     adapter that is replaced in the bank while it is in use keeps its slot until then, and the new record gets another.
+    A slot is free if no adapter is there and no open selection uses it: nothing is counted.
     """
 
     def __init__(self, bank: AdapterBank, n: int) -> None:
         self.n, self.bank = n, bank
         self._there: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # slot and digest, the latest used last
-        self._free = list(range(n))
-        self._users: Counter[int] = Counter()  # how many selections use a slot
-        self._replaced: set[int] = set()  # slots in use whose adapter has another record by now
         self._tables: dict[torch.device, Tensor] = {}
         self._views: dict[torch.device, list[Tensor]] = {}
         self._staged = torch.empty(0, device="cpu")
         self._events: dict[tuple[torch.device, int], torch.cuda.Event] = {}
 
-    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], used: Collection[int], changing: bool = False) -> dict[str, int]:
         wanted = dict.fromkeys(names)
         digests = self.bank.digests(wanted)
         if len(wanted) > self.n:
@@ -61,48 +61,34 @@ class Slots:
                 f"adapter_ids: got {len(wanted)} different adapters, must be at most {self.n}, the slots of "
                 "bank.attach(model, slots=...)"
             )
-        self._follow(self.bank.devices())
+        self._follow(self.bank.devices(), in_use=bool(used) or changing)
         missing = [name for name in wanted if name not in self._there or self._there[name][1] != digests[name]]
         kept = {self._there[name][0] for name in wanted.keys() - {*missing}}
-        used = (self._users - Counter(instead)).keys()
-        if len(missing) > self.n - len(used | kept):
-            left = self.n - len(used - kept)
+        if len(missing) > self.n - len(kept.union(used)):
+            left = self.n - len({*used} - kept)
             raise RuntimeError(
                 f"adapter_ids: got {len(wanted)} different adapters, must be at most {left}: the other "
                 f"{self.n - left} of {self.n} slots are in use by open selections"
             )
         # Where slots in use are written to, what can fail comes first.
-        records = {name: self.bank.read(name) for name in missing} if instead else {}
+        records = {name: self.bank.read(name) for name in missing} if changing else {}
+        if changing:
+            self.release()
         for name in missing:
-            self._give_up(name)
-        self.release(instead)
-        there = [*self._there.items()] if missing else []
-        idle = (name for name, (slot, _) in there if name not in wanted and slot not in self._users)
-        for name in missing:
-            if not self._free:
-                self._give_up(next(idle))
-            slot = self._free[-1]
-            self._copy(name, slot, records.get(name))
-            self._there[name] = (self._free.pop(), digests[name])
+            self._there.pop(name, None)
+        if missing:
+            held = {slot for slot, _ in self._there.values()}
+            free = [slot for slot in range(self.n) if slot not in held and slot not in used]
+            idle = (name for name, (slot, _) in [*self._there.items()] if name not in wanted and slot not in used)
+            for name in missing:
+                slot = free.pop() if free else self._there.pop(next(idle))[0]
+                self._copy(name, slot, records.get(name))
+                self._there[name] = slot, digests[name]
         for name in wanted:
             self._there.move_to_end(name)
-        places = {name: self._there[name][0] for name in wanted}
-        self._users.update(places.values())
-        return places
+        return {name: self._there[name][0] for name in wanted}
 
-    def _give_up(self, name: str) -> None:
-        """Let an adapter that may be there be there no more."""
-        slot, _ = self._there.pop(name, (None, b""))
-        if slot in self._users:
-            self._replaced.add(slot)
-        elif slot is not None:
-            self._free.append(slot)
-
-    def release(self, places: Collection[int]) -> None:
-        self._users -= Counter(places)  # Counter's -= drops the slots that are no longer used
-        ended = self._replaced - self._users.keys()
-        self._free += ended
-        self._replaced -= ended
+    def release(self) -> None:
         for device in self._tables:
             if device.type == "cuda":
                 stream = torch.cuda.current_stream(device)
@@ -114,14 +100,14 @@ class Slots:
     def table(self, module: int, device: torch.device) -> Tensor:
         return self._views[device][module]
 
-    def _follow(self, devices: set[torch.device]) -> None:
+    def _follow(self, devices: set[torch.device], in_use: bool) -> None:
         """Have tables on the devices of the model's layers, which may have moved."""
         if devices == self._tables.keys():
             return
-        if self._users:
+        if in_use:
             raise RuntimeError("model: was moved to another device while adapters of its bank were selected")
         self._there.clear()
-        self._free, self._events = list(range(self.n)), {}
+        self._events = {}
         ranks, size = [rank for _, rank in self.bank.modules], self.bank.size
         with plain_tensors():
             self._tables = {device: torch.zeros(self.n, size, dtype=torch.float32, device=device) for device in devices}

@@ -101,7 +101,7 @@ class Store(Records):
         dtype = as_dtype("dtype", dtype, STORED) or torch.float32
         model, path = unwrapped(model), Path(path)
         load_lmdb()  # before a folder is made
-        if (path / BASIS).exists():
+        if target_of(path / BASIS).exists():
             _refuse_foreign(path / BASIS)
         parts, moved = packed_basis(model, dtype)
         path.mkdir(parents=True, exist_ok=True)

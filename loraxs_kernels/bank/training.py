@@ -82,7 +82,8 @@ class Training(AbstractContextManager):
             max_norm: the gradient of each adapter, over all modules, is scaled down to at most this 2-norm; None:
                 never.
 
-        A step changes only the adapters that have a gradient.
+        A step changes only the adapters that have a gradient, and leaves no gradient: Trainer, which calls zero_grad of
+        the model alone, may have a model that only holds the bank's.
         """
         return AdapterAdamW(self, lr, betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm)
 
@@ -101,6 +102,11 @@ class Training(AbstractContextManager):
             for name in (self.names if names is None else names)
         }
         self._read |= self.bank._put(of, True, self._read)
+
+    def zero_grad(self) -> None:
+        """Set the gradients to None, as zero_grad of the model does, too."""
+        for R in self.parameters:
+            R.grad = None
 
     def check_open(self) -> None:
         """Raise a RuntimeError after `close`."""
@@ -135,11 +141,11 @@ class Training(AbstractContextManager):
             )
         return slots
 
-    def bring(self, names: Sequence[str], instead: Collection[int] = ()) -> dict[str, int]:
+    def bring(self, names: Sequence[str], used: Collection[int], changing: bool = False) -> dict[str, int]:
         self.check_open()
         return {name: self._place(name) for name in names}
 
-    def release(self, places: Collection[int]) -> None:
+    def release(self) -> None:
         pass
 
     def state(self, names: Iterable[str]) -> dict[str, tuple[int, bytes | None]]:
@@ -195,13 +201,24 @@ class AdapterAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another run's state, with its rates; ValueError for other adapters, or another order of them."""
-        theirs, ours = state_dict["param_groups"][0].get("names"), list(self._training.names)
+        """Go on from another run's state, with its rates and, once it has made a step, its R.
+
+        So a checkpoint that holds an optimizer's state and no R, as Trainer's do, is complete.  ValueError for other
+        adapters, another order of them, or those of another bank.
+        """
+        training = self._training
+        training.check_open()
+        theirs, ours = state_dict["param_groups"][0].get("names"), list(training.names)
         if theirs != ours:
             raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
+        must = training._records.shape
+        if any(getattr(each.get("R"), "shape", None) != must for each in state_dict["state"].values()):
+            raise ValueError(f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank")
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch moves all but "step", as of a file that was read into memory
-            state["step"] = state["step"].to(self._training.device)
+            state["step"] = state["step"].to(training.device)
+            with torch.no_grad():
+                state["R"] = training._records.copy_(state["R"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -219,7 +236,7 @@ class AdapterAdamW(torch.optim.Optimizer):
         state = self.state[training.parameters[0]]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] = torch.zeros(training.n, dtype=torch.float64, device=p.device)
+            state["step"], state["R"] = torch.zeros(training.n, dtype=torch.float64, device=p.device), p
         gradients = [torch.zeros_like(R) if R.grad is None else R.grad for R in training.parameters]
         g = torch.cat([each.flatten(1) for each in gradients], dim=1)
         there = (g != 0).any(dim=1)
@@ -240,4 +257,5 @@ class AdapterAdamW(torch.optim.Optimizer):
         made = [(t, torch.where(there[:, None], new, t)) for t, new in made]  # what can fail has been done
         for t, new in (*made, (state["step"], count)):
             t.copy_(new)
+        training.zero_grad()
         return loss
