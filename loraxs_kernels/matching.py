@@ -379,8 +379,8 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, (Distributed)DataParallel and swa_utils.AveragedModel, which has
-    the base model's names.  TypeError for what is no module, such as the name of a model."""
+    """The model inside the wrappers of torch.compile, (Distributed)DataParallel, swa_utils.AveragedModel and Lightning
+    Fabric, which has the base model's names.  TypeError for what is no module, such as the name of a model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
@@ -388,6 +388,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
+        elif type(model).__name__ == "_FabricModule":  # which has the model twice, once as its strategy wraps it
+            model = model._modules["_original_module"]
         else:
             return model
 

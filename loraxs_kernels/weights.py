@@ -85,6 +85,13 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     return W.detach()
 
 
+def is_still_plain(layer: nn.Module) -> bool:
+    """Whether no code has quantised, pruned or parametrized a layer that was mergeable; sharded weights are no change."""
+    weight = layer._parameters.get("weight")
+    same_class = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
+    return same_class and weight is not None and not _dequantises(weight)
+
+
 def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
     """What is known of W before it is read, and the way to read it; nothing is read, dequantised or gathered here.
 

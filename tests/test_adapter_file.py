@@ -77,6 +77,24 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
     torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
 
 
+class _FabricModule(nn.Module):
+    """As Lightning Fabric's `setup` returns it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = nn.DataParallel(inner)  # the strategy's own wrapper
+        self._original_module = inner
+
+
+def test_the_wrapper_of_fabric_is_not_in_the_names(trained, tmp_path):
+    model, path = trained
+    lx.save_adapter(_FabricModule(model), tmp_path / "wrapped")
+    assert (tmp_path / "wrapped").read_bytes() == path.read_bytes()
+    fresh = mlp()
+    lx.load_adapter(_FabricModule(fresh), path)
+    torch.testing.assert_close(fresh(x := torch.randn(3, 20)), model(x))
+
+
 def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):
     """Compiled and checkpointed blocks, an averaged model: the file is the same, and loads into either."""
     model, path = trained
