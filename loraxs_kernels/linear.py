@@ -255,11 +255,11 @@ class LoraXSLinear(PaddedB):
         return "merged_weight" in self._buffers
 
     def _merged(self) -> Tensor:
-        """W + s B R A (N, K) while merged; RuntimeError if W, which is not used now, has been quantised, for example."""
+        """W + s B R A (N, K) while merged; RuntimeError if code has quantised W, for example, which is not used now."""
         if not is_still_plain(base := self._modules["base_layer"]):
             raise RuntimeError(
-                f"{self.label}: its base layer, now a {type(base).__name__}, was quantised, pruned or parametrized while "
-                "its adapter was merged, and the merged weight was not; take the adapters off before that, with "
+                f"{self.label}: its base layer, now a {type(base).__name__}, was quantised, pruned or parametrized "
+                "while its adapter was merged, and the merged weight was not; take the adapters off before that, with "
                 "lx.detach(model, merge=True)"
             )
         return self._buffers["merged_weight"]

@@ -86,7 +86,7 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
 
 
 def is_still_plain(layer: nn.Module) -> bool:
-    """Whether no code has quantised, pruned or parametrized a layer that was mergeable; sharded weights are no change."""
+    """Whether a layer that was mergeable has not been quantised, pruned or parametrized since; it may be sharded."""
     weight = layer._parameters.get("weight")
     same_class = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
     return same_class and weight is not None and not _dequantises(weight)

@@ -1118,8 +1118,8 @@ def test_the_operator_is_taken_apart_for_exporters():
     table = torch._decomp.get_decompositions([torch.ops.loraxs.primitive.default])
     plain = program.run_decompositions(table)
     assert not any("loraxs" in str(node.target) for node in plain.graph.nodes)
-    for x in (x, torch.randn(3, 24)):
-        torch.testing.assert_close(plain.module()(x), module(x))
+    for each in (x, torch.randn(3, 24)):
+        torch.testing.assert_close(plain.module()(each), module(each))
 
 
 @pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
