@@ -379,8 +379,10 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, (Distributed)DataParallel, swa_utils.AveragedModel and Lightning
-    Fabric, which has the base model's names.  TypeError for what is no module, such as the name of a model."""
+    """The model inside the wrappers of torch and of `_WRAPPERS`, which has the base model's names.
+
+    TypeError for what is no module, such as the name of a model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
@@ -388,10 +390,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
-        elif type(model).__name__ == "_FabricModule":  # which has the model twice, once as its strategy wraps it
-            model = model._modules["_original_module"]
+        elif known := [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _WRAPPERS]:
+            model = model._modules[_WRAPPERS[known[0]]]
         else:
             return model
+
+
+# Classes of Lightning Fabric, DeepSpeed and Opacus, by name, and where they hold the model.
+_WRAPPERS = {"_FabricModule": "_original_module", "DeepSpeedEngine": "module", "AbstractGradSampleModule": "_module"}
 
 
 def saved_modules(model: nn.Module) -> list[str]:

