@@ -71,11 +71,12 @@ def held(layer: nn.Module, name: str) -> Any:
 def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     """W (N, K), as a view, of a layer that an adapter can be merged into, or a TypeError that names it."""
     W = weight_view(layer)
-    if W is None or "weight" not in layer._parameters:  # a parametrization or pruning makes it anew
+    # A parametrization or pruning makes it anew.
+    if W is None or "weight" not in layer._parameters or W.dtype not in FLOATS:
         raise TypeError(
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
-            "2-dimensional floating-point weight that is a parameter, not made from others (parametrize, weight_norm, "
-            "prune), to merge into; the adapter stays unmerged"
+            "2-dimensional weight in bf16, fp16, fp32 or fp64 that is a parameter, not made from others (parametrize, "
+            "weight_norm, prune), to merge into; the adapter stays unmerged"
         )
     if W.is_meta:
         raise TypeError(

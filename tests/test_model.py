@@ -25,6 +25,7 @@ from transformers import (
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
 from loraxs_kernels.matching import match, unwrapped
+from loraxs_kernels.transaction import transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
@@ -900,6 +901,24 @@ def test_a_rollback_hides_no_error():
         with pytest.raises(ValueError, match="rank: got 20 for module '0'"):
             lx.attach(model, 20, target_modules=["0"], progress=False)
         assert model[0].weight.requires_grad
+
+
+class Frozen(dict):
+    """As a configuration of diffusers, which each of its models has."""
+
+    def update(self, *_):
+        raise TypeError("frozen")
+
+    __setitem__ = setdefault = pop = update
+
+
+def test_a_rollback_leaves_alone_what_did_not_change():
+    model = nn.Sequential(nn.Linear(6, 5))
+    model.settings, model.names = Frozen(layers=1), ["a"]
+    with pytest.raises(ValueError, match="Ctrl-C"), transaction(model):
+        model.names.append("b")
+        raise ValueError("Ctrl-C")
+    assert model.settings == {"layers": 1} and model.names == ["a"]
 
 
 def test_given_factors(bert):

@@ -553,6 +553,14 @@ def test_what_is_done_to_the_base_of_a_merged_layer_is_not_ignored(change):
     assert model(x).shape == expected.shape and not torch.equal(model(x), expected)
 
 
+def test_a_weight_in_float8_is_not_merged_into():
+    """As diffusers' layerwise casting stores weights."""
+    model = lx.attach(nn.Sequential(nn.Linear(K, N)), 4)
+    model[0].base_layer.weight.data = model[0].base_layer.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"module '0': got a Linear .*torch\.float8_e4m3fn, must be .* in bf16, fp16"):
+        lx.merge(model)
+
+
 class Half(prune.BasePruningMethod):
     """A user's own."""
 
