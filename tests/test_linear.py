@@ -748,6 +748,15 @@ def test_flops_are_counted(dropout):
     assert (forward.get_total_flops(), backward.get_total_flops()) == (chain, chain + 2 * 5 * r * r)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_many_R_on_one_base(fused):
+    layer, x, Rs = make(), torch.randn(5, 40), torch.randn(3, 6, 6)
+    layer.base_layer.weight.requires_grad_(not fused)
+    found = torch.func.vmap(lambda R: torch.func.functional_call(layer, {"R": R}, (x,)))(Rs)
+    for y, R in zip(found, Rs, strict=True):
+        torch.testing.assert_close(y, torch.func.functional_call(layer, {"R": R}, (x,)))
+
+
 def test_gradients_for_each_sample():
     """As differential privacy takes them."""
     model, x = nn.Sequential(make(K=16, N=12), nn.Tanh(), make(K=12, N=8)), torch.randn(5, 16)
