@@ -54,7 +54,7 @@ class LoraXSLinear(PaddedB):
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
     _coarsest: torch.dtype | None = None  # the least precise dtype that the base weight has had since
-    _as_made: bool | None = True  # whether the recipe makes these A and B; None: a state dict had others, to be checked
+    _as_made: bool | None = True  # whether the recipe makes these A and B; None: they are from elsewhere, to be checked
     # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
     # The mesh over which FSDP2 shares out the batch, if it has cut the base layer and does not know R (parallel.py).
@@ -81,6 +81,8 @@ class LoraXSLinear(PaddedB):
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
         self.dropout, self.init_std, self.recipe = dropout, init_std, recipe
         self._coarsest = dense_dtype(base_layer)
+        if A.is_meta:
+            self._as_made = None
         self.train(base_layer.training)
 
     sigma = renamed_attribute("sigma", "init_std")
