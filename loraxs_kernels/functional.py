@@ -54,8 +54,9 @@ def lora_xs_linear(
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not as above; the message names it.
-        RuntimeError: the call is under torch.func (vmap, jvp, grad, ...) or has tangents of forward-mode AD, and a
-            kernel would run or x or R requires a gradient.  loraxs_kernels.reference.lowrank_linear can be transformed.
+        RuntimeError: the call is under torch.func (vmap, jvp, grad, ...) or has tangents of forward-mode AD, and either
+            there is an index and x or R requires a gradient, or none of them does and a kernel would run.
+            loraxs_kernels.reference.lowrank_linear can be transformed.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
@@ -152,9 +153,11 @@ def run(
         return y if out is None else out.add_(y)
     # torch.jit.trace, also for ONNX, records the library's operators, and no Function with arguments of other kinds.
     if (x.requires_grad or R.requires_grad) and in_grad_mode() and not torch._C._is_tracing():
-        if transformed(x, W, A, R, B, bias, out):
-            what = "lora_xs_delta" if W is None else "lora_xs_linear"
-            refuse_transforms(f"{what}: a call whose x or R requires a gradient")
+        if transformed(x, W, A, R, B, bias, out):  # which torch does with its own operators, and not with a Function
+            if index is not None:
+                refuse_transforms("index: a call with one whose x or R requires a gradient")
+            y = ops.plain(rows, W, A, R, B, s, bias)[0].view(*shape[:-1], B.shape[0])
+            return y if out is None else out.add_(y)
         into = None if out is None else out.detach()
         if index is None:
             y = ops.apply(rows, R, (W, A, B, s, bias, into, "forward", forced))[0]

@@ -22,7 +22,7 @@ from .recipe import INITS, Factors, Recipe, check, check_given, check_range, che
 from .route import check_merge, computed_weight, does_more, layer_output
 from .sharding import assign
 from .svd import NotFinite
-from .weights import held, is_conv1d, mergeable_weight, weight_of, weight_view
+from .weights import held, is_conv1d, is_still_plain, mergeable_weight, weight_of, weight_view
 
 
 class LoraXSLinear(PaddedB):
@@ -54,7 +54,7 @@ class LoraXSLinear(PaddedB):
     merged_weight: Tensor  # (N, K), only while merged: accelerate knows no buffers that are None
     _trained: frozenset[str] | None = None  # the parameters of base_layer that trained before; None: not known
     _coarsest: torch.dtype | None = None  # the least precise dtype that the base weight has had since
-    _as_made: bool | None = True  # whether the recipe makes these A and B; None: a state dict had others, to be checked
+    _as_made: bool | None = True  # whether the recipe makes these A and B; None: they are from elsewhere, to be checked
     # Set by an adapter bank: computes with the adapters that the samples of a batch have selected (bank/seat.py).
     seat: Any = None
     # The mesh over which FSDP2 shares out the batch, if it has cut the base layer and does not know R (parallel.py).
@@ -81,6 +81,8 @@ class LoraXSLinear(PaddedB):
         self.rank, self.alpha, self.scaling = R.shape[0], alpha, alpha / R.shape[0]
         self.dropout, self.init_std, self.recipe = dropout, init_std, recipe
         self._coarsest = dense_dtype(base_layer)
+        if A.is_meta:
+            self._as_made = None
         self.train(base_layer.training)
 
     sigma = renamed_attribute("sigma", "init_std")
@@ -228,7 +230,7 @@ class LoraXSLinear(PaddedB):
         if "merged_weight" in buffers:  # more arguments are a TypeError, as for nn.Linear
             if self.training and torch.is_grad_enabled():
                 warn_of_training(held(self, "R"))
-            return F.linear(x, buffers["merged_weight"], base.bias, *args, **kwargs)
+            return F.linear(x, self._merged(), base.bias, *args, **kwargs)
         p = self.dropout if self.training else 0.0
         A, R, B = buffers["A"], held(self, "R"), buffers["B"]
         if self.shares is not None:
@@ -254,11 +256,21 @@ class LoraXSLinear(PaddedB):
         """Whether the adapter is part of the weight that the forward uses."""
         return "merged_weight" in self._buffers
 
+    def _merged(self) -> Tensor:
+        """W + s B R A (N, K) while merged; RuntimeError if code has quantised W, for example, which is not used now."""
+        if not is_still_plain(base := self._modules["base_layer"]):
+            raise RuntimeError(
+                f"{self.label}: its base layer, now a {type(base).__name__}, was quantised, pruned or parametrized "
+                "while its adapter was merged, and the merged weight was not; take the adapters off before that, with "
+                "lx.detach(model, merge=True)"
+            )
+        return self._buffers["merged_weight"]
+
     @property
     def weight(self) -> Tensor:
         if not self.merged:
             return self.base_layer.weight
-        return self.merged_weight.t() if is_conv1d(self.base_layer) else self.merged_weight
+        return self._merged().t() if is_conv1d(self.base_layer) else self._merged()
 
     @property
     def bias(self) -> Tensor | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from .linear import LoraXSLinear
 from .naming import label_of
@@ -379,18 +378,32 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "loraxs_R")
 
 
+# Modules around a whole model, by the names of their classes, and where they hold it: torch's, Lightning Fabric's,
+# DeepSpeed's and Opacus'.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "_FabricModule": "_original_module",
+    "DeepSpeedEngine": "module",
+    "AbstractGradSampleModule": "_module",
+}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, (Distributed)DataParallel and swa_utils.AveragedModel, which has
-    the base model's names.  TypeError for what is no module, such as the name of a model."""
+    """The model inside all `_WRAPPERS`, which has the base model's names.
+
+    TypeError for what is no module, such as the name of a model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
+        kinds = [kind.__name__ for kind in type(model).__mro__]
+        held = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
+        if held not in model._modules:
             return model
+        model = model._modules[held]
 
 
 def saved_modules(model: nn.Module) -> list[str]:

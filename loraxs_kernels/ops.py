@@ -241,12 +241,27 @@ def _chain(
     R: Tensor,
     B: Tensor,
     s: float,
-    other: None,
     *_: Any,
-) -> tuple[Tensor, Tensor, None]:
-    """`op` of `gradients` in plain torch, for a batch of gY in grad mode, in which a Function would lose its graph."""
-    gX, v = reference.lowrank_linear(gY, None if W is None else W.t(), B.t(), R.t().to(gY.dtype), A.t(), s)
-    return gX, v.to(torch.promote_types(v.dtype, torch.float32)), other
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`op` of `gradients` for a batch of gY in grad mode, in which a Function would lose its graph."""
+    return plain(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s)
+
+
+def plain(
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    s: float,
+    bias: Tensor | None = None,
+    other: Tensor | None = None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operator` in operators that torch can transform and other programs know; it asks nothing about sizes."""
+    y, z = reference.lowrank_linear(x, W, A, R.to(x.dtype), B, s, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return y, z, z.new_empty(0) if other is None else s * (z.t() @ other)
 
 
 def _kernel(
@@ -413,4 +428,6 @@ if not hasattr(_operators, "library"):
     _operators.library = _define()
 _operators.latest = globals()
 operator = _operators.primitive.default
+# Exporters take apart by this table what they have no words for: the operator in programs that are made into ONNX.
+torch._decomp.decomposition_table[operator] = plain
 linear = _operators.linear.default

@@ -52,12 +52,20 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: lis
         vars(module).clear()
         vars(module).update(attributes)
         for held, content in contents:
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
+            if not _same(held, content):  # what is as it was may refuse to be written, as diffusers' configurations do
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
     for p, requires_grad in trained:
         if p.requires_grad != requires_grad:  # a parameter may refuse to be set, such as one that is not initialized
             with torch.inference_mode(p.is_inference()):
                 p.requires_grad_(requires_grad)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two dictionaries, lists or sets have the very same content, in the same order."""
+    if isinstance(a, dict) and not _same(list(a.values()), list(b.values())):
+        return False
+    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
 
 
 @torch.no_grad()

@@ -71,11 +71,12 @@ def held(layer: nn.Module, name: str) -> Any:
 def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     """W (N, K), as a view, of a layer that an adapter can be merged into, or a TypeError that names it."""
     W = weight_view(layer)
-    if W is None or "weight" not in layer._parameters:  # a parametrization or pruning makes it anew
+    # A parametrization or pruning makes it anew.
+    if W is None or "weight" not in layer._parameters or W.dtype not in FLOATS:
         raise TypeError(
             f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
-            "2-dimensional floating-point weight that is a parameter, not made from others (parametrize, weight_norm, "
-            "prune), to merge into; the adapter stays unmerged"
+            "2-dimensional weight in bf16, fp16, fp32 or fp64 that is a parameter, not made from others (parametrize, "
+            "weight_norm, prune), to merge into; the adapter stays unmerged"
         )
     if W.is_meta:
         raise TypeError(
@@ -83,6 +84,13 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
             "memory to merge into"
         )
     return W.detach()
+
+
+def is_still_plain(layer: nn.Module) -> bool:
+    """Whether a layer that was mergeable has not been quantised, pruned or parametrized since; it may be sharded."""
+    weight = layer._parameters.get("weight")
+    same_class = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
+    return same_class and weight is not None and not _dequantises(weight)
 
 
 def weight_of(layer: nn.Module, label: str = "layer") -> Weight:

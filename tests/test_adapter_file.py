@@ -77,6 +77,29 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
     torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("_FabricModule", ["_forward_module", "_original_module"]),
+        ("DeepSpeedEngine", ["module"]),
+        ("AbstractGradSampleModule", ["_module"]),
+    ],
+)
+def test_wrappers_of_other_libraries_are_not_in_the_names(trained, tmp_path, kind, names):
+    """Lightning Fabric's, DeepSpeed's and Opacus'."""
+    model, path = trained
+
+    def wrapped(inner: nn.Module) -> nn.Module:
+        wrapper = type("Derived", (type(kind, (nn.Module,), {}),), {})()
+        for name in names:
+            wrapper.add_module(name, inner)
+        return wrapper
+
+    lx.save_adapter(wrapped(model), tmp_path / "wrapped")
+    assert (tmp_path / "wrapped").read_bytes() == path.read_bytes()
+    lx.load_adapter(wrapped(model), path)
+
+
 def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):
     """Compiled and checkpointed blocks, an averaged model: the file is the same, and loads into either."""
     model, path = trained
@@ -940,6 +963,21 @@ def test_an_adapter_of_an_fp64_model_takes_the_dtype_of_an_fp32_one(tmp_path):
     lx.save_adapter(model, tmp_path / "a.safetensors")
     loaded = lx.load_adapter(mlp(), tmp_path / "a.safetensors")
     assert {loaded[0].A.dtype, loaded[0].R.dtype} == {torch.float32} and worst_error(loaded, deltas(model)) < 1e-5
+
+
+def test_A_and_B_put_in_place_of_meta_ones_are_compared_with_their_recipe(tmp_path):
+    """As from_pretrained of transformers puts them, in a class that attaches in its __init__."""
+    source = randomise(lx.attach(mlp(), 4, seed=3))
+    with torch.device("meta"):
+        model = lx.attach(mlp(), 4)
+    for name, t in source.state_dict().items():
+        module, _, own = name.rpartition(".")
+        held = model.get_submodule(module)
+        setattr(held, own, nn.Parameter(t) if own in held._parameters else t)
+    with pytest.warns(UserWarning, match="A and B of 3 modules, .* are not what their recipe makes"):
+        lx.save_adapter(model, tmp_path / "a")
+    fresh, x = lx.load_adapter(mlp(), tmp_path / "a"), torch.randn(3, 20)
+    torch.testing.assert_close(fresh(x), source(x))
 
 
 def test_any_move_of_dtype_is_taken(trained):

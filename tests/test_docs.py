@@ -43,7 +43,7 @@ NOT_RUN = {
     "docs/internals-frameworks.md": 1,
     "docs/parallel.md": 2,
     "docs/serving.md": 1,
-    "docs/support.md": 1,
+    "docs/support.md": 2,
 }
 LANGUAGES = {"python", "bash", "json", "text"}
 COMMANDS = ("accelerate", "curl", "deepspeed", "loraxs", "make", "pip", "python", "torchrun")

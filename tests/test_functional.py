@@ -1087,17 +1087,39 @@ def test_forward_mode_and_vmap_are_right_or_refused(name, how, of, no_grad):
 
 @pytest.mark.parametrize("name", TRANSFORMED)
 @pytest.mark.parametrize("how", [tangent, batched, under_grad])
-def test_what_trains_is_not_transformed(name, how):
-    """Its backward pass is hidden from torch; out stays as it was."""
+def test_what_trains_is_transformed(name, how):
+    """By torch's own operators on every backend, since torch cannot look into a Function's backward pass."""
     o = operands(70, 24, 304, 12, torch.bfloat16)
-    R = o.R.requires_grad_()
-    call, message = TRANSFORMED[name](o), rf"lora_xs_(linear|delta): .* {ADVICE}"
-    with pytest.raises(RuntimeError, match=message):
-        how(lambda x: call(x, R), o.x, torch.randn_like(o.x))
-    out = o.gY.clone()
-    with pytest.raises(RuntimeError, match=f"lora_xs_delta: .* {ADVICE}"), forward_ad.dual_level():
-        lora_xs_delta(forward_ad.make_dual(o.x, o.x), o.A, R, o.B, o.s, out=out)
-    assert torch.equal(out, o.gY)
+    t = torch.randn_like(o.x)
+
+    def found(make, o: Operands) -> torch.Tensor:
+        call, R = make(o), o.R.requires_grad_()
+        return how(lambda x: call(x, R), o.x, t.to(o.x.dtype)).detach()
+
+    if how is batched and "out" in name:
+        with pytest.raises(RuntimeError, match="broadcast"):  # what is not batched cannot be written batched
+            found(TRANSFORMED[name], o)
+        return
+    expected = [found(lambda o: untransformed(name, o), each) for each in (o, o.to(torch.float64))]
+    assert_accurate(found(TRANSFORMED[name], o), *expected, torch.bfloat16)
+
+
+def test_what_trains_through_an_index_is_not_transformed():
+    o = operands(70, 24, 304, 12, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"index: .* {ADVICE}"):
+        torch.func.grad(lambda R: lora_xs_linear(o.x, o.W, o.A, R[None], o.B, o.s, index=[0] * 70).sum())(o.R)
+
+
+def test_the_operator_is_taken_apart_for_exporters():
+    """As torch.onnx.export(..., dynamo=True) does, by the same table, for which no package is needed here."""
+    module, x = LoraXSLinear.from_linear(torch.nn.Linear(24, 304), 4, init_std=0.3), torch.randn(70, 24)
+    rows = torch.export.Dim("rows", min=2, max=900)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: rows},))
+    table = torch._decomp.get_decompositions([torch.ops.loraxs.primitive.default])
+    plain = program.run_decompositions(table)
+    assert not any("loraxs" in str(node.target) for node in plain.graph.nodes)
+    for each in (x, torch.randn(3, 24)):
+        torch.testing.assert_close(plain.module()(each), module(each))
 
 
 @pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import loraxs_kernels as lx
@@ -734,6 +735,45 @@ def test_selective_checkpointing_may_save_products(how, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_flops_are_counted(dropout):
+    """Also those of products that write in place otherwise."""
+    layer, x = make(dropout=dropout), torch.randn(5, 40, requires_grad=True)
+    N, K, r = layer.out_features, layer.in_features, layer.rank
+    with FlopCounterMode(display=False) as forward:
+        y = layer(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    chain = 2 * 5 * (N * K + K * r + r * r + r * N)
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (chain, chain + 2 * 5 * r * r)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_many_R_on_one_base(fused):
+    layer, x, Rs = make(), torch.randn(5, 40), torch.randn(3, 6, 6)
+    layer.base_layer.weight.requires_grad_(not fused)
+    found = torch.func.vmap(lambda R: torch.func.functional_call(layer, {"R": R}, (x,)))(Rs)
+    for y, R in zip(found, Rs, strict=True):
+        torch.testing.assert_close(y, torch.func.functional_call(layer, {"R": R}, (x,)))
+
+
+def test_gradients_for_each_sample():
+    """As differential privacy takes them."""
+    model, x = nn.Sequential(make(K=16, N=12), nn.Tanh(), make(K=12, N=8)), torch.randn(5, 16)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(trained: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, trained, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+    assert list(found) == ["0.R", "2.R"]
+    for i, each in enumerate(x):
+        model.zero_grad()
+        loss(trained, each).backward()
+        for name, p in trained.items():
+            torch.testing.assert_close(found[name][i], p.grad)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_trace_computes_and_trains_as_the_layer_does(dropout):
     layer, x = make(dropout=dropout).eval(), torch.randn(2, 3, 40)

@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
 from loraxs_kernels.matching import match, unwrapped
+from loraxs_kernels.transaction import transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
 
@@ -676,7 +678,7 @@ def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
             with pytest.raises(ValueError, match=r"model: is inside a DistributedDataParallel, .* after its"):
                 put_on()
         assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
-        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(nn.Linear(8, 8))
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(OrderedDict(module=nn.Sequential(nn.Linear(8, 8))))
         with pytest.raises(ValueError, match="model: is inside a DeepSpeedEngine"):
             lx.attach(engine, 2)
         adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
@@ -903,6 +905,24 @@ def test_a_rollback_hides_no_error():
         with pytest.raises(ValueError, match="rank: got 20 for module '0'"):
             lx.attach(model, 20, target_modules=["0"], progress=False)
         assert model[0].weight.requires_grad
+
+
+class Frozen(dict):
+    """As a configuration of diffusers, which each of its models has."""
+
+    def update(self, *_):
+        raise TypeError("frozen")
+
+    __setitem__ = setdefault = pop = update
+
+
+def test_a_rollback_leaves_alone_what_did_not_change():
+    model = nn.Sequential(nn.Linear(6, 5))
+    model.settings, model.names = Frozen(layers=1), ["a"]
+    with pytest.raises(ValueError, match="Ctrl-C"), transaction(model):
+        model.names.append("b")
+        raise ValueError("Ctrl-C")
+    assert model.settings == {"layers": 1} and model.names == ["a"]
 
 
 def test_given_factors(bert):

@@ -529,6 +529,38 @@ def test_a_weight_that_is_made_from_others_is_not_merged_into(made):
         assert snapshot(model) == before and torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: prune.l1_unstructured(model[0].base_layer, "weight", 0.5),
+        lambda model: parametrize.register_parametrization(model[0].base_layer, "weight", nn.Tanh()),
+        lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True),
+        lambda model: setattr(model[0], "base_layer", torchao(model[0].base_layer, 8)),
+    ],
+    ids=["pruned", "parametrized", "replaced", "quantised"],
+)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_what_is_done_to_the_base_of_a_merged_layer_is_not_ignored(change):
+    """It would leave the merged weight as it is: a model that is not quantised, and is saved so."""
+    model, x = lx.attach(nn.Sequential(nn.Linear(K, N)), 4, init_std=0.3).eval(), torch.randn(3, K)
+    expected = model(x)
+    lx.merge(model)
+    change(model)
+    for use in (lambda: model(x), model.state_dict, lambda: model[0].weight):
+        with pytest.raises(RuntimeError, match=r"base layer, now a \w*Linear, was quantised.*lx\.detach\(model, merge"):
+            use()
+    model[0].unmerge()
+    assert model(x).shape == expected.shape and not torch.equal(model(x), expected)
+
+
+def test_a_weight_in_float8_is_not_merged_into():
+    """As diffusers' layerwise casting stores weights."""
+    model = lx.attach(nn.Sequential(nn.Linear(K, N)), 4)
+    model[0].base_layer.weight.data = model[0].base_layer.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"module '0': got a Linear .*torch\.float8_e4m3fn, must be .* in bf16, fp16"):
+        lx.merge(model)
+
+
 class Half(prune.BasePruningMethod):
     """A user's own."""
 

@@ -103,7 +103,8 @@ def select(x: Tensor, N: int, r: int, has_weight: bool, direction: str, forced: 
     """The primitive for x (T, K), N features, rank r: the forced one, else that of the backend that `choose` names.
 
     A backend that nobody asked for by name is checked against the torch backend at its first use (first_use.py); one
-    that is forced runs as it is, unless LORAXS_CHECK=always.  Under selective checkpointing it is always torch's.
+    that is forced runs as it is, unless LORAXS_CHECK=always.  Under selective checkpointing, and while
+    torch's FlopCounterMode counts, it is always torch's.
     forced: what `forced()` was when the forward ran; its backward asks with the same.
     """
     if callable(forced):

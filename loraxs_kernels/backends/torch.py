@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
 # Whether this CPU multiplies bf16 by instructions of its own (unknown to old versions of torch: then not used).
 _CPU_BF16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+_WATCHING = ("torch.utils.checkpoint", "torch.utils.flop_counter")
 _LARGE = 1 << 23  # multiplications from which two bf16 products on such a CPU take less time than one in fp32
 
 
@@ -79,10 +80,11 @@ def plus_product(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
 
 
 def results_are_kept() -> bool:
-    """Whether selective checkpointing runs: it may keep what an operator returns, and must not find that changed."""
+    """Whether selective checkpointing runs, which may keep what an operator returns and must not find that changed, or
+    FlopCounterMode, which counts no operator that writes in place."""
     if not torch._C._len_torch_dispatch_stack():
         return False
-    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
+    return any(type(mode).__module__ in _WATCHING for mode in _get_current_dispatch_mode_stack())
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
