@@ -51,7 +51,10 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 COMPILERS = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS")  # CMake reads them once
-FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
+FROM_SOURCE = (
+    "LORAXS_BUILD_CUDA=1 pip install . in a checkout, or, of a release on PyPI, "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
+)
 _lock = None
 
 

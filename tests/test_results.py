@@ -716,3 +716,16 @@ def test_a_cost_has_a_report_of_its_own(tmp_path, monkeypatch, cost):
         read = [row for row in data["rows"] if row["what"].startswith("read")]
         assert len(read) == 4 and all(0 < row["microseconds"] <= row["percentile_99"] for row in read)
         assert {row["of_R"] for row in data["rows"] if "of_R" in row} == {3 * 2 * 16 * 16 * 2}
+
+
+def test_a_cost_that_is_not_what_it_says_is_not_kept(tmp_path, monkeypatch, capsys):
+    """Also by `python -O`, which leaves out assertions."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        costs.main(["first-use", "--out", str(tmp_path / "file")])
+    assert "is a file, must be a folder or not there" in capsys.readouterr().err
+    monkeypatch.setattr(costs, "POINTS", [(1, 64, 64)])
+    monkeypatch.setattr(costs.check, "setting", lambda: "0")  # as with LORAXS_CHECK=0
+    with pytest.raises(costs.BenchError, match="backend: 'torch' was not checked at T 1, 64 x 64, or is wrong"):
+        costs.main(["first-use", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
