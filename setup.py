@@ -257,7 +257,7 @@ def readme(text: str, repository: str | None, version: str) -> str:
 
 def assigned(name: str, file: str) -> str | None:
     """The string that a line of a file assigns to a name."""
-    found = re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(), re.M)
+    found = re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(encoding="utf-8"), re.M)
     return found and found[1]
 
 
@@ -265,7 +265,9 @@ if __name__ == "__main__":
     version = assigned("__version__", "loraxs_kernels/__init__.py")
     setup(
         version=version,
-        long_description=readme((ROOT / "README.md").read_text(), assigned("Repository", "pyproject.toml"), version),
+        long_description=readme(
+            (ROOT / "README.md").read_text(encoding="utf-8"), assigned("Repository", "pyproject.toml"), version
+        ),
         long_description_content_type="text/markdown",
         ext_modules=[Extension("loraxs_kernels._core", [])],
         cmdclass={"build_ext": Build},

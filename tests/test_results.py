@@ -52,6 +52,16 @@ def test_an_edited_figure_is_found_out():
             assert render.filled(edited, reports) == text
 
 
+def test_files_that_are_no_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "list.json").write_text("[]")
+    assert render.read() == {}
+    (tmp_path / "cpu" / "half.json").write_text('{"format": "loraxs-')
+    assert render.main(["--check"]) == 1
+    assert "render: cpu/half.json: cannot be read as a report: " in capsys.readouterr().err
+
+
 def test_a_block_without_its_report_is_refused():
     text = "<!-- figures: cpu/none.json -->\n<!-- end of figures -->"
     with pytest.raises(BenchError, match=r"there is no report bench/results/cpu/none\.json"):
