@@ -603,6 +603,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     ratio = next(row for row in data["rows"] if row["path"] == "torch")["over"]["reference"]["median"]
     assert f"{ratio:.2f}" in printed
     assert "<img" in html.read_text()
+    page.check(html)  # it may be replaced by another page
     before = out.read_bytes()
     assert main(["bench", "layer", *TINY, "--out", str(out)]) == 1  # measurements are never overwritten
     assert "is there already" in capsys.readouterr().err and out.read_bytes() == before
@@ -728,6 +729,7 @@ BAD = {
     "a call of one token": (["host", "--tokens", "512"], "tokens: none of host reads it, leave it out"),
     "one direction": (["group", "svd", "--direction", "forward"], "direction: none of group, svd reads it, leave it"),
     "a page in no folder": (["--html", "{tmp}/no/page.html"], "html: got "),
+    "a page in another file's place": (["--html", "{tmp}/notes"], "html: {tmp}/notes is there and is no page of"),
     "a file for a folder": (["--out", "{tmp}/file/sub"], "out: the folder "),
     "a place no one writes to": (["--out", "/proc/run.json"], "out: /proc/run.json cannot be written"),
 }
@@ -743,12 +745,14 @@ def test_bad_requests_are_refused_before_anything_runs(case, tmp_path, capsys, m
     if case == "a bank without lmdb":
         monkeypatch.setattr(bank.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "file").write_text("")
+    (tmp_path / "notes").write_text("mine")
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"loraxs bench: {message}") and captured.out == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert captured.err.startswith(f"loraxs bench: {message.format(tmp=tmp_path)}") and captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes"]
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_a_page_without_matplotlib_is_refused_at_once(monkeypatch, capsys, tmp_path):
