@@ -723,6 +723,7 @@ BAD = {
         ["model", "--model", "roberta-large", "--sequence", "513"],
         "sequence: got 513, must be at",
     ),
+    "more blocks than there are": (["model", "--blocks", "3", "--model", "tiny"], "blocks: got 3, must be at most 2"),
     "a model of shapes": (["model", "--shape", "4x4"], "question: 'model' needs a model"),
     "a name in another folder": (["host", "--commit", "../../x"], "commit: got '../../x', must be letters, digits"),
     "no name": (["host", "--commit", ""], "commit: got '', must be letters, digits"),

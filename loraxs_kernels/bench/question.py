@@ -133,6 +133,8 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
     for question in questions:
         request = question.check(request)
     model = request.model or ("mistral-7b" if request.gpu and not request.shapes else "")
+    if request.blocks and model in MODELS and request.blocks > MODELS[model].blocks:
+        raise BenchError(f"blocks: got {request.blocks}, must be at most {MODELS[model].blocks}, as {model} has")
     small = (Shape(1024, 1024), Shape(1024, 4096))
     return replace(
         request,
