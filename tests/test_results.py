@@ -625,9 +625,9 @@ def test_every_bench_of_the_suite_is_a_request_that_is_taken(monkeypatch):
     for _, arguments in gpu_suite.BENCHES.values():
         for left_out in ({}, {"triton": "its tests hung"}):
             given = vars(parser.parse_args(gpu_suite.with_paths(arguments, left_out)))
-            request = questions.check(
-                **{key: value for key, value in given.items() if key not in ("out", "html", "commit")}
-            )
+            given = {key: value for key, value in given.items() if key not in ("out", "html", "commit")}
+            questions.check_read(given["questions"], given)
+            request = questions.check(**given)
             assert request.gpu and questions.QUESTIONS[request.questions[0]].plan(request)
             if arguments[0] in gpu_suite.SIDE_BY_SIDE:
                 assert "frozen" in request.paths and "cuda" in request.paths
@@ -697,6 +697,8 @@ def test_a_file_in_the_place_of_the_folder_stays_as_it_is(tmp_path, capsys):
         gpu_suite.main([*arguments, str(tmp_path / "out")])
     assert "out is a file, must be a folder, or not there yet" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+    assert gpu_suite.main([*arguments, str(tmp_path / "new"), "--commit", "../x"]) == 1
+    assert capsys.readouterr().err.startswith("gpu_suite: commit: got '../x'")
 
 
 def test_the_suite_needs_a_gpu(tmp_path):

@@ -102,8 +102,8 @@ class Report:
 
 def head(format: str, version: int = 1, device: Any = "cpu", commit: str | None = None) -> dict[str, Any]:
     """What every report begins with: its format, when and where it is made, with what, and from which source."""
-    if commit is not None and not re.fullmatch(r"\w[\w.-]*", commit):  # it becomes a part of a file's name
-        raise BenchError(f"commit: got {commit!r}, must be letters, digits, '_', '.' and '-'")
+    if commit is not None and not re.fullmatch(r"\w[\w.+-]*", commit):  # it becomes a part of a file's name
+        raise BenchError(f"commit: got {commit!r}, must be letters, digits, '_', '.', '+' and '-'")
     found = (commit, None) if commit else source()
     return {"format": format, "version": version, **environment(device), "commit": found[0], "dirty": found[1]}
 
