@@ -51,7 +51,10 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "core"  # kept, so that ninja compiles what has changed
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 COMPILERS = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS")  # CMake reads them once
-FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
+FROM_SOURCE = (
+    "LORAXS_BUILD_CUDA=1 pip install . in a checkout, or, of a release on PyPI, "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary loraxs_kernels loraxs_kernels"
+)
 _lock = None
 
 
@@ -254,7 +257,7 @@ def readme(text: str, repository: str | None, version: str) -> str:
 
 def assigned(name: str, file: str) -> str | None:
     """The string that a line of a file assigns to a name."""
-    found = re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(), re.M)
+    found = re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(encoding="utf-8"), re.M)
     return found and found[1]
 
 
@@ -262,7 +265,9 @@ if __name__ == "__main__":
     version = assigned("__version__", "loraxs_kernels/__init__.py")
     setup(
         version=version,
-        long_description=readme((ROOT / "README.md").read_text(), assigned("Repository", "pyproject.toml"), version),
+        long_description=readme(
+            (ROOT / "README.md").read_text(encoding="utf-8"), assigned("Repository", "pyproject.toml"), version
+        ),
         long_description_content_type="text/markdown",
         ext_modules=[Extension("loraxs_kernels._core", [])],
         cmdclass={"build_ext": Build},

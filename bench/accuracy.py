@@ -319,10 +319,13 @@ def main(argv: list[str] | None = None) -> int:
     asked = {"task": given.task, "steps": given.steps, "batch": given.batch, "ways": given.ways}
     asked |= {"seeds": list(range(given.seeds)), "head_rate": HEAD_RATE}
     report = bench_report.head(FORMAT) | asked | {"runs": []}
-    if target_of(given.out, "--out").exists():
-        report = read_json(given.out.read_bytes(), f"--out: {given.out}")
-        if other := [name for name, value in {"format": FORMAT, **asked}.items() if report.get(name) != value]:
-            parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
+    try:
+        there = target_of(given.out, "--out").exists()
+        report = read_json(given.out.read_bytes(), f"--out: {given.out}") if there else report
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if other := [name for name, value in {"format": FORMAT, **asked}.items() if report.get(name) != value]:
+        parser.error(f"--out: {given.out} was made with another {other[0]}: {report.get(other[0])!r}")
     with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         measure(report, given.out, pool)
     return 0

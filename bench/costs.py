@@ -53,7 +53,7 @@ import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels import backends  # noqa: E402
 from loraxs_kernels.backends import first_use as check  # noqa: E402
 from loraxs_kernels.backends import torch as torch_backend  # noqa: E402
-from loraxs_kernels.bench import report, timer  # noqa: E402
+from loraxs_kernels.bench import BenchError, report, timer  # noqa: E402
 from loraxs_kernels.bench.chain import Case  # noqa: E402
 from loraxs_kernels.bench.compare import Row  # noqa: E402
 from loraxs_kernels.bench.shapes import Shape  # noqa: E402
@@ -149,7 +149,8 @@ def checked(name: str, device: torch.device, T: int, N: int, K: int) -> Row:
     many = MANY if N <= 64 else 1
     for call in (plain, known):
         call()
-    assert list(known.func.right.values()) == [True], "not checked, or wrong"
+    if list(known.func.right.values()) != [True]:
+        raise BenchError(f"backend: {name!r} was not checked at T {T}, {N} x {K}, or is wrong")
     calls = (partial(timeit.timeit, each, number=many) for each in (plain, known))
     without, later = (milliseconds([call] * TIMES) / many for call in calls)
     row: Row = {"T": T, "N": N, "K": K, "r": 16, "dtype": "bf16", "call": without}
@@ -178,7 +179,8 @@ def banks(folder: Path) -> Iterator[Row]:
         return round(1e6 * timeit.timeit(call, number=1) / RECORDS, 1)
 
     def verify(bank: lx.AdapterBank) -> None:
-        assert not bank.verify()
+        if wrong := bank.verify():
+            raise BenchError(f"the bank has damaged records: {', '.join(wrong)}")
 
     adding = {
         "a transaction each": lambda bank: [bank.add(name, R) for name in names],
@@ -217,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     add["first-use"]("--backend", default="torch", choices=backends.NAMES, help="torch: on a CPU")
     add["bank-store"]("--folder", type=Path, help="where the banks are made; default: the system's temporary folder")
     arguments = parser.parse_args(argv)
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out: {arguments.out} is a file, must be a folder or not there")
     arguments.device = "cpu" if vars(arguments).get("backend", "torch") == "torch" else "cuda"
     head = report.head(f"loraxs-{arguments.cost}", device=arguments.device)
     report.keep(head | COSTS[arguments.cost](arguments), arguments.out, arguments.cost)

@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         kit = {"kit": gpu_kit.use(asked.kit)} if asked.kit else {}
         asked.out.mkdir(parents=True, exist_ok=True)
         suite = Suite(asked.out, asked.budget, asked.commit, asked.device)
-    except (gpu_kit.KitError, OSError) as error:
+    except (gpu_kit.KitError, BenchError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
     for each in STOPS[1:]:

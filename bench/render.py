@@ -47,8 +47,11 @@ def read() -> Reports:
     """The reports that are shown."""
     found: Reports = {}
     for path in RESULTS.glob("*/*.json"):
-        data = json.loads(path.read_text())
-        if kind(data) in BLOCKS:
+        try:
+            data = json.loads(path.read_text())
+        except ValueError as error:
+            raise BenchError(f"{path.relative_to(RESULTS)}: cannot be read as a report: {error}") from error
+        if isinstance(data, dict) and kind(data) in BLOCKS:
             found[path.relative_to(RESULTS).as_posix()] = report.load(path) if report.is_report(data) else data
     return dict(sorted(found.items(), key=lambda each: (each[1]["date"], each[0])))
 

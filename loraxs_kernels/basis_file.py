@@ -311,12 +311,16 @@ def _files(model: Path) -> dict[Path, set[str]]:
             files.setdefault(model / name, set()).add(key)
     else:
         files = {file: set() for file in sorted(model.glob("*.safetensors"))}
-    own = [file for file in files if any(key.startswith("loraxs") for key in metadata_of(file))]
-    files = {file: named for file, named in files.items() if file not in own}
+    files = {
+        file: named
+        for file, named in files.items()
+        if file.name != "adapter_model.safetensors"  # PEFT's
+        and not any(key.startswith("loraxs") for key in metadata_of(file))
+    }
     if not files:
         raise FileNotFoundError(
             f"model: {model} is neither a safetensors file nor a folder with safetensors files; adapter, basis and "
-            "bank files of loraxs_kernels do not count, which hold no model"
+            "bank files of loraxs_kernels, and PEFT's adapters, do not count, which hold no model"
         )
     return files
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from . import demo, hub
+from . import __version__, demo, hub
 from .bench import BenchError
 from .demo import DemoError
 from .files import read_json
@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     from .tuning import command as tune
 
     parser = argparse.ArgumentParser(prog="loraxs", description="Fast LoRA-XS for PyTorch and Hugging Face models")
+    parser.add_argument("--version", action="version", version=f"loraxs_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
@@ -189,7 +190,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="DTYPE", help=f"dtype of A and B: {_DTYPES}; default: the weight's")
     loaded = f"dtype in which the model will be loaded: {_DTYPES}; default: as the weights are stored"
     add("--weight-dtype", metavar="DTYPE", help=loaded)
-    add("--device", nargs="+", help="one or several; default: all GPUs, else the CPU")
+    add("--device", nargs="+", action="extend", help="one or several; default: all GPUs, else the CPU")
     add("--workspace-gib", type=float, metavar="GIB", default=4.0, help="memory of the SVD on each GPU (default: 4)")
     add("--workspace", dest="workspace_gib", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -197,8 +198,9 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "names or their endings; default: all linear layers but the output embeddings"
-    add("--target-modules", nargs="+", metavar="NAME", help=what)
-    add("--exclude-modules", nargs="+", metavar="NAME", help="names or name endings to leave out")
+    several = {"nargs": "+", "action": "extend", "metavar": "NAME"}
+    add("--target-modules", **several, help=what)
+    add("--exclude-modules", **several, help="names or name endings to leave out")
 
 
 def _targets(arguments: argparse.Namespace) -> str | list[str]:
@@ -224,7 +226,7 @@ def _init(arguments: argparse.Namespace) -> None:
             device=arguments.device or there,
             workspace_gib=arguments.workspace_gib,
         )
-    print(f"{arguments.out}: A and B of {len(names)} modules, {arguments.out.stat().st_size / 2**20:.1f} MiB")
+    print(f"{arguments.out}: A and B of {len(names)} modules, {_binary(arguments.out.stat().st_size)}")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -253,9 +255,15 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
 
     add, known = parser.add_argument, ", ".join(MODELS)
     add("--model", required=True, help=f"{known}; or a folder with a config.json, such a file, or a name on the Hub")
-    add("-r", "--rank", type=int, nargs="+", required=True, metavar="R")
+    add("-r", "--rank", type=int, nargs="+", action="extend", required=True, metavar="R")
     _add_modules(parser)
-    add("--modules-to-save", nargs="+", metavar="NAME", help="modules that train whole beside any method")
+    add(
+        "--modules-to-save",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="modules that train whole beside any method",
+    )
     add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
     add("--dtype", metavar="DTYPE", default="bfloat16", help=f"dtype of the numbers in a file: {_DTYPES}")
 
@@ -288,7 +296,7 @@ def _params(arguments: argparse.Namespace) -> None:
 def _tune(arguments: argparse.Namespace) -> None:
     from .accounting import from_config
     from .bench.shapes import MODELS
-    from .tuning.command import command
+    from .tuning.command import RANKS, command
     from .tuning.model import of_model
 
     shapes = None
@@ -297,7 +305,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             model = from_config(_configuration(arguments.model))
         with _told_in_lines("loraxs tune"):
             try:
-                shapes = of_model(model, arguments.rank).shapes
+                shapes = of_model(model, arguments.rank or RANKS).shapes
             except TypeError as error:  # there are linear layers, but none that can have an adapter
                 raise ValueError(str(error)) from error
     command(arguments, shapes)

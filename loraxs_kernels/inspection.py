@@ -39,7 +39,7 @@ def inspected(path: str, revision: str | None = None) -> dict[str, Any]:
 
 def _kind(file: Path) -> str:
     if not file.is_file():
-        raise FileNotFoundError(f'path: there is no file or folder {file}; a name on the Hub is "user/name"')
+        raise FileNotFoundError(f'path: there is no regular file or folder {file}; a name on the Hub is "user/name"')
     with opened(file) as f:
         names = f.metadata() or {}
     if found := next((kind for kind in KINDS if kind in names), None):

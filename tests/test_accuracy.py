@@ -142,20 +142,18 @@ def test_a_training_that_diverged_is_not_chosen():
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
-    path = tmp_path / "report.json"
+    path, damaged = tmp_path / "report.json", tmp_path / "damaged.json"
     path.write_text(json.dumps({"format": accuracy.FORMAT, "task": "movies"}))
+    damaged.write_text("{")
     for arguments, words in (
         (["--out", str(path)], "was made with another task: 'movies'"),
         (["--out", str(path), "--steps", "1"], "--steps: got 1, must be at least 2"),
+        (["--out", str(tmp_path)], f"--out: {tmp_path} is a folder"),
+        (["--out", str(damaged)], f"--out: {damaged}: is damaged"),
     ):
         with pytest.raises(SystemExit):
             accuracy.main(["--task", "trec", *arguments])
         assert words in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"--out: .* is a folder"):
-        accuracy.main(["--out", str(tmp_path)])
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"--out: .*is damaged"):
-        accuracy.main(["--out", str(path)])
 
 
 def test_the_table(measured):

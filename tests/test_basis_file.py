@@ -259,9 +259,11 @@ def test_a_shard_that_is_replaced_meanwhile_is_named(checkpoint, tmp_path, monke
     assert re.search(r"a\.safetensors: is damaged: tensor '.*' cannot be read", capsys.readouterr().err)
 
 
-def test_files_of_this_library_are_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="adapter, basis and bank files of loraxs_kernels do not count"):
-        make_basis(V2, 4, tmp_path / "basis.safetensors")
+def test_adapters_and_files_of_this_library_are_no_checkpoint(tmp_path):
+    safetensors.torch.save_file({"q.lora_A.weight": torch.randn(8, 16)}, tmp_path / "adapter_model.safetensors")
+    for model in (V2, tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(FileNotFoundError, match="files of loraxs_kernels, and PEFT's adapters, do not count"):
+            make_basis(model, 4, tmp_path / "basis.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

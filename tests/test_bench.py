@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import dataclasses
+import errno
 import graphlib
 import json
 import re
@@ -602,6 +603,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     ratio = next(row for row in data["rows"] if row["path"] == "torch")["over"]["reference"]["median"]
     assert f"{ratio:.2f}" in printed
     assert "<img" in html.read_text()
+    page.check(html)  # it may be replaced by another page
     before = out.read_bytes()
     assert main(["bench", "layer", *TINY, "--out", str(out)]) == 1  # measurements are never overwritten
     assert "is there already" in capsys.readouterr().err and out.read_bytes() == before
@@ -612,6 +614,21 @@ def test_results_get_a_name_of_their_own(tmp_path):
     date = json.loads(first.read_text())["date"][:10]
     assert first == tmp_path / "cpu" / f"{date}-abc1234.json"
     assert second == tmp_path / "cpu" / f"{date}-abc1234-2.json"
+
+
+def test_two_runs_at_once_get_two_names(tmp_path, monkeypatch):
+    """Also if both have looked for a name before either has written."""
+    looked = iter(["a.json", "a.json", "a-2.json"])
+    monkeypatch.setattr(report, "free", lambda path: tmp_path / next(looked))
+    assert [report.taken(tmp_path / "a.json").name for _ in range(2)] == ["a.json", "a-2.json"]
+
+
+def test_what_is_asked_twice_is_measured_once_and_what_is_asked_apart_together(tmp_path):
+    out = tmp_path / "run.json"
+    twice = ["--tokens", "1", "1", "--rank", "2", "--rank", "3", "2", "--shape", "8x8", "--paths", "torch"]
+    assert main(["bench", "layer", "layer", *twice, "--seconds", "0.001", "--device", "cpu", "--out", str(out)]) == 0
+    rows = report.load(out)["rows"]
+    assert [(row["r"], row["path"]) for row in rows] == [(r, path) for r in (2, 3) for path in ("frozen", "torch")]
 
 
 def break_off(monkeypatch, error) -> None:
@@ -633,6 +650,18 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     assert len(data["rows"]) == 2 and not data["complete"]
     assert "stopped" in capsys.readouterr().err
     assert "stopped before its end" in page.page(data)
+
+
+def test_a_disk_that_is_full_leaves_what_was_measured_on_the_screen(tmp_path, monkeypatch, capsys):
+    def full(self):
+        if len(self.data["rows"]) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(report.Report, "save", full)
+    assert main(["bench", "layer", *TINY, "--out", str(tmp_path / "run.json")]) == 1
+    captured = capsys.readouterr()
+    assert "3 rows" not in captured.out and "One layer, forward + backward" in captured.out
+    assert captured.err == f"loraxs bench: {tmp_path / 'run.json'}: No space left on device\n"
 
 
 def test_what_breaks_a_question_leaves_the_others(tmp_path, monkeypatch, capsys):
@@ -687,14 +716,21 @@ BAD = {
     "no tokens": (["--tokens", "0"], "tokens: got 0, must be at least 1"),
     "a negative rank": (["--rank", "4", "-1"], "rank: got -1, must be at least 1"),
     "a bank of nothing": (["bank", "--records", "0"], "records: got 0, must be at least 1"),
+    "a bank without lmdb": (["bank"], "question: 'bank' needs the package lmdb: pip install lmdb"),
     "no time": (["--seconds", "0"], "seconds: got 0, must be above 0"),
     "a device that is not there": (["--device", "cuda:99"], "device: 'cuda:99' cannot be used here"),
     "too long a sequence": (
         ["model", "--model", "roberta-large", "--sequence", "513"],
         "sequence: got 513, must be at",
     ),
+    "more blocks than there are": (["model", "--blocks", "3", "--model", "tiny"], "blocks: got 3, must be at most 2"),
     "a model of shapes": (["model", "--shape", "4x4"], "question: 'model' needs a model"),
+    "a name in another folder": (["host", "--commit", "../../x"], "commit: got '../../x', must be letters, digits"),
+    "no name": (["host", "--commit", ""], "commit: got '', must be letters, digits"),
+    "a call of one token": (["host", "--tokens", "512"], "tokens: none of host reads it, leave it out"),
+    "one direction": (["group", "svd", "--direction", "forward"], "direction: none of group, svd reads it, leave it"),
     "a page in no folder": (["--html", "{tmp}/no/page.html"], "html: got "),
+    "a page in another file's place": (["--html", "{tmp}/notes"], "html: {tmp}/notes is there and is no page of"),
     "a file for a folder": (["--out", "{tmp}/file/sub"], "out: the folder "),
     "a place no one writes to": (["--out", "/proc/run.json"], "out: /proc/run.json cannot be written"),
 }
@@ -707,13 +743,17 @@ def test_bad_requests_are_refused_before_anything_runs(case, tmp_path, capsys, m
         monkeypatch.setitem(
             paths.PATHS, "triton", dataclasses.replace(paths.PATHS["triton"], missing=lambda: "made up")
         )
+    if case == "a bank without lmdb":
+        monkeypatch.setattr(bank.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "file").write_text("")
+    (tmp_path / "notes").write_text("mine")
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"loraxs bench: {message}") and captured.out == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert captured.err.startswith(f"loraxs bench: {message.format(tmp=tmp_path)}") and captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes"]
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_a_page_without_matplotlib_is_refused_at_once(monkeypatch, capsys, tmp_path):

@@ -173,6 +173,12 @@ def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path):
     )
 
 
+def test_builds_where_text_is_ascii():
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    version = setup.assigned("__version__", "loraxs_kernels/__init__.py")
+    assert passed(run(PYTHON, "setup.py", "--version", cwd=ROOT, **ascii_only)).endswith(f"{version}\n")
+
+
 def test_builds_where_every_package_has_the_version_of_the_checkout(source):
     """As in pip 24.3 to 26.2, whose finder for a backend in the source tree answers every name with what lies there."""
     (source / "loraxs_kernels.egg-info").mkdir(exist_ok=True)

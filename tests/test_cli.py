@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import loraxs_kernels
 from loraxs_kernels import cli
 from loraxs_kernels.cli import main
 
@@ -191,6 +192,22 @@ def test_arguments_of_params_out_of_range(capsys, arguments):
     pytest.importorskip("transformers")
     assert main(["params", "--model", "tiny", "-r", "4", *arguments]) == 1
     assert f": got {arguments[-1]}" in capsys.readouterr().err
+
+
+def test_an_option_that_is_given_twice_counts_twice(capsys):
+    pytest.importorskip("transformers")
+    twice = ["-r", "4", "--target-modules", "q_proj", "-r", "8", "--target-modules", "v_proj"]
+    assert main(["params", "--model", "tiny", *twice]) == 0
+    printed = capsys.readouterr().out
+    assert ", 4 linear layers adapted" in printed and "\n4  LoRA-XS" in printed and "\n8  LoRA-XS" in printed
+    assert main(["roofline", "--gpu", "H200", "--tokens", "16", "--tokens", "32", "--rank", "4"]) == 0
+    assert re.search(r"ms T 16 r 4 +ms T 32 r 4 +% T 16 r 4 +% T 32 r 4\n", capsys.readouterr().out)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"loraxs_kernels {loraxs_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize("config", ["3", "[" * 100_000, '{"num_hidden_layers": 1, "max_position_embeddings": "x"}'])

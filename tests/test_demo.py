@@ -164,6 +164,15 @@ def test_only_an_earlier_demo_s_files_are_replaced(tmp_path, monkeypatch, name):
     assert demo.run("minilm", tmp_path, quick=True, full=False, device="cpu") == "runs"
 
 
+def test_a_result_that_could_not_be_written_is_refused_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.PACKAGES, "minilm", {})
+    settings = demo.Settings("minilm", tmp_path, "quick", torch.device("cpu"), time.perf_counter())
+    report.write(report.header(settings, "x"), settings)  # an earlier demo's folder
+    (tmp_path / report.PLOT).mkdir()
+    with pytest.raises(DemoError, match=r"out: .*curves\.png is a folder, must be the name of a file"):
+        demo.run("minilm", tmp_path, quick=True, full=False, device="cpu")
+
+
 def test_a_demo_that_was_stopped_can_be_run_again(tmp_path, monkeypatch):
     def stopped(settings):
         (settings.out / report.ADAPTER).touch()

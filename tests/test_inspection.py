@@ -157,7 +157,7 @@ def test_errors_name_the_file(what, model, capsys):
         "writer": "is damaged: its SHA-256 is",
         "cut": "is not a whole safetensors file",
         "foreign": "is a safetensors file, but neither a LoRA-XS adapter nor a basis file",
-        "missing": "there is no file or folder",
+        "missing": "there is no regular file or folder",
         "empty folder": "has no adapter.safetensors",
     }[what]
     assert main(["inspect", str(path)]) == 1

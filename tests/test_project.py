@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import operator
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,14 @@ assert torch.get_float32_matmul_precision() == "highest"
 """
     run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", ""), run.stderr
+
+
+@pytest.mark.parametrize(("name", "packages"), {"peft": "peft", "transformers": "transformers accelerate"}.items())
+def test_an_integration_without_its_packages_says_which(monkeypatch, name, packages):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"needs the packages? .*: pip install {packages}$") as error:
+        runpy.run_path(str(ROOT / "loraxs_kernels" / "integrations" / name / "__init__.py"))
+    assert error.value.name is None  # for the command line it is a sentence, and no broken import
 
 
 def test_public_names():

@@ -314,6 +314,17 @@ def test_a_basis_that_does_not_span_theirs_is_refused(tmp_path):
     assert snapshot(model) == before
 
 
+def test_a_weight_of_zeros_is_no_other_base_model(tmp_path):
+    def base():
+        model = bert()
+        model.bert.encoder.layer[0].attention.self.query.weight.data.zero_()
+        return model
+
+    theirs = trained(model=base())
+    model = load_reference_adapter(base(), saved(theirs, tmp_path))
+    assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
 def test_an_imprecise_basis_is_taken_with_a_warning_within_the_tolerance(tmp_path):
     folder = saved(trained(config=CONFIG | {"svd": {"n_iter": 1, "random_state": 42}}, r=16), tmp_path)
     with pytest.raises(AdapterMismatch, match="tolerance of 1e-04"):

@@ -52,6 +52,16 @@ def test_an_edited_figure_is_found_out():
             assert render.filled(edited, reports) == text
 
 
+def test_files_that_are_no_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "list.json").write_text("[]")
+    assert render.read() == {}
+    (tmp_path / "cpu" / "half.json").write_text('{"format": "loraxs-')
+    assert render.main(["--check"]) == 1
+    assert "render: cpu/half.json: cannot be read as a report: " in capsys.readouterr().err
+
+
 def test_a_block_without_its_report_is_refused():
     text = "<!-- figures: cpu/none.json -->\n<!-- end of figures -->"
     with pytest.raises(BenchError, match=r"there is no report bench/results/cpu/none\.json"):
@@ -615,9 +625,9 @@ def test_every_bench_of_the_suite_is_a_request_that_is_taken(monkeypatch):
     for _, arguments in gpu_suite.BENCHES.values():
         for left_out in ({}, {"triton": "its tests hung"}):
             given = vars(parser.parse_args(gpu_suite.with_paths(arguments, left_out)))
-            request = questions.check(
-                **{key: value for key, value in given.items() if key not in ("out", "html", "commit")}
-            )
+            given = {key: value for key, value in given.items() if key not in ("out", "html", "commit")}
+            questions.check_read(given["questions"], given)
+            request = questions.check(**given)
             assert request.gpu and questions.QUESTIONS[request.questions[0]].plan(request)
             if arguments[0] in gpu_suite.SIDE_BY_SIDE:
                 assert "frozen" in request.paths and "cuda" in request.paths
@@ -687,6 +697,8 @@ def test_a_file_in_the_place_of_the_folder_stays_as_it_is(tmp_path, capsys):
         gpu_suite.main([*arguments, str(tmp_path / "out")])
     assert "out is a file, must be a folder, or not there yet" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+    assert gpu_suite.main([*arguments, str(tmp_path / "new"), "--commit", "../x"]) == 1
+    assert capsys.readouterr().err.startswith("gpu_suite: commit: got '../x'")
 
 
 def test_the_suite_needs_a_gpu(tmp_path):
@@ -716,3 +728,16 @@ def test_a_cost_has_a_report_of_its_own(tmp_path, monkeypatch, cost):
         read = [row for row in data["rows"] if row["what"].startswith("read")]
         assert len(read) == 4 and all(0 < row["microseconds"] <= row["percentile_99"] for row in read)
         assert {row["of_R"] for row in data["rows"] if "of_R" in row} == {3 * 2 * 16 * 16 * 2}
+
+
+def test_a_cost_that_is_not_what_it_says_is_not_kept(tmp_path, monkeypatch, capsys):
+    """Also by `python -O`, which leaves out assertions."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        costs.main(["first-use", "--out", str(tmp_path / "file")])
+    assert "is a file, must be a folder or not there" in capsys.readouterr().err
+    monkeypatch.setattr(costs, "POINTS", [(1, 64, 64)])
+    monkeypatch.setattr(costs.check, "setting", lambda: "0")  # as with LORAXS_CHECK=0
+    with pytest.raises(costs.BenchError, match="backend: 'torch' was not checked at T 1, 64 x 64, or is wrong"):
+        costs.main(["first-use", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

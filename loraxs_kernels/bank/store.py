@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Store(Records):
-    """A folder of adapters by name, which all have the same A and B.  The files are described above.
+    """A folder of adapters by name, which all have the same A and B.  The docstring of its module describes the files.
 
     Args:
         path: the folder of a bank that `create` has made.

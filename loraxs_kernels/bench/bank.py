@@ -30,7 +30,7 @@ from ..bank import AdapterBank
 from ..functional import run
 from ..indexed import RowIndex
 from ..model import attach
-from . import tables, timer
+from . import BenchError, tables, timer
 from .compare import Candidate, Results, Row, compare, errors, failure, figures, some
 from .paths import Layer, Operands, calls, forward_and_backward
 from .question import Point, Question, grid
@@ -112,6 +112,8 @@ APART = ("loop", "peft")  # their products of single rows are summed in other or
 
 def check(request: Request) -> Request:
     """Asked alone and without a model, it has shapes and tokens of its own."""
+    if importlib.util.find_spec("lmdb") is None:
+        raise BenchError("question: 'bank' needs the package lmdb: pip install lmdb")
     own = request.questions == ("bank",) and not request.model
     return replace(
         request,

@@ -40,6 +40,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         page.check(arguments.html)
     given = {key: value for key, value in vars(arguments).items() if key in Request.__dataclass_fields__}
+    questions.check_read(given["questions"], given)
     report = run(questions.check(**given), arguments.out, arguments.commit)
     if arguments.html is not None:
         page.write(report.data, arguments.html)
@@ -67,12 +68,12 @@ def run(asked: Request, out: Path | None, commit: str | None = None) -> Report:
                 _measure_ceilings(report, asked)
             for name in asked.questions:
                 _answer(QUESTIONS[name], asked, report)
-    except KeyboardInterrupt:
-        print("\nstopped; what was measured until now:", file=sys.stderr)
-    else:
         report.data["complete"] = True
         report.save()
-    tables.show(questions.tables_of(report.data))
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured until now:", file=sys.stderr)
+    finally:  # also where the disk is full
+        tables.show(questions.tables_of(report.data))
     print(f"\n{len(report.data['rows'])} rows in {report.path}, {report.data['seconds']:.0f} s")
     return report
 
@@ -102,9 +103,10 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
     add("--gpu", help=f"ceilings by the datasheet: {', '.join(roofline.DATASHEETS)}; default: this GPU's, measured")
     add("--ceilings", type=Path, metavar="FILE", help="ceilings measured in a run: the .json that loraxs bench wrote")
     add("--model", help=f"{', '.join(MODELS)}; default mistral-7b")
-    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
-    add("--tokens", nargs="+", type=int, default=[512, 8192], metavar="T")
-    add("--rank", nargs="+", type=int, default=[16, 64], metavar="r")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    add("--shape", **several, metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
+    add("--tokens", **several, type=int, metavar="T", help="rows of x; default: 512 8192")
+    add("--rank", **several, type=int, metavar="r", help="of the adapter; default: 16 64")
     add("--direction", default="both", choices=roofline.DIRECTIONS)
 
 
@@ -112,9 +114,10 @@ def show_roofline(arguments: argparse.Namespace) -> None:
     """Run `loraxs roofline`: the floor of each path, and what each would cost at least next to the frozen linear."""
     model, shapes = request.model_or_shapes(arguments.model, arguments.shape)
     request.one_of("gpu", arguments.gpu, "ceilings", arguments.ceilings)
-    request.at_least_one(tokens=arguments.tokens, rank=arguments.rank)
+    tokens, ranks = arguments.tokens or [512, 8192], arguments.rank or [16, 64]
+    request.at_least_one(tokens=tokens, rank=ranks)
     ceilings = _ceilings(arguments)
-    points = [(T, r) for T in arguments.tokens for r in arguments.rank]
+    points = [(T, r) for T in dict.fromkeys(tokens) for r in dict.fromkeys(ranks)]
 
     def floor(path: str, T: int, r: int) -> float:
         """Milliseconds of the block."""

@@ -112,4 +112,4 @@ def show(report: dict[str, Any], rows: list[Row]) -> Iterator[Table]:
         yield Table(title, head, lines, [tables.QUARTILES])
 
 
-QUESTION = Question(name="group", plan=plan, tables=show)
+QUESTION = Question(name="group", plan=plan, tables=show, unread=("direction",))

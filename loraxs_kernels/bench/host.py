@@ -93,4 +93,6 @@ def draw(report: dict[str, Any], rows: list[Row]) -> Iterator[plots.Plot]:
         yield plots.bars("host", title, {"": found}, {"": 1})
 
 
-QUESTION = Question(name="host", plan=plan, tables=show, plots=draw, paths=PATHS)
+QUESTION = Question(
+    name="host", plan=plan, tables=show, plots=draw, paths=PATHS, unread=("model", "shapes", "tokens", "modes")
+)

@@ -323,6 +323,7 @@ QUESTION = Question(
     plots=draw,
     paths=paths.PATHS,
     options=("blocks", "sequence", "batch"),
+    unread=("tokens", "direction", "modes", "seconds"),
     folders=True,
     check=check,
     how="Steps: gR of the first step is compared with the reference layers' over the whole model.",

@@ -11,6 +11,7 @@ from ..files import write_atomically
 from . import BenchError, plots, tables
 from .questions import QUESTIONS, plots_of, tables_of
 
+TITLE = b"<title>loraxs bench</title>"
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
@@ -29,6 +30,8 @@ def check(path: Path) -> None:
     plots.require()
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise BenchError(f"html: got {path}, must be a file in a folder that is there")
+    if path.exists() and (there := path.read_bytes()) and TITLE not in there:
+        raise BenchError(f"html: {path} is there and is no page of `loraxs bench`; name another file")
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -46,7 +49,7 @@ def page(report: dict[str, Any]) -> str:
     facts = "\n".join(f"<p class=note>{html.escape(line)}</p>" for line in provenance(report))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>loraxs bench</title><style>{STYLE}</style></head><body>
+{TITLE.decode()}<style>{STYLE}</style></head><body>
 <h1>What LoRA-XS costs on {html.escape(machine(report))}</h1>
 {facts}
 {figures}

@@ -86,6 +86,7 @@ class Question:
     plots: Callable[[dict[str, Any], list[Row]], Iterator[Plot]] = lambda report, rows: iter(())
     paths: Mapping[str, Path] = field(default_factory=dict)  # that may be named
     options: tuple[str, ...] = ()  # the fields of Request marked `own` that it reads
+    unread: tuple[str, ...] = ()  # the other fields that it does not read
     folders: bool = False  # whether its model may be a folder with a Hugging Face model
     check: Callable[[Request], Request] = lambda request: request  # refuses (BenchError), and fills in what is its own
     how: str = ""  # it is measured, in a sentence for the page
@@ -107,7 +108,7 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
 
     asked: options as the command line has them.  Raises BenchError, naming the option, what it was and what it must be.
     """
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
+    given = {key: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in asked.items()}
     names = tuple(question.name for question in questions)
     request = Request(**given | {"questions": names, "device": _device(asked.get("device"))})
     known("direction", [request.direction], DIRECTIONS)
@@ -132,6 +133,8 @@ def check(questions: Sequence[Question], asked: Mapping[str, Any]) -> Request:
     for question in questions:
         request = question.check(request)
     model = request.model or ("mistral-7b" if request.gpu and not request.shapes else "")
+    if request.blocks and model in MODELS and request.blocks > MODELS[model].blocks:
+        raise BenchError(f"blocks: got {request.blocks}, must be at most {MODELS[model].blocks}, as {model} has")
     small = (Shape(1024, 1024), Shape(1024, 4096))
     return replace(
         request,

@@ -19,12 +19,21 @@ DEFAULT = ("layer", "host")
 
 def check(questions: Iterable[str] = (), **asked: Any) -> Request:
     """The request for these questions, DEFAULT where there are none; see `question.check`."""
-    names = list(questions) or DEFAULT
+    names = dict.fromkeys(questions) or DEFAULT
     for name in names:
         if name in QUESTIONS and (answer := QUESTIONS[name].answered):
             raise BenchError(f"question: {name!r} is asked no more, {answer}")
     known("question", names, ASKED)
     return question.check([QUESTIONS[name] for name in names], asked)
+
+
+def check_read(names: Iterable[str], options: Iterable[str]) -> None:
+    """Refuse an option of the command line that none of these questions reads, or of DEFAULT where there are none."""
+    asked = [QUESTIONS[name] for name in names or DEFAULT if name in QUESTIONS]
+    for option in options:
+        if asked and all(option in question.unread for question in asked):
+            flag = Request.__dataclass_fields__[option].metadata["flag"] or option
+            raise BenchError(f"{flag}: none of {', '.join(question.name for question in asked)} reads it, leave it out")
 
 
 def tables_of(report: dict[str, Any], questions: Iterable[str] = QUESTIONS) -> list[Table]:

@@ -55,6 +55,7 @@ import math
 import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,11 @@ class Report:
             "seconds": 0.0,
             "rows": [],
         }
-        self.path = _target(out, self.data)
         try:
+            self.path = _target(out, self.data)
             self.save()
         except OSError as error:
-            raise BenchError(f"out: {self.path} cannot be written: {error}") from error
+            raise BenchError(f"out: {error.filename} cannot be written: {error.strerror}") from error
 
     def add(self, row: dict[str, Any]) -> None:
         self.data["rows"].append(row)
@@ -101,6 +102,8 @@ class Report:
 
 def head(format: str, version: int = 1, device: Any = "cpu", commit: str | None = None) -> dict[str, Any]:
     """What every report begins with: its format, when and where it is made, with what, and from which source."""
+    if commit is not None and not re.fullmatch(r"\w[\w.+-]*", commit):  # it becomes a part of a file's name
+        raise BenchError(f"commit: got {commit!r}, must be letters, digits, '_', '.', '+' and '-'")
     found = (commit, None) if commit else source()
     return {"format": format, "version": version, **environment(device), "commit": found[0], "dirty": found[1]}
 
@@ -142,7 +145,8 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BenchError(f"{path}: cannot be read as a report: {error}") from error
     if not is_report(data) or data.get("version") != VERSION:
-        raise BenchError(f"{path}: must be a report of `loraxs bench`, version {VERSION}")
+        got = f", and is of version {data.get('version')!r}" if is_report(data) else ""
+        raise BenchError(f"{path}: must be a report of `loraxs bench`, version {VERSION}{got}")
     if missing := [field for field in _FIELDS if field not in data]:
         raise BenchError(f"{path}: has no {', '.join(missing)}")
     if not isinstance(data["rows"], list) or not all(isinstance(row, dict) for row in data["rows"]):
@@ -183,19 +187,26 @@ def folder(device: str) -> str:
 def _target(out: Path | None, data: dict[str, Any]) -> Path:
     """Where to write: the file asked for, which must not be there; or a new one in <folder asked for>/<device>/."""
     name = f"{data['date'][:10]}-{data['commit']}.json"
-    if out is None:
-        path = free(Path(f"loraxs-bench-{name}"))
-    elif out.suffix != ".json":
-        path = free(out / folder(data["machine"]["device"]) / name)
-    elif out.exists():
-        raise BenchError(f"out: {out} is there already, and measurements are never overwritten; name another file")
-    else:
+    if named := out is not None and out.suffix == ".json":
         path = out
+    else:
+        path = Path(f"loraxs-bench-{name}") if out is None else out / folder(data["machine"]["device"]) / name
+    if named and out.exists():
+        raise BenchError(f"out: {out} is there already, and measurements are never overwritten; name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BenchError(f"out: the folder {path.parent} cannot be made: {error}") from error
-    return path
+    return path if named else taken(path)
+
+
+def taken(path: Path) -> Path:
+    """A new file of this name, with a number if that is taken: no other run gets it meanwhile."""
+    while True:
+        with suppress(FileExistsError):
+            found = free(path)
+            found.touch(exist_ok=False)
+            return found
 
 
 def free(path: Path) -> Path:

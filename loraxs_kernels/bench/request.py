@@ -26,7 +26,7 @@ def _option(
     own: only for the questions that name it in `Question.options`.
     """
     if several:
-        default, more = (), {"nargs": "+", "metavar": several, **more}
+        default, more = (), {"nargs": "+", "action": "extend", "metavar": several, **more}
     return field(default=default, metadata={"flag": flag, "own": own, "argparse": {"help": help, **more}})
 
 

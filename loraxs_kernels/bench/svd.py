@@ -279,5 +279,6 @@ QUESTION = Question(
     plots=draw,
     paths=METHODS,
     options=("blocks",),
+    unread=("tokens", "direction", "modes"),
     how="SVD: random weights, a decaying head over a Gaussian bulk; the truth is an fp64 eigensolver's.",
 )

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..files import read_json
+from ..files import read_json, target_of
 
 _COMMON = {
     "transformers": "transformers",
@@ -104,6 +104,11 @@ def _check_out(out: Path) -> None:
         said = read_json((out / REPORT).read_bytes(), REPORT)
     except (OSError, ValueError):
         said = {}
+    for name in (ADAPTER, REPORT, PLOT):
+        try:
+            target_of(out / name, "out")
+        except (OSError, ValueError) as error:
+            raise DemoError(str(error)) from error
     there = [name for name in (ADAPTER, REPORT, PLOT) if (out / name).exists()]
     if there and not {"version", "what", "model", "length", "seeds"} <= said.keys():
         raise DemoError(f"out: {out / there[0]} is there and is no earlier demo's; name another folder")

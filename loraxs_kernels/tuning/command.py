@@ -11,14 +11,17 @@ from ..bench.shapes import MODELS
 from ..bench.tables import Table, show
 from .run import BUDGET, Shapes, run
 
+RANKS = [16, 64, 32]
+
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     known = f"{', '.join(MODELS)}; or a folder with a config.json, such a file, or a name on Hugging Face's hub"
     add("--model", help=f"the model whose shapes to tune for: {known}; default: mistral-7b")
-    add("--shape", nargs="+", default=[], metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
-    add("--rank", nargs="+", type=int, default=[16, 64, 32], metavar="r", help="in this order; default: 16 64 32")
-    add("--tokens", nargs="+", type=int, default=[], metavar="T", help="rows of x; default: the powers of two to 32768")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    add("--shape", **several, metavar="NxK", help="shapes instead of a model's, such as 4096x14336")
+    add("--rank", **several, type=int, metavar="r", help="in this order; default: 16 64 32")
+    add("--tokens", **several, type=int, metavar="T", help="rows of x; default: the powers of two to 32768")
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: bf16")
     add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:g}")
     add("--again", action="store_true", help="measure anew what the table has already")
@@ -27,8 +30,9 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def command(arguments: argparse.Namespace, shapes: Shapes | None = None) -> None:
     """Run `loraxs tune`; shapes: by padded rank, those of --model if that is none of shapes.MODELS."""
-    at_least_one(rank=arguments.rank)
-    shapes = shapes or dict.fromkeys(arguments.rank, model_or_shapes(arguments.model, arguments.shape)[1])
+    ranks = arguments.rank or RANKS
+    at_least_one(rank=ranks)
+    shapes = shapes or dict.fromkeys(ranks, model_or_shapes(arguments.model, arguments.shape)[1])
     given = (arguments.tokens, arguments.dtype, arguments.budget, arguments.out)
     table = run(shapes, *given, again=arguments.again)
     show([summary(list(map(choice.parse, table["choices"])))])

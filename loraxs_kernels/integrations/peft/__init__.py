@@ -16,6 +16,11 @@ samples       batches in which each sample has its own adapter
 card          the model card beside a saved adapter
 """
 
+from importlib.util import find_spec
+
+if find_spec("peft") is None:  # which brings what else is imported here
+    raise ImportError("LoRA-XS as a PEFT method needs the package peft: pip install peft")
+
 from . import card, config, tuner
 from .buffers import Buffers as _Buffers
 from .buffers import Fingerprints as _Fingerprints

@@ -297,7 +297,8 @@ def _check_base(
             W = weight.read()
             W = W.to(torch.promote_types(W.dtype, torch.float32))
             A, B = each.A.to(W), each.B.to(W)
-            errors[name] = float(((B.t() @ W - A).norm() / A.norm()).nan_to_num(nan=torch.inf))
+            if A.any() or W.any():  # else the weight is as it was
+                errors[name] = float(((B.t() @ W - A).norm() / A.norm()).nan_to_num(nan=torch.inf))
     worst = max(errors, key=errors.__getitem__, default=None)
     if worst is None or errors[worst] <= OTHER_WEIGHT:
         return

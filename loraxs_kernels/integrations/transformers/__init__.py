@@ -16,6 +16,13 @@ Trainer saves by `model.save_pretrained` and loads by `model.load_state_dict`.  
 for the checkpoints of this run only; afterwards they are as they were.
 """
 
+from importlib.util import find_spec
+
+if _missing := [name for name in ("transformers", "accelerate") if find_spec(name) is None]:
+    raise ImportError(
+        f"LoraXSCallback needs the packages transformers and accelerate: pip install {' '.join(_missing)}"
+    )
+
 from ...hub import FILE as ADAPTER_NAME
 from .callback import LoraXSCallback
 
