@@ -509,7 +509,13 @@ def test_a_frozen_adapter_is_no_training(tmp_path):
 
 
 def test_refuses_before_it_trains(tmp_path):
-    for model, message in [(llama(), "has no LoRA-XS adapters"), (lx.merge(attached()), "is merged")]:
+    bank = lx.AdapterBank.create(tmp_path / "bank", attached(dropout=0.0))
+    served = bank.attach(llama(), progress=False)
+    for model, message in [
+        (llama(), "has no LoRA-XS adapters"),
+        (lx.merge(attached()), "is merged"),
+        (served, "are a bank's, must be the model's own for LoraXSCallback"),
+    ]:
         model.lm_head.requires_grad_(True)
         with pytest.raises(ValueError, match=message):
             trainer_of(model, tmp_path).train()

@@ -152,6 +152,11 @@ class LoraXSCallback(TrainerCallback):
 def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: TrainingArguments) -> None:
     if not adapters:
         raise ValueError("model: has no LoRA-XS adapters; lx.attach(model, ...) puts them on, before Trainer is made")
+    if any(adapter.layer.seat is not None and adapter.layer.seat.put_on for adapter in adapters):
+        raise ValueError(
+            "model: its adapters are a bank's, must be the model's own for LoraXSCallback; leave the callback out, and "
+            "train with bank.train(names), whose optimizer's state holds R"
+        )
     for adapter in adapters:
         R, r = adapter.R(), adapter.layer.rank
         if adapter.layer.merged:
