@@ -102,8 +102,8 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
         raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
     if not os.fspath(path) or os.fspath(path).endswith(SEPARATORS):
         raise ValueError(f"{argument}: got {str(path)!r}, must be the name of a file")
-    first, *others = Path(path).parts
-    if others and first.startswith("~") and not os.path.exists(first):
+    parts = Path(path).parts
+    if len(parts) > 1 and parts[0].startswith("~") and not os.path.exists(parts[0]):
         raise ValueError(f"{argument}: got {str(path)!r}, must be without ~, as os.path.expanduser makes it")
     if os.path.exists(path) and not target.is_file():  # /dev/stdout may exist where its target does not: a pipe
         what = "a folder" if target.is_dir() else "no regular file"
