@@ -8,7 +8,6 @@ import io
 import re
 import warnings
 import weakref
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -678,7 +677,7 @@ def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
             with pytest.raises(ValueError, match=r"model: is inside a DistributedDataParallel, .* after its"):
                 put_on()
         assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
-        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(OrderedDict(module=nn.Sequential(nn.Linear(8, 8))))
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(nn.Linear(8, 8))
         with pytest.raises(ValueError, match="model: is inside a DeepSpeedEngine"):
             lx.attach(engine, 2)
         adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
