@@ -1173,6 +1173,18 @@ def test_compiled_code_drops_no_tangents(T, before):
     assert torch.equal(call(o.x), lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_code_that_is_compiled_with_its_derivative_drops_no_tangents(dynamic):
+    """Symbolic shapes are found by other ways than fixed ones."""
+    o = operands(70, 33, 65, 12)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s), (x,), (x,))[1]
+
+    with pytest.raises(Exception, match=f"{ADVICE}|Observed exception"):  # as torch 2.14 says
+        torch.compile(tangent, fullgraph=True, dynamic=dynamic, backend="aot_eager")(o.x)
+
+
 def test_reference_is_its_formula():
     """The specification itself, against the formula written out in another way."""
     o = operands(5, 4, 6, 3, torch.float64)
