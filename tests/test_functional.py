@@ -1122,6 +1122,13 @@ def test_the_operator_is_taken_apart_for_exporters():
         torch.testing.assert_close(plain.module()(each), module(each))
 
 
+def test_what_the_operator_is_taken_apart_into_returns_the_same():
+    o, other = operands(70, 24, 304, 12, torch.bfloat16), torch.randn(70, 12)
+    args = (o.x, o.W, o.A, o.R, o.B, o.s, o.bias, other, "forward", "torch")
+    for found, expected in zip(ops.plain(*args), ops.operator(*args), strict=True):
+        assert found.dtype == expected.dtype and reference.relative_error(found, expected) < 2e-2
+
+
 @pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
 def test_gradients_of_a_batch_of_gY(shape):
     o = operands(*shape, torch.bfloat16)

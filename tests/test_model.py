@@ -917,11 +917,14 @@ class Frozen(dict):
 
 def test_a_rollback_leaves_alone_what_did_not_change():
     model = nn.Sequential(nn.Linear(6, 5))
-    model.settings, model.names = Frozen(layers=1), ["a"]
+    model.settings, model.names, model.sizes, model.order = Frozen(layers=1), ["a"], {"a": 1}, {"a": 1, "b": 1}
     with pytest.raises(ValueError, match="Ctrl-C"), transaction(model):
-        model.names.append("b")
+        model.names[0] = "b"
+        model.sizes["a"] = 2
+        model.order["a"] = model.order.pop("a")
         raise ValueError("Ctrl-C")
-    assert model.settings == {"layers": 1} and model.names == ["a"]
+    assert (model.settings, model.names, model.sizes) == ({"layers": 1}, ["a"], {"a": 1})
+    assert list(model.order) == ["a", "b"]
 
 
 def test_given_factors(bert):
