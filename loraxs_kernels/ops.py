@@ -110,8 +110,8 @@ class LowRankLinear(torch.autograd.Function):
         return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
 
 
-# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, for which
-# `run` calls `plain`, and unwraps tensors that outlived a transform, which give the same results without it.
+# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, for
+# which `run` calls `plain`, and unwraps tensors that outlived a transform, which give the same results without it.
 apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
