@@ -378,16 +378,16 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "loraxs_R")
 
 
-# Modules around a whole model, by the names of their classes, and where they hold it: torch's, Lightning Fabric's,
-# DeepSpeed's and Opacus'.
+# Modules around a whole model, by the names of their packages and classes, and where they hold it.
 _WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "AveragedModel": "module",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "_FabricModule": "_original_module",
-    "DeepSpeedEngine": "module",
-    "AbstractGradSampleModule": "_module",
+    "torch.OptimizedModule": "_orig_mod",
+    "torch.AveragedModel": "module",
+    "torch.DataParallel": "module",
+    "torch.DistributedDataParallel": "module",
+    "lightning._FabricModule": "_original_module",
+    "lightning_fabric._FabricModule": "_original_module",
+    "deepspeed.DeepSpeedEngine": "module",
+    "opacus.AbstractGradSampleModule": "_module",
 }
 
 
@@ -399,7 +399,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {repr(model)[:80]}, must be an nn.Module")
     while True:
-        kinds = [kind.__name__ for kind in type(model).__mro__]
+        kinds = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__]
         held = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
         if held not in model._modules:
             return model

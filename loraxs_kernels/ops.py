@@ -110,8 +110,8 @@ class LowRankLinear(torch.autograd.Function):
         return *gradients(eager, rows, gz, *ctx.saved_tensors, ctx.s, need_gX, need_gR, *ctx.how), None
 
 
-# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, which
-# `run` and torch itself refuse, and unwraps tensors that outlived a transform, which give the same results without it.
+# `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, for
+# which `run` calls `plain`, and unwraps tensors that outlived a transform, which give the same results without it.
 apply = super(torch.autograd.Function, LowRankLinear).apply
 
 
@@ -166,7 +166,7 @@ class LowRankLinears(torch.autograd.Function):
             if used:
                 gX = torch.cat(us, dim=1) @ torch.cat([A for _, _, A in used])
                 for gY, W, _ in used:
-                    gX.addmm_(gY, W)
+                    gX = plus_product(gX, gY, W)
         return gX, None, *gRs
 
 
@@ -430,4 +430,5 @@ _operators.latest = globals()
 operator = _operators.primitive.default
 # Exporters take apart by this table what they have no words for: the operator in programs that are made into ONNX.
 torch._decomp.decomposition_table[operator] = plain
+torch._decomp.meta_table[operator] = _shapes  # or torch would find symbolic shapes by `plain`, which refuses nothing
 linear = _operators.linear.default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -63,9 +64,9 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any], list]], trained: lis
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two dictionaries, lists or sets have the very same content, in the same order."""
-    if isinstance(a, dict) and not _same(list(a.values()), list(b.values())):
+    if isinstance(a, dict) and not all(map(is_, a.values(), b.values())):
         return False
-    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 @torch.no_grad()

@@ -88,9 +88,13 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
 
 def is_still_plain(layer: nn.Module) -> bool:
     """Whether a layer that was mergeable has not been quantised, pruned or parametrized since; it may be sharded."""
-    weight = layer._parameters.get("weight")
-    same_class = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
-    return same_class and weight is not None and not _dequantises(weight)
+    own = layer._parameters
+    if not (type(layer).forward is nn.Linear.forward or is_conv1d(layer)):
+        return False
+    if (weight := own.get("weight")) is not None:
+        return not _dequantises(weight)
+    # FSDP1 has taken it out, or it was freed, or is made of what stands in the place of it.
+    return "parametrizations" not in layer._modules and not any(name.startswith("weight_") for name in own)
 
 
 def weight_of(layer: nn.Module, label: str = "layer") -> Weight:

@@ -32,7 +32,7 @@ from loraxs_kernels.acceptance import aligned, aligned_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.inspection import inspected
 from loraxs_kernels.integrations.reference_repo import export_as_lora
-from loraxs_kernels.matching import adapted_layers, saved_modules
+from loraxs_kernels.matching import adapted_layers, saved_modules, unwrapped
 
 TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense"]
 
@@ -78,26 +78,28 @@ def test_a_wrapped_model_has_the_base_models_names(trained, tmp_path, wrap):
 
 
 @pytest.mark.parametrize(
-    "kind, names",
+    "module, kind, names",
     [
-        ("_FabricModule", ["_forward_module", "_original_module"]),
-        ("DeepSpeedEngine", ["module"]),
-        ("AbstractGradSampleModule", ["_module"]),
+        ("lightning.fabric.wrappers", "_FabricModule", ["_forward_module", "_original_module"]),
+        ("deepspeed.runtime.engine", "DeepSpeedEngine", ["module"]),
+        ("opacus.grad_sample.gsm_base", "AbstractGradSampleModule", ["_module"]),
     ],
 )
-def test_wrappers_of_other_libraries_are_not_in_the_names(trained, tmp_path, kind, names):
-    """Lightning Fabric's, DeepSpeed's and Opacus'."""
+def test_wrappers_of_other_libraries_are_not_in_the_names(trained, tmp_path, module, kind, names):
+    """Lightning Fabric's, DeepSpeed's and Opacus'.  A user's own class of such a name is a model."""
     model, path = trained
 
-    def wrapped(inner: nn.Module) -> nn.Module:
-        wrapper = type("Derived", (type(kind, (nn.Module,), {}),), {})()
+    def wrapped(inner: nn.Module, module: str) -> nn.Module:
+        wrapper = type("Derived", (type(kind, (nn.Module,), {"__module__": module}),), {})()
         for name in names:
             wrapper.add_module(name, inner)
         return wrapper
 
-    lx.save_adapter(wrapped(model), tmp_path / "wrapped")
+    lx.save_adapter(wrapped(model, module), tmp_path / "wrapped")
     assert (tmp_path / "wrapped").read_bytes() == path.read_bytes()
-    lx.load_adapter(wrapped(model), path)
+    lx.load_adapter(wrapped(model, module), path)
+    own = wrapped(nn.Linear(6, 6), "models")
+    assert unwrapped(own) is own
 
 
 def test_wrappers_of_parts_are_not_in_the_names(trained, tmp_path):

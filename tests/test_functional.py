@@ -1122,6 +1122,13 @@ def test_the_operator_is_taken_apart_for_exporters():
         torch.testing.assert_close(plain.module()(each), module(each))
 
 
+def test_what_the_operator_is_taken_apart_into_returns_the_same():
+    o, other = operands(70, 24, 304, 12, torch.bfloat16), torch.randn(70, 12)
+    args = (o.x, o.W, o.A, o.R, o.B, o.s, o.bias, other, "forward", "torch")
+    for found, expected in zip(ops.plain(*args), ops.operator(*args), strict=True):
+        assert found.dtype == expected.dtype and reference.relative_error(found, expected) < 2e-2
+
+
 @pytest.mark.parametrize("shape", MANY_AND_FEW, ids=str)
 def test_gradients_of_a_batch_of_gY(shape):
     o = operands(*shape, torch.bfloat16)
@@ -1171,6 +1178,18 @@ def test_compiled_code_drops_no_tangents(T, before):
         else:  # torch 2.14 takes code that was compiled without tangents no more
             torch.testing.assert_close(tangent, y)
     assert torch.equal(call(o.x), lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_code_that_is_compiled_with_its_derivative_drops_no_tangents(dynamic):
+    """Symbolic shapes are found by other ways than fixed ones."""
+    o = operands(70, 33, 65, 12)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s), (x,), (x,))[1]
+
+    with pytest.raises(Exception, match=f"{ADVICE}|Observed exception"):  # as torch 2.14 says
+        torch.compile(tangent, fullgraph=True, dynamic=dynamic, backend="aot_eager")(o.x)
 
 
 def test_reference_is_its_formula():

@@ -738,7 +738,7 @@ def test_selective_checkpointing_may_save_products(how, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_flops_are_counted(dropout):
     """Also those of products that write in place otherwise."""
-    layer, x = make(dropout=dropout), torch.randn(5, 40, requires_grad=True)
+    layer, other, x = make(dropout=dropout), make(dropout=dropout), torch.randn(5, 40, requires_grad=True)
     N, K, r = layer.out_features, layer.in_features, layer.rank
     with FlopCounterMode(display=False) as forward:
         y = layer(x)
@@ -746,6 +746,9 @@ def test_flops_are_counted(dropout):
         y.sum().backward()
     chain = 2 * 5 * (N * K + K * r + r * r + r * N)
     assert (forward.get_total_flops(), backward.get_total_flops()) == (chain, chain + 2 * 5 * r * r)
+    with FlopCounterMode(display=False) as both:
+        sum(y.sum() for y in forward_together(x, layer, other)).backward()
+    assert both.get_total_flops() == 2 * (2 * chain + 2 * 5 * r * r)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -8,7 +8,6 @@ import io
 import re
 import warnings
 import weakref
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -678,7 +677,7 @@ def test_a_model_in_ddp_gets_no_new_adapters(tmp_path):
             with pytest.raises(ValueError, match=r"model: is inside a DistributedDataParallel, .* after its"):
                 put_on()
         assert type(wrapped.module[0]) is nn.Linear and wrapped.module[0].weight.requires_grad
-        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(OrderedDict(module=nn.Sequential(nn.Linear(8, 8))))
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(nn.Linear(8, 8))
         with pytest.raises(ValueError, match="model: is inside a DeepSpeedEngine"):
             lx.attach(engine, 2)
         adapted = nn.parallel.DistributedDataParallel(lx.attach(nn.Sequential(nn.Linear(8, 8)), 2))
@@ -918,11 +917,14 @@ class Frozen(dict):
 
 def test_a_rollback_leaves_alone_what_did_not_change():
     model = nn.Sequential(nn.Linear(6, 5))
-    model.settings, model.names = Frozen(layers=1), ["a"]
+    model.settings, model.names, model.sizes, model.order = Frozen(layers=1), ["a"], {"a": 1}, {"a": 1, "b": 1}
     with pytest.raises(ValueError, match="Ctrl-C"), transaction(model):
-        model.names.append("b")
+        model.names[0] = "b"
+        model.sizes["a"] = 2
+        model.order["a"] = model.order.pop("a")
         raise ValueError("Ctrl-C")
-    assert model.settings == {"layers": 1} and model.names == ["a"]
+    assert (model.settings, model.names, model.sizes) == ({"layers": 1}, ["a"], {"a": 1})
+    assert list(model.order) == ["a", "b"]
 
 
 def test_given_factors(bert):

@@ -553,6 +553,18 @@ def test_what_is_done_to_the_base_of_a_merged_layer_is_not_ignored(change):
     assert model(x).shape == expected.shape and not torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("instead", [None, torch.zeros(0)], ids=["freed", "flattened"])
+def test_a_merged_layer_needs_no_weight_of_its_base(instead):
+    """FSDP1 leaves a plain tensor in its place (use_orig_params=False)."""
+    model, x = lx.attach(nn.Sequential(nn.Linear(K, N)), 4, init_std=0.3), torch.randn(3, K)
+    expected = model(x)
+    lx.merge(model)
+    del model[0].base_layer.weight
+    model[0].base_layer.weight = instead
+    torch.testing.assert_close(model.eval()(x), expected)
+    torch.testing.assert_close(nn.functional.linear(x, *model.state_dict().values()), expected)
+
+
 def test_a_weight_in_float8_is_not_merged_into():
     """As diffusers' layerwise casting stores weights."""
     model = lx.attach(nn.Sequential(nn.Linear(K, N)), 4)
