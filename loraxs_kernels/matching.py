@@ -107,7 +107,7 @@ def match(
     without = {id(m) for name in without for m in model.get_submodule(name).modules()}
     head = embeddings(model, "output")
     refused = no_adapter(model)
-    names, left_out, unsuited, small = [], [], [], {}
+    names, unsuited, small = [], [], {}
     for name, module in modules.items():
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
@@ -117,7 +117,7 @@ def match(
                 unsuited.append((name, refused[id(module)]))
                 continue
             if is_unread_linear(module) and module is not head:
-                left_out.append((name, module))
+                unsuited.append((name, unread(module)))
         else:
             hit = matches(name, target_modules)
         if not hit:
@@ -139,12 +139,9 @@ def match(
     if len(small) < len(names):  # else the rank is wrong
         names = [name for name in names if name not in small]
         unsuited += small.items()
-    if not names and left_out:
-        name, module = left_out[0]
-        raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r}, {unread(module)}")
     if not names and unsuited:
         name, why = unsuited[0]
-        raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r} {why}")
+        raise TypeError(f"target_modules: 'all-linear' finds only layers such as {name!r}, {why}")
     if not names:
         linear = [name for name, m in modules.items() if name and is_linear(m)]
         if is_linear(model) and not linear:
@@ -158,9 +155,7 @@ def match(
         )
     warn_of_unmatched(modules, 6, target_modules=target_modules, exclude_modules=exclude_modules)
     if everything:
-        warn_of_experts(model, stacklevel=6)
-        warn_of_unread(left_out, stacklevel=6)
-        warn_of_unsuited(unsuited, stacklevel=6)
+        warn_of_left_out(model, unsuited, stacklevel=6)
     return names
 
 
@@ -224,8 +219,8 @@ def stacked_experts(model: nn.Module) -> list[str]:
     ]
 
 
-def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
-    """Say that "all-linear" leaves out stacked experts, if there are any."""
+def warn_of_left_out(model: nn.Module, layers: Sequence[tuple[str, str]], stacklevel: int) -> None:
+    """Say that "all-linear" leaves out stacked experts and layers that take no adapter (their names, and why)."""
     if stacked := stacked_experts(model):
         others = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
         warnings.warn(
@@ -233,21 +228,6 @@ def warn_of_experts(model: nn.Module, stacklevel: int) -> None:
             "parameter; LoRA-XS adapts linear layers",
             stacklevel=stacklevel,
         )
-
-
-def warn_of_unread(layers: Sequence[tuple[str, nn.Module]], stacklevel: int) -> None:
-    """Say that "all-linear" leaves out layers whose weights nothing here can read, if there are any."""
-    if layers:
-        (name, first), kinds = layers[0], sorted({type(m).__name__ for _, m in layers})
-        warnings.warn(
-            f"target_modules: 'all-linear' leaves out {len(layers)} layer{'s'[: len(layers) - 1]} "
-            f"({', '.join(kinds)}); the first, {name!r}, is {unread(first)}",
-            stacklevel=stacklevel,
-        )
-
-
-def warn_of_unsuited(layers: Sequence[tuple[str, str]], stacklevel: int) -> None:
-    """Say that "all-linear" leaves out layers that take no adapter, if there are any: their names, and why."""
     if layers:
         (name, why), plural = layers[0], "s"[: len(layers) - 1]
         warnings.warn(

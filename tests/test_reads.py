@@ -210,7 +210,7 @@ class Around(nn.Module):
 def test_a_module_far_above_the_layer_may_read_it():
     model = nn.Sequential(Around(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))
     with pytest.raises(
-        TypeError, match=r"'all-linear' finds only layers such as '0\.inner\.0' of a Around, which reads"
+        TypeError, match=r"'all-linear' finds only layers such as '0\.inner\.0', of a Around, which reads"
     ):
         match(model, "all-linear")  # which of the two inner[0] is, is not told
 

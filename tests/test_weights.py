@@ -402,7 +402,7 @@ def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, 
     with pytest.warns(UserWarning) as warned:
         model = attach(mixed(), "all-linear")
     (text,) = [str(each.message) for each in warned if "leaves out" in str(each.message)]
-    assert "leaves out 2 layers (HQQLinear, Halved); the first, '1', is a HQQLinear, whose weight" in text
+    assert "leaves out 2 layers that cannot be adapted; the first, '1', is a HQQLinear, whose weight" in text
     assert "lx.register_weight_reader(HQQLinear, read)" in text
     assert sum(hasattr(m, "base_layer") for m in model.modules()) == 2
     model, message = mixed(), r"matches module '1', a HQQLinear.* lx\.register_weight_reader\(HQQLinear, read\)"

@@ -30,10 +30,8 @@ from ...matching import (
     no_adapter,
     pattern_value,
     too_small,
-    warn_of_experts,
     warn_of_idle_head,
-    warn_of_unread,
-    warn_of_unsuited,
+    warn_of_left_out,
     why_not_mixed,
 )
 from ...model import fill, warn_of_zeros
@@ -144,9 +142,8 @@ class LoraXSModel(BaseTuner):
             config.modules_to_save = [*(config.modules_to_save or []), *new]
         if not config.target_modules:
             raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
-        warn_of_experts(model, stacklevel=3)
-        warn_of_unread([(n, m) for n, m in model.named_modules() if is_unread_linear(m)], stacklevel=3)
-        warn_of_unsuited([*refused.items()], stacklevel=3)
+        unread_layers = [(name, unread(m)) for name, m in model.named_modules() if is_unread_linear(m)]
+        warn_of_left_out(model, [*unread_layers, *refused.items()], stacklevel=3)
 
     def _warn_of_idle_head(self, config: LoraXSConfig, model: nn.Module) -> None:
         """Warn if a classification head, which is random in most models, will not train."""
