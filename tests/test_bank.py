@@ -598,6 +598,9 @@ def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
             assert_close(call(IDS, adapter_ids=["eve"] * 4), alone(tuned, ["eve"] * 4))
             with pytest.raises(ValueError, match="for features, which has not passed them on to a call of the model"):
                 call(IDS, adapter_ids=names)
+            assert_close(call(IDS, adapter_ids=None), base(IDS).logits)
+            with bank.select(names):
+                assert_close(call(IDS, adapter_ids=None), alone(tuned, names))
         assert_close(next(model.streamed(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(asyncio.run(model.later(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(model(IDS, adapter_ids=names, adapter_names=None).logits, alone(tuned, names))
