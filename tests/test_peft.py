@@ -1012,6 +1012,7 @@ def test_disabled_adapters_come_before_names():
         assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
 def test_a_compiled_model_follows_the_names():
     torch._dynamo.reset()
     model, x = get_peft_model(net(), config(target_modules=["0", "2"], task_type=None)).eval(), torch.randn(3, 8)
@@ -1079,6 +1080,8 @@ def test_calls_in_two_threads_do_not_mix_their_adapters(mixed):
             found["narrow"] = pool.submit(lambda: mixed(IDS, adapter_names=["narrow"] * len(IDS)).logits).result()
             with pytest.raises(RuntimeError, match="runs on this model in another thread"):
                 pool.submit(mixed, IDS).result()
+            with pytest.raises(RuntimeError, match="copy or pickle it afterwards"):
+                copy.deepcopy(mixed)
 
     found = {}
     hook = mixed.base_model.model.model.layers[1].register_forward_pre_hook(meanwhile)
