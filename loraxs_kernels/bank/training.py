@@ -213,7 +213,10 @@ class AdapterAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
         must = training._records.shape
         if any(getattr(each.get("R"), "shape", None) != must for each in state_dict["state"].values()):
-            raise ValueError(f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank")
+            raise ValueError(
+                f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank, and of a version of "
+                "this library that saves R"
+            )
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch moves all but "step", as of a file that was read into memory
             state["step"] = state["step"].to(training.device)
