@@ -596,6 +596,15 @@ def test_ctrl_c_in_a_read_lets_the_map_grow_and_the_process_fork(bank):
     assert torch.equal(bank.read("a"), flat(R_of(1)))
 
 
+def test_ctrl_c_before_a_fork_keeps_nothing_shut(bank, monkeypatch):
+    """Python forks all the same."""
+    monkeypatch.setattr(bank_environment.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        bank._run(lambda _: bank_environment._before_fork())
+    bank_environment._after_fork()
+    assert not bank_environment._lock.locked() and list(bank) == []
+
+
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(bank_environment, "FIRST_MAP", 2**16)
     path = tmp_path / "bank"

@@ -239,7 +239,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         state = self.state[training.parameters[0]]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"], state["R"] = torch.zeros(training.n, dtype=torch.float64, device=p.device), p
+            state["step"] = torch.zeros(training.n, dtype=torch.float64, device=p.device)
+        state["R"] = p  # not a copy, as of a state that was moved to the CPU and back
         gradients = [torch.zeros_like(R) if R.grad is None else R.grad for R in training.parameters]
         g = torch.cat([each.flatten(1) for each in gradients], dim=1)
         there = (g != 0).any(dim=1)
