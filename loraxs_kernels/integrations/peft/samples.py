@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -70,7 +70,7 @@ class MixedCalls:
 
     def __init__(self) -> None:
         self._of_thread: dict[int, Samples] = {}
-        self._lock, self._installed = Lock(), ExitStack()
+        self._lock, self._installed = RLock(), ExitStack()
 
     @staticmethod
     @torch.compiler.disable  # which would warn of the lock
