@@ -340,6 +340,8 @@ def test_opening(tmp_path):
         lx.AdapterBank(path)
     with pytest.raises(ValueError, match=r"^model: has no LoRA-XS adapters"):
         lx.AdapterBank.create(path, mlp())
+    with pytest.raises(ValueError, match="must be without ~"):
+        lx.AdapterBank.create("~/bank", trained())
     with pytest.raises(ValueError, match=r"dtype: got torch.float16"):
         lx.AdapterBank.create(path, trained(), dtype=torch.float16)
     with pytest.raises(ValueError, match="module '0': alpha is 0"):
