@@ -102,6 +102,7 @@ def test_a_mixed_batch_gives_each_sample_its_own_adapter(model, tuned, base, ban
         assert_close(model(IDS, adapter_ids=names).logits, alone(tuned, names))
     with bank.select(["bob", "bob", None, "carol"]):
         assert_close(model(input_ids=IDS).logits, alone(tuned, ["bob", "bob", None, "carol"]))
+        assert model.model.layers[0].self_attn.q_proj(torch.zeros(0, 32)).shape == (0, 32)  # of no sample
         assert_close(model(IDS, adapter_ids=["eve"] * 4).logits, alone(tuned, ["eve"] * 4))
         with pytest.raises(RuntimeError, match="a block is open in this thread"), bank.select(["eve"] * 4):
             pass
@@ -457,6 +458,7 @@ def test_a_copy_of_the_model_has_the_bank_too(model, tuned, bank):
     twin = copy.deepcopy(model)
     assert twin.loraxs_bank.bank is bank
     assert_close(twin(IDS, adapter_ids=["alice", "bob", None, None]).logits, alone(tuned, ["alice", "bob", None, None]))
+    bank.detach(copy.deepcopy(model))  # which no call has told the bank of
     del twin
     gc.collect()
     assert len(bank._models) == 1
@@ -598,6 +600,9 @@ def test_every_method_that_would_ignore_the_names_takes_them(tuned, bank, base):
             assert_close(call(IDS, adapter_ids=["eve"] * 4), alone(tuned, ["eve"] * 4))
             with pytest.raises(ValueError, match="for features, which has not passed them on to a call of the model"):
                 call(IDS, adapter_ids=names)
+            assert_close(call(IDS, adapter_ids=None), base(IDS).logits)
+            with bank.select(names):
+                assert_close(call(IDS, adapter_ids=None), alone(tuned, names))
         assert_close(next(model.streamed(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(asyncio.run(model.later(IDS, adapter_ids=names)), alone(tuned, names))
         assert_close(model(IDS, adapter_ids=names, adapter_names=None).logits, alone(tuned, names))
@@ -966,6 +971,9 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         step(optimizer)
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == 5e-3
+        state = optimizer.state[training.parameters[0]]
+        state |= {key: t.clone() for key, t in state.items()}  # as what moves it to the CPU and back
+        step(optimizer)
         state = copy.deepcopy(optimizer.state_dict())
         step(optimizer)
         expected = [p.detach().clone() for p in training.parameters]
@@ -981,6 +989,8 @@ def test_the_optimizer_resumes_from_its_state(model, bank):
         state["state"][0]["R"] = torch.zeros(2, 3)
         with pytest.raises(ValueError, match="must be of adapters of this bank"):
             again.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="this training is closed"):
+        again.load_state_dict(state)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -1196,7 +1206,7 @@ def test_ctrl_c_leaves_nothing_selected_and_no_slot_in_use(tmp_path, block):
             for two in (["carol", "dave"], ["alice", "carol"], ["bob", "dave"], ["carol", "dave"]):
                 expected = [models[name](x[i : i + 1]) for i, name in enumerate(two)]
                 assert_close(model(x, adapter_ids=two), torch.cat(expected))
-        assert k > 100 and at_first <= 1
+        assert k > 100 and at_first <= block
 
 
 @torch.no_grad()

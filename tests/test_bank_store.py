@@ -340,6 +340,8 @@ def test_opening(tmp_path):
         lx.AdapterBank(path)
     with pytest.raises(ValueError, match=r"^model: has no LoRA-XS adapters"):
         lx.AdapterBank.create(path, mlp())
+    with pytest.raises(ValueError, match="must be without ~"):
+        lx.AdapterBank.create("~/bank", trained())
     with pytest.raises(ValueError, match=r"dtype: got torch.float16"):
         lx.AdapterBank.create(path, trained(), dtype=torch.float16)
     with pytest.raises(ValueError, match="module '0': alpha is 0"):
@@ -594,6 +596,15 @@ def test_ctrl_c_in_a_read_lets_the_map_grow_and_the_process_fork(bank):
     assert k > 15 and left <= 1
     bank._environment._resize(2**22)
     assert torch.equal(bank.read("a"), flat(R_of(1)))
+
+
+def test_ctrl_c_before_a_fork_keeps_nothing_shut(bank, monkeypatch):
+    """Python forks all the same."""
+    monkeypatch.setattr(bank_environment.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        bank._run(lambda _: bank_environment._before_fork())
+    bank_environment._after_fork()
+    assert not bank_environment._lock.locked() and list(bank) == []
 
 
 def test_processes_read_while_one_writes_and_the_map_grows(tmp_path, monkeypatch):

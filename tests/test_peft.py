@@ -15,7 +15,7 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_all_or_nothing
+from helpers import assert_all_or_nothing, interrupted_at
 from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
@@ -59,6 +59,7 @@ from transformers import (
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.integrations.peft.samples import MixedCalls
 from loraxs_kernels.matching import classification_head
 from loraxs_kernels.padding import readable_columns
 
@@ -1012,6 +1013,7 @@ def test_disabled_adapters_come_before_names():
         assert torch.equal(model(IDS, adapter_names=["default"] * 2).logits, logits(bert()))
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
 def test_a_compiled_model_follows_the_names():
     torch._dynamo.reset()
     model, x = get_peft_model(net(), config(target_modules=["0", "2"], task_type=None)).eval(), torch.randn(3, 8)
@@ -1069,16 +1071,19 @@ def test_batches_that_cannot_be_mixed_are_refused(mixed):
 
 
 def test_calls_in_two_threads_do_not_mix_their_adapters(mixed):
-    """The second call runs whole while the first waits between two layers; one without adapter_names is refused."""
+    """The others run whole while the first waits between two layers; one without adapter_names is refused."""
     names = "default", "narrow"
     expected = dict(zip(names, alone(mixed, lambda model, _: logits(model), names), strict=True))
 
     def meanwhile(*_):
-        hook.remove()  # or the call below would wait, too
+        hook.remove()  # or the calls below would wait, too
+        torch.testing.assert_close(mixed(IDS, adapter_names=["narrow"] * len(IDS)).logits, expected["narrow"])
         with ThreadPoolExecutor() as pool:
             found["narrow"] = pool.submit(lambda: mixed(IDS, adapter_names=["narrow"] * len(IDS)).logits).result()
             with pytest.raises(RuntimeError, match="runs on this model in another thread"):
                 pool.submit(mixed, IDS).result()
+            with pytest.raises(RuntimeError, match="copy or pickle it afterwards"):
+                copy.deepcopy(mixed)
 
     found = {}
     hook = mixed.base_model.model.model.layers[1].register_forward_pre_hook(meanwhile)
@@ -1087,6 +1092,19 @@ def test_calls_in_two_threads_do_not_mix_their_adapters(mixed):
         torch.testing.assert_close(found[name], y, atol=1e-5, rtol=0)
     mixed.set_adapter("default")
     assert torch.equal(logits(mixed), expected["default"])
+
+
+def test_ctrl_c_ends_a_call_with_names():
+    """At any line but that which begins the end."""
+    model = get_peft_model(net(), config(target_modules=["0", "2"], task_type=None)).eval()
+    x, calls, k, left = torch.randn(3, 8), MixedCalls.of(model.base_model), 0, 0
+    y = model(x)
+    while interrupted_at(k := k + 1, lambda: model(x, adapter_names=["default"] * 3), "/peft/samples"):
+        left += len(calls._of_thread)
+        calls._of_thread.clear()
+        calls._installed.close()
+        assert torch.equal(model(x), y) and not model.base_model._forward_pre_hooks
+    assert k > 30 and left <= 1
 
 
 def test_layers_that_do_not_have_the_samples_first_are_refused():

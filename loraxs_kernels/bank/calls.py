@@ -55,9 +55,9 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     def selected(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if (attached := self.loraxs_bank).whole:
             attached.bank.know(self)
-        with _selecting(attached.bank, kwargs["adapter_ids"]) as selection:
-            if not run.__module__.startswith("transformers.models."):  # an `encode` may sort the samples by length
-                selection.method = run.__name__
+        with _selecting(attached.bank, names := kwargs["adapter_ids"]) as selection:
+            if names is not None and not run.__module__.startswith("transformers.models."):
+                selection.method = run.__name__  # an `encode` may sort the samples by length
             return run(self, *args, **kwargs)  # with the names, for calls that it may make later or in another thread
 
     uncompiled = torch._disable_dynamo(inside, recursive=False)  # the model that it calls is still compiled

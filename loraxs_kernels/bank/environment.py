@@ -204,7 +204,8 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    _gate.open()
+    with suppress(RuntimeError):  # it is open where Ctrl-C has stopped `_before_fork`, after which Python forks, too
+        _gate.open()
     _lock.release()
 
 

@@ -227,7 +227,7 @@ class Selections:
 
     def used(self, but: Selection) -> set[int]:
         """The places that open selections have in the source of this one, without its own."""
-        others = (each for each in self._open if each is not but and each.source is but.source)
+        others = [each for each in [*self._open] if each is not but and each.source is but.source]
         return {place for each in others for place in each.places.values()}
 
     def enter(self, selection: Selection, nested: bool) -> None:

@@ -77,8 +77,10 @@ class Slots:
         for name in missing:
             self._there.pop(name, None)
         if missing:
-            held = {slot for slot, _ in self._there.values()}
-            free = [slot for slot in range(self.n) if slot not in held and slot not in used]
+            free: list[int] = []
+            if len(self._there) < self.n:  # else every slot has an adapter
+                held = {slot for slot, _ in self._there.values()}
+                free = [slot for slot in range(self.n) if slot not in held and slot not in used]
             idle = (name for name, (slot, _) in [*self._there.items()] if name not in wanted and slot not in used)
             for name in missing:
                 slot = free.pop() if free else self._there.pop(next(idle))[0]

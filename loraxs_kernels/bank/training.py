@@ -213,7 +213,10 @@ class AdapterAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_dict: is of the adapters {theirs}, must be of {ours}")
         must = training._records.shape
         if any(getattr(each.get("R"), "shape", None) != must for each in state_dict["state"].values()):
-            raise ValueError(f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank")
+            raise ValueError(
+                f"state_dict: has no R of shape {tuple(must)}, must be of adapters of this bank, and of a version of "
+                "this library that saves R"
+            )
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch moves all but "step", as of a file that was read into memory
             state["step"] = state["step"].to(training.device)
@@ -236,7 +239,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         state = self.state[training.parameters[0]]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"], state["R"] = torch.zeros(training.n, dtype=torch.float64, device=p.device), p
+            state["step"] = torch.zeros(training.n, dtype=torch.float64, device=p.device)
+        state["R"] = p  # not a copy, as of a state that was moved to the CPU and back
         gradients = [torch.zeros_like(R) if R.grad is None else R.grad for R in training.parameters]
         g = torch.cat([each.flatten(1) for each in gradients], dim=1)
         there = (g != 0).any(dim=1)

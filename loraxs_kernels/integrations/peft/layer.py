@@ -121,7 +121,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
         base, R = self._modules["base_layer"], self._modules["loraxs_R"]
-        samples = None if self._mixed_calls is None else self._mixed_calls.here()
+        calls = self._mixed_calls  # once: another thread may end the last of them now
+        samples = None if calls is None else calls.here()
         used = self.active_adapters if samples is None else samples.adapters
         if self.unchecked and not self._disable_adapters:
             self.check_fingerprints(used)

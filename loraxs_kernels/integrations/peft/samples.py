@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -69,7 +70,16 @@ class MixedCalls:
 
     def __init__(self) -> None:
         self._of_thread: dict[int, Samples] = {}
-        self._lock, self._installed = Lock(), ExitStack()
+        self._lock, self._installed = RLock(), ExitStack()
+
+    @staticmethod
+    @torch.compiler.disable  # which would warn of the lock
+    def of(model: nn.Module) -> MixedCalls:
+        """Those of a model, in all threads."""
+        return _of_model.setdefault(model, MixedCalls())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("adapter_names: a call with adapter_names runs on this model; copy or pickle it afterwards")
 
     @contextmanager
     def open(self, names: Sequence[str], install: Callable[[ExitStack], None]) -> Iterator[None]:
@@ -119,3 +129,6 @@ class MixedCalls:
         inputs = expand(*args, **kwargs)
         self.here().expand(args[0] if args else kwargs.get("expand_size", 1))
         return inputs
+
+
+_of_model: WeakKeyDictionary[nn.Module, MixedCalls] = WeakKeyDictionary()

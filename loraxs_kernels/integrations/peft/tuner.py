@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -52,7 +51,6 @@ try:
 except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
     quantization_utils = None
 
-_MIXED_CALLS: WeakKeyDictionary[LoraXSModel, MixedCalls] = WeakKeyDictionary()
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
 
 
@@ -209,7 +207,7 @@ class LoraXSModel(BaseTuner):
             yield
             return
         self._check_mixed(adapter_names)
-        calls = _MIXED_CALLS.setdefault(self, MixedCalls())
+        calls = MixedCalls.of(self)
         with calls.open(adapter_names, partial(self._tell_of, calls)):
             yield
 
