@@ -1009,6 +1009,19 @@ def test_each_step_has_its_own_gradients_where_only_a_module_s_are_zeroed(model,
     assert torch.equal(*found)
 
 
+def test_a_step_makes_its_gradients_by_a_closure(model, bank):
+    def closure():
+        loss = model(IDS, labels=IDS, adapter_ids=["alice"] * 4).loss
+        loss.backward()
+        return loss
+
+    with bank.train(["alice"]) as training:
+        before = [p.detach().clone() for p in training.parameters]
+        with torch.no_grad():
+            loss = training.optimizer(1e-2).step(closure)
+        assert loss.requires_grad and not any(map(torch.equal, before, training.parameters))
+
+
 def test_zero_grad_of_the_model_is_that_of_what_trains(model, bank):
     with bank.train(["alice"]) as training:
         model(IDS, labels=IDS, adapter_ids=["alice"] * 4).loss.backward()
