@@ -153,7 +153,7 @@ def run(
         return y if out is None else out.add_(y)
     # torch.jit.trace, also for ONNX, records the library's operators, and no Function with arguments of other kinds.
     if (x.requires_grad or R.requires_grad) and in_grad_mode() and not torch._C._is_tracing():
-        if transformed(x, W, A, R, B, bias, out):  # which torch does with its own operators, and not with a Function
+        if transformed(x, W, A, R, B, bias, out):  # torch transforms its own operators, but no Function
             if index is not None:
                 refuse_transforms("index: a call with one whose x or R requires a gradient")
             y = ops.plain(rows, W, A, R, B, s, bias)[0].view(*shape[:-1], B.shape[0])

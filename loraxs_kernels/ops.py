@@ -234,15 +234,7 @@ def eager(
     return primitive(gY, Wt, Bt, Rt, At, s, None, None, other)
 
 
-def _chain(
-    gY: Tensor,
-    W: Tensor | None,
-    A: Tensor,
-    R: Tensor,
-    B: Tensor,
-    s: float,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chain(gY: Tensor, W: Tensor | None, A: Tensor, R: Tensor, B: Tensor, s: float, *_: Any) -> tuple[Tensor, ...]:
     """`op` of `gradients` for a batch of gY in grad mode, in which a Function would lose its graph."""
     return plain(gY, None if W is None else W.t(), B.t(), R.t(), A.t(), s)
 
@@ -428,7 +420,8 @@ if not hasattr(_operators, "library"):
     _operators.library = _define()
 _operators.latest = globals()
 operator = _operators.primitive.default
-# Exporters take apart by this table what they have no words for: the operator in programs that are made into ONNX.
+# torch's ONNX exporter replaces the operator, which ONNX does not have, by what this table says.
 torch._decomp.decomposition_table[operator] = plain
-torch._decomp.meta_table[operator] = _shapes  # or torch would find symbolic shapes by `plain`, which refuses nothing
+# Symbolic shapes come from `_shapes`: torch would take them from `plain`, which does not refuse forward mode.
+torch._decomp.meta_table[operator] = _shapes
 linear = _operators.linear.default

@@ -93,7 +93,7 @@ def is_still_plain(layer: nn.Module) -> bool:
         return False
     if (weight := own.get("weight")) is not None:
         return not _dequantises(weight)
-    # FSDP1 has taken it out, or it was freed, or is made of what stands in the place of it.
+    # It is in FSDP1's flat parameter, or was freed; but what is parametrized or pruned has others in its place.
     return "parametrizations" not in layer._modules and not any(name.startswith("weight_") for name in own)
 
 

@@ -27,7 +27,7 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     notes: Sequence[str] = ()
-    noise: str = f"more than {NOISY:.0%} of the median"  # how far apart are the quartiles of figures not to be trusted
+    noise: str = f"more than {NOISY:.0%} of the median"  # how far apart the quartiles of a figure with ~ are
 
     @property
     def below(self) -> list[str]:
