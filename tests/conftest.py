@@ -44,7 +44,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """Each test starts with the same seed, and leaves torch as many threads as it found: more of them than cores wait
+    for one another, a hundred times as long as they compute."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

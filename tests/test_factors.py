@@ -275,39 +275,29 @@ def test_a_killed_child_that_held_tqdms_lock_stops_no_attach():
 
 def test_the_hosts_threads_leave_the_callers_setting_alone(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # torchrun's: each process still has a thread
-    before, later = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(2)  # not the pool's 1, whatever OMP_NUM_THREADS says
-        with svd.host_pool(torch.device("cuda", 0), 1) as pool:
-            assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
-        assert torch.get_num_threads() == 2
-        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert later == [2]
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)  # not the pool's 1, whatever OMP_NUM_THREADS says
+    with svd.host_pool(torch.device("cuda", 0), 1) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
 
 
 def test_threads_of_a_cpu_take_a_weight_each(monkeypatch):
-    before, seen = torch.get_num_threads(), []
-    products = svd.Products
+    seen, products = [], svd.Products
     monkeypatch.setattr(
         svd, "Products", lambda W: seen.append((threading.get_ident(), torch.get_num_threads())) or products(W)
     )
     monkeypatch.setattr(svd, "AMONG_OTHERS", 128 * 96 - 1)  # the two of that size take all threads, one after another
     jobs = make_jobs()
-    try:
-        torch.set_num_threads(1)
-        expected = made(jobs)
-        assert set(seen) == {(threading.get_ident(), 1)}
-        seen.clear()
-        torch.set_num_threads(2)
-        for (A, B), (A1, B1) in zip(made(jobs), expected, strict=True):
-            torch.testing.assert_close(B @ A, B1 @ A1, rtol=0, atol=1e-5)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    expected = made(jobs)
+    assert set(seen) == {(threading.get_ident(), 1)}
+    seen.clear()
+    torch.set_num_threads(2)
+    for (A, B), (A1, B1) in zip(made(jobs), expected, strict=True):
+        torch.testing.assert_close(B @ A, B1 @ A1, rtol=0, atol=1e-5)
+    assert torch.get_num_threads() == 2
     assert [each for each in seen if each[0] == threading.get_ident()] == [(threading.get_ident(), 1)] * 2
     assert len({thread for thread, _ in seen}) <= 3 and {threads for _, threads in seen} == {1}
 

@@ -140,17 +140,13 @@ def test_weights_in_pieces(request, monkeypatch, shape, method, dtype, as_a_gpu_
 
 def test_small_weights_take_one_thread(monkeypatch):
     """More save nothing there, and wait for one another where the machine has other work."""
-    before, seen = torch.get_num_threads(), []
-    products = svd_math.Products.__init__
+    seen, products = [], svd_math.Products.__init__
     monkeypatch.setattr(svd, "Products", type("Seen", (svd_math.Products,), {"__init__": lambda *arguments: (
         seen.append(torch.get_num_threads()), products(*arguments))[1]}))  # fmt: skip
-    try:
-        torch.set_num_threads(2)
-        for shape in ((512, 512), (512, 513)):
-            truncated_svd(torch.randn(shape), 4)
-            assert torch.get_num_threads() == 2
-        with pytest.raises(ValueError, match="must be finite"):
-            truncated_svd(torch.full((4, 4), torch.nan), 2)
-        assert torch.get_num_threads() == 2 and seen == [1, 2, 1]
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    for shape in ((512, 512), (512, 513)):
+        truncated_svd(torch.randn(shape), 4)
+        assert torch.get_num_threads() == 2
+    with pytest.raises(ValueError, match="must be finite"):
+        truncated_svd(torch.full((4, 4), torch.nan), 2)
+    assert torch.get_num_threads() == 2 and seen == [1, 2, 1]
