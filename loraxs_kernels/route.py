@@ -21,6 +21,12 @@ from .naming import label_of
 from .ops import autocast_on
 from .weights import held, weight_view
 
+# Hooks of all modules; torch has a function that says whether there are any, but not in each version.
+_OF_ALL_MODULES = [
+    getattr(nn.modules.module, f"_global_{when}_hooks")
+    for when in ("forward_pre", "forward", "backward_pre", "backward")
+]
+
 
 def layer_output(
     base: nn.Module,
@@ -49,7 +55,7 @@ def layer_output(
             h = hook.pre_forward(base, x)[0][0]
             y = hook.post_forward(base, run(h, W, A, R, B, s, held(base, "bias"), None, name, index))
     else:
-        plain = weight_view(base) is not None and not (_hooked(base) or nn.modules.module._has_any_global_hook())
+        plain = weight_view(base) is not None and not (_hooked(base) or any(_OF_ALL_MODULES))
         if not plain and parallel.is_cut(base):
             return _cut_output(base, x, adapters, name, index, args, kwargs)
         y = base(x, *args, **kwargs)
