@@ -468,8 +468,8 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
             Under torch.compile, which fuses by itself, all layers are called one after the other.
 
     Returns:
-        One y (..., N_i) for each layer, in order.  Gradients, and the tensors that are kept for them, are the same as
-        those of separate calls.  If x or any R requires grad, all outputs that share the read of x do.
+        One y (..., N_i) for each layer, in order.  Gradients are those of separate calls, to rounding; as there, only z
+        is kept for them.  If x or any R requires grad, all outputs that share the read of x do.
 
     Raises:
         ValueError: x has the wrong shape or dtype for a layer; the message names the layer.
