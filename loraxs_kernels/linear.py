@@ -29,11 +29,10 @@ class LoraXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
     Wraps the layer that it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer that maps (..., K)
-    to (..., N) linearly).  `base_layer` is never changed: it is the same layer as before when the wrapper is taken
-    off.  One operation computes the whole layer if W is a frozen dense tensor.  Otherwise (a quantised weight, a
-    hooked or overridden forward, a W that trains, active dropout) base_layer computes its own output, and the delta
-    is added to it.  Hooks of accelerate's device_map that only move x and y between devices do not prevent the one
-    operation.
+    to (..., N) linearly).  `base_layer` is frozen, and nothing else of it changes.  One operation computes the whole
+    layer if W is a frozen dense tensor.  Otherwise (a quantised weight, a hooked or overridden forward, a W that
+    trains, active dropout) base_layer computes its own output, and the delta is added to it.  Hooks of accelerate's
+    device_map that only move x and y between devices do not prevent the one operation.
 
     Attributes:
         A (r, K), B (N, r): frozen buffers, by default in the dtype of W.

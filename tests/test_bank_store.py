@@ -304,6 +304,7 @@ def test_tensors_that_cannot_be_R_are_refused(tmp_path):
             ({"0": R["0"]}, ValueError, "other modules than the bank.*'2'"),
             (3, TypeError, "what: got a int for 'a', must be the path"),
             (tmp_path / "none.safetensors", FileNotFoundError, "none.safetensors"),
+            (tmp_path, FileNotFoundError, "the folder .* has no adapter.safetensors"),
             ("", ValueError, "what: got '', must be the path of an adapter"),
         ):
             with pytest.raises(error, match=message):
