@@ -27,7 +27,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
 
     create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter")
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
-    create.add_argument("--adapter", type=Path, required=True, help="a file or folder of lx.save_adapter for that model")
+    create.add_argument("--adapter", type=Path, required=True, help="a file or folder of lx.save_adapter for it")
     create.add_argument("--dtype", metavar="DTYPE", default="float32", help="the dtype of R: float32 or bfloat16")
     adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
     adding.add_argument("files", type=Path, nargs="+", help="adapter files, folders of them or of lx.save_adapter")
