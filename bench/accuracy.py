@@ -1,11 +1,12 @@
-"""Accuracy against trainable parameters, as in the LoRA-XS paper's figure 1: what each way of fine-tuning reaches on a
-small labelled set in equally many steps.
+"""Accuracy against trainable parameters, as in the LoRA-XS paper's figure 1.
+
+What each way of fine-tuning reaches on a small labelled set in equally many steps.
 
     python bench/accuracy.py --task trec --out bench/results/cpu/DATE-COMMIT-accuracy-trec.json
     python bench/render.py    # the table and the figure
 
-MiniLM-L6 with a linear head, as in `loraxs demo`.  Each way adapts the same 24 layers with scale s = 1 and trains the
-head at the same rate; A and B, where they are made, come from PEFT with its defaults or from lx.attach:
+MiniLM-L6 with a linear head, as in `loraxs demo`.  Each way adapts the same 24 layers and trains the head at the same
+rate.  LoRA-XS and LoRA have scale s = 1; all else of PEFT's ways is PEFT's default:
 
     head             the head alone
     full             the head and everything else

@@ -134,6 +134,11 @@ def lasting_recipe(layer: LoraXSLinear) -> Recipe:
     recipe = layer.recipe.cast(layer.A.dtype)  # A may have been assigned
     if recipe.init == "given" or _makes(recipe, layer):
         return recipe
+    return as_given(recipe)
+
+
+def as_given(recipe: Recipe) -> Recipe:
+    """The recipe of the same A and B where a file holds them and a load takes them as they are."""
     return replace(recipe, init="given", method="auto", block=None, n_iter=None, rounded=())
 
 

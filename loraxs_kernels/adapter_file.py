@@ -21,6 +21,7 @@ from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
 from .adapter_contents import (
     HAS_BANK,
+    as_given,
     base_model,
     description,
     lasting_recipe,
@@ -68,12 +69,12 @@ def save_adapter(
             gets adapter.safetensors and a model card, README.md, for the Hugging Face Hub.  A README.md that was edited
             stays as it is, with a warning.  Each file is replaced in one step: whatever stops this process, a reader
             finds the whole old file or the whole new one.  So all ranks may give the same path.  A file that is no
-            adapter is not replaced.
+            adapter is not replaced, unless it is empty.
         dtype: of R in the file, fp32 or bf16; None: the dtype that R has.
         portable: add random projections of the singular vectors (8 columns for each side).  With them `load_adapter`
             can align R to slightly different A and B, such as those of the same weights in a different dtype.
         save_factors: add A and B themselves (large).  A and B that were given to `attach`, not computed, are always in
-            the file.
+            the file.  Where the singular values of a weight are nearly equal, a load takes A and B as they are there.
 
     Raises ValueError, before anything is written, if the model has no adapters, if R or a parameter of the
     modules_to_save is not finite, or if there is a file that is no adapter.  Warns if other parameters train, which no
@@ -165,11 +166,14 @@ def _packed_adapter(
         records[name] = {key: t.cpu() for key, t in record.items()}
         recipe = lasting_recipe(layer)
         changed += [layer] if recipe.init != layer.recipe.init else []
+        by_rounding = recipe.init == "svd" and is_flat(record["S"])
+        if by_rounding and save_factors:  # the subspace is another one elsewhere, to which no R can be aligned
+            recipe = as_given(recipe)
         if save_factors or recipe.init == "given":
             factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
         elif not portable and layer.why_no_load():
             moved.append(layer)
-        elif recipe.init == "svd" and is_flat(record["S"]):
+        elif by_rounding:
             flat.append(layer)
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)

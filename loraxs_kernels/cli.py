@@ -168,7 +168,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", choices=("minilm", "smollm2"), default="minilm")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, under a minute")
+    length.add_argument("--quick", action="store_true", help="fewer steps and rows of the table, about a minute")
     length.add_argument("--full", action="store_true", help="three seeds")
     add("--many", action="store_true", help="1,000 adapters in one bank, mixed in batches (minilm)")
     add("--out", type=Path, default=Path("demo-out"), help="folder for the plot, the report, the adapter")

@@ -29,11 +29,10 @@ class LoraXSLinear(PaddedB):
     """y = W x + s B R A x (+ bias): W, A, B and bias are frozen, R (r x r, fp32) trains; s = alpha / r.
 
     Wraps the layer that it adapts (`base_layer`: an nn.Linear, a transformers Conv1D, or any layer that maps (..., K)
-    to (..., N) linearly).  `base_layer` is never changed: it is the same layer as before when the wrapper is taken
-    off.  One operation computes the whole layer if W is a frozen dense tensor.  Otherwise (a quantised weight, a
-    hooked or overridden forward, a W that trains, active dropout) base_layer computes its own output, and the delta
-    is added to it.  Hooks of accelerate's device_map that only move x and y between devices do not prevent the one
-    operation.
+    to (..., N) linearly).  `base_layer` is frozen, and nothing else of it changes.  One operation computes the whole
+    layer if W is a frozen dense tensor.  Otherwise (a quantised weight, a hooked or overridden forward, a W that
+    trains, active dropout) base_layer computes its own output, and the delta is added to it.  Hooks of accelerate's
+    device_map that only move x and y between devices do not prevent the one operation.
 
     Attributes:
         A (r, K), B (N, r): frozen buffers, by default in the dtype of W.
@@ -468,8 +467,8 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
             Under torch.compile, which fuses by itself, all layers are called one after the other.
 
     Returns:
-        One y (..., N_i) for each layer, in order.  Gradients, and the tensors that are kept for them, are the same as
-        those of separate calls.  If x or any R requires grad, all outputs that share the read of x do.
+        One y (..., N_i) for each layer, in order.  Gradients are those of separate calls, to rounding; as there, only z
+        is kept for them.  If x or any R requires grad, all outputs that share the read of x do.
 
     Raises:
         ValueError: x has the wrong shape or dtype for a layer; the message names the layer.

@@ -304,6 +304,7 @@ def test_tensors_that_cannot_be_R_are_refused(tmp_path):
             ({"0": R["0"]}, ValueError, "other modules than the bank.*'2'"),
             (3, TypeError, "what: got a int for 'a', must be the path"),
             (tmp_path / "none.safetensors", FileNotFoundError, "none.safetensors"),
+            (tmp_path, FileNotFoundError, "the folder .* has no adapter.safetensors"),
             ("", ValueError, "what: got '', must be the path of an adapter"),
         ):
             with pytest.raises(error, match=message):
@@ -773,8 +774,11 @@ def test_commands(tmp_path, capsys):
         capsys.readouterr()
         return main(["bank", *arguments]), *capsys.readouterr()
 
-    status, out, _ = run("create", bank, "--model", model, "--adapter", file)
-    assert status == 0 and out.startswith(f"{bank}: a bank for 1 modules")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(file, tmp_path / "folder" / "adapter.safetensors")
+    for folder, adapter in ((f"{bank}-2", str(tmp_path / "folder")), (bank, file)):
+        status, out, _ = run("create", folder, "--model", model, "--adapter", adapter)
+        assert status == 0 and out.startswith(f"{folder}: a bank for 1 modules")
     assert run("add", bank, str(tmp_path / "files")) == (0, f"{bank}: 3 adapters added\n", "")
     status, out, err = run("add", bank, file)
     assert (status, out) == (1, "") and re.fullmatch(r"loraxs bank: .*has an adapter 'user1' already.*\n", err)

@@ -193,6 +193,8 @@ def test_figures_are_ratios_within_rounds_and_noisy_by_time_and_floor():
     assert {name: row["noisy"] for name, row in found.items()} == {"frozen": False, "torch": False, "addmm": True}
     on_a_gpu = compare.figures("torch", wild, {"addmm": samples["addmm"]}, True)
     assert on_a_gpu["seconds"]["median"] == 1.5 and on_a_gpu["noisy"]
+    shown = {q: tables.over({"over": {"x": dict(low=1, median=1.1, high=q)}, "noisy": q == 1.1}, "x") for q in (1.1, 2)}
+    assert shown == {1.1: "1.10 (1.00 to 1.10)", 2: "1.10~ (1.00 to 2.00)"}  # by the figure's own quartiles
 
 
 def test_enough_sets_to_leave_the_cache(monkeypatch):

@@ -609,6 +609,7 @@ FAILURES = {
     "rank too large for one": (None, dict(rank_pattern={r"layer\.1\.output\.dense": 33}), ValueError, "rank: got 33"),
     "not a linear layer": (None, dict(target_modules=["LayerNorm"]), TypeError, r"LayerNorm', a LayerNorm; must match"),
     "nothing matches": (None, dict(target_modules=["q_proj"]), ValueError, r"\['q_proj'\].*layers: classifier, dense"),
+    "all left out": (None, dict(exclude_modules=".*"), ValueError, r"\], without exclude_modules '\.\*', which"),
     "no such module to save": (None, dict(modules_to_save=["score"]), ValueError, "no module of the model .* .score."),
     "modules_to_save a string": (None, dict(modules_to_save="score"), TypeError, "must be a list"),
     "rank": (None, dict(rank=0), ValueError, "rank: got 0 for module 'bert"),

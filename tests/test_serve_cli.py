@@ -14,7 +14,7 @@ import loraxs_kernels as lx
 from loraxs_kernels import serve_cli
 from loraxs_kernels.basis_file import make_basis
 from loraxs_kernels.cli import main
-from loraxs_kernels.integrations.vllm import TESTED
+from loraxs_kernels.integrations.vllm import TESTED, adapter
 
 pytest.importorskip("lmdb")
 
@@ -131,3 +131,9 @@ def test_wrong_usage(started, capsys, typed, says):
     with pytest.raises(SystemExit):
         main(["info", "--bank", "bank"])
     assert "unrecognized arguments: --bank bank" in capsys.readouterr().err
+
+
+def test_a_request_without_a_bank_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("LORAXS_BANK", raising=False)
+    with pytest.raises(ValueError, match="bank: got None, must be a folder, or LORAXS_BANK must be set"):
+        adapter("alice")

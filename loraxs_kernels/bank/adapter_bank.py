@@ -256,8 +256,8 @@ class AdapterBank(Store):
             create: a name that the bank does not have begins with an R as `lx.attach` draws it; if False, such a name
                 is a KeyError.
 
-        Returns a `Training`.  While it is open, selections of these names and of None use the Parameters; other names
-        are a ValueError.
+        Returns a `Training`.  While it is open, selections of these names and of None use the Parameters.  Other names
+        in the same batch are a ValueError; a batch without these names uses the bank's records.
         """
         if self.mode != "a":
             raise ValueError(f"names: the bank {self.path} was opened with mode {self.mode!r}, must be 'a' to train")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import adapter_file, adapter_format
-from ..hub import FILE
+from ..hub import FILE, local_file
 from .adapter_bank import AdapterBank
 
 
@@ -25,9 +25,9 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
         added.set_defaults(act=globals()[f"_{name}"])
         return added
 
-    create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter file")
+    create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter")
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
-    create.add_argument("--adapter", type=Path, required=True, help="a file of lx.save_adapter for that model")
+    create.add_argument("--adapter", type=Path, required=True, help="a file or folder of lx.save_adapter for it")
     create.add_argument("--dtype", metavar="DTYPE", default="float32", help="the dtype of R: float32 or bfloat16")
     adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
     adding.add_argument("files", type=Path, nargs="+", help="adapter files, folders of them or of lx.save_adapter")
@@ -49,8 +49,9 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    model = _model(arguments.model, arguments.adapter)
-    adapter_file.load_adapter(model, arguments.adapter, progress=False)
+    adapter = local_file(arguments.adapter)
+    model = _model(arguments.model, adapter)
+    adapter_file.load_adapter(model, adapter, progress=False)
     with AdapterBank.create(arguments.bank, model, dtype=arguments.dtype) as bank:
         print(f"{arguments.bank}: a bank for {len(bank.modules)} modules, {bank.size:,} numbers an adapter")
 

@@ -35,7 +35,7 @@ from .. import adapter_contents, adapter_format, basis
 from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
 from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
-from ..hub import FILE, named
+from ..hub import local_file, named
 from ..linear import LoraXSLinear
 from ..matching import unwrapped
 from ..naming import DTYPES, FLOATS, dtype_name
@@ -114,8 +114,8 @@ class Records:
             where = f"adapter {name!r}"
             return self._packed(name, self._matrices(what, where), {}, where)
         elif isinstance(what, (str, os.PathLike)):
-            where, path = str(what), named(what, "what")
-            entries, names, saved = adapter_format.read(path / FILE if path.is_dir() else path)
+            where = str(what)
+            entries, names, saved = adapter_format.read(local_file(named(what, "what")))
         else:
             raise TypeError(
                 f"what: got a {type(what).__name__} for {name!r}, must be the path of an adapter, a model with "

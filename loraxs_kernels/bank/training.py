@@ -78,7 +78,7 @@ class Training(AbstractContextManager):
         Args:
             lr: for all adapters, or {name: lr} for each.  A scheduler of torch changes the largest; the others keep
                 their ratio to it.
-            betas, eps, weight_decay: as in torch.optim.AdamW.
+            betas, eps, weight_decay: as in torch.optim.AdamW, whose default weight_decay is 0.01.
             max_norm: the gradient of each adapter, over all modules, is scaled down to at most this 2-norm; None:
                 never.
 

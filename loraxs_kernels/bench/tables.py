@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .compare import Row
-from .timer import NOISY, Spread
+from .timer import NOISY, Spread, noisy
 
 NO_FIGURE = "-"
 QUARTILES = "Quartiles are in brackets."
@@ -140,7 +140,7 @@ def over(row: Row | None, other: str) -> str:
     if row is None or other not in row["over"]:
         return NO_FIGURE
     ratio = row["over"][other]
-    return "1" if ratio["low"] == ratio["high"] == 1 else quartiles(ratio, 2, row["noisy"])
+    return "1" if ratio["low"] == ratio["high"] == 1 else quartiles(ratio, 2, noisy(ratio))
 
 
 def bandwidth(row: Row, report: dict[str, Any]) -> str:

@@ -174,9 +174,11 @@ def adapter(name: str, bank: str | os.PathLike | None = None) -> LoRARequest:
     The request is for the version of the adapter that the bank has now.  If the adapter is replaced or removed before
     the engine has read it, the engine ends with an error.  Raises KeyError if there is no adapter of that name.
     """
+    if not (bank := bank or os.environ.get(BANK)):
+        raise ValueError(f"bank: got {bank!r}, must be a folder, or {BANK} must be set, before vllm is imported")
     from vllm.lora.request import LoRARequest
 
-    version = Version(name, _store(os.path.abspath(bank or os.environ[BANK])).digests([name])[name])
+    version = Version(name, _store(os.path.abspath(bank)).digests([name])[name])
     return LoRARequest(lora_name=version.label, lora_int_id=_id(version), lora_path=version.path)
 
 

@@ -49,8 +49,8 @@ def tune(
         model: with adapters (of `attach` or PEFT), whose layers, ranks and dtype are used; or without adapters, and
             then the linear layers are used that `attach` adapts by "all-linear".
         rank: one or several, the most important first; only for a model without adapters, which needs it.
-        tokens: how many rows x has, one number or several; each is rounded up to a power of two.  None: all, first
-            those of training and decoding.
+        tokens: how many rows x has, one number or several; each is rounded up to a power of two from 16 to 32,768.
+            None: all, first those of training and decoding.
         dtype: torch.bfloat16 or torch.float16, if calls do not have the layers' own dtype (under autocast).
         budget: seconds, with imports and compilation; what has begun by then is finished.
         path: the file of the table; None: the one that is used by default.

@@ -86,7 +86,8 @@ def load_reference_adapter(
         FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, was not written by the reference, or is for another model.  The reference writes no
             checksum: a flipped bit that leaves R finite is not noticed.
-        AdapterMismatch: A is not B^T W, so the base model is a different one; or the tolerance is exceeded.
+        AdapterMismatch: A is not B^T W, so the base model is a different one (only a warning if no reconstr_config.json
+            says whether A and B are random); or the tolerance is exceeded.
     After an error the model is as it was.
     """
     if factors not in ("file", "recompute"):
