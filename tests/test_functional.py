@@ -1141,6 +1141,7 @@ def test_the_operator_is_taken_apart_for_exporters():
     module, x = LoraXSLinear.from_linear(torch.nn.Linear(24, 304), 4, init_std=0.3), torch.randn(70, 24)
     rows = torch.export.Dim("rows", min=2, max=900)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: rows},))
+    assert all(node.args[1] is not None for node in program.graph.nodes if "loraxs" in str(node.target))  # W is in it
     table = torch._decomp.get_decompositions([torch.ops.loraxs.primitive.default])
     plain = program.run_decompositions(table)
     assert not any("loraxs" in str(node.target) for node in plain.graph.nodes)
