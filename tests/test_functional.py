@@ -1119,13 +1119,15 @@ def test_an_index_is_transformed(how, of, trains):
     def by_reference(x, R):
         return reference.lowrank_linear(x, o.W, o.A, R, o.B, o.s, o.bias, rows)[0]
 
+    # What the index keeps from here serves elsewhere.
+    under_grad(lambda x: under_grad(lambda x: ours(x, R), x, x), o.x, o.x)
     v = {"x": o.x, "R": R}[of].detach()
     found, expected = (
         how(lambda v, call=call: call(*((v, R) if of == "x" else (o.x, v))), v, v.flip(0))
         for call in (ours, by_reference)
     )
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(ours(o.x, R), by_reference(o.x, R))  # what the index has kept serves elsewhere
+    torch.testing.assert_close(ours(o.x, R), by_reference(o.x, R))
 
 
 def test_gR_under_a_transform_has_the_range_of_fp32():
