@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .naming import FLOATS
 from .sharding import gathered, groups_of, is_dtensor, whole
@@ -25,7 +26,7 @@ Shape = tuple[int, int]
 Read = Callable[[nn.Module], Tensor]
 ShapeOf = Callable[[nn.Module], Shape]
 
-_PLAIN = (nn.Parameter, Tensor, torch._subclasses.FakeTensor)  # the last is what torch.export puts in their place
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last is what torch.export puts in their place
 _registered: dict[type[nn.Module], tuple[Read, ShapeOf]] = {}
 
 
