@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, indexed, ops
-from .backends.device import check_out, in_forward_mode, refuse_transforms, transformed
+from .backends.device import check_out, in_forward_mode, transformed
 from .indexed import IndexedLowRankLinear, RowIndex
 from .naming import FLOATS, label_of
 from .ops import LowRankLinears, autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
@@ -51,12 +51,12 @@ def lora_xs_linear(
         autograd's own means, so that checkpointing and hooks of saved tensors see them; x is never kept.
 
     Under torch.autocast, x, weight, A, B and bias are cast to the autocast dtype, as F.linear does.
+    Under torch.func (vmap, jvp, grad, ...) and with tangents of forward-mode AD torch's own operators compute the call,
+    whichever backend is chosen; z is then rounded to x's dtype, and an index needs memory for T copies of an R.
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not as above; the message names it.
-        RuntimeError: the call is under torch.func (vmap, jvp, grad, ...) or has tangents of forward-mode AD, and either
-            there is an index and x or R requires a gradient, or none of them does and a kernel would run.
-            loraxs_kernels.reference.lowrank_linear can be transformed.
+        RuntimeError: compiled code meets tangents of forward-mode AD, or an index.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """
@@ -151,13 +151,13 @@ def run(
             y = ops.linear(rows, W, A, R, B, s, bias, forced or "", ops.CODE)
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
+    # torch transforms its own operators, but no Function and no kernel.
+    if torch._C._are_functorch_transforms_active() or (in_forward_mode() and transformed(x, W, A, R, B, bias, out)):
+        own = None if index is None else index.rows(len(rows))
+        y = ops.plain(rows, W, A, R, B, s, bias, index=own)[0].view(*shape[:-1], B.shape[0])
+        return y if out is None else out.add_(y)
     # torch.jit.trace, also for ONNX, records the library's operators, and no Function with arguments of other kinds.
     if (x.requires_grad or R.requires_grad) and in_grad_mode() and not torch._C._is_tracing():
-        if transformed(x, W, A, R, B, bias, out):  # torch transforms its own operators, but no Function
-            if index is not None:
-                refuse_transforms("index: a call with one whose x or R requires a gradient")
-            y = ops.plain(rows, W, A, R, B, s, bias)[0].view(*shape[:-1], B.shape[0])
-            return y if out is None else out.add_(y)
         into = None if out is None else out.detach()
         if index is None:
             y = ops.apply(rows, R, (W, A, B, s, bias, into, "forward", forced))[0]
@@ -201,7 +201,7 @@ def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
     would with a kernel, and z and u are small.
     """
-    # Single calls are right there, or refused with a reason.
+    # Single calls are right there.
     if in_forward_mode() or transformed() or torch._C._is_tracing():
         return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
     if autocast_on(x):

@@ -35,8 +35,8 @@ FEW = 8  # rows that share an R, on average, from which it pays to bring them to
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Make tensors that serve every later call, also where this one runs in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
+    """Make tensors that serve every later call, also where this one runs in inference mode or under torch.func."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
         yield
 
 

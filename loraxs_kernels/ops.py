@@ -249,10 +249,18 @@ def plain(
     bias: Tensor | None = None,
     other: Tensor | None = None,
     *_: Any,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`operator` in operators that torch can transform and other programs know; it asks nothing about sizes."""
-    y, z = reference.lowrank_linear(x, W, A, R.to(x.dtype), B, s, bias)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    """`operator` in operators that torch can transform and other programs know; it asks nothing about sizes.
+
+    index (T,): R is a stack, as in `reference.lowrank_linear`.
+    """
+    z = (x @ A.T).to(torch.promote_types(x.dtype, torch.float32))
+    y = (s * reference.mixed(z, R.to(z.dtype), index)).to(x.dtype) @ B.T  # fp16 might not hold R and gR
+    if W is not None:
+        y = F.linear(x, W, bias) + y
+    elif bias is not None:
+        y = y + bias
     return y, z, z.new_empty(0) if other is None else s * (z.t() @ other)
 
 

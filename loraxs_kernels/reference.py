@@ -25,17 +25,21 @@ def lowrank_linear(
     the accuracy rule of the tests compares with.  Source: LoRA-XS, arXiv 2405.17604, equation 5.
     """
     z = x @ A.T
-    if index is None:
-        mixed = z @ R.T
-    else:
-        own = torch.where((index < 0)[:, None, None], 0, R[index.clamp(min=0)])
-        mixed = torch.einsum("tij,tj->ti", own, z)
-    y = s * mixed @ B.T
+    y = s * mixed(z, R, index) @ B.T
     if W is not None:
         y = F.linear(x, W, bias) + y
     elif bias is not None:
         y = y + bias
     return y, z
+
+
+def mixed(z: Tensor, R: Tensor, index: Tensor | None = None) -> Tensor:
+    """z R^T (T, r), with the R of each row where there is an index."""
+    if index is None:
+        return z @ R.T
+    idle = (index < 0)[:, None]
+    own = torch.where(idle[:, None], 0, R[index.clamp(min=0)])
+    return torch.einsum("tij,tj->ti", own, torch.where(idle, 0, z))
 
 
 class UnfusedLinear(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
-from .backends.device import transformed
+from .backends.device import in_forward_mode
 from .backends.torch import results_are_kept
 from .functional import Adapter, run
 from .indexed import RowIndex
@@ -96,8 +96,9 @@ def plus_delta(
     if in_place and x.device != A.device:
         raise ValueError(f"A: got device {A.device} for {label_of(name)}, must be {x.device} like x")
     h = h.to(A.device) if autocast_on(x) else h.to(A.device, A.dtype)  # base may have moved x by itself
-    # Under vmap h or R may be a batch, and y not.
-    if in_place and y.dtype == h.dtype and not (torch.compiler.is_compiling() or results_are_kept() or transformed()):
+    in_place = in_place and y.dtype == h.dtype and not (torch.compiler.is_compiling() or results_are_kept())
+    # Under vmap h or R may be a batch, and y not; torch.func.linearize keeps y as a constant.
+    if in_place and not (torch._C._are_functorch_transforms_active() or in_forward_mode()):
         return run(h, None, A, R, B, s, None, y, name, index)
     return y + run(h, None, A, R, B, s, None, None, name, index).to(y.device, y.dtype)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .naming import FLOATS
 from .sharding import gathered, groups_of, is_dtensor, whole
@@ -25,6 +26,7 @@ Shape = tuple[int, int]
 Read = Callable[[nn.Module], Tensor]
 ShapeOf = Callable[[nn.Module], Shape]
 
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last is what torch.export puts in their place
 _registered: dict[type[nn.Module], tuple[Read, ShapeOf]] = {}
 
 
@@ -57,7 +59,7 @@ def weight_view(layer: nn.Module) -> Tensor | None:
     if conv1d and not is_conv1d(layer):
         return None
     weight = held(layer, "weight")
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+    if type(weight) not in _PLAIN or not weight.is_floating_point() or weight.dim() != 2:
         return None
     return weight.t() if conv1d else weight
 

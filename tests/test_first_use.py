@@ -612,13 +612,12 @@ def test_without_memory(plugged_in):
     assert not module.calls and not first_use.checked("triton", "forward").right
 
 
-def test_transforms_are_refused_as_ever(plugged_in):
-    plugged_in()
-    o = problem()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"cannot be transformed by torch\.func"):
-            torch.func.vmap(lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s))(o.x[None])
-        lora_xs_linear(o.x, o.W, o.A, o.R, o.B, o.s)
+def test_a_call_that_is_transformed_runs_no_kernel(plugged_in):
+    module, o = plugged_in(), problem()
+    call = lambda x: lora_xs_linear(x, o.W, o.A, o.R, o.B, o.s)  # noqa: E731
+    found = torch.func.vmap(call)(o.x[None])
+    assert not module.calls
+    torch.testing.assert_close(found[0], call(o.x))
 
 
 def test_setting_0(plugged_in, monkeypatch, recwarn):

@@ -184,10 +184,9 @@ def results(call, case: dict[str, Any], t: dict[str, Tensor], out: Tensor | None
 
 
 def may_be_refused(case: dict[str, Any]) -> bool:
-    transformed = case["mode"] in ("forward", "vmap", "batched")
     autocast_out = case["mode"] == "autocast" and case["out"] != "none"  # which is not in bf16
     not_rows = case["out"] == "sliced" and len(case["lead"]) > 1
-    return OUTS[case["out"]] or not_rows or autocast_out or (transformed and KERNELS)
+    return OUTS[case["out"]] or not_rows or autocast_out or (case["mode"] == "batched" and KERNELS)
 
 
 def copied(t: dict[str, Tensor], to) -> dict[str, Tensor]:

@@ -755,9 +755,15 @@ def test_flops_are_counted(dropout):
 def test_many_R_on_one_base(fused):
     layer, x, Rs = make(), torch.randn(5, 40), torch.randn(3, 6, 6)
     layer.base_layer.weight.requires_grad_(not fused)
-    found = torch.func.vmap(lambda R: torch.func.functional_call(layer, {"R": R}, (x,)))(Rs)
-    for y, R in zip(found, Rs, strict=True):
-        torch.testing.assert_close(y, torch.func.functional_call(layer, {"R": R}, (x,)))
+
+    def call(R: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"R": R}, (x,))
+
+    for y, R in zip(torch.func.vmap(call)(Rs), Rs, strict=True):
+        torch.testing.assert_close(y, call(R))
+    _, derivative = torch.func.linearize(call, Rs[0])
+    for R in Rs:
+        torch.testing.assert_close(derivative(R), torch.func.jvp(call, (Rs[0],), (R,))[1])
 
 
 def test_gradients_for_each_sample():
