@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .backends import Forced
 from .backends.torch import cast, plus_product, results_are_kept, shrink
-from .ops import no_autocast, rows_of, rows_of_out
+from .ops import no_autocast, refuse_create_graph, rows_of, rows_of_out
 
 NONE = -1  # the index of rows that use no R: the base model
 FEW = 8  # rows that share an R, on average, from which it pays to bring them together
@@ -78,8 +77,10 @@ class RowIndex:
     Raises ValueError, naming the position, for a number that no R has.
     """
 
-    def __init__(self, index: Sequence[int] | Tensor, n: int, device: torch.device, *, fixed: bool = False) -> None:
-        self.index, self.n, self.device, self.fixed = _checked(index, n), n, device, fixed
+    def __init__(
+        self, index: Sequence[int] | Tensor, n: int, device: torch.device | str, *, fixed: bool = False
+    ) -> None:
+        self.index, self.n, self.device, self.fixed = _checked(index, n), n, torch.device(device), fixed
         self._compact: tuple[RowIndex, Tensor] | None = None
         self._blocks: dict[int, Blocks] = {}
         self._rows: dict[int, Tensor] = {}
@@ -280,8 +281,8 @@ class IndexedLowRankLinear(torch.autograd.Function):
         return y if out is None else out.new_empty(()).expand(out.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gY: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        refuse_create_graph("index: the gradients of a call with one")
         W, A, R, B, z = ctx.saved_tensors
         need_gX, need_gR, _ = ctx.needs_input_grad
         gX, gR, gY = None, None, rows_of(gY)

@@ -41,6 +41,16 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if torch.compiler.is_compiling() else _Off(x.device.type)
 
 
+def refuse_create_graph(what: str) -> None:
+    """For the backward of a Function that torch does not record.
+
+    torch's own once_differentiable raises only if the derivative that is asked for runs through the gradients; if other
+    ways lead there too, it leaves these out without a word.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} cannot be differentiated again: got create_graph=True, must be False")
+
+
 class _Off(AbstractContextManager):
     """Autocast off, by its switch and not by a block of torch's.
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .functional import Adapter
 from .naming import label_of
+from .ops import refuse_create_graph
 from .sharding import is_dtensor
 from .weights import held
 
@@ -259,8 +259,8 @@ class _Reduced(torch.autograd.Function):
         return R.view_as(R)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_create_graph("R: its gradient, which is summed over the ranks,")
         total = grad.clone()
         for i in range(ctx.mesh.ndim):
             dist.all_reduce(total, group=ctx.mesh.get_group(i))

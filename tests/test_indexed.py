@@ -150,12 +150,16 @@ def test_a_fixed_index_changes_in_place():
 
 
 def test_autocast_and_a_bias_that_trains():
-    o, R, bias = operands(6, 16, 12, 4), stacked(4), torch.randn(16, requires_grad=True)
+    o, R, bias = operands(6, 16, 12, 4), stacked(4).requires_grad_(), torch.randn(16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_xs_linear(o.x.view(2, 3, 12), o.W, o.A, R, o.B, o.s, bias, index=[0, 1])
     half = (t.bfloat16() for t in (o.x.view(2, 3, 12), o.W, o.A))
     expected = lora_xs_linear(*half, R, o.B.bfloat16(), o.s, index=[0, 1]) + bias.bfloat16()
     assert y.dtype == torch.bfloat16 and torch.allclose(y, expected.to(y), atol=0.02)
+    with pytest.raises(
+        RuntimeError, match="cannot be differentiated again: got create_graph=True"
+    ):  # though bias leads there too
+        torch.autograd.grad(y.square().sum(), (R, bias), create_graph=True)
     y.sum().backward()
     assert bias.grad is not None
 
@@ -170,7 +174,7 @@ def test_autocast_and_a_bias_that_trains():
         (torch.tensor([0.0, 1.0]), TypeError, "index: got torch.float32, must be integers"),
         ([], ValueError, "index: is empty"),
         ([0, 1, 2], ValueError, "index: got 3 numbers, must be one for each of 2 samples or 4 rows"),
-        (RowIndex([0, 0], 5, torch.device("cpu")), ValueError, r"R: got shape \(6, 4, 4\), must be \(5, 4, 4\)"),
+        (RowIndex([0, 0], 5, "cpu"), ValueError, r"R: got shape \(6, 4, 4\), must be \(5, 4, 4\)"),
         (RowIndex([0, 0], 6, torch.device("meta")), ValueError, "index: was made for device meta, must be cpu"),
         (RowIndex([0, 0, 0], 6, torch.device("cpu")), ValueError, "x: got 4 rows for an index of 3 samples"),
     ],
