@@ -1639,6 +1639,8 @@ def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_do
             layer.loraxs_R["default"].zero_()
             layer.loraxs_B["default"].zero_()
     assert torch.equal(logits(model), y)  # a copy of its own
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), y)  # with the scaling of the forward
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
