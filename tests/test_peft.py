@@ -1489,8 +1489,9 @@ def test_dropout_acts_while_training_alone():
     model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
     plain = get_peft_model(llama(), config())
     plain.load_state_dict(model.state_dict())
-    assert torch.equal(logits(model.eval()), logits(plain))
+    assert torch.equal(logits(model), logits(plain))  # new adapters are in the mode of their layer
     assert not torch.equal(logits(model.train()), logits(plain))
+    assert next(iter(layers(model).values())).adapter("default").dropout == 0.5
 
 
 def test_gpt2_conv1d(tmp_path):
@@ -1546,7 +1547,9 @@ def test_a_forward_without_the_adapters_weights_is_refused():
 def test_model_made_on_the_meta_device(trained):
     with torch.device("meta"):
         model = LlamaForCausalLM(llama().config)
-    model = get_peft_model(model, config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    settings = config(rank_pattern={"down_proj": 3}, lora_alpha=8, init_std=0.1)
+    model = get_peft_model(model, copy.copy(settings))
+    assert all(t.is_meta for t in model.state_dict().values())
     weights = {f"base_model.model.{name}": t for name, t in llama().state_dict().items()}
     for key in list(weights):
         if (owner := key.rpartition(".")[0]) in layers(model):
@@ -1558,7 +1561,7 @@ def test_model_made_on_the_meta_device(trained):
         model.get_submodule(f"base_model.model.{name.rpartition('.')[0]}").register_buffer(
             "inv_freq", b, persistent=False
         )
-    expected = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    expected = get_peft_model(llama(), settings)
     assert torch.equal(logits(model.eval()), logits(expected))
 
 
