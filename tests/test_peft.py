@@ -715,6 +715,9 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tensor 'base_model.*0.self_attn.o_proj.loraxs_\w+' has NaN"):
         PeftModel.from_pretrained(llama(), tmp_path)
+    list(layers(trained).values())[3].unchecked.add("default")  # as transformers leaves it, which loads each tensor itself
+    with pytest.raises(ValueError, match=r"adapter 'default': R of module '.*0.self_attn.o_proj' has NaN"):
+        trained(IDS)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
@@ -1184,13 +1187,16 @@ def test_merge_and_unmerge(trained, dtype):
     kept = {name: p.clone() for name, p in before.items()}
     y = logits(trained)
     trained.merge_adapter()
-    assert all(not torch.equal(p, kept[name]) for name, p in trained.named_parameters() if "base_layer" in name)
+    merged = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
+    assert all(not p.requires_grad and not torch.equal(p, kept[name]) for name, p in merged.items())
     torch.testing.assert_close(
         logits(trained).float(), y.float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0
     )
     trained.unmerge_adapter()
     after = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
     assert all(p is before[name] and torch.equal(p, kept[name]) for name, p in after.items())
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        trained.unmerge_adapter()
     assert torch.equal(logits(trained), y)
 
 
@@ -1561,6 +1567,7 @@ def test_model_made_on_the_meta_device(trained):
         model.get_submodule(f"base_model.model.{name.rpartition('.')[0]}").register_buffer(
             "inv_freq", b, persistent=False
         )
+    assert not any(t.is_meta for layer in layers(model).values() for t in (*layer.parameters(), *layer.buffers()))
     expected = get_peft_model(llama(), settings)
     assert torch.equal(logits(model.eval()), logits(expected))
 

@@ -350,7 +350,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     A, B = self.loraxs_A[name], self.loraxs_B[name]
                     R_aligned, error = aligned(entry, A, B)
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
-                    if entry["R"].any() and not (S.any() or probe.any()):
+                    if entry["R"].any() and not S.any():
                         raise ValueError(
                             f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty. DeepSpeed "
                             "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
