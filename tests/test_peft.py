@@ -1931,6 +1931,7 @@ def test_R_in_the_dtype_of_the_base_if_asked_for(low_cpu_mem_usage, tmp_path):
     rounded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "fp32", **how)
     rounded.load_adapter(tmp_path / "fp32", "again", **how)
     assert dtypes(rounded) == {torch.bfloat16}  # and taken, though delta W is not quite the file's
+    assert not any(p.requires_grad for p in rounded.parameters())
     for a, b in zip(layers(whole).values(), layers(rounded).values(), strict=True):
         assert torch.equal(b.loraxs_R["default"], a.loraxs_R["default"].bfloat16())
     rounded.set_adapter("default")
