@@ -779,6 +779,16 @@ def test_low_cpu_mem_usage_loads_onto_the_device_of_the_base(save_factors, tmp_p
         assert t.is_meta, name
 
 
+def test_low_cpu_mem_usage_leaves_no_layer_without_R(trained):
+    state = {key: t for key, t in get_peft_model_state_dict(trained).items() if "0.mlp.down_proj" not in key}
+    model = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8), low_cpu_mem_usage=True)
+    with (
+        pytest.warns(UserWarning, match="no R for 1 of its modules"),
+        pytest.raises(ValueError, match="adapter 'default': has no R for module 'model.layers.0.mlp.down_proj'"),
+    ):
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+
+
 def test_factors_can_be_saved_after_all(trained, saved, tmp_path):
     """What the refusal of a base in another dtype tells one to do."""
     with pytest.raises(lx.AdapterMismatch, match="save_factors=True in its config") as refused:
@@ -1651,6 +1661,10 @@ def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_do
     assert torch.equal(logits(model), y)  # a copy of its own
     model.merge_adapter()
     torch.testing.assert_close(logits(model), y)  # with the scaling of the forward
+    model.unmerge_adapter()
+    model.delete_adapter("ref")
+    model.add_adapter("ref", config(r=3))  # not TRL's: an adapter like any other
+    assert next(iter(layers(model).values())).loraxs_R["ref"].any()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
