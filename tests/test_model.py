@@ -427,6 +427,8 @@ def test_detach_lets_train_what_trained_before_and_leaves_what_came_later(bert):
     model[0] = LoraXSLinear.from_linear(model[0], 2)
     lx.detach(model, merge=True)
     assert model[0].weight.requires_grad and not model[0].bias.requires_grad
+    lx.attach(nn.Sequential(part := nn.Sequential(nn.Linear(8, 8), model[0])), 2, modules_to_save=["0.1"])
+    assert part[1].bias.requires_grad and not lx.detach(part)[1].bias.requires_grad
 
 
 def test_detach_refuses_to_lose_a_hook(bert):
@@ -943,6 +945,7 @@ def test_given_factors(bert):
     lx.attach(bert, 4, target_modules=["query"], init=pairs)
     for name, layer in adapters(bert).items():
         assert torch.equal(layer.A, pairs[name][0]) and torch.equal(layer.B, pairs[name][1])
+        assert 0 < layer.R.std() < 1e-4
 
 
 def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypatch):
@@ -952,13 +955,13 @@ def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypat
 
     class Watched(factors.tqdm):
         def __init__(self, *args, **options):
-            seen.append(options)
+            seen.append(self)
             super().__init__(*args, **options)
 
     monkeypatch.setattr(factors, "tqdm", Watched)
     lx.attach(copy.deepcopy(bert), 4, target_modules=["query"])
     lx.attach(bert, 4, target_modules=["query"], progress=False)
-    assert len(seen) == 1 and seen[0]["delay"] == 1
+    assert [(bar.n, bar.total, bar.delay) for bar in seen] == [(2, 2, 1)]
     assert "LoRA-XS" not in capsys.readouterr().err  # over in less than a second
 
 
