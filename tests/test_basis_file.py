@@ -96,8 +96,12 @@ def test_names_that_transformers_has_changed_meet(tmp_path):
     found = basis_file.Basis(tmp_path, "", dict.fromkeys(there, (4, Recipe())), None)
     here = [f"{part}.{end}" for part in ("model.language_model", "model.vision") for end in ends]
     assert list(map(found.find, here)) == there
+    assert found.find(f"vision.{ends[1]}") == found.find(f"model.vision.encoder.{ends[1]}") == there[3]
+    several = basis_file.Basis(tmp_path, "", dict.fromkeys((f"model.{ends[0]}", there[0]), (4, Recipe())), None)
+    assert several.find(here[0]) == there[0]
     others = [f"model.audio.{ends[0]}", f"audio.encoder.{ends[0]}"]
-    for name in (*others, "model.vision.layers.1.mlp.q_proj", "vision.layers.2.self_attn.q_proj"):
+    others += ["model.vision.layers.1.mlp.q_proj", "model.vision.layers.1.self_attn", f"model.vision.1.{ends[1]}"]
+    for name in (*others, "vision.layers.2.self_attn.q_proj"):
         with pytest.raises(ValueError, match=f"basis: .* for module '{name}'; .* other names: attach w"):
             found.find(name)
 
