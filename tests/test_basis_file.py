@@ -59,10 +59,11 @@ def checkpoint(tmp_path):
 
 def test_a_basis_file_gives_what_attach_computes(checkpoint, tmp_path, capsys):
     out = tmp_path / "basis.safetensors"
-    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), "--seed", "3", "--device", "cpu"]) == 0
+    options = ["--seed", "3", "--n-iter", "2", "--device", "cpu"]
+    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), *options]) == 0
     assert "A and B of 6 modules" in capsys.readouterr().out
     assert main(["init", str(checkpoint / "a.safetensors"), "-r", "4", "-o", str(tmp_path / "part.safetensors")]) == 0
-    computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3)
+    computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3, n_iter=2)
     read = lx.attach(model(), 4, target_modules=["up", "down"], basis=out)
     assert factors(computed).keys() == factors(read).keys() and len(factors(read)) == 18
     assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
