@@ -63,6 +63,7 @@ def test_a_basis_file_gives_what_attach_computes(checkpoint, tmp_path, capsys):
     assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), *options]) == 0
     assert "A and B of 6 modules" in capsys.readouterr().out
     assert main(["init", str(checkpoint / "a.safetensors"), "-r", "4", "-o", str(tmp_path / "part.safetensors")]) == 0
+    assert read_basis(out).modules["layers.1.up"][1].n_iter == 2
     computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3, n_iter=2)
     read = lx.attach(model(), 4, target_modules=["up", "down"], basis=out)
     assert factors(computed).keys() == factors(read).keys() and len(factors(read)) == 18
