@@ -423,7 +423,7 @@ def test_a_module_that_an_earlier_version_pickled(merged):
         assert layer.merged == merged and readable_columns(layer.loraxs_B["default"]) == 16
         if merged:
             layer.unmerge()
-    assert torch.equal(model(x), y)
+    torch.testing.assert_close(model(x), y)  # to rounding: y is of another CPU
     twin = copy.deepcopy(model)
     twin.load_state_dict({key: t + 1 for key, t in model.state_dict().items() if "loraxs_R" in key}, strict=False)
     assert not torch.allclose(twin(x), y, atol=1e-2)
@@ -715,7 +715,7 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tensor 'base_model.*0.self_attn.o_proj.loraxs_\w+' has NaN"):
         PeftModel.from_pretrained(llama(), tmp_path)
-    list(layers(trained).values())[3].unchecked.add("default")  # as transformers leaves it, which loads each tensor itself
+    list(layers(trained).values())[3].unchecked.add("default")  # as transformers leaves it, which loads by itself
     with pytest.raises(ValueError, match=r"adapter 'default': R of module '.*0.self_attn.o_proj' has NaN"):
         trained(IDS)
 
@@ -784,7 +784,7 @@ def test_low_cpu_mem_usage_leaves_no_layer_without_R(trained):
     model = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8), low_cpu_mem_usage=True)
     with (
         pytest.warns(UserWarning, match="no R for 1 of its modules"),
-        pytest.raises(ValueError, match="adapter 'default': has no R for module 'model.layers.0.mlp.down_proj'"),
+        pytest.raises(ValueError, match=r"adapter 'default': has no R for module 'model\.layers\.0\.mlp\.down_proj'"),
     ):
         set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
 
