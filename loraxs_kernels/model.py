@@ -351,7 +351,6 @@ def detach(model: M, *, merge: bool = False) -> M:
         for parent in list(model.modules()):
             for child_name, child in list(parent._modules.items()):
                 if isinstance(child, LoraXSLinear):
-                    child.unmerge()
                     _check_called(parent, child_name)
                     parent._modules[child_name] = child.base_layer
                     for name, p in child.base_layer.named_parameters() if child._trained is not None else ():

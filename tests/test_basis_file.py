@@ -59,10 +59,12 @@ def checkpoint(tmp_path):
 
 def test_a_basis_file_gives_what_attach_computes(checkpoint, tmp_path, capsys):
     out = tmp_path / "basis.safetensors"
-    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), "--seed", "3", "--device", "cpu"]) == 0
+    options = ["--seed", "3", "--n-iter", "2", "--device", "cpu"]
+    assert main(["init", str(checkpoint), "-r", "4", "-o", str(out), *options]) == 0
     assert "A and B of 6 modules" in capsys.readouterr().out
     assert main(["init", str(checkpoint / "a.safetensors"), "-r", "4", "-o", str(tmp_path / "part.safetensors")]) == 0
-    computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3)
+    assert read_basis(out).modules["layers.1.up"][1].n_iter == 2
+    computed = lx.attach(model(), 4, target_modules=["up", "down"], seed=3, n_iter=2)
     read = lx.attach(model(), 4, target_modules=["up", "down"], basis=out)
     assert factors(computed).keys() == factors(read).keys() and len(factors(read)) == 18
     assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
@@ -96,8 +98,12 @@ def test_names_that_transformers_has_changed_meet(tmp_path):
     found = basis_file.Basis(tmp_path, "", dict.fromkeys(there, (4, Recipe())), None)
     here = [f"{part}.{end}" for part in ("model.language_model", "model.vision") for end in ends]
     assert list(map(found.find, here)) == there
+    assert found.find(f"vision.{ends[1]}") == found.find(f"model.vision.encoder.{ends[1]}") == there[3]
+    several = basis_file.Basis(tmp_path, "", dict.fromkeys((f"model.{ends[0]}", there[0]), (4, Recipe())), None)
+    assert several.find(here[0]) == there[0]
     others = [f"model.audio.{ends[0]}", f"audio.encoder.{ends[0]}"]
-    for name in (*others, "model.vision.layers.1.mlp.q_proj", "vision.layers.2.self_attn.q_proj"):
+    others += ["model.vision.layers.1.mlp.q_proj", "model.vision.layers.1.self_attn", f"model.vision.1.{ends[1]}"]
+    for name in (*others, "vision.layers.2.self_attn.q_proj"):
         with pytest.raises(ValueError, match=f"basis: .* for module '{name}'; .* other names: attach w"):
             found.find(name)
 

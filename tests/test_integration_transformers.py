@@ -227,13 +227,17 @@ def test_the_model_itself_is_saved_whole(tmp_path):
         def on_step_end(self, args, state, control, model, **_):
             model.save_pretrained(tmp_path / "during")
             model.save_pretrained(tmp_path / "elsewhere" / "checkpoint-1")
+            model.save_pretrained(tmp_path / "run" / "best")
+            model.save_pretrained(tmp_path / "run" / "checkpoint-1", state_dict=model.state_dict())  # as with DeepSpeed
             raise KeyboardInterrupt
 
     model = attached()
     state, before = set(model.state_dict()), model.save_pretrained
     with pytest.warns(UserWarning, match="random weights") as warned, pytest.raises(KeyboardInterrupt):
         trainer_of(model, tmp_path / "run", callbacks=[LoraXSCallback(), Save()]).train()
-    assert sum("random weights" in str(each.message) for each in warned) == 2  # once a call
+    assert sum("random weights" in str(each.message) for each in warned) == 3  # once a call
+    small = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors").keys()
+    assert state & small == {key for key in state if key.endswith(".R")}
     with pytest.warns(UserWarning, match="random weights"):
         model.save_pretrained(tmp_path / "given up")
     given_up = copy.deepcopy(model)
@@ -247,7 +251,7 @@ def test_the_model_itself_is_saved_whole(tmp_path):
     assert model.save_pretrained == before and "save_pretrained" not in model.__dict__
     with pytest.warns(UserWarning, match="random weights"):
         trainer.save_model(tmp_path / "after")
-    for folder in ("during", "elsewhere/checkpoint-1", "given up", "after"):
+    for folder in ("during", "elsewhere/checkpoint-1", "run/best", "given up", "after"):
         assert set(load_file(tmp_path / folder / "model.safetensors")) == state
         assert (tmp_path / folder / "config.json").exists()
     model.save_pretrained = patched = functools.partial(model.save_pretrained)

@@ -364,6 +364,7 @@ def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
     assert tied == (way is lx.merge)
     model.save_pretrained(tmp_path)
     assert model.config.tie_word_embeddings is tied
+    assert not type(model.config).from_pretrained(tmp_path).tie_word_embeddings
     assert torch.equal(of.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
@@ -383,7 +384,8 @@ def test_saving_needs_nothing_on_the_model(bert, tmp_path):
         warnings.simplefilter("error", UserWarning)
         merged = {name: t.clone() for name, t in bert.state_dict().items()}
         lx.unmerge(bert).save_pretrained(tmp_path / "merged before", state_dict=merged)
-        lx.detach(bert).save_pretrained(tmp_path / "base")
+        lx.detach(bert).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+        assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
         copied = copy.copy(bert)
         copied.classifier = nn.Linear(32, 2)
         copied.save_pretrained(tmp_path / "copy")
@@ -393,8 +395,9 @@ def test_saving_needs_nothing_on_the_model(bert, tmp_path):
     saved = type(bert).from_pretrained(tmp_path / "copy")
     assert torch.equal(saved.classifier.weight, copied.classifier.weight)
     lx.attach(bert.bert.encoder.layer[0], 2, target_modules=["query"])  # has no save_pretrained of its own
-    with pytest.warns(UserWarning, match="random weights"):
+    with pytest.warns(UserWarning, match="random weights") as warned:
         bert.save_pretrained(tmp_path / "part")
+    assert len(warned) == 1
 
 
 def test_what_trained_before_is_known_after_parts_were_detached(bert):
@@ -425,6 +428,8 @@ def test_detach_lets_train_what_trained_before_and_leaves_what_came_later(bert):
     model[0] = LoraXSLinear.from_linear(model[0], 2)
     lx.detach(model, merge=True)
     assert model[0].weight.requires_grad and not model[0].bias.requires_grad
+    lx.attach(nn.Sequential(part := nn.Sequential(nn.Linear(8, 8), model[0])), 2, modules_to_save=["0.1"])
+    assert part[1].bias.requires_grad and not lx.detach(part)[1].bias.requires_grad
 
 
 def test_detach_refuses_to_lose_a_hook(bert):
@@ -516,6 +521,8 @@ def test_a_tied_head_with_an_adapter_is_tied_again_not_resized_and_not_saved_unm
     assert not (tmp_path / "saved").exists()
     with pytest.warns(UserWarning, match="would put random weights"), suppress(RuntimeError):  # transformers 5's
         model.save_pretrained(tmp_path / "saved", safe_serialization=False)
+    with pytest.warns(UserWarning, match="would put random weights"), suppress(RuntimeError):  # whose names are its own
+        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
     for _ in range(2):
         model.tie_weights()
         model.lm_head.out_features = 50  # as transformers 4 does then
@@ -534,7 +541,10 @@ def test_a_tied_head_with_an_adapter_is_tied_again_not_resized_and_not_saved_unm
     with pytest.raises(ValueError, match="got out_features 60, must be 50"):
         model.lm_head.out_features = 60
     model = lx.detach(model, merge=True)
-    assert model.resize_token_embeddings(60).weight.shape == (60, 32) and model(IDS).logits.shape[-1] == 60
+    assert model.resize_token_embeddings(new_num_tokens=60).weight.shape == (60, 32)
+    assert model(IDS).logits.shape[-1] == 60
+    with pytest.warns(UserWarning, match="would put random weights"):  # and not refused: the head has its own weight
+        lx.attach(model, 4, target_modules=["lm_head"]).save_pretrained(tmp_path / "untied")
 
 
 def triple(layer: nn.Module) -> None:
@@ -926,9 +936,10 @@ def test_a_rollback_leaves_alone_what_did_not_change():
         model.names[0] = "b"
         model.sizes["a"] = 2
         model.order["a"] = model.order.pop("a")
+        model.new = 1
         raise ValueError("Ctrl-C")
     assert (model.settings, model.names, model.sizes) == ({"layers": 1}, ["a"], {"a": 1})
-    assert list(model.order) == ["a", "b"]
+    assert list(model.order) == ["a", "b"] and not hasattr(model, "new")
 
 
 def test_given_factors(bert):
@@ -937,6 +948,7 @@ def test_given_factors(bert):
     lx.attach(bert, 4, target_modules=["query"], init=pairs)
     for name, layer in adapters(bert).items():
         assert torch.equal(layer.A, pairs[name][0]) and torch.equal(layer.B, pairs[name][1])
+        assert 0 < layer.R.std() < 1e-4
 
 
 def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypatch):
@@ -946,13 +958,13 @@ def test_the_progress_bar_shows_only_when_asked_and_long(bert, capsys, monkeypat
 
     class Watched(factors.tqdm):
         def __init__(self, *args, **options):
-            seen.append(options)
+            seen.append(self)
             super().__init__(*args, **options)
 
     monkeypatch.setattr(factors, "tqdm", Watched)
     lx.attach(copy.deepcopy(bert), 4, target_modules=["query"])
     lx.attach(bert, 4, target_modules=["query"], progress=False)
-    assert len(seen) == 1 and seen[0]["delay"] == 1
+    assert [(bar.n, bar.total, bar.delay) for bar in seen] == [(2, 2, 1)]
     assert "LoRA-XS" not in capsys.readouterr().err  # over in less than a second
 
 

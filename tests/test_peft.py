@@ -715,6 +715,9 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tensor 'base_model.*0.self_attn.o_proj.loraxs_\w+' has NaN"):
         PeftModel.from_pretrained(llama(), tmp_path)
+    list(layers(trained).values())[3].unchecked.add("default")  # as transformers leaves it, which loads by itself
+    with pytest.raises(ValueError, match=r"adapter 'default': R of module '.*0.self_attn.o_proj' has NaN"):
+        trained(IDS)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
@@ -774,6 +777,16 @@ def test_low_cpu_mem_usage_loads_onto_the_device_of_the_base(save_factors, tmp_p
     loaded.load_adapter(tmp_path, "again", torch_device="cpu", low_cpu_mem_usage=True)
     for name, t in [*loaded.named_parameters(), *loaded.named_buffers()]:
         assert t.is_meta, name
+
+
+def test_low_cpu_mem_usage_leaves_no_layer_without_R(trained):
+    state = {key: t for key, t in get_peft_model_state_dict(trained).items() if "0.mlp.down_proj" not in key}
+    model = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8), low_cpu_mem_usage=True)
+    with (
+        pytest.warns(UserWarning, match="no R for 1 of its modules"),
+        pytest.raises(ValueError, match=r"adapter 'default': has no R for module 'model\.layers\.0\.mlp\.down_proj'"),
+    ):
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
 
 
 def test_factors_can_be_saved_after_all(trained, saved, tmp_path):
@@ -1184,13 +1197,16 @@ def test_merge_and_unmerge(trained, dtype):
     kept = {name: p.clone() for name, p in before.items()}
     y = logits(trained)
     trained.merge_adapter()
-    assert all(not torch.equal(p, kept[name]) for name, p in trained.named_parameters() if "base_layer" in name)
+    merged = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
+    assert all(not p.requires_grad and not torch.equal(p, kept[name]) for name, p in merged.items())
     torch.testing.assert_close(
         logits(trained).float(), y.float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0
     )
     trained.unmerge_adapter()
     after = {name: p for name, p in trained.named_parameters() if "base_layer" in name}
     assert all(p is before[name] and torch.equal(p, kept[name]) for name, p in after.items())
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        trained.unmerge_adapter()
     assert torch.equal(logits(trained), y)
 
 
@@ -1489,8 +1505,9 @@ def test_dropout_acts_while_training_alone():
     model = randomise(get_peft_model(llama(), config(loraxs_dropout=0.5)))
     plain = get_peft_model(llama(), config())
     plain.load_state_dict(model.state_dict())
-    assert torch.equal(logits(model.eval()), logits(plain))
+    assert torch.equal(logits(model), logits(plain))  # new adapters are in the mode of their layer
     assert not torch.equal(logits(model.train()), logits(plain))
+    assert next(iter(layers(model).values())).adapter("default").dropout == 0.5
 
 
 def test_gpt2_conv1d(tmp_path):
@@ -1546,7 +1563,9 @@ def test_a_forward_without_the_adapters_weights_is_refused():
 def test_model_made_on_the_meta_device(trained):
     with torch.device("meta"):
         model = LlamaForCausalLM(llama().config)
-    model = get_peft_model(model, config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    settings = config(rank_pattern={"down_proj": 3}, lora_alpha=8, init_std=0.1)
+    model = get_peft_model(model, copy.copy(settings))
+    assert all(t.is_meta for t in model.state_dict().values())
     weights = {f"base_model.model.{name}": t for name, t in llama().state_dict().items()}
     for key in list(weights):
         if (owner := key.rpartition(".")[0]) in layers(model):
@@ -1558,7 +1577,8 @@ def test_model_made_on_the_meta_device(trained):
         model.get_submodule(f"base_model.model.{name.rpartition('.')[0]}").register_buffer(
             "inv_freq", b, persistent=False
         )
-    expected = get_peft_model(llama(), config(rank_pattern={"down_proj": 3}, lora_alpha=8))
+    assert not any(t.is_meta for layer in layers(model).values() for t in (*layer.parameters(), *layer.buffers()))
+    expected = get_peft_model(llama(), settings)
     assert torch.equal(logits(model.eval()), logits(expected))
 
 
@@ -1639,6 +1659,12 @@ def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_do
             layer.loraxs_R["default"].zero_()
             layer.loraxs_B["default"].zero_()
     assert torch.equal(logits(model), y)  # a copy of its own
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), y)  # with the scaling of the forward
+    model.unmerge_adapter()
+    model.delete_adapter("ref")
+    model.add_adapter("ref", config(r=3))  # not TRL's: an adapter like any other
+    assert next(iter(layers(model).values())).loraxs_R["ref"].any()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -1919,6 +1945,7 @@ def test_R_in_the_dtype_of_the_base_if_asked_for(low_cpu_mem_usage, tmp_path):
     rounded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "fp32", **how)
     rounded.load_adapter(tmp_path / "fp32", "again", **how)
     assert dtypes(rounded) == {torch.bfloat16}  # and taken, though delta W is not quite the file's
+    assert not any(p.requires_grad for p in rounded.parameters())
     for a, b in zip(layers(whole).values(), layers(rounded).values(), strict=True):
         assert torch.equal(b.loraxs_R["default"], a.loraxs_R["default"].bfloat16())
     rounded.set_adapter("default")

@@ -739,8 +739,7 @@ def test_a_head_that_is_tied_takes_no_copy_of_peft(tmp_path):
 
 def test_an_export_takes_the_place_of_no_R(tmp_path):
     """The folder that the adapter was saved to is at hand, and the export has no R to train on from."""
-    model = trained()
-    for which in (model, replace_reference_layers(model)):  # the reference's layers, and those of our method
+    for which in (trained(), replace_reference_layers(trained())):  # the reference's layers, and those of our method
         file = saved(which, tmp_path) / "adapter_model.safetensors"
         before = file.read_bytes()
         with pytest.raises(ValueError, match=f"folder: {file} holds R of a LoRA-XS adapter"):
@@ -811,6 +810,9 @@ def test_an_adapter_of_the_peft_method_is_exported_too(tmp_path):
         export_as_lora(model, tmp_path / "x", adapter="third")
     with pytest.raises(ValueError, match="has no LoRA-XS adapter 'default' of our PEFT method"):
         export_as_lora(trained(), tmp_path / "x")
+    next(iter(replaced_layers(model).values())).unchecked.add("other")  # as what transformers has just loaded
+    with pytest.raises(ValueError, match="adapter 'other': the fingerprint of A and B for module 'bert"):
+        export_as_lora(model, tmp_path / "x", adapter="other")
 
 
 # Models in memory.
@@ -1112,6 +1114,10 @@ def shared(model):
     inner.twin = inner.bert.encoder.layer[1].output.dense.base_layer
 
 
+def misshapen(model):
+    next(iter(reference_layers(model).values())).default_lora_latent_mapping = nn.Linear(3, 3, bias=False)
+
+
 IN_THE_WAY = {
     "plain LoRA": (plain, ValueError, r"module 'bert\..*query': is a Linear of PEFT without R"),
     "no PEFT": (lambda model: bert(), TypeError, "got a BertForSequenceClassification, must be a PeftModel"),
@@ -1121,6 +1127,9 @@ IN_THE_WAY = {
     "merged": (lambda model: model.merge_adapter(), ValueError, r"module 'bert\..*query': is merged"),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), ValueError, "is disabled or not active"),
     "shared": (shared, ValueError, r"1\.output\.dense': also stands in another place"),
+    "misshapen": (misshapen, ValueError, r"module 'bert\..*query': A, R and B have shapes \(4, 32\), \(3, 3\) and"),
+    "DoRA": (lambda model: setattr(model.peft_config["default"], "use_dora", True), ValueError, "with use_dora=True"),
+    "biases": (lambda model: setattr(model.peft_config["default"], "bias", "all"), ValueError, "with bias='all'"),
 }
 
 

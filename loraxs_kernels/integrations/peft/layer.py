@@ -114,9 +114,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         """One adapter as a LoraXSLinear that shares base_layer and all tensors with this layer."""
         A, R, B = self.loraxs_A[name], self.loraxs_R[name], self.loraxs_B[name]
         p, std = self.config[name].loraxs_dropout, self.config[name].init_std
-        return LoraXSLinear(
-            self.base_layer, A, R, B, alpha=self.lora_alpha[name], dropout=p, init_std=std, recipe=self.recipe[name]
-        )
+        alpha, recipe = self.lora_alpha[name], self.recipe[name]
+        adapter = LoraXSLinear(self.base_layer, A, R, B, alpha=alpha, dropout=p, init_std=std, recipe=recipe)
+        adapter.scaling = self.scaling[name]  # which users set, as they do LoRA's
+        return adapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ costs more than a small product does.
@@ -349,7 +350,7 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     A, B = self.loraxs_A[name], self.loraxs_B[name]
                     R_aligned, error = aligned(entry, A, B)
                 if error > limit or not basis.same_base(S, A):  # R = 0 makes the same delta on any base
-                    if entry["R"].any() and not (S.any() or probe.any()):
+                    if entry["R"].any() and not S.any():
                         raise ValueError(
                             f"adapter {name!r}: the fingerprint of A and B for {label_of(label)} is empty. DeepSpeed "
                             "saves it so when it gathers parameters for save_pretrained itself: save on one rank, "
