@@ -729,7 +729,7 @@ def test_trl(tmp_path):
     whole = trainer_in(tmp_path / "whole")
     whole.train()
     history = whole.state.log_history
-    assert history[-2]["loss"] < history[0]["loss"] and history[0]["loraxs_R_norm"] > 0
+    assert history[-2]["loraxs_R_norm"] > history[0]["loraxs_R_norm"] > 0
     resumed = trainer_in(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert same(trained(resumed.model), trained(whole.model))
