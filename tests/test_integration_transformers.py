@@ -411,6 +411,10 @@ def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
         return peft.get_peft_model(llama(), LoraXSConfig(r=4, target_modules="all-linear", lora_alpha=8))
 
     whole = trainer_of(model(), tmp_path / "whole", max_steps=4)
+    whole.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged, so its R would not train; call model.unmerge_adapter\(\) first"):
+        whole.train()
+    whole.model.unmerge_adapter()
     whole.train()
     plain = attached(llama(), alpha=8, dropout=0.0)
     values = {

@@ -159,10 +159,6 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
         )
     for adapter in adapters:
         R, r = adapter.R(), adapter.layer.rank
-        if adapter.layer.merged:
-            raise ValueError(
-                f"model: module {adapter.name!r} is merged, so its R would not train; call lx.unmerge(model) first"
-            )
         if (attached and is_dtensor(R)) or hasattr(R, "ds_id") or R.shape != (r, r):
             raise _sharded(f"R of module {adapter.name!r}")
     if not any(adapter.trained for adapter in adapters):
@@ -183,7 +179,12 @@ def _check(model: nn.Module, adapters: list[Adapter], attached: bool, args: Trai
         )
     read = read_or_asked(model)
     for name, m in model.named_modules():
-        if (isinstance(m, LoraXSLinear) or is_peft_layer(m)) and (why := read.get(id(m))):
+        if not (isinstance(m, LoraXSLinear) or is_peft_layer(m)):
+            continue
+        if m.merged:
+            undo = "lx.unmerge(model)" if attached else "model.unmerge_adapter()"
+            raise ValueError(f"model: module {name!r} is merged, so its R would not train; call {undo} first")
+        if why := read.get(id(m)):
             raise ValueError(f"model: module {name!r} is {why}; leave it out of target_modules")
     if not attached:
         return
