@@ -362,10 +362,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     else:
                         entry["recipe"] = replace(recipe, weight_dtype=config.weight_dtype)
                     raise mismatch(f"adapter {name!r}", label, entry, error, basis.singular_values(A), REMEDY, recipe)
-                if error > accepted:  # its own A and B, rounded to this model's dtype
+                if error > accepted:  # in the same words for each module, so that Python shows them once
                     warnings.warn(
-                        f"adapter {name!r}: the estimated relative error of delta W in {label_of(label)} is "
-                        f"{error:.1e}",
+                        f"adapter {name!r}: its A and B were rounded to this model's {A.dtype}, so that the estimated "
+                        f"relative error of delta W is more than {accepted:.0e}",
                         stacklevel=2,
                     )
                 assign(R, R_aligned)
