@@ -59,7 +59,7 @@ def compute_options(
     """The options of `factor` for these arguments of `attach`; ValueError, naming the argument, for a wrong one."""
     devices = None if device is None else compute_devices(device)
     if not (is_number(workspace_gib) and 0 < workspace_gib < 2**33):
-        raise ValueError(f"workspace_gib: got {workspace_gib}, must be a number of GiB above 0 and below 2^33")
+        raise ValueError(f"workspace_gib: got {workspace_gib!r}, must be a number of GiB above 0 and below 2^33")
     return {"devices": devices, "workspace": int(workspace_gib * 2**30), "progress": progress}
 
 
@@ -246,7 +246,8 @@ def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -
     try:
         devices = [torch.device(each) for each in ([device] if isinstance(device, (str, torch.device)) else device)]
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: got {device!r}, must be a torch.device, its name, or several: {why}") from error
     if not devices:
         raise ValueError("device: got no device, must be one or more, or None")
     for each in devices:
