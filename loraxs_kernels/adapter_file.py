@@ -74,7 +74,7 @@ def save_adapter(
         portable: add random projections of the singular vectors (8 columns for each side).  With them `load_adapter`
             can align R to slightly different A and B, such as those of the same weights in a different dtype.
         save_factors: add A and B themselves (large).  A and B that were given to `attach`, not computed, are always in
-            the file.  Where the singular values of a weight are nearly equal, a load takes A and B as they are there.
+            the file.  Where the singular values of a weight are nearly equal, a load that attaches takes the file's.
 
     Raises ValueError, before anything is written, if the model has no adapters, if R or a parameter of the
     modules_to_save is not finite, or if there is a file that is no adapter.  Warns if other parameters train, which no
@@ -166,14 +166,11 @@ def _packed_adapter(
         records[name] = {key: t.cpu() for key, t in record.items()}
         recipe = lasting_recipe(layer)
         changed += [layer] if recipe.init != layer.recipe.init else []
-        by_rounding = recipe.init == "svd" and is_flat(record["S"])
-        if by_rounding and save_factors:  # the subspace is another one elsewhere, to which no R can be aligned
-            recipe = as_given(recipe)
         if save_factors or recipe.init == "given":
             factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
         elif not portable and layer.why_no_load():
             moved.append(layer)
-        elif by_rounding:
+        elif recipe.init == "svd" and is_flat(record["S"]):
             flat.append(layer)
         descriptions[name] = description(layer, name, recipe)
     names, tensors = saved_tensors(model)
@@ -273,7 +270,7 @@ def load_adapter(
             with naming_file(path):
                 attach_as(model, entries, modules_to_save, basis, **compute)
         layers = dict(adapted_layers(model))
-        settled, worst = _settle(layers, entries, path)
+        settled, worst = _settle(layers, entries, path, fresh)
         with naming_file(path):
             values = saved_values(model, modules_to_save, saved)
         _record_saved(model, modules_to_save, path)
@@ -387,8 +384,13 @@ def attach_as(
     install(model, options, [here[id(modules[name])] for name in modules_to_save], opened, **compute)
 
 
-def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path) -> tuple[dict[str, Tensor], float]:
-    """R for every layer, aligned to its A and B if need be, and the worst relative error of a delta."""
+def _settle(
+    layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Path, fresh: bool
+) -> tuple[dict[str, Tensor], float]:
+    """R for every layer, aligned to its A and B if need be, and the worst relative error of a delta.
+
+    fresh: whether the load has attached the layers, so that they may get the file's A and B.
+    """
     if layers.keys() != entries.keys():
         only = sorted(layers.keys() ^ entries.keys())
         raise ValueError(f"{path}: adapts other modules than the model's adapters do; only one of them has {only[0]!r}")
@@ -409,6 +411,9 @@ def _settle(layers: dict[str, LoraXSLinear], entries: dict[str, dict], path: Pat
             raise ValueError(
                 f"model: the parametrization of R in module {name!r} has no right_inverse, which is needed to set R"
             )
+        by_rounding = fresh and layer.recipe.init == "svd" and is_flat(entry["S"])
+        if by_rounding and "A" in entry and same_base(entry["S"], layer.A):  # no R can be aligned to another subspace
+            layer.A, layer.B, layer.recipe = entry["A"].to(layer.A), entry["B"].to(layer.A), as_given(layer.recipe)
         settled[name], errors[name] = aligned(entry, layer.A, layer.B)
         if errors[name] > (ALIGNED if can_align(entry) else ACCEPT) or not same_base(entry["S"], layer.A):
             refused[name] = errors[name]

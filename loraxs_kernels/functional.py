@@ -56,7 +56,7 @@ def lora_xs_linear(
 
     Raises:
         TypeError, ValueError: an operand's dtype, device, shape or requires_grad is not as above; the message names it.
-        RuntimeError: compiled code meets tangents of forward-mode AD, or an index.
+        RuntimeError: compiled code meets derivatives of torch.func, tangents of forward-mode AD, or an index.
 
     Source: LoRA-XS, arXiv 2405.17604, equations 4 and 5.
     """

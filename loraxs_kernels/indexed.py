@@ -175,7 +175,8 @@ def _checked(index: Sequence[int] | Tensor, n: int) -> list[int]:
     if isinstance(index, Tensor):
         if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype is torch.bool:
             raise TypeError(f"index: got {index.dtype}, must be integers")
-        index = index.reshape(-1).tolist()
+        with plain_tensors():
+            index = index.reshape(-1).tolist()
     try:
         index = [i if isinstance(i, bool) or not hasattr(i, "__index__") else i.__index__() for i in index]
     except TypeError:

@@ -504,6 +504,8 @@ def test_a_weight_of_equal_singular_values_is_warned_of_and_named(tmp_path):
         lx.save_adapter(models[0], path, save_factors=True)
         lx.load_adapter(models[1], path)  # whose own A and B would span another space
     assert torch.equal(models[1][0].delta_weight(), models[0][0].delta_weight())
+    with pytest.raises(lx.AdapterMismatch, match="module '0'"):  # of other singular values
+        lx.load_adapter(nn.Sequential(nn.Linear(40, 40)), path)
 
 
 def test_the_message_says_what_was_found(trained):

@@ -1130,6 +1130,13 @@ def test_an_index_is_transformed(how, of, trains):
     torch.testing.assert_close(ours(o.x, R), by_reference(o.x, R))
 
 
+def test_a_row_without_R_may_overflow_under_a_transform():
+    x, A, B = (torch.tensor(t).half() for t in ([[6e4], [1e2]], [[1e2]], [[1.0]]))  # z of the first row is infinite
+    R, index = torch.full((1, 1, 1), 0.1), torch.tensor([-1, 0])  # whose numbers torch 2.6 reads only outside of one
+    found = torch.func.jvp(lambda R: lora_xs_delta(x, A, R, B, 1.0, index=index), (R,), (R,))
+    assert [t.flatten().tolist() for t in found] == [[0, 1000]] * 2
+
+
 def test_gR_under_a_transform_has_the_range_of_fp32():
     o = operands(70, 24, 304, 12, torch.float16)
     call = lambda R: (lora_xs_linear(o.x, o.W, o.A, R, o.B, o.s).float() * o.gY * 3000).sum()  # noqa: E731
