@@ -33,7 +33,6 @@ from .tables import Table, over
 
 # Half precision accumulates over a whole model; this finds another function.  The fine check is the question layer's.
 GROSS = 0.1  # relative difference of the first step's gR, over all layers, from the reference layers'
-DRIFT = 0.03  # relative change of the frozen model's time from start to end above which the run is noisy
 STEPS = 7
 
 
@@ -73,7 +72,6 @@ class Steps:
             floors = ((floor, self.floors.get((floor, checkpointing))) for floor in ("frozen", "frozen+compile"))
             others = {floor: its.median() for floor, its in floors if its is not None}
         row |= figures(name, samples, others, self.request.gpu) | facts
-        row["noisy"] |= self.request.gpu and row["again"] and abs(row["over"][name]["median"] - 1) > DRIFT
         yield row
 
     def steps(self, name: str, r: int, checkpointing: bool) -> tuple[Tensor, Tensor, Row]:
