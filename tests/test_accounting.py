@@ -117,6 +117,8 @@ def test_counts_what_peft_trains_as_lora(bert, case):
 @pytest.mark.parametrize("targets", [["query", "value"], ["query", "intermediate.dense"]], ids=str)
 def test_counts_what_peft_trains_as_vera(bert, targets):
     peft = pytest.importorskip("peft")
+    if peft.__version__.startswith("0.20."):
+        pytest.skip("this VeRA imports what torchao 0.18 no longer has")
     count = lx.count_parameters(bert, 4, target_modules=targets)
     assert trained(peft.get_peft_model(bert, peft.VeraConfig(r=4, target_modules=targets))) == count.vera
 
@@ -388,7 +390,8 @@ def test_the_table(capsys):
 
 
 def test_tied_weights_of_a_configuration_count_once(monkeypatch):
-    monkeypatch.setattr(transformers.PreTrainedModel, "init_weights", lambda self: None)  # on meta as in transformers 5.0
+    """As in transformers 5.0, where models that are made on the meta device do not tie them."""
+    monkeypatch.setattr(transformers.PreTrainedModel, "init_weights", lambda self: None)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=5000)
     config.architectures = ["GPT2LMHeadModel"]
     assert lx.count_parameters(config, 4).base < 2 * 5000 * 32

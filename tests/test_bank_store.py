@@ -871,7 +871,7 @@ def test_a_bank_that_was_replaced_takes_nothing(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match="bank"):
             bank.add("a", R_of(1))
         if lmdb.__version__ < "3":
-            with pytest.raises(OSError, match="if data.mdb was replaced, close the bank that was opened before"):
+            with pytest.raises(OSError, match=r"if data\.mdb was replaced, close the bank that was opened before"):
                 lx.AdapterBank.create(tmp_path / "bank", trained())
             return
         with lx.AdapterBank.create(tmp_path / "bank", trained()) as new:

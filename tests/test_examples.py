@@ -80,7 +80,7 @@ def test_causal_lm(tmp_path, capsys):
     arguments += ["--max_length", "224", "--gradient_accumulation_steps", "2", "--learning_rate", "0.2"]
     save = "5" if Version(transformers.__version__) >= Version("5.10") else "4"  # older: only from an epoch's end
     arguments += ["--gradient_checkpointing", "true", "--save_steps", save]
-    out = tmp_path / "out"
+    out, saved = tmp_path / "out", f"checkpoint-{save}"
     script("train_causal_lm").main([*arguments, "--output_dir", str(out)])
     said = capsys.readouterr().out
     assert "16 examples; 1 left out" in said and "896 of " in said  # 2 layers x 7 modules x 8 x 8
@@ -89,7 +89,7 @@ def test_causal_lm(tmp_path, capsys):
     assert not (out / "checkpoint-8" / "tokenizer.json").exists()
 
     script("train_causal_lm").main(
-        [*arguments, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / f"checkpoint-{save}")]
+        [*arguments, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / saved)]
     )
     adapter = (out / "adapter.safetensors").read_bytes()
     assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == adapter

@@ -229,7 +229,7 @@ READ_BY_TRANSFORMERS = {
     **{"PPDocLayoutV2ReadingOrderEncoder": "rel_pos_bias", "LSHSelfAttention": "query_key value"},
     **{"MobileBertLMPredictionHead": "dense decoder", "NeoMMEForMaskedLM": "unembedding_projection"},
     **{"LongcatFlashTopkRouter": "classifier", "Gemma3nTextAltUp": "correction_coefs prediction_coefs"},
-    **{"TDNNLayer": "kernel", "DeepseekV2Moe": "gate"},  # the latter in transformers 5.0
+    **{"TDNNLayer": "kernel", "DeepseekV2Moe": "gate", "DeepseekOcr2TextMoe": "gate"},
     # only where a setting or an argument asks for it
     **{"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "DisentangledSelfAttention": "in_proj"},
     **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), "lm_head"),
