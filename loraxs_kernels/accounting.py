@@ -285,7 +285,9 @@ def from_config(config: PretrainedConfig) -> nn.Module:
     counting = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"):
-            return kind(copy.deepcopy(config))  # a model may write into its configuration
+            model = kind(copy.deepcopy(config))  # a model may write into its configuration
+            model.tie_weights()  # which transformers 5.0 leaves out on the meta device
+            return model
     except Exception as error:  # sizes that do not fit each other fail as they like in there
         why = str(error).strip().partition("\n")[0]
         raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error

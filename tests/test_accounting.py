@@ -117,6 +117,8 @@ def test_counts_what_peft_trains_as_lora(bert, case):
 @pytest.mark.parametrize("targets", [["query", "value"], ["query", "intermediate.dense"]], ids=str)
 def test_counts_what_peft_trains_as_vera(bert, targets):
     peft = pytest.importorskip("peft")
+    if peft.__version__.startswith("0.20."):
+        pytest.skip("this VeRA imports what torchao 0.18 no longer has")
     count = lx.count_parameters(bert, 4, target_modules=targets)
     assert trained(peft.get_peft_model(bert, peft.VeraConfig(r=4, target_modules=targets))) == count.vera
 
@@ -246,6 +248,8 @@ def test_the_summary_says_what_has_an_adapter_what_trains_and_what_was_left_out(
 def test_the_summary_knows_why_a_layer_has_no_adapter():
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    if transformers.__version__.startswith("4."):
+        pytest.skip("the experts of transformers 4 are linear layers")
     model.extra = nn.MultiheadAttention(8, 2)
     with pytest.warns(UserWarning, match="experts"):
         lx.attach(model, 2)
@@ -383,6 +387,14 @@ def test_the_table(capsys):
         "16  VeRA      2,362,368      0.00135%     4.5 MiB             4.3 TiB",
     ]
     assert "the trained numbers in torch.bfloat16" in out
+
+
+def test_tied_weights_of_a_configuration_count_once(monkeypatch):
+    """As in transformers 5.0, where models that are made on the meta device do not tie them."""
+    monkeypatch.setattr(transformers.PreTrainedModel, "init_weights", lambda self: None)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=5000)
+    config.architectures = ["GPT2LMHeadModel"]
+    assert lx.count_parameters(config, 4).base < 2 * 5000 * 32
 
 
 def test_the_table_of_a_folder_or_a_file(capsys, tmp_path, bert):

@@ -953,6 +953,7 @@ def test_what_backward_cannot_know_is_refused(model, bank):
     names = ["alice", "bob", None, "carol"]
     with bank.train(["alice", "bob", "carol"]):
         model.train()
+        model.enable_input_require_grads()  # which transformers 4 does not do by itself
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         with pytest.raises(RuntimeError, match="must be use_reentrant=False"):
             model(IDS, labels=IDS, adapter_ids=names).loss.backward()

@@ -406,6 +406,8 @@ def test_without_lmdb(tmp_path):
     code = "sys.modules['lmdb'] = None\ntry:\n    lx.AdapterBank(path)\nexcept ImportError as error:\n    print(error)"
     said = ended(child(code, tmp_path / "bank"))
     assert said == 'an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"\n'
+    code = code.replace("sys.modules['lmdb'] = None", "import lmdb\nlmdb.__version__ = '2.2.1'")
+    assert "needs lmdb 2.3 or later, got 2.2.1" in ended(child(code, tmp_path / "bank"))
 
 
 def test_a_damaged_record_is_refused_by_name(bank):
@@ -868,6 +870,10 @@ def test_a_bank_that_was_replaced_takes_nothing(tmp_path):
         shutil.rmtree(tmp_path / "bank")
         with pytest.raises((ValueError, FileNotFoundError), match="bank"):
             bank.add("a", R_of(1))
+        if lmdb.__version__ < "3":
+            with pytest.raises(OSError, match=r"if data\.mdb was replaced, close the bank that was opened before"):
+                lx.AdapterBank.create(tmp_path / "bank", trained())
+            return
         with lx.AdapterBank.create(tmp_path / "bank", trained()) as new:
             with pytest.raises(ValueError, match=r"data\.mdb was replaced since the bank was opened"):
                 bank.add("a", R_of(1))

@@ -85,6 +85,8 @@ def test_offloaded_by_accelerate(bert):
 def test_attach_says_what_its_arguments_did_not_do(bert):
     with pytest.warns(UserWarning, match="rank_pattern: no adapted module matches 'key'"):
         lx.attach(bert, 4, target_modules=["query"], rank_pattern={"key": 2})
+    if transformers.__version__.startswith("4."):
+        pytest.skip("the experts of transformers 4 are linear layers")
     with pytest.warns(UserWarning, match=r"'all-linear' leaves out model\.layers\.0\.mlp\.experts and 1 more, experts"):
         sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
         lx.attach(MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40)), 4, target_modules="all-linear")
@@ -975,6 +977,8 @@ def test_gradient_checkpointing_of_transformers(bert, reentrant):
     for m in bert.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+        if hasattr(m, "dropout_prob"):  # transformers 4
+            m.dropout_prob = 0.0
     expected = torch.autograd.grad(bert(IDS).logits.sum(), [m.R for m in adapters(bert).values()], allow_unused=True)
     if reentrant:
         bert.enable_input_require_grads()

@@ -37,6 +37,10 @@ def load_lmdb() -> ModuleType:
         import lmdb
     except ImportError as error:
         raise ImportError('an adapter bank needs the package lmdb: pip install "loraxs_kernels[bank]"') from error
+    # Before 2.0 it hangs or fails after a fork, and opens a file twice at once without an error; 2.2 loses its handle
+    # when the map grows.
+    if tuple(map(int, lmdb.__version__.split(".")[:2])) < (2, 3):
+        raise ImportError(f"an adapter bank needs lmdb 2.3 or later, got {lmdb.__version__}: pip install -U lmdb")
     if hasattr(os, "register_at_fork"):
         parts = {"before": _before_fork, "after_in_parent": _after_fork, "after_in_child": _after_fork_in_child}
         os.register_at_fork(**parts)
