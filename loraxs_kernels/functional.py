@@ -146,7 +146,8 @@ def run(
             raise RuntimeError("index: torch.compile cannot trace a call with one; torch.compiler.disable the caller")
     if torch.compiler.is_compiling():
         if ops.exporting():
-            y = ops.operator(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
+            op = ops.plain if torch.onnx.is_in_onnx_export() else ops.operator  # which ONNX does not have
+            y = op(rows, W, A, R, B, s, bias, None, "forward", forced or "")[0]
         else:
             y = ops.linear(rows, W, A, R, B, s, bias, forced or "", ops.CODE)
         y = y.view(*shape[:-1], B.shape[0])

@@ -438,8 +438,4 @@ if not hasattr(_operators, "library"):
     _operators.library = _define()
 _operators.latest = globals()
 operator = _operators.primitive.default
-# torch's ONNX exporter replaces the operator, which ONNX does not have, by what this table says.
-torch._decomp.decomposition_table[operator] = plain
-# Symbolic shapes come from `_shapes`: torch would take them from `plain`, which does not refuse forward mode.
-torch._decomp.meta_table[operator] = _shapes
 linear = _operators.linear.default
