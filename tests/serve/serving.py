@@ -105,7 +105,7 @@ class Layers:
         assert all(answer.name is None for answer in answers)
         off, behind = self.compare(answers)
         self.worst, self.most = max(each.mean().item() for each in off), max(each.max().item() for each in off)
-        assert self.worst < 0.1 and max(each.max() for each in behind) <= 2 * self.most  # noise, and not another model
+        assert self.worst < 0.2 and max(each.max() for each in behind) <= 2 * self.most  # noise, and not another model
 
     @torch.no_grad()
     def compare(
