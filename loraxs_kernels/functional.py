@@ -153,7 +153,7 @@ def run(
         y = y.view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)
     # torch transforms its own operators, but no Function and no kernel.
-    if torch._C._are_functorch_transforms_active() or (in_forward_mode() and transformed(x, W, A, R, B, bias, out)):
+    if transformed(x, W, A, R, B, bias, out):
         own = None if index is None else index.rows(len(rows))
         y = ops.plain(rows, W, A, R, B, s, bias, index=own)[0].view(*shape[:-1], B.shape[0])
         return y if out is None else out.add_(y)

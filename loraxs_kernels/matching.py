@@ -150,8 +150,11 @@ def match(
                 "LoraXSLinear.from_linear(layer, rank) adapts one layer"
             )
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
-        got = f"{target_modules!r}" + (f", without exclude_modules {exclude_modules!r}" if exclude_modules else "")
-        raise ValueError(f"target_modules: got {got}, which matches no module of the model; its linear layers: {shown}")
+        but = f", or only those that exclude_modules {exclude_modules!r} leaves out" if exclude_modules else ""
+        raise ValueError(
+            f"target_modules: got {target_modules!r}, which matches no module of the model{but}; its linear layers: "
+            f"{shown}"
+        )
     warn_of_unmatched(modules, 6, target_modules=target_modules, exclude_modules=exclude_modules)
     if everything:
         warn_of_left_out(model, unsuited, stacklevel=6)

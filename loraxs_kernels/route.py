@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import parallel
-from .backends.device import in_forward_mode
+from .backends.device import in_forward_mode, transformed
 from .backends.torch import results_are_kept
 from .functional import Adapter, run
 from .indexed import RowIndex
@@ -98,7 +98,7 @@ def plus_delta(
     h = h.to(A.device) if autocast_on(x) else h.to(A.device, A.dtype)  # base may have moved x by itself
     in_place = in_place and y.dtype == h.dtype and not (torch.compiler.is_compiling() or results_are_kept())
     # Under vmap h or R may be a batch, and y not; torch.func.linearize keeps y as a constant.
-    if in_place and not (torch._C._are_functorch_transforms_active() or in_forward_mode()):
+    if in_place and not (in_forward_mode() or transformed()):
         return run(h, None, A, R, B, s, None, y, name, index)
     return y + run(h, None, A, R, B, s, None, None, name, index).to(y.device, y.dtype)
 

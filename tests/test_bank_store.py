@@ -870,7 +870,7 @@ def test_a_bank_that_was_replaced_takes_nothing(tmp_path):
         shutil.rmtree(tmp_path / "bank")
         with pytest.raises((ValueError, FileNotFoundError), match="bank"):
             bank.add("a", R_of(1))
-        if lmdb.__version__ < "3":
+        if lmdb.__version__.startswith("2."):
             with pytest.raises(OSError, match=r"if data\.mdb was replaced, close the bank that was opened before"):
                 lx.AdapterBank.create(tmp_path / "bank", trained())
             return
