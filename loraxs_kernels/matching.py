@@ -150,10 +150,10 @@ def match(
                 "LoraXSLinear.from_linear(layer, rank) adapts one layer"
             )
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12]) or "none"
-        but = f", or only those that exclude_modules {exclude_modules!r} leaves out" if exclude_modules else ""
+        if exclude_modules:
+            shown += f"; exclude_modules {exclude_modules!r} may leave out all that it matches"
         raise ValueError(
-            f"target_modules: got {target_modules!r}, which matches no module of the model{but}; its linear layers: "
-            f"{shown}"
+            f"target_modules: got {target_modules!r}, which matches no module of the model; its linear layers: {shown}"
         )
     warn_of_unmatched(modules, 6, target_modules=target_modules, exclude_modules=exclude_modules)
     if everything:
