@@ -362,7 +362,8 @@ def _compiled(
     code: str,  # for torch's caches alone
 ) -> Tensor:
     few = isinstance(x.shape[0], int) and x.shape[0] <= FEW  # a symbolic number of rows is asked nothing
-    certain = forced == "torch" or (forced == "" and x.is_cpu)
+    # On a GPU torch before 2.10 computes the torch backend's product with out_dtype, but cannot trace it.
+    certain = forced in ("", "torch") if x.is_cpu else forced == "torch" and torch.__version__ >= (2, 10)
     if few and certain and not in_forward_mode():
         with no_autocast(x):  # which may be on where the call runs and was off where it was recorded
             if in_grad_mode() and (x.requires_grad or R.requires_grad):
