@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import parallel, pretrained
 from .accounting import summary
@@ -32,7 +32,7 @@ from .naming import Former, aliases
 from .recipe import Factors
 from .route import hooks_of
 from .transaction import transaction
-from .weights import has_reader, weight_of
+from .weights import registered_reader, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -259,19 +259,14 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
         else:
             # Only a parameter that the layer holds is the same object for as long: a property may make a new one.
             # What a registered reader makes of it is known to be one layer's alone.
-            held = None if has_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
+            held = None if registered_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
             whose = id(layer.base_layer if held is None else held)
             key = whose, type(layer.base_layer), layer.rank, replace(layer.recipe, name="")
             if first.setdefault(key, layer) is not layer:
                 others.append((layer, first[key]))
     made = list(first.values())
     jobs = [Job(each.label, weight_of(each.base_layer, each.label), each.rank, each.recipe) for each in made]
-
-    @torch.no_grad()
-    def deliver(i: int, A: Tensor, B: Tensor) -> None:
-        made[i].set_factors(A, B)
-
-    factor(jobs, deliver, **compute)
+    factor(jobs, lambda i, A, B: made[i].set_factors(A, B), **compute)
     for layer in made:
         layer.reset_R()  # only now: it comes from the host and looks at A and B, and each would have waited for the GPU
     for layer, like in others:

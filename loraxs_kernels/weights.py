@@ -116,7 +116,7 @@ def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
 
     Raises TypeError, naming `label`, what the layer is and what it must be, where W cannot be read as the layer is now.
     """
-    if (reader := _registered_for(layer)) is not None:
+    if (reader := registered_reader(layer)) is not None:
         return _registered_weight(layer, label, *reader)
     if _is_a(layer, "bitsandbytes.nn.modules", "Linear4bit"):
         return _linear4bit(layer, label)
@@ -164,7 +164,7 @@ def is_linear(layer: nn.Module) -> bool:
         isinstance(layer, nn.Linear)
         or is_conv1d(layer)
         or weight_view(layer) is not None
-        or _registered_for(layer) is not None
+        or registered_reader(layer) is not None
     )
 
 
@@ -190,12 +190,8 @@ def unread(layer: nn.Module) -> str:
     )
 
 
-def has_reader(layer: nn.Module) -> bool:
-    """Whether `register_weight_reader` was called for a layer's type, so that its weight need not be its parameter."""
-    return _registered_for(layer) is not None
-
-
-def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
+def registered_reader(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
+    """What `register_weight_reader` was given for a layer's type, so that its weight need not be its parameter."""
     return next((_registered[kind] for kind in type(layer).__mro__ if kind in _registered), None)
 
 
