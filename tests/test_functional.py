@@ -368,7 +368,7 @@ def test_a_step_of_a_layer_dispatches_no_operator_too_many():
 def test_how_many_kernels_the_torch_backend_launches_on_a_gpu(dtype):
     """Beside the base GEMM 3 in the forward and 4 in the backward; in 16 bits u is cast by one more.  No GPU needed."""
     half = dtype == torch.bfloat16
-    if half and not torch_backend._MM_OUT_DTYPE:
+    if half and not torch_backend.MM_OUT_DTYPE:
         pytest.skip("this torch has no torch.mm(out_dtype=)")
     with FakeTensorMode():
         o = operands(3, 5, 7, 2, dtype).to(dtype)
