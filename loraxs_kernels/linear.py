@@ -119,11 +119,11 @@ class LoraXSLinear(PaddedB):
             rank: r, 1 <= r <= min(N, K) (any r >= 1 if A and B are not from the SVD).
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: the probability of dropout on the adapter's input, while training.
-            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which has its own seed
-                and n_iter, and a dtype that is used if none is given here.
+            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe that makes them, which
+                has its own seed and n_iter, and a dtype that is used if none is given here.
             init_std: R ~ N(0, init_std^2) at the start.
-            seed: for the SVD's start, R, and random A and B; layers with the same seed and different names get
-                different random numbers.
+            seed: for the SVD's start, R, and random A and B; layers with the same seed and different names get a
+                different R, and different random A and B.
             n_iter: as in `truncated_svd`.
             dtype: of A and B; None: the weight's, or for a quantised layer the dtype in which it computes.  With a
                 dtype that differs from the weight's, the delta costs one more pass over y.
@@ -143,7 +143,8 @@ class LoraXSLinear(PaddedB):
         dtype = as_dtype("dtype", dtype, FLOATS, label)
         if isinstance(linear, LoraXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
-        if isinstance(init, str) and init not in INITS:
+        unknown = init.init == "given" if isinstance(init, Recipe) else isinstance(init, str) and init not in INITS
+        if unknown:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given, recipe = None, init
         if not isinstance(init, Recipe):
