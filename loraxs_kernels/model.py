@@ -91,7 +91,7 @@ def attach(
         alpha: the scale is s = alpha / r; None: alpha = r, so s = 1 everywhere.  `lora_alpha` means the same.
         dropout, init_std, n_iter, dtype: as in LoraXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
-        seed: for all random numbers (the SVD's start, random A and B, R); each layer draws different ones.
+        seed: for all random numbers: the SVD's start, and R and random A and B, which each layer draws for itself.
         modules_to_save: names or name endings of modules all of whose weights train (a classifier head).  They have no
             adapter, and are saved in the adapter file beside R.  []: only R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target.  A and B are then read, not computed, and each
@@ -105,9 +105,9 @@ def attach(
 
     Returns:
         `model`.  A module that is used in several places gets one adapter; modules that share a weight get one each,
-        whose A and B are the same.  In a model inside the wrappers of torch.compile or DataParallel, names are those of
-        the base model.  What was done is logged at level INFO by the logger "loraxs_kernels"; `lx.summary(model)` says
-        the same at any time.
+        whose A and B are the same if they are from the SVD.  In a model inside the wrappers of torch.compile or
+        DataParallel, names are those of the base model.  What was done is logged at level INFO by the logger
+        "loraxs_kernels"; `lx.summary(model)` says the same at any time.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a layer cannot be adapted; the message names it.
@@ -125,14 +125,11 @@ def attach(
     warn_of_idle_head(model, idle, modules_to_save, stacklevel=4)  # past the wrapper of `aliases`
     options: dict[str, dict[str, Any]] = {}
     for name in names:
-        r = pattern_value(rank_pattern, name, rank)
-        a = pattern_value(alpha_pattern, name, alpha)
-        options[name] = {"rank": r, "alpha": a, "init": init}
-        if not isinstance(init, str):
-            if name not in init:
-                raise ValueError(f"init: has no pair (A, B) for module {name!r}")
-            options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter, "dtype": dtype}
+        if not isinstance(init, str) and name not in init:
+            raise ValueError(f"init: has no pair (A, B) for module {name!r}")
+        r, a = pattern_value(rank_pattern, name, rank), pattern_value(alpha_pattern, name, alpha)
+        options[name] = {"rank": r, "alpha": a, "init": init if isinstance(init, str) else init[name], "dtype": dtype}
+        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter}
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:

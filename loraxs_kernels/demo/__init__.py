@@ -63,7 +63,7 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
         model: "minilm" or "smollm2".
         out: a folder, made if need be.  Of files of those names there, only an earlier demo's are replaced.
         quick: fewer steps, rows of the table and test questions.
-        full: three seeds, and one row more.
+        full: three seeds, and more rows.
         device: as torch names it; None: the GPU where there is one, else the CPU.
         many: a bank of a thousand adapters in place of the comparison, for minilm and without `full`; it writes a
             folder `bank`, which must not be there, and no plot.
