@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MOST_ADAPTERS = 10**15
 MOST_LAYERS = 10**5  # or labels
 _DTYPES = "bfloat16, float16, float32 or float64, or bf16 and so on"
-_NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}
+_SEVERAL_NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,8 +200,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "names or their endings; default: all linear layers but the output embeddings"
-    add("--target-modules", **_NAMES, help=what)
-    add("--exclude-modules", **_NAMES, help="names or name endings to leave out")
+    add("--target-modules", **_SEVERAL_NAMES, help=what)
+    add("--exclude-modules", **_SEVERAL_NAMES, help="names or name endings to leave out")
 
 
 def _targets(arguments: argparse.Namespace) -> str | list[str]:
@@ -258,7 +258,7 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help=f"{known}; or a folder with a config.json, such a file, or a name on the Hub")
     add("-r", "--rank", type=int, nargs="+", action="extend", required=True, metavar="R")
     _add_modules(parser)
-    add("--modules-to-save", **_NAMES, help="modules that train whole beside any method")
+    add("--modules-to-save", **_SEVERAL_NAMES, help="modules that train whole beside any method")
     add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
     add("--dtype", metavar="DTYPE", default="bfloat16", help=f"dtype of the numbers in a file: {_DTYPES}")
 
