@@ -112,23 +112,20 @@ def match(
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head
-            if hit and id(module) in refused:
-                unsuited.append((name, refused[id(module)]))
+            if module is head or not (is_linear(module) or is_unread_linear(module)):
                 continue
-            if is_unread_linear(module) and module is not head:
-                unsuited.append((name, unread(module)))
-        else:
-            hit = matches(name, target_modules)
-        if not hit:
+            if why := unread(module) if is_unread_linear(module) else refused.get(id(module)):
+                unsuited.append((name, why))
+                continue
+        elif not matches(name, target_modules):
             continue
-        if is_unread_linear(module):
+        elif is_unread_linear(module):
             raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
-        if not is_linear(module):
+        elif not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match only linear layers"
             )
-        if why := refused.get(id(module)):
+        elif why := refused.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
         if everything and rank_of and (why := too_small(name, module, rank_of(name))):
