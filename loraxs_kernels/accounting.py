@@ -116,7 +116,7 @@ def count_parameters(
     if not isinstance(model, nn.Module):
         model = from_config(model)
     model = unwrapped(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinear)}
+    adapted = [m for m in model.modules() if isinstance(m, LoraXSLinear)]
     if adapted:
         asked = dict(rank=rank, target_modules=target_modules, exclude_modules=exclude_modules)
         asked |= dict(rank_pattern=rank_pattern, modules_to_save=modules_to_save)
@@ -126,7 +126,7 @@ def count_parameters(
                     f"{argument}: got {value!r} for a model with LoRA-XS adapters, which are counted as they are; "
                     "leave it out, or lx.detach(model) first"
                 )
-        layers = [(layer.out_features, layer.in_features, layer.rank) for layer in adapted.values()]
+        layers = [(layer.out_features, layer.in_features, layer.rank) for layer in adapted]
         saved = saved_modules(model)
     else:
         if rank is None:
@@ -146,7 +146,7 @@ def count_parameters(
             check_rank(r, label_of(name), (N, K))
             layers.append((N, K, r))
     sizes = _sizes(model)
-    of_adapters = {id(p) for layer in adapted.values() for p in _trained(layer)}
+    of_adapters = {id(p) for layer in adapted for p in _trained(layer)}
     return Parameters(
         modules=len(layers),
         base=sum(size for p, size in sizes.items() if p not in of_adapters),
