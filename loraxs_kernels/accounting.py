@@ -37,7 +37,7 @@ from .matching import (
     stacked_experts,
     unwrapped,
 )
-from .naming import FLOATS, aliases, as_dtype, kinds, label_of
+from .naming import FLOATS, aliases, as_dtype, first_line, kinds, label_of
 from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, weight_of
 
@@ -289,7 +289,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
             model.tie_weights()  # which transformers 5.0 leaves out on the meta device
             return model
     except Exception as error:  # sizes that do not fit each other fail as they like in there
-        why = str(error).strip().partition("\n")[0]
+        why = first_line(error)
         raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error
     finally:
         counting.remove()

@@ -20,7 +20,7 @@ from . import __version__, demo, hub
 from .bench import BenchError
 from .demo import DemoError
 from .files import read_json
-from .naming import FLOATS, as_dtype
+from .naming import FLOATS, as_dtype, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -347,10 +347,9 @@ def _configuration(name: str) -> PretrainedConfig:
         _check_config(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # there are many kinds: no such file, no such name, no network, no JSON, no model_type
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: got {name!r}, must be one of {', '.join(MODELS)}, a folder with a config.json, such a file, or a "
-            f"name on Hugging Face's hub: {reason}"
+            f"name on Hugging Face's hub: {first_line(error)}"
         ) from error
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..files import read_json, target_of
+from ..naming import first_line
 
 _COMMON = {
     "transformers": "transformers",
@@ -134,7 +135,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DemoError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise DemoError(f"device: {name!r} cannot be used here: {first_line(error)}") from error
     if device.type == "meta":
         raise DemoError(f"device: got {name!r}, which computes nothing; must be one that does, such as cpu or cuda")
     return device
