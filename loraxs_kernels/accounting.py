@@ -31,6 +31,7 @@ from .matching import (
     check_unadapted,
     choose,
     embeddings,
+    is_inside,
     no_adapter,
     pattern_value,
     saved_modules,
@@ -208,7 +209,7 @@ def summary(model: nn.Module) -> Summary:
     beside: Counter[str] = Counter()
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in own:
-            whole = next((each for each in saved if f"{base_name(name)}.".startswith(f"{each}.")), None)
+            whole = next((each for each in saved if is_inside(base_name(name), [each])), None)
             beside[whole or name.rpartition(".")[0] or name] += sizes[id(p)]
     return Summary(
         ranks={name: layer.rank for name, layer in adapted.items()},

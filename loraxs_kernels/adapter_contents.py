@@ -15,7 +15,7 @@ from .adapter_format import NUMBERS, described, packed
 from .basis import ACCEPT, distance, distance_from_svd, is_flat, probes, singular_values, sketch
 from .files import is_finite
 from .linear import LoraXSLinear, makers_of_R
-from .matching import adapted_layers, base_name, by_base_name, saved_modules, unwrapped
+from .matching import adapted_layers, base_name, by_base_name, is_inside, saved_modules, unwrapped
 from .naming import DTYPES, FLOATS, as_dtype
 from .recipe import Recipe, check
 from .sharding import gathered, is_gathered, whole
@@ -174,8 +174,7 @@ def tied_to_saved(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     return {
         base_name(name): module
         for name, module in model.named_modules()
-        if any(id(p) in trained for p in module.parameters(recurse=False))
-        and not f"{base_name(name)}.".startswith(tuple(f"{each}." for each in names))
+        if any(id(p) in trained for p in module.parameters(recurse=False)) and not is_inside(base_name(name), names)
     }
 
 

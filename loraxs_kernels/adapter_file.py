@@ -26,7 +26,7 @@ from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import SEPARATORS, check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
-from .matching import adapted_layers, base_name, by_base_name, has_adapters, saved_modules, unwrapped
+from .matching import adapted_layers, base_name, by_base_name, has_adapters, is_inside, saved_modules, unwrapped
 from .model import Attachment, basis_for, check_not_in_ddp, install
 from .naming import DTYPES, aliases, label_of
 from .sharding import assign, check_writable, written
@@ -389,7 +389,7 @@ def _record_saved(model: nn.Module, names: Sequence[str], path: Path) -> None:
     for name in set(names).difference(known):
         module = model.get_submodule(name)
         module.loraxs = Attachment(("",), frozenset(each for each, p in module.named_parameters() if p.requires_grad))
-    if left := [name for name in known if not f"{name}.".startswith(tuple(f"{each}." for each in names))]:
+    if left := [name for name in known if not is_inside(name, names)]:
         warnings.warn(
             f"{path}: has no values for {', '.join(left)} of this model's modules_to_save, which stay as they are now. "
             "If they have been trained or loaded with another adapter, the model is not the one that was saved",
