@@ -31,13 +31,14 @@ from .matching import (
     check_unadapted,
     choose,
     embeddings,
+    is_inside,
     no_adapter,
     pattern_value,
     saved_modules,
     stacked_experts,
     unwrapped,
 )
-from .naming import FLOATS, aliases, as_dtype, kinds, label_of
+from .naming import FLOATS, aliases, as_dtype, first_line, kinds, label_of
 from .recipe import check_rank
 from .weights import is_linear, is_unread_linear, weight_of
 
@@ -116,7 +117,7 @@ def count_parameters(
     if not isinstance(model, nn.Module):
         model = from_config(model)
     model = unwrapped(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraXSLinear)}
+    adapted = [m for m in model.modules() if isinstance(m, LoraXSLinear)]
     if adapted:
         asked = dict(rank=rank, target_modules=target_modules, exclude_modules=exclude_modules)
         asked |= dict(rank_pattern=rank_pattern, modules_to_save=modules_to_save)
@@ -126,7 +127,7 @@ def count_parameters(
                     f"{argument}: got {value!r} for a model with LoRA-XS adapters, which are counted as they are; "
                     "leave it out, or lx.detach(model) first"
                 )
-        layers = [(layer.out_features, layer.in_features, layer.rank) for layer in adapted.values()]
+        layers = [(layer.out_features, layer.in_features, layer.rank) for layer in adapted]
         saved = saved_modules(model)
     else:
         if rank is None:
@@ -146,7 +147,7 @@ def count_parameters(
             check_rank(r, label_of(name), (N, K))
             layers.append((N, K, r))
     sizes = _sizes(model)
-    of_adapters = {id(p) for layer in adapted.values() for p in _trained(layer)}
+    of_adapters = {id(p) for layer in adapted for p in _trained(layer)}
     return Parameters(
         modules=len(layers),
         base=sum(size for p, size in sizes.items() if p not in of_adapters),
@@ -208,7 +209,7 @@ def summary(model: nn.Module) -> Summary:
     beside: Counter[str] = Counter()
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in own:
-            whole = next((each for each in saved if f"{base_name(name)}.".startswith(f"{each}.")), None)
+            whole = next((each for each in saved if is_inside(base_name(name), [each])), None)
             beside[whole or name.rpartition(".")[0] or name] += sizes[id(p)]
     return Summary(
         ranks={name: layer.rank for name, layer in adapted.items()},
@@ -289,7 +290,7 @@ def from_config(config: PretrainedConfig) -> nn.Module:
             model.tie_weights()  # which transformers 5.0 leaves out on the meta device
             return model
     except Exception as error:  # sizes that do not fit each other fail as they like in there
-        why = str(error).strip().partition("\n")[0]
+        why = first_line(error)
         raise ValueError(f"model: got {what}, from which no {kind.__name__} can be made: {why}") from error
     finally:
         counting.remove()

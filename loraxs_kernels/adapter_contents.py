@@ -10,17 +10,79 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_format import NUMBERS, described
-from .basis import ACCEPT, distance, distance_from_svd
+from . import card
+from .adapter_format import NUMBERS, described, packed
+from .basis import ACCEPT, distance, distance_from_svd, is_flat, probes, singular_values, sketch
 from .files import is_finite
 from .linear import LoraXSLinear, makers_of_R
-from .matching import adapted_layers, base_name, by_base_name, saved_modules
-from .naming import DTYPES, FLOATS
+from .matching import adapted_layers, base_name, by_base_name, is_inside, saved_modules, unwrapped
+from .naming import DTYPES, FLOATS, as_dtype
 from .recipe import Recipe, check
 from .sharding import gathered, is_gathered, whole
 from .weights import weight_of, weight_view
 
 HAS_BANK = "has a bank of adapters, whose layers have no adapter of their own"
+# Of A and B of some modules: why they are in the file, or why a load of it may be refused.
+CHANGED = (
+    "are not what their recipe makes of the weights as they are now: A, B or the weights were changed, loaded or "
+    "rounded after attach. The file holds these A and B, and is larger for that; no load can tell whether a model has "
+    "the right weights"
+)
+MOVED = (
+    "{}. The file will load into a model with the weights that A and B were made from, but not into this one as it is "
+    "now; for that, save with save_factors=True"
+)
+FLAT = (
+    "depend on rounding, since the singular values of each weight are nearly equal. The file may not load on another "
+    "device or with another number of threads; for that, save with save_factors=True"
+)
+
+
+@torch.no_grad()
+def packed_adapter(
+    model: nn.Module, where: str, dtype: torch.dtype | str | None, portable: bool, save_factors: bool
+) -> tuple[tuple[bytes | memoryview, ...], str]:
+    """The parts of an adapter file and the text of its card; `where` is what the card loads."""
+    dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
+    model = unwrapped(model)
+    descriptions, records, factors = {}, {}, {}
+    doubtful: dict[str, list[LoraXSLinear]] = {why: [] for why in (CHANGED, MOVED, FLAT)}
+    for name, layer in layers_to_save(model):
+        R = whole_R(layer)
+        if not torch.isfinite(R).all():
+            raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
+        R = R.to(dtype or R.dtype)
+        record = {"R": R, "S": singular_values(layer.A), "probe": probes(layer.A, R, layer.B)}
+        if portable:
+            record["U"], record["V"] = sketch(layer.A, layer.B)
+        if not all(map(is_finite, record.values())):
+            largest = R.abs().max().item()
+            raise ValueError(
+                f"module {name!r}: A or B is not finite, or R has values too large for a file (up to {largest:.1e}); "
+                "nothing was written"
+            )
+        records[name] = {key: t.cpu() for key, t in record.items()}
+        recipe = lasting_recipe(layer)
+        if recipe.init != layer.recipe.init:
+            doubtful[CHANGED].append(layer)
+        if save_factors or recipe.init == "given":
+            factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
+        elif not portable and layer.why_no_load():
+            doubtful[MOVED].append(layer)
+        elif recipe.init == "svd" and is_flat(record["S"]):
+            doubtful[FLAT].append(layer)
+        descriptions[name] = description(layer, name, recipe)
+    names, tensors = saved_tensors(model)
+    base = base_model(model)
+    header = {"base_model": base, "shared": shared_names(model)}
+    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
+    sizes = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
+    warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
+    for why, layers in doubtful.items():
+        if layers:
+            which, why = f"{len(layers)} modules, the first {layers[0].label}", why.format(layers[0].why_no_load())
+            warnings.warn(f"{where}: A and B of {which}, {why}", stacklevel=4)  # past no_grad's wrapper and the caller
+    return parts, card.card(model, base, descriptions, sizes, where)
 
 
 def layers_to_save(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
@@ -112,8 +174,7 @@ def tied_to_saved(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     return {
         base_name(name): module
         for name, module in model.named_modules()
-        if any(id(p) in trained for p in module.parameters(recurse=False))
-        and not f"{base_name(name)}.".startswith(tuple(f"{each}." for each in names))
+        if any(id(p) in trained for p in module.parameters(recurse=False)) and not is_inside(base_name(name), names)
     }
 
 

@@ -19,28 +19,16 @@ from torch.nn.utils import parametrize
 from . import card
 from .acceptance import aligned, can_align, mismatch
 from .accounting import summary
-from .adapter_contents import (
-    HAS_BANK,
-    as_given,
-    base_model,
-    description,
-    lasting_recipe,
-    layers_to_save,
-    plain,
-    saved_tensors,
-    shared_names,
-    warn_of_unsaved,
-    whole_R,
-)
-from .adapter_format import NUMBERS, packed, read
-from .basis import ACCEPT, ALIGNED, is_flat, probes, same_base, singular_values, sketch
+from .adapter_contents import HAS_BANK, as_given, packed_adapter, whole_R
+from .adapter_format import NUMBERS, read
+from .basis import ACCEPT, ALIGNED, is_flat, same_base, singular_values
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
 from .files import SEPARATORS, check_replaces, is_finite, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
-from .matching import adapted_layers, base_name, by_base_name, has_adapters, saved_modules, unwrapped
+from .matching import adapted_layers, base_name, by_base_name, has_adapters, is_inside, saved_modules, unwrapped
 from .model import Attachment, basis_for, check_not_in_ddp, install
-from .naming import DTYPES, FLOATS, aliases, as_dtype, label_of
+from .naming import DTYPES, aliases, label_of
 from .sharding import assign, check_writable, written
 from .transaction import keep, transaction
 from .weights import weight_of
@@ -85,13 +73,13 @@ def save_adapter(
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
     check_replaces(path if folder is None else folder / FILE, "loraxs", "LoRA-XS adapter")
     if folder is None:
-        parts, _ = _packed_adapter(model, str(path), dtype, portable, save_factors)
+        parts, _ = packed_adapter(model, str(path), dtype, portable, save_factors)
         write_atomically(path, *parts)
         return
     readme = folder / card.NAME
     if not readme.is_file() or card.is_as_written(readme):  # an edited one stays, so that it need not be writable
         readme = target_of(readme)
-    parts, text = _packed_adapter(model, folder.resolve().name, dtype, portable, save_factors)
+    parts, text = packed_adapter(model, folder.resolve().name, dtype, portable, save_factors)
     write_atomically(folder / FILE, *parts)
     if readme.exists() and not card.is_as_written(readme):
         warnings.warn(f"{readme}: was not written by save_adapter, or was edited, and stays as it is", stacklevel=2)
@@ -134,73 +122,11 @@ def push_to_hub(
     # The Hub also takes a bare name, by which `load_adapter` would not find the adapter.
     if not (isinstance(repo_id, str) and card.HUB_ID.fullmatch(repo_id)):
         raise ValueError(f'repo_id: got {repo_id!r}, must be "user/name", which does not end in .safetensors')
-    parts, text = _packed_adapter(model, repo_id, dtype, portable, save_factors)
+    parts, text = packed_adapter(model, repo_id, dtype, portable, save_factors)
     if dist.is_available() and dist.is_initialized() and dist.get_rank():
         return ""
     where = {"private": private, "token": token, "revision": revision, "message": commit_message}
     return upload(repo_id, b"".join(parts), text, **where)
-
-
-@torch.no_grad()
-def _packed_adapter(
-    model: nn.Module, where: str, dtype: torch.dtype | str | None, portable: bool, save_factors: bool
-) -> tuple[tuple[bytes | memoryview, ...], str]:
-    """The parts of an adapter file and the text of its card; `where` is what the card loads."""
-    dtype = as_dtype("dtype", dtype, (torch.float32, torch.bfloat16))
-    model = unwrapped(model)
-    descriptions, records, factors, moved, changed, flat = {}, {}, {}, [], [], []
-    for name, layer in layers_to_save(model):
-        R = whole_R(layer)
-        if not torch.isfinite(R).all():
-            raise ValueError(f"module {name!r}: R has NaN or Inf values; nothing was written")
-        R = R.to(dtype or R.dtype)
-        record = {"R": R, "S": singular_values(layer.A), "probe": probes(layer.A, R, layer.B)}
-        if portable:
-            record["U"], record["V"] = sketch(layer.A, layer.B)
-        if not all(map(is_finite, record.values())):
-            largest = R.abs().max().item()
-            raise ValueError(
-                f"module {name!r}: A or B is not finite, or R has values too large for a file (up to {largest:.1e}); "
-                "nothing was written"
-            )
-        records[name] = {key: t.cpu() for key, t in record.items()}
-        recipe = lasting_recipe(layer)
-        changed += [layer] if recipe.init != layer.recipe.init else []
-        if save_factors or recipe.init == "given":
-            factors[name] = tuple(plain(t if t.dtype in FLOATS else t.float()) for t in (layer.A, layer.B))
-        elif not portable and layer.why_no_load():
-            moved.append(layer)
-        elif recipe.init == "svd" and is_flat(record["S"]):
-            flat.append(layer)
-        descriptions[name] = description(layer, name, recipe)
-    names, tensors = saved_tensors(model)
-    base = base_model(model)
-    header = {"base_model": base, "shared": shared_names(model)}
-    parts = packed("loraxs", header, descriptions, records, factors, names, tensors)
-    whole = {name: sum(t.numel() for key, t in tensors.items() if key.startswith(f"{name}.")) for name in names}
-    warn_of_unsaved(model, stacklevel=5)  # past this, no_grad's wrapper and the caller
-    for layers, why in (
-        (
-            changed,
-            "are not what their recipe makes of the weights as they are now: A, B or the weights were changed, loaded "
-            "or rounded after attach. The file holds these A and B, and is larger for that; no load can tell whether a "
-            "model has the right weights",
-        ),
-        (
-            moved,
-            "{}. The file will load into a model with the weights that A and B were made from, but not into this one "
-            "as it is now; for that, save with save_factors=True",
-        ),
-        (
-            flat,
-            "depend on rounding, since the singular values of each weight are nearly equal. The file may not load on "
-            "another device or with another number of threads; for that, save with save_factors=True",
-        ),
-    ):
-        if layers:
-            which, why = f"{len(layers)} modules, the first {layers[0].label}", why.format(layers[0].why_no_load())
-            warnings.warn(f"{where}: A and B of {which}, {why}", stacklevel=4)  # past no_grad's wrapper and the caller
-    return parts, card.card(model, base, descriptions, whole, where)
 
 
 @aliases(workspace=WORKSPACE_IN_BYTES)
@@ -463,7 +389,7 @@ def _record_saved(model: nn.Module, names: Sequence[str], path: Path) -> None:
     for name in set(names).difference(known):
         module = model.get_submodule(name)
         module.loraxs = Attachment(("",), frozenset(each for each, p in module.named_parameters() if p.requires_grad))
-    if left := [name for name in known if not f"{name}.".startswith(tuple(f"{each}." for each in names))]:
+    if left := [name for name in known if not is_inside(name, names)]:
         warnings.warn(
             f"{path}: has no values for {', '.join(left)} of this model's modules_to_save, which stay as they are now. "
             "If they have been trained or loaded with another adapter, the model is not the one that was saved",

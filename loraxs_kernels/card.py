@@ -59,33 +59,14 @@ def card(
         "trained whole": ", ".join(f"{name} ({n:,} numbers)" for name, n in saved.items()) or "nothing",
         "written by": f"loraxs_kernels {__version__}",
     }
-    front = ["---", *([f"base_model: {json.dumps(public)}"] if public else []), "library_name: loraxs_kernels"]
-    front += ["tags:", "- lora-xs", "- loraxs_kernels", "---"]
     table = ["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in facts.items())]
     imports, load = base_model_code(model, base_model, {each["weight_dtype"] for each in modules.values()})
-    lines = [
-        *front,
-        "",
-        f"# LoRA-XS adapter{f' for {shown}' if shown else ''}",
-        "",
-        ABOUT,
-        "",
-        *table,
-        "",
-        "## Load it",
-        "",
-        "```python",
-        *imports,
-        "import loraxs_kernels as lx",
-        "",
-        load,
-        f"lx.load_adapter(model, {json.dumps(where)})",
-        "```",
-        "",
-        "Install the library with `pip install loraxs_kernels`.",
-        "",
-    ]
-    text = "\n".join(lines)
+    lines = ["---", *([f"base_model: {json.dumps(public)}"] if public else []), "library_name: loraxs_kernels"]
+    lines += ["tags:", "- lora-xs", "- loraxs_kernels", "---", ""]
+    lines += [f"# LoRA-XS adapter{f' for {shown}' if shown else ''}", "", ABOUT, "", *table, ""]
+    lines += ["## Load it", "", "```python", *imports, "import loraxs_kernels as lx", "", load]
+    lines += [f"lx.load_adapter(model, {json.dumps(where)})", "```", ""]
+    text = "\n".join([*lines, "Install the library with `pip install loraxs_kernels`.", ""])
     return text + SEAL.format(_digest(text))
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch import nn
 
 from . import __version__, demo, hub
 from .bench import BenchError
 from .demo import DemoError
 from .files import read_json
-from .naming import FLOATS, as_dtype
+from .naming import FLOATS, as_dtype, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MOST_ADAPTERS = 10**15
 MOST_LAYERS = 10**5  # or labels
 _DTYPES = "bfloat16, float16, float32 or float64, or bf16 and so on"
+_SEVERAL_NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,9 +200,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "names or their endings; default: all linear layers but the output embeddings"
-    several = {"nargs": "+", "action": "extend", "metavar": "NAME"}
-    add("--target-modules", **several, help=what)
-    add("--exclude-modules", **several, help="names or name endings to leave out")
+    add("--target-modules", **_SEVERAL_NAMES, help=what)
+    add("--exclude-modules", **_SEVERAL_NAMES, help="names or name endings to leave out")
 
 
 def _targets(arguments: argparse.Namespace) -> str | list[str]:
@@ -257,58 +258,49 @@ def _add_params(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help=f"{known}; or a folder with a config.json, such a file, or a name on the Hub")
     add("-r", "--rank", type=int, nargs="+", action="extend", required=True, metavar="R")
     _add_modules(parser)
-    add(
-        "--modules-to-save",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="modules that train whole beside any method",
-    )
+    add("--modules-to-save", **_SEVERAL_NAMES, help="modules that train whole beside any method")
     add("--adapters", type=int, default=1, metavar="N", help="also the bytes of that many adapters")
     add("--dtype", metavar="DTYPE", default="bfloat16", help=f"dtype of the numbers in a file: {_DTYPES}")
 
 
 def _params(arguments: argparse.Namespace) -> None:
-    from .accounting import count_parameters, from_config
+    from .accounting import count_parameters
 
     dtype = as_dtype("dtype", arguments.dtype, FLOATS)
     if not 1 <= arguments.adapters <= MOST_ADAPTERS:
         raise ValueError(f"adapters: got {arguments.adapters}, must be from 1 to {MOST_ADAPTERS}")
-    with _quiet_transformers():
-        model = from_config(_configuration(arguments.model))
-    with _told_in_lines("loraxs params"):
-        try:
-            counts = {
-                r: count_parameters(
-                    model,
-                    r,
-                    target_modules=_targets(arguments),
-                    exclude_modules=arguments.exclude_modules,
-                    modules_to_save=arguments.modules_to_save,
-                )
-                for r in arguments.rank
-            }
-        except TypeError as error:  # a target is no linear layer, which here is a wrong argument like any other
-            raise ValueError(str(error)) from error
+    modules = {"target_modules": _targets(arguments), "exclude_modules": arguments.exclude_modules}
+    with _model_of(arguments) as model:
+        counts = {
+            r: count_parameters(model, r, **modules, modules_to_save=arguments.modules_to_save) for r in arguments.rank
+        }
     print("\n".join(_params_table(arguments.model, counts, dtype, arguments.adapters)))
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from .accounting import from_config
     from .bench.shapes import MODELS
     from .tuning.command import RANKS, command
     from .tuning.model import of_model
 
     shapes = None
     if arguments.model not in (None, *MODELS) and not arguments.shape:
-        with _quiet_transformers():
-            model = from_config(_configuration(arguments.model))
-        with _told_in_lines("loraxs tune"):
-            try:
-                shapes = of_model(model, arguments.rank or RANKS).shapes
-            except TypeError as error:  # there are linear layers, but none that can have an adapter
-                raise ValueError(str(error)) from error
+        with _model_of(arguments) as model:
+            shapes = of_model(model, arguments.rank or RANKS).shapes
     command(arguments, shapes)
+
+
+@contextmanager
+def _model_of(arguments: argparse.Namespace) -> Iterator[nn.Module]:
+    """The model that --model names, on the meta device, for a block whose warnings and errors are about its layers."""
+    from .accounting import from_config
+
+    with _quiet_transformers():
+        model = from_config(_configuration(arguments.model))
+    with _told_in_lines(f"loraxs {arguments.command}"):
+        try:
+            yield model
+        except TypeError as error:  # a target is no linear layer, or none can be adapted: a wrong argument, like others
+            raise ValueError(str(error)) from error
 
 
 @contextmanager
@@ -355,10 +347,9 @@ def _configuration(name: str) -> PretrainedConfig:
         _check_config(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # there are many kinds: no such file, no such name, no network, no JSON, no model_type
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"model: got {name!r}, must be one of {', '.join(MODELS)}, a folder with a config.json, such a file, or a "
-            f"name on Hugging Face's hub: {reason}"
+            f"name on Hugging Face's hub: {first_line(error)}"
         ) from error
 
 

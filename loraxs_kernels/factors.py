@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .exact_matmul import exact_matmul
-from .naming import Former
+from .naming import Former, first_line
 from .recipe import Recipe, is_number
 from .svd import (
     KEEP_BYTES,
@@ -246,8 +246,8 @@ def compute_devices(device: torch.device | str | Sequence[torch.device | str]) -
     try:
         devices = [torch.device(each) for each in ([device] if isinstance(device, (str, torch.device)) else device)]
     except (RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"device: got {device!r}, must be a torch.device, its name, or several: {why}") from error
+        must = "must be a torch.device, its name, or several"
+        raise ValueError(f"device: got {device!r}, {must}: {first_line(error)}") from error
     if not devices:
         raise ValueError("device: got no device, must be one or more, or None")
     for each in devices:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import card
+from .naming import first_line
 
 FILE = "adapter.safetensors"
 
@@ -118,7 +119,7 @@ def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[No
     try:
         yield
     except errors.HFValidationError as error:
-        raise ValueError(f"{repo!r} is not a name of a repository on the Hub: {_first_line(error)}") from error
+        raise ValueError(f"{repo!r} is not a name of a repository on the Hub: {first_line(error)}") from error
     except errors.GatedRepoError as error:
         raise PermissionError(f"{repo}: access on the Hub is gated; accept the terms there, and {log_in}") from error
     except errors.RepositoryNotFoundError as error:
@@ -139,8 +140,4 @@ def _explained(repo: str, name: str | None, revision: str | None) -> Iterator[No
     except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise PermissionError(f"{repo}: the Hub refuses; {log_in}. The token must allow what you do") from error
-        raise ConnectionError(f"{repo}: {not_here}the Hub cannot be reached ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConnectionError(f"{repo}: {not_here}the Hub cannot be reached ({first_line(error)})") from error

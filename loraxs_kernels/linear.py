@@ -119,11 +119,11 @@ class LoraXSLinear(PaddedB):
             rank: r, 1 <= r <= min(N, K) (any r >= 1 if A and B are not from the SVD).
             alpha: s = alpha / rank; None: alpha = rank, s = 1.
             dropout: the probability of dropout on the adapter's input, while training.
-            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe, which has its own seed
-                and n_iter, and a dtype that is used if none is given here.
+            init: "svd", "random" (Kaiming uniform A and B), the pair (A, B), or a whole Recipe that makes them, which
+                has its own seed and n_iter, and a dtype that is used if none is given here.
             init_std: R ~ N(0, init_std^2) at the start.
-            seed: for the SVD's start, R, and random A and B; layers with the same seed and different names get
-                different random numbers.
+            seed: for the SVD's start, R, and random A and B; layers with the same seed and different names get a
+                different R, and different random A and B.
             n_iter: as in `truncated_svd`.
             dtype: of A and B; None: the weight's, or for a quantised layer the dtype in which it computes.  With a
                 dtype that differs from the weight's, the delta costs one more pass over y.
@@ -143,7 +143,8 @@ class LoraXSLinear(PaddedB):
         dtype = as_dtype("dtype", dtype, FLOATS, label)
         if isinstance(linear, LoraXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
-        if isinstance(init, str) and init not in INITS:
+        unknown = init.init == "given" if isinstance(init, Recipe) else isinstance(init, str) and init not in INITS
+        if unknown:
             raise ValueError(f'init: got {init!r} for {label}, must be "svd", "random" or a pair (A, B)')
         given, recipe = None, init
         if not isinstance(init, Recipe):
@@ -160,16 +161,15 @@ class LoraXSLinear(PaddedB):
             dtype = dtype or (given[0].dtype if W is None else W.dtype)
             device = given[0].device if W is None else W.device
             A, B = (t.detach().to(device, dtype, copy=True).contiguous() for t in given)
-            kept = None if W is None or dtype == W.dtype else dtype_name(dtype)
-            recipe = replace(recipe, dtype=kept, weight_dtype=None if W is None else dtype_name(W.dtype))
         else:
             N, K = W.shape
             if recipe.init == "svd":
                 check_rank(rank, label, (N, K))
-            dtype = dtype or recipe.stored_in(W.dtype)
-            kept = None if dtype == W.dtype else dtype_name(dtype)
-            recipe = replace(recipe.pinned(rank, (N, K)), dtype=kept, weight_dtype=dtype_name(W.dtype)).cast(dtype)
+            dtype, recipe = dtype or recipe.stored_in(W.dtype), recipe.pinned(rank, (N, K))
             A, B = (torch.empty(*size, dtype=dtype, device=W.device) for size in ((rank, K), (N, rank)))
+        of_weight = None if W is None else W.dtype
+        kept = None if of_weight in (None, dtype) else dtype_name(dtype)
+        recipe = replace(recipe, dtype=kept, weight_dtype=of_weight and dtype_name(of_weight)).cast(dtype)
         R = torch.empty(rank, rank, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
         layer = cls(
             linear, A, R, B, alpha=float(alpha), dropout=float(dropout), init_std=float(init_std), recipe=recipe
@@ -321,7 +321,11 @@ class LoraXSLinear(PaddedB):
         if not self.merged:
             if self.seat is not None:
                 self.seat.check_merge(self)
-            merged = self.merged_dense_weight()
+            W, delta = mergeable_weight(self.base_layer, self.label), self.delta_weight()
+            # Added in fp32, and rounded to W's dtype once.
+            merged = delta.to(torch.promote_types(delta.dtype, W.dtype)).add_(W).to(W.dtype)
+            if not torch.isfinite(merged).all():
+                raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
             check_merge(self.base_layer, self.label, called=called)
             if is_conv1d(self.base_layer):
                 merged = merged.t().contiguous().t()  # so that `weight`, its transpose, is contiguous
@@ -330,16 +334,6 @@ class LoraXSLinear(PaddedB):
     def unmerge(self) -> None:
         """Compute with the original weight and a separate adapter again."""
         self._buffers.pop("merged_weight", None)
-
-    @torch.no_grad()
-    def merged_dense_weight(self) -> Tensor:
-        """W + s B R A (N, K), added in fp32 and rounded to W's dtype once; finite or a ValueError."""
-        W = mergeable_weight(self.base_layer, self.label)
-        delta = self.delta_weight()
-        merged = delta.to(torch.promote_types(delta.dtype, W.dtype)).add_(W).to(W.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"{self.label}: the merged weight has NaN or Inf values; the adapter stays unmerged")
-        return merged
 
     def extra_repr(self) -> str:
         shown = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
@@ -393,8 +387,9 @@ class LoraXSLinear(PaddedB):
         A, W, dtype = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}base_layer.weight"), self.A.dtype
         before = self.A.clone(), self.B.clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if not all(each.is_meta or _same(was, each) for was, each in zip(before, (self.A, self.B), strict=True)):
-            self._as_made = None
+        for was, now in zip(before, (self.A, self.B), strict=True):
+            if not now.is_meta and (was.device != now.device or not torch.equal(was, now)):
+                self._as_made = None
         if A is not None and A.dtype in FLOATS and A.dtype != dtype:  # made for a layer in another dtype
             made = W.dtype if W is not None and W.dtype in FLOATS else None
             if made is not None:
@@ -439,10 +434,6 @@ def warn_of_training(R: Tensor) -> None:
             "the model in eval mode or under torch.no_grad()",
             stacklevel=3,  # one place for all layers, so that it is shown once
         )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and torch.equal(a, b)
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,11 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def is_inside(name: str, names: Iterable[str]) -> bool:
+    """Whether a name is one of these, or that of a part of one of them."""
+    return f"{name}.".startswith(tuple(f"{each}." for each in names))
 
 
 def check_patterns(**given: Any) -> None:
@@ -81,7 +86,7 @@ def choose(
             for n, m in model.get_submodule(name).named_modules()
             if any(True for _ in m.parameters(recurse=False))
         ]
-        left = [p for p in parts if not any(f"{p}.".startswith(f"{each}.") for each in (*saved, *names))]
+        left = [p for p in parts if not is_inside(p, [*saved, *names])]
         idle += [name] if left == parts else left
     return names, saved, idle
 
@@ -112,23 +117,20 @@ def match(
         if not name or id(module) in without or (exclude_modules and matches(name, exclude_modules)):
             continue
         if everything:
-            hit = is_linear(module) and module is not head
-            if hit and id(module) in refused:
-                unsuited.append((name, refused[id(module)]))
+            if module is head or not (is_linear(module) or is_unread_linear(module)):
                 continue
-            if is_unread_linear(module) and module is not head:
-                unsuited.append((name, unread(module)))
-        else:
-            hit = matches(name, target_modules)
-        if not hit:
+            if why := unread(module) if is_unread_linear(module) else refused.get(id(module)):
+                unsuited.append((name, why))
+                continue
+        elif not matches(name, target_modules):
             continue
-        if is_unread_linear(module):
+        elif is_unread_linear(module):
             raise TypeError(f"target_modules: matches module {name!r}, {unread(module)}")
-        if not is_linear(module):
+        elif not is_linear(module):
             raise TypeError(
                 f"target_modules: matches module {name!r}, a {type(module).__name__}; must match only linear layers"
             )
-        if why := refused.get(id(module)):
+        elif why := refused.get(id(module)):
             raise TypeError(f"target_modules: matches module {name!r} {why}")
         names.append(name)
         if everything and rank_of and (why := too_small(name, module, rank_of(name))):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import parallel, pretrained
 from .accounting import summary
@@ -32,7 +32,7 @@ from .naming import Former, aliases
 from .recipe import Factors
 from .route import hooks_of
 from .transaction import transaction
-from .weights import has_reader, weight_of
+from .weights import registered_reader, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +91,7 @@ def attach(
         alpha: the scale is s = alpha / r; None: alpha = r, so s = 1 everywhere.  `lora_alpha` means the same.
         dropout, init_std, n_iter, dtype: as in LoraXSLinear.from_linear.
         init: "svd", "random", or {module name: (A, B)} with a pair for every target.
-        seed: for all random numbers (the SVD's start, random A and B, R); each layer draws different ones.
+        seed: for all random numbers: the SVD's start, and R and random A and B, which each layer draws for itself.
         modules_to_save: names or name endings of modules all of whose weights train (a classifier head).  They have no
             adapter, and are saved in the adapter file beside R.  []: only R trains, whatever target_modules is.
         basis: a file from `loraxs init` with A and B for every target.  A and B are then read, not computed, and each
@@ -105,9 +105,9 @@ def attach(
 
     Returns:
         `model`.  A module that is used in several places gets one adapter; modules that share a weight get one each,
-        whose A and B are the same.  In a model inside the wrappers of torch.compile or DataParallel, names are those of
-        the base model.  What was done is logged at level INFO by the logger "loraxs_kernels"; `lx.summary(model)` says
-        the same at any time.
+        whose A and B are the same if they are from the SVD.  In a model inside the wrappers of torch.compile or
+        DataParallel, names are those of the base model.  What was done is logged at level INFO by the logger
+        "loraxs_kernels"; `lx.summary(model)` says the same at any time.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a layer cannot be adapted; the message names it.
@@ -125,14 +125,11 @@ def attach(
     warn_of_idle_head(model, idle, modules_to_save, stacklevel=4)  # past the wrapper of `aliases`
     options: dict[str, dict[str, Any]] = {}
     for name in names:
-        r = pattern_value(rank_pattern, name, rank)
-        a = pattern_value(alpha_pattern, name, alpha)
-        options[name] = {"rank": r, "alpha": a, "init": init}
-        if not isinstance(init, str):
-            if name not in init:
-                raise ValueError(f"init: has no pair (A, B) for module {name!r}")
-            options[name]["init"] = init[name]
-        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter, "dtype": dtype}
+        if not isinstance(init, str) and name not in init:
+            raise ValueError(f"init: has no pair (A, B) for module {name!r}")
+        r, a = pattern_value(rank_pattern, name, rank), pattern_value(alpha_pattern, name, alpha)
+        options[name] = {"rank": r, "alpha": a, "init": init if isinstance(init, str) else init[name], "dtype": dtype}
+        options[name] |= {"dropout": dropout, "init_std": init_std, "seed": seed, "n_iter": n_iter}
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         unused = [p for p in patterns or () if not any(pattern_value({p: True}, name, False) for name in names)]
         if unused:
@@ -259,19 +256,14 @@ def fill(model: nn.Module, layers: Sequence[LoraXSLinear], basis: Basis | None =
         else:
             # Only a parameter that the layer holds is the same object for as long: a property may make a new one.
             # What a registered reader makes of it is known to be one layer's alone.
-            held = None if has_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
+            held = None if registered_reader(layer.base_layer) else layer.base_layer._parameters.get("weight")
             whose = id(layer.base_layer if held is None else held)
             key = whose, type(layer.base_layer), layer.rank, replace(layer.recipe, name="")
             if first.setdefault(key, layer) is not layer:
                 others.append((layer, first[key]))
     made = list(first.values())
     jobs = [Job(each.label, weight_of(each.base_layer, each.label), each.rank, each.recipe) for each in made]
-
-    @torch.no_grad()
-    def deliver(i: int, A: Tensor, B: Tensor) -> None:
-        made[i].set_factors(A, B)
-
-    factor(jobs, deliver, **compute)
+    factor(jobs, lambda i, A, B: made[i].set_factors(A, B), **compute)
     for layer in made:
         layer.reset_R()  # only now: it comes from the host and looks at A and B, and each would have waited for the GPU
     for layer, like in others:

@@ -31,6 +31,11 @@ def label_of(name: str) -> str:
     return f"module {name!r}" if name else "linear"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; if it says nothing, its kind."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Former:
     """An earlier name of an argument that is now called `new`.

@@ -92,7 +92,8 @@ def _knowing_adapters(save: Callable[..., Any]) -> Callable[..., Any]:
         if not layers:
             return save(self, *args, **options)
         given = next((each for each in (*args, options.get("state_dict")) if isinstance(each, Mapping)), None)
-        if any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers):
+        lost = any("base_layer." in key for key in given) if given else not all(layer.merged for layer in layers)
+        if lost:
             instead = (
                 "Save the adapter with lx.save_adapter(model, file) or, where the base layers are plain and dense, "
                 "call lx.merge(model) first; in Trainer, LoraXSCallback saves R"

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .backends.torch import MM_OUT_DTYPE
 from .rademacher import rademacher
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _split(X: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
 
 def can_sum_in_fp32(device: torch.device) -> bool:
     """Whether `mm_in_fp32` can multiply half-precision weights there; else they are upcast, one matrix at a time."""
-    return device.type == "cuda" and torch.version.hip is None and torch.__version__ >= (2, 8)
+    return device.type == "cuda" and MM_OUT_DTYPE
 
 
 def mm_in_fp32(X: Tensor, W: Tensor, out: Tensor) -> None:

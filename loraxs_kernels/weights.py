@@ -116,11 +116,11 @@ def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
 
     Raises TypeError, naming `label`, what the layer is and what it must be, where W cannot be read as the layer is now.
     """
-    if (reader := _registered_for(layer)) is not None:
+    if (reader := registered_reader(layer)) is not None:
         return _registered_weight(layer, label, *reader)
-    if _is_a(layer, "bitsandbytes.nn.modules", "Linear4bit"):
+    if _is_bitsandbytes(layer, "Linear4bit"):
         return _linear4bit(layer, label)
-    if _is_a(layer, "bitsandbytes.nn.modules", "Linear8bitLt"):
+    if _is_bitsandbytes(layer, "Linear8bitLt"):
         return _linear8bit(layer, label)
     return _linear(layer, label)
 
@@ -164,7 +164,7 @@ def is_linear(layer: nn.Module) -> bool:
         isinstance(layer, nn.Linear)
         or is_conv1d(layer)
         or weight_view(layer) is not None
-        or _registered_for(layer) is not None
+        or registered_reader(layer) is not None
     )
 
 
@@ -190,12 +190,8 @@ def unread(layer: nn.Module) -> str:
     )
 
 
-def has_reader(layer: nn.Module) -> bool:
-    """Whether `register_weight_reader` was called for a layer's type, so that its weight need not be its parameter."""
-    return _registered_for(layer) is not None
-
-
-def _registered_for(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
+def registered_reader(layer: nn.Module) -> tuple[Read, ShapeOf] | None:
+    """What `register_weight_reader` was given for a layer's type, so that its weight need not be its parameter."""
     return next((_registered[kind] for kind in type(layer).__mro__ if kind in _registered), None)
 
 
@@ -233,8 +229,8 @@ def _linear(layer: nn.Module, label: str) -> Weight:
         )
     shape = getattr(weight, "ds_shape", weight.shape)
     plain = type(weight) in (nn.Parameter, Tensor)
-    if plain and _is_fsdp1_part(weight, whole=len(shape) == 2):
-        raise _fsdp1(layer, label)
+    if plain:
+        _check_whole(weight, len(shape) == 2, layer, label)
     if len(shape) != 2 or not (weight.dtype in FLOATS if plain else is_dtensor(weight) or _dequantises(weight)):
         raise _unreadable(layer, label)
     if not conv1d and type(layer).forward is not nn.Linear.forward:
@@ -288,8 +284,7 @@ def _linear4bit(layer: nn.Module, label: str) -> Weight:
             f"{label}: got {_what(layer)} that bitsandbytes has packed anew and rounded for inference on this CPU, as "
             "the first forward in eval mode does, must be as it was loaded: load the model again and attach before that"
         )
-    if _is_fsdp1_part(weight, whole=2 * weight.nbytes >= shape[0] * shape[1]):
-        raise _fsdp1(layer, label)
+    _check_whole(weight, 2 * weight.nbytes >= shape[0] * shape[1], layer, label)
 
     def dequantised(weight: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -312,8 +307,7 @@ def _linear8bit(layer: nn.Module, label: str) -> Weight:
 
     if not (weight.is_meta or (layer.state.has_fp16_weights if weight.is_floating_point() else scales() is not None)):
         raise _not_quantised(layer, label)
-    if _is_fsdp1_part(weight, whole=weight.numel() >= shape[0] * shape[1]):
-        raise _fsdp1(layer, label)
+    _check_whole(weight, weight.numel() >= shape[0] * shape[1], layer, label)
 
     def dequantised(weight: Tensor) -> Tensor:
         codes = _dense(weight).data
@@ -379,16 +373,24 @@ def _dequantises(weight: Tensor) -> bool:
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def _is_fsdp1_part(weight: Tensor, whole: bool) -> bool:
-    """FSDP1 leaves a piece of its flat parameter (use_orig_params=True) or a view of memory it has freed."""
+def _check_whole(weight: Tensor, has_all: bool, layer: nn.Module, label: str) -> None:
+    """TypeError for what FSDP1 leaves of a weight: a piece of its flat parameter (use_orig_params=True), or a view of
+    memory that it has freed.
+
+    has_all: whether the weight has as many elements as the layer's shape says.
+    """
     if weight.is_meta or is_dtensor(weight):
-        return False
+        return
     freed = weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
-    return freed or (getattr(weight, "_fsdp_flattened", False) and not whole)
+    if freed or (getattr(weight, "_fsdp_flattened", False) and not has_all):
+        raise TypeError(
+            f"{label}: got {_what(layer)}, a part that FullyShardedDataParallel keeps here, must be whole: attach "
+            "before the model is wrapped, or inside FullyShardedDataParallel.summon_full_params(model, writeback=False)"
+        )
 
 
-def _is_a(layer: nn.Module, module: str, name: str) -> bool:
-    return any(kind.__name__ == name and kind.__module__ == module for kind in type(layer).__mro__)
+def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
+    return any((kind.__module__, kind.__name__) == ("bitsandbytes.nn.modules", name) for kind in type(layer).__mro__)
 
 
 def _float_dtype(*candidates: torch.dtype | None) -> torch.dtype:
@@ -416,11 +418,4 @@ def _not_quantised(layer: nn.Module, label: str) -> TypeError:
     return TypeError(
         f"{label}: got {_what(layer)} that has no scales yet, must be quantised first, as moving it to its device "
         "does: that changes W, and A and B with it"
-    )
-
-
-def _fsdp1(layer: nn.Module, label: str) -> TypeError:
-    return TypeError(
-        f"{label}: got {_what(layer)}, a part that FullyShardedDataParallel keeps here, must be whole: attach "
-        "before the model is wrapped, or inside FullyShardedDataParallel.summon_full_params(model, writeback=False)"
     )

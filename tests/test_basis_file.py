@@ -108,7 +108,7 @@ def test_names_that_transformers_has_changed_meet(tmp_path):
             found.find(name)
 
 
-@pytest.mark.parametrize("what", ["other weights", "rank", "init"])
+@pytest.mark.parametrize("what", ["other weights", "another size", "rank", "init"])
 def test_a_basis_that_does_not_fit_is_refused_and_the_model_is_as_it_was(checkpoint, tmp_path, what):
     make_basis(checkpoint, 4, tmp_path / "basis.safetensors")
     m, rank, init = model(), 4, "svd"
@@ -116,6 +116,9 @@ def test_a_basis_that_does_not_fit_is_refused_and_the_model_is_as_it_was(checkpo
         with torch.no_grad():
             m.layers[2]["down"].weight.add_(0.05 * torch.randn(24, 60))
         message = r"weight of module .layers.2.down., .* has different weights than the base model of .*, .toy.; run"
+    elif what == "another size":
+        m.layers[2]["down"] = nn.Linear(50, 24)
+        message = r"A of shape \(4, 60\) and B of shape \(24, 4\) for module 'layers.2.down', must be \(4, 50\) and"
     elif what == "rank":
         rank, message = 5, r"rank: got 5 for module 'layers.0.up', must be 4 as in the basis file"
     else:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
@@ -830,6 +831,7 @@ BAD = {
     "rank a bool": (dict(rank=True), ValueError, r"rank: got True for module 'a\.b', must be an integer"),
     "seed": (dict(seed=1.5), ValueError, r"seed: got 1\.5 for module 'a\.b', must be an integer"),
     "init": (dict(init="kaiming"), ValueError, "init: got 'kaiming' for module 'a.b'"),
+    "a recipe that makes nothing": (dict(init=Recipe("given")), ValueError, r"init: got Recipe\(init='given'.* a pair"),
     "factors of another shape": (dict(init=(torch.ones(2, 8), torch.ones(8, 2))), ValueError, r"must be \(2, 12\)"),
     "factors not finite": (dict(init=(torch.ones(2, 12) / 0, torch.ones(8, 2))), ValueError, "NaN or Inf"),
     "factors in float8": (

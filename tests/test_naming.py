@@ -11,7 +11,7 @@ from torch import nn
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
-from loraxs_kernels.naming import Former, aliases, as_dtype
+from loraxs_kernels.naming import Former, aliases, as_dtype, first_line
 
 
 def mlp() -> nn.Sequential:
@@ -106,3 +106,8 @@ def test_a_dtype_that_is_none_is_named(dtype):
     assert as_dtype("dtype", None, (torch.bfloat16,)) is None
     with pytest.raises(ValueError, match=r"^weight_dtype: got .* for module 'x', must be one of bfloat16, float32 \("):
         as_dtype("weight_dtype", dtype, (torch.bfloat16, torch.float32), "module 'x'")
+
+
+@pytest.mark.parametrize("said, line", [("", "OSError"), ("\n two\nlines", "two"), ("one", "one")])
+def test_the_first_line_of_an_error_is_never_empty(said, line):
+    assert first_line(OSError(said)) == line

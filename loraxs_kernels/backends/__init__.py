@@ -3,8 +3,8 @@
     unavailable() -> str | None                                  why it cannot run here, or None
     lowrank_linear(x, W, A, R, B, s, bias=None, out=None, other=None) -> (y, z, gram)
                                                                  the primitive, see backends/torch.py
-    plan(x, A, B)                                                which kernels a call takes and how they are cut, as
-                                                                 something hashable; None: the torch backend computes it
+    plan(x, A, B)                                                not of torch's: which kernels a call takes and how they
+                                                                 are cut, hashable; None: the torch backend computes it
 
 A backend is a module of this package, found by its name in NAMES; nothing is registered and nothing is imported
 before it is asked for.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..naming import dtype_name
 from . import tuned
 from .device import Device
 from .triton.config import padded
@@ -70,7 +71,7 @@ def row_for(
 def _row_for(
     tokens: int, N: int, K: int, rank: int, dtype: torch.dtype, direction: str, weight: bool, device: Device
 ) -> Row | None:
-    key = (*device, str(dtype).removeprefix("torch."), direction, weight, rank, tokens)
+    key = (*device, dtype_name(dtype), direction, weight, rank, tokens)
     own = tuned.rows(device, "choices", parse)
     for row in (*own, *(committed() if torch.version.hip is None else ())):  # AMD's numbers mean other GPUs
         if row.key == key and row.N[0] <= N <= row.N[1] and row.K[0] <= K <= row.K[1] and _in_force(row):

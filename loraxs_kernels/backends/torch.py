@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # torch.mm(..., out_dtype=) keeps the fp32 accumulator of a half-precision product; CUDA only, and not on ROCm.
-_MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
-# Whether this CPU multiplies bf16 by instructions of its own (unknown to old versions of torch: then not used).
+MM_OUT_DTYPE = torch.__version__ >= (2, 8) and torch.version.hip is None
+# Whether this CPU multiplies bf16 by instructions of its own (asked by private functions: without them, no).
 _CPU_BF16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 _WATCHING = ("torch.utils.checkpoint", "torch.utils.flop_counter")
 _LARGE = 1 << 23  # multiplications from which two bf16 products on such a CPU take less time than one in fp32
@@ -96,7 +96,7 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     dtype = x.dtype
     if dtype is torch.float32 or dtype is torch.float64:
         return torch.mm(x, A)
-    if x.is_cuda and _MM_OUT_DTYPE and x.numel():
+    if x.is_cuda and MM_OUT_DTYPE and x.numel():
         return torch.mm(x, A, out_dtype=torch.float32)
     if _CPU_BF16 and x.is_cpu and dtype is torch.bfloat16 and x.numel() * A.shape[1] > _LARGE:
         z = torch.mm(x, A)

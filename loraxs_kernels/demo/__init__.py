@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..files import read_json, target_of
+from ..naming import first_line
 
 _COMMON = {
     "transformers": "transformers",
@@ -63,7 +64,7 @@ def run(model: str, out: Path, quick: bool, full: bool, device: str | None, many
         model: "minilm" or "smollm2".
         out: a folder, made if need be.  Of files of those names there, only an earlier demo's are replaced.
         quick: fewer steps, rows of the table and test questions.
-        full: three seeds, and one row more.
+        full: three seeds, and more rows.
         device: as torch names it; None: the GPU where there is one, else the CPU.
         many: a bank of a thousand adapters in place of the comparison, for minilm and without `full`; it writes a
             folder `bank`, which must not be there, and no plot.
@@ -134,7 +135,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DemoError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise DemoError(f"device: {name!r} cannot be used here: {first_line(error)}") from error
     if device.type == "meta":
         raise DemoError(f"device: got {name!r}, which computes nothing; must be one that does, such as cpu or cuda")
     return device

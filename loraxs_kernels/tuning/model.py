@@ -17,7 +17,7 @@ from ..backends.triton.config import padded
 from ..bench import BenchError
 from ..bench.shapes import Shape
 from ..linear import LoraXSLinear
-from ..matching import choose, unwrapped
+from ..matching import choose, is_peft_layer, unwrapped
 from ..naming import label_of
 from ..recipe import check_rank
 from ..weights import weight_of, weight_view
@@ -70,7 +70,7 @@ def _adapted(model: nn.Module) -> Iterator[_Layer]:
         each: list[tuple[int, torch.dtype, float]] = []
         if isinstance(m, LoraXSLinear):
             each = [(m.rank, m.A.dtype, m.dropout)]
-        elif hasattr(m, "loraxs_R"):  # the PEFT method's layer, told without importing peft
+        elif is_peft_layer(m):
             each = [(r, m.loraxs_A[name].dtype, m.config[name].loraxs_dropout) for name, r in m.r.items()]
         for r, dtype, dropout in each:
             dense = weight_view(m.base_layer) is not None and not dropout
