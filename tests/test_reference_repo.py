@@ -773,20 +773,16 @@ def test_an_export_that_stops_in_between_is_not_half_of_another(tmp_path, monkey
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_checkpoint_becomes_plain_lora(tmp_path):
+def test_a_checkpoint_becomes_plain_lora_without_peft(tmp_path, monkeypatch):
     theirs = trained()
-    export_as_lora(load_reference_adapter(bert(), saved(theirs, tmp_path)), tmp_path / "lora", task_type="SEQ_CLS")
+    folder = saved(theirs, tmp_path)
+    with monkeypatch.context() as patch:
+        for module in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+            patch.setitem(sys.modules, module, None)
+        export_as_lora(load_reference_adapter(bert(), folder), tmp_path / "lora", task_type="SEQ_CLS")
     loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "lora")
     assert relative_error(loaded(IDS).logits, theirs(IDS).logits) < 1e-5
     assert not any(isinstance(m, LoraXSLinear) for m in loaded.modules())
-
-
-def test_loading_and_exporting_need_no_peft(tmp_path, monkeypatch):
-    folder = saved(trained(), tmp_path)
-    for module in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
-        monkeypatch.setitem(sys.modules, module, None)
-    export_as_lora(load_reference_adapter(bert(), folder), tmp_path / "lora")
-    assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 
 def test_an_adapter_of_the_peft_method_is_exported_too(tmp_path):
@@ -944,6 +940,11 @@ def tensors_of(folder):
     return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
+def without_prefix(tensors):
+    """By the names in the base model, whose layers then have no tuner around them."""
+    return {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+
+
 def renamed(tensors):
     """As main_glue_from_pretrained.py and merge_adapter_to_base_model.py do before their load_state_dict."""
     for old, new in (
@@ -969,6 +970,7 @@ def test_a_checkpoint_of_the_reference_loads_into_our_layers(start, spelling, tm
         lambda model: model.load_state_dict(renamed(tensors_of(folder)), strict=False),
         lambda model: peft.set_peft_model_state_dict(model, tensors_of(folder)),
         lambda model: model.load_adapter(folder, "default", is_trainable=True),
+        lambda model: model.get_base_model().load_state_dict(without_prefix(tensors_of(folder)), strict=False),
     ):
         model = start()
         names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -1003,6 +1005,10 @@ NOT_WHOLE = {
         r"has \['default_.*'\], must .*the other two",
     ),
     "R twice": (lambda t: t.update({key_of("R").replace(".default_", "_"): t[key_of("R")]}), r"has \[.*\], must"),
+    "R by both": (
+        lambda t: t.update({f"{LAST}.loraxs_R.default": torch.ones(4, 4)}),
+        f"{WHERE}: the state dict has R by the reference's key and by PEFT's",
+    ),
     "another rank": (lambda t: t.update({key_of("R"): torch.ones(3, 3)}), r"\(3, 3\).*must have \[.*\(4, 4\)"),
     "NaN": (lambda t: t[key_of("B")].mul_(torch.nan), f"{WHERE}: A, R or B of the state dict has NaN"),
     "another layer": (
@@ -1040,29 +1046,9 @@ def test_the_reference_s_keys_name_no_adapter(tmp_path):
         model.load_adapter(saved(trained(), tmp_path), "other")
 
 
-def test_layers_without_their_tuner_take_them_too(tmp_path):
-    theirs = trained()
-    folder = saved(theirs, tmp_path)
-    for take in (lambda folder: folder, respelled):
-        tensors = {key.removeprefix("base_model.model."): t for key, t in tensors_of(take(folder)).items()}
-        model = started().get_base_model()
-        model.load_state_dict(tensors, strict=False)
-        model.classifier = theirs.get_base_model().classifier
-        assert relative_error(model(IDS).logits, theirs(IDS).logits) < 1e-5
-
-
-def test_both_spellings_of_R_are_refused(tmp_path):
-    model = started()
-    both = tensors_of(saved(trained(), tmp_path)) | {k: t for k, t in model.state_dict().items() if "loraxs_R" in k}
-    before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="has R by the reference's key and by PEFT's"):
-        model.load_state_dict(both, strict=False)
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
-
-
 def test_layers_of_attach_refuse_them(tmp_path):
     folder = respelled(saved(trained(), tmp_path))
-    tensors = {key.removeprefix("base_model.model."): t for key, t in tensors_of(folder).items()}
+    tensors = without_prefix(tensors_of(folder))
     attached = lx.attach(bert(), 4, target_modules=TARGETS)
     with pytest.raises(ValueError, match=r"module 'bert.*': got a state dict with .* load_reference_adapter"):
         attached.load_state_dict(tensors, strict=False)
