@@ -204,6 +204,8 @@ def test_a_folder_of_files(bank, tmp_path):
     assert list(bank) == ["user.0", "user.1", "user.2"] and torch.equal(bank.read("user.2"), in_model(trained(2)))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         bank.add_many(tmp_path / "none")
+    with pytest.raises(ValueError, match="items: got ''"):
+        bank.add_many("")
     with pytest.raises(ValueError, match=r"has no \*\.safetensors"):
         bank.add_many(tmp_path / "bank" / "..", replace=True)
 
@@ -343,6 +345,10 @@ def test_opening(tmp_path):
         lx.AdapterBank.create(path, mlp())
     with pytest.raises(ValueError, match="must be without ~"):
         lx.AdapterBank.create("~/bank", trained())
+    for call in (lx.AdapterBank, lambda path: lx.AdapterBank.create(path, trained())):
+        with pytest.raises(ValueError, match="path: got '', must be the folder of a bank"):
+            call("")
+    assert main(["bank", "list", ""]) == 1
     with pytest.raises(ValueError, match=r"dtype: got torch.float16"):
         lx.AdapterBank.create(path, trained(), dtype=torch.float16)
     with pytest.raises(ValueError, match="module '0': alpha is 0"):

@@ -584,6 +584,8 @@ def test_a_warning_raised_as_an_error_changes_nothing(tmp_path):
 
 def test_arguments_and_models_that_do_not_fit(tmp_path):
     folder = saved(trained(), tmp_path, config=None)
+    with pytest.raises(ValueError, match="folder: got ''"):
+        load_reference_adapter(bert(), "")
     with pytest.raises(ValueError, match="factors: got 'svd'"):
         load_reference_adapter(bert(), folder, factors="svd")
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
@@ -713,6 +715,8 @@ def test_an_export_that_fails_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="module 'a' is also module 'b'"):
         export_as_lora(twice, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+    with pytest.raises(ValueError, match="folder: got ''"):
+        export_as_lora(model, "")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a folder"):
         export_as_lora(model, tmp_path / "file")

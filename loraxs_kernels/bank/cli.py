@@ -21,7 +21,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary)
-        added.add_argument("bank", type=Path, help="folder of the bank")
+        added.add_argument("bank", help="folder of the bank")
         added.set_defaults(act=globals()[f"_{name}"])
         return added
 
