@@ -609,7 +609,11 @@ def test_ctrl_c_in_a_read_lets_the_map_grow_and_the_process_fork(bank):
 
 def test_ctrl_c_before_a_fork_keeps_nothing_shut(bank, monkeypatch):
     """Python forks all the same."""
-    monkeypatch.setattr(bank_environment.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bank_environment.time, "sleep", stopped)
     with pytest.raises(KeyboardInterrupt):
         bank._run(lambda _: bank_environment._before_fork())
     bank_environment._after_fork()
