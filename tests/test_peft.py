@@ -1306,10 +1306,10 @@ def test_layers_are_unmerged_all_or_none(trained, monkeypatch):
     trained.merge_adapter()
     *_, last = layers(trained).values()
 
-    def refuse():
+    def refuse(*_):
         raise ValueError("not this one")
 
-    monkeypatch.setattr(last, "check_unmerge", refuse)
+    monkeypatch.setattr(last._unmerged, "check", refuse)
     with pytest.raises(ValueError, match="not this one"):
         trained.unmerge_adapter()
     assert all(layer.merged for layer in layers(trained).values())

@@ -289,19 +289,17 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
-        """Put the base weight back, the same tensor as before, and compute with separate adapters again."""
+        """Put the base weight back, the same tensor as before, and compute with separate adapters again.
+
+        ValueError if that is quantised and the layer has been moved or converted since.
+        """
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.check_unmerge()
+        self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
         self._unmerged.put_back(self)
         self._unmerged = None
         self.merged_adapters = []
-
-    def check_unmerge(self) -> None:
-        """Raise a ValueError if the layer is merged and cannot be unmerged."""
-        if self._unmerged is not None:
-            self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B R A in the layout of base_layer.weight, in the dtype of A."""
