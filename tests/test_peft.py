@@ -59,6 +59,7 @@ from transformers import (
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.integrations.peft.mixed import alike
 from loraxs_kernels.integrations.peft.samples import MixedCalls
 from loraxs_kernels.matching import classification_head
 from loraxs_kernels.padding import readable_columns
@@ -871,12 +872,12 @@ def test_adapters_with_the_same_factors_share_a_pass(mixed, monkeypatch):
     monkeypatch.setattr(torch, "equal", lambda a, b, equal=torch.equal: compared.append(a) or equal(a, b))
     groups = [("default", "second"), ("narrow",)]
     for _ in range(2):
-        assert layer._alike(["narrow", "default", "second"]) == groups
+        assert alike(layer, ["narrow", "default", "second"]) == groups
         assert len(compared) == 2  # A and B, once
     layer.loraxs_A["second"][0, 0] += 1
-    assert layer._alike(["default", "second"]) == [("default",), ("second",)]
+    assert alike(layer, ["default", "second"]) == [("default",), ("second",)]
     layer.loraxs_A["second"] = layer.loraxs_A["default"].clone()
-    assert layer._alike(["default", "second"]) == groups[:1]
+    assert alike(layer, ["default", "second"]) == groups[:1]
 
 
 def test_gradients_of_a_mixed_batch(mixed):
@@ -984,7 +985,7 @@ def test_adapters_from_files_share_a_pass(mixed, tmp_path):
         y = loaded(BATCH, adapter_names=MIXED).logits
         torch.testing.assert_close(y, mixed(BATCH, adapter_names=MIXED).logits)
     for layer in layers(loaded).values():
-        assert layer._alike(["default", "second"]) == [("default", "second")]
+        assert alike(layer, ["default", "second"]) == [("default", "second")]
 
 
 def test_an_adapter_of_another_base_is_refused_in_a_mixed_batch(mixed):

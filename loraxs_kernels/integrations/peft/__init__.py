@@ -13,6 +13,7 @@ buffers       how a layer holds A, B and fingerprints
 merging       what merging replaces in a layer, to be put back
 loading       which state dicts are refused
 samples       batches in which each sample has its own adapter
+mixed         the output of a layer for such a batch
 card          the model card beside a saved adapter
 """
 
