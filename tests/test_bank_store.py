@@ -805,7 +805,9 @@ def test_commands(tmp_path, capsys):
         ("export", bank, "nobody", "-o", "x"),
         ("remove", bank, "nobody"),
         ("add", bank, "none.safetensors"),
+        ("add", bank, ""),
         ("create", bank, "--model", model, "--adapter", file),
+        ("create", "x", "--model", model, "--adapter", ""),
         ("create", "x", "--model", str(tmp_path), "--adapter", file),
     ):
         status, out, err = run(*arguments)
