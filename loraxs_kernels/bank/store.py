@@ -176,7 +176,7 @@ class Store(Records):
 
     def _keys(self) -> Iterator[bytes]:
         keys, full = [TIE], True
-        while full:  # what is not full is the last page, or a loop that adds a name for each name would never end
+        while full:  # a page that is not full is the last, so that a loop that adds a name for each name ends
             keys = self._run(partial(_keys_after, keys[-1]))
             yield from keys
             full = len(keys) == PAGE

@@ -82,7 +82,7 @@ def _same_factors(layer: LoraXSLinearLayer, one: str, other: str) -> bool:
     if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
         return False
     compared = _COMPARED.setdefault(layer, {})
-    versions = [None if t.is_inference() else t._version for t in factors]  # which an inference tensor has not
+    versions = [None if t.is_inference() else t._version for t in factors]  # an inference tensor has no version
     before, then, same = compared.get((one, other), ((), None, False))
     unchanged = versions == then and all(t is kept() for t, kept in zip(factors, before, strict=True))
     if None in versions or not unchanged:

@@ -366,7 +366,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLine
 
 
 def _note_untied(model: nn.Module) -> None:
-    """Let the configurations say so if the head has another weight now than the embeddings, or they are loaded as one.
+    """If the head no longer has the weight of the embeddings, let the configurations say so; else a load ties them.
 
     PEFT 0.21 does that, in the outer configuration; earlier versions do not.
     """
@@ -390,8 +390,10 @@ def _backend_of(base: nn.Module, model: nn.Module) -> Any:
         return quantization_utils.resolve_quantization_backend(
             base, **quantization_utils.get_quantization_kwargs(model)
         )
-    except (ImportError, ValueError):  # a torchao that this PEFT does not know, or one that quantised by itself and
-        return None  # not for transformers, which would know how to do it again
+    except (ImportError, ValueError):
+        # This PEFT does not know this torchao, or torchao quantised the layer without transformers, so that nothing
+        # says how to quantise it again.
+        return None
 
 
 def _check_name(name: str) -> None:
