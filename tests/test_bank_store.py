@@ -288,28 +288,20 @@ def test_other_modules_to_save_are_refused(bank, tmp_path, how):
 def test_tensors_that_cannot_be_R_are_refused(tmp_path):
     R = R_of(1)
     with lx.AdapterBank.create(tmp_path / "bank", trained(), dtype=torch.bfloat16) as bank:
-        for what, error, message in (
-            (
-                R | {"0": torch.zeros(4, 3)},
-                ValueError,
-                r"module '0' is torch.float32 of shape \(4, 3\), must be of shape",
-            ),
-            (R | {"2": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, "module '2' is torch.int32.*floating-point"),
-            (R | {"2": [[1.0]]}, TypeError, "module '2' is a list, must be a tensor"),
-            (R | {"2": torch.full((3, 3), torch.inf)}, ValueError, "module '2': R has NaN or Inf"),
-            (
-                R | {"2": torch.full((3, 3), 3.4e38)},
-                ValueError,
-                r"module '2': R has values too large \(up to 3.4e\+38\)",
-            ),
-            (R | {"1": torch.zeros(3, 3)}, ValueError, "other modules than the bank.*'1'"),
-            ({"0": R["0"]}, ValueError, "other modules than the bank.*'2'"),
-            (3, TypeError, "what: got a int for 'a', must be the path"),
-            (tmp_path / "none.safetensors", FileNotFoundError, "none.safetensors"),
-            (tmp_path, FileNotFoundError, "the folder .* has no adapter.safetensors"),
-            ("", ValueError, "what: got '', must be the path of an adapter"),
+        for what, message, *error in (
+            (R | {"0": torch.zeros(4, 3)}, r"module '0' is torch.float32 of shape \(4, 3\), must be of shape"),
+            (R | {"2": torch.zeros(3, 3, dtype=torch.int32)}, "module '2' is torch.int32.*floating-point"),
+            (R | {"2": [[1.0]]}, "module '2' is a list, must be a tensor", TypeError),
+            (R | {"2": torch.full((3, 3), torch.inf)}, "module '2': R has NaN or Inf"),
+            (R | {"2": torch.full((3, 3), 3.4e38)}, r"module '2': R has values too large \(up to 3.4e\+38\)"),
+            (R | {"1": torch.zeros(3, 3)}, "other modules than the bank.*'1'"),
+            ({"0": R["0"]}, "other modules than the bank.*'2'"),
+            (3, "what: got a int for 'a', must be the path", TypeError),
+            (tmp_path / "none.safetensors", "none.safetensors", FileNotFoundError),
+            (tmp_path, "the folder .* has no adapter.safetensors", FileNotFoundError),
+            ("", "what: got '', must be the path of an adapter"),
         ):
-            with pytest.raises(error, match=message):
+            with pytest.raises((*error, ValueError)[0], match=message):
                 bank.add("a", what)
         model = trained()
         with torch.no_grad():

@@ -387,118 +387,90 @@ def without(*parts):
 
 
 LAST = "base_model.model.bert.encoder.layer.1.output.dense"
-FAILURES = {
+FAILURES = {  # by which change, with which words and, where it is no plain ValueError, of which kind
     "another base": (
         other_weights,
-        AdapterMismatch,
         r"A of module '.*1\.attention\.self\.query' is not B\^T W .*error \d",
+        AdapterMismatch,
     ),
-    "no R": (without("latent"), ValueError, r"has no R \(lora_latent_mapping\); load a plain LoRA adapter by PEFT"),
-    "no A and B": (without("lora_A", "lora_B"), ValueError, r"has no A and B for module 'bert.*exact A and B"),
-    "one R missing": (without("1.output.dense.default_lora"), ValueError, r"has no R for module '.*1\.output\.dense'"),
+    "no R": (without("latent"), r"has no R \(lora_latent_mapping\); load a plain LoRA adapter by PEFT"),
+    "no A and B": (without("lora_A", "lora_B"), r"has no A and B for module 'bert.*exact A and B"),
+    "one R missing": (without("1.output.dense.default_lora"), r"has no R for module '.*1\.output\.dense'"),
     "R of another rank": (
         changed(lambda t: t.update({f"{LAST}.default_lora_latent_mapping.weight": torch.ones(3, 3)})),
-        ValueError,
         r"A, R and B of module '.*' have shapes \(4, 48\), \(3, 3\), \(32, 4\)",
     ),
-    "NaN": (changed(lambda t: t[f"{LAST}.lora_B.weight"].mul_(torch.nan)), ValueError, "lora_B.weight' has NaN or Inf"),
+    "NaN": (changed(lambda t: t[f"{LAST}.lora_B.weight"].mul_(torch.nan)), "lora_B.weight' has NaN or Inf"),
     "NaN in the head": (
         changed(lambda t: t["base_model.model.classifier.bias"].fill_(torch.nan)),
-        ValueError,
         r"adapter_model\.safetensors: is damaged: tensor 'base_model\.model\.classifier\.bias' has NaN or Inf",
     ),
     "integers": (
         changed(lambda t: t.update({f"{LAST}.lora_A.weight": torch.ones(4, 48, dtype=torch.int64)})),
-        ValueError,
         r"A, R and B of module '.*1\.output\.dense' are of torch\.int64",
     ),
     "numbers": (
         changed(lambda t: t.update({f"{LAST}.lora_{x}.weight": torch.ones(()) for x in "AB"})),
-        ValueError,
         r"have shapes \(\), \(4, 4\), \(\), which do not fit",
     ),
     "R twice": (
         changed(lambda t: t.update({f"{LAST}_lora_latent_mapping.weight": torch.ones(4, 4)})),
-        ValueError,
         r"has R for module '.*1\.output\.dense' twice",
     ),
     "zeros": (
         changed(lambda t: [t[f"{LAST}.lora_{x}.weight"].zero_() for x in "AB"]),
-        AdapterMismatch,
         r"A of module '.*1\.output\.dense' is not B\^T W .*error inf",
+        AdapterMismatch,
     ),
-    "alpha": (configured(lora_alpha=float("inf")), ValueError, r"adapter_config\.json does not say .*alpha is inf"),
-    "dropout": (configured(lora_dropout="x"), ValueError, r"lora_dropout in adapter_config\.json is 'x', must be in"),
-    "heads": (configured(modules_to_save="classifier"), ValueError, r"modules_to_save in adapter_config\.json is 'cla"),
-    "no head": (
-        without("classifier.bias"),
-        ValueError,
-        r"/ft: classifier\.bias: is missing in the file",
-    ),
+    "alpha": (configured(lora_alpha=float("inf")), r"adapter_config\.json does not say .*alpha is inf"),
+    "dropout": (configured(lora_dropout="x"), r"lora_dropout in adapter_config\.json is 'x', must be in"),
+    "heads": (configured(modules_to_save="classifier"), r"modules_to_save in adapter_config\.json is 'cla"),
+    "no head": (without("classifier.bias"), r"/ft: classifier\.bias: is missing in the file"),
     "deep JSON": (
         lambda f, m: (f / "adapter_config.json").write_text("[" * 10**5),
-        ValueError,
         r"adapter_config\.json: is damaged, no JSON",
     ),
     "deep description": (
         lambda f, m: (f.parent / "reconstr_config.json").write_text("[1]"),
-        ValueError,
         r"reconstr_config\.json: is damaged, no JSON object but a list",
     ),
     "another layer": (
         changed(lambda t: t.update({key.replace("layer.1", "layer.2"): t.pop(key) for key in list(t)})),
-        ValueError,
         r"model: has no module 'bert\.encoder\.layer\.2\..*another base model",
     ),
     "another shape": (
         lambda folder, model: setattr(model.bert.encoder.layer[1].output, "dense", nn.Linear(48, 40)),
-        ValueError,
         r"'bert\.encoder\.layer\.1\.output\.dense' has a weight of shape 40 x 48, .* is for 32 x 48",
     ),
     "another head": (
         lambda folder, model: setattr(model, "classifier", nn.Linear(32, 3)),
-        ValueError,
         r"classifier\.weight: is of shape \(2, 32\) in the file, must be of shape \(3, 32\)",
     ),
     "a tensor of nothing": (
         changed(lambda t: t.update({"base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(50, 32)})),
-        ValueError,
         r"tensor 'bert\.embeddings\.word_embeddings\.weight' belongs neither",
     ),
     "DoRA": (
         changed(lambda t: t.update({f"{LAST}.lora_magnitude_vector": torch.ones(32)})),
-        ValueError,
         "lora_magnitude_vector' belongs neither",
     ),
-    "a head of no task": (
-        configured(modules_to_save=None, task_type=None),
-        ValueError,
-        r"'classifier\.bias' belongs neither",
-    ),
-    "another method": (configured(peft_type="IA3"), ValueError, "peft_type is 'IA3', must be 'LORA'"),
-    "no rank": (configured(r=None), ValueError, "adapter_config.json does not say r and lora_alpha"),
-    "no JSON": (
-        lambda f, m: (f / "adapter_config.json").write_text("{"),
-        ValueError,
-        r"adapter_config\.json: is damaged, no JSON",
-    ),
-    "cut": (
-        lambda f, m: (f / "adapter_model.safetensors").write_bytes(b"123456789"),
-        ValueError,
-        "is not a whole file of tensors",
-    ),
-    "no config": (lambda f, m: (f / "adapter_config.json").unlink(), FileNotFoundError, "has no adapter_config"),
-    "no tensors": (lambda f, m: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "or adapter_model.bin"),
+    "a head of no task": (configured(modules_to_save=None, task_type=None), r"'classifier\.bias' belongs neither"),
+    "another method": (configured(peft_type="IA3"), "peft_type is 'IA3', must be 'LORA'"),
+    "no rank": (configured(r=None), "adapter_config.json does not say r and lora_alpha"),
+    "no JSON": (lambda f, m: (f / "adapter_config.json").write_text("{"), r"adapter_config\.json: is damaged, no JSON"),
+    "cut": (lambda f, m: (f / "adapter_model.safetensors").write_bytes(b"123456789"), "is not a whole file of tensors"),
+    "no config": (lambda f, m: (f / "adapter_config.json").unlink(), "has no adapter_config", FileNotFoundError),
+    "no tensors": (lambda f, m: (f / "adapter_model.safetensors").unlink(), "or adapter_model.bin", FileNotFoundError),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_changes_nothing(case, tmp_path):
-    spoil, error, message = FAILURES[case]
+    spoil, message, *error = FAILURES[case]
     folder, model = saved(trained(), tmp_path), bert()
     spoil(folder, model)
     before = snapshot(model)
-    with pytest.raises(error, match=message):
+    with pytest.raises((*error, ValueError)[0], match=message):
         load_reference_adapter(model, folder)
     assert snapshot(model) == before
 
@@ -1004,10 +976,7 @@ NOT_WHOLE = {
     "no R": (lambda t: t.pop(key_of("R")), f"{WHERE}: has an adapter, but no R in the state dict"),
     "LoRA": (lambda t: [t.pop(k) for k in list(t) if "latent" in k], "each is useless without the other two"),
     "no A": (lambda t: t.pop(key_of("A")), WHERE + r": the state dict has \['default_.*', 'lora_B\.weight'\], must"),
-    "R alone": (
-        lambda t: [t.pop(key_of(letter)) for letter in "AB"],
-        r"has \['default_.*'\], must .*the other two",
-    ),
+    "R alone": (lambda t: [t.pop(key_of(letter)) for letter in "AB"], r"has \['default_.*'\], must .*the other two"),
     "R twice": (lambda t: t.update({key_of("R").replace(".default_", "_"): t[key_of("R")]}), r"has \[.*\], must"),
     "R by both": (
         lambda t: t.update({f"{LAST}.loraxs_R.default": torch.ones(4, 4)}),
