@@ -28,37 +28,22 @@ pytest.importorskip("accelerate")
 from loraxs_kernels.integrations.transformers import LoraXSCallback  # noqa: E402
 
 VOCABULARY, LENGTH, CLASSES = 40, 8, 3
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+TOKENS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
 FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def llama(dropout: float = 0.25, layers: int = 2) -> nn.Module:
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        attention_dropout=dropout,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    config = transformers.LlamaConfig(**SIZES, **TOKENS, num_hidden_layers=layers, attention_dropout=dropout)
     return transformers.LlamaForCausalLM(config)
 
 
 def roberta() -> nn.Module:
     torch.manual_seed(1)
-    config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH + 4,
-        num_labels=CLASSES,
-    )
+    sizes = SIZES | dict(num_hidden_layers=2, max_position_embeddings=LENGTH + 4)
+    config = transformers.RobertaConfig(**sizes, num_labels=CLASSES)
     return transformers.RobertaForSequenceClassification(config)
 
 
@@ -85,18 +70,8 @@ def labelled(n: int = 16) -> list[dict]:
 
 
 def arguments(folder: Path, **options):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=3,
-        learning_rate=1e-2,
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-    )
+    defaults = dict(output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-2)
+    defaults |= dict(save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, seed=3)
     return transformers.TrainingArguments(**defaults | options)
 
 
@@ -626,9 +601,8 @@ def test_a_module_that_is_no_pretrained_model(tmp_path):
 def quantised(kind: str, folder: Path) -> nn.Module:
     if not folder.exists():
         torch.manual_seed(1)
-        options = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-        options |= dict(num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).save_pretrained(folder)
+        sizes = SIZES | TOKENS | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
     if kind == "torchao":
         quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
         config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
