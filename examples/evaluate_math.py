@@ -40,8 +40,10 @@ from loraxs_kernels import adapter_format
 from loraxs_kernels.files import read_json, sha256_of, target_of, write_atomically
 
 TASKS = ("gsm8k", "math")
-FIELDS = {"gsm8k": (("question", "answer"), ("query", "response"))}
-FIELDS["math"] = (("problem", "solution"), ("instruction", "output"))
+FIELDS = {
+    "gsm8k": (("question", "answer"), ("query", "response")),
+    "math": (("problem", "solution"), ("instruction", "output")),
+}
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra")
 HUB = {"gsm8k": ("openai/gsm8k", ("main",)), "math": ("EleutherAI/hendrycks_math", (*SUBJECTS, "precalculus"))}
 STEP_BY_STEP = " Let's think step by step."

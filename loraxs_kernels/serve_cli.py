@@ -28,7 +28,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.allow_abbrev = ABOUT, False
     parser.usage = "loraxs serve MODEL --bank DIR [--basis FILE] [vLLM's options]"
     parser.add_argument("model", metavar="MODEL", help="name or folder of the base model, before vLLM's options")
-    parser.add_argument("--bank", type=Path, required=True, metavar="DIR", help="folder of the bank")
+    parser.add_argument("--bank", required=True, metavar="DIR", help="folder of the bank")
     parser.add_argument(
         "--basis", type=Path, metavar="FILE", help="basis file of loraxs init; without one A and B are computed"
     )

@@ -8,6 +8,7 @@ import contextvars
 import copy
 import gc
 import os
+import shutil
 import signal
 import threading
 from functools import partial
@@ -63,8 +64,6 @@ def folder(tuned, tmp_path_factory):
 @pytest.fixture
 def bank(folder, tmp_path):
     """A bank of one's own to write to."""
-    import shutil
-
     shutil.copytree(folder, tmp_path / "bank")
     with lx.AdapterBank(tmp_path / "bank", "a") as opened:
         yield opened
@@ -129,28 +128,21 @@ def test_packed_sequences_have_an_index_for_each_token(model, tuned, bank):
             model(IDS[:1, :6])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+GREEDY_IN_EFFECT = {"do_sample": True, "temperature": 1e-4}  # one token has all the probability
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, GREEDY_IN_EFFECT | {"num_return_sequences": 3}],
+    ids=str,
+)
 def test_generation_expands_the_names_as_it_does_the_prompts(model, tuned, options):
-    options |= {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0} | options
     names = ["alice", None, "bob", "carol"]
     got = model.generate(IDS, adapter_ids=names, **options)
     expected = [tuned[name].generate(IDS[i : i + 1], **options) for i, name in enumerate(names)]
     longest = max(each.shape[1] for each in expected)
     assert torch.equal(got, torch.cat([F.pad(each, (0, longest - each.shape[1])) for each in expected]))
-
-
-def test_sampling_several_sequences_of_a_prompt(model, tuned):
-    """Greedy in effect: a temperature at which one token has all the probability."""
-    options = {
-        "max_new_tokens": 4,
-        "do_sample": True,
-        "temperature": 1e-4,
-        "num_return_sequences": 3,
-        "pad_token_id": 0,
-    }
-    got = model.generate(IDS[:2], adapter_ids=["alice", "bob"], **options)
-    each = [tuned[name].generate(IDS[i : i + 1], **options) for i, name in enumerate(["alice", "bob"])]
-    assert torch.equal(got, torch.cat(each))
 
 
 def test_an_encoder_decoder_generates(tmp_path):
@@ -385,8 +377,6 @@ def test_attach_and_detach_leave_the_model_as_it_was(base, bank, tmp_path):
         export_as_lora(model, tmp_path / "lora")
     assert isinstance(model, type(base)) and type(model).__name__ == type(base).__name__
     assert not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="has a bank already"):
-        bank.attach(model)
     with pytest.raises(ValueError, match="belongs to a bank of adapters; detach"):
         lx.detach(model)
     model.later = nn.Linear(2, 2)
@@ -399,14 +389,18 @@ def test_attach_and_detach_leave_the_model_as_it_was(base, bank, tmp_path):
         bank.detach(model)
 
 
-def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tuned, bank):
-    model = bank.attach(copy.deepcopy(tuned["dave"]), progress=False)
-    with torch.no_grad():
-        assert_close(model(IDS).logits, alone(tuned, ["dave"] * 4))
-        assert_close(
-            model(IDS, adapter_ids=["alice", None, "bob", None]).logits, alone(tuned, ["alice", None, "bob", None])
-        )
+@torch.no_grad()
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_model_that_has_its_own_adapters_keeps_them_outside_of_selections(tuned, bank, replaced):
+    """Also where forwards were replaced before, as by accelerate's hooks, which keep the bound forward of the layer."""
+    model = copy.deepcopy(tuned["dave"])
+    for _, layer in adapted_layers(model) if replaced else ():
+        layer.forward = layer.forward
+    bank.attach(model, progress=False)
+    for names in (["alice", None, "bob", None], None):
+        assert_close(model(IDS, adapter_ids=names).logits, alone(tuned, names or ["dave"] * 4))
     bank.detach(model)
+    assert_close(model(IDS).logits, alone(tuned, ["dave"] * 4))
     assert all(type(layer) is LoraXSLinear and layer.R.requires_grad for _, layer in adapted_layers(model))
 
 
@@ -465,7 +459,7 @@ def test_a_copy_of_the_model_has_the_bank_too(model, tuned, bank):
 
 
 @torch.no_grad()
-def test_half_precision_and_a_quantised_base(base, tuned, bank):
+def test_half_precision(base, tuned, bank):
     model = bank.attach(copy.deepcopy(base), progress=False).to(torch.bfloat16)
     names = ["alice", None, "bob", "carol"]
     expected = torch.cat([copy.deepcopy(tuned[n]).bfloat16()(IDS[i : i + 1]).logits for i, n in enumerate(names)])
@@ -515,20 +509,6 @@ def test_names_reach_the_model_by_every_way_into_it(model, tuned):
     for call in (model.forward, model.model):
         with pytest.raises(KeyError, match="mallory"):
             call(IDS, adapter_ids=["mallory"] * 4)
-
-
-@torch.no_grad()
-def test_a_forward_that_was_replaced_before_keeps_the_bank(tuned, bank):
-    """As accelerate's hooks do, which keep the bound forward of the layer as it was."""
-    model = copy.deepcopy(tuned["dave"])
-    for _, layer in adapted_layers(model):
-        layer.forward = layer.forward
-    bank.attach(model, progress=False)
-    assert_close(
-        model(IDS, adapter_ids=["alice", None, "bob", None]).logits, alone(tuned, ["alice", None, "bob", None])
-    )
-    bank.detach(model)
-    assert_close(model(IDS).logits, alone(tuned, ["dave"] * 4))
 
 
 def test_generation_refuses_what_it_cannot_follow(model):
@@ -669,8 +649,6 @@ def test_the_first_use_may_be_in_inference_mode(model, tuned):
 
 
 def test_a_selection_that_has_ended_is_no_base_model(model, bank):
-    import asyncio
-
     async def late():
         await asyncio.sleep(0)
         model(IDS)
@@ -813,14 +791,6 @@ def test_generation_with_any_number_of_images_for_a_sample(tmp_path):
             found = model.generate(ids, adapter_ids=["alice", None], **inputs)
             assert torch.equal(found[0], models["alice"].generate(ids, **inputs)[0])
             assert torch.equal(found[1], plain.generate(ids, **inputs)[1])
-
-
-@torch.no_grad()
-def test_a_fixed_selection_of_all_slots_can_change_all(base, tuned, bank):
-    model = bank.attach(copy.deepcopy(base), slots=2, progress=False)
-    with bank.select(["alice", "bob"], fixed=True) as selection:
-        selection.change(["carol", "dave"])
-        assert_close(model(IDS[:2]).logits, alone(tuned, ["carol", "dave"]))
 
 
 @torch.no_grad()
@@ -1075,8 +1045,6 @@ def test_a_selection_follows_a_training_that_began_since(model, bank):
 def test_a_closed_training_changes_nothing(model, bank):
     with bank.train(["alice"]) as training:
         selection = bank.select(["alice"])
-        with pytest.raises(RuntimeError, match="adapters of its bank train"):
-            bank.detach(model)
     with selection:  # of the bank's own R again
         pass
     for call in (training.commit, training.optimizer(1e-3).step):

@@ -359,18 +359,8 @@ def known(body: dict) -> tuple[int, bytes]:
 
 def asking(server, data, path: str = "") -> list[str]:
     url = f"http://127.0.0.1:{server.server_port}{path}"
-    return [
-        "--task",
-        "gsm8k",
-        "--data",
-        str(data),
-        "--engine",
-        "endpoint",
-        "--endpoint",
-        url,
-        "--served_model",
-        "alice",
-    ]
+    fixed = ["--task", "gsm8k", "--engine", "endpoint", "--served_model", "alice"]
+    return [*fixed, "--data", str(data), "--endpoint", url]
 
 
 @pytest.mark.parametrize("path", ["", "/v1/"])

@@ -560,64 +560,34 @@ def test_data(example, tmp_path):
 
 
 GOOD = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1)]
+TRAIN, VALID = "train_file: .*", "validation_file: .*"
+
+
+def other(**changes) -> dict:
+    return GOOD[0] | changes
 
 
 @pytest.mark.parametrize(
     "task, training, validation, words",
     [
-        (
-            "mnli",
-            [*MNLI, MNLI[0] | {"label": 3}],
-            MNLI,
-            r"train_file: .* has labels '0', '1', '2', '3', must have 3 diff",
-        ),
-        ("rte", GOOD[:1], GOOD, "train_file: .* has labels '0', must have 2 different ones for rte"),
-        (
-            "rte",
-            GOOD,
-            [GOOD[0] | {"label": 2}],
-            "validation_file: .* has label '2', must have those of the training data: 0, 1",
-        ),
-        (
-            "rte",
-            GOOD,
-            [GOOD[0] | {"label": -1}],
-            "validation_file: .*: record 1 has label -1, must be one of 2; -1 stands",
-        ),
-        ("rte", [*GOOD, GOOD[0] | {"label": None}], GOOD, "train_file: .*: record 3 has label None"),
-        ("rte", [*GOOD, GOOD[0] | {"label": float("nan")}], GOOD, "train_file: .*: record 3 has label nan"),
-        ("rte", [*GOOD, {"sentence1": "a", "sentence2": "b"}], GOOD, "train_file: .*: record 3 has label None"),
-        (
-            "stsb",
-            GOOD,
-            [GOOD[0] | {"label": 5.1}],
-            "validation_file: .*: record 1 has label 5.1, must be a number from 0 to",
-        ),
-        (
-            "stsb",
-            GOOD,
-            [GOOD[0] | {"label": "high"}],
-            "validation_file: .*: record 1 has label 'high', must be a number",
-        ),
-        ("stsb", [GOOD[0] | {"label": float("nan")}], GOOD, "train_file: .*: record 1 has label nan, must be a number"),
-        ("stsb", GOOD, GOOD[:1], "validation_file: .* has 1 record, must have 2 or more: pearson needs them"),
-        ("stsb", GOOD, [GOOD[0] | {"label": -1}], "record 1 has label -1, must be a number from 0 to 5"),
-        (
-            "rte",
-            GOOD,
-            [{"sentence1": "a", "label": 0}],
-            "validation_file: .* has columns sentence1, label, must have sent",
-        ),
-        ("qnli", VOWELS, VOWELS, "train_file: .* has columns sentence, label, must have question, sentence and label"),
-        ("cola", GOOD, GOOD, "train_file: .* has columns sentence1, sentence2, label, must have sentence and label"),
-        (
-            "rte",
-            [*GOOD, GOOD[0] | {"sentence2": None}],
-            GOOD,
-            "train_file: .*: record 3 is .*, must have a text for each",
-        ),
-        ("rte", GOOD, [], "validation_file: .* has no records"),
-        ("rte", [1, 2], GOOD, "train_file: .* has no records, or some without columns"),
+        ("mnli", [*MNLI, MNLI[0] | {"label": 3}], MNLI, f"{TRAIN} has labels '0', '1', '2', '3', must have 3 diff"),
+        ("rte", GOOD[:1], GOOD, f"{TRAIN} has labels '0', must have 2 different ones for rte"),
+        ("rte", GOOD, [other(label=2)], f"{VALID} has label '2', must have those of the training data: 0, 1"),
+        ("rte", GOOD, [other(label=-1)], f"{VALID}: record 1 has label -1, must be one of 2; -1 stands"),
+        ("rte", [*GOOD, other(label=None)], GOOD, f"{TRAIN}: record 3 has label None"),
+        ("rte", [*GOOD, other(label=float("nan"))], GOOD, f"{TRAIN}: record 3 has label nan"),
+        ("rte", [*GOOD, {"sentence1": "a", "sentence2": "b"}], GOOD, f"{TRAIN}: record 3 has label None"),
+        ("stsb", GOOD, [other(label=5.1)], f"{VALID}: record 1 has label 5.1, must be a number from 0 to"),
+        ("stsb", GOOD, [other(label="high")], f"{VALID}: record 1 has label 'high', must be a number"),
+        ("stsb", [other(label=float("nan"))], GOOD, f"{TRAIN}: record 1 has label nan, must be a number"),
+        ("stsb", GOOD, GOOD[:1], f"{VALID} has 1 record, must have 2 or more: pearson needs them"),
+        ("stsb", GOOD, [other(label=-1)], "record 1 has label -1, must be a number from 0 to 5"),
+        ("rte", GOOD, [{"sentence1": "a", "label": 0}], f"{VALID} has columns sentence1, label, must have sent"),
+        ("qnli", VOWELS, VOWELS, f"{TRAIN} has columns sentence, label, must have question, sentence and label"),
+        ("cola", GOOD, GOOD, f"{TRAIN} has columns sentence1, sentence2, label, must have sentence and label"),
+        ("rte", [*GOOD, other(sentence2=None)], GOOD, f"{TRAIN}: record 3 is .*, must have a text for each"),
+        ("rte", GOOD, [], f"{VALID} has no records"),
+        ("rte", [1, 2], GOOD, f"{TRAIN} has no records, or some without columns"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isalpha() else "",
 )

@@ -25,46 +25,39 @@ from loraxs_kernels.matching import adapted_layers
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from loraxs_kernels.integrations.transformers import LoraXSCallback, monitor  # noqa: E402
+from loraxs_kernels.integrations.transformers import LoraXSCallback  # noqa: E402
 
 VOCABULARY, LENGTH, CLASSES = 40, 8, 3
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+TOKENS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
 FIGURES = ("loraxs_R_norm", "loraxs_delta_mean", "loraxs_delta_max")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def llama(dropout: float = 0.25, layers: int = 2) -> nn.Module:
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        attention_dropout=dropout,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    config = transformers.LlamaConfig(**SIZES, **TOKENS, num_hidden_layers=layers, attention_dropout=dropout)
     return transformers.LlamaForCausalLM(config)
 
 
 def roberta() -> nn.Module:
     torch.manual_seed(1)
-    config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH + 4,
-        num_labels=CLASSES,
-    )
+    sizes = SIZES | dict(num_hidden_layers=2, max_position_embeddings=LENGTH + 4)
+    config = transformers.RobertaConfig(**sizes, num_labels=CLASSES)
     return transformers.RobertaForSequenceClassification(config)
 
 
 def attached(model: nn.Module | None = None, **options) -> nn.Module:
     options = {"target_modules": "all-linear", "dropout": 0.1, "progress": False} | options
     return lx.attach(llama() if model is None else model, 4, **options)
+
+
+def with_peft(model: nn.Module, **options) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    from loraxs_kernels.integrations.peft import LoraXSConfig
+
+    defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, LoraXSConfig(r=4, **defaults | options))
 
 
 def texts(n: int = 16) -> list[dict]:
@@ -77,18 +70,8 @@ def labelled(n: int = 16) -> list[dict]:
 
 
 def arguments(folder: Path, **options):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=3,
-        learning_rate=1e-2,
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-    )
+    defaults = dict(output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-2)
+    defaults |= dict(save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, seed=3)
     return transformers.TrainingArguments(**defaults | options)
 
 
@@ -108,6 +91,21 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_resumes(make, folder: Path, **options):
+    """The trainer of a whole run, and one that went on from its second step, with the same result to the bit."""
+    whole = trainer_of(make(), folder / "whole", **options)
+    whole.train()
+    resumed = trainer_of(make(), folder / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    assert same(trained(resumed.model), trained(whole.model))
+    return whole, resumed
+
+
+def parts_in(checkpoint: Path) -> set[str]:
+    """What model.safetensors has of each module."""
+    return {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")}
 
 
 def own(model: nn.Module) -> tuple:
@@ -211,8 +209,7 @@ def test_a_checkpoint_holds_the_adapter_alone(whole):
     checkpoint = Path(whole.args.output_dir) / "checkpoint-8"
     names = {each.name for each in checkpoint.iterdir()}
     assert {"adapter.safetensors", "model.safetensors", "README.md", "optimizer.pt", "trainer_state.json"} <= names
-    tensors = load_file(checkpoint / "model.safetensors")
-    assert {name.rpartition(".")[2] for name in tensors} == {"R", "loraxs_basis", "loraxs_scaling"}
+    assert parts_in(checkpoint) == {"R", "loraxs_basis", "loraxs_scaling"}
     ids = texts()[0]["input_ids"][None]
     fresh = lx.load_adapter(llama().eval(), checkpoint / "adapter.safetensors", progress=False)
     assert torch.equal(fresh(ids).logits, whole.model.eval()(ids).logits)
@@ -385,7 +382,7 @@ def test_figures_are_logged_everywhere(tmp_path):
         def on_log(self, args, state, control, logs, **_):
             seen.append(dict(logs))
 
-    trainer = trainer_of(attached(alpha=8), tmp_path, callbacks=[Reporter()], max_steps=3)
+    trainer = trainer_of(attached(alpha=-8), tmp_path, callbacks=[Reporter()], max_steps=3)  # sizes know no sign
     callback = LoraXSCallback()
     callback.add_to(trainer)
     callback.add_to(trainer)
@@ -404,13 +401,7 @@ def test_figures_are_logged_everywhere(tmp_path):
 
 
 def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
-    peft = pytest.importorskip("peft")
-    from loraxs_kernels.integrations.peft import LoraXSConfig
-
-    def model() -> nn.Module:
-        return peft.get_peft_model(llama(), LoraXSConfig(r=4, target_modules="all-linear", lora_alpha=8))
-
-    whole = trainer_of(model(), tmp_path / "whole", max_steps=4)
+    whole = trainer_of(with_peft(llama(), lora_alpha=8), tmp_path / "whole", max_steps=4)
     whole.model.merge_adapter()
     with pytest.raises(ValueError, match=r"is merged, so its R would not train; call model.unmerge_adapter\(\) first"):
         whole.train()
@@ -429,7 +420,7 @@ def test_with_peft_the_figures_are_logged_and_peft_saves(tmp_path):
     assert logged["loraxs_delta_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
-    resumed = trainer_of(model(), tmp_path / "resumed", max_steps=4)
+    resumed = trainer_of(with_peft(llama(), lora_alpha=8), tmp_path / "resumed", max_steps=4)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(trained(resumed.model), trained(whole.model))
 
@@ -453,12 +444,6 @@ def test_figures_without_the_weights_of_a_layer(tmp_path):
     trainer = trainer_of(model, tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loraxs_delta_max"] < 1  # of the two that are not zero
-
-
-def test_the_size_of_a_delta_knows_no_sign():
-    layer = lx.LoraXSLinear.from_linear(nn.Linear(6, 5), 2, alpha=-4, init_std=1.0)
-    size = (layer.delta_weight().norm() / layer.base_layer.weight.norm()).item()
-    assert monitor.Sizes(monitor.adapters_of(layer)).figures()["loraxs_delta_max"] == pytest.approx(size, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
@@ -545,15 +530,10 @@ def fused_head(self, input_ids, labels, **_):
     return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-@pytest.mark.parametrize("way", ["attach", "peft"])
-def test_an_adapter_of_a_head_that_is_never_called_is_refused(tmp_path, way):
-    base, targets = llama(), ["q_proj", "lm_head"]
-    if way == "peft":
-        from loraxs_kernels.integrations.peft import LoraXSConfig
-
-        model = pytest.importorskip("peft").get_peft_model(base, LoraXSConfig(r=4, target_modules=targets))
-    else:
-        model = attached(base, target_modules=targets)
+@pytest.mark.parametrize("put_on", [attached, with_peft])
+def test_an_adapter_of_a_head_that_is_never_called_is_refused(tmp_path, put_on):
+    base = llama()
+    model = put_on(base, target_modules=["q_proj", "lm_head"])
     base.forward = types.MethodType(fused_head, base)
     with pytest.raises(ValueError, match=r"module '.*lm_head' is of a LlamaForCausalLM, which .* an adapter there has"):
         trainer_of(model, tmp_path).train()
@@ -593,18 +573,10 @@ def test_compiled_models(tmp_path):
 
     whole, checkpoint = run(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-2"
     assert same(trained(run(tmp_path / "resumed", resume_from_checkpoint=str(checkpoint))), trained(whole))
-    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {
-        "R",
-        "loraxs_basis",
-        "loraxs_scaling",
-    }
+    assert parts_in(checkpoint) == {"R", "loraxs_basis", "loraxs_scaling"}
     lx.load_adapter(llama(layers=1), checkpoint / "adapter.safetensors", progress=False)
     trainers = dict(torch_compile=True, torch_compile_backend="eager", max_steps=4)
-    whole = trainer_of(attached(llama(layers=1)), tmp_path / "trainer's", **trainers)
-    whole.train()
-    resumed = trainer_of(attached(llama(layers=1)), tmp_path / "resumed again", **trainers)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer's" / "checkpoint-2"))
-    assert same(trained(resumed.model), trained(whole.model))
+    assert_resumes(lambda: attached(llama(layers=1)), tmp_path / "trainer's", **trainers)
 
 
 def test_a_module_that_is_no_pretrained_model(tmp_path):
@@ -621,21 +593,16 @@ def test_a_module_that_is_no_pretrained_model(tmp_path):
         torch.manual_seed(0)
         return attached(Plain(), target_modules=["linear"])
 
-    whole = trainer_of(plain(), tmp_path, max_steps=4)
-    whole.train()
-    resumed = trainer_of(plain(), tmp_path / "resumed", max_steps=4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert same(trained(resumed.model), trained(whole.model))
+    assert_resumes(plain, tmp_path, max_steps=4)
     torch.manual_seed(0)
-    lx.load_adapter(Plain(), tmp_path / "checkpoint-4" / "adapter.safetensors", progress=False)
+    lx.load_adapter(Plain(), tmp_path / "whole" / "checkpoint-4" / "adapter.safetensors", progress=False)
 
 
 def quantised(kind: str, folder: Path) -> nn.Module:
     if not folder.exists():
         torch.manual_seed(1)
-        options = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-        options |= dict(num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).save_pretrained(folder)
+        sizes = SIZES | TOKENS | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
     if kind == "torchao":
         quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, to quantise as it does")
         config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
@@ -648,48 +615,24 @@ def quantised(kind: str, folder: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("put_on", [attached, with_peft])
 @pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
-def test_quantised_models_train_and_resume(tmp_path, kind):
-    options = dict(max_steps=4, learning_rate=3e-2, data=4 * texts(4))
-    whole = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "whole", **options)
-    whole.train()
+def test_quantised_models_train_and_resume(tmp_path, kind, put_on):
+    def make() -> nn.Module:
+        return put_on(quantised(kind, tmp_path / "base"))
+
+    whole, resumed = assert_resumes(make, tmp_path, max_steps=4, learning_rate=3e-2, data=4 * texts(4))
     losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
     assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert {name.rpartition(".")[2] for name in load_file(checkpoint / "model.safetensors")} == {
-        "R",
-        "loraxs_basis",
-        "loraxs_scaling",
-    }
-    resumed = trainer_of(attached(quantised(kind, tmp_path / "base")), tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert same(trained(resumed.model), trained(whole.model))
-
+    if put_on is with_peft:
+        return
+    assert parts_in(tmp_path / "whole" / "checkpoint-2") == {"R", "loraxs_basis", "loraxs_scaling"}
     with pytest.warns(UserWarning, match="random weights"):
         whole.save_model(tmp_path / "saved")  # as transformers saves a quantised model, not as one of PEFT's
     assert (tmp_path / "saved" / "config.json").exists()
     lx.detach(copy.deepcopy(resumed.model)).save_pretrained(tmp_path / "detached")
     with pytest.raises(ValueError, match="purely quantized"):
         trainer_of(lx.detach(resumed.model), tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
-def test_quantised_models_train_and_resume_with_peft(tmp_path, kind):
-    peft = pytest.importorskip("peft")
-    from loraxs_kernels.integrations.peft import LoraXSConfig
-
-    def trainer(folder: Path):
-        config = LoraXSConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(quantised(kind, tmp_path / "base"), config)
-        return trainer_of(model, folder, max_steps=4, learning_rate=3e-2, data=4 * texts(4))
-
-    whole = trainer(tmp_path / "whole")
-    whole.train()
-    losses = [each["loss"] for each in whole.state.log_history if "loss" in each]
-    assert losses[-1] < losses[0] and set(FIGURES) <= whole.state.log_history[0].keys()
-    resumed = trainer(tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert same(trained(resumed.model), trained(whole.model))
 
 
 def test_accelerate(tmp_path):

@@ -192,38 +192,9 @@ def test_math_answers_that_differ(answers, found, expected):
 
 def test_hostile_answers_end_nothing(answers):
     """Whatever a model writes is scored, as wrong, and in time that does not explode: each is 100,000 characters."""
-    pieces = [
-        "9",
-        "1,",
-        "1,1,1",
-        "-",
-        "((",
-        "[(",
-        "{",
-        r"\frac",
-        r"\frac{",
-        r"\frac{1}",
-        r"\sqrt",
-        r"\text{ ",
-        r"\boxed{",
-    ]
-    pieces += [
-        "=",
-        ".",
-        "/",
-        "1/",
-        ". ",
-        ".\n",
-        " .",
-        "{.",
-        "\x00",
-        "\ud800",
-        "٣",
-        "²",
-        "\\",
-        r"\left",
-        "The answer is: ",
-    ]
+    pieces = ["9", "1,", "1,1,1", "-", "((", "[(", "{", "=", ".", "/", "1/", ". ", ".\n", " .", "{.", "\\", "٣", "²"]
+    pieces += [r"\frac", r"\frac{", r"\frac{1}", r"\sqrt", r"\text{ ", r"\boxed{", r"\left", "\x00", "\ud800"]
+    pieces += ["The answer is: "]
     texts = [piece * (100_000 // len(piece)) for piece in pieces]
     texts += [
         "1e999999",

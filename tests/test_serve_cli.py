@@ -100,6 +100,7 @@ def test_what_is_missing_is_told_before_anything_starts(started, monkeypatch, ca
         return line
 
     assert "path: there is no bank none" in refused("--bank", "none")
+    assert "path: got ''" in refused("--bank", "")
     monkeypatch.setenv("LORAXS_TOKEN", "short")
     assert refused("--bank", "bank").startswith("loraxs serve: LORAXS_TOKEN: must be 16 or more characters")
     monkeypatch.delenv("LORAXS_TOKEN")

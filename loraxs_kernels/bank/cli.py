@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import adapter_file, adapter_format
-from ..hub import FILE, local_file
+from ..hub import FILE, local_file, named
 from .adapter_bank import AdapterBank
 
 
@@ -21,16 +21,16 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary)
-        added.add_argument("bank", type=Path, help="folder of the bank")
+        added.add_argument("bank", help="folder of the bank")
         added.set_defaults(act=globals()[f"_{name}"])
         return added
 
     create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter")
     create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
-    create.add_argument("--adapter", type=Path, required=True, help="a file or folder of lx.save_adapter for it")
+    create.add_argument("--adapter", required=True, help="a file or folder of lx.save_adapter for it")
     create.add_argument("--dtype", metavar="DTYPE", default="float32", help="the dtype of R: float32 or bfloat16")
     adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
-    adding.add_argument("files", type=Path, nargs="+", help="adapter files, folders of them or of lx.save_adapter")
+    adding.add_argument("files", nargs="+", help="adapter files, folders of them or of lx.save_adapter")
     adding.add_argument("--replace", action="store_true", help="adapters of the same names")
     add("list", "print the names of the adapters, one a line, as JSON if one has control characters")
     add("verify", "read every adapter; exit 1 if one is damaged")
@@ -49,7 +49,7 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    adapter = local_file(arguments.adapter)
+    adapter = local_file(named(arguments.adapter, "adapter"))
     model = _model(arguments.model, adapter)
     adapter_file.load_adapter(model, adapter, progress=False)
     with AdapterBank.create(arguments.bank, model, dtype=arguments.dtype) as bank:
@@ -82,10 +82,10 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    files = [each for path in arguments.files for each in _files(path)]
+    files = [each for path in arguments.files for each in _files(named(path, "files"))]
     with AdapterBank(arguments.bank, "a") as bank:
-        named = ((file.name.removesuffix(".safetensors"), file) for file in files)
-        count = bank.add_many(named, replace=arguments.replace)
+        pairs = ((file.name.removesuffix(".safetensors"), file) for file in files)
+        count = bank.add_many(pairs, replace=arguments.replace)
     print(f"{arguments.bank}: {count} adapters added")
 
 

@@ -335,7 +335,10 @@ _held: list[Selections] = []  # while a process forks
 
 @cache
 def _follow_forks() -> None:
-    """Let no fork come while adapters are brought.  It must be told after LMDB's part, to run before that."""
+    """Let no fork come while adapters are brought in.
+
+    Registered after the functions of environment.py, so that it runs before them: Python runs the last one first.
+    """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 

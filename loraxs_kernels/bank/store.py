@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import adapter_format
 from ..files import check_replaces, damaged, is_finite, sha256_of, target_of, unsealed, write_atomically
+from ..hub import named
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
@@ -66,7 +67,7 @@ class Store(Records):
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
         if mode not in ("r", "a"):
             raise ValueError(f'mode: got {mode!r}, must be "r" or "a"')
-        self.path, self.mode = Path(path).absolute(), mode
+        self.path, self.mode = _folder(path).absolute(), mode
         file = self.path / BASIS
         if not (file.is_file() and (self.path / DATA).is_file()):
             raise FileNotFoundError(
@@ -99,7 +100,7 @@ class Store(Records):
         base weights were rounded since A and B were made.
         """
         dtype = as_dtype("dtype", dtype, STORED) or torch.float32
-        model, path = unwrapped(model), Path(path)
+        model, path = unwrapped(model), _folder(path)
         load_lmdb()  # before a folder is made
         if target_of(path / BASIS).exists():
             _refuse_foreign(path / BASIS)
@@ -175,7 +176,7 @@ class Store(Records):
 
     def _keys(self) -> Iterator[bytes]:
         keys, full = [TIE], True
-        while full:  # what is not full is the last page, or a loop that adds a name for each name would never end
+        while full:  # a page that is not full is the last, so that a loop that adds a name for each name ends
             keys = self._run(partial(_keys_after, keys[-1]))
             yield from keys
             full = len(keys) == PAGE
@@ -397,6 +398,13 @@ class Store(Records):
         write_atomically(path, *adapter_format.packed("loraxs", header, descriptions, records, factors, *saved))
 
 
+def _folder(path: str | os.PathLike) -> Path:
+    """A path as a Path; ValueError for '', which Path takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError("path: got '', must be the folder of a bank")
+    return Path(path)
+
+
 def _refuse_foreign(file: Path) -> None:
     """ValueError for a file in the place of a basis that no `create`, killed or not, has left there."""
     try:
@@ -410,7 +418,7 @@ def _pairs(items: Any) -> Iterable[tuple[str, Any]]:
         return items.items()
     if not isinstance(items, (str, os.PathLike)):
         return _checked_pairs(items)
-    folder = Path(items)
+    folder = named(items, "items")
     if not folder.is_dir():
         raise FileNotFoundError(f"items: there is no folder {items}")
     files = sorted(folder.glob("*.safetensors"))

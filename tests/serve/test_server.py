@@ -40,6 +40,12 @@ from loraxs_kernels.integrations.vllm import Version, adapter, name_of
 from loraxs_kernels.integrations.vllm_server import BankModels, BankRequest, Endpoint
 
 SECRET = "0123456789abcdef"
+pytestmark = pytest.mark.anyio  # runs those that are coroutines; vLLM's own packages bring its plugin
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def trained(seed: int) -> nn.Module:
@@ -99,6 +105,16 @@ def served(engine: Engine | None = None, **options) -> BankModels:
     return OpenAIServingModels(engine or Engine(), [BaseModelPath("base", "/models/base")], **options)
 
 
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def models(bank, engine) -> BankModels:
+    return served(engine)
+
+
 async def settled() -> None:
     """Until the tasks that evict have come to their end."""
     for _ in range(10):
@@ -116,7 +132,7 @@ def serving(models: BankModels, kind: type[BaseServing] = BaseServing) -> BaseSe
     return found
 
 
-def test_each_request_gets_the_record_of_its_own_moment(bank):
+async def test_each_request_gets_the_record_of_its_own_moment(bank, engine, models):
     """vLLM's own two steps, with an await between them, in tasks side by side; nothing is left for later ones."""
 
     async def request(name):
@@ -125,163 +141,122 @@ def test_each_request_gets_the_record_of_its_own_moment(bank):
         found = serves._maybe_get_adapters(ask(name), supports_default_mm_loras=name == "base")
         return models.model_name(found), found
 
-    async def run():
-        results = await asyncio.gather(*map(request, ["a", "b", "a", "base", None]))  # a task for each
-        assert [name for name, _ in results] == ["a", "b", "a", "base", "base"]
-        first = results[0][1]
-        assert results[2][1] is first and results[3][1] is None and type(first) is BankRequest
-        assert Version.of(first.lora_path) == Version("a", bank.digests(["a"])["a"])
-        assert (list(models.lora_requests), "a" in models.lora_requests) == ([], False)
-        bank.add("a", R_of(99), replace=True)
-        _, second = await asyncio.create_task(request("a"))
-        assert second.lora_path != first.lora_path and name_of(second.lora_name) == "a"
-        bank.remove("a")
-        assert (await serves._check_model(ask("a"))).error.code == 404
-        assert engine.held.keys() >= {first.lora_int_id, second.lora_int_id}  # both are in use
-
-    engine = Engine()
-    models = served(engine)
     serves = serving(models)
-    asyncio.run(run())
+    results = await asyncio.gather(*map(request, ["a", "b", "a", "base", None]))  # a task for each
+    assert [name for name, _ in results] == ["a", "b", "a", "base", "base"]
+    first = results[0][1]
+    assert results[2][1] is first and results[3][1] is None and type(first) is BankRequest
+    assert Version.of(first.lora_path) == Version("a", bank.digests(["a"])["a"])
+    assert (list(models.lora_requests), "a" in models.lora_requests) == ([], False)
+    bank.add("a", R_of(99), replace=True)
+    _, second = await asyncio.create_task(request("a"))
+    assert second.lora_path != first.lora_path and name_of(second.lora_name) == "a"
+    bank.remove("a")
+    assert (await serves._check_model(ask("a"))).error.code == 404
+    assert engine.held.keys() >= {first.lora_int_id, second.lora_int_id}  # both are in use
 
 
-def test_a_pooling_server_resolves_names_too(bank):
-    async def run():
-        await serves._check_model(ask("a"))
-        assert serves._maybe_get_adapters(ask("a")).lora_path.endswith(":a")
-        await serves._check_model(ask("nobody"))
-        with pytest.raises(VLLMNotFoundError):
-            serves._maybe_get_adapters(ask("nobody"))
-
+async def test_a_pooling_server_resolves_names_too(bank):
     PoolingBaseServing.__abstractmethods__ = frozenset()
     serves = serving(served(), PoolingBaseServing)
-    asyncio.run(run())
+    await serves._check_model(ask("a"))
+    assert serves._maybe_get_adapters(ask("a")).lora_path.endswith(":a")
+    await serves._check_model(ask("nobody"))
+    with pytest.raises(VLLMNotFoundError):
+        serves._maybe_get_adapters(ask("nobody"))
 
 
-def test_a_version_is_added_once_and_by_all_who_wait_for_it(bank):
-    async def run():
-        engine.gate = asyncio.Event()
-        tasks = [asyncio.create_task(models.resolve_lora("a")) for _ in range(3)]
-        while not engine.calls:
-            await asyncio.sleep(0.001)
-        tasks[0].cancel()
-        await settled()
-        engine.gate.set()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(results[0], asyncio.CancelledError) and results[1] is results[2]
-        assert engine.calls == [("add", "a")]
-
-    engine = Engine()
-    models = served(engine)
-    asyncio.run(run())
+async def test_a_version_is_added_once_and_by_all_who_wait_for_it(engine, models):
+    engine.gate = asyncio.Event()
+    tasks = [asyncio.create_task(models.resolve_lora("a")) for _ in range(3)]
+    while not engine.calls:
+        await asyncio.sleep(0.001)
+    tasks[0].cancel()
+    await settled()
+    engine.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError) and results[1] is results[2]
+    assert engine.calls == [("add", "a")]
 
 
-def test_what_is_in_flight_stays_and_what_was_idle_longest_goes(bank):
-    async def run():
-        in_flight = await versions.request("a")
-        for name in "bcd":
-            await versions.request(name)
-            await settled()
-        assert [name for call, name in engine.calls if call == "remove"] == ["b", "c"]
-        all_in_flight = [await versions.request(name) for name in "adbc"]
-        await settled()
-        assert all_in_flight[0] is in_flight and len(engine.held) == 4
-        del all_in_flight, in_flight
-        await versions.request("a")
-        await settled()
-        assert sorted(Version.of(path).name for path in engine.held.values()) == ["a", "c"]
-
+async def test_what_is_in_flight_stays_and_what_was_idle_longest_goes(bank):
     engine = Engine()
     versions = served(engine).versions
-    asyncio.run(run())
+    in_flight = await versions.request("a")
+    for name in "bcd":
+        await versions.request(name)
+        await settled()
+    assert [name for call, name in engine.calls if call == "remove"] == ["b", "c"]
+    all_in_flight = [await versions.request(name) for name in "adbc"]
+    await settled()
+    assert all_in_flight[0] is in_flight and len(engine.held) == 4
+    del all_in_flight, in_flight
+    await versions.request("a")
+    await settled()
+    assert sorted(Version.of(path).name for path in engine.held.values()) == ["a", "c"]
 
 
-def test_a_version_is_removed_a_turn_after_it_was_found_idle_unless_a_request_came_back_to_it(bank):
+async def test_a_version_is_removed_a_turn_after_it_was_found_idle_unless_a_request_came_back_to_it(bank):
     """In that turn vLLM sends the abort of a request that a stop string has ended."""
-
-    async def run():
-        for name in "abc":
-            await versions.request(name)
-        versions.most = 2
-        evicting = asyncio.create_task(versions._evict())
-        await asyncio.sleep(0)
-        assert len(engine.held) == 3
-        again = versions._at_hand(next(iter(versions._held)))
-        await evicting
-        assert engine.calls[3:] == [("remove", "b")] and again.lora_int_id in engine.held
-
     engine = Engine(3)
     versions = served(engine).versions
-    asyncio.run(run())
+    for name in "abc":
+        await versions.request(name)
+    versions.most = 2
+    evicting = asyncio.create_task(versions._evict())
+    await asyncio.sleep(0)
+    assert len(engine.held) == 3
+    again = versions._at_hand(next(iter(versions._held)))
+    await evicting
+    assert engine.calls[3:] == [("remove", "b")] and again.lora_int_id in engine.held
 
 
-def test_nothing_grows_with_the_names_that_were_asked_for(bank):
-    async def run():
-        for i in range(200):
-            assert (await models.resolve_lora(f"unknown-{i}")).error.code == 404
-        for name in ("", "x" * 600, "nul\0", "half \ud800"):
-            assert (await models.resolve_lora(name)).error.code == 404
-        for name in "abcdefghij" * 2:
-            assert name_of((await models.resolve_lora(name)).lora_name) == name
-            await settled()
-        assert len(engine.held) == len(models.versions._held) == 2
-        assert not models.versions._adding and not models.lora_resolver_lock
-
-    engine = Engine()
-    models = served(engine)
-    asyncio.run(run())
+async def test_nothing_grows_with_the_names_that_were_asked_for(engine, models):
+    for i in range(200):
+        assert (await models.resolve_lora(f"unknown-{i}")).error.code == 404
+    for name in ("", "x" * 600, "nul\0", "half \ud800"):
+        assert (await models.resolve_lora(name)).error.code == 404
+    for name in "abcdefghij" * 2:
+        assert name_of((await models.resolve_lora(name)).lora_name) == name
+        await settled()
+    assert len(engine.held) == len(models.versions._held) == 2
+    assert not models.versions._adding and not models.lora_resolver_lock
     counts = LoRARequestStates(log_stats=True)
     counts.request_running("id", "a#0123")
     assert not counts.requests  # else every set of adapters that ever ran is a label of a metric for good
 
 
-def test_a_damaged_record_is_the_servers_fault_and_never_gets_to_the_engine(bank):
-    async def run():
-        with pytest.raises(VLLMServerError, match="adapter 'b' cannot be served: the bank: adapter 'b': is damaged"):
-            await models.resolve_lora("b")
-        assert not engine.calls and await models.resolve_lora("a")
-
+async def test_a_damaged_record_is_the_servers_fault_and_never_gets_to_the_engine(bank, engine, models):
     bank._run(lambda txn: txn.put(b"b", bytes(txn.get(b"b"))[:-1] + b"!"), write=True)
-    engine = Engine()
-    models = served(engine)
-    asyncio.run(run())
+    with pytest.raises(VLLMServerError, match="adapter 'b' cannot be served: the bank: adapter 'b': is damaged"):
+        await models.resolve_lora("b")
+    assert not engine.calls and await models.resolve_lora("a")
 
 
-def test_what_the_engine_refuses_is_held_nowhere(bank):
-    async def run():
-        engine.error = RuntimeError("no room")
-        with pytest.raises(VLLMServerError, match="adapter 'a' cannot be served: no room"):
-            await models.resolve_lora("a")
-        assert engine.calls == [("add", "a"), ("remove", None)] * 2 and not models.versions._held
-        engine.error = None
-        assert isinstance(await models.resolve_lora("a"), LoRARequest)
-        engine.error = EngineDeadError()
-        with pytest.raises(EngineDeadError):
-            await models.resolve_lora("b")
-
-    engine = Engine()
-    models = served(engine)
-    asyncio.run(run())
+async def test_what_the_engine_refuses_is_held_nowhere(engine, models):
+    engine.error = RuntimeError("no room")
+    with pytest.raises(VLLMServerError, match="adapter 'a' cannot be served: no room"):
+        await models.resolve_lora("a")
+    assert engine.calls == [("add", "a"), ("remove", None)] * 2 and not models.versions._held
+    engine.error = None
+    assert isinstance(await models.resolve_lora("a"), LoRARequest)
+    engine.error = EngineDeadError()
+    with pytest.raises(EngineDeadError):
+        await models.resolve_lora("b")
 
 
-def test_a_record_that_is_replaced_while_it_is_added_is_asked_for_anew(bank):
+async def test_a_record_that_is_replaced_while_it_is_added_is_asked_for_anew(bank, engine, models):
     """The workers refuse another record than that of the version."""
-
-    async def run():
-        engine.gate, engine.error = asyncio.Event(), KeyError("was replaced")
-        task = asyncio.create_task(models.resolve_lora("a"))
-        while not engine.calls:
-            await asyncio.sleep(0.001)
-        bank.add("a", R_of(99), replace=True)
-        engine.gate.set()
-        while len(engine.calls) < 2:
-            await asyncio.sleep(0)
-        engine.error = None
-        assert Version.of((await task).lora_path).digest == bank.digests(["a"])["a"]
-
-    engine = Engine()
-    models = served(engine)
-    asyncio.run(run())
+    engine.gate, engine.error = asyncio.Event(), KeyError("was replaced")
+    task = asyncio.create_task(models.resolve_lora("a"))
+    while not engine.calls:
+        await asyncio.sleep(0.001)
+    bank.add("a", R_of(99), replace=True)
+    engine.gate.set()
+    while len(engine.calls) < 2:
+        await asyncio.sleep(0)
+    engine.error = None
+    assert Version.of((await task).lora_path).digest == bank.digests(["a"])["a"]
 
 
 def test_requests_are_sent_to_the_engine_as_vllms_own(bank):
@@ -368,25 +343,22 @@ def file_of(tmp_path, seed: int, **options) -> bytes:
     return (tmp_path / "adapter.safetensors").read_bytes()
 
 
-def test_new_weights_are_whole_for_the_next_request_and_old_ones_for_those_in_flight(bank, tmp_path):
-    async def run():
-        answer = await site.send("POST", "team/zoë", file_of(tmp_path, 1))
-        assert (answer.status_code, answer.json()["name"]) == (201, "team/zoë")
-        first = await site.models.resolve_lora("team/zoë")
-        assert Version.of(first.lora_path).digest.hex() == answer.json()["digest"]
-        answer = await site.send("POST", "team/zoë", file_of(tmp_path, 2))
-        assert answer.status_code == 200
-        second = await site.models.resolve_lora("team/zoë")
-        assert Version.of(second.lora_path).digest.hex() == answer.json()["digest"] and second != first
-        assert site.engine.held.keys() >= {first.lora_int_id, second.lora_int_id}
-        R = torch.cat([layer.R.detach().flatten() for _, layer in adapted_layers(trained(2))])
-        assert torch.equal(bank.read("team/zoë"), R)
-        assert (await site.send("DELETE", "team/zoë")).status_code == 200
-        assert (await site.send("DELETE", "team/zoë")).status_code == 404
-        assert (await site.models.resolve_lora("team/zoë")).error.code == 404
-
+async def test_new_weights_are_whole_for_the_next_request_and_old_ones_for_those_in_flight(bank, tmp_path):
     site = Site()
-    asyncio.run(run())
+    answer = await site.send("POST", "team/zoë", file_of(tmp_path, 1))
+    assert (answer.status_code, answer.json()["name"]) == (201, "team/zoë")
+    first = await site.models.resolve_lora("team/zoë")
+    assert Version.of(first.lora_path).digest.hex() == answer.json()["digest"]
+    answer = await site.send("POST", "team/zoë", file_of(tmp_path, 2))
+    assert answer.status_code == 200
+    second = await site.models.resolve_lora("team/zoë")
+    assert Version.of(second.lora_path).digest.hex() == answer.json()["digest"] and second != first
+    assert site.engine.held.keys() >= {first.lora_int_id, second.lora_int_id}
+    R = torch.cat([layer.R.detach().flatten() for _, layer in adapted_layers(trained(2))])
+    assert torch.equal(bank.read("team/zoë"), R)
+    assert (await site.send("DELETE", "team/zoë")).status_code == 200
+    assert (await site.send("DELETE", "team/zoë")).status_code == 404
+    assert (await site.models.resolve_lora("team/zoë")).error.code == 404
 
 
 @pytest.mark.parametrize("token", ["", SECRET[:-1], SECRET + "x", SECRET.upper(), "é" * 16])
@@ -505,26 +477,22 @@ def test_the_servers_own_troubles_are_not_the_clients(bank, tmp_path, monkeypatc
     assert answer.status_code == status and says in answer.text and str(bank.path) not in answer.text
 
 
-def test_a_write_that_waits_for_another_process_leaves_the_server_free(bank, tmp_path):
+async def test_a_write_that_waits_for_another_process_leaves_the_server_free(bank, tmp_path):
     """LMDB has one writer at a time: names are resolved meanwhile."""
-
-    async def run():
-        body, loop = file_of(tmp_path, 1), asyncio.get_running_loop()
-        held, go = asyncio.Event(), threading.Event()
-
-        def other(txn):
-            loop.call_soon_threadsafe(held.set)
-            assert go.wait(30)
-
-        writer = asyncio.create_task(asyncio.to_thread(bank._run, other, True))
-        await held.wait()
-        post = asyncio.create_task(site.send("POST", "new", body))
-        for name in "abcabc":
-            assert name_of((await site.models.resolve_lora(name)).lora_name) == name
-        assert not post.done()
-        go.set()
-        assert (await post).status_code == 201
-        await writer
-
     site = Site()
-    asyncio.run(run())
+    body, loop = file_of(tmp_path, 1), asyncio.get_running_loop()
+    held, go = asyncio.Event(), threading.Event()
+
+    def other(txn):
+        loop.call_soon_threadsafe(held.set)
+        assert go.wait(30)
+
+    writer = asyncio.create_task(asyncio.to_thread(bank._run, other, True))
+    await held.wait()
+    post = asyncio.create_task(site.send("POST", "new", body))
+    for name in "abcabc":
+        assert name_of((await site.models.resolve_lora(name)).lora_name) == name
+    assert not post.done()
+    go.set()
+    assert (await post).status_code == 201
+    await writer

@@ -7,8 +7,10 @@ import torch
 
 vllm = pytest.importorskip("vllm")
 
+from vllm.lora.model_manager import AdapterLRUCache  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 
+import loraxs_kernels as lx  # noqa: E402
 from loraxs_kernels.bank import Store  # noqa: E402
 from loraxs_kernels.integrations import vllm as ours  # noqa: E402
 from loraxs_kernels.integrations import vllm_worker as worker  # noqa: E402
@@ -87,8 +89,6 @@ def test_compiled_code_calls_one_operator():
 @pytest.fixture
 def manager(tmp_path):
     """The worker's manager of a bank with two slots, without a model."""
-    import loraxs_kernels as lx
-
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     lx.attach(model, rank=2, target_modules=["0"], progress=False)
     with lx.AdapterBank.create(tmp_path / "bank", model) as bank:
@@ -96,20 +96,14 @@ def manager(tmp_path):
     models = object.__new__(worker.BankModelManager)
     models.store, models.lora_config = Store(tmp_path / "bank"), SimpleNamespace(max_loras=2, max_cpu_loras=2)
     models.table, models.scale = torch.zeros(2, 4), torch.ones(4)
-    models._registered_adapters = worker_cache(models.capacity, models.deactivate_adapter)
-    models._active_adapters = worker_cache(2, models._deactivate_adapter)
+    models._registered_adapters = AdapterLRUCache(models.capacity, models.deactivate_adapter)
+    models._active_adapters = AdapterLRUCache(2, models._deactivate_adapter)
     models.lora_index_to_id, models._last_mapping, models._last_slot_layout = [None, None], None, None
     workers = object.__new__(worker.BankWorkerManager)
     workers._adapter_manager, workers.lora_config, workers.device = models, models.lora_config, torch.device("cpu")
     workers._brought = worker.OrderedDict()
     models.modules, workers._cached_dummy_lora, workers.embedding_modules = {}, None, {}
     return workers
-
-
-def worker_cache(capacity, deactivate):
-    from vllm.lora.model_manager import AdapterLRUCache
-
-    return AdapterLRUCache(capacity, deactivate)
 
 
 def request(manager, name):
@@ -145,8 +139,6 @@ def test_adapters_of_steps_give_way_and_those_that_were_added_stay(manager):
 
 
 def test_a_version_is_what_it_was_when_it_was_asked_for(manager):
-    import loraxs_kernels as lx
-
     old = request(manager, NAMES[0])
     manager.add_adapter(old)
     with lx.AdapterBank(manager._adapter_manager.store.path, "a") as bank:

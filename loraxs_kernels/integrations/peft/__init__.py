@@ -1,7 +1,7 @@
 """LoRA-XS as a PEFT method: get_peft_model(model, LoraXSConfig(r=16, target_modules="all-linear")).
 
 Importing this package makes the method known to PEFT (0.18 or later), so do that before a saved adapter is loaded.  The
-layers compute with LoraXSLinear's own forward, the factors of all of them are made together as in `attach`, and what
+layers compute as LoraXSLinear does, the factors of all of them are made together as in `attach`, and what
 `save_pretrained` writes holds R (r x r) of every layer and a fingerprint of its basis: A and B are recomputed and
 checked when it is loaded.
 
@@ -13,6 +13,7 @@ buffers       how a layer holds A, B and fingerprints
 merging       what merging replaces in a layer, to be put back
 loading       which state dicts are refused
 samples       batches in which each sample has its own adapter
+mixed         the output of a layer for such a batch
 card          the model card beside a saved adapter
 """
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -17,14 +16,13 @@ from ... import basis, parallel
 from ...acceptance import aligned, mismatch
 from ...adapter_contents import lasting_recipe
 from ...functional import Adapter
-from ...indexed import RowIndex
 from ...linear import LoraXSLinear, warn_of_training
 from ...matching import pattern_value
 from ...naming import DTYPES, FLOATS, dtype_name, label_of
 from ...ops import autocast_on
 from ...padded import sparing_what_trains
 from ...recipe import Recipe
-from ...route import check_merge, layer_output, only_moves, plus_delta
+from ...route import check_merge, layer_output, only_moves
 from ...sharding import assign, whole
 from ...weights import held, is_conv1d, mergeable_weight, weight_of
 from ..reference_repo.layers import translate
@@ -32,12 +30,10 @@ from .buffers import Buffers, Fingerprints, PaddedBuffers
 from .config import LoraXSConfig
 from .loading import check_layer, is_in_parts
 from .merging import Unmerged
-from .samples import MixedCalls, Samples
+from .mixed import mixed_output
+from .samples import MixedCalls
 
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
-# For each layer and each pair of adapters: the A and B that were compared, their versions then, and whether both
-# adapters have the same.
-_COMPARED: WeakKeyDictionary[LoraXSLinearLayer, dict] = WeakKeyDictionary()
 
 
 class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
@@ -142,71 +138,9 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
                     raise ValueError(f"x: got {x.dtype} for {label}, must be {dtype} while casting inputs is disabled")
         with self._onloaded() if "_hf_hook" in R.__dict__ else nullcontext():
             if samples is not None:
-                return self._mixed(x, samples, active, *args, **kwargs)
-            adapters = [self._operands(name) for name in active]
+                return mixed_output(self, x, samples, active, args, kwargs)
+            adapters = [self.operands(name) for name in active]
             return layer_output(base, x, adapters, self.recipe[active[0]].name, None, args, kwargs)
-
-    @torch.compiler.disable
-    def _mixed(self, x: Tensor, samples: Samples, active: list[str], /, *args: Any, **kwargs: Any) -> Tensor:
-        """base_layer(x) + s B R A x with an adapter for each sample.  No dropout: no layer is in training mode.
-
-        The largest group of adapters with the same A and B is computed in one pass with base_layer.  Every other group
-        then adds its delta to the rows of its samples.
-        """
-        name = self.recipe[active[0]].name
-        if x.dim() < 2 or len(x) != len(samples.names):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(samples.names)} "
-                f"names and x of shape {tuple(x.shape)} in {label_of(name)}. adapter_names needs layers whose input "
-                "has the samples of the batch in its first dimension"
-            )
-        first, *others = self._alike(active)
-        if others and parallel.is_cut(self.base_layer):
-            raise ValueError(
-                f"adapter_names: {', '.join(repr(each[0]) for each in (first, *others))} have different A and B in "
-                f"{label_of(name)}, which is cut over ranks; there they must have the same (same r and svd_seed)"
-            )
-        _, index = samples.laid_out(first, x.device, whole=True)
-        y = layer_output(self.base_layer, x, [self._stack(first, index)], name, index, args, kwargs)
-        parts = []
-        for group in others:
-            rows, index = samples.laid_out(group, x.device)
-            own = y.index_select(0, rows), x.index_select(0, rows)
-            parts.append((rows, plus_delta(*own, self._stack(group, index), name, index, in_place=True)))
-        return y.index_copy(0, *map(torch.cat, zip(*parts, strict=True))) if parts else y
-
-    def _stack(self, group: tuple[str, ...], index: RowIndex | None) -> Adapter:
-        """Adapters that share A and B as one.  With an index, its R is the stack of their R."""
-        A, R, B, s, p = self._operands(group[0])
-        if index is None:
-            return A, R, B, s, p
-        stack = [(R, s) for _, R, _, s, _ in map(self._operands, group)]
-        if any(each != s for _, each in stack):
-            stack, s = [(R.to(torch.promote_types(R.dtype, torch.float32)) * each, 1.0) for R, each in stack], 1.0
-        return A, torch.stack([R for R, _ in stack]), B, s, p
-
-    def _alike(self, names: list[str]) -> list[tuple[str, ...]]:
-        """The adapters in groups with the same A and B, the largest group first."""
-        groups: list[list[str]] = []
-        for name in names:
-            group = next((each for each in groups if self._same_factors(each[0], name)), None)
-            groups.append([name]) if group is None else group.append(name)
-        return sorted(map(tuple, groups), key=len, reverse=True)
-
-    def _same_factors(self, one: str, other: str) -> bool:
-        """Whether two adapters have the same A and B.  The answer is remembered until one of the four is changed."""
-        factors = [each._buffers[name] for each in (self.loraxs_A, self.loraxs_B) for name in (one, other)]
-        A, A2, B, B2 = factors
-        if (A.shape, A.dtype, A.device) != (A2.shape, A2.dtype, A2.device) or A.is_meta:
-            return False
-        compared = _COMPARED.setdefault(self, {})
-        versions = [None if t.is_inference() else t._version for t in factors]  # which an inference tensor has not
-        before, then, same = compared.get((one, other), ((), None, False))
-        unchanged = versions == then and all(t is kept() for t, kept in zip(factors, before, strict=True))
-        if None in versions or not unchanged:
-            same = torch.equal(A, A2) and torch.equal(B, B2)
-            compared[one, other] = [ref(t) for t in factors], versions, same
-        return same
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
@@ -221,7 +155,8 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             for each in hooked:
                 each._hf_hook.post_forward(each, None)
 
-    def _operands(self, name: str) -> Adapter:
+    def operands(self, name: str) -> Adapter:
+        """A, R, B, s and the dropout of an adapter, for one forward."""
         A, R, B = (self._modules[each] for each in ("loraxs_A", "loraxs_R", "loraxs_B"))
         p = self.config[name].loraxs_dropout if self.training else 0.0
         trained = held(R, name)
@@ -289,19 +224,17 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
-        """Put the base weight back, the same tensor as before, and compute with separate adapters again."""
+        """Put the base weight back, the same tensor as before, and compute with separate adapters again.
+
+        ValueError if that is quantised and the layer has been moved or converted since.
+        """
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.check_unmerge()
+        self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
         self._unmerged.put_back(self)
         self._unmerged = None
         self.merged_adapters = []
-
-    def check_unmerge(self) -> None:
-        """Raise a ValueError if the layer is merged and cannot be unmerged."""
-        if self._unmerged is not None:
-            self._unmerged.check(self.base_layer, label_of(self.recipe[self.merged_adapters[0]].name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B R A in the layout of base_layer.weight, in the dtype of A."""

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import (
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...fast_path import settle_fast_paths
@@ -25,6 +21,7 @@ from ...matching import (
     classification_head,
     embeddings,
     has_adapters,
+    is_everything,
     matches,
     no_adapter,
     pattern_value,
@@ -58,9 +55,9 @@ class LoraXSModel(BaseTuner):
     """A model with LoRA-XS adapters: the `base_model` of what get_peft_model(model, LoraXSConfig(...)) returns.
 
     A layer that stands in several places is adapted in all of them, by one R.  A and B of all layers are made
-    together, as `lx.attach` makes them.  If adding, merging, unmerging, unloading, deleting or loading an adapter fails
-    or is interrupted, the model is as it was.  There is one exception: an adapter whose delta W is not the one it was
-    trained with is refused after its R has been loaded.
+    together, as `lx.attach` makes them.  If adding, merging, unmerging, unloading or deleting an adapter fails or is
+    interrupted, or if loading one fails, the model is as it was.  There is one exception: an adapter whose delta W is
+    not the one it was trained with is refused after its R has been loaded.
     """
 
     prefix = "loraxs_"
@@ -113,8 +110,7 @@ class LoraXSModel(BaseTuner):
 
         Layers that take no adapter are left out.  A classification head trains whole, as one of modules_to_save.
         """
-        targets = config.target_modules
-        if not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        if not is_everything(config.target_modules):
             return
         _maybe_include_all_linear_layers(config, model)
         refused = {
@@ -370,7 +366,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLine
 
 
 def _note_untied(model: nn.Module) -> None:
-    """Let the configurations say so if the head has another weight now than the embeddings, or they are loaded as one.
+    """If the head no longer has the weight of the embeddings, let the configurations say so; else a load ties them.
 
     PEFT 0.21 does that, in the outer configuration; earlier versions do not.
     """
@@ -394,8 +390,10 @@ def _backend_of(base: nn.Module, model: nn.Module) -> Any:
         return quantization_utils.resolve_quantization_backend(
             base, **quantization_utils.get_quantization_kwargs(model)
         )
-    except (ImportError, ValueError):  # a torchao that this PEFT does not know, or one that quantised by itself and
-        return None  # not for transformers, which would know how to do it again
+    except (ImportError, ValueError):
+        # This PEFT does not know this torchao, or torchao quantised the layer without transformers, so that nothing
+        # says how to quantise it again.
+        return None
 
 
 def _check_name(name: str) -> None:
