@@ -362,7 +362,9 @@ class LoraXSLinear(PaddedB):
         A layer that is asked by itself comes first, as torch.export expects of what it is given.
         """
         found = [*super().named_modules(memo, *args, **options)]  # none where it has been listed already
-        yield from found if memo is None else (*found[1:], *found[:1])
+        # Not `yield from`, which torch.compile of torch 2.14 cannot leave before its end.
+        for each in found if memo is None else (*found[1:], *found[:1]):  # noqa: UP028
+            yield each
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         if not self.merged:
