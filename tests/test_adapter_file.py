@@ -493,14 +493,15 @@ def test_a_weight_of_equal_singular_values_is_warned_of_and_named(tmp_path):
         models = [nn.Sequential(nn.Linear(40, 40)).to(dtype) for _ in weights]
         for model, W in zip(models, weights, strict=True):
             model[0].weight.data.copy_(W)
-        lx.attach(models[0], 4)[0].R.data.normal_()
+        lx.attach(models[0], 3)[0].R.data.normal_()
         with pytest.warns(UserWarning, match="A and B of 1 modules, the first module '0', depend on rounding"):
             lx.save_adapter(models[0], path)
         with pytest.raises(AdapterMismatch, match="values of its weight are nearly equal, so that rounding decides on"):
             lx.load_adapter(models[1], path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(40, 40)), 4), path)
+        for rank in (1, 4):
+            lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(40, 40)), rank), path)
         lx.save_adapter(models[0], path, save_factors=True)
         lx.load_adapter(models[1], path)  # whose own A and B would span another space
     assert torch.equal(models[1][0].delta_weight(), models[0][0].delta_weight())
@@ -1207,6 +1208,14 @@ def test_one_R_does_not_take_two_values(trained):
     model[2].R = model[0].R
     lx.save_adapter(model, path)
     assert torch.equal(lx.load_adapter(other, path)[2].R, model[0].R)
+
+
+def test_the_vectors_that_sketches_and_probes_are_made_with_stay_the_same():
+    """Or the files, banks and checkpoints of earlier versions would no longer be recognised."""
+    one, W = torch.ones(1, 1), torch.tensor([[0.0, 1.0]])
+    made = [*basis.sketch(one, one), basis.weight_probes(W), basis.mixing(3, torch.device("cpu"))]
+    signs = ["".join("+-"[int(x < 0)] for x in t.flatten()) for t in made]
+    assert signs == ["-++++--+", "-+-++-++", "+-++++++", "--++++--+"]
 
 
 def test_alignment_turns_R_within_a_cluster_of_singular_values():

@@ -812,6 +812,7 @@ BAD = {
     "rank too large": (dict(rank=9), ValueError, r"rank: got 9 for module 'a\.b' of shape 8 x 12, must be at most 8"),
     "rank no integer": (dict(rank=2.0), ValueError, r"rank: got 2\.0"),
     "alpha": (dict(alpha=float("nan")), ValueError, r"alpha: got nan for module 'a\.b'"),
+    "alpha a bool": (dict(alpha=True), ValueError, r"alpha: got True for module 'a\.b', must be a finite number"),
     "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
     "dropout nan": (dict(dropout=float("nan")), ValueError, r"dropout: got nan for module 'a\.b'"),
     "dropout no number": (dict(dropout="0.1"), ValueError, r"dropout: got '0\.1' for module 'a\.b'"),
