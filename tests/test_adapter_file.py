@@ -835,6 +835,8 @@ DAMAGES = {
         ),
         "tier is (missing|not known) in the header",
     ),
+    "a rounding to no float": (in_layer(rounded=["int8"]), r"rounded: got \('int8',\)|rounded is not known"),
+    "roundings without end": (in_layer(rounded=["bfloat16"] * 9), "rounded: got .* at most 8|rounded is not known"),
     "an unknown dtype": (in_layer(dtype="int8"), "dtype: got 'int8', must be one of bfloat16"),
     "a module of another model": (
         lambda p: edited(p, lambda h, t: h["modules"].update({"7": h["modules"].pop("2")})),
@@ -1232,6 +1234,10 @@ def test_alignment_turns_R_within_a_cluster_of_singular_values():
     assert basis.residual(basis.probes(A, R, B), A_new, signs_only, B_new) > basis.ALIGNED
     by_factors = basis.align_by_factors(R, (A, B), A_new, B_new)
     torch.testing.assert_close(B_new @ by_factors @ A_new, B @ R @ A, atol=1e-4, rtol=1e-4)
+    entry = {"R": R, "S": S, "probe": basis.probes(A, R, B)}
+    assert aligned(entry, A_new, B_new)[1] > basis.ALIGNED
+    for kept in (dict(zip("UV", sketch, strict=True)), {"A": A, "B": B}):
+        assert aligned(entry | kept, A_new, B_new)[1] < 1e-5
 
 
 def test_the_residual_estimates_the_true_error():
