@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
+from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
 
@@ -611,6 +612,12 @@ def test_seed_decides_everything_random():
         assert torch.equal(a.R, b.R) and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
         assert not torch.equal(a.R, state(init=init, seed=2, name="a").R)
         assert not torch.equal(a.R, state(init=init, seed=1, name="b").R)
+    # Files hold neither random A and B nor the seed's R, so that every version has to draw the same.
+    recipe = Recipe(init="random", seed=3, name="a.b")
+    drawn = [*recipe.drawn(1, (1, 2)), recipe.initial_R(2, 0.5)]
+    expected = [[0.3317, -0.5879], [0.3903], [-0.2304, -0.2221, -0.1713, -0.2274]]
+    for t, values in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(t.flatten(), torch.tensor(values), atol=1e-4, rtol=0)
 
 
 def test_random_init_is_kaiming_uniform():
