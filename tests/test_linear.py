@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
+from loraxs_kernels.naming import FLOATS, dtype_name
 from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
@@ -618,6 +620,20 @@ def test_seed_decides_everything_random():
     expected = [[0.3317, -0.5879], [0.3903], [-0.2304, -0.2221, -0.1713, -0.2274]]
     for t, values in zip(drawn, expected, strict=True):
         torch.testing.assert_close(t.flatten(), torch.tensor(values), atol=1e-4, rtol=0)
+
+
+def test_a_recipe_notes_the_conversions_that_can_change_a_value():
+    """Each once, so that a model may go to and fro between dtypes for ever."""
+    for made in FLOATS[1:]:
+        A = 1 + torch.rand(20, dtype=torch.promote_types(made, torch.float32))
+        for dtypes in itertools.product(FLOATS, repeat=4):
+            recipe, t, changed = Recipe(weight_dtype=dtype_name(made)), A, set()
+            for dtype in dtypes:
+                before, t, recipe = t, t.to(dtype), recipe.cast(dtype)
+                changed |= set() if torch.equal(t.double(), before.double()) else {dtype_name(dtype)}
+            assert torch.equal(recipe.round((A, A))[0].to(t.dtype), t) and changed <= {*recipe.rounded}
+            assert len(recipe.rounded) == len({*recipe.rounded} & (changed | {"bfloat16", "float16"}))
+    assert Recipe(init="given").cast(torch.float16).rounded == Recipe().cast(torch.float8_e5m2).rounded == ()
 
 
 def test_random_init_is_kaiming_uniform():

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import loraxs_kernels as lx
 from loraxs_kernels import route
 from loraxs_kernels.functional import run
-from loraxs_kernels.indexed import RowIndex
 from loraxs_kernels.matching import adapted_layers
 from loraxs_kernels.sharding import is_dtensor, whole
 
@@ -87,15 +86,6 @@ def layouts(rank: int) -> None:
     summed = DTensor.from_local(h if rank == 0 else torch.zeros_like(h), mesh, [Partial()])
     found = results(nn.Sequential(m[2]), m[2](summed))
     assert_same(found, [expected[0], *expected[-len(found) + 1 :]])
-
-    # Samples with an R each: a whole weight multiplies the rows of all ranks, and not those that a rank has of x.
-    Rs, index = torch.stack([alone[2].R.detach(), torch.ones(4, 4)]), RowIndex([0, 1], 2, "cpu")
-    adapters = [(m[2].A, Rs, m[2].B, 1.0, 0.0)]
-    h = m[1](m[0](X)).detach()
-    of_whole = route.layer_output(model()[2], h, adapters, "2", index, (), {}).detach()
-    h = DTensor.from_local(h, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(0)])
-    y = route.layer_output(m[2].base_layer, h, adapters, "2", index, (), {})
-    torch.testing.assert_close(y.full_tensor(), of_whole)
 
     # A hook that multiplies by another weight, with names for the arguments
     m = training(attached(of_last(Shard(0))))
