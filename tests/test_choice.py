@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_kernels_that_changed_or_cannot_run_lose_their_rows(table, monkeypatch):
     assert pick(*CALL) == "torch"
 
 
+def test_kernels_are_known_by_the_content_of_all_their_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "ROOT", tmp_path)
+    monkeypatch.setattr(core, "sources", lambda: None)
+    (tmp_path / "cuda").mkdir()
+    found, names = [], ("kernels.py", "more.py", "configs.json", "aot.py", "notes.txt")
+    for changed in (None, *names):
+        for name in names:
+            (tmp_path / "cuda" / name).write_text("other" if name == changed else "one")
+        found.append(tuned.kernels.__wrapped__("cuda"))
+    monkeypatch.setattr(core, "sources", lambda: "of csrc/")
+    assert tuned.kernels.__wrapped__("cuda") not in found
+    assert (
+        len(set(found)) == 4
+        and found[0] == found[4] == found[5]
+        and all(map(re.compile("[0-9a-f]{16}").fullmatch, found))
+    )
+
+
 def test_the_users_own_rows_go_first(table, own):
     table(MEASURED)
     own(MEASURED._replace(backend="torch", gain=1.0))
@@ -152,7 +171,14 @@ def test_a_trace_and_a_tensor_of_another_class_take_the_torch_backend(on_h100):
     assert chosen == ["torch", "torch"]
 
 
-@pytest.mark.parametrize("damage", [{"N": [9, 8]}, {"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"more": 1}])
+DAMAGES = [
+    *({"N": [9, 8]}, {"K": [9, 8]}, {"N": [1.5, 14336]}, {"K": [-1, 9]}, {"capability": [9]}, {"rank": 17}),
+    *({"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"dtype": "float32"}, {"direction": "both"}),
+    *({"gain": 0.0}, {"gain": float("inf")}, {"more": 1}),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=str)
 def test_damaged_rows_are_ignored_with_one_warning(table, own, damage, tmp_path):
     table()
     own(MEASURED)
