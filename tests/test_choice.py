@@ -358,6 +358,9 @@ def test_no_home_folder_or_one_that_cannot_be_read_means_no_table(table, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/etc")
+    assert tuned.user_path("NVIDIA H100!") == Path("/etc/loraxs_kernels/nvidia-h100.json")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setattr(Path, "read_text", unreadable)
     tuned.forget()
     with pytest.warns(UserWarning, match=r"a-gpu.json: not a table of `loraxs tune` \(PermissionError"):
@@ -366,13 +369,19 @@ def test_no_home_folder_or_one_that_cannot_be_read_means_no_table(table, monkeyp
 
 def test_a_warning_raised_as_an_error_does_not_come_again(table, own, tmp_path):
     table(MEASURED)
-    (tmp_path / "tuned.json").write_text("[]")
-    tuned.forget()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="not a table of"):
-            pick(*CALL)
-        assert pick(*CALL) == "triton"
+    own(MEASURED._replace(backend="torch"))
+    assert pick(*CALL) == "torch"
+    whole = (tmp_path / "tuned.json").read_text()
+    damages = {'"version": 1': '"version": 2', '"tiles": []': '"tiles": {}', '"made_on": {': '"made_on": 1, "on": {'}
+    for old, new in (damages | {whole: "[]", '"forward"': '"both"'}).items():
+        assert old in whole
+        (tmp_path / "tuned.json").write_text(whole.replace(old, new))
+        tuned.forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=r"not a table of|choices has a row that cannot be"):
+                pick(*CALL)
+            assert pick(*CALL) == "triton"
 
 
 def test_a_broken_triton_is_a_reason_and_no_error(table, monkeypatch, tmp_path):
