@@ -1191,7 +1191,7 @@ def test_a_module_with_two_names_is_one_where_its_adapter_is_loaded(tmp_path):
         lx.load_adapter(two, path)
     x = torch.randn(3, 8)
     assert torch.equal(lx.load_adapter(fresh, path)(x), model(x)) and inspected(path)["format_version"] == 4
-    for shared in ({"9": ["8"]}, {"0": "2"}):
+    for shared in ({"9": ["8"]}, {"0": "2"}, {"0": [2]}):
         in_header(shared=shared)(path)
         with pytest.raises(ValueError, match=re.escape(f"is damaged: shared is {shared} in its header")):
             lx.load_adapter(two, path)
