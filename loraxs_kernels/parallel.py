@@ -93,8 +93,7 @@ class _Inside(TorchFunctionMode):
         x, W, cut = input, weight, weight if is_dtensor(weight) else self.weight
         A, _, B, *_ = self.adapters[0]
         N, K = B.shape[0], A.shape[1]
-        whole = not is_dtensor(W) and W.shape == (N, K)
-        if whole or not is_dtensor(cut):  # FSDP2 may have cut the layer by itself: its call has put W in place again
+        if not is_dtensor(W) and W.shape == (N, K):  # as FSDP2 puts it in place for the call, where it cut it by itself
             return self.product(x, W, bias, self.adapters, F.dropout)
         if not (torch.compiler.is_compiling() or _is_known(cut)):  # a test that cannot be traced
             raise RuntimeError(f"{label_of(self.name)} is cut over ranks by {_laid_out(cut)}; {_MUST}")
@@ -113,7 +112,7 @@ class _Inside(TorchFunctionMode):
                 x = x.redistribute(placements=[wanted])
             # Of x as a whole each rank has the gradient through its own rows of W.
             x = _waited(x.to_local(grad_placements=[Partial()] if dim == 0 else None))
-        part = dim is not None or (laid_out and wanted.is_shard())  # of the sum that is the gradient of R
+        part = dim is not None or wanted.is_shard()  # of the sum that is the gradient of R
         of_whole = [Partial()] if part and dim is None else None  # that of a weight or bias, if it trains
         after = None
         if is_dtensor(bias):

@@ -328,6 +328,7 @@ def test_a_model_without_adapters_has_no_summary(bert):
 def test_errors_name_the_argument(bert):
     for arguments, message in [
         (dict(), "rank: must be given"),
+        (dict(rank=4, rank_pattern={"(": 2}), r"rank_pattern: got '\(', must be a regular expression"),
         (
             dict(rank=0, target_modules="all-linear"),
             "rank: got 0 for module 'bert.*', must be an integer of at least 1",
@@ -347,8 +348,9 @@ def test_errors_name_the_argument(bert):
         with pytest.raises(ValueError, match=r"model: .*has .*adapters"):
             lx.count_parameters(peft.get_peft_model(copy.deepcopy(bert), config(r=4, target_modules=["query"])), 4)
     lx.attach(bert, 4, target_modules=["query"], progress=False)
-    with pytest.raises(ValueError, match="rank: got 8 for a model with LoRA-XS adapters"):
-        lx.count_parameters(bert, 8)
+    for name, value in dict(rank=8, exclude_modules=["key"], rank_pattern={"key": 2}, modules_to_save=["key"]).items():
+        with pytest.raises(ValueError, match=f"{name}: got .* for a model with LoRA-XS adapters"):
+            lx.count_parameters(bert, **{name: value})
     with pytest.raises(ValueError, match="method: got 'dora', must be one of loraxs, lora, vera"):
         lx.count_parameters(bert).nbytes(method="dora")
 

@@ -493,14 +493,15 @@ def test_a_weight_of_equal_singular_values_is_warned_of_and_named(tmp_path):
         models = [nn.Sequential(nn.Linear(40, 40)).to(dtype) for _ in weights]
         for model, W in zip(models, weights, strict=True):
             model[0].weight.data.copy_(W)
-        lx.attach(models[0], 4)[0].R.data.normal_()
+        lx.attach(models[0], 3)[0].R.data.normal_()
         with pytest.warns(UserWarning, match="A and B of 1 modules, the first module '0', depend on rounding"):
             lx.save_adapter(models[0], path)
         with pytest.raises(AdapterMismatch, match="values of its weight are nearly equal, so that rounding decides on"):
             lx.load_adapter(models[1], path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(40, 40)), 4), path)
+        for rank in (1, 4):
+            lx.save_adapter(lx.attach(nn.Sequential(nn.Linear(40, 40)), rank), path)
         lx.save_adapter(models[0], path, save_factors=True)
         lx.load_adapter(models[1], path)  # whose own A and B would span another space
     assert torch.equal(models[1][0].delta_weight(), models[0][0].delta_weight())
@@ -834,6 +835,8 @@ DAMAGES = {
         ),
         "tier is (missing|not known) in the header",
     ),
+    "a rounding to no float": (in_layer(rounded=["int8"]), r"rounded: got \('int8',\)|rounded is not known"),
+    "roundings without end": (in_layer(rounded=["bfloat16"] * 9), "rounded: got .* at most 8|rounded is not known"),
     "an unknown dtype": (in_layer(dtype="int8"), "dtype: got 'int8', must be one of bfloat16"),
     "a module of another model": (
         lambda p: edited(p, lambda h, t: h["modules"].update({"7": h["modules"].pop("2")})),
@@ -1188,7 +1191,7 @@ def test_a_module_with_two_names_is_one_where_its_adapter_is_loaded(tmp_path):
         lx.load_adapter(two, path)
     x = torch.randn(3, 8)
     assert torch.equal(lx.load_adapter(fresh, path)(x), model(x)) and inspected(path)["format_version"] == 4
-    for shared in ({"9": ["8"]}, {"0": "2"}):
+    for shared in ({"9": ["8"]}, {"0": "2"}, {"0": [2]}):
         in_header(shared=shared)(path)
         with pytest.raises(ValueError, match=re.escape(f"is damaged: shared is {shared} in its header")):
             lx.load_adapter(two, path)
@@ -1209,6 +1212,14 @@ def test_one_R_does_not_take_two_values(trained):
     assert torch.equal(lx.load_adapter(other, path)[2].R, model[0].R)
 
 
+def test_the_vectors_that_sketches_and_probes_are_made_with_stay_the_same():
+    """Or the files, banks and checkpoints of earlier versions would no longer be recognised."""
+    one, W = torch.ones(1, 1), torch.tensor([[0.0, 1.0]])
+    made = [*basis.sketch(one, one), basis.weight_probes(W), basis.mixing(3, torch.device("cpu"))]
+    signs = ["".join("+-"[int(x < 0)] for x in t.flatten()) for t in made]
+    assert signs == ["-++++--+", "-+-++-++", "+-++++++", "--++++--+"]
+
+
 def test_alignment_turns_R_within_a_cluster_of_singular_values():
     """Two copies of one SVD whose equal singular values were turned, and one pair negated: delta W is kept."""
     U, V = torch.linalg.qr(torch.randn(50, 6)).Q, torch.linalg.qr(torch.randn(70, 6)).Q
@@ -1223,6 +1234,10 @@ def test_alignment_turns_R_within_a_cluster_of_singular_values():
     assert basis.residual(basis.probes(A, R, B), A_new, signs_only, B_new) > basis.ALIGNED
     by_factors = basis.align_by_factors(R, (A, B), A_new, B_new)
     torch.testing.assert_close(B_new @ by_factors @ A_new, B @ R @ A, atol=1e-4, rtol=1e-4)
+    entry = {"R": R, "S": S, "probe": basis.probes(A, R, B)}
+    assert aligned(entry, A_new, B_new)[1] > basis.ALIGNED
+    for kept in (dict(zip("UV", sketch, strict=True)), {"A": A, "B": B}):
+        assert aligned(entry | kept, A_new, B_new)[1] < 1e-5
 
 
 def test_the_residual_estimates_the_true_error():

@@ -319,8 +319,12 @@ def test_a_basis_of_weights_that_are_rounded_since_is_refused_as_loading_would(c
     computed = lx.attach(model().bfloat16(), 4, target_modules=["up", "down"])
     assert all(torch.equal(t, factors(computed)[name]) for name, t in factors(read).items())
     edited = model()
+    edited.layers[0]["up"].weight.data.zero_()
+    edited.layers[1]["up"].weight.data *= 1e-4
+    safetensors.torch.save_file(edited.state_dict(), checkpoint / "a.safetensors")
+    make_basis(checkpoint / "a.safetensors", 4, out)
+    lx.detach(lx.attach(edited, 4, target_modules=["up", "down"], basis=out))
     edited.layers[1]["up"].weight.data[3] *= 1.001
-    make_basis(checkpoint, 4, out)
     with pytest.raises(
         ValueError,
         match=r"the weight of module 'layers.1.up', with a relative error of \d\.\de-0\d, .* have changed since; run",

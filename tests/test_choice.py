@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_kernels_that_changed_or_cannot_run_lose_their_rows(table, monkeypatch):
     assert pick(*CALL) == "torch"
 
 
+def test_kernels_are_known_by_the_content_of_all_their_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "ROOT", tmp_path)
+    monkeypatch.setattr(core, "sources", lambda: None)
+    (tmp_path / "cuda").mkdir()
+    found, names = [], ("kernels.py", "more.py", "configs.json", "aot.py", "notes.txt")
+    for changed in (None, *names):
+        for name in names:
+            (tmp_path / "cuda" / name).write_text("other" if name == changed else "one")
+        found.append(tuned.kernels.__wrapped__("cuda"))
+    monkeypatch.setattr(core, "sources", lambda: "of csrc/")
+    assert tuned.kernels.__wrapped__("cuda") not in found
+    assert (
+        len(set(found)) == 4
+        and found[0] == found[4] == found[5]
+        and all(map(re.compile("[0-9a-f]{16}").fullmatch, found))
+    )
+
+
 def test_the_users_own_rows_go_first(table, own):
     table(MEASURED)
     own(MEASURED._replace(backend="torch", gain=1.0))
@@ -152,7 +171,14 @@ def test_a_trace_and_a_tensor_of_another_class_take_the_torch_backend(on_h100):
     assert chosen == ["torch", "torch"]
 
 
-@pytest.mark.parametrize("damage", [{"N": [9, 8]}, {"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"more": 1}])
+DAMAGES = [
+    *({"N": [9, 8]}, {"K": [9, 8]}, {"N": [1.5, 14336]}, {"K": [-1, 9]}, {"capability": [9]}, {"rank": 17}),
+    *({"backend": "cublas"}, {"tokens": 500}, {"weight": 1}, {"dtype": "float32"}, {"direction": "both"}),
+    *({"gain": 0.0}, {"gain": float("inf")}, {"more": 1}),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=str)
 def test_damaged_rows_are_ignored_with_one_warning(table, own, damage, tmp_path):
     table()
     own(MEASURED)
@@ -332,6 +358,9 @@ def test_no_home_folder_or_one_that_cannot_be_read_means_no_table(table, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/etc")
+    assert tuned.user_path("NVIDIA H100!") == Path("/etc/loraxs_kernels/nvidia-h100.json")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setattr(Path, "read_text", unreadable)
     tuned.forget()
     with pytest.warns(UserWarning, match=r"a-gpu.json: not a table of `loraxs tune` \(PermissionError"):
@@ -340,13 +369,19 @@ def test_no_home_folder_or_one_that_cannot_be_read_means_no_table(table, monkeyp
 
 def test_a_warning_raised_as_an_error_does_not_come_again(table, own, tmp_path):
     table(MEASURED)
-    (tmp_path / "tuned.json").write_text("[]")
-    tuned.forget()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="not a table of"):
-            pick(*CALL)
-        assert pick(*CALL) == "triton"
+    own(MEASURED._replace(backend="torch"))
+    assert pick(*CALL) == "torch"
+    whole = (tmp_path / "tuned.json").read_text()
+    damages = {'"version": 1': '"version": 2', '"tiles": []': '"tiles": {}', '"made_on": {': '"made_on": 1, "on": {'}
+    for old, new in (damages | {whole: "[]", '"forward"': '"both"'}).items():
+        assert old in whole
+        (tmp_path / "tuned.json").write_text(whole.replace(old, new))
+        tuned.forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=r"not a table of|choices has a row that cannot be"):
+                pick(*CALL)
+            assert pick(*CALL) == "triton"
 
 
 def test_a_broken_triton_is_a_reason_and_no_error(table, monkeypatch, tmp_path):

@@ -241,3 +241,9 @@ def test_the_demo_needs_a_device_that_computes():
 
     with pytest.raises(demo.DemoError, match="device: got 'meta', which computes nothing"):
         demo._device("meta")
+
+
+def test_bytes_are_shown_in_the_largest_unit_that_fits():
+    shown = {0: "0.0 B", 1: "1.0 B", 1023: "1,023.0 B", 1024: "1.0 KiB", 2**20 - 1: "1,024.0 KiB", 2**20: "1.0 MiB"}
+    shown |= {2**50: "1.0 PiB", 2**60: "1,024.0 PiB"}
+    assert {size: cli._binary(size) for size in shown} == shown

@@ -101,8 +101,10 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     ids = torch.arange(6)[None]
     assert torch.equal(made["model"](ids).logits, model(ids).logits)
     model.config.quantization_config = {"load_in_4bit": True}
+    Path("bert/base").mkdir(parents=True)
     lx.save_adapter(model, "out/")
     text = Path("out/README.md").read_text()
+    assert "\nbase_model" not in text, "it is a folder here"
     assert "from_pretrained" not in text and "was trained on, quantised as it was then\n" in text
 
 
@@ -188,8 +190,9 @@ def test_an_edited_card_on_the_hub_stays(hub, trained):
         push()
     assert files["README.md"] == b"# Mine\n" and same(lx.load_adapter(mlp(), "user/name"), trained)
     files["README.md"] = written
+    trained.config = SimpleNamespace(_name_or_path="user/base")
     push()
-    assert is_as_written(download("user/name", "README.md"))
+    assert is_as_written(download("user/name", "README.md")) and b"user/base" in files["README.md"]
 
 
 def test_a_card_that_cannot_be_seen_now_is_not_replaced(hub, trained):
@@ -229,6 +232,10 @@ def test_without_a_network_the_cache_serves_and_else_one_error_comes_soon(hub, t
         with pytest.raises(ConnectionError, match=r"^user/other: is not here, and (HF_HUB_OFFLINE is|the Hub cannot)"):
             lx.load_adapter(mlp(), "user/other")
         assert len(hub.requests) <= before + 1 and time.monotonic() - started < 5
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub.broken = hub.repos["user/name"].clear()  # what the Hub can say goes before the cache
+    with pytest.raises(FileNotFoundError, match=r"^user/name: the repository on the Hub has no revision"):
+        lx.load_adapter(mlp(), "user/name")
 
 
 def test_the_hub_refuses_a_wrong_token(hub, trained):

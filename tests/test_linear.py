@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels import LoraXSLinear, attach, backends, forward_together, functional
+from loraxs_kernels.naming import FLOATS, dtype_name
 from loraxs_kernels.recipe import Recipe
 from loraxs_kernels.reference import UnfusedLinear, lowrank_linear, relative_error
 
@@ -612,6 +614,26 @@ def test_seed_decides_everything_random():
         assert torch.equal(a.R, b.R) and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
         assert not torch.equal(a.R, state(init=init, seed=2, name="a").R)
         assert not torch.equal(a.R, state(init=init, seed=1, name="b").R)
+    # Files hold neither random A and B nor the seed's R, so that every version has to draw the same.
+    recipe = Recipe(init="random", seed=3, name="a.b")
+    drawn = [*recipe.drawn(1, (1, 2)), recipe.initial_R(2, 0.5)]
+    expected = [[0.3317, -0.5879], [0.3903], [-0.2304, -0.2221, -0.1713, -0.2274]]
+    for t, values in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(t.flatten(), torch.tensor(values), atol=1e-4, rtol=0)
+
+
+def test_a_recipe_notes_the_conversions_that_can_change_a_value():
+    """Each once, so that a model may go to and fro between dtypes for ever."""
+    for made in FLOATS[1:]:
+        A = 1 + torch.rand(20, dtype=torch.promote_types(made, torch.float32))
+        for dtypes in itertools.product(FLOATS, repeat=4):
+            recipe, t, changed = Recipe(weight_dtype=dtype_name(made)), A, set()
+            for dtype in dtypes:
+                before, t, recipe = t, t.to(dtype), recipe.cast(dtype)
+                changed |= set() if torch.equal(t.double(), before.double()) else {dtype_name(dtype)}
+            assert torch.equal(recipe.round((A, A))[0].to(t.dtype), t) and changed <= {*recipe.rounded}
+            assert len(recipe.rounded) == len({*recipe.rounded} & (changed | {"bfloat16", "float16"}))
+    assert Recipe(init="given").cast(torch.float16).rounded == Recipe().cast(torch.float8_e5m2).rounded == ()
 
 
 def test_random_init_is_kaiming_uniform():
@@ -813,6 +835,7 @@ BAD = {
     "rank too large": (dict(rank=9), ValueError, r"rank: got 9 for module 'a\.b' of shape 8 x 12, must be at most 8"),
     "rank no integer": (dict(rank=2.0), ValueError, r"rank: got 2\.0"),
     "alpha": (dict(alpha=float("nan")), ValueError, r"alpha: got nan for module 'a\.b'"),
+    "alpha a bool": (dict(alpha=True), ValueError, r"alpha: got True for module 'a\.b', must be a finite number"),
     "dropout": (dict(dropout=1.0), ValueError, r"dropout: got 1\.0 for module 'a\.b', must be in \[0, 1\)"),
     "dropout nan": (dict(dropout=float("nan")), ValueError, r"dropout: got nan for module 'a\.b'"),
     "dropout no number": (dict(dropout="0.1"), ValueError, r"dropout: got '0\.1' for module 'a\.b'"),

@@ -96,6 +96,9 @@ def layouts(rank: int) -> None:
         early = h.redistribute(placements=[Shard(0)]).redistribute(placements=[Replicate()], async_op=True)
         assert_same(results(m, m[2](early)), expected)
 
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):  # not with this rank's part of W
+        m[2](X[..., :12])
+
     # A layer that does not multiply by its weight, or does so twice
     base = m[2].base_layer
     for times in (0, 2):

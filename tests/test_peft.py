@@ -1193,6 +1193,11 @@ def test_merge_and_unmerge(trained, dtype):
     with pytest.warns(UserWarning, match="Already unmerged"):
         trained.unmerge_adapter()
     assert torch.equal(logits(trained), y)
+    trained.merge_adapter()
+    trained.double().unmerge_adapter()  # the weights that were kept go where the model went
+    after = {name: p for name, p in trained.named_parameters() if name in kept}
+    assert {p.dtype for p in after.values()} == {torch.float64}
+    assert all(torch.equal(p, kept[name].double()) for name, p in after.items())
 
 
 def test_merging_rounds_once_however_many_adapters(trained):

@@ -323,6 +323,11 @@ def zero3_beside(persistent: int, rank: int, folder: str) -> None:
     lx.save_adapter(model, own)
     loaded, R = trained(lx.load_adapter(llama(torch.bfloat16), own))[0], trained(model)[0]
     assert R.dtype == torch.bfloat16 and torch.equal(loaded, safe_get_full_fp32_param(R)), "of the optimizer, in fp32"
+    mean_loss(rank, engine, 1, engine.backward)
+    engine.step()
+    assert not torch.equal(safe_get_full_fp32_param(R), loaded)
+    lx.load_adapter(model, own)
+    assert torch.equal(safe_get_full_fp32_param(R), loaded), "as the file has it, not as R holds it"
     with deepspeed.zero.GatheredParameters(trained(model)):
         if rank == 0:
             lx.save_adapter(model, own)

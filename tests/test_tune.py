@@ -232,7 +232,7 @@ def test_a_table_of_other_conditions_is_replaced(world, capsys):
     table["made_on"]["torch"] = "1.0"
     tuned.write(table, world.path)
     tuned.forget()
-    with pytest.warns(UserWarning, match=r"other conditions \(torch: 1.0, here .*`loraxs tune` makes a new one"):
+    with pytest.warns(UserWarning, match=r"other conditions \(torch: 1.0, here \d.*`loraxs tune` makes a new one"):
         assert world.pick(16) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
