@@ -29,6 +29,7 @@ from .files import (
     damaged,
     has_shape,
     metadata_of,
+    named,
     opened,
     read_json,
     sealed,
@@ -203,7 +204,7 @@ def make_basis(
     dtype, weight_dtype = as_dtype("dtype", dtype, FLOATS), as_dtype("weight_dtype", weight_dtype, FLOATS)
     compute = compute_options(device, workspace_gib, progress)
     check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
-    weights, base_model = _checkpoint(Path(model), weight_dtype)
+    weights, base_model = _checkpoint(named(model, "model", "a model"), weight_dtype)
     check_replaces(out, "loraxs_basis", "LoRA-XS basis", "out")
     everything = is_everything(target_modules)
     jobs: list[Job] = []
@@ -277,11 +278,11 @@ def _checkpoint(
     described = read_json(config.read_bytes(), f"model: {config}") if config.is_file() else {}
     transposed = described.get("model_type") in CONV1D_MODELS
     weights: dict[str, tuple[list[int], str, Weight | None]] = {}
-    for file, named in files.items():
+    for file, tensors in files.items():
         if not file.is_file():
             raise FileNotFoundError(f"model: {index} names {file.name}, which does not exist")
         with opened(file) as f:
-            if lost := {key for key in named.difference(f.keys()) if key.endswith(".weight")}:
+            if lost := {key for key in tensors.difference(f.keys()) if key.endswith(".weight")}:
                 raise ValueError(f"model: {index} names a tensor {min(lost)!r} in {file.name}, which has none")
             for key in f.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")
@@ -312,8 +313,8 @@ def _files(model: Path) -> dict[Path, set[str]]:
     else:
         files = {file: set() for file in sorted(model.glob("*.safetensors"))}
     files = {
-        file: named
-        for file, named in files.items()
+        file: tensors
+        for file, tensors in files.items()
         if file.name != "adapter_model.safetensors"  # PEFT's
         and not any(key.startswith("loraxs") for key in metadata_of(file))
     }

@@ -183,7 +183,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, help="folder of a model with *.safetensors, or one such file")
+    add("model", help="folder of a model with *.safetensors, or one such file")
     add("-r", "--rank", type=int, required=True)
     add("-o", "--out", type=Path, required=True, help="the basis file to write, *.safetensors")
     _add_modules(parser)

@@ -85,6 +85,13 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
             raise
 
 
+def named(path: str | os.PathLike, argument: str, what: str) -> Path:
+    """A path as a Path; ValueError for '', which Path takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError(f"{argument}: got '', must be the path of {what}")
+    return Path(path)
+
+
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     """The file that a path, or the link there, names.
 

@@ -10,18 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 from . import card
+from .files import named
 from .naming import first_line
 
 FILE = "adapter.safetensors"
 
 Token = str | bool | None
-
-
-def named(path: str | os.PathLike, argument: str = "path") -> Path:
-    """A path as a Path; ValueError for '', which Path takes for the current folder."""
-    if not os.fspath(path):
-        raise ValueError(f"{argument}: got '', must be the path of an adapter")
-    return Path(path)
 
 
 def local_file(path: str | os.PathLike, revision: str | None = None, token: Token = None) -> Path:
@@ -32,7 +26,7 @@ def local_file(path: str | os.PathLike, revision: str | None = None, token: Toke
     Raises FileNotFoundError where the folder or the repository has no such file, ValueError where revision= is given
     for something here, ConnectionError where the Hub cannot be reached, ImportError without huggingface_hub.
     """
-    here = named(path)
+    here = named(path, "path", "an adapter")
     if not here.exists() and isinstance(path, str) and card.HUB_ID.fullmatch(path):
         return download(path, FILE, revision, token)
     if revision is not None:

@@ -93,7 +93,7 @@ class _Inside(TorchFunctionMode):
         x, W, cut = input, weight, weight if is_dtensor(weight) else self.weight
         A, _, B, *_ = self.adapters[0]
         N, K = B.shape[0], A.shape[1]
-        if not is_dtensor(W) and W.shape == (N, K):  # as FSDP2 puts it in place for the call, where it cut it by itself
+        if not is_dtensor(W) and W.shape == (N, K):  # FSDP2 alone has cut the layer, and for the call made W whole
             return self.product(x, W, bias, self.adapters, F.dropout)
         if not (torch.compiler.is_compiling() or _is_known(cut)):  # a test that cannot be traced
             raise RuntimeError(f"{label_of(self.name)} is cut over ranks by {_laid_out(cut)}; {_MUST}")

@@ -338,7 +338,7 @@ def test_opening(tmp_path):
     with pytest.raises(ValueError, match="must be without ~"):
         lx.AdapterBank.create("~/bank", trained())
     for call in (lx.AdapterBank, lambda path: lx.AdapterBank.create(path, trained())):
-        with pytest.raises(ValueError, match="path: got '', must be the folder of a bank"):
+        with pytest.raises(ValueError, match="path: got '', must be the path of a bank"):
             call("")
     assert main(["bank", "list", ""]) == 1
     with pytest.raises(ValueError, match=r"dtype: got torch.float16"):
@@ -800,6 +800,7 @@ def test_commands(tmp_path, capsys):
         ("add", bank, ""),
         ("create", bank, "--model", model, "--adapter", file),
         ("create", "x", "--model", model, "--adapter", ""),
+        ("create", "x", "--model", "", "--adapter", file),
         ("create", "x", "--model", str(tmp_path), "--adapter", file),
     ):
         status, out, err = run(*arguments)

@@ -178,6 +178,7 @@ def test_targets_dtype_and_what_is_read(checkpoint, tmp_path, monkeypatch):
 RANK = r"rank: got 30 for module 'layers\.\d\.\w+' of shape \d+ x \d+, must be at most 24; leave the module out"
 BAD = {
     "no folder": (["nowhere", "-r", "4"], "model: nowhere is neither a safetensors file nor a folder"),
+    "no name": (["", "-r", "4"], "model: got '', must be the path of a model"),
     "rank": (["toy", "-r", "30"], RANK),
     "no target": (["toy", "-r", "4", "--target-modules", "q"], r"target_modules: got \['q'\], which matches no"),
     "no matrix": (

@@ -233,7 +233,8 @@ def test_without_a_network_the_cache_serves_and_else_one_error_comes_soon(hub, t
             lx.load_adapter(mlp(), "user/other")
         assert len(hub.requests) <= before + 1 and time.monotonic() - started < 5
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub.broken = hub.repos["user/name"].clear()  # what the Hub can say goes before the cache
+    hub.broken = False
+    hub.repos["user/name"].clear()  # what the Hub says goes before the cache
     with pytest.raises(FileNotFoundError, match=r"^user/name: the repository on the Hub has no revision"):
         lx.load_adapter(mlp(), "user/name")
 

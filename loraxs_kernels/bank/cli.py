@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from .. import adapter_file, adapter_format
-from ..hub import FILE, local_file, named
+from ..files import named
+from ..hub import FILE, local_file
+from ..naming import first_line
 from .adapter_bank import AdapterBank
 
 
@@ -26,7 +28,7 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
         return added
 
     create = add("create", "make an empty bank for a model, with the modules, ranks and alphas of an adapter")
-    create.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
+    create.add_argument("--model", required=True, help="folder of a transformers model")
     create.add_argument("--adapter", required=True, help="a file or folder of lx.save_adapter for it")
     create.add_argument("--dtype", metavar="DTYPE", default="float32", help="the dtype of R: float32 or bfloat16")
     adding = add("add", "store adapters by the names of their files without .safetensors, all of them or none")
@@ -49,8 +51,8 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    adapter = local_file(named(arguments.adapter, "adapter"))
-    model = _model(arguments.model, adapter)
+    adapter = local_file(named(arguments.adapter, "adapter", "an adapter"))
+    model = _model(named(arguments.model, "model", "a model"), adapter)
     adapter_file.load_adapter(model, adapter, progress=False)
     with AdapterBank.create(arguments.bank, model, dtype=arguments.dtype) as bank:
         print(f"{arguments.bank}: a bank for {len(bank.modules)} modules, {bank.size:,} numbers an adapter")
@@ -71,9 +73,8 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
         kind = getattr(transformers, config.architectures[0])
         return kind.from_pretrained(folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", local_files_only=True)
     except Exception as error:  # there are many kinds, as for `loraxs params`
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model: {folder} cannot be loaded as a transformers model ({reason}); in Python: load it, then "
+            f"model: {folder} cannot be loaded as a transformers model ({first_line(error)}); in Python: load it, then "
             "lx.load_adapter(model, ADAPTER) and lx.AdapterBank.create(BANK, model)"
         ) from error
     finally:
@@ -82,7 +83,7 @@ def _model(folder: Path, adapter: Path) -> torch.nn.Module:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    files = [each for path in arguments.files for each in _files(named(path, "files"))]
+    files = [each for path in arguments.files for each in _files(named(path, "files", "adapters"))]
     with AdapterBank(arguments.bank, "a") as bank:
         pairs = ((file.name.removesuffix(".safetensors"), file) for file in files)
         count = bank.add_many(pairs, replace=arguments.replace)

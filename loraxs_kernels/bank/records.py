@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from .. import adapter_contents, adapter_format, basis
 from ..acceptance import HOW, AdapterMismatch, aligned_to, mismatch
 from ..basis import ACCEPT, DIFFERENT, PROBES, Fingerprint
-from ..files import damaged, is_finite, sha256_of, tensors_of, unsealed
-from ..hub import local_file, named
+from ..files import damaged, is_finite, named, sha256_of, tensors_of, unsealed
+from ..hub import local_file
 from ..linear import LoraXSLinear
 from ..matching import unwrapped
 from ..naming import DTYPES, FLOATS, dtype_name
@@ -115,7 +115,7 @@ class Records:
             return self._packed(name, self._matrices(what, where), {}, where)
         elif isinstance(what, (str, os.PathLike)):
             where = str(what)
-            entries, names, saved = adapter_format.read(local_file(named(what, "what")))
+            entries, names, saved = adapter_format.read(local_file(named(what, "what", "an adapter")))
         else:
             raise TypeError(
                 f"what: got a {type(what).__name__} for {name!r}, must be the path of an adapter, a model with "

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter_format
-from ..files import check_replaces, damaged, is_finite, sha256_of, target_of, unsealed, write_atomically
-from ..hub import named
+from ..files import check_replaces, damaged, is_finite, named, sha256_of, target_of, unsealed, write_atomically
 from ..matching import unwrapped
 from ..naming import as_dtype
 from .environment import DATA, LOCK, Environment, identity_of, load_lmdb
@@ -67,7 +66,7 @@ class Store(Records):
     def __init__(self, path: str | os.PathLike, mode: str = "r") -> None:
         if mode not in ("r", "a"):
             raise ValueError(f'mode: got {mode!r}, must be "r" or "a"')
-        self.path, self.mode = _folder(path).absolute(), mode
+        self.path, self.mode = named(path, "path", "a bank").absolute(), mode
         file = self.path / BASIS
         if not (file.is_file() and (self.path / DATA).is_file()):
             raise FileNotFoundError(
@@ -100,7 +99,7 @@ class Store(Records):
         base weights were rounded since A and B were made.
         """
         dtype = as_dtype("dtype", dtype, STORED) or torch.float32
-        model, path = unwrapped(model), _folder(path)
+        model, path = unwrapped(model), named(path, "path", "a bank")
         load_lmdb()  # before a folder is made
         if target_of(path / BASIS).exists():
             _refuse_foreign(path / BASIS)
@@ -398,13 +397,6 @@ class Store(Records):
         write_atomically(path, *adapter_format.packed("loraxs", header, descriptions, records, factors, *saved))
 
 
-def _folder(path: str | os.PathLike) -> Path:
-    """A path as a Path; ValueError for '', which Path takes for the current folder."""
-    if not os.fspath(path):
-        raise ValueError("path: got '', must be the folder of a bank")
-    return Path(path)
-
-
 def _refuse_foreign(file: Path) -> None:
     """ValueError for a file in the place of a basis that no `create`, killed or not, has left there."""
     try:
@@ -418,7 +410,7 @@ def _pairs(items: Any) -> Iterable[tuple[str, Any]]:
         return items.items()
     if not isinstance(items, (str, os.PathLike)):
         return _checked_pairs(items)
-    folder = named(items, "items")
+    folder = named(items, "items", "a folder of adapters")
     if not folder.is_dir():
         raise FileNotFoundError(f"items: there is no folder {items}")
     files = sorted(folder.glob("*.safetensors"))

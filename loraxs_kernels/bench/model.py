@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import attach, backends
 from ..linear import LoraXSLinear
+from ..naming import first_line
 from ..reference import UnfusedLinear, relative_error
 from . import BenchError, paths, plots, tables, timer
 from .compare import Row, failure, figures, release
@@ -142,8 +143,7 @@ def _config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(Path(model))
     except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise BenchError(f"model: {model}/config.json cannot be read: {why}") from error
+        raise BenchError(f"model: {model}/config.json cannot be read: {first_line(error)}") from error
     if not hasattr(config, "num_hidden_layers"):
         raise BenchError(f"model: {model}/config.json has no num_hidden_layers, it must be of one transformer")
     return config

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..naming import first_line
 from . import BenchError
 from .compare import Row, failure, release
 from .request import DTYPES, MODES, Request, at_least_one, known, one_of
@@ -186,7 +187,7 @@ def _device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BenchError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise BenchError(f"device: {name!r} cannot be used here: {first_line(error)}") from error
     if device.type not in ("cpu", "cuda"):
         raise BenchError(f"device: got {name!r}, must be a CPU or a CUDA device")
     return device

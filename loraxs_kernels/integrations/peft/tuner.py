@@ -366,7 +366,7 @@ def _new_adapter(base: nn.Module, config: LoraXSConfig, name: str) -> LoraXSLine
 
 
 def _note_untied(model: nn.Module) -> None:
-    """If the head no longer has the weight of the embeddings, let the configurations say so; else a load ties them.
+    """If the head no longer has the weight of the embeddings, let the configurations say so, or a load ties them.
 
     PEFT 0.21 does that, in the outer configuration; earlier versions do not.
     """

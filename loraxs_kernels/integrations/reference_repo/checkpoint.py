@@ -20,8 +20,7 @@ from ...adapter_contents import tied_to_saved
 from ...adapter_file import saved_values
 from ...basis import ACCEPT, ALIGNED, align_by_factors, probes, residual
 from ...factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
-from ...files import read_json
-from ...hub import named
+from ...files import named, read_json
 from ...matching import adapted_layers, has_adapters, matches, pattern_value
 from ...model import detach, install
 from ...naming import FLOATS, Former, aliases, as_dtype
@@ -102,7 +101,7 @@ def load_reference_adapter(
             "the adapters itself. To load a checkpoint into layers that replace_reference_layers has made, call "
             "model.load_adapter(folder, 'default')"
         )
-    folder = named(folder, "folder")
+    folder = named(folder, "folder", "a checkpoint")
     config, tensors = _read(folder)
     trained, others = _trained(config, tensors, folder)
     described = _described(folder)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, tied_to_saved, whole_R
-from ...files import write_atomically
-from ...hub import named
+from ...files import named, write_atomically
 from ...linear import LoraXSLinear
 from ...matching import base_name, targets_for, unwrapped
 from ...naming import FLOATS, as_dtype
@@ -61,7 +60,7 @@ def export_as_lora(
     PEFT need not be installed.  Raises ValueError, before anything is written, if the model has no adapters of its own
     (but a bank's, for example) or a factor is not finite in that dtype.
     """
-    model, dtype, folder = unwrapped(model), as_dtype("dtype", dtype, FLOATS), named(folder, "folder")
+    model, dtype, folder = unwrapped(model), as_dtype("dtype", dtype, FLOATS), named(folder, "folder", "an adapter")
     if isinstance(model, LoraXSLinear):
         raise ValueError("model: is itself a LoraXSLinear, must be a model that contains such layers")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
