@@ -141,6 +141,8 @@ class LoraXSLinear(PaddedB):
         for argument, value in {"alpha": alpha, "dropout": dropout, "init_std": init_std, "seed": seed}.items():
             check(argument, value, label)
         dtype = as_dtype("dtype", dtype, FLOATS, label)
+        if not isinstance(linear, nn.Module):
+            raise TypeError(f"linear: got a {type(linear).__name__}, must be an nn.Linear or Conv1D")
         if isinstance(linear, LoraXSLinear):
             raise ValueError(f"{label} already has a LoRA-XS adapter; detach it first")
         unknown = init.init == "given" if isinstance(init, Recipe) else isinstance(init, str) and init not in INITS
@@ -218,8 +220,11 @@ class LoraXSLinear(PaddedB):
         assign(self.R, self.recipe.initial_R(self.rank, self.init_std))
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if x is None and (x := kwargs.pop("input", None)) is None:  # as nn.Linear calls it
-            raise TypeError(f"{self.label}: got no x, must be a tensor of shape (..., {self.in_features})")
+        if not isinstance(x, Tensor):
+            x = kwargs.pop("input", None) if x is None else x  # as nn.Linear calls it
+            if not isinstance(x, Tensor):
+                found = "no x" if x is None else f"x of type {type(x).__name__}"
+                raise TypeError(f"{self.label}: got {found}, must be a tensor of shape (..., {self.in_features})")
         return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)
 
     def own_output(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -467,7 +472,7 @@ def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         ValueError: x has the wrong shape or dtype for a layer; the message names the layer.
     """
     joined = []
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and isinstance(x, Tensor):  # else each layer says what it must be
         joined = [i for i, layer in enumerate(layers) if type(layer) is LoraXSLinear and layer._joins(x)]
     if len(joined) < 2:
         return tuple(layer(x) for layer in layers)

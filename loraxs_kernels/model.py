@@ -306,6 +306,7 @@ def detach(model: M, *, merge: bool = False) -> M:
     that change its input or a forward of its own.  The model is then as it was.  Forward hooks of a base layer get its
     output with the adapter in it.
     """
+    unwrapped(model)  # TypeError for what is no module
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
         raise ValueError(
@@ -373,6 +374,7 @@ def merge(model: M) -> M:
     layer has no dense weight, or has hooks or a forward of its own: it is not called while merged.  The model is then
     as it was.
     """
+    unwrapped(model)  # TypeError for what is no module
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):
             layer.merge()
@@ -382,6 +384,7 @@ def merge(model: M) -> M:
 
 def unmerge(model: M) -> M:
     """Undo `merge`: restore the original weights, to the bit, with separate adapters.  Returns `model`."""
+    unwrapped(model)  # TypeError for what is no module
     with transaction(model):
         for _, layer in (adapted := [*adapted_layers(model)]):
             layer.unmerge()

@@ -263,8 +263,9 @@ def check_range(factors: Factors, label: str) -> None:
 def check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
     """TypeError or ValueError for A and B that are not a pair of finite tensors of the shapes of a layer."""
     if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
+        found = ", ".join(str(getattr(t, "dtype", t)) for t in factors)  # not all their numbers
         raise TypeError(
-            f"init: got {factors!r} for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
+            f"init: got ({found}) for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
         )
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])

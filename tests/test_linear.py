@@ -860,7 +860,7 @@ BAD = {
     "factors in float8": (
         dict(init=(torch.ones(2, 12).to(torch.float8_e5m2), torch.ones(8, 2))),
         TypeError,
-        r"pair \(A, B\) of tensors in bf16, fp16, fp32 or fp64",
+        r"init: got \(torch.float8_e5m2, torch.float32\) .* pair \(A, B\) of tensors in bf16, fp16, fp32 or fp64",
     ),
     "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(1, 2\)"),
 }
@@ -897,6 +897,8 @@ def test_bad_layers_are_named():
         LoraXSLinear.from_linear(sharded, 2, name="z")
     with pytest.raises(TypeError, match="module '0': got a LazyLinear whose weight has no shape yet"):
         attach(nn.Sequential(nn.LazyLinear(8)), 2)
+    with pytest.raises(TypeError, match=r"linear: got a str, must be an nn\.Linear or Conv1D"):
+        LoraXSLinear.from_linear("q_proj", 2)
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
         LoraXSLinear.from_linear(make(), 2)
 
@@ -907,6 +909,9 @@ def test_bad_x_is_named():
         layer(torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"torch\.float64 for module"):
         layer(torch.ones(3, 12).double())
+    for call in (layer, lambda x: forward_together(x, layer, layer)):
+        with pytest.raises(TypeError, match=r"module 'a\.b': got x of type list, must be a tensor of shape"):
+            call([1.0] * 12)
 
 
 @pytest.mark.parametrize("name", "AB")

@@ -668,6 +668,8 @@ def test_a_failed_merge_changes_nothing(bert):
 
 def test_calls_out_of_order_say_what_to_do(bert):
     for call in (lx.detach, lx.merge, lx.unmerge):
+        with pytest.raises(TypeError, match=r"model: got 'bert', must be an nn\.Module"):
+            call("bert")
         with pytest.raises(ValueError, match=r"has no LoRA-XS adapters; lx\.attach"):
             call(bert)
     lx.attach(bert, 4, target_modules=["query"])
