@@ -289,7 +289,9 @@ def test_tensors_that_cannot_be_R_are_refused(tmp_path):
     R = R_of(1)
     with lx.AdapterBank.create(tmp_path / "bank", trained(), dtype=torch.bfloat16) as bank:
         for what, message, *error in (
-            (R | {"0": torch.zeros(4, 3)}, r"module '0' is torch.float32 of shape \(4, 3\), must be of shape"),
+            (R | {"0": torch.zeros(4, 3)}, r"module '0' is torch.float32 of shape \(4, 3\), .*must be dense, of shape"),
+            (R | {"2": torch.zeros(3, 3, device="meta")}, "module '2' .* on meta, must .* in memory"),
+            (R | {"2": torch.eye(3).to_sparse()}, "module '2' .*torch.sparse_coo.*, must be dense"),
             (R | {"2": torch.zeros(3, 3, dtype=torch.int32)}, "module '2' is torch.int32.*floating-point"),
             (R | {"2": [[1.0]]}, "module '2' is a list, must be a tensor", TypeError),
             (R | {"2": torch.full((3, 3), torch.inf)}, "module '2': R has NaN or Inf"),

@@ -283,11 +283,13 @@ def test_another_basis_is_not_resumed(whole, tmp_path):
     layer.A[0].neg_()
     layer.B[:, 0].neg_()
     more = attached(modules_to_save=["lm_head"])
+    fewer = attached(exclude_modules=["layers.0.self_attn.v_proj"])
     for model, error, message in [
         (attached(init="random"), lx.AdapterMismatch, "A and B of module 'model.layers.0.self_attn.q_proj'"),
         (attached(other), lx.AdapterMismatch, "A and B of module 'model.layers.1.mlp.up_proj'"),
         (turned, lx.AdapterMismatch, "A and B of module 'model.layers.0.mlp.down_proj'"),
         (more, ValueError, "no values for 'lm_head.weight'"),
+        (fewer, ValueError, "an adapter for 'model.layers.0.self_attn.v_proj', which has none here"),
         (attached(alpha=32), lx.AdapterMismatch, r"alpha of module '.*' is 32, must be 4, with which its R"),
     ]:
         before = trained(model)

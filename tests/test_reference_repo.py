@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import os
 import sys
 import types
@@ -560,6 +561,9 @@ def test_arguments_and_models_that_do_not_fit(tmp_path):
         load_reference_adapter(bert(), "")
     with pytest.raises(ValueError, match="factors: got 'svd'"):
         load_reference_adapter(bert(), folder, factors="svd")
+    for value in ("0.1", -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"tolerance: got {value!r}"):
+            load_reference_adapter(bert(), folder, tolerance=value)
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
         load_reference_adapter(bert(), folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="already has LoRA-XS adapters"):

@@ -168,11 +168,10 @@ class Records:
             R = given[module]
             if not isinstance(R, Tensor):
                 raise TypeError(f"{where}: R of module {module!r} is a {type(R).__name__}, must be a tensor")
-            if R.shape != (rank, rank) or R.dtype not in FLOATS:
-                must = f"of shape ({rank}, {rank}) and a floating-point dtype"
-                raise ValueError(
-                    f"{where}: R of module {module!r} is {R.dtype} of shape {tuple(R.shape)}, must be {must}"
-                )
+            if R.shape != (rank, rank) or R.dtype not in FLOATS or R.is_meta or R.layout != torch.strided:
+                got = f"{R.dtype} of shape {tuple(R.shape)}, {R.layout}, on {R.device}"
+                must = f"dense, of shape ({rank}, {rank}) and a floating-point dtype, and in memory"
+                raise ValueError(f"{where}: R of module {module!r} is {got}, must be {must}")
         return {module: whole(given[module]).cpu() for module, _ in self.modules}
 
     def _aligned(self, entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, Tensor]:

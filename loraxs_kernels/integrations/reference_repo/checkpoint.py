@@ -92,6 +92,8 @@ def load_reference_adapter(
     """
     if factors not in ("file", "recompute"):
         raise ValueError(f'factors: got {factors!r}, must be "file" or "recompute"')
+    if not (isinstance(tolerance, (int, float)) and tolerance >= 0):
+        raise ValueError(f"tolerance: got {tolerance!r}, must be a number of at least 0")
     dtype = as_dtype("dtype", dtype, FLOATS)
     if has_adapters(model):
         raise ValueError("model: already has LoRA-XS adapters; lx.detach(model) takes them off")

@@ -81,6 +81,9 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
     for name, layer in module.named_modules():
         if isinstance(layer, LoraXSLinear):
             check_resumed(layer, state_dict, f"{prefix}{name}.")
+    if others := [key for key in state_dict if key.endswith(f".{FINGERPRINT}")]:
+        other = others[0].removeprefix(prefix).removesuffix(f".{FINGERPRINT}")
+        raise ValueError(f"resume_from_checkpoint: the checkpoint has an adapter for {other!r}, which has none here")
 
 
 def forgive_the_frozen(module: nn.Module, keys: Any) -> None:
