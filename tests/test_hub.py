@@ -191,7 +191,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trained):
 
 def test_a_branch_of_a_private_repository(hub, trained):
     options = dict(private=True, token=hubstub.TOKEN, revision="v2", commit_message="Second")
-    lx.push_to_hub(trained, "user/name", **options)
+    for _ in range(2):
+        lx.push_to_hub(trained, "user/name", **options)
     assert hub.private == {"user/name"} and hub.message == "Second"
     assert hub.repos["user/name"]["v2"].keys() == {"adapter.safetensors", "README.md"}
     assert not hub.repos["user/name"]["main"]
@@ -269,6 +270,8 @@ def test_without_a_network_the_cache_serves_and_else_one_error_comes_soon(hub, t
 def test_the_hub_refuses_a_wrong_token(hub, trained):
     with pytest.raises((PermissionError, FileNotFoundError), match=r"^user/name: .*log in \(hf auth login\) or pass"):
         lx.push_to_hub(trained, "user/name", token="hf_wrong")
+    with pytest.raises(PermissionError, match=r"^user/name: the Hub refuses; log in .* must allow what you do"):
+        lx.push_to_hub(trained, "user/name", token=hubstub.READS)
     assert not hub.repos
 
 

@@ -401,6 +401,9 @@ def test_a_folder_of_an_earlier_version_loads_and_its_tier_is_dropped(tmp_path):
         model = PeftModel.from_pretrained(mlp(), TIER)
         settings = PeftConfig.from_pretrained(TIER)  # which asks for the class alone, as transformers does
     assert settings.svd_recipe == model.peft_config["default"].svd_recipe
+    other = {"method": "subspace", "block": 8, "n_iter": 2, "tier": "standard"}  # a name of then
+    there = LoraXSConfig(peft_type="LORAXS", svd_tier="standard", svd_recipe={"4 32x32": other})
+    assert there.svd_recipe == {"4 32x32": {"method": "chebyshev", "block": 8, "n_iter": 2}}
     R = load_file(TIER / "adapter_model.safetensors")["base_model.model.0.loraxs_R"]
     assert torch.equal(model.base_model.model[0].loraxs_R["default"], R)
     model.save_pretrained(tmp_path / "new")
@@ -722,7 +725,7 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
 def test_names_of_attach_mean_the_same(dtype, tmp_path):
     with pytest.warns(FutureWarning, match="sigma is now called init_std") as warned:
         short = LoraXSConfig(rank=3, alpha=6, dropout=0.1, sigma=0.2, seed=5, n_iter=2, oversample=7, dtype=dtype)
-    assert warned[0].filename == __file__
+    assert [each.filename for each in warned] == [__file__]
     fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
     assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
     assert LoraXSConfig(lora_dropout=0.1).loraxs_dropout == 0.1
@@ -1839,13 +1842,20 @@ FIELDS = {  # what it may be, and what not
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_a_field_may_be(name):
+def test_what_a_field_may_be(name, monkeypatch):
     around = {"target_modules": ["q"], "layers_to_transform": 0 if name == "layers_pattern" else None}
     fits, others = FIELDS[name]
+    if fits is NAMES[0]:
+        assert all(getattr(LoraXSConfig(**{name: kind("qk")}), name) == {"q", "k"} for kind in (list, tuple, set))
     assert all(getattr(LoraXSConfig(**around | {name: value}), name) == value for value in fits)
     for value in others:
         with pytest.raises(ValueError, match=f"^{name}: got .*, must be "):
             LoraXSConfig(**around | {name: value})
+    if name == "bias":
+        monkeypatch.delattr(BaseTuner, "_get_learnable_bias_state_dict", raising=False)
+        assert LoraXSConfig(bias="none").bias == "none"
+        with pytest.raises(ValueError, match=r'bias: got \'all\', must be "none": peft .* would not save biases'):
+            LoraXSConfig(bias="all")
 
 
 @pytest.mark.parametrize(
