@@ -370,7 +370,7 @@ def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
     assert torch.equal(of.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
-def test_saving_needs_nothing_on_the_model(bert, tmp_path):
+def test_saving_needs_nothing_on_the_model(bert, tmp_path, monkeypatch):
     """A temporary model, a copy of the module alone, a part that was adapted, a state dict of before."""
     lx.attach(bert.bert, 2, target_modules=["query"])
     assert not {"save_pretrained", "_hf_peft_config_loaded"} & (bert.__dict__.keys() | bert.bert.__dict__.keys())
@@ -396,6 +396,8 @@ def test_saving_needs_nothing_on_the_model(bert, tmp_path):
         ).save_pretrained(tmp_path / "temporary")
     saved = type(bert).from_pretrained(tmp_path / "copy")
     assert torch.equal(saved.classifier.weight, copied.classifier.weight)
+    patched = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", patched.__wrapped__)  # as before any `attach`
     lx.attach(bert.bert.encoder.layer[0], 2, target_modules=["query"])  # has no save_pretrained of its own
     with pytest.warns(UserWarning, match="random weights") as warned:
         bert.save_pretrained(tmp_path / "part")

@@ -441,12 +441,17 @@ def test_another_tier_than_was_saved_is_refused(tmp_path, tier, recipe):
         config(svd_tier=tier)
 
 
-def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
+def test_checksums_wherever_a_folder_comes_from(trained, tmp_path, monkeypatch):
     (tmp_path / "models--me--mine" / "refs").mkdir(parents=True)
     (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
     hub = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
     trained.save_pretrained(hub)  # as huggingface_hub keeps what it has downloaded
+    trained.save_pretrained(hub / "deep")
     trained.save_pretrained(tmp_path / "outer" / "inner")
+    asked, download = set(), loraxs_peft.config.hf_hub_download
+    monkeypatch.setattr(
+        loraxs_peft.config, "hf_hub_download", lambda repo, name, **how: asked.add(name) or download(repo, name, **how)
+    )
     places = [
         (hub, "me/mine", {"cache_dir": tmp_path}),
         (tmp_path / "outer" / "inner", tmp_path / "outer", {"subfolder": "inner"}),
@@ -456,6 +461,10 @@ def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
         flipped(-9)(folder)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors: is damaged"):
             PeftModel.from_pretrained(llama(), name, **where)
+    assert asked == {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"}
+    flipped(-9)(hub / "deep")
+    with pytest.raises(ValueError, match=r"deep/adapter_model\.safetensors: is damaged"):
+        LoraXSConfig.from_pretrained("me/mine", "deep", cache_dir=tmp_path)
 
 
 def loaded_by(card: str, **where) -> nn.Module:
@@ -526,6 +535,10 @@ def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
     settings.save_pretrained(saved / "alone")
     assert LoraXSConfig.from_pretrained(saved / "alone") == dataclasses.replace(settings)
+    trained.peft_config["default"].task_type = None
+    trained.save_pretrained(saved / "of no task")
+    of_base = json.loads((saved / "of no task" / "adapter_config.json").read_text())["auto_mapping"]
+    assert of_base["base_model_class"] == "LlamaForCausalLM"  # which AutoPeftModel asks for
     with pytest.raises(ValueError, match=r"save_directory: .* is a file"):
         settings.save_pretrained(saved / "adapter_model.safetensors")
 
