@@ -535,6 +535,12 @@ def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
     settings.save_pretrained(saved / "alone")
     assert LoraXSConfig.from_pretrained(saved / "alone") == dataclasses.replace(settings)
+    LoraConfig(r=3).save_pretrained(saved / "of LoRA")
+    assert LoraXSConfig.from_pretrained(saved / "of LoRA").r == 3  # PEFT's classes, too, read any method's
+    for kind in (3, ["LORA"], "LORAYS"):
+        edited(saved / "alone", peft_type=kind)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: peft_type is .*, must be the name of a method of"):
+            LoraXSConfig.from_pretrained(saved / "alone")
     trained.peft_config["default"].task_type = None
     trained.save_pretrained(saved / "of no task")
     of_base = json.loads((saved / "of no task" / "adapter_config.json").read_text())["auto_mapping"]
@@ -545,6 +551,7 @@ def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):
 
 LAST = "base_model.model.model.layers.1.mlp.down_proj"
 UNFIT = {
+    "nothing of ours": (lambda t: t.clear() or t.update(a=torch.ones(1)), r"has no R \(loraxs_R\) of any module"),
     "no R": (lambda t: t.pop(f"{LAST}.loraxs_R"), r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'"),
     "no R nor fingerprint": (
         lambda t: [t.pop(key) for key in list(t) if key.startswith(LAST)],
