@@ -59,6 +59,7 @@ from transformers import (
 import loraxs_kernels as lx
 import loraxs_kernels.route
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.integrations.peft.merging import Unmerged
 from loraxs_kernels.integrations.peft.mixed import alike
 from loraxs_kernels.integrations.peft.samples import MixedCalls
 from loraxs_kernels.matching import classification_head
@@ -1708,6 +1709,22 @@ def test_quantised_base_layers(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(int8(), tmp_path)), y)
     with pytest.raises(TypeError, match="dense 2-dimensional"):
         model.merge_adapter()
+
+
+def test_what_backends_note_beside_a_weight_is_put_back():
+    """As bitsandbytes does on the weight and on `state`; what changes while merged and is not merging's stays."""
+    layer = nn.Linear(2, 2).train()
+    weight, layer.state, layer.mode = layer.weight, SimpleNamespace(SCB=1), "plain"
+    weight.quant_state = "before"
+    unmerged = Unmerged(layer)
+    layer.weight, layer.mode = nn.Parameter(torch.zeros(2, 2)), "merged"
+    weight.quant_state, layer.state.SCB, layer.state.more = "after", None, 2
+    unmerged.note_changes()
+    layer.eval()
+    owner = SimpleNamespace(base_layer=None)
+    unmerged.put_back(owner)
+    assert owner.base_layer is layer and layer.weight is weight and weight.quant_state == "before"
+    assert vars(layer.state) == {"SCB": 1} and layer.mode == "plain" and not layer.training
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes 8 bit", "bitsandbytes 4 bit", "torchao"])
