@@ -58,6 +58,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 import loraxs_kernels.route
+from loraxs_kernels.card import ABOUT
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
 from loraxs_kernels.integrations.peft.merging import Unmerged
 from loraxs_kernels.integrations.peft.mixed import alike
@@ -489,6 +490,11 @@ def test_a_model_card_says_what_it_is_and_how_to_load_it(trained, saved_with_bas
     assert {"lora-xs", "loraxs_kernels", "transformers"} <= {*card.data.tags} and card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-generation" and "Written by me" in card.text and "- PEFT " in card.text
     assert str(card).count("arxiv.org/abs/2405.17604") == str(card).count("```python") == 1
+    beginning = f"# LoRA-XS adapter\n\n{ABOUT}\n\n```python\nimport loraxs_kernels.integrations.peft  # makes"
+    assert (
+        beginning in card.text
+        and "\n```\n\nInstall both packages with `pip install loraxs_kernels peft`.\n" in card.text
+    )
     assert torch.equal(logits(loaded_by(card.text)), logits(trained))
     base = AutoModelForCausalLM.from_pretrained(saved_with_base / "base")
     named = randomise(get_peft_model(base, config(), adapter_name="mine"), "mine").eval()
