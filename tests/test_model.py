@@ -25,7 +25,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
-from loraxs_kernels.matching import match, unwrapped
+from loraxs_kernels.matching import match, targets_for, unwrapped
 from loraxs_kernels.transaction import transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
@@ -138,6 +138,13 @@ def test_matching_is_pefts(bert):
             if isinstance(m, LoraLayer)
         }
         assert {name: (m.rank, m.scaling) for name, m in adapters(ours).items()} == expected, case
+
+
+def test_the_targets_for_some_modules_name_no_others():
+    part = lambda *names: nn.ModuleDict({name: nn.Linear(2, 2) for name in names})  # noqa: E731
+    model = nn.ModuleDict({"a": part("q", "k"), "b": part("q"), "k": nn.Linear(2, 2)})
+    assert targets_for(model, ["b.q", "a.q"]) == ["q"] and targets_for(model, ["b.q"]) == ["b.q"]
+    assert targets_for(model, ["k"]) == "k", "the list would name a.k, too"
 
 
 def test_all_linear_leaves_the_output_embeddings_out(gpt2):
