@@ -89,7 +89,7 @@ def glue(task: str, rank: int, init: str = "svd") -> GlueRow:
             f"loraxs_r: got {rank}; table {number} of the paper has ranks {ranks[0]} to {ranks[-1]} for {like}, init "
             f"{init!r}"
         )
-    nearest = min(ranks, key=lambda r: (abs(r - rank), r))
+    nearest = min(ranks, key=lambda r: abs(r - rank))
     row = {"init": init} | found[nearest]
     notes = []
     if task != like:

@@ -24,7 +24,7 @@ def prepare(model: nn.Module) -> None:
     the model itself, so that copies of it save themselves.
     """
     for module in model.modules():
-        if _is_quantised_for_training(module) and not module._hf_peft_config_loaded:
+        if _is_quantised_for_training(module):
             module._hf_peft_config_loaded = True  # without this mark Trainer refuses to train a quantised model
     modeling = sys.modules.get("transformers.modeling_utils")
     knowing = {"save_pretrained": _knowing_adapters, "resize_token_embeddings": _keeping_adapted_heads}
@@ -46,7 +46,7 @@ def tying(model: nn.Module) -> list[Any]:
     """The configurations by which from_pretrained would tie an adapted head to the input embeddings again."""
     config = getattr(model, "config", None)
     head = embeddings(model, "output")
-    if config is None or not isinstance(head, LoraXSLinear):
+    if not isinstance(head, LoraXSLinear):
         return []
     weight = head.base_layer._parameters.get("weight")
     if sum(each is weight for m in model.modules() for each in m._parameters.values() if each is not None) > 2:

@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TOKEN = "hf_right"
+TOKEN, READS = "hf_right", "hf_reads"  # the second one may write nothing
 
 
 class Hub:
@@ -70,7 +70,8 @@ def _handler(hub: Hub):
             data = self.rfile.read(int(self.headers["Content-Length"]))
             hub.requests.append(f"POST {self.path}")
             if self.path != "/api/validate-yaml" and self.token() != TOKEN:
-                return self.send(401, b'{"error": "Invalid username or password."}')
+                status = 403 if self.token() == READS else 401
+                return self.send(status, b'{"error": "Invalid username or password."}')
             status, answer = self.answer(data)
             self.send(status, json.dumps(answer).encode(), Content_Type="application/json")
 
@@ -88,8 +89,9 @@ def _handler(hub: Hub):
                 return (409 if known else 200), {"url": address, "name": repo, "id": "0", "error": "exists"}
             repo, what, branch = re.fullmatch(r"/api/models/(.+?/.+?)/(\w+)/(.+)", self.path).groups()
             if what == "branch":
+                known = branch in hub.repos[repo]
                 hub.repos[repo].setdefault(branch, dict(hub.repos[repo]["main"]))
-                return 200, {}
+                return (409 if known else 200), {}
             if what == "preupload":
                 names = [each["path"] for each in json.loads(data)["files"]]
                 return 200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}

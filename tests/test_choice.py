@@ -97,6 +97,9 @@ def test_kernels_that_changed_or_cannot_run_lose_their_rows(table, monkeypatch):
     table(MEASURED._replace(kernels="of another version"))
     assert pick(*CALL) == "torch"
     table(MEASURED)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.triton, "interpreted", lambda: True)  # by which no GPU is used
+        assert pick(*CALL) == "torch"
     monkeypatch.setattr(backends, "unavailable", lambda name: "no compiler")
     tuned.forget()
     assert pick(*CALL) == "torch"

@@ -9,6 +9,7 @@ import signal
 import stat
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,15 @@ def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
         target_of(tmp_path / "new" / "c", "out")
 
 
-def test_names_may_be_as_long_as_names_can_be(tmp_path):
-    path = tmp_path / ("n" * 255)
-    write_atomically(path, b"data")
-    assert path.read_bytes() == b"data" and os.listdir(tmp_path) == [path.name]
+def test_names_may_be_as_long_as_names_can_be_and_in_folders_that_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("n" * 255, "~name", "new/a", "new/~/a"):
+        write_atomically(name, b"data")
+        assert Path(name).read_bytes() == b"data"
+    assert {*os.listdir(tmp_path)} == {"n" * 255, "~name", "new"} and {*os.listdir("new")} == {"a", "~"}
+    os.mkdir("~")
+    write_atomically("~/a", b"data")  # a folder that is there is meant
+    assert os.listdir("~") == ["a"]
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -160,17 +166,22 @@ def test_any_number_of_processes_may_write_a_file(tmp_path):
         each.close()
 
 
-def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch):
-    fsync = os.fsync
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_is_no_error_once_the_file_is_there(tmp_path, monkeypatch, code):
+    fsync, folders = os.fsync, []
 
     def of_files_alone(fd: int) -> None:
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            folders.append(fd)
+            raise OSError(code, os.strerror(code))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", of_files_alone)
-    write_atomically(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"new"
+    with nullcontext() if code == errno.EINVAL else pytest.raises(OSError, match=f"'{tmp_path / 'a'}'"):  # a bad disk
+        write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and len(folders) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(folders[0])
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff{}", b'{"a":' * 20000, b"[" + b"9" * 5000 + b"]", b"null"])

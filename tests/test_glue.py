@@ -95,6 +95,8 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
     found, told = shown(example, capsys, "--task", "qqp", "--loraxs_r", "16")
     assert (found["learning_rate"], found["classifier_learning_rate"], found["num_train_epochs"]) == (1e-3, 1e-3, 10)
     assert told == "The paper has no row for qqp: taking QNLI's rates and 10 epochs.\n"
+    row = paper.glue("qqp", 14)
+    assert (row.task, row.init, row.rank) == ("qqp", "svd", 12) and " for qnli: taking its row for r = 12." in row.note
     found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "5")
     assert (found["warmup_steps"], found["warmup_ratio"]) == (5, 0.0)
     found, _ = shown(example, capsys, "--task", "cola", "--warmup_steps", "0")
@@ -102,6 +104,8 @@ def test_the_recipe_is_what_the_command_line_makes_of_it(example, capsys, tmp_pa
 
 
 def test_what_the_tables_lack_needs_all_three_values(example, capsys):
+    with pytest.raises(ValueError, match="init: got 'given', must be 'svd' or 'random'"):
+        paper.glue("cola", 4, "given")
     for arguments, words in (
         (["--task", "cola", "--loraxs_r", "32"], "loraxs_r: got 32; table 4 .* has ranks 4 to 25 for cola"),
         (["--task", "cola", "--loraxs_r", "3", *SHORT[:4]], "loraxs_r: got 3; table 4"),

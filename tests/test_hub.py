@@ -17,7 +17,7 @@ from test_adapter_file import mlp
 from torch import nn
 
 import loraxs_kernels as lx
-from loraxs_kernels.card import is_as_written
+from loraxs_kernels.card import ABOUT, is_as_written
 from loraxs_kernels.hub import download
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -58,21 +58,46 @@ def test_a_folder_gets_the_adapter_and_a_card(trained, tmp_path, made):
     assert (folder / "adapter.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
 
 
-def test_a_card_says_what_the_adapter_is(trained, tmp_path):
-    lx.save_adapter(trained, f"{tmp_path}/out/")
-    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.tags == ["lora-xs", "loraxs_kernels"] and card.data.library_name == "loraxs_kernels"
-    assert "base_model" not in card.data.to_dict()
-    for row in (
-        "| adapted modules | 2: 1 0, 1 2 |",
-        "| rank r | 4 |",
-        "| scaling s = alpha / r | 2 |",
-        "| parameters in R | 32 |",
-        "| trained whole | 3 (105 numbers) |",
-        f"| written by | loraxs_kernels {lx.__version__} |",
-        "arxiv.org/abs/2405.17604",
-    ):
-        assert row in card.text
+CARD = f"""---
+library_name: loraxs_kernels
+tags:
+- lora-xs
+- loraxs_kernels
+---
+
+# LoRA-XS adapter
+
+{ABOUT}
+
+| | |
+|---|---|
+| base model | not known |
+| adapted modules | 2: 1 0, 1 2 |
+| rank r | 3, 4 |
+| scaling s = alpha / r | 2, 2.66667 |
+| A and B | svd |
+| parameters in R | 25 |
+| trained whole | 1 (0 numbers), 3 (105 numbers) |
+| written by | loraxs_kernels {lx.__version__} |
+
+## Load it
+
+```python
+import loraxs_kernels as lx
+
+model = ...  # the base model that the adapter was trained on
+lx.load_adapter(model, OUT)
+```
+
+Install the library with `pip install loraxs_kernels`.
+"""
+
+
+def test_a_card_says_what_the_adapter_is(tmp_path):
+    model = lx.attach(mlp(), 4, rank_pattern={"2": 3}, alpha=8, target_modules=["0", "2"], modules_to_save=["1", "3"])
+    lx.save_adapter(model, f"{tmp_path}/out/")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.rpartition("<!--")[0] == CARD.replace("OUT", '"out"') and is_as_written(tmp_path / "out" / "README.md")
 
 
 @pytest.mark.parametrize("name", ["bert/base", "/home/somebody/bert", ""])
@@ -87,6 +112,8 @@ def test_the_code_of_a_card_works_and_only_a_base_model_of_the_hub_is_named_in_f
     lx.save_adapter(model, "out/")
     text = Path("out/README.md").read_text()
     assert ('\nbase_model: "bert/base"\n' in text) == (name == "bert/base")
+    shown = {"bert/base": "[bert/base](https://huggingface.co/bert/base)", "": "not known"}.get(name, name)
+    assert f"| base model | {shown} |\n" in text and f"\n# LoRA-XS adapter{f' for {name}' if name else ''}\n" in text
     code = re.search(r"```python\n(.*)```", text, re.DOTALL)[1]
     asked = {}
 
@@ -164,7 +191,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trained):
 
 def test_a_branch_of_a_private_repository(hub, trained):
     options = dict(private=True, token=hubstub.TOKEN, revision="v2", commit_message="Second")
-    lx.push_to_hub(trained, "user/name", **options)
+    for _ in range(2):
+        lx.push_to_hub(trained, "user/name", **options)
     assert hub.private == {"user/name"} and hub.message == "Second"
     assert hub.repos["user/name"]["v2"].keys() == {"adapter.safetensors", "README.md"}
     assert not hub.repos["user/name"]["main"]
@@ -242,6 +270,8 @@ def test_without_a_network_the_cache_serves_and_else_one_error_comes_soon(hub, t
 def test_the_hub_refuses_a_wrong_token(hub, trained):
     with pytest.raises((PermissionError, FileNotFoundError), match=r"^user/name: .*log in \(hf auth login\) or pass"):
         lx.push_to_hub(trained, "user/name", token="hf_wrong")
+    with pytest.raises(PermissionError, match=r"^user/name: the Hub refuses; log in .* must allow what you do"):
+        lx.push_to_hub(trained, "user/name", token=hubstub.READS)
     assert not hub.repos
 
 

@@ -292,9 +292,10 @@ def test_another_basis_is_not_resumed(whole, tmp_path):
         (fewer, ValueError, "an adapter for 'model.layers.0.self_attn.v_proj', which has none here"),
         (attached(alpha=32), lx.AdapterMismatch, r"alpha of module '.*' is 32, must be 4, with which its R"),
     ]:
-        before = trained(model)
+        before, trainer = trained(model), trainer_of(model, tmp_path, callbacks=[])
+        LoraXSCallback().add_to(trainer)
         with pytest.raises(error, match=message):
-            trainer_of(model, tmp_path).train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+            trainer.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
         assert same(trained(model), before)
 
 
@@ -454,6 +455,7 @@ def test_gradients_pass_checkpointed_layers(tmp_path, how):
     ends = []
     for options in ({}, dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=how)):
         model = attached(llama(dropout=0.0), dropout=0.0)
+        model.main_input_name = "pixel_values"  # or transformers 5 itself lets the embeddings' output require grad
         trainer_of(model, tmp_path, max_steps=2, **options).train()
         ends.append(trained(model))
     assert same(*ends)
@@ -514,6 +516,13 @@ def test_refuses_before_it_trains(tmp_path):
         model.lm_head.requires_grad_(True)
         with pytest.raises(ValueError, match=message):
             trainer_of(model, tmp_path).train()
+    args = types.SimpleNamespace(output_dir=str(tmp_path), save_safetensors=False)  # which transformers 4 has
+    with pytest.raises(ValueError, match="args: got save_safetensors=False, must be True"):
+        LoraXSCallback().on_train_begin(args, None, None, model=attached())
+    sharded = attached()
+    sharded.model.layers[1].mlp.up_proj.R.ds_id = 0  # as of DeepSpeed's ZeRO-3
+    with pytest.raises(ValueError, match=r"R of module 'model\.layers\.1\.mlp\.up_proj' is sharded, must be whole"):
+        trainer_of(sharded, tmp_path).train()
     model = attached()
     model.model.norm.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"1 parameters train, the first 'model.norm.weight', that no adapter file"):
@@ -549,9 +558,9 @@ def test_a_reference_without_the_models_adapters_is_refused(tmp_path):
     file = tmp_path / "adapter.safetensors"
     lx.save_adapter(attached(init_std=0.3), file)
 
-    def add(model: nn.Module, reference: nn.Module | None) -> None:
+    def add(model: nn.Module, reference: nn.Module | None, steps: int = 0) -> None:
         trainer = trainer_of(model, tmp_path, callbacks=[])
-        trainer.ref_model = reference
+        trainer.ref_model, trainer.state.global_step = reference, steps
         LoraXSCallback().add_to(trainer)
 
     with pytest.raises(
@@ -561,6 +570,7 @@ def test_a_reference_without_the_models_adapters_is_refused(tmp_path):
     add(lx.load_adapter(llama(), file), lx.load_adapter(llama(), file))
     add(lx.load_adapter(llama(), file), lx.detach(lx.load_adapter(llama(), file), merge=True))
     add(lx.load_adapter(llama(), file), None)
+    add(lx.load_adapter(llama(), file), llama(), steps=1)  # it has trained: what it started from is not known here
     add(attached(), llama())  # a new adapter: the base is where it starts
 
 

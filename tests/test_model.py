@@ -25,7 +25,7 @@ from transformers import (
 
 import loraxs_kernels as lx
 from loraxs_kernels import LoraXSLinear
-from loraxs_kernels.matching import match, unwrapped
+from loraxs_kernels.matching import match, targets_for, unwrapped
 from loraxs_kernels.transaction import transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save. the head .classifier. of this:UserWarning")
@@ -138,6 +138,13 @@ def test_matching_is_pefts(bert):
             if isinstance(m, LoraLayer)
         }
         assert {name: (m.rank, m.scaling) for name, m in adapters(ours).items()} == expected, case
+
+
+def test_the_targets_for_some_modules_name_no_others():
+    part = lambda *names: nn.ModuleDict({name: nn.Linear(2, 2) for name in names})  # noqa: E731
+    model = nn.ModuleDict({"a": part("q", "k"), "b": part("q"), "k": nn.Linear(2, 2)})
+    assert targets_for(model, ["b.q", "a.q"]) == ["q"] and targets_for(model, ["b.q"]) == ["b.q"]
+    assert targets_for(model, ["k"]) == "k", "the list would name a.k, too"
 
 
 def test_all_linear_leaves_the_output_embeddings_out(gpt2):
@@ -370,7 +377,7 @@ def test_a_merged_head_is_not_tied_to_the_embeddings_again(kind, way, tmp_path):
     assert torch.equal(of.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
-def test_saving_needs_nothing_on_the_model(bert, tmp_path):
+def test_saving_needs_nothing_on_the_model(bert, tmp_path, monkeypatch):
     """A temporary model, a copy of the module alone, a part that was adapted, a state dict of before."""
     lx.attach(bert.bert, 2, target_modules=["query"])
     assert not {"save_pretrained", "_hf_peft_config_loaded"} & (bert.__dict__.keys() | bert.bert.__dict__.keys())
@@ -396,6 +403,8 @@ def test_saving_needs_nothing_on_the_model(bert, tmp_path):
         ).save_pretrained(tmp_path / "temporary")
     saved = type(bert).from_pretrained(tmp_path / "copy")
     assert torch.equal(saved.classifier.weight, copied.classifier.weight)
+    patched = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", patched.__wrapped__)  # as before any `attach`
     lx.attach(bert.bert.encoder.layer[0], 2, target_modules=["query"])  # has no save_pretrained of its own
     with pytest.warns(UserWarning, match="random weights") as warned:
         bert.save_pretrained(tmp_path / "part")

@@ -58,7 +58,9 @@ from transformers import (
 
 import loraxs_kernels as lx
 import loraxs_kernels.route
+from loraxs_kernels.card import ABOUT
 from loraxs_kernels.integrations import peft as loraxs_peft  # skips nothing: peft is a requirement of the tests
+from loraxs_kernels.integrations.peft.merging import Unmerged
 from loraxs_kernels.integrations.peft.mixed import alike
 from loraxs_kernels.integrations.peft.samples import MixedCalls
 from loraxs_kernels.matching import classification_head
@@ -401,6 +403,9 @@ def test_a_folder_of_an_earlier_version_loads_and_its_tier_is_dropped(tmp_path):
         model = PeftModel.from_pretrained(mlp(), TIER)
         settings = PeftConfig.from_pretrained(TIER)  # which asks for the class alone, as transformers does
     assert settings.svd_recipe == model.peft_config["default"].svd_recipe
+    other = {"method": "subspace", "block": 8, "n_iter": 2, "tier": "standard"}  # a name of then
+    there = LoraXSConfig(peft_type="LORAXS", svd_tier="standard", svd_recipe={"4 32x32": other})
+    assert there.svd_recipe == {"4 32x32": {"method": "chebyshev", "block": 8, "n_iter": 2}}
     R = load_file(TIER / "adapter_model.safetensors")["base_model.model.0.loraxs_R"]
     assert torch.equal(model.base_model.model[0].loraxs_R["default"], R)
     model.save_pretrained(tmp_path / "new")
@@ -438,12 +443,17 @@ def test_another_tier_than_was_saved_is_refused(tmp_path, tier, recipe):
         config(svd_tier=tier)
 
 
-def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
+def test_checksums_wherever_a_folder_comes_from(trained, tmp_path, monkeypatch):
     (tmp_path / "models--me--mine" / "refs").mkdir(parents=True)
     (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
     hub = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
     trained.save_pretrained(hub)  # as huggingface_hub keeps what it has downloaded
+    trained.save_pretrained(hub / "deep")
     trained.save_pretrained(tmp_path / "outer" / "inner")
+    asked, download = set(), loraxs_peft.config.hf_hub_download
+    monkeypatch.setattr(
+        loraxs_peft.config, "hf_hub_download", lambda repo, name, **how: asked.add(name) or download(repo, name, **how)
+    )
     places = [
         (hub, "me/mine", {"cache_dir": tmp_path}),
         (tmp_path / "outer" / "inner", tmp_path / "outer", {"subfolder": "inner"}),
@@ -453,6 +463,10 @@ def test_checksums_wherever_a_folder_comes_from(trained, tmp_path):
         flipped(-9)(folder)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors: is damaged"):
             PeftModel.from_pretrained(llama(), name, **where)
+    assert asked == {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"}
+    flipped(-9)(hub / "deep")
+    with pytest.raises(ValueError, match=r"deep/adapter_model\.safetensors: is damaged"):
+        LoraXSConfig.from_pretrained("me/mine", "deep", cache_dir=tmp_path)
 
 
 def loaded_by(card: str, **where) -> nn.Module:
@@ -476,6 +490,11 @@ def test_a_model_card_says_what_it_is_and_how_to_load_it(trained, saved_with_bas
     assert {"lora-xs", "loraxs_kernels", "transformers"} <= {*card.data.tags} and card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-generation" and "Written by me" in card.text and "- PEFT " in card.text
     assert str(card).count("arxiv.org/abs/2405.17604") == str(card).count("```python") == 1
+    beginning = f"# LoRA-XS adapter\n\n{ABOUT}\n\n```python\nimport loraxs_kernels.integrations.peft  # makes"
+    assert (
+        beginning in card.text
+        and "\n```\n\nInstall both packages with `pip install loraxs_kernels peft`.\n" in card.text
+    )
     assert torch.equal(logits(loaded_by(card.text)), logits(trained))
     base = AutoModelForCausalLM.from_pretrained(saved_with_base / "base")
     named = randomise(get_peft_model(base, config(), adapter_name="mine"), "mine").eval()
@@ -523,12 +542,23 @@ def test_a_config_saved_by_itself_says_nothing_of_weights(trained, saved):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), logits(trained))
     settings.save_pretrained(saved / "alone")
     assert LoraXSConfig.from_pretrained(saved / "alone") == dataclasses.replace(settings)
+    LoraConfig(r=3).save_pretrained(saved / "of LoRA")
+    assert LoraXSConfig.from_pretrained(saved / "of LoRA").r == 3  # PEFT's classes, too, read any method's
+    for kind in (3, ["LORA"], "LORAYS"):
+        edited(saved / "alone", peft_type=kind)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: peft_type is .*, must be the name of a method of"):
+            LoraXSConfig.from_pretrained(saved / "alone")
+    trained.peft_config["default"].task_type = None
+    trained.save_pretrained(saved / "of no task")
+    of_base = json.loads((saved / "of no task" / "adapter_config.json").read_text())["auto_mapping"]
+    assert of_base["base_model_class"] == "LlamaForCausalLM"  # which AutoPeftModel asks for
     with pytest.raises(ValueError, match=r"save_directory: .* is a file"):
         settings.save_pretrained(saved / "adapter_model.safetensors")
 
 
 LAST = "base_model.model.model.layers.1.mlp.down_proj"
 UNFIT = {
+    "nothing of ours": (lambda t: t.clear() or t.update(a=torch.ones(1)), r"has no R \(loraxs_R\) of any module"),
     "no R": (lambda t: t.pop(f"{LAST}.loraxs_R"), r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'"),
     "no R nor fingerprint": (
         lambda t: [t.pop(key) for key in list(t) if key.startswith(LAST)],
@@ -722,7 +752,7 @@ def test_an_R_that_is_not_finite_is_refused(trained, tmp_path):
 def test_names_of_attach_mean_the_same(dtype, tmp_path):
     with pytest.warns(FutureWarning, match="sigma is now called init_std") as warned:
         short = LoraXSConfig(rank=3, alpha=6, dropout=0.1, sigma=0.2, seed=5, n_iter=2, oversample=7, dtype=dtype)
-    assert warned[0].filename == __file__
+    assert [each.filename for each in warned] == [__file__]
     fields = dict(r=3, lora_alpha=6, loraxs_dropout=0.1, init_std=0.2, svd_seed=5, svd_n_iter=2, svd_oversample=7)
     assert short == LoraXSConfig(**fields, dtype="bfloat16", target_modules="all-linear")
     assert LoraXSConfig(lora_dropout=0.1).loraxs_dropout == 0.1
@@ -1687,6 +1717,22 @@ def test_quantised_base_layers(tmp_path):
         model.merge_adapter()
 
 
+def test_what_backends_note_beside_a_weight_is_put_back():
+    """As bitsandbytes does on the weight and on `state`; what changes while merged and is not merging's stays."""
+    layer = nn.Linear(2, 2).train()
+    weight, layer.state, layer.mode = layer.weight, SimpleNamespace(SCB=1), "plain"
+    weight.quant_state = "before"
+    unmerged = Unmerged(layer)
+    layer.weight, layer.mode = nn.Parameter(torch.zeros(2, 2)), "merged"
+    weight.quant_state, layer.state.SCB, layer.state.more = "after", None, 2
+    unmerged.note_changes()
+    layer.eval()
+    owner = SimpleNamespace(base_layer=None)
+    unmerged.put_back(owner)
+    assert owner.base_layer is layer and layer.weight is weight and weight.quant_state == "before"
+    assert vars(layer.state) == {"SCB": 1} and layer.mode == "plain" and not layer.training
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes 8 bit", "bitsandbytes 4 bit", "torchao"])
 def test_merging_into_quantised_layers(kind, tmp_path, monkeypatch):
     if loraxs_peft.tuner.quantization_utils is None:
@@ -1807,25 +1853,66 @@ def test_a_failed_injection_leaves_the_model_as_it_was(second):
     assert snapshot(model) == before
 
 
+NAMES = ([None, {"q"}, r".*\.q"], [3, ["q", 3], ["q", None], "(", "x{99999999999}", "(" * 999, b"q"])
+RECIPE = {"method": "chebyshev", "block": 8, "n_iter": 2}
+FIELDS = {  # what it may be, and what not
+    "r": ([1, 65536], [0, 65537, 4.0, "4", True, None]),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "lora_alpha": ([None, 2, -1.5, 0], ["2", float("inf")]),
+    "rank_pattern": ([None, {}, {"q": 1, ".*k": 65536}], [["q"], {"q": 0}, {"q": 65537}, {"(": 3}, {3: 3}, "q"]),
+    "alpha_pattern": ([None, {"q": None, "k": 2.5}], [{"q": "2"}, {"q": float("nan")}, {"(": 2}, ["q"]]),
+    "layers_to_transform": (
+        [None, 0, [0, -(2**31)], (2**31,), {1}],
+        ["0", 0.5, [0, "x"], 2**31 + 1, -(2**31) - 1],
+    ),
+    "layers_pattern": ([None, "h", ["h"], ("h", "layers")], [3, [3]]),
+    "modules_to_save": ([None, [], ["head"]], ["head", [1]]),
+    "bias": (["none", "all", "loraxs_only"], ["lora_only", None]),
+    "init": (["svd", "random"], ["pissa", None]),
+    "svd_oversample": ([None, 0, 65536], [-1, 65537, 2.5]),
+    "svd_recipe": (
+        [{}, {"4 32x32": RECIPE}],
+        [None, [RECIPE], {"4 32x32": 3}, {"4 32x32": RECIPE | {"n_iter": -1}}, {"4 32x32": RECIPE | {"seed": 0}}],
+    ),
+    "dtype": ([None, "bfloat16", "float16", "float32"], ["float64", "int8", 16]),
+    "save_factors": ([True, False], [None, "yes"]),
+    "check_fingerprint": ([True, False], [None, "yes"]),
+    "inference_mode": ([True, False, None], ["yes", 2]),
+    "base_model_name_or_path": ([None, "name"], [3, ["name"]]),
+    "sha256": ([{}], [None, [], "0"]),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_a_field_may_be(name, monkeypatch):
+    around = {"target_modules": ["q"], "layers_to_transform": 0 if name == "layers_pattern" else None}
+    fits, others = FIELDS[name]
+    if fits is NAMES[0]:
+        assert all(getattr(LoraXSConfig(**{name: kind("qk")}), name) == {"q", "k"} for kind in (list, tuple, set))
+    assert all(getattr(LoraXSConfig(**around | {name: value}), name) == value for value in fits)
+    for value in others:
+        with pytest.raises(ValueError, match=f"^{name}: got .*, must be "):
+            LoraXSConfig(**around | {name: value})
+    if name == "bias":
+        monkeypatch.delattr(BaseTuner, "_get_learnable_bias_state_dict", raising=False)
+        assert LoraXSConfig(bias="none").bias == "none"
+        with pytest.raises(ValueError, match=r'bias: got \'all\', must be "none": peft .* would not save biases'):
+            LoraXSConfig(bias="all")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(r=0), ValueError, "r: got 0"),
-        (dict(init="pissa"), ValueError, "init: got 'pissa'"),
-        (dict(svd_oversample=-1), ValueError, "svd_oversample: got -1"),
         (dict(rank=8), ValueError, "rank: got 8 beside r=4, must be one of the two"),
         (dict(oversample="x"), ValueError, "svd_oversample: got 'x'"),
-        (dict(bias="lora_only"), ValueError, "bias: got 'lora_only'"),
-        (dict(dtype="int8"), ValueError, "dtype: got 'int8'"),
         (dict(lora_alpha=float("nan")), ValueError, "lora_alpha: got nan, must be a finite number or None"),
         (dict(lora_alpha=10**400), ValueError, "lora_alpha: got 1000"),
         (dict(rank_pattern=["q_proj"]), ValueError, "rank_pattern: got .*, must be {regular expression"),
-        (dict(rank_pattern={"(": 3}), ValueError, "rank_pattern: got"),
         (dict(svd_recipe={"4 32x32": {"n_iter": 10**6}}), ValueError, "svd_recipe: got"),
         (dict(svd_n_iter=10**6), ValueError, "svd_n_iter: got 1000000, must be an integer from 0 to 1000, or None"),
         (dict(svd_seed=1.5), ValueError, "svd_seed: got 1.5, must be an integer of at most 128 bits"),
         (dict(loraxs_dropout="x"), ValueError, "loraxs_dropout: got 'x'"),
-        (dict(modules_to_save="lm_head"), ValueError, "modules_to_save: got 'lm_head', must be a list of names"),
         (dict(layers_pattern="layers"), ValueError, "layers_pattern"),
         (dict(layers_to_transform=[0]), ValueError, "layers_to_transform: cannot be combined .* pass a list"),
         (dict(r=33), ValueError, "rank: got 33 for module 'model.layers.0.self_attn.q_proj'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -208,20 +210,40 @@ def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, n
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: now.__setitem__(0, value))
     now = ["high"]
 
-    def precision() -> list[str]:
-        return [each.fp32_precision for each in settings.values()] if newer else now
+    of_sums = torch.backends.cuda.matmul
+    if hasattr(of_sums, "allow_fp16_accumulation"):  # torch 2.7
+        request.addfinalizer(lambda: setattr(of_sums, "allow_fp16_accumulation", False))
+        of_sums.allow_fp16_accumulation = True
+
+    def settings_now() -> list:
+        fp32 = [each.fp32_precision for each in settings.values()] if newer else now
+        return [*fp32, getattr(of_sums, "allow_fp16_accumulation", False)]
 
     if newer:
         settings["cuda"].fp32_precision, settings["cpu"].fp32_precision = "tf32", "bf16"
-    users = list(precision())
-    first, second = exact_matmul.exact_matmul(), exact_matmul.exact_matmul()
+    users, exact = settings_now(), [*(["ieee", "ieee"] if newer else ["highest"]), False]
+    first, second, third = (exact_matmul.exact_matmul() for _ in range(3))
     first.__enter__()
-    exact = list(precision())
+    assert settings_now() == exact
     second.__enter__()
     first.__exit__(None, None, None)
-    assert precision() == exact != users
+    assert settings_now() == exact
     second.__exit__(None, None, None)
-    assert precision() == users
+    assert settings_now() == users
+    torch.set_autocast_enabled("cuda", True)
+    third.__enter__()
+    assert not torch.is_autocast_enabled("cuda")
+    if hasattr(os, "fork"):
+        with ThreadPoolExecutor(1) as other:
+            other.submit(exact_matmul._exact_lock.acquire).result()
+            if not (child := os.fork()):  # where neither the block nor the other thread goes on
+                free = exact_matmul._exact_lock.acquire(blocking=False)
+                os._exit(not free or settings_now() != users or len(exact_matmul._exact))
+            other.submit(exact_matmul._exact_lock.release).result()
+        assert os.waitpid(child, 0)[1] == 0
+    third.__exit__(None, None, None)
+    assert settings_now() == users and torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", False)
 
 
 def test_ctrl_c_at_any_line_gives_the_users_settings_back(fp32_precision):

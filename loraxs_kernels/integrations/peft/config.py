@@ -18,6 +18,7 @@ import peft
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
@@ -312,11 +313,11 @@ class LoraXSConfig(PeftConfig):
                     there = hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **options)
                     file = Path(there).with_name(CONFIG_NAME)
         said = read_json(file.read_bytes(), str(file)) if file.is_file() else {}
-        if not isinstance(kind := said.get("peft_type", "LORAXS"), str):
-            raise ValueError(f"{file}: peft_type is {kind!r}, must be a name such as 'LORAXS'")
+        if not (isinstance(kind := said.get("peft_type", "LORAXS"), str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING):
+            raise ValueError(f"{file}: peft_type is {kind!r}, must be the name of a method of PEFT's, such as 'LORAXS'")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from error
         if not isinstance(config, cls):
             return config
