@@ -72,6 +72,8 @@ class Selection(AbstractContextManager):
 
     def open(self, nested: bool) -> Selection:
         """nested: whether another selection may be open in this thread."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, nested)
         if self.entered:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
         self.task, self.thread = torch._C._current_graph_task_id(), threading.get_ident()
@@ -181,6 +183,10 @@ class Selection(AbstractContextManager):
             yield
         finally:
             self.batch, self.factor, self.counted = before
+
+
+# Dynamo would trace how adapters are read, inside a compiled model that is called with names.
+_uncompiled = torch._disable_dynamo(Selection.open)
 
 
 def _adapters(names: Iterable[str | None]) -> list[str]:
