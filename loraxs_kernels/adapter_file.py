@@ -23,7 +23,7 @@ from .adapter_contents import HAS_BANK, as_given, packed_adapter, whole_R
 from .adapter_format import NUMBERS, read
 from .basis import ACCEPT, ALIGNED, is_flat, same_base, singular_values
 from .factors import WORKSPACE, WORKSPACE_IN_BYTES, compute_options
-from .files import SEPARATORS, check_replaces, is_finite, target_of, write_atomically
+from .files import SEPARATORS, check_replaces, is_finite, named, target_of, write_atomically
 from .hub import FILE, Token, local_file, upload
 from .linear import LoraXSLinear, makers_of_R
 from .matching import adapted_layers, base_name, by_base_name, has_adapters, is_inside, saved_modules, unwrapped
@@ -70,6 +70,7 @@ def save_adapter(
     were rounded since A and B were made (fp32 moved to bf16, even if moved back): the file then loads only into a model
     whose weights are as they were before.
     """
+    named(path, "path", "an adapter")
     folder = Path(path) if os.path.isdir(path) or os.fspath(path).endswith(SEPARATORS) else None
     check_replaces(path if folder is None else folder / FILE, "loraxs", "LoRA-XS adapter")
     if folder is None:

@@ -135,7 +135,7 @@ class Basis:
 
 def read_basis(path: str | os.PathLike) -> Basis:
     """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is damaged or no basis file."""
-    path = Path(path)
+    path = named(path, "basis", "a basis file")
     header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
     left, modules = set(f.keys()), {}
     for name, numbers, recipe in modules_in(header, "recipe", ["rank"], path):

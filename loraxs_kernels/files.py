@@ -86,7 +86,9 @@ def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def named(path: str | os.PathLike, argument: str, what: str) -> Path:
-    """A path as a Path; ValueError for '', which Path takes for the current folder."""
+    """A path as a Path; TypeError for what is none, ValueError for '', which Path takes for the current folder."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument}: got a {type(path).__name__}, must be the path of {what}")
     if not os.fspath(path):
         raise ValueError(f"{argument}: got '', must be the path of {what}")
     return Path(path)
@@ -95,9 +97,10 @@ def named(path: str | os.PathLike, argument: str, what: str) -> Path:
 def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
     """The file that a path, or the link there, names.
 
-    Raises ValueError, naming the argument, where no file can be written, PermissionError where one that may not be is,
-    or where the folder may not be written.
+    Raises TypeError or ValueError, naming the argument, where no file can be written, PermissionError where one is
+    that may not be written, or a folder that may not.
     """
+    named(path, argument, "a file")
     try:
         target = Path(os.path.realpath(path))
         str(target).encode()
@@ -107,7 +110,7 @@ def target_of(path: str | os.PathLike, argument: str = "path") -> Path:
         ) from None
     if target.is_symlink():
         raise ValueError(f"{argument}: {path} is a link to itself, must be the name of a file")
-    if not os.fspath(path) or os.fspath(path).endswith(SEPARATORS):
+    if os.fspath(path).endswith(SEPARATORS):
         raise ValueError(f"{argument}: got {str(path)!r}, must be the name of a file")
     parts = Path(path).parts
     if len(parts) > 1 and parts[0].startswith("~") and not os.path.exists(parts[0]):

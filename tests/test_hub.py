@@ -170,6 +170,11 @@ def test_a_folder_without_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"it is an adapter of PEFT"):
         lx.load_adapter(mlp(), tmp_path)
+    for call in (lx.load_adapter, lx.save_adapter):
+        with pytest.raises(TypeError, match="path: got a NoneType, must be the path of an adapter"):
+            call(mlp(), None)
+    with pytest.raises(TypeError, match="basis: got a int, must be the path of a basis file"):
+        lx.attach(mlp(), 2, basis=3)
     with pytest.raises(ValueError, match="path: got '', must be the path of an adapter"):
         lx.load_adapter(mlp(), "")
 

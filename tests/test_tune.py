@@ -402,7 +402,7 @@ def test_the_layers_of_peft_are_measured_too():
         (dict(rank=4, dtype=BF16, budget=-1), ValueError, "budget: got -1, must be a number of seconds above 0"),
         (dict(rank=4, dtype=BF16, tokens=0), BenchError, "tokens: got 0"),
         (dict(rank=4, dtype=BF16, tokens=[16, 2.5]), TypeError, "tokens: got .*, must be an integer, several of them"),
-        (dict(rank=4, dtype=BF16, path=""), TypeError, "path: got '', must be the path of a file, or None"),
+        (dict(rank=4, dtype=BF16, path=3), TypeError, "path: got a int, must be the path of a file, or None"),
         (dict(rank=4, dtype=BF16, budget="long"), ValueError, "budget: got 'long', must be a number of seconds"),
     ],
 )

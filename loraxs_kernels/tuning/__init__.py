@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..files import named
 from ..naming import as_dtype
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def tune(
     def work(step: Callable[[], None]) -> Table:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, must be an nn.Module")
-        if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
-            raise TypeError(f"path: got {path!r}, must be the path of a file, or None")
+        file = None if path is None else named(path, "path", "a file, or None")
         rows_of_x = _integers("tokens", tokens)
         found = of_model(model, _integers("rank", rank))
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or found.dtype)
@@ -81,7 +80,7 @@ def tune(
                 f"dtype: got {found.dtype}, that of the layers, must be torch.bfloat16 or torch.float16: in others "
                 "there is nothing to choose. Name the one that autocast computes in, if it is used"
             )
-        file, weights = path and Path(path), (True, False) if found.dense else (False, True)
+        weights = (True, False) if found.dense else (False, True)
         more = dict(weights=weights, again=again, progress=progress, step=step)
         return run(found.shapes, rows_of_x, name, budget, file, **more)
 
