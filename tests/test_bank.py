@@ -743,7 +743,14 @@ def test_a_trace_in_a_selection_and_an_export_are_refused(tmp_path):
     with serving(plain, tmp_path, ["alice"], 2, target_modules=["0"]) as (_, bank, model):
         with bank.select(["alice", None]), pytest.raises(RuntimeError, match="adapters are selected, which would be"):
             torch.jit.trace(model, x, check_trace=False)
-        for part in (model, model[0]):
+
+        def selecting(x: torch.Tensor) -> torch.Tensor:
+            with bank.select(["alice", None]):
+                return model(x)
+
+        around = nn.ModuleList([model])
+        around.forward = selecting
+        for part in (model, model[0], around):
             with pytest.raises(RuntimeError, match=r"torch\.export: the model has a bank"):
                 torch.export.export(part, (x,), strict=False)
 

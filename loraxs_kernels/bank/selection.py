@@ -72,7 +72,7 @@ class Selection(AbstractContextManager):
 
     def open(self, nested: bool) -> Selection:
         """nested: whether another selection may be open in this thread."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() would be true in `_uncompiled`, too, in an export
             return _uncompiled(self, nested)
         if self.entered:
             raise RuntimeError("select: this selection is open already; make one for each block and thread")
