@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import is_tensor_like
 
 from . import parallel
 from .acceptance import check_resumed
@@ -222,7 +223,7 @@ class LoraXSLinear(PaddedB):
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(x, Tensor):
             x = kwargs.pop("input", None) if x is None else x  # as nn.Linear calls it
-            if not isinstance(x, Tensor):
+            if not is_tensor_like(x):
                 found = "no x" if x is None else f"x of type {type(x).__name__}"
                 raise TypeError(f"{self.label}: got {found}, must be a tensor of shape (..., {self.in_features})")
         return self.own_output(x, args, kwargs) if self.seat is None else self.seat.output(self, x, args, kwargs)

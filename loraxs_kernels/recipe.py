@@ -263,7 +263,7 @@ def check_range(factors: Factors, label: str) -> None:
 def check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
     """TypeError or ValueError for A and B that are not a pair of finite tensors of the shapes of a layer."""
     if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
-        found = ", ".join(str(getattr(t, "dtype", t)) for t in factors)  # not all their numbers
+        found = ", ".join(str(t.dtype) if isinstance(t, Tensor) else type(t).__name__ for t in factors)
         raise TypeError(
             f"init: got ({found}) for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
         )

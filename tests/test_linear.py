@@ -862,7 +862,7 @@ BAD = {
         TypeError,
         r"init: got \(torch.float8_e5m2, torch.float32\) .* pair \(A, B\) of tensors in bf16, fp16, fp32 or fp64",
     ),
-    "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(1, 2\)"),
+    "factors no tensors": (dict(init=(1, 2)), TypeError, r"init: got \(int, int\) for module"),
 }
 
 
@@ -912,6 +912,26 @@ def test_bad_x_is_named():
     for call in (layer, lambda x: forward_together(x, layer, layer)):
         with pytest.raises(TypeError, match=r"module 'a\.b': got x of type list, must be a tensor of shape"):
             call([1.0] * 12)
+
+
+def test_what_torch_takes_for_a_tensor_is_one():
+    """As nn.Linear takes functorch's tensors with first-class dimensions, which are no torch.Tensor."""
+
+    class Like:
+        def __init__(self, held: torch.Tensor) -> None:
+            self.held = held
+
+        def __getattr__(self, name):
+            return getattr(self.held, name)
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return function(*(a.held if isinstance(a, Like) else a for a in args), **kwargs or {})
+
+    layer, x = make(), torch.randn(3, 40)
+    with torch.no_grad():
+        for call in (layer, layer.base_layer, lambda x: forward_together(x, layer, layer)[1]):
+            torch.testing.assert_close(call(Like(x)), call(x))
 
 
 @pytest.mark.parametrize("name", "AB")
