@@ -1888,6 +1888,7 @@ FIELDS = {  # what it may be, and what not
 def test_what_a_field_may_be(name, monkeypatch):
     around = {"target_modules": ["q"], "layers_to_transform": 0 if name == "layers_pattern" else None}
     fits, others = FIELDS[name]
+    monkeypatch.setattr(BaseTuner, "_get_learnable_bias_state_dict", None, raising=False)  # as PEFT 0.21 has
     if fits is NAMES[0]:
         assert all(getattr(LoraXSConfig(**{name: kind("qk")}), name) == {"q", "k"} for kind in (list, tuple, set))
     assert all(getattr(LoraXSConfig(**around | {name: value}), name) == value for value in fits)
