@@ -237,8 +237,11 @@ def test_overlapping_blocks_give_the_users_settings_back(monkeypatch, request, n
         with ThreadPoolExecutor(1) as other:
             other.submit(exact_matmul._exact_lock.acquire).result()
             if not (child := os.fork()):  # where neither the block nor the other thread goes on
-                free = exact_matmul._exact_lock.acquire(blocking=False)
-                os._exit(not free or settings_now() != users or len(exact_matmul._exact))
+                try:
+                    free = exact_matmul._exact_lock.acquire(blocking=False)
+                    os._exit(not free or settings_now() != users or len(exact_matmul._exact))
+                finally:
+                    os._exit(1)  # and never on with pytest
             other.submit(exact_matmul._exact_lock.release).result()
         assert os.waitpid(child, 0)[1] == 0
     third.__exit__(None, None, None)
