@@ -45,8 +45,8 @@ class LoraXSCallback(TrainerCallback):
     merged or sharded (FSDP, ZeRO-3), if an adapter would have no effect because something reads the weight of its layer
     without calling the layer (as TRL's fused lm_head does), or if safetensors are switched off; warns if parameters
     train that an adapter file does not hold, if no R trains, and if an R trains in half precision. When a run is
-    resumed, raises ValueError if the checkpoint has no R for a module, or has one for a module without an adapter, and
-    AdapterMismatch if its R was trained with different A and B or a different alpha.
+    resumed, raises ValueError if the checkpoint has no R for a module, or is the callback's and has one for a module
+    without an adapter, and AdapterMismatch if its R was trained with different A and B or a different alpha.
     """
 
     def __init__(self) -> None:
