@@ -134,7 +134,10 @@ class Basis:
 
 
 def read_basis(path: str | os.PathLike) -> Basis:
-    """Open a basis file.  FileNotFoundError: there is none.  ValueError: it is damaged or no basis file."""
+    """Open a basis file.
+
+    FileNotFoundError: there is none.  ValueError: it is damaged or no basis file.  TypeError: the path is none.
+    """
     path = named(path, "basis", "a basis file")
     header, f = unsealed(path, "loraxs_basis", "LoRA-XS basis; `loraxs init` makes one", "basis")
     left, modules = set(f.keys()), {}

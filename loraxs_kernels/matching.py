@@ -343,7 +343,11 @@ def embeddings(model: nn.Module, which: str) -> nn.Module | None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraXSLinear]]:
-    """Every LoraXSLinear of a model with its base name, in order, each once; ValueError if there are none."""
+    """Every LoraXSLinear of a model with its base name, in order, each once.
+
+    ValueError if there are none, TypeError for what is no module.
+    """
+    unwrapped(model)  # raises
     found = [(base_name(name), m) for name, m in model.named_modules() if isinstance(m, LoraXSLinear)]
     if not found and any(map(is_peft_layer, model.modules())):
         raise ValueError("model: its LoRA-XS adapters are PEFT's; must be from lx.attach(model, ...)")

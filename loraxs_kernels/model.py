@@ -306,7 +306,6 @@ def detach(model: M, *, merge: bool = False) -> M:
     that change its input or a forward of its own.  The model is then as it was.  Forward hooks of a base layer get its
     output with the adapter in it.
     """
-    unwrapped(model)  # TypeError for what is no module
     adapted = list(adapted_layers(model))
     if name := next((name for name, layer in adapted if layer.seat is not None), None):
         raise ValueError(
@@ -374,9 +373,9 @@ def merge(model: M) -> M:
     layer has no dense weight, or has hooks or a forward of its own: it is not called while merged.  The model is then
     as it was.
     """
-    unwrapped(model)  # TypeError for what is no module
+    adapted = [*adapted_layers(model)]
     with transaction(model):
-        for _, layer in (adapted := [*adapted_layers(model)]):
+        for _, layer in adapted:
             layer.merge()
     logger.info("merge: %d adapters added to the weights", len(adapted))
     return model
@@ -384,9 +383,9 @@ def merge(model: M) -> M:
 
 def unmerge(model: M) -> M:
     """Undo `merge`: restore the original weights, to the bit, with separate adapters.  Returns `model`."""
-    unwrapped(model)  # TypeError for what is no module
+    adapted = [*adapted_layers(model)]
     with transaction(model):
-        for _, layer in (adapted := [*adapted_layers(model)]):
+        for _, layer in adapted:
             layer.unmerge()
     logger.info("unmerge: %d adapters beside the original weights again", len(adapted))
     return model

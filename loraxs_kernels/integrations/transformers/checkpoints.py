@@ -83,7 +83,10 @@ def check_checkpoint(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
             check_resumed(layer, state_dict, f"{prefix}{name}.")
     if others := [key for key in state_dict if key.endswith(f".{FINGERPRINT}")]:
         other = others[0].removeprefix(prefix).removesuffix(f".{FINGERPRINT}")
-        raise ValueError(f"resume_from_checkpoint: the checkpoint has an adapter for {other!r}, which has none here")
+        raise ValueError(
+            f"resume_from_checkpoint: the checkpoint has an adapter for {other!r}, which has none here; attach "
+            "adapters to the same modules"
+        )
 
 
 def forgive_the_frozen(module: nn.Module, keys: Any) -> None:
