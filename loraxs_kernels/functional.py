@@ -291,6 +291,8 @@ def check(
         raise ValueError(f"A: got shape {tuple(A.shape)}, must have at least one row (rank >= 1)")
     if torch.compiler.is_compiling():  # compiled code adds to out when all has been read
         return
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, must be finite")
     grad = in_grad_mode() and (x.requires_grad or R.requires_grad)
     for name in ("A", "R", "B", "weight") if grad else ():
         if name in operands and operands[name].is_inference():

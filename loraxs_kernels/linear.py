@@ -190,9 +190,12 @@ class LoraXSLinear(PaddedB):
         A quantised weight is dequantised, and a sharded one gathered, for this call only; if the weight is sharded, all
         ranks must call.  If `factors` is given, it is the pair (A, B), and nothing is computed.  A and B that were
         given to `from_linear` stay as they are.  What of A, B and R is on the meta device is made anew on the weight's
-        device; ValueError if the weight is on the meta device, or A and B that were given are.
+        device.  ValueError if the weight is on the meta device, or A and B that were given are; TypeError or ValueError
+        for `factors` that do not fit.
         """
-        if factors is None and (self.recipe.init != "given" or self.A.is_meta or self.B.is_meta):
+        if factors is not None:
+            check_given(factors, self.rank, (self.out_features, self.in_features), self.label, "factors")
+        elif self.recipe.init != "given" or self.A.is_meta or self.B.is_meta:
             weight = weight_of(self.base_layer, self.label)
             if weight.device.type == "meta":
                 raise ValueError(f"{self.label}: its weight is on the meta device, must be loaded first")

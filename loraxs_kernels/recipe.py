@@ -260,18 +260,18 @@ def check_range(factors: Factors, label: str) -> None:
         )
 
 
-def check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str) -> None:
+def check_given(factors: Factors, rank: int, shape: tuple[int, int] | None, label: str, argument: str = "init") -> None:
     """TypeError or ValueError for A and B that are not a pair of finite tensors of the shapes of a layer."""
     if len(factors) != 2 or not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in factors):
         found = ", ".join(str(t.dtype) if isinstance(t, Tensor) else type(t).__name__ for t in factors)
         raise TypeError(
-            f"init: got ({found}) for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
+            f"{argument}: got ({found}) for {label}, must be a pair (A, B) of tensors in bf16, fp16, fp32 or fp64"
         )
     A, B = factors
     N, K = shape or (B.shape[0], A.shape[-1])
     if tuple(A.shape) != (rank, K) or tuple(B.shape) != (N, rank):
         raise ValueError(
-            f"init: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
+            f"{argument}: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)} for {label}, "
             f"must be {(rank, K)} and {(N, rank)}"
         )
     if not all(torch.isfinite(t).all() for t in factors if not t.is_meta):

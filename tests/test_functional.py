@@ -803,6 +803,7 @@ BAD = {
     "B has another rank": (dict(B=torch.ones(4, 2)), ValueError, r"B: got shape \(4, 2\), must be \(4, 3\)"),
     "bias in another shape": (dict(bias=torch.ones(3)), ValueError, r"bias: got shape \(3,\), must be \(4,\)"),
     "scale is a tensor": (dict(scale=torch.tensor(1.0)), TypeError, "scale: got Tensor"),
+    "scale is no number": (dict(scale=float("nan")), ValueError, "scale: got nan, must be finite"),
 }
 
 

@@ -901,6 +901,9 @@ def test_bad_layers_are_named():
         LoraXSLinear.from_linear("q_proj", 2)
     with pytest.raises(ValueError, match="already has a LoRA-XS adapter"):
         LoraXSLinear.from_linear(make(), 2)
+    layer = LoraXSLinear.from_linear(nn.Linear(12, 8), 2, name="a.b")
+    with pytest.raises(ValueError, match=r"factors: got A of shape \(1, 12\) .* for module 'a\.b', must be \(2, 12\)"):
+        layer.reset_parameters((torch.ones(1, 12), torch.ones(8, 2)))
 
 
 def test_bad_x_is_named():
