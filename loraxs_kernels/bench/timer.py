@@ -122,13 +122,7 @@ def on(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Meanwhile the garbage collector, which runs before all samples, passes over the objects that are there now.
-
-    If the caller has frozen objects, these stay frozen, and nothing else is: gc.unfreeze would not know them apart.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
+    """Meanwhile the garbage collector, which runs before all samples, passes over the objects that are there now."""
     gc.collect()
     gc.freeze()
     try:
