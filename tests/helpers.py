@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import CodeType, FrameType
 
 import numpy as np
 import pytest
@@ -272,51 +274,64 @@ def guard(monkeypatch, backend, written: bool = True):
     return whole
 
 
-def interrupted_at(k: int, call: Callable[[], object], within: str = "/loraxs_kernels/") -> bool:
-    """Call, with Ctrl-C at the k-th line executed in files whose path has `within`; False if it ends before that."""
-    lines = 0
+def on_each_line(act: Callable[[FrameType], None], call: Callable[[], object], within: str) -> None:
+    """Call, and act before each line that is executed in files whose path has `within`."""
 
     def trace(frame, event, _):
-        nonlocal lines
         if within not in frame.f_code.co_filename.replace("\\", "/"):
             return None
-        lines += event == "line"
-        if lines == k:
-            raise KeyboardInterrupt
+        if event == "line":
+            act(frame)
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
-    except KeyboardInterrupt:
-        return True
     finally:
         sys.settrace(before)
+
+
+def interrupted_at(k: int, call: Callable[[], object], within: str = "/loraxs_kernels/") -> bool:
+    """Call, with Ctrl-C at the k-th line executed in files whose path has `within`; False if it ends before that."""
+    lines = itertools.count(1)
+
+    def stop(frame: FrameType) -> None:
+        if next(lines) == k:
+            raise KeyboardInterrupt
+
+    try:
+        on_each_line(stop, call, within)
+    except KeyboardInterrupt:
+        return True
     return False
 
 
 def assert_all_or_nothing(
-    make: Callable, call: Callable, state: Callable, step: int, undone: int, within: str = "/loraxs_kernels/"
+    make: Callable, call: Callable, state: Callable, undone: int, within: str = "/loraxs_kernels/"
 ) -> None:
-    """Ctrl-C at every `step`-th line of `call(model)` leaves the model as it was, the same objects, or wholly done.
+    """Ctrl-C at any line of `call(model)` leaves the model as it was, the same objects, or wholly done.
+
+    A line that is executed several times is interrupted the first and the last time.
 
     make: a model.  state: what of it must be as before, or as after.  undone: how often it must at least be as before.
     within: the files whose lines count; those that only compute need not be interrupted for each of their callers.
     """
-    done, model = make(), make()
-    call(done)
+    call(make())  # what only a first call executes is not counted
+    done, model, lines = make(), make(), itertools.count(1)
+    times: dict[tuple[CodeType, int], list[int]] = defaultdict(list)
+    on_each_line(lambda at: times[at.f_code, at.f_lineno].append(next(lines)), lambda: call(done), within)
     before, after, left = state(model), state(done), undone
-    for k in itertools.count(1, step):
+    for k in sorted({k for each in times.values() for k in (each[0], each[-1])}):
         identity = [id(t) for t in [*model.modules(), *model.parameters()]]
-        if not interrupted_at(k, lambda model=model: call(model), within):
-            break
+        interrupted_at(k, lambda model=model: call(model), within)
         if state(model) == after:
             model = make()
         else:
             assert state(model) == before, f"half done at line {k}"
             assert [id(t) for t in [*model.modules(), *model.parameters()]] == identity, f"other objects at line {k}"
             left -= 1
+    call(model)
     assert state(model) == after != before and left <= 0
 
 
