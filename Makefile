@@ -31,7 +31,8 @@ endef
 DEMO_CUDA := LORAXS_BUILD_CUDA=$${LORAXS_BUILD_CUDA-$(if $(wildcard /dev/nvidia0),auto,0)}
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-# Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated.
+# Run once more with Triton's interpreter, every layer on the triton backend, and with the CUDA kernels emulated; without
+# the tests of torch's transforms, which run no kernels.
 INTERPRETED := tests/test_triton_kernels.py tests/test_triton_indexed.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 EMULATED := tests/test_cuda_kernels.py tests/test_functional.py tests/test_first_use.py tests/test_fuzz.py tests/test_first_light.py tests/test_indexed.py
 # The inner loop: the tests of the modules of the package, of its backends and of its bank, which have their names.
@@ -52,8 +53,8 @@ demo: $(VENV)/.demo-$(MODEL)
 
 test: $(VENV)/.test lint docs
 	$(PYTEST) -rs $(ARGS)
-	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" $(INTERPRETED)
-	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" $(EMULATED)
+	! $(BIN)/python -c "import triton" 2>/dev/null || TRITON_INTERPRET=1 $(PYTEST) -q -m "not gpu" -k "not transformed" $(INTERPRETED)
+	LORAXS_EMULATED=1 $(PYTEST) -q -m "not gpu" -k "not transformed" $(EMULATED)
 	$(PYTEST) bench --quiet --benchmark-disable
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite.py -n $(WORKERS)
 
