@@ -453,7 +453,8 @@ def test_training_while_merged_is_warned_of():
     model, x = nn.Sequential(make(), make(K=24)), torch.randn(3, 40)
     lx.merge(model)
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")  # torch.compile's own
+        warnings.filterwarnings("default", "the adapters are merged, so that R gets no gradient")
         model.eval()(x)
         with torch.no_grad():
             model.train()(x)
@@ -461,7 +462,7 @@ def test_training_while_merged_is_warned_of():
         assert not said
         model(x)
         model(x)
-    assert len(said) == 1 and "the adapters are merged, so that R gets no gradient" in str(said[0].message)
+    assert len(said) == 1
 
 
 def test_a_merge_that_is_not_finite_is_refused():
