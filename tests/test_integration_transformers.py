@@ -475,13 +475,14 @@ def test_adapters_without_gradients_are_an_error(tmp_path):
         trainer_of(first, tmp_path, max_steps=1).train()
 
 
-def test_gradients_that_deepspeed_keeps_are_not_missed(tmp_path):
-    """It leaves no p.grad, whether --deepspeed or accelerate's own configuration has brought it."""
-    for plugin in (None, object()):
+def test_gradients_that_are_gone_before_the_step_are_not_missed(tmp_path):
+    """DeepSpeed leaves no p.grad, whether --deepspeed or accelerate's own configuration has brought it; nor do optimizers
+    that step within the backward."""
+    for gone in ({}, {"deepspeed_plugin": object()}, {"optim": "lomo"}, {"optim": "galore_adamw_layerwise"}):
         callback = LoraXSCallback()
-        args = types.SimpleNamespace(output_dir=str(tmp_path), deepspeed_plugin=plugin)
+        args = types.SimpleNamespace(output_dir=str(tmp_path), **{"deepspeed_plugin": None, **gone})
         callback.on_train_begin(args, None, None, model=attached())
-        with contextlib.nullcontext() if plugin else pytest.raises(RuntimeError, match="no R got a gradient"):
+        with contextlib.nullcontext() if gone else pytest.raises(RuntimeError, match="no R got a gradient"):
             callback.on_pre_optimizer_step(args, None, None, model=attached())
 
 

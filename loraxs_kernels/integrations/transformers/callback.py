@@ -39,7 +39,8 @@ class LoraXSCallback(TrainerCallback):
     file is written beside them.  In a PeftModel, PEFT itself saves only R, and the callback only logs the figures.
 
     With reentrant gradient checkpointing no R would get a gradient, so the output of the frozen embeddings is made to
-    require grad during training.  If no R has a gradient after the first step, that is an error.
+    require grad during training.  If no R has a gradient after the first step, that is an error.  (This is not checked
+    with DeepSpeed and with optimizers that step within the backward: LOMO, AdaLOMO, layerwise GaLore and APOLLO.)
 
     When training begins, raises ValueError if the model has no adapters or nothing in it trains, if the adapters are
     merged or sharded (FSDP, ZeRO-3), if an adapter would have no effect because something reads the weight of its layer
@@ -87,7 +88,8 @@ class LoraXSCallback(TrainerCallback):
         attached = has_adapters(model)
         _check(model, adapters, attached, args)
         self._sizes = Sizes(adapters)
-        self._unchecked = not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
+        kept = not any(name in getattr(args, "optim", "") for name in ("lomo", "layerwise"))  # else used in the backward
+        self._unchecked = kept and not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
         with transaction(model):
             if _reentrant(model):
                 self._undo.append(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
