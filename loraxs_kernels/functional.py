@@ -232,10 +232,10 @@ def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:
     """Raise a ValueError that names the layer if x does not fit it, or if it has no values yet."""
-    if x.dtype is not A.dtype or x.dim() == 0 or x.shape[-1] != A.shape[1]:
+    if x.dtype is not A.dtype or x.dim() == 0 or x.is_nested or x.shape[-1] != A.shape[1]:
+        found = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
         raise ValueError(
-            f"x: got shape {tuple(x.shape)} and {x.dtype} for {label_of(name)}, "
-            f"must be (..., {A.shape[1]}) and {A.dtype}"
+            f"x: got {found} and {x.dtype} for {label_of(name)}, must be a dense tensor (..., {A.shape[1]}) of {A.dtype}"
         )
     if (A.is_meta or R.is_meta or B.is_meta) and not x.is_meta:  # torch multiplies by them, and gives anything at all
         raise ValueError(

@@ -913,6 +913,9 @@ def test_bad_x_is_named():
         layer(torch.ones(3, 11))
     with pytest.raises(ValueError, match=r"torch\.float64 for module"):
         layer(torch.ones(3, 12).double())
+    for layout in (torch.strided, torch.jagged):
+        with pytest.raises(ValueError, match=r"x: got a nested tensor .* for module 'a\.b', must be a dense tensor"):
+            layer(torch.nested.nested_tensor([torch.ones(3, 12), torch.ones(2, 12)], layout=layout))
     for call in (layer, lambda x: forward_together(x, layer, layer)):
         with pytest.raises(TypeError, match=r"module 'a\.b': got x of type list, must be a tensor of shape"):
             call([1.0] * 12)
@@ -1120,5 +1123,5 @@ def test_a_gradient_penalty_of_a_real_model(minilm):
 
 def test_together_names_the_layer_that_x_does_not_fit():
     layers = [make(), LoraXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
-    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must be \(\.\.\., 7\)"):
+    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must be a dense tensor \(\.\.\., 7\)"):
         forward_together(torch.randn(5, 40), *layers)
