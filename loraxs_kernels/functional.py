@@ -235,7 +235,8 @@ def check_x(x: Tensor, A: Tensor, R: Tensor, B: Tensor, name: str) -> None:
     if x.dtype is not A.dtype or x.dim() == 0 or x.is_nested or x.shape[-1] != A.shape[1]:
         found = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
         raise ValueError(
-            f"x: got {found} and {x.dtype} for {label_of(name)}, must be a dense tensor (..., {A.shape[1]}) of {A.dtype}"
+            f"x: got {found} and {x.dtype} for {label_of(name)}, "
+            f"must be a dense tensor (..., {A.shape[1]}) of {A.dtype}"
         )
     if (A.is_meta or R.is_meta or B.is_meta) and not x.is_meta:  # torch multiplies by them, and gives anything at all
         raise ValueError(

@@ -476,8 +476,8 @@ def test_adapters_without_gradients_are_an_error(tmp_path):
 
 
 def test_gradients_that_are_gone_before_the_step_are_not_missed(tmp_path):
-    """DeepSpeed leaves no p.grad, whether --deepspeed or accelerate's own configuration has brought it; nor do optimizers
-    that step within the backward."""
+    """By DeepSpeed, whether --deepspeed or accelerate's own configuration has brought it, and by optimizers that step
+    within the backward."""
     for gone in ({}, {"deepspeed_plugin": object()}, {"optim": "lomo"}, {"optim": "galore_adamw_layerwise"}):
         callback = LoraXSCallback()
         args = types.SimpleNamespace(output_dir=str(tmp_path), **{"deepspeed_plugin": None, **gone})

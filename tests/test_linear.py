@@ -1123,5 +1123,5 @@ def test_a_gradient_penalty_of_a_real_model(minilm):
 
 def test_together_names_the_layer_that_x_does_not_fit():
     layers = [make(), LoraXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
-    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must be a dense tensor \(\.\.\., 7\)"):
+    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must .* \(\.\.\., 7\)"):
         forward_together(torch.randn(5, 40), *layers)

@@ -88,7 +88,7 @@ class LoraXSCallback(TrainerCallback):
         attached = has_adapters(model)
         _check(model, adapters, attached, args)
         self._sizes = Sizes(adapters)
-        kept = not any(name in getattr(args, "optim", "") for name in ("lomo", "layerwise"))  # else used in the backward
+        kept = not any(name in getattr(args, "optim", "") for name in ("lomo", "layerwise"))  # after the backward
         self._unchecked = kept and not getattr(args, "deepspeed_plugin", None)  # DeepSpeed keeps gradients elsewhere
         with transaction(model):
             if _reentrant(model):
