@@ -8,6 +8,7 @@ import contextvars
 import copy
 import gc
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -453,6 +454,8 @@ def test_a_copy_of_the_model_has_the_bank_too(model, tuned, bank):
     assert twin.loraxs_bank.bank is bank
     assert_close(twin(IDS, adapter_ids=["alice", "bob", None, None]).logits, alone(tuned, ["alice", "bob", None, None]))
     bank.detach(copy.deepcopy(model))  # which no call has told the bank of
+    with pytest.raises(TypeError, match=r"nor can a model that has one; bank\.detach\(model\) first"):
+        pickle.dumps(model)
     del twin
     gc.collect()
     assert len(bank._models) == 1

@@ -101,8 +101,20 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
 
         body |= {"generate": generate, "_expand_inputs_for_generation": expand}
         body |= {name: unpacked(getattr(kind, name)) for name in PACKED if hasattr(kind, name)}
+    if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
+
+        def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+            """A pickle would stop at this class; it shall come to the bank, whose error says what to do."""
+            return copied, (kind,), *kind.__reduce_ex__(self, protocol)[2:]
+
+        body |= {"__reduce_ex__": __reduce_ex__}
     made = type(kind.__name__, (kind,), body)
     return made
+
+
+def copied(kind: type[nn.Module]) -> nn.Module:
+    """What deepcopy fills with the state of a model of this class that has a bank."""
+    return nn.Module.__new__(with_adapter_ids(kind))
 
 
 def methods_with_kwargs(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
