@@ -49,7 +49,7 @@ def short_collections():
     with all neighbours imported, one pass takes as long as many a test."""
     gc.collect()
     gc.freeze()
-    gc.unfreeze = lambda: None  # with which our timer ends
+    gc.unfreeze = lambda: None  # which our timer calls at its end
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
     if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
 
         def __reduce_ex__(self: Any, protocol: Any) -> tuple:
-            """A pickle would stop at this class; it shall come to the bank, whose error says what to do."""
+            """pickle, which cannot find this class by its name, comes to the bank, whose error says what to do."""
             return copied, (kind,), *kind.__reduce_ex__(self, protocol)[2:]
 
         body |= {"__reduce_ex__": __reduce_ex__}
