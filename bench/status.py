@@ -31,7 +31,7 @@ COMPONENTS = {
         "as `ladder`, which ran in processes of its own",
     ),
     "torch backend": (
-        _package("backends/torch.py", "ops.py", "functional.py", "route.py"),
+        _package("backends/torch.py", "ops.py", "functional.py", "route.py", "together.py"),
         "on CUDA it uses `torch.mm(..., out_dtype=float32)`, which no CPU test reaches",
     ),
     "triton backend": (

@@ -8,9 +8,10 @@ from .backends import BackendUnavailable, backend
 from .bank import AdapterBank
 from .info import info
 from .linear import LoRAXSLinear as LoRAXSLinear  # its earlier spelling
-from .linear import LoraXSLinear, forward_together
+from .linear import LoraXSLinear
 from .model import attach, detach, merge, unmerge
 from .svd import truncated_svd
+from .together import forward_together
 from .tuning import tune
 from .weights import register_weight_reader
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from . import backends, indexed, ops
-from .backends.device import check_out, in_forward_mode, transformed
+from .backends.device import check_out, transformed
 from .indexed import IndexedLowRankLinear, RowIndex
 from .naming import FLOATS, label_of
-from .ops import LowRankLinears, autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
+from .ops import autocast_on, in_grad_mode, no_autocast, rows_of, rows_of_out
 
 Index = RowIndex | Tensor | Sequence[int] | None
 Adapter = tuple[Tensor, Tensor, Tensor, float, float]  # A, R, B, s, p: that of dropout, 0 where it is not active
-Layer = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None, str]  # W, A, R, B, s, bias, name
 
 
 def lora_xs_linear(
@@ -128,7 +127,7 @@ def run(
     check_all: check all operands, which are a caller's.
     """
     if autocast_on(x):
-        x, W, A, B, bias = _autocast(x, x, W, A, B, bias)
+        x, W, A, B, bias = cast_by_autocast(x, x, W, A, B, bias)
         with no_autocast(x):  # the fp32 side (z, u, R) stays as it is
             return run(x, W, A, R, B, s, bias, out, name, index, check_all=check_all)
     if check_all:
@@ -193,33 +192,7 @@ class _Sum(torch.autograd.Function):
         return gY, gY
 
 
-def together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """y_i = x W_i^T + s_i (x A_i^T) R_i^T B_i^T (+ bias_i) for layers that share x, on operands known to be good.
-
-    Reads x once for all A_i, and in the backward writes their share of gX once and lets every GEMM accumulate into it,
-    where separate layers leave one gX each for autograd to add up.  By bytes, for q, k, v, gate and up of a Mistral-7B
-    block at T = 8192 on an H200: 47 us in the forward and 190 us in the backward, 2.6 % of the block's frozen linears.
-    The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
-    would with a kernel, and z and u are small.
-    """
-    # Single calls are right there.
-    if in_forward_mode() or transformed() or torch._C._is_tracing():
-        return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
-    if autocast_on(x):
-        (h,) = _autocast(x, x)
-        layers = [
-            (*_autocast(x, W, A), R, *_autocast(x, B), s, *_autocast(x, bias), name)
-            for W, A, R, B, s, bias, name in layers
-        ]
-        with no_autocast(x):
-            return together(h, layers)
-    for _, A, R, B, *_, name in layers:
-        check_x(x, A, R, B, name)
-    *ys, _ = LowRankLinears.apply(rows_of(x), layers, *(R for _, _, R, *_ in layers))
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
-
-
-def _autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_by_autocast(x: Tensor, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands in the dtype that torch.autocast, which is on for x's device, asks for; all stay with x in fp64.
 
     As with torch's own functions, tensors without floating-point numbers stay as they are.

@@ -16,14 +16,13 @@ from . import parallel
 from .acceptance import check_resumed
 from .backends import forced
 from .exact_matmul import exact_matmul
-from .functional import together
 from .naming import DTYPES, FLOATS, Former, aliases, as_dtype, dtype_name, label_of, renamed_attribute
 from .padded import PaddedB, sparing_what_trains
 from .recipe import INITS, Factors, Recipe, check, check_given, check_range, check_rank
-from .route import check_merge, computed_weight, does_more, layer_output
+from .route import check_merge, layer_output
 from .sharding import assign
 from .svd import NotFinite
-from .weights import held, is_conv1d, is_still_plain, mergeable_weight, weight_of, weight_view
+from .weights import held, is_conv1d, is_still_plain, mergeable_weight, weight_of
 
 
 class LoraXSLinear(PaddedB):
@@ -245,15 +244,6 @@ class LoraXSLinear(PaddedB):
             R = parallel.averaged(R, self.shares)
         return layer_output(base, x, ((A, R, B, self.scaling, p),), self.recipe.name, None, args, kwargs)
 
-    def _joins(self, x: Tensor) -> bool:
-        """Whether `forward_together` may compute this layer with others, in place of calling it."""
-        if self.merged or self.seat is not None or self.shares is not None or does_more(self):
-            return False
-        W = computed_weight(self.base_layer, self.A, self.dropout if self.training else 0.0)
-        if W is None or x.device != W.device:
-            return False
-        return self.bias is None or not self.bias.requires_grad
-
     @property
     def label(self) -> str:
         """What errors call this layer."""
@@ -455,34 +445,3 @@ def dense_dtype(layer: nn.Module) -> torch.dtype | None:
 
 def _coarser(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
     return max((each for each in (a, b) if each is not None), key=lambda each: torch.finfo(each).eps, default=None)
-
-
-def forward_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """(layer(x) for each layer), with one read of x: for layers with the same input, such as q, k, v or gate and up.
-
-        q, k, v = forward_together(x, attention.q_proj, attention.k_proj, attention.v_proj)
-
-    Args:
-        x: (..., K), as for each layer.
-        layers: any modules.  LoRA-XS layers that one operation computes whole share the read of x.  Other modules, and
-            LoRA-XS layers that are merged, hooked or quantised or have active dropout, are called one after the other.
-            Under torch.compile, which fuses by itself, all layers are called one after the other.
-
-    Returns:
-        One y (..., N_i) for each layer, in order.  Gradients are those of separate calls, to rounding; as there, only z
-        is kept for them.  If x or any R requires grad, all outputs that share the read of x do.
-
-    Raises:
-        ValueError: x has the wrong shape or dtype for a layer; the message names the layer.
-    """
-    joined = []
-    if not torch.compiler.is_compiling() and isinstance(x, Tensor):  # else each layer says what it must be
-        joined = [i for i, layer in enumerate(layers) if type(layer) is LoraXSLinear and layer._joins(x)]
-    if len(joined) < 2:
-        return tuple(layer(x) for layer in layers)
-    operands = [
-        (weight_view(layer.base_layer), layer.A, layer.R, layer.B, layer.scaling, layer.bias, layer.recipe.name)
-        for layer in (layers[i] for i in joined)
-    ]
-    made = dict(zip(joined, together(x, operands), strict=True))
-    return tuple(made[i] if i in made else layer(x) for i, layer in enumerate(layers))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import backends, reference
 from .backends import torch as torch_backend
 from .backends.device import in_forward_mode, refuse_transforms
-from .backends.torch import cast, plus_product, scaled_mm, shrink
+from .backends.torch import cast, scaled_mm, shrink
 
 _NOTHING = nullcontext()
 
@@ -123,61 +123,6 @@ class LowRankLinear(torch.autograd.Function):
 # `LowRankLinear.apply` without the Python that torch.autograd.Function puts around it: that serves torch.func, for
 # which `run` calls `plain`, and unwraps tensors that outlived a transform, which give the same results without it.
 apply = super(torch.autograd.Function, LowRankLinear).apply
-
-
-class LowRankLinears(torch.autograd.Function):
-    """(y of each layer, z of all side by side) of layers on one x (T, K); see functional.together.
-
-    layers: (W, A, R, B, s, bias, ...) of each, whose R autograd gets once more as inputs of their own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[tuple], *Rs: Tensor) -> tuple[Tensor, ...]:
-        z = shrink(x, torch.cat([A for _, A, *_ in layers]).t())
-        ys = []
-        for (W, _, R, B, s, bias, *_), z_i in zip(layers, z.split([len(R) for R in Rs], dim=1), strict=True):
-            u = cast(scaled_mm(z_i, cast(R, z.dtype).t(), s, z_i), x.dtype)
-            ys.append(plus_product(F.linear(u, B, bias), x, W.t()))
-        need_gX, _, *need_gR = ctx.needs_input_grad
-        kept = (t for W, A, R, B, *_ in layers for t in (W if need_gX else None, A, R, B))
-        ctx.save_for_backward(z if any(need_gR) else None, *kept)
-        ctx.scales = [s for *_, s, _, _ in layers]
-        ctx.set_materialize_grads(False)
-        return *ys, z
-
-    @staticmethod
-    def backward(ctx: Any, *gYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *gYs, gz = gYs
-        z, *kept = ctx.saved_tensors
-        need_gX, _, *need_gR = ctx.needs_input_grad
-        layers = [kept[i : i + 4] for i in range(0, len(kept), 4)]
-        ranks = [len(A) for _, A, *_ in layers]
-        zs, gzs = ([None] * len(layers) if t is None else t.split(ranks, dim=1) for t in (z, gz))
-        each = list(zip(gYs, layers, zs, ctx.scales, need_gR, strict=True))
-        if gz is not None or torch.is_grad_enabled():
-            both = [
-                gradients(eager, gY, gz_i, W, A, R, B, z_i, s, need_gX, need, "backward", "torch")
-                for (gY, (W, A, R, B), z_i, s, need), gz_i in zip(each, gzs, strict=True)
-            ]
-            gXs = [gX for gX, _ in both if gX is not None]
-            return sum(gXs[1:], gXs[0]) if gXs else None, None, *(gR for _, gR in both)
-        gX, gRs, us, used = None, [], [], []  # as `gradients` has them, but each product adds to one gX
-        with no_autocast(kept[1]):
-            for gY, (W, A, R, B), z_i, s, need in each:
-                gRs.append(None)
-                if gY is None:
-                    continue
-                v = shrink(gY, B)
-                if need:
-                    gRs[-1] = cast(scaled_mm(v.t(), z_i, s, cast(R, v.dtype)), R.dtype)
-                if need_gX:
-                    us.append(cast(scaled_mm(v, cast(R, v.dtype), s, v), gY.dtype))
-                    used.append((gY, W, A))
-            if used:
-                gX = torch.cat(us, dim=1) @ torch.cat([A for _, _, A in used])
-                for gY, W, _ in used:
-                    gX = plus_product(gX, gY, W)
-        return gX, None, *gRs
 
 
 def gradients(

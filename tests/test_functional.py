@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from loraxs_kernels import LoraXSLinear, backends, forward_together, functional, ops, reference
+from loraxs_kernels import LoraXSLinear, backends, forward_together, functional, ops, reference, together
 from loraxs_kernels.backends import torch as torch_backend
 from loraxs_kernels.backends.device import _Runs
 from loraxs_kernels.functional import lora_xs_delta, lora_xs_linear
@@ -1032,7 +1032,7 @@ TRANSFORMED = {
     "lora_xs_linear": lambda o: lambda x, R: lora_xs_linear(x, o.W, o.A, R, o.B, o.s, o.bias),
     "lora_xs_delta": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s),
     "lora_xs_delta into out": lambda o: lambda x, R: lora_xs_delta(x, o.A, R, o.B, o.s, out=torch.zeros_like(o.gY)),
-    "together": lambda o: lambda x, R: torch.cat(functional.together(x, [(o.W, o.A, R, o.B, o.s, o.bias, "")] * 2)),
+    "together": lambda o: lambda x, R: torch.cat(together.outputs(x, [(o.W, o.A, R, o.B, o.s, o.bias, "")] * 2)),
     "LoraXSLinear": lambda o: layer_of(o),
     "forward_together": lambda o: layer_of(o, twice=True),
 }

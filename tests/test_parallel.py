@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import loraxs_kernels as lx
-from loraxs_kernels.linear import forward_together
 from loraxs_kernels.matching import adapted_layers
 from loraxs_kernels.parallel import piece
 from loraxs_kernels.sharding import is_dtensor, whole
+from loraxs_kernels.together import forward_together
 
 transformers = pytest.importorskip("transformers")
 

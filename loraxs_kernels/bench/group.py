@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linear import LoraXSLinear, forward_together
+from ..linear import LoraXSLinear
+from ..together import forward_together
 from . import tables, timer
 from .compare import Candidate, Row, compare, errors
 from .paths import Operands, expected, fused
