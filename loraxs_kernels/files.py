@@ -15,6 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -62,18 +63,21 @@ def write_atomically(path: str | os.PathLike, *parts: bytes | memoryview) -> Non
 def _replace(target: Path, parts: Sequence[bytes | memoryview]) -> None:
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(target) as f:
-        try:
+    f = _temporary(target)
+    try:
+        with nullcontext() if fcntl else f:  # Windows moves and removes no open file; elsewhere closing unlocks it
             for part in map(memoryview, parts):
                 while part:
                     part = part[f.write(part) :]
             if mode is not None:
                 os.chmod(f.name, mode)
             os.fsync(f.fileno())
-            os.replace(f.name, target)
-        except BaseException:
-            Path(f.name).unlink(missing_ok=True)
-            raise
+        os.replace(f.name, target)
+    except BaseException:
+        Path(f.name).unlink(missing_ok=True)
+        raise
+    finally:
+        f.close()
     try:  # the rename itself, too, where that can be; Windows opens no folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -166,8 +170,7 @@ def _temporary(target: Path) -> FileIO:
             f = open(path, "xb", buffering=0)  # noqa: SIM115
         except FileExistsError:  # another process is writing the same file
             continue
-        _lock(f, wait=True)
-        if _is_at(path, f):  # else another process took it for a leftover, before it was locked
+        if not _lock(f, wait=True) or _is_at(path, f):  # else another process took it for a leftover before that
             return f
         f.close()
         lost += 1

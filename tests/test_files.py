@@ -85,6 +85,30 @@ def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
         target_of(tmp_path / "new" / "c", "out")
 
 
+def test_an_open_file_is_neither_moved_nor_removed_where_the_system_refuses_that(tmp_path, monkeypatch):
+    """Windows, which has no locks by fcntl either."""
+    made, temporary, replace, unlink = [], files._temporary, os.replace, os.unlink
+
+    def closed(call):
+        def checked(*paths):
+            assert made[-1].closed
+            call(*paths)
+
+        return checked
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "_temporary", lambda target: made.append(temporary(target)) or made[-1])
+    monkeypatch.setattr(os, "replace", closed(replace))
+    monkeypatch.setattr(os, "unlink", closed(unlink))
+    path = tmp_path / "a"
+    for data in (b"old", b"new"):
+        write_atomically(path, data)
+    monkeypatch.setattr(os, "fsync", lambda number: os.close(-1))  # an OSError
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_atomically(path, b"lost")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a"] and len(made) == 3
+
+
 def test_names_may_be_as_long_as_names_can_be_and_in_folders_that_are_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("n" * 255, "~name", "new/a", "new/~/a"):
