@@ -15,6 +15,7 @@ import torch
 from helpers import assert_accurate
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -1004,12 +1005,12 @@ def check_together(layers, x, used):
 
 
 def test_together_reads_x_once_and_keeps_z_alone():
-    layers, x = siblings(), torch.randn(5, 40, requires_grad=True)
+    layers, x = siblings()[:2], torch.randn(5, 40, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         forward_together(x, *layers)
     own = {t.data_ptr() for layer in layers for t in (layer.base_layer.weight, layer.A, layer.B, layer.R)}
-    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(5, 6 + 3 + 8)]
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(5, 6 + 3)]
 
 
 def test_together_keeps_no_weight_where_x_needs_no_gradient():
@@ -1044,6 +1045,11 @@ def test_together_calls_what_it_cannot_join():
         *(True, False, False, True, False),
         False,  # of a subclass, which may have a forward of its own
     ]
+    assert joins(dropping.eval(), x)
+    for by_itself in ("seat", "shares"):  # a bank's, and FSDP2's
+        other = make()
+        setattr(other, by_itself, object())
+        assert not joins(other, x)
     assert forward_together(x) == ()
 
 
@@ -1062,9 +1068,11 @@ def test_together_under_compile_and_autocast():
         torch.testing.assert_close(g, e)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = joint_gradients(forward_together, layers, x), joint_gradients(separately, layers, x)
+    after = joint_gradients(torch.autocast("cpu", torch.bfloat16)(forward_together), layers, x)
     assert [t.dtype for t in got] == [torch.bfloat16] * 3 + [torch.float32] * 4
-    for g, e in zip(got, expected, strict=True):
+    for g, e, a in zip(got, expected, after, strict=True):
         assert relative_error(g, e) < 1e-2
+        assert torch.equal(g, a)  # the backward is the same within autocast
 
 
 def test_together_lets_outputs_change_in_place():
@@ -1124,5 +1132,7 @@ def test_a_gradient_penalty_of_a_real_model(minilm):
 
 def test_together_names_the_layer_that_x_does_not_fit():
     layers = [make(), LoraXSLinear.from_linear(nn.Linear(7, 3), 2, name="k_proj")]
-    with pytest.raises(ValueError, match=r"x: got shape \(5, 40\) .* for module 'k_proj', must .* \(\.\.\., 7\)"):
-        forward_together(torch.randn(5, 40), *layers)
+    for context in (nullcontext, forward_ad.dual_level):
+        message = r"x: got shape \(5, 40\) .* for module 'k_proj', must .* \(\.\.\., 7\)"
+        with context(), pytest.raises(ValueError, match=message):
+            forward_together(torch.randn(5, 40), *layers)
