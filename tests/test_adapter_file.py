@@ -768,7 +768,10 @@ DAMAGES = {
         "header does not mention the tensor 'model/3.bias'",
     ),
     "modules_to_save a string": (in_header(modules_to_save="3"), "modules_to_save is '3' in its header"),
+    "modules_to_save of lists": (in_header(modules_to_save=[["3"]]), r"modules_to_save is \[\['3'\]\] in its header"),
+    "modules_to_save without a name": (in_header(modules_to_save=["3", ""]), r"modules_to_save is \['3', ''\] in its"),
     "a field that is not known": (in_header(extra=1), "its header has 'extra', which is not known"),
+    "a field of version 4": (in_header(shared={}), "its header has 'shared', which is not known"),
     "modules_to_save twice": (in_header(modules_to_save=["3", "3"]), r"modules_to_save is \['3', '3'\] in its header"),
     "alpha past all floats": (in_layer(alpha=10**400), "alpha: got 1000.*, must be a finite number"),
     "base_model a number": (in_header(base_model=1), "base_model is 1 in its header"),
@@ -1191,7 +1194,7 @@ def test_a_module_with_two_names_is_one_where_its_adapter_is_loaded(tmp_path):
         lx.load_adapter(two, path)
     x = torch.randn(3, 8)
     assert torch.equal(lx.load_adapter(fresh, path)(x), model(x)) and inspected(path)["format_version"] == 4
-    for shared in ({"9": ["8"]}, {"0": "2"}, {"0": [2]}):
+    for shared in ([["2"]], {"9": ["8"]}, {"0": "2"}, {"0": [2]}):
         in_header(shared=shared)(path)
         with pytest.raises(ValueError, match=re.escape(f"is damaged: shared is {shared} in its header")):
             lx.load_adapter(two, path)
