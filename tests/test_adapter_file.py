@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraxs_kernels as lx
-from loraxs_kernels import AdapterMismatch, LoraXSLinear, basis
+from loraxs_kernels import AdapterMismatch, LoraXSLinear, adapter_format, basis
 from loraxs_kernels.acceptance import aligned, aligned_to
 from loraxs_kernels.files import sealed, tensors_of, unsealed, write_atomically
 from loraxs_kernels.inspection import inspected
@@ -411,8 +412,10 @@ def test_devices_do_not_matter(request, tmp_path, there, real):
 
 def test_the_recipe_in_a_file_leaves_nothing_open(trained):
     """So that it means the same when the defaults of truncated_svd are others."""
-    with safetensors.safe_open(trained[1], framework="pt") as f:
-        layer = json.loads(f.metadata()["loraxs"])["layer"]
+    model, path = trained
+    with safetensors.safe_open(path, framework="pt") as f:
+        header = json.loads(f.metadata()["loraxs"])
+    layer = header["layer"]
     assert {key: layer[key] for key in ("init", "seed", "method", "block", "n_iter", "dtype")} == {
         "init": "svd",
         "seed": 0,
@@ -421,6 +424,9 @@ def test_the_recipe_in_a_file_leaves_nothing_open(trained):
         "n_iter": 5,
         "dtype": None,
     }
+    assert not any("name" in each for each in header["modules"].values())  # the modules' own say it
+    named = dataclasses.replace(model[0].recipe, name="svd")  # as a module that is called what a field holds
+    assert adapter_format.described(vars(model[0]), named, "svd")["init"] == "svd"
 
 
 def test_a_dtype_chosen_for_A_and_B_is_part_of_the_recipe(tmp_path):
