@@ -836,6 +836,11 @@ DAMAGES = {
         in_layer(block=2),
         "module '0': block: got 2, must be at least the rank, 4",
     ),
+    "a seed that scikit-learn does not take": (
+        in_layer(init="sklearn", n_iter=5, seed=2**32),
+        "scikit-learn does not take n_iter 5 and seed 4294967296",
+    ),
+    "scikit-learn without iterations": (in_layer(init="sklearn", n_iter=None), "does not take n_iter None and seed 0"),
     "an unknown method": (in_layer(method="lanczos"), "method: got 'lanczos'"),
     "an unknown tier": (in_layer(tier="fast"), "tier: got 'fast', must be|tier is not known in the header"),
     "a field of another version": (
@@ -1022,6 +1027,7 @@ def test_files_of_earlier_versions_load(file, tmp_path):
         tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     assert torch.equal(model[0].R, tensors["R/4"][0]) and torch.equal(model[2].R, tensors["R/3"][0])
     assert torch.equal(model[3].weight, tensors["model/3.weight"]) and model[2].scaling == 8 / 3
+    assert model[2].recipe.method == {V1: "krylov", V2: "chebyshev"}[file]  # in V2 by its name of then, "subspace"
 
 
 def test_what_is_refused_late_changes_nothing(minilm, tmp_path):
