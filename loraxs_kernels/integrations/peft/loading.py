@@ -108,7 +108,7 @@ def _check_all_belongs(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {f"{prefix}{name}": t for name, t in tensors}
     for key, t in state_dict.items():
-        if not key.startswith(prefix) or key.endswith("_extra_state"):
+        if key.endswith("_extra_state"):
             continue
         if ".loraxs_" in key and key.rpartition(".loraxs_")[2].count(".") > 1:
             continue  # of another adapter, which PEFT 0.18 saves too, or what a parametrization makes R of
