@@ -632,9 +632,10 @@ def test_a_vocabulary_of_another_size_is_loaded_with_the_adapter(changes, low_cp
 def test_a_head_of_another_kind_is_refused(tmp_path):
     model = get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path)
+    message = r"'lm_head\.modules_to_save\.default\.weight' has shape .* must have \(40, 32\) and a floating point type"
     for t in (torch.ones(40, 32, dtype=torch.int64), torch.ones(40, 31)):
         rewritten(tmp_path, lambda tensors, t=t: tensors.update({"base_model.model.lm_head.weight": t}))
-        with pytest.raises(ValueError, match=r"tensor 'lm_head\.modules_to_save\.default\.weight' has shape"):
+        with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(llama(), tmp_path)
 
 
@@ -1442,6 +1443,26 @@ def test_an_R_that_a_parametrization_makes_is_saved_and_loaded(tmp_path):
         again.load_adapter(tmp_path, "default")
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default'. the state dict has no R for 13")
+def test_an_R_that_zero3_has_partitioned_is_loaded_no_more(trained):
+    """As the attributes that DeepSpeed gives a parameter say."""
+    key, R = next((key, p) for key, p in trained.named_parameters() if "loraxs_R" in key)
+    whole, fingerprint = R.detach().clone(), key.replace("loraxs_R", "loraxs_fingerprint")
+    first = {key: torch.empty(0), fingerprint: trained.state_dict()[fingerprint]}
+    R.ds_id, R.ds_shape = 0, R.shape
+    trained.load_state_dict({key: 2 * whole}, strict=False)
+    assert torch.equal(R, 2 * whole)
+    with pytest.raises(ValueError, match="R for module .* has NaN or Inf values"):
+        trained.load_state_dict({key: whole * torch.nan}, strict=False)
+    R.data = torch.empty(0)
+    trained.load_state_dict(first, strict=False)  # a checkpoint of DeepSpeed's own
+    for gathered in (False, True):
+        if gathered:
+            R.data, R._z3_optimizer = whole, None
+        with pytest.raises(ValueError, match=r"R for module .* cannot be loaded once ZeRO-3 has partitioned it"):
+            trained.load_state_dict({key: whole}, strict=False)
+
+
 def test_a_config_is_as_it_was_where_an_adapter_cannot_be_added():
     asked = config(r=200)
     with pytest.raises(ValueError, match="rank: got 200"):
@@ -1603,6 +1624,7 @@ def test_model_made_on_the_meta_device(trained):
     settings = config(rank_pattern={"down_proj": 3}, lora_alpha=8, init_std=0.1)
     model = get_peft_model(model, copy.copy(settings))
     assert all(t.is_meta for t in model.state_dict().values())
+    model.load_state_dict({key: t for key, t in model.state_dict().items() if "loraxs_R" in key}, strict=False)
     weights = {f"base_model.model.{name}": t for name, t in llama().state_dict().items()}
     for key in list(weights):
         if (owner := key.rpartition(".")[0]) in layers(model):
@@ -1861,6 +1883,9 @@ def test_given_factors_need_their_file(tmp_path):
     model = get_peft_model(llama(), config(init="given", save_factors=True))
     assert torch.equal(logits(model), logits(llama()))  # zeros until they are loaded
     model.save_pretrained(tmp_path)
+    state_dict = {key: t for key, t in model.state_dict().items() if not key.endswith("loraxs_R.default")}
+    with pytest.raises(ValueError, match=r"adapter 'default': has no R for module 'model.layers.0"):
+        model.load_state_dict(state_dict)
     rewritten(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if not key.endswith("R")])
     with pytest.raises(ValueError, match=r"adapter 'default': has no A and B for module 'model.layers.0"):
         PeftModel.from_pretrained(llama(), tmp_path)
