@@ -324,6 +324,9 @@ def test_a_checkpoint_that_is_read_by_hand_is_compared_in_its_dtype(whole):
         lx.AdapterMismatch, match=r"alpha of module 'model\.layers\.0\.self_attn\.q_proj' is 0.3, must be 4"
     ):
         layer.load_state_dict({"loraxs_scaling": torch.tensor(1.0)}, strict=False)
+    near = {"loraxs_basis": 1.005 * tensors["model.layers.0.self_attn.q_proj.loraxs_basis"]}
+    with pytest.raises(lx.AdapterMismatch, match=r"\(relative error [1-9]\..e-03, must be at most 1e-03\)"):
+        layer.load_state_dict(near, strict=False)
     with pytest.raises(ValueError, match=r"A and B of module '.*q_proj' are on the meta device, must be made before"):
         meta.load_state_dict({key: t for key, t in tensors.items() if "scaling" not in key}, strict=False)
 
