@@ -570,6 +570,10 @@ UNFIT = {
         lambda t: [t.pop(key) for key in list(t) if key.startswith(LAST)],
         r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'",
     ),
+    "no R, and a tensor that PEFT drops": (
+        lambda t: t.update(other=t.pop(f"{LAST}.loraxs_R")),
+        r"adapter 'default': has no R for module '.*1\.mlp\.down_proj'",
+    ),
     "no fingerprint": (lambda t: t.pop(f"{LAST}.loraxs_fingerprint"), "has no fingerprint of A and B for module"),
     "NaN": (lambda t: t[f"{LAST}.loraxs_R"].fill_(torch.nan), r"is damaged: tensor '.*loraxs_R' has NaN or Inf"),
     "integers": (

@@ -336,8 +336,9 @@ class LoraXSConfig(PeftConfig):
                 f"{said} as {CONFIG_NAME} says; remove the entry sha256 there to accept it"
             )
         tensors = read_tensors(file)
-        with_R = (key for key in tensors if key.endswith(".loraxs_R"))
-        self._loaded = str(file), {key.removeprefix(PREFIX).removesuffix(".loraxs_R") for key in with_R}, len(tensors)
+        own = [key for key in tensors if key.startswith(PREFIX)]  # PEFT drops the others
+        with_R = (key for key in own if key.endswith(".loraxs_R"))
+        self._loaded = str(file), {key.removeprefix(PREFIX).removesuffix(".loraxs_R") for key in with_R}, len(own)
         if not any(key.endswith(".loraxs_R") for key in tensors):
             raise ValueError(f"{file}: has no R (loraxs_R) of any module")
         for key in tensors:
