@@ -72,7 +72,7 @@ def outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     The products are the library's, whichever backend is chosen: x, gX and each y pass through memory as often as they
     would with a kernel, and z and u are small.
     """
-    # Single calls are right there.
+    # Single calls know what to do there; LowRankLinears does not.
     if in_forward_mode() or transformed() or torch._C._is_tracing():
         return tuple(run(x, W, A, R, B, s, bias, name=name) for W, A, R, B, s, bias, name in layers)
     if autocast_on(x):

@@ -337,10 +337,10 @@ class LoraXSConfig(PeftConfig):
             )
         tensors = read_tensors(file)
         own = [key for key in tensors if key.startswith(PREFIX)]  # PEFT drops the others
-        with_R = (key for key in own if key.endswith(".loraxs_R"))
-        self._loaded = str(file), {key.removeprefix(PREFIX).removesuffix(".loraxs_R") for key in with_R}, len(own)
-        if not any(key.endswith(".loraxs_R") for key in tensors):
+        with_R = {key.removeprefix(PREFIX).removesuffix(".loraxs_R") for key in own if key.endswith(".loraxs_R")}
+        if not with_R:
             raise ValueError(f"{file}: has no R (loraxs_R) of any module")
+        self._loaded = str(file), with_R, len(own)
         for key in tensors:
             name, _, kind = key.rpartition(".")
             bare = self.check_fingerprint and self.init != "given" and f"{name}.loraxs_fingerprint" not in tensors
