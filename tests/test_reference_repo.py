@@ -641,8 +641,10 @@ def test_an_export_is_the_model_to_peft(case, dtype, stored, tolerance, tmp_path
     for name, layer in adapted_layers(model):
         delta = lora[name].lora_B.default.weight @ lora[name].lora_A.default.weight
         assert relative_error(delta, layer.delta_weight()) < (5e-3 if stored else 1e-6)
-    expected = {name: (layer.rank, 1.0) for name, layer in adapted_layers(model)}
-    assert {name: (m.r["default"], m.scaling["default"]) for name, m in lora.items()} == expected
+    rank = max(layer.rank for _, layer in adapted_layers(model))  # llama.cpp divides lora_alpha by each layer's own
+    assert {(m.r["default"], m.scaling["default"], len(m.lora_A.default.weight)) for m in lora.values()} == {
+        (rank, 1.0, rank)
+    }
 
 
 def test_a_head_whose_state_dict_is_changed_by_a_hook_is_exported(tmp_path):
@@ -663,11 +665,9 @@ def test_what_an_export_says(tmp_path):
     export_as_lora(model, tmp_path, task_type="SEQ_CLS")
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 7, "the largest rank, for readers that know no rank_pattern"
-    assert config["alpha_pattern"] == config["rank_pattern"] and set(config["rank_pattern"].values()) == {2, 4}
+    assert config["r"] == config["lora_alpha"] == 7 and not {"rank_pattern", "alpha_pattern"} & config.keys()
     assert (config["base_model_name_or_path"], config["task_type"]) == ("some/bert", "SEQ_CLS")
     assert config["modules_to_save"] == ["classifier"] and config["fan_in_fan_out"] is False
-    assert peft.PeftConfig.from_pretrained(tmp_path).rank_pattern == config["rank_pattern"]
     export_as_lora(adapted(*EXPORTS["one rank"]), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["query", "value"]
     assert len(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")) == 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...adapter_contents import base_model, layers_to_save, plain, saved_tensors, tied_to_saved, whole_R
 from ...files import named, write_atomically
@@ -43,8 +43,9 @@ def export_as_lora(
 
         lora_A = A (r x K),  lora_B = s B R (N x r),  lora_alpha = r
 
-    in every layer.  LoRA's own scaling, lora_alpha / r, is then 1, so that the delta is s B R A, even for software that
-    ignores rank_pattern.  The folder has no R: training that continues from it trains LoRA.
+    in every layer, with rows of lora_A and columns of lora_B that are zero where another layer has a higher rank.  So
+    every layer has the same rank, and LoRA's own scaling, lora_alpha / r, is 1: the delta is s B R A, even for software
+    that ignores rank_pattern or alpha_pattern.  The folder has no R: training that continues from it trains LoRA.
 
     Args:
         model: a model from `attach`, or a PeftModel with LoraXSConfig; merged or not.  If FSDP2 has sharded R, every
@@ -82,38 +83,35 @@ def export_as_lora(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, must be a folder or not there")
     _check_no_R(folder / "adapter_model.safetensors")
-    tensors, ranks, conv1d = {}, {}, False
+    rank = max(len(A) for _, _, A, *_ in layers)
+    tensors, adapted, conv1d = {}, [], False
     for name, base, A, R, B, s in layers:
-        to = dtype or torch.promote_types(A.dtype, torch.float32)
-        factors = A, s * B.double() @ whole(R).double()
+        to, more = dtype or torch.promote_types(A.dtype, torch.float32), rank - len(A)
+        factors = F.pad(A, (0, 0, 0, more)), F.pad(s * B.double() @ whole(R).double(), (0, more))
         for which, t in zip("AB", factors, strict=True):
             t = t.to("cpu", to, copy=True).contiguous()
             if not torch.isfinite(t).all():
                 raise ValueError(f"module {name!r}: lora_{which} has NaN or Inf values in {to}; nothing was written")
             tensors[f"{PREFIX}{name}.lora_{which}.weight"] = t
-        ranks[name] = A.shape[0]
+        adapted.append(name)
         conv1d |= is_conv1d(base)
     for name, state in saved.items():
         tensors |= {f"{PREFIX}{name}.{base_name(key)}": plain(t) for key, t in state.items()}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         name = base_name(name)
-        if first.setdefault(id(module), name) in ranks and first[id(module)] != name:
+        if first.setdefault(id(module), name) in adapted and first[id(module)] != name:
             raise ValueError(
                 f"module {first[id(module)]!r} is also module {name!r}; PEFT would put LoRA on only one of the two"
             )
-    rank = max(ranks.values())  # the largest, so that readers that know no rank_pattern make room enough
-    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model(model) or None,
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
         "lora_dropout": 0.0,
-        "target_modules": targets_for(model, list(ranks)),
+        "target_modules": targets_for(model, adapted),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": conv1d,
         "bias": "none",
