@@ -1738,6 +1738,76 @@ def test_the_reference_that_trl_makes_of_a_trained_adapter_computes_what_that_do
     assert next(iter(layers(model).values())).loraxs_R["ref"].any()
 
 
+def test_a_weighted_sum_of_adapters_is_exact_and_an_adapter_like_any_other(tmp_path):
+    patterns = dict(rank_pattern={"down_proj": 3}, alpha_pattern={"q_proj": 2})
+    model = randomise(get_peft_model(llama(), config(lora_alpha=8, **patterns)))
+    model.add_adapter("other", config(**patterns))
+    randomise(model, "other")
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    model.load_adapter(tmp_path / "other", "loaded")
+    first = layers(model)["base_model.model.model.layers.0.self_attn.v_proj"]
+    first.scaling["default"] = 3.0  # as users set it; the sum's own stays what its config says
+    model.add_weighted_adapter(["default", "other", "loaded"], [0.7, -0.5, 0.25], "sum")
+    assert model.active_adapters == ["default"]
+    assert not any(layer.loraxs_R["sum"].requires_grad for layer in layers(model).values())
+    for layer in layers(model).values():
+        delta = 0.7 * layer.get_delta_weight("default") - 0.25 * layer.get_delta_weight("other")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), delta)
+    model.set_adapter("sum")
+    assert all(layer.loraxs_R["sum"].requires_grad for layer in layers(model).values())
+    first.scaling["default"] = 2.0  # before peft 0.21 no adapter is saved otherwise
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), logits(model))
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "v_proj"])
+def test_what_another_adapter_trains_whole_takes_no_adapter(saved, tmp_path):
+    """PEFT holds it twice, under names that no fresh model has: an adapter there was lost, and broke saving both."""
+    model = get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=[saved]))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.add_adapter("all", config())
+    told = "leaves out 2 layers .* 'model.layers.0.self_attn.v_proj', is in modules_to_save of another"
+    assert any(re.search(told, str(warning.message)) for warning in seen) is (saved == "v_proj")
+    assert not any(saved in name for name in layers(model))
+    for name in ("default", "all"):
+        randomise(model, name).save_pretrained(tmp_path, selected_adapters=[name])
+        model.set_adapter(name)
+        folder = tmp_path if name == "default" else tmp_path / name
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder)), logits(model))
+    for targets in ([saved], rf".*{saved}\.original_module"):
+        with pytest.raises(TypeError, match=rf"matches module '.*{saved}.*' in modules_to_save of another adapter"):
+            model.add_adapter("new", config(target_modules=targets))
+
+
+def test_what_cannot_be_added_up_is_refused():
+    model = randomise(get_peft_model(llama(), config(lora_alpha=8)))
+    model.add_adapter("seed", config(svd_seed=1))
+    model.add_adapter("fewer", config(target_modules=["q_proj"]))
+    model.add_adapter("rank", config(r=3))
+    model.add_adapter("saved", config(modules_to_save=["lm_head"]))
+    model.add_adapter("zero", config(lora_alpha=0))
+    before = sorted(model.peft_config), snapshot(model)
+    cases = [
+        (["default"], [1], "new", "svd", "combination_type: got 'svd', must be \"linear\""),
+        (["default"], [1, 2], "new", "linear", r"weights: got \[1, 2\], must be a finite number for each"),
+        (["default"], [float("nan")], "new", "linear", "weights: got"),
+        ([], [], "new", "linear", "weights: got"),
+        (["default", "none"], [1, 1], "new", "linear", "adapters: got 'none', must be names among default, seed"),
+        (["default"], [1], "rank", "linear", "adapter_name: got 'rank', which the model has already"),
+        (["default", "seed"], [1, 1], "new", "linear", "same A and B in module 'model.layers.0.self_attn.q_proj'"),
+        (["default", "fewer"], [1, 1], "new", "linear", "same A and B in module 'model.layers.0.self_attn.k_proj'"),
+        (["default", "rank"], [1, 1], "new", "linear", "same A and B in"),
+        (["default", "saved"], [1, 1], "new", "linear", r"'saved' has modules_to_save \(lm_head\)"),
+        (["zero", "default"], [1, 1], "new", "linear", "'zero' has lora_alpha 0 in module 'model.layers.0"),
+        (["default"], [1e300], "new", "linear", "weights: R of module 'model.layers.0.* would have NaN or Inf"),
+    ]
+    for *given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(*given)
+        assert (sorted(model.peft_config), snapshot(model)) == before
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trl_sft_trainer(tmp_path):
     pytest.importorskip("trl")
@@ -2211,12 +2281,12 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
 
 
-def tuner(*adapters: str, merged: bool = False) -> nn.Module:
+def tuner(*adapters: str, merged: bool = False, **changes) -> nn.Module:
     """What PeftModel.base_model is, with these adapters."""
-    settings = dict(r=2, target_modules=["0", "2"], modules_to_save=["3"], init_std=0.5, task_type=None)
+    settings = dict(r=2, target_modules=["0", "2"], modules_to_save=["3"], init_std=0.5, task_type=None) | changes
     model = get_peft_model(net(), config(**settings), adapter_name=adapters[0])
     for name in adapters[1:]:
-        model.add_adapter(name, config(**settings, svd_seed=1))
+        model.add_adapter(name, config(**{"svd_seed": 1} | settings))
     if merged:
         model.merge_adapter()
     return model.base_model
@@ -2238,6 +2308,10 @@ OPERATIONS = {
     "unmerge": (lambda: tuner("a", merged=True), lambda model: model.unmerge_adapter()),
     "unload": (lambda: tuner("a"), lambda model: model.merge_and_unload()),
     "delete": (lambda: tuner("a", "b"), lambda model: model.delete_adapter("a")),
+    "sum": (
+        lambda: tuner("a", "b", modules_to_save=None, svd_seed=0),
+        lambda model: model.add_weighted_adapter(["a", "b"], [2, -1], "c"),
+    ),
 }
 
 

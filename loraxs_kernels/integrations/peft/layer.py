@@ -100,6 +100,26 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
         for setting in (self.lora_alpha, self.scaling, self.recipe):
             setting[name] = setting[source]
 
+    @torch.no_grad()
+    def add_up(self, name: str, parts: Iterable[tuple[str, float]]) -> None:
+        """Let an adapter, if it is there, compute the weighted sum of what others do that have the same A and B."""
+        if name not in self.r:
+            return
+        (first, _), *_ = parts
+        s, label = self.scaling[name], label_of(self.recipe[name].name)
+        if not s:
+            raise ValueError(f"adapters: {first!r} has lora_alpha 0 in {label}, must have another for a sum")
+        self.check_fingerprints(each for each, _ in parts)
+        total = sum(
+            weight * self.scaling[each] / s * whole(self.loraxs_R[each]).to("cpu", torch.float64)
+            for each, weight in parts
+        )
+        if not torch.isfinite(total.to(self.loraxs_R[name].dtype)).all():
+            raise ValueError(f"weights: R of {label} would have NaN or Inf values")
+        self.copy_adapter(first, name)
+        self.scaling[name] = s
+        assign(self.loraxs_R[name], total)
+
     def discard(self, name: str) -> None:
         """Forget an adapter, if it is there."""
         for attribute in self.adapter_layer_names + self.other_param_names:

@@ -42,12 +42,14 @@ from .layer import LoraXSLinearLayer
 from .loading import check_before_loading
 from .merging import Unmerged
 from .samples import BASE, MixedCalls
+from .weighted import check_sum
 
 try:
     from peft.utils import quantization_utils
 except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
     quantization_utils = None
 
+WHOLE = "in modules_to_save of another adapter, which trains it whole"  # the end of a sentence
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
 
 
@@ -63,6 +65,7 @@ class LoraXSModel(BaseTuner):
     prefix = "loraxs_"
     tuner_layer_cls = LoraXSLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _sum: tuple[tuple[str, float], ...] = ()  # while an adapter is added that is the sum of others
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT, and transformers' add_adapter, have noted the adapter before this call; a failure takes that back too.
@@ -83,6 +86,8 @@ class LoraXSModel(BaseTuner):
                 )
             self._new: list[LoraXSLinear] = []  # those that still need A, B and R
             self._refused = no_adapter(model)
+            for whole in self._trained_whole().values():
+                self._refused |= {id(m): WHOLE for m in whole.modules()}
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_of_idle_head(config, model)
@@ -91,6 +96,9 @@ class LoraXSModel(BaseTuner):
             if adapter_name == "ref" and config is self.peft_config.get("default"):
                 for layer in self._layers():
                     layer.copy_adapter("default", "ref")
+            elif self._sum:
+                for layer in self._layers():
+                    layer.add_up(adapter_name, self._sum)
             else:
                 fill(model, self._new)
                 if not config.inference_mode:
@@ -113,22 +121,30 @@ class LoraXSModel(BaseTuner):
         if not is_everything(config.target_modules):
             return
         _maybe_include_all_linear_layers(config, model)
-        refused = {
-            name: self._refused[id(m)]
-            for name, m in model.named_modules(remove_duplicate=False)
-            if id(m) in self._refused and name in config.target_modules
-        }
-        config.target_modules -= refused.keys()
         # Through transformers' add_adapter only what modules_to_save names trains whole.
         alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
         head = [] if alone else classification_head(model)
         inside = tuple(f"{name}." for name in head)
         config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
+        refused = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                held = {each for each in config.target_modules if each.startswith(f"{name}.")}
+                config.target_modules -= held
+                expected = module is embeddings(model, "output") or matches(name, config.modules_to_save or [])
+                if held and not expected:
+                    refused[name] = WHOLE
+            elif id(module) in self._refused and name in config.target_modules:
+                refused[name] = self._refused[id(module)]
+        config.target_modules -= refused.keys()
         if config.init == "svd":
-            bases = {name: getattr(m, "base_layer", m) for name, m in model.named_modules(remove_duplicate=False)}
             wanted = {name for name in config.target_modules if not matches(name, config.exclude_modules or [])}
-            rank_of = {name: pattern_value(config.rank_pattern, name, config.r) for name in wanted}
-            small = {name: why for name, r in rank_of.items() if (why := too_small(name, bases[name], r))}
+            layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if name in wanted}
+            small = {}
+            for name, layer in layers.items():
+                rank = pattern_value(config.rank_pattern, name, config.r)
+                if why := too_small(name, getattr(layer, "base_layer", layer), rank):
+                    small[name] = why
             if small.keys() != wanted:  # else the rank is wrong
                 config.target_modules -= small.keys()
                 refused |= small
@@ -165,6 +181,31 @@ class LoraXSModel(BaseTuner):
             settings = getattr(getattr(self.model, "config", None), "__dict__", {})
             undo.callback(settings.update, dict(settings))  # PEFT unties embeddings there
             yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose delta W is the weighted sum of those of others, which stay as they are:
+
+            R = sum over i of weights[i] (s_i / s) R_i
+
+        with the config of adapters[0], and its s.  The sum is exact, to rounding, because adapters of the same modules
+        with the same rank, init and svd_seed have the same A and B.  As in PEFT, the new adapter is frozen and not
+        active; `set_adapter` makes it both trainable and active.
+
+        Raises ValueError, before anything is changed, if A or B differ, an adapter has modules_to_save (which cannot be
+        added up) or does not exist, adapter_name is taken, or combination_type is another of LoRA's.
+        """
+        names = list(adapters)
+        check_sum(self, names, weights, adapter_name, combination_type)
+        with transaction(self):
+            self._sum = tuple(zip(names, weights, strict=True))
+            self.peft_config[adapter_name] = replace(self.peft_config[names[0]])
+            self.inject_adapter(self.model, adapter_name)
+            for layer in self._layers():
+                if adapter_name in layer.r:
+                    layer.loraxs_R[adapter_name].requires_grad_(False)
+            del self._sum
 
     def merge_adapter(self, *args: Any, **options: Any) -> None:
         """All layers or none."""
