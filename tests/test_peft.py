@@ -1760,6 +1760,31 @@ def test_a_weighted_sum_of_adapters_is_exact_and_an_adapter_like_any_other(tmp_p
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), logits(model))
 
 
+def test_scales_are_set_as_those_of_lora(tmp_path):
+    """By diffusers, for example: set_adapters with weights, and the scale of a call."""
+    model = randomise(get_peft_model(llama(), config(lora_alpha=6)))
+    model.add_adapter("other", config(target_modules=["q_proj"]))
+    y, found = logits(model), layers(model).values()
+    for layer in found:
+        layer.set_scale("default", 0.5)
+        layer.set_scale("other", 3)
+        layer.set_scale("none", 3)
+    assert {layer.scaling["default"] for layer in found} == {0.75}
+    assert {layer.scaling.get("other", 3.0) for layer in found} == {3.0}
+    for layer in found:
+        layer.unscale_layer()
+        layer.scale_layer(0.7)
+    assert all(layer.scaling["default"] == 1.5 * 0.7 for layer in found) and not torch.equal(logits(model), y)
+    with pytest.raises(ValueError, match=r"scaling of module 'model.layers.0.* is 1.0\d*, must be 1.5"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    for layer in found:
+        layer.unscale_layer(0.7)
+        layer.set_scale("other", 1)
+        layer.scaling["default"] *= 1 + 1e-15  # as rounding may leave it
+    torch.testing.assert_close(logits(model), y)
+    model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("saved", ["lm_head", "v_proj"])
 def test_what_another_adapter_trains_whole_takes_no_adapter(saved, tmp_path):
     """PEFT holds it twice, under names that no fresh model has: an adapter there was lost, and broke saving both."""

@@ -17,7 +17,6 @@ from ...acceptance import aligned, mismatch
 from ...adapter_contents import lasting_recipe
 from ...functional import Adapter
 from ...linear import LoraXSLinear, warn_of_training
-from ...matching import pattern_value
 from ...naming import DTYPES, FLOATS, dtype_name, label_of
 from ...ops import autocast_on
 from ...padded import sparing_what_trains
@@ -32,11 +31,12 @@ from .loading import check_layer, is_in_parts
 from .merging import Unmerged
 from .mixed import mixed_output
 from .samples import MixedCalls
+from .scales import Scales
 
 REMEDY = "save_factors=True in its config (check_fingerprint=False in adapter_config.json accepts it as it is)"
 
 
-class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
+class LoraXSLinearLayer(nn.Module, BaseTunerLayer, Scales):
     """A frozen linear layer with LoRA-XS adapters by name: y = base_layer(x) + sum over the active ones of s B R A x.
 
     The weight of base_layer is never written.  Merging replaces it and keeps the old tensor, which unmerging puts
@@ -349,18 +349,6 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer):
             dtype = W.dtype if isinstance(W, Tensor) and W.dtype in FLOATS else self.loraxs_A[name].dtype
         if R is not None and R.dtype != dtype and R.dtype != torch.float64:
             self.loraxs_R[name] = nn.Parameter(R.detach().to(dtype), requires_grad=R.requires_grad)
-
-    def check_scaling(self, name: str, config: LoraXSConfig) -> None:
-        """Raise a ValueError if the layer multiplies by another s than one that is made from the config would."""
-        module, r = self.recipe[name].name, self.r[name]
-        alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
-        s = 1.0 if alpha is None else alpha / r
-        if self.scaling[name] != s:
-            raise ValueError(
-                f"adapter {name!r}: scaling of {label_of(module)} is {self.scaling[name]}, must be {s}, as its config "
-                f"(lora_alpha {config.lora_alpha}, alpha_pattern {config.alpha_pattern}) and its rank {r} say, to be "
-                "saved: files hold only the config, not the scaling"
-            )
 
     def can_make(self, name: str) -> bool:
         """Whether a load makes A and B again, of the weight as it is now, as far as that can be read here."""
