@@ -10,7 +10,6 @@ Other packages are recognised by the names of their classes, and imported only t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .naming import FLOATS
+from .quantised import Quantised, float_dtype, quantised, what
 from .sharding import gathered, groups_of, is_dtensor, whole
 
 Shape = tuple[int, int]
@@ -76,7 +76,7 @@ def mergeable_weight(layer: nn.Module, label: str) -> Tensor:
     # A parametrization or pruning makes it anew.
     if W is None or "weight" not in layer._parameters or W.dtype not in FLOATS:
         raise TypeError(
-            f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
+            f"{label}: got {what(layer)}, must be an nn.Linear or Conv1D with that class's forward and a dense "
             "2-dimensional weight in bf16, fp16, fp32 or fp64 that is a parameter, not made from others (parametrize, "
             "weight_norm, prune), to merge into; the adapter stays unmerged"
         )
@@ -109,20 +109,14 @@ def weight_of(layer: nn.Module, label: str = "layer") -> Weight:
         tensor subclasses that dequantise themselves (torchao), in their own dtype;
         weights that accelerate has offloaded, read from where they are; device: where the layer computes;
         DTensor (FSDP2, tensor parallelism) and DeepSpeed's ZeRO-3, gathered for the read, a collective;
-    and bitsandbytes' (0.45 and later)
-        Linear4bit: read in fp32, since rounding code times scale to bf16 moved delta W of real weights by 4e-3 to 3e-2,
-            more than an adapter file accepts; dtype: its compute_dtype, else that of the weight it was made from;
-        Linear8bitLt: read in fp32; dtype: fp32, because an int8 layer follows its input and records no dtype.
+    and the quantised layers of bitsandbytes and transformers that quantised.py lists.
 
     Raises TypeError, naming `label`, what the layer is and what it must be, where W cannot be read as the layer is now.
     """
     if (reader := registered_reader(layer)) is not None:
         return _registered_weight(layer, label, *reader)
-    if _is_bitsandbytes(layer, "Linear4bit"):
-        return _linear4bit(layer, label)
-    if _is_bitsandbytes(layer, "Linear8bitLt"):
-        return _linear8bit(layer, label)
-    return _linear(layer, label)
+    known = quantised(layer, label)
+    return _linear(layer, label) if known is None else _quantised(layer, label, known)
 
 
 def register_weight_reader(layer_type: type[nn.Module], read: Read | None, *, shape: ShapeOf | None = None) -> None:
@@ -204,7 +198,7 @@ def _registered_weight(layer: nn.Module, label: str, read: Read, shape_of: Shape
         )
     held = [*layer.parameters(), *layer.buffers()]
     device = held[0].device if held else torch.device("cpu")
-    dtype = _float_dtype(getattr(layer, "compute_dtype", None), *(t.dtype for t in held))
+    dtype = float_dtype(getattr(layer, "compute_dtype", None), *(t.dtype for t in held))
     weight = _weight(layer, label, tuple(shape), dtype, device, lambda: read(layer))
     # Several weights are on their way at a time, and a reader may fill one buffer again for every layer.
     return replace(weight, read=lambda: weight.read().clone())
@@ -246,7 +240,7 @@ def _linear(layer: nn.Module, label: str) -> Weight:
         return W.t() if conv1d else W
 
     copies = not plain or hasattr(weight, "ds_id") or hook is not None
-    return _weight(layer, label, (N, K), _float_dtype(weight.dtype), device, read, copies)
+    return _weight(layer, label, (N, K), float_dtype(weight.dtype), device, read, copies)
 
 
 @torch.no_grad()
@@ -272,54 +266,14 @@ def _offloading(layer: nn.Module) -> Any:
     return hook if layer.weight.is_meta and getattr(hook, "weights_map", None) is not None else None
 
 
-def _linear4bit(layer: nn.Module, label: str) -> Weight:
-    weight, shape = layer.weight, (layer.out_features, layer.in_features)
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        state = layer.quant_state  # where a wrapper such as FSDP has put another parameter in place of the Params4bit
-    if state is None and not weight.is_meta:
-        raise _not_quantised(layer, label)
-    if getattr(state, "packing_format_for_cpu", False):
-        raise TypeError(
-            f"{label}: got {_what(layer)} that bitsandbytes has packed anew and rounded for inference on this CPU, as "
-            "the first forward in eval mode does, must be as it was loaded: load the model again and attach before that"
-        )
-    _check_whole(weight, 2 * weight.nbytes >= shape[0] * shape[1], layer, label)
+def _quantised(layer: nn.Module, label: str, known: Quantised) -> Weight:
+    weight = layer.weight
+    _check_whole(weight, known.whole, layer, label)
 
-    def dequantised(weight: Tensor) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+    def read() -> Tensor:
+        return _gathered(weight, lambda weight: known.dequantise(_dense(weight).data))
 
-        in_fp32 = copy.copy(state)
-        in_fp32.dtype = torch.float32
-        return dequantize_4bit(_dense(weight).data, in_fp32)
-
-    dtype = _float_dtype(layer.compute_dtype, getattr(state, "dtype", None))
-    return _weight(layer, label, shape, dtype, weight.device, lambda: _gathered(weight, dequantised))
-
-
-def _linear8bit(layer: nn.Module, label: str) -> Weight:
-    weight, shape = layer.weight, (layer.out_features, layer.in_features)
-
-    def scales() -> Tensor | None:
-        """Of the rows; the first forward moves them from the weight to the state."""
-        of_weight = getattr(layer.weight, "SCB", None)
-        return layer.state.SCB if of_weight is None else of_weight
-
-    if not (weight.is_meta or (layer.state.has_fp16_weights if weight.is_floating_point() else scales() is not None)):
-        raise _not_quantised(layer, label)
-    _check_whole(weight, weight.numel() >= shape[0] * shape[1], layer, label)
-
-    def dequantised(weight: Tensor) -> Tensor:
-        codes = _dense(weight).data
-        if codes.is_floating_point():  # has_fp16_weights: quantised anew in every forward
-            return codes
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        return int8_vectorwise_dequant(codes, scales().to(codes.device))
-
-    return _weight(
-        layer, label, shape, _float_dtype(weight.dtype), weight.device, lambda: _gathered(weight, dequantised)
-    )
+    return _weight(layer, label, known.shape, known.dtype, weight.device, read)
 
 
 def _weight(
@@ -384,38 +338,15 @@ def _check_whole(weight: Tensor, has_all: bool, layer: nn.Module, label: str) ->
     freed = weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
     if freed or (getattr(weight, "_fsdp_flattened", False) and not has_all):
         raise TypeError(
-            f"{label}: got {_what(layer)}, a part that FullyShardedDataParallel keeps here, must be whole: attach "
+            f"{label}: got {what(layer)}, a part that FullyShardedDataParallel keeps here, must be whole: attach "
             "before the model is wrapped, or inside FullyShardedDataParallel.summon_full_params(model, writeback=False)"
         )
 
 
-def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
-    return any((kind.__module__, kind.__name__) == ("bitsandbytes.nn.modules", name) for kind in type(layer).__mro__)
-
-
-def _float_dtype(*candidates: torch.dtype | None) -> torch.dtype:
-    return next((dtype for dtype in candidates if dtype in FLOATS), torch.float32)
-
-
-def _what(layer: nn.Module) -> str:
-    weight = getattr(layer, "weight", None)
-    what = f"a {type(layer).__name__}"
-    if isinstance(weight, Tensor):
-        what += f" with a {type(weight).__name__} weight of shape {tuple(weight.shape)} and dtype {weight.dtype}"
-    return what
-
-
 def _unreadable(layer: nn.Module, label: str) -> TypeError:
     return TypeError(
-        f"{label}: got {_what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight, of "
+        f"{label}: got {what(layer)}, must be an nn.Linear or Conv1D with a 2-dimensional floating-point weight, of "
         "shape (out_features, in_features) where a class derived from nn.Linear has a forward of its own. "
         "If it is quantised, lx.register_weight_reader can teach this library to read it; or leave it out, or give its "
         "A and B with init=(A, B). If it is sharded, it must be gathered first"
-    )
-
-
-def _not_quantised(layer: nn.Module, label: str) -> TypeError:
-    return TypeError(
-        f"{label}: got {_what(layer)} that has no scales yet, must be quantised first, as moving it to its device "
-        "does: that changes W, and A and B with it"
     )

@@ -150,6 +150,64 @@ def test_torchaos_nf4_is_read():
     torch.testing.assert_close(weight_of(layer).read(), layer(torch.eye(K).bfloat16()).t())
 
 
+@pytest.mark.parametrize("block", [None, (16, 24), (128, 128)], ids=str)
+def test_adapters_on_fp8_layers_of_transformers(block, monkeypatch):
+    """Their kernels run on GPUs alone; here the product is taken with the weight that the codes stand for."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    rows, columns = block or (N, K)
+    scales = torch.rand(-(-N // rows), -(-K // columns)) + 0.5
+    layer = fp8.FP8Linear(K, N, block_size=(rows, columns))
+    layer.block_size = block
+    layer.weight = nn.Parameter(torch.randn(N, K).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(scales if block else scales[0, 0])
+    dense = nn.Linear(K, N, bias=False)
+    exact = torch.stack([layer.weight[i].float() * scales[i // rows].repeat_interleave(columns)[:K] for i in range(N)])
+    read = weight_of(layer)
+    assert (read.shape, read.dtype) == ((N, K), torch.bfloat16) and torch.equal(read.read(), exact)
+    layer.bias = nn.Parameter(torch.zeros(N, dtype=torch.float16))
+    assert weight_of(layer).dtype == torch.float16
+    layer.bias = None
+
+    dense.weight.data = exact
+    monkeypatch.setattr(type(layer), "forward", lambda self, x: F.linear(x, exact.to(x.dtype)))
+    models = nn.Sequential(layer), nn.Sequential(dense)
+    x = torch.randn(3, K, dtype=torch.bfloat16, requires_grad=True)
+    for model in models:
+        lx.attach(model, 4, target_modules="all-linear", init_std=0.1)
+    adapter, other = (model[0] for model in models)
+    assert adapter.A.dtype == torch.bfloat16 and adapter.base_layer is layer
+    for got, exact_one in (
+        (adapter.delta_weight(), other.delta_weight()),
+        (models[0](x), models[1](x.float())),
+    ):
+        assert 0 < (got - exact_one).norm() < 0.02 * exact_one.norm()
+    models[0](x).sum().backward()
+    assert adapter.R.grad.any() and layer.weight.grad is None and layer.weight_scale_inv.grad is None
+    with pytest.raises(TypeError, match=r"got a FP8Linear with .* torch\.float8_e4m3fn, must be an nn\.Linear or"):
+        lx.merge(models[0])
+
+
+def test_fp8_layers_that_hold_something_else():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(K, N, block_size=(16, 16))
+    layer.weight = nn.Parameter(torch.zeros(N, K // 2, dtype=torch.int8), requires_grad=False)  # two of fp4 in each
+    with pytest.raises(TypeError, match=r"got a FP8Linear with .* shape \(32, 32\) and dtype torch.int8, must be"):
+        weight_of(layer)
+    layer.weight = nn.Parameter(torch.randn(N, K))  # as transformers dequantises it
+    assert weight_of(layer).read().data_ptr() == layer.weight.data_ptr()
+    derived = type("FP8GroupedLinear", (fp8.FP8Linear,), {})(K, N, block_size=(16, 16))
+    with pytest.raises(TypeError, match="got a FP8GroupedLinear with"):
+        weight_of(derived)
+
+
+def test_a_layer_of_compressed_tensors_says_how_to_load_it():
+    layer = nn.Linear(K, N)
+    layer.quantization_scheme = object()
+    del layer.weight  # it is packed until the first forward
+    with pytest.raises(TypeError, match=r"got a Linear that compressed-tensors .*Config\(dequantize=True\) loads it"):
+        weight_of(layer)
+
+
 def test_4bit_layers_say_their_dtype_and_lose_nothing_by_it(bnb):
     linear = nn.Linear(K, N)
     exact = weight_of(linear4bit(linear, compute_dtype=torch.float16)).read()
