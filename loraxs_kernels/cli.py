@@ -132,7 +132,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     """The arguments of every command, and as `run` the function that runs it and returns a status other than 0."""
-    from . import serve_cli
+    from . import export_cli, serve_cli
     from .bank import cli as bank_cli
     from .bench import command
     from .tuning import command as tune
@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "what is installed, which backends can run here, and why not")
     _add_init(add("init", _init, "compute A and B of a checkpoint, for attach(..., basis=FILE)"))
     _add_inspect(add("inspect", _inspect, "say what an adapter file, a basis file or a bank holds; no model is needed"))
+    export_cli.add_export(add("export", _export, "write an adapter as plain LoRA, or merged into its model"))
     bank_cli.add_bank(add("bank", _bank, "very many adapters of one model, by name, in a folder"))
     serve_cli.add_serve(add("serve", serve_cli.command, "serve a model with all adapters of a bank, by vLLM"))
     _add_params(add("params", _params, "count what LoRA-XS trains on a model, beside LoRA and VeRA"))
@@ -241,6 +242,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     found = inspected(arguments.path, arguments.revision)
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(as_text(found)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from . import export_cli
+
+    with _told_in_lines("loraxs export"), _quiet_transformers():
+        export_cli.command(arguments)
 
 
 def _bank(arguments: argparse.Namespace) -> None:
