@@ -56,10 +56,16 @@ def float_dtype(*candidates: torch.dtype | None) -> torch.dtype:
     return next((dtype for dtype in candidates if dtype in FLOATS), torch.float32)
 
 
+def kind_of(layer: nn.Module) -> str:
+    """The name of a layer's class, with its module if it is a Linear that is not torch's."""
+    kind = type(layer)
+    return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" and kind is not nn.Linear else kind.__name__
+
+
 def what(layer: nn.Module) -> str:
     """What a layer is, for an error."""
     weight = getattr(layer, "weight", None)
-    found = f"a {type(layer).__name__}"
+    found = f"a {kind_of(layer)}"
     if isinstance(weight, Tensor):
         found += f" with a {type(weight).__name__} weight of shape {tuple(weight.shape)} and dtype {weight.dtype}"
     if hasattr(layer, "quantization_scheme"):

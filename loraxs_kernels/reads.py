@@ -131,10 +131,11 @@ def _all_functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
                 yield from ((where, f) for f in (function, *_helpers(function)) if _mentions(f.__code__))
 
 
-# Methods that make, tie, load, convert or freeze weights, or collect them for an optimizer.
+# Methods that make, tie, load, convert or freeze weights, collect them for an optimizer, or scale them after its step
+# (x-transformers' qk_clip_).
 NOT_WHILE_IT_RUNS = re.compile(
     r".*(init|param(eter)?_groups)"
-    r"|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|(get_)?optim|configure_optim)"
+    r"|_*(tie|set|reset|resize|load|save|convert|reparam|fuse|freeze|unfreeze|(get_)?optim|configure_optim|qk_clip)"
 )
 
 # Methods in which only arguments that models do not pass, or a fast path that fast_path.py closes, lead to a read.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .naming import FLOATS
-from .quantised import Quantised, float_dtype, quantised, what
+from .quantised import Quantised, float_dtype, kind_of, quantised, what
 from .sharding import gathered, groups_of, is_dtensor, whole
 
 Shape = tuple[int, int]
@@ -166,7 +166,10 @@ def is_unread_linear(layer: nn.Module) -> bool:
     """Whether a layer looks like a linear one, as quantised layers do, of a type that nothing here can read."""
     if is_linear(layer) or layer._modules or not (layer._parameters or layer._buffers):
         return False
-    return all(isinstance(n, int) for n in _features(layer))
+    if all(isinstance(n, int) for n in _features(layer)):
+        return True
+    weight = layer._parameters.get("weight")  # torch_geometric's Linear has in_channels, for example
+    return type(layer).__name__.endswith("Linear") and getattr(weight, "ndim", 0) == 2
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -179,8 +182,8 @@ def unread(layer: nn.Module) -> str:
     """What is wrong with a layer that `is_unread_linear`, and what to do about it."""
     kind = type(layer).__name__
     return (
-        f"a {kind}, whose weight nothing here can read: lx.register_weight_reader({kind}, read) changes that, with "
-        "read(layer) -> its dense weight (out_features, in_features)"
+        f"a {kind_of(layer)}, whose weight nothing here can read: lx.register_weight_reader({kind}, read) changes "
+        "that, with read(layer) -> its dense weight (out_features, in_features)"
     )
 
 

@@ -66,6 +66,9 @@ class Block(nn.Module):
     def reset_parameters(self):
         nn.init.zeros_(self.initialised.weight)
 
+    def qk_clip_(self, scale):
+        self.called.weight.mul_(scale)
+
     def train(self, mode: bool = True):
         self.changed = not mode
         return super().train(mode)

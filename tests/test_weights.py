@@ -441,6 +441,14 @@ class HQQLinear(nn.Module):
         return x @ self.W_q.view(self.out_features, -1).to(x.dtype).T / 9
 
 
+class Linear(nn.Module):
+    """What torch_geometric's layer looks like: no nn.Linear, without in_features and out_features."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
 @pytest.mark.parametrize("way", ["attach", "peft"])
 def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, register):
     peft = pytest.importorskip("peft") if way == "peft" else None
@@ -455,12 +463,13 @@ def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, 
     def mixed():
         others = [nn.Bilinear(K, K, 4), nn.Conv1d(K, K, 1), nn.Identity(), nn.Sequential(nn.Linear(K, K))]
         others[-1].in_features = others[-1].out_features = K  # a container that says so
+        others.append(Linear(nn.Parameter(torch.ones(K, K))))
         return nn.ModuleList([nn.Linear(K, K), HQQLinear(nn.Linear(K, K)), Halved(nn.Linear(K, N)), *others])
 
     with pytest.warns(UserWarning) as warned:
         model = attach(mixed(), "all-linear")
     (text,) = [str(each.message) for each in warned if "leaves out" in str(each.message)]
-    assert "leaves out 2 layers that cannot be adapted; the first, '1', is a HQQLinear, whose weight" in text
+    assert "leaves out 3 layers that cannot be adapted; the first, '1', is a HQQLinear, whose weight" in text
     assert "lx.register_weight_reader(HQQLinear, read)" in text
     assert sum(hasattr(m, "base_layer") for m in model.modules()) == 2
     model, message = mixed(), r"matches module '1', a HQQLinear.* lx\.register_weight_reader\(HQQLinear, read\)"
@@ -468,6 +477,8 @@ def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, 
     with pytest.raises(TypeError, match=message):
         attach(model, ["0", "1"])
     assert snapshot(model) == before
+    with pytest.raises(TypeError, match=rf"matches module '7', a {__name__}.Linear, whose weight"):
+        attach(model, ["0", "7"])
     register(HQQLinear, lambda layer: layer.W_q.view(K, K).float() / 9)
     assert hasattr(
         attach(model, ["0", "1"]).get_submodule("1" if way == "attach" else "base_model.model.1"), "base_layer"
