@@ -227,7 +227,10 @@ class AdapterBank(Store):
                 "fixed: got True while adapters train, must be False: a CUDA graph cannot replay training steps"
             )
         if not len(self._models):
-            raise RuntimeError("select: the bank is on no model; bank.attach(model) puts it there")
+            raise RuntimeError(
+                "select: the bank is on no model; bank.attach(model) puts it there (a copy of such a model counts from "
+                "its first call)"
+            )
         source = self.source_of(names)
         if source is self._slots:
             self.digests([name for name in names if name is not None])

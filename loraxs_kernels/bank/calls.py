@@ -53,9 +53,7 @@ def with_adapter_ids(kind: type[nn.Module]) -> type[nn.Module]:
             return run(self, *args, **kwargs)
 
     def selected(run: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if (attached := self.loraxs_bank).whole:
-            attached.bank.know(self)
-        with _selecting(attached.bank, names := kwargs["adapter_ids"]) as selection:
+        with _selecting(self, names := kwargs["adapter_ids"]) as selection:
             if names is not None and not run.__module__.startswith("transformers.models."):
                 selection.method = run.__name__  # an `encode` may sort the samples by length
             return run(self, *args, **kwargs)  # with the names, for calls that it may make later or in another thread
@@ -161,11 +159,9 @@ def calling(
         return
     if attached is None:
         raise ValueError("adapter_ids: got names for a model whose bank was detached")
-    if attached.whole:
-        attached.bank.know(model)
     if kwargs.get("adapter_names") is not None:  # most models would ignore it
         raise TypeError("adapter_names: is an argument of PEFT's; the names of a bank's adapters are adapter_ids")
-    with _selecting(attached.bank, names) as selection:
+    with _selecting(model, names) as selection:
         if selection is None:
             yield
             return
@@ -209,7 +205,7 @@ def generating(
 
     standard: whether it is the one of transformers that all models share.
     """
-    with _selecting(model.loraxs_bank.bank, names) as selection:
+    with _selecting(model, names) as selection:
         if selection is None:
             yield
             return
@@ -231,8 +227,11 @@ def generating(
 
 
 @contextmanager
-def _selecting(bank: AdapterBank, names: Sequence[str | None] | None) -> Iterator[Selection | None]:
+def _selecting(model: nn.Module, names: Sequence[str | None] | None) -> Iterator[Selection | None]:
     """The selection that a call belongs to: a new one of these names or, without names, the open one, if any."""
+    bank = model.loraxs_bank.bank
+    if model.loraxs_bank.whole:
+        bank.know(model)  # which may be a copy that is called for the first time
     if names is None:
         yield bank.selections.current()
         return
