@@ -868,6 +868,24 @@ def test_checkpointing_goes_with_every_graph_that_can_be_told(model, tuned, bank
     del other
 
 
+def test_a_checkpointed_block_that_ends_with_its_only_adapter(base, tmp_path):
+    """The view or sum that its y is has passed before what the layer kept is asked for."""
+    with serving(base, tmp_path, target_modules=["down_proj"]) as (models, _, model):
+        embeds = base.get_input_embeddings()(IDS).detach().requires_grad_()
+
+        def loss(model, **names):
+            return model(inputs_embeds=embeds, **names).logits.square().sum()
+
+        other = loss(model, adapter_ids=["alice"] * 4)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with pytest.raises(RuntimeError, match="there are graphs of 2 selections"):
+            torch.autograd.grad(other + loss(model, adapter_ids=["bob"] * 4), embeds)
+        del other
+        got = torch.autograd.grad(loss(model, adapter_ids=["bob"] * 4), embeds)
+        torch.testing.assert_close(got, torch.autograd.grad(loss(models["bob"]), embeds), rtol=1e-4, atol=1e-5)
+
+
 # Training.
 
 

@@ -47,7 +47,7 @@ class Seat:
             R, p = selection.source.table(self.module, A.device), layer.dropout if layer.training else 0.0
             y = layer_output(layer.base_layer, x, ((A, R, B, s, p),), layer.recipe.name, index, args, kwargs)
         if y.requires_grad:
-            self.bank.selections.remember(y, selection)
+            self.bank.selections.remember(y, x, selection)
         return y
 
     def check_merge(self, layer: LoraXSLinear) -> None:

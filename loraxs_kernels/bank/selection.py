@@ -277,8 +277,8 @@ class Selections:
             )
         return None
 
-    def remember(self, y: Tensor, selection: Selection | None) -> None:
-        """Note that y's graph used the selection, or none: gradient checkpointing may call its layers again."""
+    def remember(self, y: Tensor, x: Tensor, selection: Selection | None) -> None:
+        """Note that the graph of a layer's y used the selection, or none: checkpointing may call its layers again."""
         if torch._C._current_graph_task_id() != -1:
             return
         with self.lock:
@@ -295,7 +295,7 @@ class Selections:
                 if not used.ahead:
                     self._in_graphs.discard(used)
 
-        y.grad_fn.register_hook(passed)
+        _primitive_of(y, x).register_hook(passed)
 
     def _check_recomputed(self, selection: Selection) -> None:
         """Refuse a selection that a backward pass has made, to compute a call again, with other adapters by now."""
@@ -333,6 +333,19 @@ class Selections:
                 "backward pass inside the block of bank.select(...), and before change(...)"
             )
         return found[0].selection
+
+
+def _primitive_of(y: Tensor, x: Tensor) -> Any:
+    """The node of a layer's graph that asks for what the layer kept, so that it is called again before this has passed.
+
+    Views and sums keep nothing: they pass earlier.
+    """
+    nodes = [y.grad_fn]
+    for node in nodes:  # which grows
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return node
+        nodes += [below for below, _ in node.next_functions if below is not None and below is not x.grad_fn]
+    return y.grad_fn
 
 
 _all: weakref.WeakSet[Selections] = weakref.WeakSet()
