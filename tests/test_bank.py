@@ -461,7 +461,7 @@ def test_a_copy_of_the_model_has_the_bank_too(model, tuned, bank):
     assert len(bank._models) == 1
     twin = copy.deepcopy(model)
     bank.detach(model)
-    with pytest.raises(RuntimeError, match="on no model.*a copy of such a model counts from its first call"):
+    with pytest.raises(RuntimeError, match=r"on no model.*a copy of such a model counts from its first call"):
         bank.select(["bob"])
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(twin.generate(IDS, adapter_ids=["bob"] * 4, **options), tuned["bob"].generate(IDS, **options))
