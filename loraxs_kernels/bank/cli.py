@@ -8,12 +8,10 @@ import os
 import warnings
 from pathlib import Path
 
-import torch
-
-from .. import adapter_file, adapter_format
+from .. import adapter_file
+from ..export_cli import model_of
 from ..files import named
 from ..hub import FILE, local_file
-from ..naming import first_line
 from .adapter_bank import AdapterBank
 
 
@@ -52,34 +50,11 @@ def command(arguments: argparse.Namespace) -> None:
 
 def _create(arguments: argparse.Namespace) -> None:
     adapter = local_file(named(arguments.adapter, "adapter", "an adapter"))
-    model = _model(named(arguments.model, "model", "a model"), adapter)
+    folder = named(arguments.model, "model", "a model")
+    model = model_of(folder, adapter, "lx.AdapterBank.create(BANK, model)")
     adapter_file.load_adapter(model, adapter, progress=False)
     with AdapterBank.create(arguments.bank, model, dtype=arguments.dtype) as bank:
         print(f"{arguments.bank}: a bank for {len(bank.modules)} modules, {bank.size:,} numbers an adapter")
-
-
-def _model(folder: Path, adapter: Path) -> torch.nn.Module:
-    """The model in a folder, of the class that its config.json names, in the dtype that the adapter was trained in."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("reading a model needs the package transformers: pip install transformers") from error
-    entries, _, _ = adapter_format.read(adapter)
-    dtypes = {entry["recipe"].weight_dtype for entry in entries.values()} - {None}
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        kind = getattr(transformers, config.architectures[0])
-        return kind.from_pretrained(folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", local_files_only=True)
-    except Exception as error:  # there are many kinds, as for `loraxs params`
-        raise ValueError(
-            f"model: {folder} cannot be loaded as a transformers model ({first_line(error)}); in Python: load it, then "
-            "lx.load_adapter(model, ADAPTER) and lx.AdapterBank.create(BANK, model)"
-        ) from error
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _add(arguments: argparse.Namespace) -> None:
