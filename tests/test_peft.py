@@ -1805,6 +1805,40 @@ def test_what_another_adapter_trains_whole_takes_no_adapter(saved, tmp_path):
             model.add_adapter("new", config(target_modules=targets))
 
 
+def test_what_has_adapters_is_not_trained_whole_by_another():
+    """PEFT copies such a module with the adapters in it: the first one's R then has names that no fresh model has."""
+    model = randomise(get_peft_model(bert(), LoraXSConfig(r=2, target_modules=["dense"])))
+    before, y = snapshot(model), logits(model)
+    with pytest.raises(ValueError, match=r"modules_to_save: matches module 'bert.pooler', .* adapters \(default\)"):
+        model.add_adapter("new", LoraXSConfig(r=2, target_modules=["query"], modules_to_save=["pooler"]))
+    assert snapshot(model) == before and torch.equal(logits(model), y)
+
+
+def test_the_adapter_that_is_active_after_another_is_deleted_is_so_in_all_layers():
+    """PEFT chooses for each layer alone: "b" in layers without "a", and no lm_head where the first layer has neither."""
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj", "o_proj"]), adapter_name="first")
+    model.add_adapter("b", config())
+    model.add_adapter("a", config(target_modules=["v_proj"], modules_to_save=["lm_head"]))
+    for name in ("a", "b"):
+        randomise(model, name)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["a"].weight.mul_(2)
+    model.set_adapter("a")
+    y, which = logits(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    model.set_adapter("first")
+    model.delete_adapter("first")
+    assert model.active_adapters == ["a"] and torch.equal(logits(model), y)
+    assert {name: p.requires_grad for name, p in model.named_parameters()}.items() <= which.items()
+
+
+def test_an_adapter_that_some_layers_do_not_have_is_not_converted():
+    """PEFT's convert_to_lora asks every layer for its delta W."""
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    model.add_adapter("b", config(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match=r"adapter 'b': is not on module 'model.layers.0.self_attn.q_proj'"):
+        layers(model)["base_model.model.model.layers.0.self_attn.q_proj"].get_delta_weight("b")
+
+
 def test_what_cannot_be_added_up_is_refused():
     model = randomise(get_peft_model(llama(), config(lora_alpha=8)))
     model.add_adapter("seed", config(svd_seed=1))

@@ -90,6 +90,12 @@ class LoraXSModel(BaseTuner):
                 self._refused |= {id(m): WHOLE for m in whole.modules()}
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for name, whole in self._trained_whole().items():  # PEFT copies the adapters that are in there already
+                if held := sorted({each for m in whole.modules() if isinstance(m, LoraXSLinearLayer) for each in m.r}):
+                    raise ValueError(
+                        f"modules_to_save: matches {label_of(name)}, which has layers with adapters ({', '.join(held)}); "
+                        "must match only modules without adapters"
+                    )
             self._warn_of_idle_head(config, model)
             settle_fast_paths(model)
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
@@ -218,13 +224,24 @@ class LoraXSModel(BaseTuner):
             super().unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """From all layers or none; refused while it is merged, as it is by PEFT 0.21."""
+        """From all layers or none; refused while it is merged, as it is by PEFT 0.21.
+
+        If no other is active, the first of those that are left is, by their names, in all layers.
+        """
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
+        active = self.active_adapters
         with transaction(self):
             super().delete_adapter(adapter_name)
+            if adapter_name in active:  # PEFT chooses for each layer by itself, and layers have different adapters
+                active = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
+                for layer in self._layers():
+                    layer.set_adapter(active)
+                for module in self._trained_whole().values():
+                    module.set_adapter([name for name in active if name in module._adapters])
+                self.active_adapter = active
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
         """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
