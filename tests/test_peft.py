@@ -1289,6 +1289,36 @@ def test_merge_and_unload_gives_a_plain_model(trained):
     assert torch.equal(logits(again.unload()), logits(plain))
 
 
+def test_adapters_are_merged_by_their_names():
+    """With the heads of those that are named, where PEFT takes the active one's; and no name is passed over."""
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    model.add_adapter("head", config(target_modules=["v_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        randomise(model, "head").base_model.model.lm_head.modules_to_save["head"].weight.mul_(2)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="adapter names: got 'none', must be among default, head"):
+            merge(adapter_names=["head", "none"])
+    model.set_adapter("head")
+    y = logits(model)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["head"])), y)
+
+
+def test_adapters_are_activated_in_all_modules_or_none():
+    model = randomise(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["lm_head"])))
+    model.add_adapter("second", config(target_modules=["v_proj"], modules_to_save=["norm", "lm_head"]))
+    with torch.no_grad():
+        randomise(model, "second").base_model.model.model.norm.modules_to_save["second"].weight.mul_(2)
+    before, y = snapshot(model), logits(model)
+    for names, message in [
+        (["default", "second"], "Only one adapter can be set at a time"),
+        (["default", "none"], "adapter names: got 'none', must be among default, second"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.base_model.set_adapter(names)
+        assert snapshot(model) == before and torch.equal(logits(model), y) and model.active_adapters == ["default"]
+
+
 def test_a_merged_head_is_loaded_as_one_of_its_own(tmp_path):
     """Its configurations, the outer and that of the text, no longer tie it to the embeddings."""
     text = LlamaConfig(**LLAMA, tie_word_embeddings=True)
@@ -1620,6 +1650,22 @@ def test_biases_train_and_are_saved_if_asked_for(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(biased(), tmp_path)), logits(model))
 
 
+def test_biases_of_layers_that_another_adapter_is_on_are_saved_and_loaded(tmp_path):
+    """Their names depend on whether any adapter is on the layer."""
+    model = get_peft_model(llama(attention_bias=True), config(target_modules=["q_proj"], bias="all"))
+    model.add_adapter("other", config(target_modules=["v_proj"]))
+    bias = model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.bias
+    nn.init.normal_(bias)
+    model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(llama(attention_bias=True), tmp_path)
+    assert torch.equal(logits(alone), logits(model))
+    alone.save_pretrained(tmp_path / "alone")
+    second = PeftModel.from_pretrained(llama(attention_bias=True), tmp_path / "other", adapter_name="other")
+    second.load_adapter(tmp_path / "alone", "default")
+    second.set_adapter("default")
+    assert torch.equal(logits(second), logits(model))
+
+
 def test_a_forward_without_the_adapters_weights_is_refused():
     model = get_peft_model(llama(), config(), low_cpu_mem_usage=True)
     layer = next(iter(layers(model).values()))
@@ -1805,17 +1851,26 @@ def test_what_another_adapter_trains_whole_takes_no_adapter(saved, tmp_path):
             model.add_adapter("new", config(target_modules=targets))
 
 
-def test_what_has_adapters_is_not_trained_whole_by_another():
-    """PEFT copies such a module with the adapters in it: the first one's R then has names that no fresh model has."""
-    model = randomise(get_peft_model(bert(), LoraXSConfig(r=2, target_modules=["dense"])))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (dict(target_modules=["dense"]), ["pooler"]),
+        (dict(modules_to_save=["dense"]), ["pooler"]),
+        (dict(modules_to_save=["pooler"]), ["dense"]),
+        ({}, ["dense", "pooler"]),
+    ],
+)
+def test_modules_that_train_whole_hold_no_adapters(first, second):
+    """PEFT copies those with the module: saving or loading then failed, or lost R under names no fresh model has."""
+    model = randomise(get_peft_model(bert(), LoraXSConfig(**{"r": 2, "target_modules": ["query"]} | first)))
     before, y = snapshot(model), logits(model)
-    with pytest.raises(ValueError, match=r"modules_to_save: matches module 'bert.pooler', .* adapters \(default\)"):
-        model.add_adapter("new", LoraXSConfig(r=2, target_modules=["query"], modules_to_save=["pooler"]))
+    with pytest.raises(ValueError, match="matches module 'bert.pooler' while module 'bert.pooler.*dense' has adapters"):
+        model.add_adapter("new", LoraXSConfig(r=2, target_modules=["query"], modules_to_save=second))
     assert snapshot(model) == before and torch.equal(logits(model), y)
 
 
 def test_the_adapter_that_is_active_after_another_is_deleted_is_so_in_all_layers():
-    """PEFT chooses for each layer alone: "b" in layers without "a", and no lm_head where the first layer has neither."""
+    """PEFT chooses for each layer alone: "b" in layers without "a", and the base's lm_head for "a"."""
     model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj", "o_proj"]), adapter_name="first")
     model.add_adapter("b", config())
     model.add_adapter("a", config(target_modules=["v_proj"], modules_to_save=["lm_head"]))

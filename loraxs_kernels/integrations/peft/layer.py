@@ -257,10 +257,10 @@ class LoraXSLinearLayer(nn.Module, BaseTunerLayer, Scales):
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s B R A in the layout of base_layer.weight, in the dtype of A; ValueError if the adapter is not on this layer."""
+        """s B R A in the layout of base_layer.weight, in the dtype of A.  ValueError if the adapter is not here."""
         if adapter not in self.r:
             label = label_of(self.recipe[next(iter(self.r))].name) if self.r else "this layer"
-            raise ValueError(f"adapter {adapter!r}: is not on {label}; convert it in a model that has no other adapters")
+            raise ValueError(f"adapter {adapter!r}: is not on {label}; convert it in a model without others")
         self.check_fingerprints([adapter])
         delta = self.adapter(adapter).delta_weight().to(self.loraxs_A[adapter].dtype)
         return delta.t() if is_conv1d(self.base_layer) else delta

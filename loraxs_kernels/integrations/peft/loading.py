@@ -37,6 +37,7 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
     }
     if layers:  # it may have been unloaded
         translate(state_dict, layers, whole_model=True)
+        _rename_biases(model, state_dict, prefix)
         configs = {name: config for layer in layers.values() for name, config in layer.config.items()}
         files = {name: c._loaded[0] for name, c in configs.items() if _is_what_was_loaded(c, name, state_dict, prefix)}
         _fill_in(layers, state_dict)
@@ -47,6 +48,15 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
         for name, file in files.items():
             _check_all_belongs(model, state_dict, prefix, file)
             configs[name]._loaded = None  # later state dicts are not known to be this file
+
+
+def _rename_biases(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Let biases have their names here: X.base_layer.bias where any adapter is on X, there or here, else X.bias."""
+    here = {f"{prefix}{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key in [key for key in state_dict if key.endswith(".bias") and key not in here]:
+        layer = key.removesuffix(".bias").removesuffix(".base_layer")
+        for new in {f"{layer}.bias", f"{layer}.base_layer.bias"} & here:
+            state_dict[new] = state_dict.pop(key)
 
 
 def _fill_in(layers: Mapping[str, LoraXSLinearLayer], state_dict: dict[str, Tensor]) -> None:

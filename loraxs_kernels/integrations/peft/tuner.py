@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -90,12 +90,14 @@ class LoraXSModel(BaseTuner):
                 self._refused |= {id(m): WHOLE for m in whole.modules()}
             self._spell_out_all_linear(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for name, whole in self._trained_whole().items():  # PEFT copies the adapters that are in there already
-                if held := sorted({each for m in whole.modules() if isinstance(m, LoraXSLinearLayer) for each in m.r}):
-                    raise ValueError(
-                        f"modules_to_save: matches {label_of(name)}, which has layers with adapters ({', '.join(held)}); "
-                        "must match only modules without adapters"
-                    )
+            for name, whole in self._trained_whole().items():
+                for inner, module in whole.named_modules():
+                    if inner and isinstance(module, (LoraXSLinearLayer, AuxiliaryTrainingWrapper)):
+                        raise ValueError(
+                            f"modules_to_save: matches {label_of(name)} while {label_of(f'{name}.{inner}')} has "
+                            "adapters or is one of modules_to_save, too; PEFT copies it with the module, and could not "
+                            "save or load both; must match modules without such parts"
+                        )
             self._warn_of_idle_head(config, model)
             settle_fast_paths(model)
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
@@ -178,9 +180,23 @@ class LoraXSModel(BaseTuner):
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
 
+    def _check_known(self, names: str | Iterable[str]) -> None:
+        """Raise a ValueError for a name that no adapter has.  PEFT merges or activates those that it finds."""
+        for name in [names] if isinstance(names, str) else names:
+            if name not in self.peft_config:
+                raise ValueError(f"adapter names: got {name!r}, must be among {', '.join(self.peft_config)}")
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **options: Any) -> None:
+        """As in PEFT, in all modules or none."""
+        self._check_known(adapter_name)
+        for module in self._trained_whole().values():
+            module.check_set_adapter(adapter_name)  # only one adapter of several may have it
+        super().set_adapter(adapter_name, *args, **options)
+
     @contextmanager
-    def _all_or_none(self) -> Iterator[None]:
+    def _all_or_none(self, names: Iterable[str] | None = None) -> Iterator[None]:
         """Put every layer back if one of them cannot be merged, unmerged or unloaded, or on an interruption."""
+        self._check_known(names or ())
         with transaction(self) as undo:
             for layer in self._layers():
                 undo.callback(Unmerged(layer.base_layer).put_back, layer)
@@ -213,10 +229,10 @@ class LoraXSModel(BaseTuner):
                     layer.loraxs_R[adapter_name].requires_grad_(False)
             del self._sum
 
-    def merge_adapter(self, *args: Any, **options: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **options: Any) -> None:
         """All layers or none."""
-        with self._all_or_none():
-            super().merge_adapter(*args, **options)
+        with self._all_or_none(adapter_names):
+            super().merge_adapter(adapter_names, *args, **options)
 
     def unmerge_adapter(self) -> None:
         """All layers or none."""
@@ -245,7 +261,10 @@ class LoraXSModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
         """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
-        with self._all_or_none():
+        names = options.get("adapter_names")
+        with self._all_or_none(names):
+            for module in self._trained_whole().values() if names else ():  # else PEFT takes the active adapter's
+                module.set_adapter(module.check_set_adapter(list(names)) or [])
             model = super()._unload_and_optionally_merge(*args, **options)
             settle_fast_paths(model)
             _note_untied(model)
