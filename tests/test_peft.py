@@ -1864,7 +1864,9 @@ def test_modules_that_train_whole_hold_no_adapters(first, second):
     """PEFT copies those with the module: saving or loading then failed, or lost R under names no fresh model has."""
     model = randomise(get_peft_model(bert(), LoraXSConfig(**{"r": 2, "target_modules": ["query"]} | first)))
     before, y = snapshot(model), logits(model)
-    with pytest.raises(ValueError, match="matches module 'bert.pooler' while module 'bert.pooler.*dense' has adapters"):
+    with pytest.raises(
+        ValueError, match=r"matches module 'bert.pooler' while module 'bert.pooler.*dense' has adapters"
+    ):
         model.add_adapter("new", LoraXSConfig(r=2, target_modules=["query"], modules_to_save=second))
     assert snapshot(model) == before and torch.equal(logits(model), y)
 
