@@ -51,9 +51,14 @@ def check_before_loading(model: nn.Module, state_dict: dict[str, Tensor], prefix
 
 
 def _rename_biases(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Let biases have their names here: X.base_layer.bias where any adapter is on X, there or here, else X.bias."""
+    """Let biases that were saved without weights have their names here.
+
+    Any adapter on X makes X.bias X.base_layer.bias, there or here.
+    """
     here = {f"{prefix}{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     for key in [key for key in state_dict if key.endswith(".bias") and key not in here]:
+        if f"{key.removesuffix('bias')}weight" in state_dict:
+            continue
         layer = key.removesuffix(".bias").removesuffix(".base_layer")
         for new in {f"{layer}.bias", f"{layer}.base_layer.bias"} & here:
             state_dict[new] = state_dict.pop(key)
