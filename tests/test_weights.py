@@ -483,6 +483,15 @@ def test_layers_of_a_kind_that_is_not_read_are_counted_and_refused_by_name(way, 
     assert hasattr(
         attach(model, ["0", "1"]).get_submodule("1" if way == "attach" else "base_model.model.1"), "base_layer"
     )
+    register(Halved, whole)
+    with pytest.warns(UserWarning, match="leaves out 1 layer that"):
+        model = attach(mixed(), "all-linear")
+    assert {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")} == {nn.Linear, HQQLinear, Halved}
+    if way == "peft":  # the layers have other names below the first adapter's
+        with pytest.warns(UserWarning, match="leaves out 1 layer that"):
+            model.add_adapter("second", type(model.peft_config["default"])(r=4, target_modules="all-linear"))
+        first, second = (model.peft_config[name].target_modules for name in ("default", "second"))
+        assert first == second == {"0", "1", "2", "6.0"}
 
 
 def test_the_most_specific_reader_wins_and_users_readers_over_ours(register):

@@ -11,23 +11,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ...fast_path import settle_fast_paths
 from ...linear import LoraXSLinear
 from ...matching import (
-    classification_head,
     embeddings,
     has_adapters,
-    is_everything,
-    matches,
     no_adapter,
     pattern_value,
-    too_small,
-    warn_of_idle_head,
-    warn_of_left_out,
     why_not_mixed,
 )
 from ...model import fill, warn_of_zeros
@@ -42,6 +37,7 @@ from .layer import LoraXSLinearLayer
 from .loading import check_before_loading
 from .merging import Unmerged
 from .samples import BASE, MixedCalls
+from .targets import WHOLE, spell_out_all_linear, warn_of_head
 from .weighted import check_sum
 
 try:
@@ -49,7 +45,6 @@ try:
 except ImportError:  # before peft 0.20, which cannot merge into quantised layers for a method from elsewhere
     quantization_utils = None
 
-WHOLE = "in modules_to_save of another adapter, which trains it whole"  # the end of a sentence
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT can run a part of a batch through
 
 
@@ -88,7 +83,7 @@ class LoraXSModel(BaseTuner):
             self._refused = no_adapter(model)
             for whole in self._trained_whole().values():
                 self._refused |= {id(m): WHOLE for m in whole.modules()}
-            self._spell_out_all_linear(config, model)
+            spell_out_all_linear(config, model, self._refused)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for name, whole in self._trained_whole().items():
                 for inner, module in whole.named_modules():
@@ -98,7 +93,7 @@ class LoraXSModel(BaseTuner):
                             "adapters or is one of modules_to_save, too; PEFT copies it with the module, and could not "
                             "save or load both; must match modules without such parts"
                         )
-            self._warn_of_idle_head(config, model)
+            warn_of_head(config, model)
             settle_fast_paths(model)
             # TRL's reference model (DPO, KTO, GRPO, RLOO): it copies what has ".default." in its name, as R has not.
             if adapter_name == "ref" and config is self.peft_config.get("default"):
@@ -120,62 +115,6 @@ class LoraXSModel(BaseTuner):
             del self._new, self._refused
             if all(each.hook is not check_before_loading for each in model._load_state_dict_pre_hooks.values()):
                 model.register_load_state_dict_pre_hook(check_before_loading)
-
-    def _spell_out_all_linear(self, config: LoraXSConfig, model: nn.Module) -> None:
-        """Replace "all-linear" by the names it stands for: those of PEFT, as far as `attach` adapts them.
-
-        Layers that take no adapter are left out.  A classification head trains whole, as one of modules_to_save.
-        """
-        if not is_everything(config.target_modules):
-            return
-        _maybe_include_all_linear_layers(config, model)
-        # Through transformers' add_adapter only what modules_to_save names trains whole.
-        alone = config.modules_to_save == [] or getattr(model, "_hf_peft_config_loaded", False)
-        head = [] if alone else classification_head(model)
-        inside = tuple(f"{name}." for name in head)
-        config.target_modules -= {name for name in config.target_modules if f"{name}.".startswith(inside)}
-        refused = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                held = {each for each in config.target_modules if each.startswith(f"{name}.")}
-                config.target_modules -= held
-                expected = module is embeddings(model, "output") or matches(name, config.modules_to_save or [])
-                if held and not expected:
-                    refused[name] = WHOLE
-            elif id(module) in self._refused and name in config.target_modules:
-                refused[name] = self._refused[id(module)]
-        config.target_modules -= refused.keys()
-        if config.init == "svd":
-            wanted = {name for name in config.target_modules if not matches(name, config.exclude_modules or [])}
-            layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if name in wanted}
-            small = {}
-            for name, layer in layers.items():
-                rank = pattern_value(config.rank_pattern, name, config.r)
-                if why := too_small(name, getattr(layer, "base_layer", layer), rank):
-                    small[name] = why
-            if small.keys() != wanted:  # else the rank is wrong
-                config.target_modules -= small.keys()
-                refused |= small
-        if new := [name for name in head if not matches(name, config.modules_to_save or [])]:
-            config.modules_to_save = [*(config.modules_to_save or []), *new]
-        if not config.target_modules:
-            raise ValueError("target_modules: got 'all-linear' for a model without a linear layer that can be adapted")
-        unread_layers = [(name, unread(m)) for name, m in model.named_modules() if is_unread_linear(m)]
-        warn_of_left_out(model, [*unread_layers, *refused.items()], stacklevel=3)
-
-    def _warn_of_idle_head(self, config: LoraXSConfig, model: nn.Module) -> None:
-        """Warn if a classification head, which is random in most models, will not train."""
-        if config.inference_mode or config.modules_to_save == []:
-            return
-        saved = [*(config.modules_to_save or ())]
-        if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") and not getattr(model, "_hf_peft_config_loaded", False):
-            saved += ["classifier", "score", "qa_outputs"]  # which get_peft_model adds once the adapter is there
-        idle = [
-            name
-            for name in classification_head(model)
-            if not matches(name, saved) and not any(p.requires_grad for p in model.get_submodule(name).parameters())
-        ]
-        warn_of_idle_head(model, idle, config.modules_to_save, stacklevel=3)
 
     def _layers(self) -> list[LoraXSLinearLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraXSLinearLayer)]
@@ -255,16 +194,15 @@ class LoraXSModel(BaseTuner):
                 active = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
                 for layer in self._layers():
                     layer.set_adapter(active)
-                for module in self._trained_whole().values():
-                    module.set_adapter([name for name in active if name in module._adapters])
+                _set_adapter(self.model, active)
                 self.active_adapter = active
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
         """All layers or none: until all are merged, memory holds a second copy of the adapted weights."""
         names = options.get("adapter_names")
         with self._all_or_none(names):
-            for module in self._trained_whole().values() if names else ():  # else PEFT takes the active adapter's
-                module.set_adapter(module.check_set_adapter(list(names)) or [])
+            if names:  # else PEFT takes modules_to_save of the active adapter
+                _set_adapter(self.model, list(names))
             model = super()._unload_and_optionally_merge(*args, **options)
             settle_fast_paths(model)
             _note_untied(model)
