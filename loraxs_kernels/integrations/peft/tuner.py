@@ -194,7 +194,8 @@ class LoraXSModel(BaseTuner):
                 active = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
                 for layer in self._layers():
                     layer.set_adapter(active)
-                _set_adapter(self.model, active)
+                if active:  # else PEFT has done so
+                    _set_adapter(self.model, active)
                 self.active_adapter = active
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> nn.Module:
