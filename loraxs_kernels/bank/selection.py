@@ -340,11 +340,13 @@ def _primitive_of(y: Tensor, x: Tensor) -> Any:
 
     Views and sums keep nothing: they pass earlier.
     """
-    nodes = [y.grad_fn]
+    nodes, seen = [y.grad_fn], {x.grad_fn, None}
     for node in nodes:  # which grows
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             return node
-        nodes += [below for below, _ in node.next_functions if below is not None and below is not x.grad_fn]
+        below = dict.fromkeys(each for each, _ in node.next_functions if each not in seen)
+        seen.update(below)
+        nodes += below
     return y.grad_fn
 
 

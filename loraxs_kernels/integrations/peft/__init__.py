@@ -7,8 +7,11 @@ checked when it is loaded.
 
 registration  makes the method known to PEFT
 config        LoraXSConfig, and adapter_config.json
-tuner         LoraXSModel: which layers get adapters; adding, merging and unloading all of them or none
+tuner         LoraXSModel: adding, merging, deleting and unloading adapters, in all layers or none
+targets       what "all-linear" stands for
+weighted      which adapters can be added up
 layer         LoraXSLinearLayer: one layer with its adapters
+scales        the scale of each adapter, as users change it
 buffers       how a layer holds A, B and fingerprints
 merging       what merging replaces in a layer, to be put back
 loading       which state dicts are refused
